@@ -87,26 +87,36 @@ def _print(rows: dict[str, str]) -> None:
 
 @app.command()
 def quickstart(
-    task: Annotated[str, typer.Option(help="images: an image generator that follows its prompt.")] = "images",
+    task: Annotated[
+        str,
+        typer.Option(
+            help="images: a generator that follows its prompt; captioner: one that stops inventing; ocr: a reader that stops looping."
+        ),
+    ] = "images",
     output_dir: Annotated[str, typer.Option(help="Where the adapter and the report go.")] = "runs/quickstart",
     baseline: Annotated[str | None, typer.Option(help="sft: also train SFT on the same chosen pictures.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of training and sampling.")] = 0,
 ) -> None:
-    """Tune the shipped image generator on the shipped pairs, compare it with its base, write a report."""
+    """Tune a shipped model, compare it with its base, write a report."""
+    from dpo_mm.config import CompareAnswersConfig
     from dpo_mm.recipe import read_recipe, run
 
-    tasks = {"images": "faithfulness"}
+    tasks = {"images": ("faithfulness", "shapes"), "captioner": ("captioner", "shapes"), "ocr": ("ocr", "pages")}
     if task not in tasks:
         from dpo_mm.config import nearest
 
         raise ValueError(f"task {task!r} is unknown; {nearest(task, tasks)}")
     given = {"output_dir": output_dir, "seed": str(seed), **({"baseline": baseline} if baseline else {})}
     with quietly():
-        recipe = read_recipe(tasks[task], "shapes", given)
+        recipe = read_recipe(*tasks[task], given)
         run(recipe, command=command_line())
-    adapter = os.path.join(output_dir, "adapter")
-    again = f"--sampling-steps {recipe.compare.sampling_steps} --guidance {recipe.compare.guidance:g} --seed {seed + 1}"
-    print(f"Next: dpo-mm compare --model shapes-sd --adapter {adapter} {again} --output-dir {output_dir}-again")
+    config = recipe.compare
+    again = f"dpo-mm compare --model {config.model} --adapter {config.adapter} --output-dir {output_dir}-again"
+    if isinstance(config, CompareAnswersConfig):
+        print(f"Next, sampled instead of greedy: {again} --questions {config.questions} --temperature 1")
+    else:
+        sampling = f"--sampling-steps {config.sampling_steps} --guidance {config.guidance:g} --seed {seed + 1}"
+        print(f"Next, on other seeds: {again} {sampling}")
 
 
 @app.command(context_settings=FLAGS)
@@ -131,33 +141,45 @@ def train(context: typer.Context, config: str, dry_run: DryRun = False) -> None:
     )
 
 
-def _simple(context: typer.Context, config: str | None, name: str, kind: type[Any]) -> Any:
-    from dpo_mm.config import build
+def _of_its_kind(context: typer.Context, name: str, pictures: type[Any], answers: type[Any]) -> Any:
+    """The settings of a command that takes image generators and vision-language models, told apart by the model.
 
-    return build(kind, _section(config, name, flags(context.args)), where=config or "flags")
+    A file of settings may come first: click would take the first flag for it, were it an argument of the command.
+    """
+    from dpo_mm.config import build
+    from dpo_mm.policies.protocol import LANGUAGE, family_of
+    from dpo_mm.shipped import locate
+
+    config = context.args[0] if context.args and not context.args[0].startswith("--") else None
+    values = _section(config, name, flags(context.args[1:] if config else context.args))
+    language = "questions" in values or (
+        "model" in values
+        and "prompts" not in values
+        and family_of(locate(values["model"]), revision=values.get("revision")) == LANGUAGE
+    )
+    return build(answers if language else pictures, values, where=config or "flags")
 
 
 @app.command(context_settings=FLAGS)
-def mine(context: typer.Context, config: Annotated[str | None, typer.Argument()] = None) -> None:
-    """Draw several pictures a prompt, judge them, and keep best against worst as pairs."""
-    from dpo_mm.config import MineConfig
+def mine(context: typer.Context) -> None:
+    """Pairs from a model's own pictures (best against worst) or its own wrong answers: mine [FILE.yaml] --key value ..."""
+    from dpo_mm.config import MineAnswersConfig, MineConfig
 
-    settings = _simple(context, config, "mine", MineConfig)
+    settings = _of_its_kind(context, "mine", MineConfig, MineAnswersConfig)
     with quietly():
-        from dpo_mm.mining import mine
+        from dpo_mm.recipe import mine
 
         path = mine(settings)
     print(f"Mined: {path}\nNext: dpo-mm train CONFIG.yaml --pairs {path}")
 
 
 @app.command(context_settings=FLAGS)
-def compare(context: typer.Context, config: Annotated[str | None, typer.Argument()] = None) -> None:
-    """Draw base and tuned from the same seeds, judge both, write a report."""
-    from dpo_mm.config import CompareConfig
+def compare(context: typer.Context) -> None:
+    """Base and tuned on the same seeds or questions, judged, with a report: compare [FILE.yaml] --key value ..."""
+    from dpo_mm.config import CompareAnswersConfig, CompareConfig
 
-    settings = _simple(context, config, "compare", CompareConfig)
+    settings = _of_its_kind(context, "compare", CompareConfig, CompareAnswersConfig)
     with quietly():
-        from dpo_mm.evaluation.compare import compare
-        from dpo_mm.recipe import show
+        from dpo_mm.recipe import compare, show
 
         show(compare(settings, title="Base and tuned", command=command_line()))

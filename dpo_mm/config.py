@@ -135,6 +135,59 @@ class MineConfig:
     """Prompts a shard; a restarted run skips finished shards."""
 
 
+@dataclass(frozen=True)
+class CompareAnswersConfig:
+    """Base and tuned vision-language model on the same held-out questions."""
+
+    model: str
+    output_dir: str
+    questions: str
+    """A world's name (pages-held-out, scenes-held-out), or Parquet or JSON lines with images, prompt and truth."""
+    adapter: str | None = None
+    """Folder of a LoRA in PEFT's format, or of a fully tuned model; None compares the base with itself."""
+    revision: str | None = None
+    limit: int | None = None
+    """Questions; None: all of a file, 400 of a world."""
+    judges: tuple[str, ...] = ("degeneration", "cer", "tokens")
+    """Names of judges of answers or module:function; the first one is the headline."""
+    guards: tuple[str, ...] = ()
+    """Judges of these that must not be significantly worse."""
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    """0: greedy."""
+    batch_size: int = 16
+    precision: str = "fp32"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MineAnswersConfig:
+    """Preference pairs from a model's own failures: the worst of its answers against the truth, or its own best."""
+
+    model: str
+    questions: str
+    output_dir: str
+    judge: str
+    adapter: str | None = None
+    revision: str | None = None
+    chosen: str = "truth"
+    """truth | best: the model's own best answer, by the judge and then by `tie_break`."""
+    tie_break: str = "recall"
+    """Judge that decides between own answers that the first finds equal, where chosen is best."""
+    samples: int = 0
+    """Answers drawn beside the greedy one."""
+    temperature: float = 1.0
+    min_gap: float = 0.0
+    """Least difference between chosen and rejected by the judge, exclusive."""
+    max_new_tokens: int = 512
+    limit: int | None = None
+    batch_size: int = 16
+    precision: str = "fp32"
+    seed: int = 0
+    shard_size: int = 128
+    """Questions a shard; a restarted run skips finished shards."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an error: the nearest known name, or all of them."""
     names = list(known)

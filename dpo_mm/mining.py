@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +20,10 @@ from dpo_mm.pictures import encode_png
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.progress import progress
 from dpo_mm.prompts import read_prompts, seeds_of
-from dpo_mm.schema import make_image_rows
+from dpo_mm.schema import image_preference, make_image_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
 
 PLAN_FILE = "mining.json"
 
@@ -34,7 +37,7 @@ def mine(config: MineConfig) -> Path:
         raise ValueError(f"samples is {config.samples}; a pair needs at least 2 pictures of a prompt")
     folder = Path(config.output_dir)
     prompts = read_prompts(config.prompts, limit=config.limit)
-    _same_plan(folder, config)
+    same_plan(folder, config)
     shards = [prompts[i : i + config.shard_size] for i in range(0, len(prompts), config.shard_size)]
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
@@ -45,11 +48,17 @@ def mine(config: MineConfig) -> Path:
             policy.attach(config.adapter)
         with progress("drawing and judging", sum(len(shards[n]) for n in left) * config.samples) as advance:
             for number in left:
-                write_rows(_mine_shard(policy, shards[number], config, advance), places[number])
-    return _combine(places, folder / "pairs.parquet", config)
+                rows = _mine_shard(policy, shards[number], config, advance)
+                write_rows(rows, places[number], make=make_image_rows, features=image_preference())
+    nothing = (
+        f"{config.output_dir}: no two of {config.samples} samples of any prompt differ by more than {config.min_gap:g} "
+        f"on {config.judge}; draw more samples or lower min_gap"
+    )
+    return combine(places, folder / "pairs.parquet", nothing=nothing)
 
 
-def _same_plan(folder: Path, config: MineConfig) -> None:
+def same_plan(folder: Path, config: Any) -> None:
+    """Note what a folder is mined with. Raises ValueError where it was begun with other settings, and which."""
     folder.mkdir(parents=True, exist_ok=True)
     plan, file = json.loads(json.dumps(as_dict(config))), folder / PLAN_FILE
     if file.exists():
@@ -132,23 +141,18 @@ def _row(
     }
 
 
-def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+def write_rows(rows: list[dict[str, Any]], path: Path, *, make: Callable[..., Dataset], features: Features) -> None:
     """Rows as Parquet, written aside and renamed; a shard without pairs is an empty file of the same columns."""
     from datasets import Dataset
 
-    from dpo_mm.schema import image_preference
-
-    found = (
-        make_image_rows(rows)
-        if rows
-        else Dataset.from_dict({n: [] for n in image_preference()}, features=image_preference())
-    )
+    found = make(rows) if rows else Dataset.from_dict({name: [] for name in features}, features=features)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     found.to_parquet(str(aside))
     aside.replace(path)
 
 
-def _combine(places: list[Path], target: Path, config: MineConfig) -> Path:
+def combine(places: list[Path], target: Path, *, nothing: str) -> Path:
+    """Shards as one file, once all are there. Raises ValueError with `nothing` where they hold no row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -156,10 +160,7 @@ def _combine(places: list[Path], target: Path, config: MineConfig) -> Path:
         return target
     table = pa.concat_tables([pq.read_table(place) for place in places])
     if table.num_rows == 0:
-        raise ValueError(
-            f"{config.output_dir}: no two of {config.samples} samples of any prompt differ by more than {config.min_gap:g} "
-            f"on {config.judge}; draw more samples or lower min_gap"
-        )
+        raise ValueError(nothing)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     pq.write_table(table, aside)
     aside.replace(target)

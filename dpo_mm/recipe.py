@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.config import CompareConfig, MineConfig, TrainConfig, build, nearest, read
+from dpo_mm.config import (
+    CompareAnswersConfig,
+    CompareConfig,
+    MineAnswersConfig,
+    MineConfig,
+    TrainConfig,
+    build,
+    nearest,
+    read,
+)
 from dpo_mm.shipped import presets_folder
 
 if TYPE_CHECKING:
@@ -21,8 +30,8 @@ class Recipe:
 
     title: str
     train: TrainConfig
-    compare: CompareConfig
-    mine: MineConfig | None = None
+    compare: CompareConfig | CompareAnswersConfig
+    mine: MineConfig | MineAnswersConfig | None = None
     baseline: str | None = None
 
 
@@ -44,7 +53,12 @@ def read_recipe(task: str, preset: str, given: Mapping[str, str]) -> Recipe:
     baseline = given.get("baseline") or values.get("baseline")
     if baseline not in (None, "sft"):
         raise ValueError(f"baseline {baseline!r} is unknown; expected 'sft'")
-    kinds: dict[str, Any] = {"train": TrainConfig, "compare": CompareConfig, "mine": MineConfig}
+    answers = "questions" in values.get("compare", {})
+    kinds: dict[str, Any] = {
+        "train": TrainConfig,
+        "compare": CompareAnswersConfig if answers else CompareConfig,
+        "mine": MineAnswersConfig if answers else MineConfig,
+    }
     places = {"train": output / "adapter", "compare": output, "mine": output / "mined"}
     flags = {key: value for key, value in given.items() if key not in ("output_dir", "baseline")}
     parts: dict[str, Any] = {}
@@ -78,8 +92,6 @@ def _refuse_unknown(flags: Mapping[str, str], kinds: Mapping[str, Any], where: s
 
 def run(recipe: Recipe, *, command: str) -> Outcome:
     """Walk through a recipe and show what came of it."""
-    from dpo_mm.evaluation.compare import compare
-    from dpo_mm.mining import mine
     from dpo_mm.trainer import train
 
     if recipe.mine:
@@ -93,9 +105,32 @@ def run(recipe: Recipe, *, command: str) -> Outcome:
         baseline=str(beside.folder) if beside else None,
         history=trained.history,
         settings=trained.settings,
+        beta=recipe.train.beta,
     )
     show(outcome)
     return outcome
+
+
+def mine(config: MineConfig | MineAnswersConfig) -> Path:
+    """Pairs from a model's own pictures or answers, as the kind of config says."""
+    if isinstance(config, MineAnswersConfig):
+        from dpo_mm.own_failures import mine_answers
+
+        return mine_answers(config)
+    from dpo_mm.mining import mine
+
+    return mine(config)
+
+
+def compare(config: CompareConfig | CompareAnswersConfig, *, beta: float | None = None, **about: Any) -> Outcome:
+    """Base against tuned, pictures or answers, as the kind of config says. beta: of the training."""
+    if isinstance(config, CompareAnswersConfig):
+        from dpo_mm.evaluation.compare_answers import compare_answers
+
+        return compare_answers(config, beta=beta, **about)
+    from dpo_mm.evaluation.compare import compare
+
+    return compare(config, **about)
 
 
 def sft_of(config: TrainConfig) -> TrainConfig:

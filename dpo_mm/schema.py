@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -17,6 +18,14 @@ PREFERENCES = ("a", "b", "tie", "both_bad")
 REQUIRED = ("prompt", "image_a", "image_b", "preference")
 IN_MEMORY = 2**30
 """Bytes; Parquet up to this size is read into memory."""
+
+
+class Answer(NamedTuple):
+    """What a model said: its text, how many tokens that took, and whether it was cut at the limit."""
+
+    text: str
+    tokens: int
+    hit_limit: bool
 
 
 def image_preference() -> Features:
@@ -49,7 +58,10 @@ def image_preference() -> Features:
 
 
 def response_preference() -> Features:
-    """Features of `ResponsePreference`, TRL's conversational preference with images, and where a row comes from."""
+    """Features of `ResponsePreference`, TRL's conversational preference with images, and where a row comes from.
+
+    rejected_open: the rejected answer was cut, so that no end of turn belongs after it. reason: why it was rejected.
+    """
     from datasets import Features, Image, List, Value
 
     part = {"type": Value("string"), "text": Value("string")}
@@ -62,8 +74,12 @@ def response_preference() -> Features:
             "prompt": messages,
             "chosen": messages,
             "rejected": messages,
+            "rejected_open": Value("bool"),
             "margin": Value("float64"),
             "axis": text,
+            "reason": text,
+            "model": text,
+            "decoding": text,
             "source": text,
             "license": text,
         }
@@ -102,6 +118,29 @@ def load_responses(path: str) -> Dataset:
     rows = _open(locate(path))
     _require_columns(rows, ("prompt", "chosen", "rejected"), path)
     return _with_ids(rows)
+
+
+def make_response_rows(rows: list[dict[str, Any]]) -> Dataset:
+    """A set of `ResponsePreference` rows; columns that a row leaves out are null, texts become messages.
+
+    Raises ValueError for a column that is not part of it.
+    """
+    from datasets import Dataset
+
+    features = response_preference()
+    unknown = sorted({key for row in rows for key in row} - set(features))
+    if unknown:
+        raise ValueError(f"column {unknown[0]!r} is not part of ResponsePreference; known: {', '.join(features)}")
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    full = [
+        {name: _as_message(row.get(name), roles[name]) if name in roles else row.get(name) for name in features}
+        for row in rows
+    ]
+    return Dataset.from_list(full, features=features)
+
+
+def _as_message(content: Any, role: str) -> Any:
+    return [{"role": role, "content": [{"type": "text", "text": content}]}] if isinstance(content, str) else content
 
 
 def _open(path: str) -> Dataset:
@@ -200,10 +239,17 @@ def decided(rows: Dataset) -> Dataset:
 
 
 def split_by_prompt(rows: Dataset, fraction: float, *, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Training rows and rows to watch, whole prompts apart, about `fraction` of the prompts; None where too few."""
+    """Training rows and rows to watch, whole prompts apart, about `fraction` of the prompts; None where too few.
+
+    A prompt with images is another prompt with other images.
+    """
     import numpy as np
 
     prompts = [str(prompt) for prompt in rows["prompt"]]
+    if "images" in rows.column_names:
+        pictures = rows.select_columns("images").with_format("arrow")["images"].to_pylist()
+        digests = [hashlib.sha256(repr(images).encode()).hexdigest() for images in pictures]
+        prompts = [f"{digest} {prompt}" for digest, prompt in zip(digests, prompts, strict=True)]
     names = sorted(set(prompts))
     count = int(len(names) * fraction)
     if count == 0:

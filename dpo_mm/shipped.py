@@ -10,6 +10,8 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parent
 SHIPPED = {
     "shapes-sd": "models/shapes-sd",
+    "shapes-captioner": "models/shapes-captioner",
+    "page-reader": "models/page-reader",
     "shapes-faithfulness": "shapes/faithfulness.parquet",
     "shapes-aesthetic": "shapes/aesthetic.parquet",
     "shapes-train": "shapes/prompts-train.txt",

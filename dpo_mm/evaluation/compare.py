@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dpo_mm.config import CompareConfig
+from dpo_mm.config import CompareAnswersConfig, CompareConfig
 from dpo_mm.evaluation.report import Example, Report, write_report
 from dpo_mm.evaluation.statistics import Comparison, overall, paired
 from dpo_mm.judges import load_judge, metric_of
@@ -202,13 +202,13 @@ def compare(
     of the training, for the report. Raises ValueError where a part of the config won't do.
     """
     plan = plan_of(config)
-    policy = _opened(config, config.adapter)
+    policy = opened(config, config.adapter)
     base = draw(policy, plan, config, scale=0.0, title="drawing with the base")
     tuned = draw(policy, plan, config, scale=1.0, title="drawing with the tuned")
     found = comparisons(base, tuned, config)
     notes = [narrowed(one) for one in found if one.judge == "pixels" and one.verdict == "worse"]
     if baseline:
-        sft = draw(_opened(config, baseline), plan, config, scale=1.0, title="drawing with SFT")
+        sft = draw(opened(config, baseline), plan, config, scale=1.0, title="drawing with SFT")
         found += comparisons(base, sft, config, suffix=" (SFT on the chosen)")
         against = comparisons(sft, tuned, config, suffix=" (DPO against SFT)")
         found += against
@@ -234,7 +234,8 @@ def compare(
     return Outcome(word, tuple(found), tuple(notes), write_report(Path(config.output_dir), report))
 
 
-def _opened(config: CompareConfig, adapter: str | None) -> Any:
+def opened(config: CompareConfig | CompareAnswersConfig, adapter: str | None) -> Any:
+    """The policy of a config with an adapter. Raises ValueError as loading does."""
     policy = load_policy(config.model, revision=config.revision, precision=config.precision)
     if adapter:
         policy.attach(adapter)
@@ -271,6 +272,7 @@ def earned(against: Comparison) -> str:
     words = {
         "better": f"DPO earned its keep: {against.metric} {span}.",
         "worse": f"SFT on the chosen would have done better: {against.metric} {span}. Prefer it here.",
+        "changed": f"DPO and SFT differ, neither for better: {against.metric} {span}.",
         "no evidence": f"No evidence that DPO does better than SFT on the chosen here: {against.metric} {span}. SFT is cheaper.",
     }
     return words[against.verdict]

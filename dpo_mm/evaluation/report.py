@@ -31,7 +31,7 @@ from dpo_mm.evaluation.statistics import Comparison
 if TYPE_CHECKING:
     from rich.table import Table
 
-RATES = re.compile(r"\b(rates?|right|share|accuracy)\b", re.IGNORECASE)
+RATES = re.compile(r"\b(rates?|right|share|accuracy|recall|CHAIR_[is])\b", re.IGNORECASE)
 TONES = {"better": "good", "worse": "bad", "over-optimised": "warn"}
 LARGEST = 384  # pixels a side on the page; larger images are shrunk to it
 PIXELATED = 128  # pixels; smaller images are enlarged without smoothing
@@ -180,18 +180,21 @@ def terminal_table(comparisons: Sequence[Comparison]) -> Table:
     table = Table(header_style="bold", border_style="dim")
     for name in ("metric", "base", "tuned", "difference", "95 % interval", "verdict"):
         table.add_column(name, justify="left" if name in ("metric", "verdict") else "right")
-    colours = {"good": "green", "bad": "red"}
-    for row in _rows(comparisons):
-        metric = Text(row.metric, style="bold" if row.headline else "").append(f" · {row.judge}", style="dim")
-        verdict = Text(row.verdict, style=colours.get(row.tone, "dim"))
-        table.add_row(metric, row.base, row.tuned, row.difference, row.interval, verdict)
+    for within, group in itertools.groupby(_rows(comparisons), lambda row: row.metric.partition(" (")[2]):
+        if within:
+            table.add_row(Text(within.rstrip(")"), style="italic"))
+        for row in group:
+            metric = Text(row.metric.partition(" (")[0], style="bold" if row.headline else "")
+            tone = {"good": "green", "bad": "red"}.get(row.tone, "dim")
+            table.add_row(metric, row.base, row.tuned, row.difference, row.interval, Text(row.verdict, tone))
     return table
 
 
 def is_rate(comparison: Comparison) -> bool:
     """Whether to show it in per cent: a word of `RATES` in the metric's name, and values within [0, 1]."""
-    within = all(0 <= value <= 1 for value in (comparison.base, comparison.tuned))
-    return within and RATES.search(comparison.metric) is not None
+    return all(0 <= value <= 1 for value in (comparison.base, comparison.tuned)) and bool(
+        RATES.search(comparison.metric)
+    )
 
 
 def pieces(text: str, marks: Sequence[tuple[int, int]] = ()) -> list[Piece]:
@@ -250,12 +253,8 @@ def _metrics(report: Report) -> dict[str, Any]:
         "control": report.control.as_dict() if report.control else None,
         "settings": report.settings,
         "notes": list(report.notes),
-        "history": [{name: _finite(value) for name, value in entry.items()} for entry in report.history],
+        "history": [{k: float(v) if math.isfinite(v) else None for k, v in entry.items()} for entry in report.history],
     }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _write(path: Path, fill: Callable[[BinaryIO], object]) -> Path:

@@ -1,5 +1,7 @@
-"""Judges: functions of pictures and their prompts that give one score a picture. No judge sees a policy.
+"""Judges: functions that score pictures against their prompts, or answers against the truth. No judge sees a policy.
 
+Of pictures: `score(images, prompts) -> [one number a picture]`. Of answers: `score(answers, truths) -> [one Share an
+answer]`, so that a rate is the sum of its hits over the sum of what it counts, as CHAIR and character error rates are.
 To add one: write the function and name it in JUDGES, or name your own as "module:function" wherever a judge is asked for.
 """
 
@@ -8,29 +10,68 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
 from dpo_mm.config import nearest
+from dpo_mm.schema import Answer
+
+Better = Literal["higher", "lower", "neither"]
+
+
+class Share(NamedTuple):
+    """So many hits of so many: one answer's part in a rate. of 0: the judge has nothing to say of this answer."""
+
+    hits: float
+    of: float
+
+
+class Finding(NamedTuple):
+    """What a judge found wrong with one answer: in words ("" for nothing), and where, in characters."""
+
+    reason: str
+    marks: tuple[tuple[int, int], ...] = ()
+
 
 Score = Callable[[Sequence[Image.Image], Sequence[str]], list[float]]
+AnswerScore = Callable[[Sequence[Answer], Sequence[str]], list[Share]]
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge by name: what it measures, in the words of a report, and where its function stands."""
+    """A judge by name: what it measures, in a report's words, where its function stands, and which way is better.
+
+    explain: where a function stands that says of (answer, truth) what is wrong, as a Finding.
+    """
 
     metric: str
     function: str
+    better: Better = "higher"
+    explain: str | None = None
 
 
+_TEXT = "dpo_mm.judges.text"
 JUDGES: dict[str, Judge] = {
     "faithfulness": Judge("wholly right rate", "dpo_mm.judges.scene:faithfulness"),
     "aesthetic": Judge("aesthetic score", "dpo_mm.judges.aesthetic:aesthetic"),
-}
+    "degeneration": Judge("degeneration rate", f"{_TEXT}:degeneration", "lower", f"{_TEXT}:explain_loop"),
+    "runaway": Judge("runaway rate", f"{_TEXT}:runaway", "lower", f"{_TEXT}:explain_loop"),
+    "repetition": Judge("excess repetition, share", f"{_TEXT}:repetition", "lower", f"{_TEXT}:explain_loop"),
+    "cer": Judge("character error rate", f"{_TEXT}:cer", "lower"),
+    "wer": Judge("word error rate", f"{_TEXT}:wer", "lower"),
+    "anls": Judge("ANLS", f"{_TEXT}:anls"),
+    "valid_json": Judge("valid JSON rate", f"{_TEXT}:valid_json"),
+    "cap_hit": Judge("cut at the limit, rate", f"{_TEXT}:cap_hit", "lower"),
+    "tokens": Judge("tokens an answer", f"{_TEXT}:tokens", "lower"),
+    "words": Judge("words an answer", f"{_TEXT}:words", "neither"),
+    "chair_i": Judge("CHAIR_i", "dpo_mm.judges.captions:chair_i", "lower", "dpo_mm.judges.captions:explain"),
+    "chair_s": Judge("CHAIR_s", "dpo_mm.judges.captions:chair_s", "lower", "dpo_mm.judges.captions:explain"),
+    "recall": Judge("object recall", "dpo_mm.judges.captions:recall"),
+}  # fmt: skip
 
 
-def load_judge(name: str) -> Score:
+def load_judge(name: str) -> Any:
     """A judge's function by its name in JUDGES or as module:function. Raises ValueError where there is none."""
     target = JUDGES[name].function if name in JUDGES else name
     module, colon, function = target.partition(":")
@@ -45,3 +86,14 @@ def load_judge(name: str) -> Score:
 def metric_of(name: str) -> str:
     """What a judge measures, in the words of a report."""
     return JUDGES[name].metric if name in JUDGES else name.rpartition(":")[2]
+
+
+def better_of(name: str) -> Better:
+    """Which way is better; for a judge of your own its function's attribute `better`, or higher."""
+    return JUDGES[name].better if name in JUDGES else getattr(load_judge(name), "better", "higher")
+
+
+def explain(name: str, answer: Answer, truth: str) -> Finding:
+    """What a judge found wrong with an answer; nothing where it doesn't say."""
+    where = JUDGES[name].explain if name in JUDGES else None
+    return load_judge(where)(answer, truth) if where else Finding("")

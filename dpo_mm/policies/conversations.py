@@ -58,7 +58,7 @@ class Conversations:
         messages = as_messages(row["prompt"], "user")
         prompt = self.prompt(images, messages, where=f"row {name}")
         answers = {
-            side: self._completion(messages, images, row[side], f"row {name}: {side}")
+            side: self._completion(messages, images, row[side], f"row {name}: {side}", ends=not row.get(f"{side}_open"))
             for side in ("chosen", "rejected")
         }
         length = len(prompt["ids"]) + max(len(ids) for ids in answers.values())
@@ -128,9 +128,9 @@ class Conversations:
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
 
     def _completion(
-        self, messages: Sequence[dict[str, Any]], images: Sequence[Any], answer: Any, where: str
+        self, messages: Sequence[dict[str, Any]], images: Sequence[Any], answer: Any, where: str, *, ends: bool
     ) -> list[int]:
-        """Ids of what follows the prompt, up to the end of the turn, (tokens,)."""
+        """Ids of what follows the prompt, (tokens,), up to the end of the turn, or without it where the answer was cut."""
         answers = as_messages(answer, "assistant")
         placed = _placed(messages, len(images), where)
         before, whole = self._template(placed, answered=False), self._template([*placed, *answers], answered=True)
@@ -138,9 +138,11 @@ class Conversations:
             whole = before + "".join(part["text"] or "" for message in answers for part in message["content"])
         ids = self._after(before, whole)
         last = self._end_of_turn(ids)
-        if last is None and self.tokenizer.eos_token_id is not None:
+        if ends and last is None and self.tokenizer.eos_token_id is not None:
             ids.append(self.tokenizer.eos_token_id)
         ids = ids if last is None else ids[: last + 1]
+        if not ends and last is not None:
+            ids = ids[:last]
         if not ids:
             raise ValueError(f"{where} is empty; expected at least one token")
         return ids

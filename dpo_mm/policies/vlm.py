@@ -16,7 +16,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -28,17 +28,10 @@ from dpo_mm.policies.conversations import Conversations
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.policies.shared_prefix import unwrap
 from dpo_mm.policies.token_scores import Scorer, evaluating, features_agree, features_to, join_features, vision_features
+from dpo_mm.schema import Answer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER_FILE = "adapter_config.json"
-
-
-class Answer(NamedTuple):
-    """What a model said: its text, how many tokens that took, and whether it was cut at the limit."""
-
-    text: str
-    tokens: int
-    hit_limit: bool
 
 
 class VisionLanguage:
@@ -274,6 +267,21 @@ class VisionLanguage:
             raise ValueError(f"adapter {str(folder)!r}: neither {ADAPTER_FILE} nor config.json there")
 
     # Answering
+
+    @contextlib.contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """Within it the policy answers as it did before `attach`."""
+        if self.base is not None:
+            tuned, self.model = self.model, self.base
+            try:
+                yield
+            finally:
+                self.model = tuned
+        elif hasattr(self.model, "disable_adapter"):
+            with self.model.disable_adapter():
+                yield
+        else:
+            yield
 
     @torch.no_grad()
     def generate(

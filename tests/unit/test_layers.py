@@ -8,9 +8,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
     {"__init__", "objectives", "schema", "config", "pictures", "progress", "shipped"},
-    {"worlds", "sources", "doctor", "judges", "policies", "prompts"},
+    {"worlds", "sources", "doctor", "judges", "policies", "prompts", "questions"},
     {"reference", "encoding", "collate"},
-    {"trainer", "mining", "evaluation"},
+    {"trainer", "mining", "own_failures", "evaluation"},
     {"recipe", "cli", "__main__"},
 )
 

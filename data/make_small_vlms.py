@@ -1,0 +1,240 @@
+"""Make data/models/page-reader and data/models/shapes-captioner: small LLaVA models, from nothing but code.
+
+    python data/make_small_vlms.py reader        # about an hour on one CPU core
+    python data/make_small_vlms.py captioner     # about ten minutes
+
+Both are stock LlavaForConditionalGeneration (a CLIP vision tower, a projector, a Llama), fine-tuned on the training
+side of their world alone, and saved in half precision with processor and card. The reader learns pages of one or two
+lines first. Neither is finished: the reader stops before it is reliable, the captioner learns from web captions that
+name things which aren't there. That is what preference tuning is for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from dpo_mm.worlds import captions, documents, shapes
+
+HERE = Path(__file__).parent
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+PATCH = 8
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+Sample = tuple[np.ndarray, str, str]
+"""Picture (side, side, 3) uint8, prompt, answer."""
+
+
+def tokenizer(pattern: str, vocabulary: list[str]) -> Any:
+    """A tokenizer of the pieces that the pattern cuts; it decodes to the very text."""
+    pieces = dict.fromkeys([*SPECIAL, *vocabulary])
+    inner = Tokenizer(models.WordLevel({piece: n for n, piece in enumerate(pieces)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    inner.decoder = decoders.Fuse()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        **names,
+        extra_special_tokens={"image_token": "<image>"},
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def reader_tokenizer() -> Any:
+    """Characters, and each prompt as one token."""
+    prompts = list(documents.PROMPTS.values())
+    pattern = "|".join(prompt.replace(".", r"\.") for prompt in sorted(prompts, key=len, reverse=True)) + r"|[\s\S]"
+    return tokenizer(pattern, [*prompts, *documents.CHARACTERS])
+
+
+def captioner_tokenizer() -> Any:
+    """Words with the space before them."""
+    words = [*shapes.COLOURS, *shapes.SHAPES, "and", "a", "an"]
+    return tokenizer(
+        rf"{captions.PROMPT[:-1]}\.| ?[a-z]+|[\s\S]",
+        [captions.PROMPT, *(f" {w}" for w in words), "a", "an", ",", ".", "\n"],
+    )
+
+
+def build(words: Any, side: int, width: int, layers: int) -> tuple[Any, Any]:
+    """A random LLaVA for square pictures of `side` pixels, and its processor."""
+    torch.manual_seed(0)
+    size = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 32}
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**size, intermediate_size=4 * width, image_size=side, patch_size=PATCH),
+        text_config=hf.LlamaConfig(
+            **size,
+            intermediate_size=3 * width,
+            vocab_size=len(words),
+            max_position_embeddings=512,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=True,
+        ),
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        image_seq_length=(side // PATCH) ** 2,
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+    )
+    shape = {"height": side, "width": side}
+    pixels = hf.CLIPImageProcessor(
+        size=shape, crop_size=shape, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
+    )
+    processor = hf.LlavaProcessor(
+        pixels,
+        words,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    model = hf.LlavaForConditionalGeneration(config)
+    model.generation_config = hf.GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return model, processor
+
+
+def read_samples(count: int, seed: int, *, short: bool) -> Iterator[Sample]:
+    """Pages of the training side; short: a line or two of each, as plain text."""
+    for number, page in enumerate(documents.pages(count, seed)):
+        if short:
+            lines = page.lines[: 1 + number % 2]
+            page = dataclasses.replace(page, lines=lines, form="text", header="", footer="")
+        yield np.asarray(documents.render(page)), documents.PROMPTS[page.form], documents.transcription(page)
+
+
+def caption_samples(count: int, seed: int, *, short: bool) -> Iterator[Sample]:
+    """Scenes of the training side with their web captions."""
+    rng = np.random.default_rng((seed, 1))
+    for scene in captions.scenes(count, seed):
+        yield np.asarray(shapes.render(scene)), captions.PROMPT, captions.web_caption(scene, rng)
+
+
+@dataclasses.dataclass
+class Pool:
+    """Samples as tensors, in order of their length: pixels (n, 3, side, side) uint8, ids and where the answer starts."""
+
+    pixels: torch.Tensor
+    ids: list[torch.Tensor]
+    starts: list[int]
+
+
+def pool(samples: Iterator[Sample], words: Any, image_tokens: int) -> Pool:
+    rows = []
+    for picture, prompt, answer in samples:
+        before = [1, *([words.convert_tokens_to_ids("<image>")] * image_tokens), *words.encode(prompt + "\n")]
+        rows.append((picture, torch.tensor([*before, *words.encode(answer), 2]), len(before)))
+    rows.sort(key=lambda row: len(row[1]))
+    pixels = torch.from_numpy(np.stack([row[0] for row in rows])).permute(0, 3, 1, 2).contiguous()
+    return Pool(pixels, [row[1] for row in rows], [row[2] for row in rows])
+
+
+def batches(pool: Pool, size: int, steps: int, rng: np.random.Generator) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of samples of about one length, in random order."""
+    for _ in range(steps):
+        window = min(len(pool.ids), 6 * size)
+        start = int(rng.integers(len(pool.ids) - window + 1))
+        picked = start + rng.permutation(window)[:size]
+        longest = max(len(pool.ids[n]) for n in picked)
+        ids, labels = torch.zeros(size, longest, dtype=torch.long), torch.full((size, longest), -100)
+        for row, n in enumerate(picked):
+            ids[row, : len(pool.ids[n])] = pool.ids[n]
+            labels[row, pool.starts[n] : len(pool.ids[n])] = pool.ids[n][pool.starts[n] :]
+        mask = torch.arange(longest) < torch.tensor([len(pool.ids[n]) for n in picked])[:, None]
+        pixels = pool.pixels[torch.from_numpy(picked)].float() / 127.5 - 1
+        yield {"input_ids": ids, "labels": labels, "attention_mask": mask.long(), "pixel_values": pixels}
+
+
+def fit(model: Any, stages: list[tuple[Pool, int]], batch: int, rate: float, work: Path) -> None:
+    """Train on each pool for its number of steps, one cosine over all."""
+    total = sum(steps for _, steps in stages)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.01)
+    learning = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / 200) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1, s / total))))
+    )
+    rng, started, step, recent = np.random.default_rng(0), time.time(), 0, 0.0
+    model.train()
+    for samples, steps in stages:
+        for inputs in batches(samples, batch, steps, rng):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**inputs).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            learning.step()
+            step += 1
+            recent = 0.98 * recent + 0.02 * float(loss.detach()) if step > 1 else float(loss.detach())
+            if step % 100 == 0:
+                print(f"step {step}/{total} loss {recent:.4f} {time.time() - started:.0f} s", flush=True)
+            if step % 1000 == 0:
+                model.save_pretrained(work / f"step-{step}")
+
+
+def save(model: Any, processor: Any, folder: Path) -> None:
+    """The model in half precision, its processor, and the hash of its weights."""
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    print(json.dumps({"folder": str(folder), "parameters": model.num_parameters(), "sha256": digest}))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "reader": {
+        "folder": "page-reader",
+        "side": documents.WIDTH,
+        "words": reader_tokenizer,
+        "samples": read_samples,
+        "stages": ((True, 10_000, 1_500), (False, 36_000, 5_000)),
+        "size": {"width": 128, "layers": 4},
+        "rate": 1.2e-3,
+    },
+    "captioner": {
+        "folder": "shapes-captioner",
+        "side": shapes.SIZE,
+        "words": captioner_tokenizer,
+        "samples": caption_samples,
+        "stages": ((False, 20_000, 3_000),),
+        "size": {"width": 128, "layers": 4},
+        "rate": 1e-3,
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--work", type=Path, default=Path("work-vlm"))
+    parser.add_argument("--out", type=Path, default=HERE / "models")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
+    given = parser.parse_args()
+    kind = KINDS[given.kind]
+    words, image_tokens = kind["words"](), (kind["side"] // PATCH) ** 2
+    model, processor = build(words, kind["side"], **kind["size"])
+    print(f"{model.num_parameters():,} parameters, {len(words)} tokens")
+    stages = []
+    for seed, (short, count, steps) in enumerate(kind["stages"]):
+        samples = kind["samples"](int(count * min(1, given.scale * 4)), 100 + seed, short=short)
+        stages.append((pool(samples, words, image_tokens), int(steps * given.scale)))
+    fit(model, stages, given.batch, kind["rate"], given.work)
+    save(model, processor, given.out / kind["folder"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Base and tuned vision-language model on the same held-out questions, judged and compared answer by answer."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_mm.config import CompareAnswersConfig
+from dpo_mm.evaluation.compare import Outcome, earned, opened
+from dpo_mm.evaluation.report import Report, TextExample, write_report
+from dpo_mm.evaluation.statistics import Comparison, mcnemar, overall, paired_shares, rate_interval
+from dpo_mm.judges import Share, better_of, explain, load_judge, metric_of
+from dpo_mm.progress import progress
+from dpo_mm.questions import Question, read_questions
+from dpo_mm.schema import Answer
+
+SHOWN = 18
+"""Answers on the page, in turns from each category."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A model's answers to the questions, (questions,), and their shares by judge, (questions, 2)."""
+
+    answers: list[Answer]
+    shares: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def ask(
+    policy: Any, questions: Sequence[Question], config: CompareAnswersConfig, *, base: bool, title: str
+) -> Answered:
+    """The answers of the policy, or of its base without the adapter, judged."""
+    answers: list[Answer] = []
+    with progress(title, len(questions)) as advance, policy.base_weights() if base else contextlib.nullcontext():
+        for start in range(0, len(questions), config.batch_size):
+            part = questions[start : start + config.batch_size]
+            answers += policy.generate(
+                [question.images for question in part],
+                [question.prompt for question in part],
+                max_new_tokens=config.max_new_tokens,
+                do_sample=config.temperature > 0,
+                temperature=config.temperature or 1.0,
+                seed=config.seed + start,
+                batch_size=config.batch_size,
+            )
+            advance(len(part))
+    return judged(answers, questions, config)
+
+
+def judged(answers: list[Answer], questions: Sequence[Question], config: CompareAnswersConfig) -> Answered:
+    """Answers with what each judge says of them. Raises ValueError where a judge returns something else."""
+    truths = [question.truth for question in questions]
+    found = {}
+    for name in config.judges:
+        shares: list[Share] = load_judge(name)(answers, truths)
+        found[name] = np.array(shares, dtype=np.float64)
+        if found[name].shape != (len(answers), 2):
+            raise ValueError(
+                f"judge {name!r} returned {found[name].shape} for {len(answers)} answers; expected a Share each"
+            )
+    return Answered(answers, found)
+
+
+def comparisons(base: Answered, tuned: Answered, config: CompareAnswersConfig, *, suffix: str = "") -> list[Comparison]:
+    """Each judge, tuned against base; the first is the headline, unless a suffix says that something else is compared."""
+    return [
+        paired_shares(
+            base.shares[judge],
+            tuned.shares[judge],
+            metric=metric_of(judge) + suffix,
+            judge=judge,
+            headline=judge == config.judges[0] and not suffix,
+            better=better_of(judge),
+            seed=config.seed,
+        )
+        for judge in config.judges
+    ]
+
+
+def by_category(
+    base: Answered, tuned: Answered, questions: Sequence[Question], judge: str, *, seed: int
+) -> list[Comparison]:
+    """The headline judge in each category of at least two questions."""
+    names = np.array([question.category for question in questions])
+    found = [
+        paired_shares(
+            base.shares[judge][names == name],
+            tuned.shares[judge][names == name],
+            metric=str(name),
+            judge=judge,
+            better=better_of(judge),
+            seed=seed,
+        )
+        for name in sorted(set(names))
+        if (names == name).sum() > 1
+    ]
+    return found if len(found) > 1 else []
+
+
+def examples(
+    base: Answered, tuned: Answered, questions: Sequence[Question], judge: str, *, count: int
+) -> list[TextExample]:
+    """Answers to show: first those that the headline's judge found fault with, of either model, in turns by category."""
+    faulty: list[tuple[str, TextExample]] = []
+    fine: list[tuple[str, TextExample]] = []
+    for number, question in enumerate(questions):
+        before, after = base.answers[number], tuned.answers[number]
+        marks = [explain(judge, answer, question.truth) for answer in (before, after)]
+        changed = base.shares[judge][number, 0] != tuned.shares[judge][number, 0]
+        note = "; ".join(
+            f"{who}: {one.reason}" for who, one in zip(("base", "tuned"), marks, strict=True) if one.reason
+        )
+        shown = TextExample(
+            image=question.images[0] if question.images else None,
+            prompt=question.prompt if isinstance(question.prompt, str) else question.id,
+            base=before.text,
+            tuned=after.text,
+            truth=question.truth or None,
+            base_marks=marks[0].marks if base.shares[judge][number, 0] else (),
+            tuned_marks=marks[1].marks if tuned.shares[judge][number, 0] else (),
+            note=note if base.shares[judge][number, 0] or tuned.shares[judge][number, 0] else "",
+        )
+        (faulty if changed or tuned.shares[judge][number, 0] else fine).append((question.category, shown))
+    return (_in_turns(faulty) + _in_turns(fine))[:count]
+
+
+def _in_turns(named: list[tuple[str, TextExample]]) -> list[TextExample]:
+    groups: dict[str, list[TextExample]] = {}
+    for category, shown in named:
+        groups.setdefault(category, []).append(shown)
+    turns = itertools.zip_longest(*groups.values())
+    return [shown for turn in turns for shown in turn if shown is not None]
+
+
+def counted(base: Answered, tuned: Answered, judge: str) -> str | None:
+    """A rate as counts, with exact intervals and the exact paired test; None where the judge doesn't say yes or no."""
+    both = [base.shares[judge], tuned.shares[judge]]
+    if not all(((one[:, 1] == 1) & np.isin(one[:, 0], (0, 1))).all() for one in both):
+        return None
+    hits, n = [int(one[:, 0].sum()) for one in both], len(both[0])
+    (a, b), (c, d) = (rate_interval(hit, n) for hit in hits)
+    test = mcnemar(*(one[:, 0] > 0 for one in both))
+    change = f", {hits[1] / hits[0] - 1:+.0%} relative" if hits[0] else ""
+    return (
+        f"{metric_of(judge)}: {hits[0]} of {n} answers with the base (exact interval {a:.1%} to {b:.1%}), {hits[1]} tuned "
+        f"({c:.1%} to {d:.1%}){change}; {test.only_base} mended, {test.only_tuned} broken, exact McNemar p {test.p:.2g}."
+    )
+
+
+def chosen_kept(history: Sequence[dict[str, float]], beta: float) -> str | None:
+    """How far the chosen answers' log-prob has moved from the reference's: the guard against falling likelihood."""
+    entries = [entry for entry in history if "eval_reward_chosen" in entry] or [
+        e for e in history if "reward_chosen" in e
+    ]
+    if not entries:
+        return None
+    last = entries[-1]
+    nats = (last.get("eval_reward_chosen", last.get("reward_chosen", 0.0))) / beta
+    where = "watched" if "eval_reward_chosen" in last else "training"
+    word = "kept" if nats >= 0 else "FALLEN, which tends to cost quality: raise sft_weight"
+    return f"The chosen answers' log-prob is {nats:+.2f} nats from the reference's on {where} pairs: {word}."
+
+
+def compare_answers(
+    config: CompareAnswersConfig,
+    *,
+    title: str,
+    command: str,
+    baseline: str | None = None,
+    history: Sequence[dict[str, float]] = (),
+    settings: dict[str, str] | None = None,
+    beta: float | None = None,
+) -> Outcome:
+    """Ask, judge and compare as the config says, and write report.html and metrics.json.
+
+    baseline: folder of a second adapter, SFT on the same chosen answers. history, settings, beta: of the training.
+    Raises ValueError where a part of the config won't do.
+    """
+    strangers = [name for name in config.guards if name not in config.judges]
+    if strangers:
+        raise ValueError(f"guards: {strangers[0]!r} is not among the judges {', '.join(config.judges)}; add it there")
+    questions = read_questions(config.questions, limit=config.limit)
+    policy = opened(config, config.adapter)
+    base = ask(policy, questions, config, base=True, title="asking the base")
+    tuned = ask(policy, questions, config, base=False, title="asking the tuned")
+    found = comparisons(base, tuned, config)
+    guards = [one for one in found if one.judge in config.guards]
+    headline, word = config.judges[0], overall(found[0], guards)
+    notes = [counted(base, tuned, headline), history and beta and chosen_kept(history, beta)]
+    if baseline:
+        sft = ask(opened(config, baseline), questions, config, base=False, title="asking SFT")
+        against = comparisons(sft, tuned, config, suffix=" (DPO against SFT)")
+        found += comparisons(base, sft, config, suffix=" (SFT on the chosen)") + against
+        notes.append(earned(against[0]))
+    report = Report(
+        title=title,
+        verdict=word,
+        summary=_summary(found[0], word),
+        command=command,
+        comparisons=tuple(found),
+        categories=tuple(by_category(base, tuned, questions, headline, seed=config.seed)),
+        history=tuple(history),
+        text_examples=tuple(examples(base, tuned, questions, headline, count=SHOWN)),
+        settings={**(settings or {}), **_asking(config, len(questions))},
+        notes=tuple(note for note in notes if note),
+    )
+    return Outcome(word, tuple(found), report.notes, write_report(Path(config.output_dir), report))
+
+
+def _summary(headline: Comparison, word: str) -> str:
+    return (
+        f"{headline.metric}: {headline.base:.3f} with the base, {headline.tuned:.3f} tuned "
+        f"({headline.difference:+.3f}, 95 % interval {headline.low:+.3f} to {headline.high:+.3f}; "
+        f"{headline.wins} answers better, {headline.losses} worse, {headline.ties} the same): {word}."
+    )
+
+
+def _asking(config: CompareAnswersConfig, count: int) -> dict[str, str]:
+    way = f"sampled at temperature {config.temperature:g}" if config.temperature else "greedy"
+    return {
+        "model": config.model,
+        "adapter": config.adapter or "none",
+        "questions": f"{config.questions}, {count} of them",
+        "decoding": f"{way}, at most {config.max_new_tokens} tokens",
+        "seed": str(config.seed),
+    }

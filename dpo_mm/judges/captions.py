@@ -1,0 +1,62 @@
+"""Judges of captions: what they name that isn't there, and what they leave out.
+
+CHAIR (Rohrbach et al. 2018, 1809.02156): CHAIR_i is the share of object mentions that are invented, CHAIR_s the share
+of captions with any. They stand beside recall and length, since the shortest caption invents the least. What can be
+mentioned here is the world of shapes'; `counts` takes any other vocabulary, such as the 80 objects of COCO with their
+synonyms, in a judge of your own:
+
+    def coco_chair_i(answers, truths):
+        return [Share(c.invented, c.mentioned) for c in counts(answers, truths, mentions=my_mentions)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from dpo_mm.judges import Finding, Share
+from dpo_mm.schema import Answer
+from dpo_mm.worlds import captions
+
+Mentions = Callable[[str], list[str]]
+
+
+class Counts(NamedTuple):
+    """Of one caption: objects mentioned, mentions of what the truth doesn't name, objects of the truth, those found."""
+
+    mentioned: int
+    invented: int
+    there: int
+    found: int
+
+
+def counts(answers: Sequence[Answer], truths: Sequence[str], mentions: Mentions = captions.mentions) -> list[Counts]:
+    """What each caption mentions against what its truth mentions; an object is one, however often it is named."""
+    found = []
+    for answer, truth in zip(answers, truths, strict=True):
+        said, there = set(mentions(answer.text)), set(mentions(truth))
+        found.append(Counts(len(said), len(said - there), len(there), len(said & there)))
+    return found
+
+
+def chair_i(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+    """Invented mentions, of all mentions."""
+    return [Share(one.invented, one.mentioned) for one in counts(answers, truths)]
+
+
+def chair_s(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+    """Captions with an invented mention, of all captions."""
+    return [Share(float(one.invented > 0), 1) for one in counts(answers, truths)]
+
+
+def recall(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+    """Objects of the truth that are named, of all of them."""
+    return [Share(one.found, one.there) for one in counts(answers, truths)]
+
+
+def explain(answer: Answer, truth: str) -> Finding:
+    """What a caption names that isn't there, with where."""
+    there = set(captions.mentions(truth))
+    invented = [(kind, start, end) for kind, start, end in captions.spans(answer.text) if kind not in there]
+    names = ", ".join(dict.fromkeys(kind for kind, _, _ in invented))
+    return Finding(f"invented: {names}" if names else "", tuple((start, end) for _, start, end in invented))

@@ -1,0 +1,115 @@
+"""Preference pairs from a reader's or captioner's own failures: ask it, judge its answers, reject the worst.
+
+rejected is what the model itself said (a loop cut after three rounds, see `judges.text.cut_loop`), chosen is the truth
+or its own best. Each row keeps why it was rejected and how it was drawn. Finished shards are kept; a restarted run goes
+on after them. Processes share the questions (RANK of WORLD_SIZE).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_mm.config import MineAnswersConfig
+from dpo_mm.judges import Share, better_of, explain, load_judge
+from dpo_mm.judges.text import cut_loop
+from dpo_mm.mining import combine, same_plan, write_rows
+from dpo_mm.pictures import encode_png
+from dpo_mm.policies.protocol import load_policy
+from dpo_mm.progress import progress
+from dpo_mm.questions import Question, read_questions
+from dpo_mm.schema import Answer, make_response_rows, response_preference
+
+
+def mine_answers(config: MineAnswersConfig) -> Path:
+    """Mine pairs as the config says; returns the Parquet file of `ResponsePreference` rows.
+
+    Raises ValueError where the folder was mined with other settings, a question has no truth, or nothing failed.
+    """
+    if config.chosen not in ("truth", "best"):
+        raise ValueError(f"chosen {config.chosen!r} is unknown; expected 'truth' or 'best'")
+    if config.chosen == "best" and config.samples < 1:
+        raise ValueError("samples is 0; to choose the model's own best takes at least 1 answer beside the greedy one")
+    folder = Path(config.output_dir)
+    questions = read_questions(config.questions, limit=config.limit)
+    blank = next((question.id for question in questions if not question.truth), None)
+    if blank is not None:
+        raise ValueError(f"{config.questions}: question {blank} has no truth, which judges compare answers with")
+    same_plan(folder, config)
+    shards = [questions[i : i + config.shard_size] for i in range(0, len(questions), config.shard_size)]
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
+    left = [n for n in range(rank, len(shards), world) if not places[n].exists()]
+    if left:
+        policy = load_policy(config.model, revision=config.revision, precision=config.precision)
+        if config.adapter:
+            policy.attach(config.adapter)
+        with progress("asking and judging", sum(len(shards[n]) for n in left) * (1 + config.samples)) as advance:
+            for number in left:
+                rows = _mine_shard(policy, shards[number], config, advance)
+                write_rows(rows, places[number], make=make_response_rows, features=response_preference())
+    nothing = f"none of its answers to {len(questions)} questions failed by {config.judge}; ask more, or sample some"
+    return combine(places, folder / "pairs.parquet", nothing=f"{config.output_dir}: {nothing}")
+
+
+def _mine_shard(
+    policy: Any, questions: Sequence[Question], config: MineAnswersConfig, advance: Any
+) -> list[dict[str, Any]]:
+    ways = ["greedy", *(f"sampled at {config.temperature:g}, seed {config.seed + n}" for n in range(config.samples))]
+    answers: list[list[Answer]] = [[] for _ in questions]
+    for place in range(len(ways)):
+        drawn = policy.generate(
+            [question.images for question in questions],
+            [question.prompt for question in questions],
+            max_new_tokens=config.max_new_tokens,
+            do_sample=place > 0,
+            temperature=config.temperature if place else 1.0,
+            seed=config.seed + max(place - 1, 0),
+            batch_size=config.batch_size,
+        )
+        for own, answer in zip(answers, drawn, strict=True):
+            own.append(answer)
+        advance(len(questions))
+    rows = (pair(question, own, ways, config) for question, own in zip(questions, answers, strict=True))
+    return [row for row in rows if row is not None]
+
+
+def badness(judge: str, answers: Sequence[Answer], truth: str) -> list[float]:
+    """How bad answers to one question are by a judge, higher is worse; 0 where it has nothing to say."""
+    shares: list[Share] = load_judge(judge)(answers, [truth] * len(answers))
+    sign = -1.0 if better_of(judge) == "higher" else 1.0
+    return [sign * share.hits / share.of if share.of else 0.0 for share in shares]
+
+
+def pair(
+    question: Question, answers: Sequence[Answer], ways: Sequence[str], config: MineAnswersConfig
+) -> dict[str, Any] | None:
+    """The row of one question: its worst answer rejected, the truth or its own best chosen; None where none failed."""
+    whole = Answer(question.truth, 0, hit_limit=False)
+    *bad, perfect = badness(config.judge, [*answers, whole], question.truth)
+    worst = max(range(len(answers)), key=bad.__getitem__)
+    chosen, floor = question.truth, perfect
+    if config.chosen == "best":
+        second = badness(config.tie_break, answers, question.truth)
+        best = min(range(len(answers)), key=lambda n: (bad[n], second[n]))
+        chosen, floor = answers[best].text, bad[best]
+    rejected = answers[worst]
+    if bad[worst] - floor <= config.min_gap or not chosen.strip() or rejected.text == chosen:
+        return None
+    text = cut_loop(rejected.text) if rejected.hit_limit else rejected.text
+    return {
+        "id": f"{question.id}/{worst}",
+        "images": [{"bytes": encode_png(image), "path": None} for image in question.images],
+        "prompt": question.prompt,
+        "chosen": chosen,
+        "rejected": text,
+        "rejected_open": rejected.hit_limit,
+        "margin": bad[worst] - floor,
+        "axis": config.judge,
+        "reason": explain(config.judge, rejected, question.truth).reason or f"worse by {config.judge}",
+        "model": config.model,
+        "decoding": ways[worst],
+        "source": f"own failures on {config.questions}, chosen: {config.chosen}",
+    }

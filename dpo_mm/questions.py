@@ -1,0 +1,125 @@
+"""Questions to a vision-language model: images, a prompt, and the true answer where it is known.
+
+By name from the embedded worlds, drawn at need, or from a file: Parquet or JSON lines with columns `images` (or `image`),
+`prompt`, and where they are known `truth`, `id` and `category`. In JSON lines an image is a path beside the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dpo_mm.config import nearest
+
+TRAIN_SEED, HELD_OUT_SEED = 1, 0
+DEFAULT_COUNT = 400
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to ask: images, prompt (a text or chat messages), the truth ("" where unknown) and its category."""
+
+    id: str
+    images: tuple[Image.Image, ...]
+    prompt: Any
+    truth: str
+    category: str
+
+
+def read_questions(name: str, *, limit: int | None = None) -> list[Question]:
+    """The questions of a shipped world or a file, at most `limit`; of a world 400 where no limit is given.
+
+    Raises ValueError that names the file and row where one is missing, unreadable or lacks a column.
+    """
+    if name in WORLDS:
+        return list(WORLDS[name](DEFAULT_COUNT if limit is None else limit))
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"questions {name!r}: no such file; {nearest(name, WORLDS)}, or give Parquet or JSON lines with columns "
+            "images, prompt and truth"
+        )
+    found = [_question(row, path, number) for number, row in enumerate(_rows(path, limit))]
+    if not found:
+        raise ValueError(f"{name}: no questions in it; expected a row a question")
+    return found
+
+
+def _pages(count: int, *, held_out: bool) -> Iterator[Question]:
+    from dpo_mm.worlds import documents
+
+    seed = HELD_OUT_SEED if held_out else TRAIN_SEED
+    for number, page in enumerate(documents.pages(count, seed, held_out=held_out)):
+        prompt, truth = documents.PROMPTS[page.form], documents.transcription(page)
+        kind = page.kind if page.form == "text" else f"{page.kind}, json"
+        yield Question(f"page-{number}", (documents.render(page),), prompt, truth, kind)
+
+
+def _scenes(count: int, *, held_out: bool) -> Iterator[Question]:
+    from dpo_mm.worlds import captions, shapes
+
+    seed = HELD_OUT_SEED if held_out else TRAIN_SEED
+    for number, scene in enumerate(captions.scenes(count, seed, held_out=held_out)):
+        things = f"{len(scene.things)} thing{'s' * (len(scene.things) > 1)}"
+        yield Question(f"scene-{number}", (shapes.render(scene),), captions.PROMPT, captions.caption(scene), things)
+
+
+WORLDS: dict[str, Callable[[int], Iterator[Question]]] = {
+    "pages-train": lambda count: _pages(count, held_out=False),
+    "pages-held-out": lambda count: _pages(count, held_out=True),
+    "scenes-train": lambda count: _scenes(count, held_out=False),
+    "scenes-held-out": lambda count: _scenes(count, held_out=True),
+}
+
+
+def _rows(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        rows = (row for batch in pq.ParquetFile(path).iter_batches(256) for row in batch.to_pylist())
+    else:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = (_parsed(line, path, number) for number, line in enumerate(lines) if line.strip())
+    for number, row in enumerate(rows):
+        if limit is not None and number >= limit:
+            return
+        yield row
+
+
+def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number + 1}: not JSON ({error}); expected an object a line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number + 1}: expected an object with prompt, images and truth")
+    return row
+
+
+def _question(row: dict[str, Any], path: Path, number: int) -> Question:
+    if not row.get("prompt"):
+        raise ValueError(f"{path}, row {number}: no prompt; columns are images (or image), prompt and truth")
+    cells = row.get("images") or ([row["image"]] if row.get("image") else [])
+    return Question(
+        str(row.get("id") or number),
+        tuple(_image(cell, path, number) for cell in cells),
+        row["prompt"],
+        str(row.get("truth") or ""),
+        str(row.get("category") or "all"),
+    )
+
+
+def _image(cell: Any, path: Path, number: int) -> Image.Image:
+    """A picture from its bytes or its path, as `datasets` keeps them."""
+    from dpo_mm.pictures import decode
+
+    data, place = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, cell)
+    try:
+        return decode(data or (path.parent / str(place)).read_bytes())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}, row {number}: image {place or ''} can't be read ({error})") from None

@@ -1,0 +1,137 @@
+"""Comparing answers: shares into verdicts, notes that say what was found, a report that marks it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpo_mm.config import CompareAnswersConfig
+from dpo_mm.evaluation import compare_answers as module
+from dpo_mm.evaluation.compare_answers import Answered, compare_answers, comparisons, counted, examples, judged
+from dpo_mm.evaluation.statistics import paired_shares
+from dpo_mm.policies.protocol import load_policy
+from dpo_mm.questions import Question
+from dpo_mm.schema import Answer
+from tests.contracts.tiny_vlms import save
+
+RED = Image.new("RGB", (8, 8), "#ff0000")
+TRUTH = "a red circle and a blue star."
+QUESTIONS = [Question(str(n), (RED,), "Describe the picture.", TRUTH, f"{n % 2} things") for n in range(40)]
+CONFIG = CompareAnswersConfig("m", "o", "q", judges=("chair_s", "chair_i", "recall", "words"), guards=("recall",))
+
+
+def answered(texts: list[str], config: CompareAnswersConfig = CONFIG) -> Answered:
+    return judged([Answer(text, len(text.split()), False) for text in texts], QUESTIONS, config)
+
+
+INVENTS, RIGHT, MUTE = "a red circle, a blue star and a green cross.", TRUTH, "a red circle."
+
+
+def test_a_rate_is_a_sum_over_a_sum_and_its_interval_holds_the_difference() -> None:
+    base, tuned = answered([INVENTS] * 30 + [RIGHT] * 10), answered([INVENTS] * 10 + [RIGHT] * 30)
+    found = {one.judge: one for one in comparisons(base, tuned, CONFIG)}
+    assert found["chair_i"].base == pytest.approx(30 / 110) and found["chair_i"].tuned == pytest.approx(10 / 90)
+    assert found["chair_i"].low < found["chair_i"].difference < found["chair_i"].high < 0
+    assert found["chair_i"].verdict == "better" and found["chair_s"].headline and found["chair_s"].wins == 20
+    assert found["recall"].verdict == "no evidence" and found["words"].verdict == "changed"
+
+
+def test_winning_by_silence_is_over_optimised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sides = {"base": answered([INVENTS] * 40), "tuned": answered([MUTE] * 40)}
+    monkeypatch.setattr(module, "read_questions", lambda *_, **__: QUESTIONS)
+    monkeypatch.setattr(module, "opened", lambda *_: None)
+    monkeypatch.setattr(module, "ask", lambda *_, base, **__: sides["base" if base else "tuned"])
+    config = dataclasses.replace(CONFIG, output_dir=str(tmp_path))
+    assert compare_answers(config, title="t", command="c").verdict == "over-optimised"
+    sides["tuned"] = answered([RIGHT] * 40)
+    outcome = compare_answers(config, title="t", command="c")
+    assert outcome.verdict == "better" and "40 mended, 0 broken" in outcome.notes[0]
+    page = outcome.report.read_text()
+    assert "<mark>green cross</mark>" in page and "CHAIR_i" in page
+
+
+def test_counts_come_with_exact_intervals() -> None:
+    base, tuned = answered([INVENTS] * 8 + [RIGHT] * 32), answered([RIGHT] * 40)
+    note = counted(base, tuned, "chair_s")
+    assert note is not None and note.startswith("CHAIR_s: 8 of 40 answers") and "-100% relative" in note
+    assert "McNemar p 0.0078" in note
+    assert counted(base, tuned, "chair_i") is None
+
+
+def test_examples_show_what_changed_first_in_turns() -> None:
+    base, tuned = answered([RIGHT] * 20 + [INVENTS] * 20), answered([RIGHT] * 40)
+    shown = examples(base, tuned, QUESTIONS, "chair_s", count=6)
+    assert all(one.base == INVENTS and one.base[slice(*one.base_marks[0])] == "green cross" for one in shown)
+    assert all(one.note == "base: invented: green cross" for one in shown)
+
+
+@pytest.mark.parametrize("better", ["higher", "lower", "neither"])
+def test_shares_that_never_differ_are_no_evidence(better: str) -> None:
+    same = np.tile([1.0, 2.0], (30, 1))
+    found = paired_shares(same, same, metric="m", judge="j", better=better)  # type: ignore[arg-type]
+    assert found.verdict == "no evidence" and found.difference == 0 and found.ties == 30
+
+
+def test_few_changes_are_no_evidence_however_large() -> None:
+    base, tuned = np.tile([0.0, 1.0], (400, 1)), np.tile([0.0, 1.0], (400, 1))
+    tuned[:5, 0] = 1
+    assert paired_shares(base, tuned, metric="m", judge="j").verdict == "no evidence"
+    tuned[:40, 0] = 1
+    assert paired_shares(base, tuned, metric="m", judge="j").verdict == "better"
+
+
+def test_the_interval_of_shares_covers_the_truth_about_95_times_in_100() -> None:
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(150):
+        of = rng.integers(1, 6, (2, 120))
+        hits = rng.binomial(of, [[0.3], [0.2]])
+        found = paired_shares(
+            np.column_stack([hits[0], of[0]]), np.column_stack([hits[1], of[1]]), metric="m", judge="j", resamples=400
+        )
+        covered += found.low <= -0.1 <= found.high
+    assert 134 <= covered <= 149
+
+
+def test_bad_shares_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected \\(items, 2\\)"):
+        paired_shares([[1, 2]], [[1, 2]], metric="m", judge="j")
+    with pytest.raises(ValueError, match="not finite"):
+        paired_shares([[1, 2], [np.nan, 1]], [[1, 2], [1, 1]], metric="m", judge="j")
+    with pytest.raises(ValueError, match="not among the judges"):
+        compare_answers(dataclasses.replace(CONFIG, guards=("cer",)), title="t", command="c")
+
+
+def test_a_real_model_against_itself_shows_no_difference(tmp_path: Path) -> None:
+    RED.save(tmp_path / "red.png")
+    rows = [{"image": "red.png", "prompt": "What?", "truth": "a red field"} for _ in range(3)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = CompareAnswersConfig(
+        model=save("llava", tmp_path / "model"),
+        output_dir=str(tmp_path / "out"),
+        questions=str(tmp_path / "q.jsonl"),
+        judges=("cer", "tokens"),
+        max_new_tokens=5,
+    )
+    outcome = compare_answers(config, title="Itself", command="c")
+    assert outcome.verdict == "no evidence" and all(one.difference == 0 for one in outcome.comparisons)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["decoding"].startswith("greedy")
+
+
+def test_base_weights_answer_as_before_the_adapter(tmp_path: Path) -> None:
+    model, other = save("llava", tmp_path / "model"), tmp_path / "other"
+    policy = load_policy(model)
+    changed = load_policy(model)
+    for parameter in changed.model.parameters():
+        parameter.data.mul_(-1)
+    changed.model.save_pretrained(other)
+    ask = {"images": [[RED]], "messages": ["What?"], "max_new_tokens": 6, "do_sample": False}
+    before = policy.generate(**ask)
+    policy.attach(other)
+    assert policy.generate(**ask) != before
+    with policy.base_weights():
+        assert policy.generate(**ask) == before

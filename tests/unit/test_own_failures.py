@@ -1,0 +1,127 @@
+"""Own failures as pairs: what is chosen, what is rejected, where a loop is cut, and that work resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dpo_mm import own_failures
+from dpo_mm.config import MineAnswersConfig
+from dpo_mm.own_failures import mine_answers, pair
+from dpo_mm.policies.conversations import Conversations
+from dpo_mm.questions import Question
+from dpo_mm.schema import Answer, load_responses
+from tests.contracts.tiny_vlms import build, save
+
+RED = Image.new("RGB", (8, 8), "#ff0000")
+PAGE = Question("page", (RED,), "Transcribe this page.", "1 2 3", "digits")
+SCENE = Question("scene", (RED,), "Describe the picture.", "a red circle and a blue star.", "2 things")
+WAYS = ("greedy", "sampled at 1, seed 0", "sampled at 1, seed 1")
+
+
+def config(**more: object) -> MineAnswersConfig:
+    given = {"model": "m", "questions": "q", "output_dir": "o", "judge": "degeneration", **more}
+    return MineAnswersConfig(**given)  # type: ignore[arg-type]
+
+
+def test_a_loop_is_rejected_cut_and_left_open_with_its_reason() -> None:
+    row = pair(PAGE, [Answer("1 2 3", 5, False), Answer("1 " + "7 " * 60, 121, True)], WAYS, config())
+    assert row is not None
+    assert row["rejected"] == "1 7 7 7" and row["rejected_open"] and row["chosen"] == "1 2 3"
+    assert row["reason"] == "' 7' x 60 at the end, cut at the token limit" and row["decoding"] == WAYS[1]
+    assert row["id"] == "page/1" and row["margin"] == 1 and row["axis"] == "degeneration"
+
+
+def test_what_did_not_fail_makes_no_pair() -> None:
+    assert pair(PAGE, [Answer("1 2 9", 5, False)], WAYS, config()) is None
+    assert pair(PAGE, [Answer("1 2 3 4", 7, False)], WAYS, config(judge="cer", min_gap=0.5)) is None
+    row = pair(PAGE, [Answer("1 2 3 4", 7, False)], WAYS, config(judge="cer"))
+    assert row is not None and row["rejected"] == "1 2 3 4" and not row["rejected_open"]
+
+
+def test_the_best_of_its_own_is_chosen_and_recall_breaks_ties() -> None:
+    answers = [
+        Answer("a green cross.", 4, False),
+        Answer("a red circle.", 4, False),
+        Answer("a red circle and a blue star.", 8, False),
+    ]
+    row = pair(SCENE, answers, WAYS, config(judge="chair_i", chosen="best"))
+    assert row is not None and (row["chosen"], row["rejected"]) == (answers[2].text, answers[0].text)
+    assert pair(SCENE, answers[1:], WAYS, config(judge="chair_i", chosen="best")) is None
+
+
+def test_an_open_answer_has_no_end_of_turn() -> None:
+    model, processor = build("llava")
+    rows = Conversations(processor, model, max_length=None, on_too_long="raise")
+    end = rows.tokenizer.eos_token_id
+    row = {"id": "r", "images": [RED], "prompt": "What?", "chosen": "a red circle", "rejected": "na na na"}
+    whole, opened = (rows.encode_row({**row, "rejected_open": value}) for value in (False, True))
+    assert whole is not None and opened is not None
+    assert whole["rejected_ids"].tolist() == [*opened["rejected_ids"].tolist(), end]
+    assert opened["chosen_ids"][-1] == end
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> MineAnswersConfig:
+    RED.save(tmp_path / "red.png")
+    rows = [{"id": f"q{n}", "image": "red.png", "prompt": "What?", "truth": f"a red field {n}"} for n in range(5)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return config(
+        model=save("llava", tmp_path / "model"),
+        questions=str(tmp_path / "q.jsonl"),
+        output_dir=str(tmp_path / "mined"),
+        judge="cer",
+        samples=1,
+        max_new_tokens=6,
+        shard_size=2,
+    )
+
+
+def test_mined_rows_are_a_preference_set(asked: MineAnswersConfig) -> None:
+    rows = load_responses(str(mine_answers(asked)))
+    assert len(rows) == 5
+    for number, row in enumerate(rows):
+        assert row["chosen"][0]["content"][0]["text"] == f"a red field {number}"
+        assert row["rejected"][0]["content"][0]["text"] != f"a red field {number}"
+        assert row["margin"] > 0 and row["reason"] and row["decoding"] and row["images"][0].size == (8, 8)
+
+
+def test_mining_goes_on_after_finished_shards(asked: MineAnswersConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = own_failures._mine_shard, []
+
+    def cut(*arguments: object) -> object:
+        calls.append(arguments[1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(own_failures, "_mine_shard", cut)
+    with pytest.raises(KeyboardInterrupt):
+        mine_answers(asked)
+    again = mine_answers(asked)
+    assert len(calls) == 4  # the first shard was not asked again
+    whole = mine_answers(dataclasses.replace(asked, output_dir=asked.output_dir + "-whole"))
+    assert load_responses(str(again))["rejected"] == load_responses(str(whole))["rejected"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosen": "mine"}, "expected 'truth' or 'best'"),
+        ({"chosen": "best", "samples": 0}, "at least 1 answer"),
+        ({"judge": "valid_json"}, "none of its answers to 5 questions failed by valid_json"),
+    ],
+)
+def test_what_cannot_be_mined_is_refused(change: dict[str, object], message: str, asked: MineAnswersConfig) -> None:
+    with pytest.raises(ValueError, match=message):
+        mine_answers(dataclasses.replace(asked, **change))  # type: ignore[arg-type]
+
+
+def test_a_question_without_truth_is_named(asked: MineAnswersConfig) -> None:
+    Path(asked.questions).write_text(json.dumps({"id": "lost", "prompt": "What?"}))
+    with pytest.raises(ValueError, match="question lost has no truth"):
+        mine_answers(asked)
