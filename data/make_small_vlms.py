@@ -1,11 +1,11 @@
 """Make data/models/page-reader and data/models/shapes-captioner: small LLaVA models, from nothing but code.
 
     python data/make_small_vlms.py reader        # about an hour on one CPU core
-    python data/make_small_vlms.py captioner     # about ten minutes
+    python data/make_small_vlms.py captioner     # about half an hour
 
 Both are stock LlavaForConditionalGeneration (a CLIP vision tower, a projector, a Llama), fine-tuned on the training
-side of their world alone, and saved in half precision with processor and card. The reader learns pages of one or two
-lines first. Neither is finished: the reader stops before it is reliable, the captioner learns from web captions that
+side of their world alone, and saved in half precision with processor and card. Each vision tower first learns what stands in
+each patch; the reader then begins with pages of a line or two. Neither is finished: the reader stops before it is reliable, the captioner learns from web captions that
 name things which aren't there. That is what preference tuning is for.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers as hf
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -119,9 +121,10 @@ def read_samples(count: int, seed: int, *, short: bool) -> Iterator[Sample]:
 
 
 def caption_samples(count: int, seed: int, *, short: bool) -> Iterator[Sample]:
-    """Scenes of the training side with their web captions."""
+    """Scenes of the training side with their web captions; short: those of one thing."""
     rng = np.random.default_rng((seed, 1))
-    for scene in captions.scenes(count, seed):
+    every = captions.scenes(count * 8, seed)
+    for scene in itertools.islice((s for s in every if len(s.things) == 1 or not short), count):
         yield np.asarray(shapes.render(scene)), captions.PROMPT, captions.web_caption(scene, rng)
 
 
@@ -142,6 +145,68 @@ def pool(samples: Iterator[Sample], words: Any, image_tokens: int) -> Pool:
     rows.sort(key=lambda row: len(row[1]))
     pixels = torch.from_numpy(np.stack([row[0] for row in rows])).permute(0, 3, 1, 2).contiguous()
     return Pool(pixels, [row[1] for row in rows], [row[2] for row in rows])
+
+
+LETTERS, LINES, COLUMNS = 2, 8, 24
+"""Of a patch of a page: letters told apart, and the lines and columns that its first one can stand in."""
+Labelled = tuple[np.ndarray, np.ndarray]
+"""Picture (side, side, 3) uint8, and what stands in each patch, (patches, labels)."""
+
+
+def labelled_pages(count: int, seed: int) -> Iterator[Labelled]:
+    """Pages, and of each patch its first and second character (0: none), line and column + 1."""
+    place = {letter: n for n, letter in enumerate(documents.CHARACTERS, start=1)}
+    side = documents.WIDTH // PATCH
+    for page in documents.pages(count, seed):
+        found = np.zeros((side * side, LETTERS + 2), np.int64)
+        for letter, x, y, line, column in documents.characters(page):
+            at = int(np.clip(y // PATCH, 0, side - 1)) * side + int(np.clip(x // PATCH, 0, side - 1))
+            nth = int((found[at, :LETTERS] > 0).sum())
+            if nth == 0:
+                found[at, LETTERS:] = min(line, LINES - 1), min(column + 1, COLUMNS - 1)
+            if nth < LETTERS:
+                found[at, nth] = place[letter]
+        yield np.asarray(documents.render(page)), found
+
+
+def labelled_scenes(count: int, seed: int) -> Iterator[Labelled]:
+    """Scenes, and of each patch the shape and colour of the thing there (0: none)."""
+    side = shapes.SIZE // PATCH
+    middles = (np.arange(side) + 0.5) * PATCH
+    for scene in captions.scenes(count, seed):
+        found = np.zeros((side, side, 2), np.int64)
+        for thing in scene.things:
+            across, down = (np.abs(middles - middle) <= thing.size / 2 for middle in (thing.x, thing.y))
+            kind = 1 + shapes.SHAPES.index(thing.shape), 1 + list(shapes.COLOURS).index(thing.colour)
+            found[np.ix_(down, across)] = kind
+        yield np.asarray(shapes.render(scene)), found.reshape(side * side, 2)
+
+
+def look_first(model: Any, samples: list[Labelled], sizes: tuple[int, ...], steps: int, batch: int) -> None:
+    """The vision tower learns what stands in each patch, before a word is said. sizes: values of each label."""
+    pixels = torch.from_numpy(np.stack([picture for picture, _ in samples])).permute(0, 3, 1, 2)
+    targets = torch.from_numpy(np.stack([labels for _, labels in samples]))
+    tower = model.model.vision_tower
+    head = torch.nn.Linear(tower.config.hidden_size, sum(sizes))
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], 2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    generator, started = torch.Generator().manual_seed(0), time.time()
+    for step in range(1, steps + 1):
+        picked = torch.randint(len(samples), (batch,), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = tower(pixels[picked].float() / 127.5 - 1).last_hidden_state[:, 1:]
+        parts = head(states.float()).split(sizes, -1)
+        losses = [F.cross_entropy(part.flatten(0, 1), targets[picked, :, n].flatten()) for n, part in enumerate(parts)]
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        if step % 100 == 0:
+            truth = targets[picked, :, 0]
+            right = (parts[0].argmax(-1) == truth)[truth > 0].float().mean()
+            shown = [round(float(one.detach()), 3) for one in losses]
+            print(f"look {step}/{steps} {shown} right {right:.3f} {time.time() - started:.0f} s", flush=True)
 
 
 def batches(pool: Pool, size: int, steps: int, rng: np.random.Generator) -> Iterator[dict[str, torch.Tensor]]:
@@ -200,18 +265,20 @@ KINDS: dict[str, dict[str, Any]] = {
         "side": documents.WIDTH,
         "words": reader_tokenizer,
         "samples": read_samples,
-        "stages": ((True, 10_000, 1_500), (False, 36_000, 5_000)),
+        "stages": ((True, 8_000, 800), (False, 30_000, 4_000)),
         "size": {"width": 128, "layers": 4},
         "rate": 1.2e-3,
+        "look": (labelled_pages, (*[1 + len(documents.CHARACTERS)] * LETTERS, LINES, COLUMNS), 20_000, 2_500),
     },
     "captioner": {
         "folder": "shapes-captioner",
         "side": shapes.SIZE,
         "words": captioner_tokenizer,
         "samples": caption_samples,
-        "stages": ((False, 20_000, 3_000),),
+        "stages": ((False, 20_000, 2_500),),
         "size": {"width": 128, "layers": 4},
-        "rate": 1e-3,
+        "rate": 1.2e-3,
+        "look": (labelled_scenes, (1 + len(shapes.SHAPES), 1 + len(shapes.COLOURS)), 15_000, 2_000),
     },
 }
 
@@ -228,6 +295,10 @@ def main() -> None:
     words, image_tokens = kind["words"](), (kind["side"] // PATCH) ** 2
     model, processor = build(words, kind["side"], **kind["size"])
     print(f"{model.num_parameters():,} parameters, {len(words)} tokens")
+    labelled, sizes, count, steps = kind["look"]
+    samples = list(labelled(int(count * min(1, given.scale * 4)), 99))
+    look_first(model, samples, sizes, int(steps * given.scale), given.batch)
+    model.save_pretrained(given.work / "look")
     stages = []
     for seed, (short, count, steps) in enumerate(kind["stages"]):
         samples = kind["samples"](int(count * min(1, given.scale * 4)), 100 + seed, short=short)

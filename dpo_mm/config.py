@@ -67,6 +67,22 @@ class TrainConfig:
     timestep_range: tuple[float, float] = (0.0, 1.0)
     """Part of the schedule to draw timesteps from; 0 is clean, 1 pure noise."""
 
+    include_vision: bool = False
+    """Adapt (or train) the vision tower and projector of a vision-language model too."""
+    max_length: int | None = None
+    """Tokens of a row of text, images and prompt included; None: what the model was made for."""
+    on_too_long: str = "raise"
+    """raise | drop. Image tokens are never cut."""
+    layout: str = "auto"
+    """auto | shared | plain: chosen and rejected behind one prompt where that is exact, see policies/shared_prefix.py."""
+    keep_features: bool = False
+    """Compute the features of a frozen vision tower once and keep them in memory."""
+    tail_weight: float = 1.0
+    """Weight of tokens past the shorter answer's length, [0, 1] (LD-DPO's alpha; 1: all count alike)."""
+    edited_weight: float = 1.0
+    """Weight of tokens that differ between chosen and rejected (RLHF-V's gamma, 5 there); other than 1, log-probs become
+    weighted means a token."""
+
     eval_fraction: float = 0.05
     """Share of the pairs, whole prompts of them, kept out of training to watch it on fixed draws."""
     eval_every: int = 0

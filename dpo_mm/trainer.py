@@ -28,7 +28,7 @@ from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.protocol import Batch, load_policy, policy_class
 from dpo_mm.progress import progress
 from dpo_mm.reference import choose, choose_name
-from dpo_mm.schema import decided, load_pairs, split_by_prompt
+from dpo_mm.schema import decided, load_pairs, load_responses, split_by_prompt
 
 CONFIG_FILE = "dpo_mm.json"
 FREE_TO_CHANGE = {
@@ -41,7 +41,9 @@ FREE_TO_CHANGE = {
     "keep_checkpoints",
     "workers",
 }
-NEEDED = ("reference", "z", "reward_shift")
+NEEDED = ("reference", "z", "reward_shift", "corrupted_ratio")
+OF_TEXT = ("include_vision", "max_length", "on_too_long", "layout", "tail_weight", "edited_weight", "keep_features")
+"""Settings that only a policy of text knows."""
 EVAL_DRAWS = 4
 """Frozen (noise, timestep) draws of each watched row."""
 
@@ -62,6 +64,8 @@ def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs
     one = torch.ones(2)
     sample = LogProbs(-one, -one, one, one, exact=exact)
     given = {"probability": one, "score_margin": one, "z": torch.zeros(()), "reward_shift": torch.zeros(())}
+    if exact:
+        given["corrupted_ratio"] = torch.zeros(2)
     loss(sample, sample, given)
     return loss
 
@@ -90,8 +94,33 @@ def check(config: TrainConfig) -> None:
     """Everything about a config that can be refused before a model is loaded. Raises ValueError."""
     exact = policy_class(config.model, revision=config.revision).exact
     loss_of(config, exact=exact)
-    choose_name(config)
+    draws = 1 if exact else config.reference_draws
+    if choose_name(config) == "precomputed" and draws < 1:
+        raise ValueError(
+            "reference 'precomputed' needs reference_draws of at least 1: so many fixed draws a row are kept"
+        )
+    if choose_name(config) == "precomputed" and "corrupted_ratio" in needs_of(config):
+        raise ValueError("reference 'precomputed' does not go with image_conditional; take adapter_off or frozen_copy")
+    strange = [] if exact else [name for name in OF_TEXT if getattr(config, name) != getattr(TrainConfig, name)]
+    if strange:
+        raise ValueError(f"{strange[0]} is a setting of vision-language models; {config.model} is an image generator")
     training_arguments(config)
+
+
+def needs_of(config: TrainConfig) -> set[str]:
+    """Which of NEEDED the config's objectives take."""
+    named = [config.objective] if isinstance(config.objective, str) else list(config.objective)
+    return {what for what in NEEDED if any(objectives.takes(name, what) for name in named)}
+
+
+def opened(config: TrainConfig) -> Any:
+    """The policy that a config trains, not yet prepared. Raises ValueError as loading does."""
+    options: dict[str, Any] = {}
+    if policy_class(config.model, revision=config.revision).exact:
+        options = {name: getattr(config, name) for name in OF_TEXT if name != "keep_features"}
+        options["corrupt"] = "corrupted_ratio" in needs_of(config)
+    precision = config.precision if config.tuning == "lora" else "fp32"
+    return load_policy(config.model, revision=config.revision, precision=precision, **options)
 
 
 class DPOTrainer(Trainer):
@@ -106,8 +135,7 @@ class DPOTrainer(Trainer):
         self.objective: Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor] = loss_of(
             config, exact=policy.exact
         )
-        named = [config.objective] if isinstance(config.objective, str) else list(config.objective)
-        self.needs = {what for what in NEEDED if any(objectives.takes(name, what) for name in named)}
+        self.needs = needs_of(config)
         self.reference = choose(policy, config) if "reference" in self.needs else None
         self.rewards = {"mean": 0.0, "seen": 0.0}
         self._measured: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
@@ -129,15 +157,23 @@ class DPOTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        with self.accelerator.autocast():
-            reference = self.reference(model, inputs) if self.reference else None
-            policy = self.policy.log_probs(model, inputs)
-        losses = self.objective(policy, reference, {**inputs, **self._from_batch(policy, reference)})
+        policy, reference = self._asked(model, inputs)
+        given = {**inputs, **self._from_batch(policy, reference)}
+        if "corrupted_ratio" in self.needs:
+            seen_less, reference_less = self._asked(model, inputs["corrupted"])
+            given["corrupted_ratio"] = objectives.log_ratios(seen_less, reference_less)[0]  # type: ignore[arg-type]
+        losses = self.objective(policy, reference, given)
         found = {"loss": losses.detach()}
         if reference is not None:
             found |= measures(policy, reference, beta=self.config.beta)
         self._measured["train" if torch.is_grad_enabled() else "eval"].append(found)
         return losses.mean()
+
+    def _asked(self, model: nn.Module, inputs: Batch) -> tuple[LogProbs, LogProbs | None]:
+        """What policy and reference say of a batch; the reference first, while no activations are kept."""
+        with self.accelerator.autocast():
+            reference = self.reference(model, inputs) if self.reference else None
+            return self.policy.log_probs(model, inputs), reference
 
     def _from_batch(self, policy: LogProbs, reference: LogProbs | None) -> dict[str, Tensor]:
         """What some objectives take from the batches of all processes: KTO's z, BCO's running mean of the rewards."""
@@ -272,18 +308,18 @@ def train(config: TrainConfig) -> Trained:
     """
     check(config)
     checkpoint = last_checkpoint(config) if config.resume else None
-    policy = load_policy(
-        config.model, revision=config.revision, precision=config.precision if config.tuning == "lora" else "fp32"
-    )
+    policy = opened(config)
     rows: Any
     watched: Any
     with training_arguments(config).main_process_first(desc="encoding"):
         rows, watched = encoded_sets(policy, config)
     policy.drop_encoders()
     policy.prepare(config)
+    if config.keep_features:
+        rows, watched = policy.keep_features(rows), watched and policy.keep_features(watched)
     if config.reference == "precomputed":
-        rows = keep_reference(policy, rows, config, draws=config.reference_draws)
-        watched = watched and keep_reference(policy, watched, config, draws=EVAL_DRAWS)
+        rows = keep_reference(policy, rows, config, draws=1 if policy.exact else config.reference_draws)
+        watched = watched and keep_reference(policy, watched, config, draws=1 if policy.exact else EVAL_DRAWS)
     settings = describe(policy, config, len(rows))
     with progress("training", config.steps) as advance:
         trainer = DPOTrainer(policy, config, rows, watched, callbacks=[Bar(advance)])
@@ -353,9 +389,9 @@ def plan(config: TrainConfig) -> dict[str, str]:
     Raises ValueError for everything that `train` would refuse but a picture that does not decode.
     """
     check(config)
-    pairs = decided(load_pairs(config.pairs))
+    policy = opened(config)
+    pairs = load_responses(config.pairs) if policy.exact else decided(load_pairs(config.pairs))
     rows, _ = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
-    policy = load_policy(config.model, revision=config.revision)
     policy.drop_encoders()
     policy.prepare(config)
     return describe(policy, config, len(rows))

@@ -7,8 +7,11 @@ Image tokens are never cut: a row that is too long is refused, or dropped by nam
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import inspect
 import logging
+import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,10 +32,20 @@ class Conversations:
     """Rows and conversations as one model takes them.
 
     processor: an AutoProcessor, or an AutoTokenizer for a model without images. max_length: tokens of image, prompt and
-    the longer completion, at most. on_too_long: raise | drop. Raises ValueError for another on_too_long.
+    the longer completion, at most. on_too_long: raise | drop. corrupt: also encode what is left of each image, see
+    `corrupted`. mark_edits: also mark the tokens in which the answers differ. Raises ValueError for another on_too_long.
     """
 
-    def __init__(self, processor: Any, model: Any, *, max_length: int | None, on_too_long: str) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        model: Any,
+        *,
+        max_length: int | None,
+        on_too_long: str,
+        corrupt: bool = False,
+        mark_edits: bool = False,
+    ) -> None:
         if on_too_long not in ("raise", "drop"):
             raise ValueError(f"on_too_long {on_too_long!r} is unknown; expected raise or drop")
         self.processor, self.tokenizer = processor, getattr(processor, "tokenizer", processor)
@@ -41,6 +54,7 @@ class Conversations:
         self.accepted = set(inspect.signature(model.forward).parameters)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length, self.on_too_long = max_length or limit, on_too_long
+        self.corrupt, self.mark_edits = corrupt, mark_edits
         self.dropped: list[str] = []
         """Names of the rows that were too long."""
 
@@ -65,10 +79,17 @@ class Conversations:
         if self.max_length and length > self.max_length:
             self._too_long(name, f"{length} tokens, {len(prompt['ids'])} of them its prompt with {len(images)} images")
             return None
-        kept = {column: float(row[column]) for column in FROM_DATA if row.get(column) is not None}
+        kept: dict[str, Any] = {column: float(row[column]) for column in FROM_DATA if row.get(column) is not None}
         if row.get("margin") is not None:
             kept["score_margin"] = float(row["margin"])
         ids = {f"{side}_ids": torch.tensor(tokens) for side, tokens in answers.items()}
+        if self.mark_edits:
+            ids |= edits(answers["chosen"], answers["rejected"])
+        if self.corrupt:
+            if not images:
+                raise ValueError(f"row {name} has no image to corrupt; image_conditional is for rows with images")
+            left = [corrupted(image, seed=f"{name} {n}") for n, image in enumerate(images)]
+            kept["corrupted_images"] = self.prompt(left, messages, where=f"row {name}")["images"]
         return {
             "id": name,
             "prompt_ids": prompt["ids"],
@@ -162,6 +183,28 @@ class Conversations:
         return places[-1]
 
 
+def corrupted(image: Any, *, seed: str) -> Any:
+    """What is left of an image that is to be ignored: a random crop of 1 to 20 % of it, at its own size again.
+
+    seed: of the crop. Source: mDPO, Wang et al. 2024 (2406.11839).
+    """
+    digest = hashlib.blake2b(seed.encode(), digest_size=8).digest()
+    rng = random.Random(int.from_bytes(digest, "little"))
+    side = rng.uniform(0.01, 0.2) ** 0.5
+    width, height = max(1, round(image.width * side)), max(1, round(image.height * side))
+    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+    return image.convert("RGB").crop((left, top, left + width, top + height)).resize(image.size)
+
+
+def edits(chosen: Sequence[int], rejected: Sequence[int]) -> dict[str, Tensor]:
+    """Which tokens of each answer the other one doesn't share, by their longest matching blocks, (tokens,) each, 0 or 1."""
+    marks = {"chosen_edited": torch.ones(len(chosen)), "rejected_edited": torch.ones(len(rejected))}
+    for block in difflib.SequenceMatcher(None, chosen, rejected, autojunk=False).get_matching_blocks():
+        marks["chosen_edited"][block.a : block.a + block.size] = 0
+        marks["rejected_edited"][block.b : block.b + block.size] = 0
+    return marks
+
+
 def as_messages(content: Any, role: str) -> list[dict[str, Any]]:
     """Messages with their content as parts, from a text, a message or messages."""
     if isinstance(content, str):
@@ -221,13 +264,26 @@ def collate(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
     }
     for place, side in enumerate(("chosen", "rejected"), start=1):
         batch[f"terms_{side}"] = torch.tensor([float(len(ids)) for ids in sides[place]])
+        if f"{side}_edited" in rows[0]:
+            marks = [row[f"{side}_edited"] for row in rows]
+            batch[f"{side}_edited"] = padded(marks, widths[place], left=False).float()
     for name in FROM_DATA:
         if all(name in row for row in rows):
             batch[name] = torch.tensor([float(row[name]) for row in rows])
+    if "corrupted_images" in rows[0]:
+        batch["corrupted"] = collate([_corrupted_row(row) for row in rows], pad)
     for name in ("reference_chosen", "reference_rejected"):
         if all(name in row for row in rows):  # the same at every visit: a text has no draw
             batch[name] = torch.stack([torch.as_tensor(row[name]).float().flatten()[0] for row in rows])
     return batch
+
+
+def _corrupted_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The chosen answer behind the corrupted images; of the rejected one, which isn't asked, a token."""
+    dropped = ("corrupted_images", "features", "reference_chosen", "reference_rejected")
+    kept = {name: value for name, value in row.items() if name not in dropped}
+    short: dict[str, Any] = {name: row[name][:1] for name in ("rejected_ids", "rejected_edited") if name in row}
+    return {**kept, **short, "images": row["corrupted_images"]}
 
 
 def padded(rows: Sequence[Tensor], width: int, *, left: bool, value: int = 0) -> Tensor:

@@ -114,12 +114,14 @@ def policy_class(model: str, *, revision: str | None = None) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def load_policy(model: str, *, revision: str | None = None, precision: str = "fp32", device: str | None = None) -> Any:
-    """The policy of a model: a folder, a hub id, or the name of a shipped one.
+def load_policy(
+    model: str, *, revision: str | None = None, precision: str = "fp32", device: str | None = None, **options: Any
+) -> Any:
+    """The policy of a model: a folder, a hub id, or the name of a shipped one; options as its class takes them.
 
     Raises ValueError where it is missing, incomplete or of an unknown family.
     """
     from dpo_mm.shipped import locate
 
     kind = policy_class(model, revision=revision)
-    return kind.load(locate(model), revision=revision, precision=precision, device=device)
+    return kind.load(locate(model), revision=revision, precision=precision, device=device, **options)

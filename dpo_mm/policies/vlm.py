@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,8 +21,9 @@ import torch
 from torch import nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.objectives import LogProbs
+from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies import conversations
+from dpo_mm.policies.anatomy import classes_of, lora_targets, outside_language
 from dpo_mm.policies.conversations import Conversations
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.policies.shared_prefix import unwrap
@@ -37,8 +37,7 @@ ADAPTER_FILE = "adapter_config.json"
 class VisionLanguage:
     """A stock transformers model that preferences over texts act on.
 
-    include_vision: train (or adapt) the vision tower and projector too. max_length: tokens of a row, None for what the
-    model was made for. on_too_long: raise | drop. layout: auto | shared | plain, see `token_scores.Scorer`.
+    Options as `TrainConfig` has them; corrupt: rows carry corrupted images too, for objectives that ask about them.
     """
 
     exact: ClassVar[bool] = True
@@ -54,10 +53,17 @@ class VisionLanguage:
         max_length: int | None = None,
         on_too_long: str = "raise",
         layout: str = "auto",
+        tail_weight: float = 1.0,
+        edited_weight: float = 1.0,
+        corrupt: bool = False,
     ) -> None:
         self.model: Any = core
         self.processor, self.source, self.include_vision = processor, source, include_vision
-        self.rows = Conversations(processor, core, max_length=max_length, on_too_long=on_too_long)
+        self.tail_weight, self.edited_weight = tail_weight, edited_weight
+        marks = edited_weight != 1
+        self.rows = Conversations(
+            processor, core, max_length=max_length, on_too_long=on_too_long, corrupt=corrupt, mark_edits=marks
+        )
         self.scorer = Scorer(f"{type(core).__name__} ({source})", layout=layout)
         self.base: Any = None
         self.features_apart: bool | None = None
@@ -203,10 +209,25 @@ class VisionLanguage:
         """
         if self._shares_features(model, batch):
             batch["features"] = vision_features(unwrap(model), batch)
-        scores = self.scorer(model, batch)
-        chosen = batch["layout"].chosen
-        terms = batch["terms_chosen"].to(scores.device), batch["terms_rejected"].to(scores.device)
-        return LogProbs(scores[:, :chosen].sum(1), scores[:, chosen:].sum(1), *terms, exact=True)
+        return self._summed(self.scorer(model, batch), batch)
+
+    def _summed(self, scores: torch.Tensor, batch: Batch) -> LogProbs:
+        """Token log-probs as those of the answers: sums, or as `tail_weight` or `edited_weight` say."""
+        layout = batch["layout"]
+        masks = batch["mask"][:, layout.prompt :].to(scores.device).split([layout.chosen, layout.rejected], 1)
+        parts = scores.split([layout.chosen, layout.rejected], 1)
+        terms_chosen, terms_rejected = (batch[f"terms_{side}"].to(scores.device) for side in ("chosen", "rejected"))
+        if self.edited_weight != 1:
+            edited = [batch[f"{side}_edited"].to(scores.device) for side in ("chosen", "rejected")]
+            chosen, rejected = (
+                segment_mean(*of, edited_weight=self.edited_weight) for of in zip(parts, masks, edited, strict=True)
+            )
+            terms_chosen, terms_rejected = torch.ones_like(chosen), torch.ones_like(rejected)
+        elif self.tail_weight != 1:
+            chosen, rejected = shared_length(*parts, *masks, tail_weight=self.tail_weight)
+        else:
+            chosen, rejected = (part.sum(1) for part in parts)
+        return LogProbs(chosen, rejected, terms_chosen, terms_rejected, exact=True)
 
     def _shares_features(self, model: nn.Module, batch: Batch) -> bool:
         """Whether features of this batch stand for its pixels: the tower is frozen, and they gave the same once."""
@@ -339,58 +360,19 @@ class VisionLanguage:
 
     # What the run says of itself
 
+    def _reduction(self) -> str:
+        if self.edited_weight != 1:
+            return f"mean a token, edited ones {self.edited_weight:g} times (RLHF-V)"
+        tail = f", past the shorter answer's length {self.tail_weight:g} of it (LD-DPO)" * (self.tail_weight != 1)
+        return f"sum over the completion's tokens{tail}"
+
     def describe(self, config: TrainConfig) -> dict[str, str]:
         """Family, what trains, how pairs are laid out and what beta means."""
         layout = {"auto": "one sequence a pair where that is exact, checked on the first batch"}
         return {
             "family": f"{type(self.core).__name__}, {type(self.processor).__name__}",
             "target": f"token log-probs, {'vision tower and ' if self.include_vision else ''}language model",
-            "reduction": "sum over the completion's tokens",
+            "reduction": self._reduction(),
             "layout": layout.get(self.scorer.layout, self.scorer.layout),
             "effective beta": f"{config.beta:g} a nat of the whole completion, as in Rafailov et al. 2023",
         }
-
-
-def classes_of(config: Any, source: str) -> tuple[Any, Any]:
-    """The auto classes that open a model and its processor. Raises ValueError for a kind that isn't handled."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-
-    kind = config.model_type
-    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder or hasattr(config, "decoder"):
-        raise ValueError(f"model {source!r} is a {kind}, an encoder-decoder; only decoder-only models are handled")
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return AutoModelForImageTextToText, AutoProcessor
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return AutoModelForCausalLM, AutoTokenizer
-    raise ValueError(f"model {source!r} is a {kind}; expected an image-text-to-text or causal language model")
-
-
-def outside_language(core: Any) -> list[nn.Module]:
-    """Vision tower, projector and whatever else is neither the language model nor its head."""
-    decoder, head = core.get_decoder(), core.get_output_embeddings()
-    inner = core.base_model
-    return [] if decoder is inner else [m for m in inner.children() if m is not decoder and m is not head]
-
-
-def lora_targets(core: Any, names: Sequence[str] | None, *, include_vision: bool) -> str:
-    """A regular expression of the linear layers that a LoRA adapts: all but the head, or those of these names.
-
-    Raises ValueError where none matches.
-    """
-    head, decoder = core.get_output_embeddings(), core.get_decoder()
-    places = [name for name, module in core.named_modules() if module is decoder]
-    prefix = "" if include_vision or not places or not places[0] else f"{places[0]}."
-    linear = [n for n, m in core.named_modules() if isinstance(m, nn.Linear) and m is not head and n.startswith(prefix)]
-    leaves = {name.rpartition(".")[2] for name in linear}
-    if names is not None:
-        unknown = [name for name in names if name not in leaves]
-        if unknown:
-            raise ValueError(
-                f"lora_targets: {unknown[0]!r} is no linear layer of {prefix or 'it'}; known: {', '.join(sorted(leaves))}"
-            )
-        linear = [name for name in linear if name.rpartition(".")[2] in names]
-    return "|".join(sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\.\\d+", re.escape(name)) for name in linear}))

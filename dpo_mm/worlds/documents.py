@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+import math
 import string
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -334,3 +336,14 @@ def _placed(page: Page) -> list[tuple[float, float, str]]:
     if top + _tall(page) + _furniture(page.size, "", page.footer) > page.height - MARGIN + 1e-6:
         raise ValueError(f"{len(page.lines)} lines do not fit {page.height} pixels; take fewer or a larger page")
     return placed
+
+
+def characters(page: Page) -> Iterator[tuple[str, float, float, int, int]]:
+    """Each character as it stands on the drawn page: itself, x and y of its middle in pixels, its line and column."""
+    turn, cx, cy = math.radians(page.skew), page.width / 2, page.height / 2
+    for row, (left, y, line) in enumerate(sorted(_placed(page), key=lambda placed: placed[1])):
+        edges = [left + measure(line[:n], page.face, page.size) for n in range(len(line) + 1)]
+        for column, (start, end) in enumerate(itertools.pairwise(edges)):
+            dx, dy = (start + end) / 2 - cx, y - cy
+            x, down = cx + dx * math.cos(turn) + dy * math.sin(turn), cy - dx * math.sin(turn) + dy * math.cos(turn)
+            yield line[column], x, down, row, column

@@ -1,0 +1,170 @@
+"""What acts on answers before they are log-probs: corrupted images, edited spans, tails; and what trains on them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpo_mm.config import TrainConfig
+from dpo_mm.policies.conversations import corrupted, edits
+from dpo_mm.policies.protocol import load_policy
+from dpo_mm.schema import make_response_rows
+from dpo_mm.trainer import DPOTrainer, check, opened, plan, train
+from tests.contracts.tiny_vlms import picture, save
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save("llava", tmp_path_factory.mktemp("llava") / "model")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    rows = [
+        {
+            "id": f"row-{n}",
+            "images": [picture(n)],
+            "prompt": "describe the picture",
+            "chosen": "a red square on a blue field",
+            "rejected": "a red circle on a blue field with no text" if n % 2 else "a square",
+        }
+        for n in range(8)
+    ]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    make_response_rows(rows).to_parquet(str(path))
+    return str(path)
+
+
+def config(model: str, pairs: str, folder: Path, **more: object) -> TrainConfig:
+    given = {"beta": 0.1, "steps": 4, "batch_size": 2, "log_every": 1, "eval_fraction": 0.25, "learning_rate": 1e-2}
+    return TrainConfig(model=model, pairs=pairs, output_dir=str(folder), **{**given, **more})  # type: ignore[arg-type]
+
+
+def test_a_corrupted_image_is_a_small_crop_at_the_same_size() -> None:
+    ramp = np.add.outer(np.arange(60), np.arange(80)).astype(np.uint8)
+    image = Image.fromarray(np.stack([ramp] * 3, -1))
+    left = corrupted(image, seed="row 0")
+    assert left.size == image.size and left.tobytes() == corrupted(image, seed="row 0").tobytes()
+    assert left.tobytes() != corrupted(image, seed="row 1").tobytes()
+    spans = [np.ptp(np.asarray(corrupted(image, seed=str(n)))) / np.ptp(ramp) for n in range(50)]
+    assert max(spans) <= 0.2**0.5 + 0.05 and min(spans) < 0.3
+
+
+def test_edited_tokens_are_those_that_the_other_side_does_not_share() -> None:
+    found = edits([1, 2, 3, 4, 5], [1, 2, 9, 9, 4, 5])
+    assert found["chosen_edited"].tolist() == [0, 0, 1, 0, 0]
+    assert found["rejected_edited"].tolist() == [0, 0, 1, 1, 0, 0]
+
+
+def encoded(model: str, pairs: str, folder: Path, **more: object) -> tuple[object, dict[str, object]]:
+    from dpo_mm.schema import load_responses
+
+    policy = opened(config(model, pairs, folder, **more))
+    return policy, policy.collate(policy.encode(load_responses(pairs))[:2])
+
+
+def test_tails_and_edits_weigh_the_tokens_as_their_papers_say(model: str, pairs: str, tmp_path: Path) -> None:
+    plain, batch = encoded(model, pairs, tmp_path)
+    with torch.no_grad():
+        scores = plain.scorer(plain.model, batch)  # type: ignore[attr-defined]
+    layout, mask = batch["layout"], batch["mask"][:, batch["layout"].prompt :].bool()  # type: ignore[attr-defined, index]
+    sides = scores.split([layout.chosen, layout.rejected], 1), mask.split([layout.chosen, layout.rejected], 1)
+    tokens = [[s[m].tolist() for s, m in zip(part, kept)] for part, kept in zip(*sides)]
+    for tail in (0.0, 0.5):
+        policy, other = encoded(model, pairs, tmp_path, tail_weight=tail)
+        with torch.no_grad():
+            found = policy.log_probs(policy.model, other)  # type: ignore[attr-defined]
+        for row in range(2):
+            shared = min(len(tokens[0][row]), len(tokens[1][row]))
+            for side, value in enumerate((found.chosen, found.rejected)):
+                expected = sum(tokens[side][row][:shared]) + tail * sum(tokens[side][row][shared:])
+                assert value[row].item() == pytest.approx(expected, rel=1e-5)
+    policy, other = encoded(model, pairs, tmp_path, edited_weight=5.0)
+    with torch.no_grad():
+        found = policy.log_probs(policy.model, other)  # type: ignore[attr-defined]
+    assert found.terms_chosen.tolist() == [1, 1]
+    for row in range(2):
+        marks = other["chosen_edited"][row, : len(tokens[0][row])].tolist()  # type: ignore[index]
+        weights = [5.0 if mark else 1.0 for mark in marks]
+        expected = sum(w * t for w, t in zip(weights, tokens[0][row], strict=True)) / sum(weights)
+        assert found.chosen[row].item() == pytest.approx(expected, rel=1e-5) and 0 < sum(marks) < len(marks)
+
+
+def test_the_corrupted_ratio_is_that_of_the_chosen_answer_with_other_pictures(
+    model: str, pairs: str, tmp_path: Path
+) -> None:
+    settings = config(model, pairs, tmp_path, objective={"image_conditional": 1.0})
+    policy, batch = encoded(model, pairs, tmp_path, objective={"image_conditional": 1.0})
+    policy.prepare(settings)  # type: ignore[attr-defined]
+    trainer = DPOTrainer(policy, settings, [None])
+    assert trainer.compute_loss(policy.model, batch).item() == pytest.approx(math.log(2), abs=1e-6)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():  # type: ignore[attr-defined]
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+        whole = policy.log_probs(policy.model, batch).chosen  # type: ignore[attr-defined]
+        less = policy.log_probs(policy.model, batch["corrupted"]).chosen  # type: ignore[attr-defined]
+        with policy.adapter_off():  # type: ignore[attr-defined]
+            whole = whole - policy.log_probs(policy.model, batch).chosen  # type: ignore[attr-defined]
+            less = less - policy.log_probs(policy.model, batch["corrupted"]).chosen  # type: ignore[attr-defined]
+        loss = trainer.compute_loss(policy.model, batch)  # type: ignore[attr-defined]
+    expected = -torch.nn.functional.logsigmoid(0.1 * (whole - less)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and abs(expected.item() - math.log(2)) > 1e-4
+
+
+def test_mdpo_trains_and_the_image_comes_to_matter(model: str, pairs: str, tmp_path: Path) -> None:
+    mixture = {"sigmoid": 1.0, "image_conditional": 1.0, "anchor": 1.0}
+    trained = train(config(model, pairs, tmp_path, objective=mixture, steps=12))
+    losses = [entry["loss"] for entry in trained.history if "loss" in entry]
+    assert losses[0] == pytest.approx(3 * math.log(2), rel=1e-4) and losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("more", [{"reference": "precomputed"}, {"keep_features": True}, {"layout": "plain"}])
+def test_what_is_kept_changes_no_loss(more: dict[str, object], model: str, pairs: str, tmp_path: Path) -> None:
+    one, other = (
+        [e["loss"] for e in train(config(model, pairs, tmp_path / name, **extra)).history if "loss" in e]
+        for name, extra in (("plain", {}), ("kept", more))
+    )
+    assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_the_split_is_by_picture_where_the_prompt_is_always_the_same(model: str, pairs: str, tmp_path: Path) -> None:
+    trained = train(config(model, pairs, tmp_path))
+    assert any("eval_reward_chosen" in entry for entry in trained.history)
+    assert plan(config(model, pairs, tmp_path))["pairs"].endswith("6 to train on")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"tail_weight": 2.0}, "tail_weight must be in"),
+        ({"layout": "both"}, "expected auto, shared or plain"),
+        ({"on_too_long": "cut"}, "expected raise or drop"),
+        ({"reference": "precomputed", "objective": {"image_conditional": 1.0}}, "does not go with image_conditional"),
+        ({"include_vision": True, "keep_features": True}, "the vision tower trains"),
+    ],
+)
+def test_options_that_do_not_go_are_refused(
+    more: dict[str, object], message: str, model: str, pairs: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(config(model, pairs, tmp_path, **more))
+
+
+def test_an_image_generator_takes_no_setting_of_text(tiny_model: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="layout is a setting of vision-language models"):
+        check(config(tiny_model, "pairs", tmp_path, layout="plain"))
+    with pytest.raises(ValueError, match="image_conditional"):
+        check(config(tiny_model, "pairs", tmp_path, objective={"image_conditional": 1.0}))
+
+
+def test_rows_without_a_picture_have_none_to_corrupt(tmp_path: Path) -> None:
+    language = save("llama", tmp_path / "llama")
+    policy = load_policy(language, corrupt=True)
+    with pytest.raises(ValueError, match="row r has no image to corrupt"):
+        policy.encode([{"id": "r", "prompt": "a", "chosen": "red", "rejected": "blue"}])
