@@ -61,6 +61,7 @@ def response_preference() -> Features:
     """Features of `ResponsePreference`, TRL's conversational preference with images, and where a row comes from.
 
     rejected_open: the rejected answer was cut, so that no end of turn belongs after it. reason: why it was rejected.
+    probability: that chosen is the better one, [0, 1]. margin: by how much, in the judge's unit.
     """
     from datasets import Features, Image, List, Value
 
@@ -75,6 +76,7 @@ def response_preference() -> Features:
             "chosen": messages,
             "rejected": messages,
             "rejected_open": Value("bool"),
+            "probability": Value("float64"),
             "margin": Value("float64"),
             "axis": text,
             "reason": text,

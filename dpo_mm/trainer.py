@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_mm import objectives
@@ -25,10 +25,11 @@ from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.encoding import encoded_sets, keep_reference
 from dpo_mm.objectives import LogProbs
-from dpo_mm.policies.protocol import Batch, load_policy, policy_class
+from dpo_mm.policies.protocol import Batch
 from dpo_mm.progress import progress
 from dpo_mm.reference import choose, choose_name
 from dpo_mm.schema import decided, load_pairs, load_responses, split_by_prompt
+from dpo_mm.setup import SLACK, check, loss_of, needs_of, opened, training_arguments
 
 CONFIG_FILE = "dpo_mm.json"
 FREE_TO_CHANGE = {
@@ -41,33 +42,8 @@ FREE_TO_CHANGE = {
     "keep_checkpoints",
     "workers",
 }
-NEEDED = ("reference", "z", "reward_shift", "corrupted_ratio")
-OF_TEXT = ("include_vision", "max_length", "on_too_long", "layout", "tail_weight", "edited_weight", "keep_features")
-"""Settings that only a policy of text knows."""
 EVAL_DRAWS = 4
 """Frozen (noise, timestep) draws of each watched row."""
-
-
-def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor]:
-    """The loss of a config: its objectives by weight, with the SFT term where it has a weight.
-
-    Tried at once on a made-up pair of that exactness, so that a setting out of range, or an objective that doesn't go
-    with such log-probs, raises ValueError before anything is trained.
-    """
-    named = {config.objective: 1.0} if isinstance(config.objective, str) else dict(config.objective)
-    settings = dict(config.settings)
-    if any("beta" in objectives.settings_of(name) for name in named):
-        settings["beta"] = config.beta
-    if config.sft_weight:
-        named["sft"] = named.get("sft", 0.0) + config.sft_weight
-    loss = objectives.mixture(named, settings)
-    one = torch.ones(2)
-    sample = LogProbs(-one, -one, one, one, exact=exact)
-    given = {"probability": one, "score_margin": one, "z": torch.zeros(()), "reward_shift": torch.zeros(())}
-    if exact:
-        given["corrupted_ratio"] = torch.zeros(2)
-    loss(sample, sample, given)
-    return loss
 
 
 def measures(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str, Tensor]:
@@ -88,39 +64,6 @@ def measures(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str,
         found["error_chosen"] = policy.chosen / reference.chosen
         found["error_rejected"] = policy.rejected / reference.rejected
     return {name: value.detach() for name, value in found.items()}
-
-
-def check(config: TrainConfig) -> None:
-    """Everything about a config that can be refused before a model is loaded. Raises ValueError."""
-    exact = policy_class(config.model, revision=config.revision).exact
-    loss_of(config, exact=exact)
-    draws = 1 if exact else config.reference_draws
-    if choose_name(config) == "precomputed" and draws < 1:
-        raise ValueError(
-            "reference 'precomputed' needs reference_draws of at least 1: so many fixed draws a row are kept"
-        )
-    if choose_name(config) == "precomputed" and "corrupted_ratio" in needs_of(config):
-        raise ValueError("reference 'precomputed' does not go with image_conditional; take adapter_off or frozen_copy")
-    strange = [] if exact else [name for name in OF_TEXT if getattr(config, name) != getattr(TrainConfig, name)]
-    if strange:
-        raise ValueError(f"{strange[0]} is a setting of vision-language models; {config.model} is an image generator")
-    training_arguments(config)
-
-
-def needs_of(config: TrainConfig) -> set[str]:
-    """Which of NEEDED the config's objectives take."""
-    named = [config.objective] if isinstance(config.objective, str) else list(config.objective)
-    return {what for what in NEEDED if any(objectives.takes(name, what) for name in named)}
-
-
-def opened(config: TrainConfig) -> Any:
-    """The policy that a config trains, not yet prepared. Raises ValueError as loading does."""
-    options: dict[str, Any] = {}
-    if policy_class(config.model, revision=config.revision).exact:
-        options = {name: getattr(config, name) for name in OF_TEXT if name != "keep_features"}
-        options["corrupt"] = "corrupted_ratio" in needs_of(config)
-    precision = config.precision if config.tuning == "lora" else "fp32"
-    return load_policy(config.model, revision=config.revision, precision=precision, **options)
 
 
 class DPOTrainer(Trainer):
@@ -159,6 +102,9 @@ class DPOTrainer(Trainer):
     ) -> Tensor:
         policy, reference = self._asked(model, inputs)
         given = {**inputs, **self._from_batch(policy, reference)}
+        if "loser_scale" in self.needs:
+            slack = self.config.settings.get("slack", SLACK)
+            given["loser_scale"] = objectives.safe_scale(*self.policy.residual.chunk(2), slack=slack)
         if "corrupted_ratio" in self.needs:
             seen_less, reference_less = self._asked(model, inputs["corrupted"])
             given["corrupted_ratio"] = objectives.log_ratios(seen_less, reference_less)[0]  # type: ignore[arg-type]
@@ -251,39 +197,6 @@ class DPOTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.policy.load_weights(Path(resume_from_checkpoint))
         self.rewards = json.loads((Path(resume_from_checkpoint) / CONFIG_FILE).read_text())["rewards"]
-
-
-def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """The config in the Trainer's words. Raises ValueError for an unknown precision."""
-    if config.precision not in ("fp32", "bf16", "fp16"):
-        raise ValueError(f"precision {config.precision!r} is unknown; expected fp32, bf16 or fp16")
-    return TrainingArguments(
-        output_dir=config.output_dir,
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup_steps,
-        max_grad_norm=config.max_grad_norm,
-        weight_decay=config.weight_decay,
-        bf16=config.precision == "bf16",
-        fp16=config.precision == "fp16",
-        seed=config.seed,
-        logging_steps=config.log_every,
-        eval_strategy="steps" if config.eval_every else "no",
-        eval_steps=config.eval_every or None,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or config.steps,
-        save_total_limit=config.keep_checkpoints,
-        dataloader_num_workers=config.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-    )
 
 
 def frozen_stream(rows: Any) -> PairStream:

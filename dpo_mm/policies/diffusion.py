@@ -236,10 +236,15 @@ class DiffusionPolicy:
         return self.scheduler.alphas_cumprod.to(timestep.device)[timestep].float()[:, None, None, None]
 
     def errors(self, model: nn.Module, latents: Tensor, noise: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
-        """Mean squared prediction error of each image at its own draw, (images,), float32."""
+        """Mean squared prediction error of each image at its own draw, (images,), float32.
+
+        What it is the mean of stays in `residual`, (images, ...), for objectives that scale by it (`safe`).
+        """
         noisy = self.noisy(latents, noise, timestep).to(self.dtype)
         prediction = self.denoise(model, noisy, timestep, {k: v.to(self.dtype) for k, v in prompt.items()})
-        return (prediction.float() - self.target(latents, noise, timestep)).square().flatten(1).mean(1)
+        residual = prediction.float() - self.target(latents, noise, timestep)
+        self.residual = residual.detach()
+        return residual.square().flatten(1).mean(1)
 
     def log_probs(self, model: nn.Module, batch: Batch) -> LogProbs:
         """-1/2 of the denoising errors, chosen and rejected in one forward, (pairs,) each."""

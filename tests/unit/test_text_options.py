@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.objectives import OBJECTIVES
 from dpo_mm.policies.conversations import corrupted, edits
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.schema import make_response_rows
@@ -31,6 +32,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
             "images": [picture(n)],
             "prompt": "describe the picture",
             "chosen": "a red square on a blue field",
+            "probability": 0.9,
+            "margin": 0.5,
             "rejected": "a red circle on a blue field with no text" if n % 2 else "a square",
         }
         for n in range(8)
@@ -168,3 +171,20 @@ def test_rows_without_a_picture_have_none_to_corrupt(tmp_path: Path) -> None:
     policy = load_policy(language, corrupt=True)
     with pytest.raises(ValueError, match="row r has no image to corrupt"):
         policy.encode([{"id": "r", "prompt": "a", "chosen": "red", "rejected": "blue"}])
+
+
+NOT_OF_TEXT = {"safe", "linear", "mapo", "symmetric_image", "tdpo"}
+"""Objectives of denoising errors, or of a forward that the trainer does not make; each is refused."""
+
+
+@pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - NOT_OF_TEXT))
+def test_every_objective_trains_text(objective: str, model: str, pairs: str, tmp_path: Path) -> None:
+    given = {"objective": objective, "steps": 2, "eval_fraction": 0.0, "layout": "shared"}
+    trained = train(config(model, pairs, tmp_path, **given))
+    assert all(math.isfinite(entry["loss"]) for entry in trained.history if "loss" in entry)
+
+
+@pytest.mark.parametrize("objective", sorted(NOT_OF_TEXT))
+def test_objectives_that_cannot_train_text_are_refused(objective: str, model: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=objective):
+        check(config(model, "pairs", tmp_path, objective=objective))

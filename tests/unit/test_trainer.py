@@ -99,7 +99,7 @@ def test_fixed_draws_repeat_and_fresh_ones_do_not() -> None:
     assert [fresh[i]["id"] for i in range(12)] != [PairStream(rows, seed=5, length=12)[i]["id"] for i in range(12)]
 
 
-NOT_YET = {"safe", "orpo", "image_conditional", "symmetric_image", "tdpo"}
+NOT_YET = {"orpo", "image_conditional", "symmetric_image", "tdpo"}
 """Objectives that want likelihoods, or a forward that the trainer does not make; each is refused."""
 IMAGE_OBJECTIVES = sorted(set(OBJECTIVES) - NOT_YET - {"sigmoid"})
 SETTINGS = {"linear": {"floor": 0.1}}

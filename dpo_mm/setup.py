@@ -1,0 +1,110 @@
+"""From settings to what a run is made of: its loss, its policy, the loop's arguments; and everything refused early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from dpo_mm import objectives
+from dpo_mm.config import TrainConfig
+from dpo_mm.objectives import LogProbs
+from dpo_mm.policies.protocol import load_policy, policy_class
+from dpo_mm.reference import choose_name
+
+NEEDED = ("reference", "z", "reward_shift", "corrupted_ratio", "loser_scale")
+SLACK = 0.9
+"""`safe`'s slack where settings give none: Diffusion-SDPO's for SD1.5 (0.6 for SDXL)."""
+OF_TEXT = ("include_vision", "max_length", "on_too_long", "layout", "tail_weight", "edited_weight", "keep_features")
+"""Settings that only a policy of text knows."""
+
+
+def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor]:
+    """The loss of a config: its objectives by weight, with the SFT term where it has a weight.
+
+    Tried at once on a made-up pair of that exactness, so that a setting out of range, or an objective that doesn't go
+    with such log-probs, raises ValueError before anything is trained.
+    """
+    named = {config.objective: 1.0} if isinstance(config.objective, str) else dict(config.objective)
+    settings = dict(config.settings)
+    if any("beta" in objectives.settings_of(name) for name in named):
+        settings["beta"] = config.beta
+    settings.pop("slack", None) if "safe" in named else None
+    if config.sft_weight:
+        named["sft"] = named.get("sft", 0.0) + config.sft_weight
+    loss = objectives.mixture(named, settings)
+    one = torch.ones(2)
+    sample = LogProbs(-one, -one, one, one, exact=exact)
+    given = {"probability": one, "score_margin": one, "z": torch.zeros(()), "reward_shift": torch.zeros(())}
+    given["corrupted_ratio" if exact else "loser_scale"] = torch.zeros(2)
+    loss(sample, sample, given)
+    return loss
+
+
+def check(config: TrainConfig) -> None:
+    """Everything about a config that can be refused before a model is loaded. Raises ValueError."""
+    exact = policy_class(config.model, revision=config.revision).exact
+    loss_of(config, exact=exact)
+    draws = 1 if exact else config.reference_draws
+    if choose_name(config) == "precomputed" and draws < 1:
+        raise ValueError(
+            "reference 'precomputed' needs reference_draws of at least 1: so many fixed draws a row are kept"
+        )
+    if choose_name(config) == "precomputed" and "corrupted_ratio" in needs_of(config):
+        raise ValueError("reference 'precomputed' does not go with image_conditional; take adapter_off or frozen_copy")
+    strange = [] if exact else [name for name in OF_TEXT if getattr(config, name) != getattr(TrainConfig, name)]
+    if strange:
+        raise ValueError(f"{strange[0]} is a setting of vision-language models; {config.model} is an image generator")
+    training_arguments(config)
+
+
+def needs_of(config: TrainConfig) -> set[str]:
+    """Which of NEEDED the config's objectives take."""
+    named = [config.objective] if isinstance(config.objective, str) else list(config.objective)
+    return {what for what in NEEDED if any(objectives.takes(name, what) for name in named)}
+
+
+def opened(config: TrainConfig) -> Any:
+    """The policy that a config trains, not yet prepared. Raises ValueError as loading does."""
+    options: dict[str, Any] = {}
+    if policy_class(config.model, revision=config.revision).exact:
+        options = {name: getattr(config, name) for name in OF_TEXT if name != "keep_features"}
+        options["corrupt"] = "corrupted_ratio" in needs_of(config)
+    precision = config.precision if config.tuning == "lora" else "fp32"
+    return load_policy(config.model, revision=config.revision, precision=precision, **options)
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The config in the Trainer's words. Raises ValueError for an unknown precision."""
+    if config.precision not in ("fp32", "bf16", "fp16"):
+        raise ValueError(f"precision {config.precision!r} is unknown; expected fp32, bf16 or fp16")
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        seed=config.seed,
+        logging_steps=config.log_every,
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every or None,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or config.steps,
+        save_total_limit=config.keep_checkpoints,
+        dataloader_num_workers=config.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
