@@ -23,7 +23,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DPO_MM_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -126,12 +126,16 @@ def train(context: typer.Context, config: str, dry_run: DryRun = False) -> None:
 
     settings = build(TrainConfig, _section(config, "train", flags(context.args)), where=config)
     with quietly():
-        from dpo_mm.trainer import plan, train
+        from dpo_mm.trainer import Stopped, plan, train
 
         if dry_run:
             _print(plan(settings))
             return
-        trained = train(settings)
+        try:
+            trained = train(settings)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(143)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     _print(trained.settings)

@@ -24,6 +24,7 @@ from dpo_mm import objectives
 from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.encoding import encoded_sets, keep_reference
+from dpo_mm.guards import FiniteSteps, Stop, mark_complete, newest_whole
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.progress import progress
@@ -93,6 +94,8 @@ class DPOTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
+        self.guard = FiniteSteps()
+        self.add_callback(self.guard)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
@@ -149,6 +152,8 @@ class DPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **self._averages("train")}
+            if self.guard.skipped:
+                logs["skipped_steps"] = float(self.guard.skipped)
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -183,6 +188,7 @@ class DPOTrainer(Trainer):
             ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            mark_complete(aside / name)
             shutil.rmtree(final / name, ignore_errors=True)
             os.replace(aside / name, final / name)
             rotate_checkpoints(str(final), self.args.save_total_limit)
@@ -214,10 +220,14 @@ class Trained:
     settings: dict[str, str]
 
 
+class Stopped(Exception):
+    """A run that ended early because it was asked to, with everything saved."""
+
+
 def train(config: TrainConfig) -> Trained:
     """Train as the config says and write the result to its output_dir.
 
-    Raises ValueError that names the setting, file or row at fault, before anything is trained.
+    Raises ValueError that names the setting, file or row at fault, before anything is trained; Stopped after a SIGTERM.
     """
     check(config)
     checkpoint = last_checkpoint(config) if config.resume else None
@@ -234,11 +244,15 @@ def train(config: TrainConfig) -> Trained:
         rows = keep_reference(policy, rows, config, draws=1 if policy.exact else config.reference_draws)
         watched = watched and keep_reference(policy, watched, config, draws=1 if policy.exact else EVAL_DRAWS)
     settings = describe(policy, config, len(rows))
-    with progress("training", config.steps) as advance:
-        trainer = DPOTrainer(policy, config, rows, watched, callbacks=[Bar(advance)])
+    stop = Stop()
+    with progress("training", config.steps) as advance, stop.listening():
+        trainer = DPOTrainer(policy, config, rows, watched, callbacks=[Bar(advance), stop])
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         history = trainer.state.log_history
+        if stop.asked and trainer.state.global_step < config.steps:
+            at = f"{config.output_dir}/checkpoint-{trainer.state.global_step}"
+            raise Stopped(f"stopped as asked at step {trainer.state.global_step}, saved in {at}; go on with --resume")
         if watched is not None and not any("eval_loss" in e and e["step"] == config.steps for e in history):
             trainer.evaluate()
     trainer.save_model(config.output_dir)
@@ -277,15 +291,13 @@ class Bar(TrainerCallback):
 def last_checkpoint(config: TrainConfig) -> Path | None:
     """The newest checkpoint of a run, made by the same recipe.
 
-    Raises ValueError where the recipe has changed since in more than how often it saves, with what changed.
+    Raises ValueError where the recipe has changed since in more than how often it saves, with what changed, and where
+    none is whole.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    folder = Path(config.output_dir)
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    found = newest_whole(Path(config.output_dir))
     if found is None:
         return None
-    before, now = json.loads((Path(found) / CONFIG_FILE).read_text()), json.loads(json.dumps(as_dict(config)))
+    before, now = json.loads((found / CONFIG_FILE).read_text()), json.loads(json.dumps(as_dict(config)))
     changed = [
         f"{k}: {before.get(k)!r} -> {v!r}" for k, v in now.items() if k not in FREE_TO_CHANGE and before.get(k) != v
     ]
@@ -293,7 +305,7 @@ def last_checkpoint(config: TrainConfig) -> Path | None:
         raise ValueError(
             f"{found} was made by another recipe ({'; '.join(changed)}); undo that, or choose another output_dir"
         )
-    return Path(found)
+    return found
 
 
 def plan(config: TrainConfig) -> dict[str, str]:

@@ -1,0 +1,123 @@
+"""Steps that aren't numbers, a request to stop, and checkpoints that aren't whole, in real runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpo_mm import trainer as module
+from dpo_mm.config import TrainConfig
+from dpo_mm.guards import IN_A_ROW, newest_whole, what_is_wrong
+from dpo_mm.trainer import DPOTrainer, train
+
+
+def config(model: str, pairs: str, out: Path, **more: Any) -> TrainConfig:
+    given = {"steps": 8, "batch_size": 2, "log_every": 1, "eval_fraction": 0.0, "learning_rate": 1e-3, **more}
+    return TrainConfig(model=model, pairs=pairs, output_dir=str(out), **given)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "pytorch_lora_weights.safetensors")
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """From now on the loss of these steps is not a number."""
+    real = DPOTrainer.compute_loss
+
+    def loss(self: DPOTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
+        found = real(self, *arguments, **named)
+        return found * float("nan") if self.state.global_step in steps else found
+
+    monkeypatch.setattr(module.DPOTrainer, "compute_loss", loss)
+
+
+def test_a_loss_that_is_not_a_number_makes_no_step_and_is_counted(
+    tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(tiny_model, pairs, tmp_path / "two", steps=2, schedule="constant"))
+    poisoned(monkeypatch, {2, 3})
+    trained = train(config(tiny_model, pairs, tmp_path / "four", steps=4, schedule="constant"))
+    one, other = weights(tmp_path / "two"), weights(tmp_path / "four")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [e["skipped_steps"] for e in trained.history if "skipped_steps" in e][-1] == 2
+
+
+def test_many_in_a_row_end_the_run_with_a_diagnosis(
+    tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, set(range(3, 1000)))
+    with pytest.raises(
+        FloatingPointError, match=f"{IN_A_ROW} steps in a row up to step {3 + IN_A_ROW} .* learning_rate"
+    ):
+        train(config(tiny_model, pairs, tmp_path, steps=100))
+
+
+def test_sigterm_saves_exits_and_resumes_to_the_same_adapter(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_model}\npairs: {pairs}\nlearning_rate: 1.0e-3\nsteps: 30\nbatch_size: 2\nsave_every: 2\n"
+    )
+    command = [sys.executable, "-m", "dpo_mm", "train", str(recipe), "--output-dir"]
+    out = tmp_path / "cut"
+    process = subprocess.Popen([*command, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143 and "stopped as asked at step" in errors and "--resume" in errors
+    step = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
+    assert f"step {step}," in errors and step < 30 and not (out / "pytorch_lora_weights.safetensors").exists()
+
+    subprocess.run([*command, str(out), "--resume"], check=True, capture_output=True)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    one, other = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove", "unmark"])
+def test_a_broken_checkpoint_is_passed_over_and_named(
+    harm: str, tiny_model: str, pairs: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(config(tiny_model, pairs, tmp_path, save_every=4))
+    newest = tmp_path / "checkpoint-8"
+    if harm == "truncate":
+        with (newest / "optimizer.pt").open("r+b") as file:
+            file.truncate(100)
+    elif harm == "remove":
+        (newest / "trainer_state.json").unlink()
+    else:
+        (newest / "complete.json").unlink()
+    assert what_is_wrong(tmp_path / "checkpoint-4") is None
+    with caplog.at_level(logging.WARNING, logger="dpo_mm.guards"):
+        assert newest_whole(tmp_path) == tmp_path / "checkpoint-4"
+    assert "checkpoint-8" in caplog.text and "taking the one before" in caplog.text
+    before = weights(tmp_path)
+    train(config(tiny_model, pairs, tmp_path, save_every=4, resume=True))
+    after = weights(tmp_path)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_no_whole_checkpoint_is_an_error_never_a_new_start(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    train(config(tiny_model, pairs, tmp_path, save_every=4))
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint is whole .*optimizer.pt is missing"):
+        train(config(tiny_model, pairs, tmp_path, save_every=4, resume=True))
+
+
+def test_a_checkpoint_notes_what_it_holds(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    train(config(tiny_model, pairs, tmp_path, save_every=4))
+    noted = json.loads((tmp_path / "checkpoint-4" / "complete.json").read_text())
+    assert {"optimizer.pt", "trainer_state.json", "dpo_mm.json", "pytorch_lora_weights.safetensors"} <= set(noted)
