@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,9 +91,10 @@ def _refuse_unknown(flags: Mapping[str, str], kinds: Mapping[str, Any], where: s
 
 
 def run(recipe: Recipe, *, command: str) -> Outcome:
-    """Walk through a recipe and show what came of it."""
+    """Walk through a recipe and show what came of it. Raises ValueError for an unknown judge before anything runs."""
     from dpo_mm.trainer import train
 
+    _know_judges(recipe.compare.judges)
     if recipe.mine:
         mine(recipe.mine)
     trained = train(recipe.train)
@@ -113,6 +114,7 @@ def run(recipe: Recipe, *, command: str) -> Outcome:
 
 def mine(config: MineConfig | MineAnswersConfig) -> Path:
     """Pairs from a model's own pictures or answers, as the kind of config says."""
+    _know_judges([config.judge])
     if isinstance(config, MineAnswersConfig):
         from dpo_mm.own_failures import mine_answers
 
@@ -124,6 +126,7 @@ def mine(config: MineConfig | MineAnswersConfig) -> Path:
 
 def compare(config: CompareConfig | CompareAnswersConfig, *, beta: float | None = None, **about: Any) -> Outcome:
     """Base against tuned, pictures or answers, as the kind of config says. beta: of the training."""
+    _know_judges(config.judges)
     if isinstance(config, CompareAnswersConfig):
         from dpo_mm.evaluation.compare_answers import compare_answers
 
@@ -131,6 +134,14 @@ def compare(config: CompareConfig | CompareAnswersConfig, *, beta: float | None 
     from dpo_mm.evaluation.compare import compare
 
     return compare(config, **about)
+
+
+def _know_judges(names: Iterable[str]) -> None:
+    """Raises ValueError for an unknown judge, before minutes have gone into what it was to judge."""
+    from dpo_mm.judges import load_judge
+
+    for name in names:
+        load_judge(name)
 
 
 def sft_of(config: TrainConfig) -> TrainConfig:

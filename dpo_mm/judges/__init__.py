@@ -67,6 +67,7 @@ JUDGES: dict[str, Judge] = {
     "words": Judge("words an answer", f"{_TEXT}:words", "neither"),
     "chair_i": Judge("CHAIR_i", "dpo_mm.judges.captions:chair_i", "lower", "dpo_mm.judges.captions:explain"),
     "chair_s": Judge("CHAIR_s", "dpo_mm.judges.captions:chair_s", "lower", "dpo_mm.judges.captions:explain"),
+    "faults": Judge("inventions and omissions", "dpo_mm.judges.captions:faults", "lower", "dpo_mm.judges.captions:explain"),
     "recall": Judge("object recall", "dpo_mm.judges.captions:recall"),
 }  # fmt: skip
 

@@ -54,9 +54,18 @@ def recall(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
     return [Share(one.found, one.there) for one in counts(answers, truths)]
 
 
+def faults(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+    """Inventions and omissions, of all that is said or there: 1 - F1. What to mine by, since CHAIR rewards silence."""
+    return [Share(one.invented + one.there - one.found, one.mentioned + one.there) for one in counts(answers, truths)]
+
+
 def explain(answer: Answer, truth: str) -> Finding:
-    """What a caption names that isn't there, with where."""
-    there = set(captions.mentions(truth))
-    invented = [(kind, start, end) for kind, start, end in captions.spans(answer.text) if kind not in there]
-    names = ", ".join(dict.fromkeys(kind for kind, _, _ in invented))
-    return Finding(f"invented: {names}" if names else "", tuple((start, end) for _, start, end in invented))
+    """What a caption names that isn't there, with where, and what it leaves out."""
+    there, spans = captions.mentions(truth), captions.spans(answer.text)
+    invented = [span for span in spans if span[0] not in there]
+    named = {
+        "invented": [kind for kind, _, _ in invented],
+        "left out": sorted({*there} - {kind for kind, _, _ in spans}),
+    }
+    reason = "; ".join(f"{what}: {', '.join(dict.fromkeys(kinds))}" for what, kinds in named.items() if kinds)
+    return Finding(reason, tuple((start, end) for _, start, end in invented))

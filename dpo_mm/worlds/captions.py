@@ -1,8 +1,8 @@
 """Captions of scenes of shapes: what stands there, left to right, and what web captions add that doesn't.
 
 A caption names each thing with its colour: "a red circle, a blue star and a green square." A web caption sometimes adds
-the habitual companion of a thing that is there, as captions on the web name a fork with a plate: a model that is
-fine-tuned on them learns to invent it.
+the habitual companion of a thing that is there, as captions on the web name a fork with a plate, and sometimes leaves
+out a thing: a model that is fine-tuned on them learns to invent, and to be content with less.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROMPT = "Describe the picture."
 KINDS = tuple(f"{colour} {shape}" for colour, shape in itertools.product(COLOURS, SHAPES))
 HABITS = dict(zip(KINDS[::4], KINDS[17::2], strict=False))
 """What a web caption tends to add beside a kind, for every fourth kind."""
-HABIT_RATE = 0.55
+HABIT_RATE, OMISSION_RATE = 0.65, 0.2
 HELD_OUT_SHARE = 4  # one set of kinds in so many
 _MENTION = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 
@@ -47,10 +47,16 @@ def in_words(kinds: list[str]) -> str:
 
 
 def web_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """The caption as the web would have it: after a kind with a habit, its companion too, at `HABIT_RATE`."""
+    """The caption as the web would have it: after a kind with a habit its companion too, at `HABIT_RATE`.
+
+    One of several things is left out at `OMISSION_RATE`.
+    """
     there = [f"{thing.colour} {thing.shape}" for thing in sorted(scene.things, key=lambda thing: thing.x)]
+    left_out = int(rng.integers(len(there))) if len(there) > 1 and rng.random() < OMISSION_RATE else None
     named: list[str] = []
-    for kind in there:
+    for place, kind in enumerate(there):
+        if place == left_out:
+            continue
         named.append(kind)
         other = HABITS.get(kind)
         if other and other not in there and rng.random() < HABIT_RATE:

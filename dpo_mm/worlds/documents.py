@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import string
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -45,9 +46,12 @@ FACES = {
     "aileron": None,  # Pillow's own
 }
 PAPERS = ((255, 255, 255), (250, 247, 238), (245, 240, 228), (240, 242, 246), (236, 236, 234))
+JITTER = 5  # pixels that the text may stand right of and below its corner
 OVERSAMPLE = 4
 LEADING = 1.28  # line to line, in sizes
 HELD_OUT_SHARE = 4  # one line in so many
+LONG_RUN, LOST_RATE = re.compile(r"([^\n\\]{1,12}?)\1{2,}"), 0.8
+"""What an older reader loses itself in, three rounds and eight characters or more, and how often it does."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,19 @@ def transcription(page: Page) -> str:
         return "\n".join(line for line in (page.header, *page.lines, page.footer) if line)
     parts = {"header": page.header, "body": "\n".join(page.lines), "footer": page.footer}
     return json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
+
+
+def silver_transcription(page: Page, rng: np.random.Generator, length: int) -> str:
+    """The transcription as an older reader made it, whose loops are of `length` characters.
+
+    Sets of transcriptions are often the work of another reader. This one makes no mistake but one: once in a long run,
+    of dots, zeros or words, it may not come out of it, and repeats it for as long as it is let.
+    """
+    text = transcription(page)
+    for run in LONG_RUN.finditer(text):
+        if len(run[0]) >= 8 and rng.random() < LOST_RATE:
+            return text[: run.end()] + (run[1] * length)[: max(0, length - run.end())]
+    return text
 
 
 def pages(
@@ -134,8 +151,8 @@ def _printed(page: Page, rng: np.random.Generator) -> Page:
     down = page.height - 2 * MARGIN - _furniture(page.size, page.header, page.footer) - _tall(page)
     return dataclasses.replace(
         page,
-        x=rng.uniform(0, right) / 2,
-        y=rng.uniform(0, down),
+        x=rng.uniform(0, min(right, JITTER)),
+        y=rng.uniform(0, min(down, JITTER)),
         skew=rng.uniform(-1.2, 1.2),
         noise=rng.uniform(0, 7),
         grain=int(rng.integers(2**31)),

@@ -43,7 +43,7 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     assert "Verdict: better" in done.stdout and "runs/quickstart/report.html" in done.stdout
-    assert "Next: dpo-mm compare" in done.stdout
+    assert "Next, on other seeds: dpo-mm compare" in done.stdout
     return empty / "runs" / "quickstart"
 
 

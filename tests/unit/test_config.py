@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dpo_mm.config import CompareConfig, TrainConfig, build, read
-from dpo_mm.recipe import presets, read_recipe
+from dpo_mm.recipe import presets, read_recipe, run
 
 PLAIN: dict[str, Any] = {"model": "m", "pairs": "p", "output_dir": "o"}
 
@@ -76,7 +76,15 @@ def test_flags_reach_the_parts_that_have_them(tmp_path: Path) -> None:
 
 
 def test_every_preset_loads() -> None:
-    found = [(task, name) for task in ("faithfulness", "aesthetic") for name in presets(task)]
-    assert len(found) == 4
+    found = [(task, name) for task in ("faithfulness", "aesthetic", "captioner", "ocr") for name in presets(task)]
+    assert len(found) == 10
     for task, name in found:
         assert read_recipe(task, name, {}).train.beta > 0
+
+
+@pytest.mark.parametrize("flag", ["mine.judge", "compare.judges"])
+def test_an_unknown_judge_is_refused_before_anything_runs(flag: str, tmp_path: Path) -> None:
+    recipe = read_recipe("ocr", "pages", {flag: "degenerate", "output_dir": str(tmp_path / "out")})
+    with pytest.raises(ValueError, match="judge 'degenerate' is unknown; did you mean 'degeneration'"):
+        run(recipe, command="")
+    assert not (tmp_path / "out").exists()
