@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
     {"__init__", "objectives", "schema", "config", "pictures", "progress", "shipped"},
-    {"worlds", "sources", "doctor", "judges", "policies", "prompts"},
+    {"worlds", "sources", "doctor", "judges", "policies", "prompts", "labels", "pages"},
     {"reference", "encoding", "collate"},
     {"trainer", "mining", "evaluation"},
     {"recipe", "cli", "__main__"},
