@@ -10,6 +10,7 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parent
 SHIPPED = {
     "shapes-sd": "models/shapes-sd",
+    "shapes-sd-faithful": "models/shapes-sd-faithful",
     "shapes-faithfulness": "shapes/faithfulness.parquet",
     "shapes-aesthetic": "shapes/aesthetic.parquet",
     "shapes-train": "shapes/prompts-train.txt",
@@ -27,6 +28,12 @@ def presets_folder() -> Path:
     """The folder of recipe presets."""
     inside = _PACKAGE / "presets"
     return inside if inside.is_dir() else _PACKAGE.parent / "recipes" / "presets"
+
+
+def demos_folder() -> Path:
+    """The folder of pages."""
+    inside = _PACKAGE / "demos"
+    return inside if inside.is_dir() else _PACKAGE.parent / "demos"
 
 
 def locate(name: str) -> str:
