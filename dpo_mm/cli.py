@@ -1,4 +1,4 @@
-"""The command line: dpo-mm quickstart | train | mine | compare."""
+"""The command line: dpo-mm quickstart | train | mine | compare | demo | label."""
 
 from __future__ import annotations
 
@@ -187,3 +187,55 @@ def compare(context: typer.Context) -> None:
         from dpo_mm.recipe import compare, show
 
         show(compare(settings, title="Base and tuned", command=command_line()))
+
+
+demo = typer.Typer(no_args_is_help=True, help="Pages for the browser, served to this machine alone.")
+app.add_typer(demo, name="demo")
+label = typer.Typer(no_args_is_help=True, help="Votes that people cast on pairs.")
+app.add_typer(label, name="label")
+Port = Annotated[int | None, typer.Option(help="Port on 127.0.0.1; the first free one from 7860 unless given.")]
+
+
+@demo.command("label")
+def demo_label(
+    pairs: Annotated[str, typer.Option(help="Parquet, a hub set, a shipped one, or a folder.")] = "shapes-faithfulness",
+    votes: Annotated[str, typer.Option(help="SQLite file that the votes go to as they are cast.")] = "labels.sqlite",
+    port: Port = None,
+) -> None:
+    """Label pairs blind, by keyboard, several people at once."""
+    from dpo_mm.pages import load_page
+
+    load_page("label").run(pairs, votes, port=port)
+
+
+@demo.command("images")
+def demo_images(
+    model: Annotated[str, typer.Option(help="Folder, hub id or shipped model.")] = "shapes-sd",
+    adapter: Annotated[
+        str | None, typer.Option(help="Tuned adapter or denoiser; the shipped model has its own.")
+    ] = None,
+    judges: Annotated[str | None, typer.Option(help="Names or module:function, with commas.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    port: Port = None,
+) -> None:
+    """Draw base and tuned from the same seed, side by side."""
+    from dpo_mm.pages import load_page
+
+    with quietly():
+        load_page("compare_images").run(model, adapter, judges, precision=precision, port=port)
+
+
+@label.command("export")
+def label_export(
+    votes: Annotated[str, typer.Argument(help="SQLite file of the votes.")],
+    output: Annotated[str, typer.Option(help="Parquet file to write.")] = "labels.parquet",
+    pairs: Annotated[str | None, typer.Option(help="The set that was labelled, where it has moved.")] = None,
+) -> None:
+    """Write the votes as preference rows."""
+    from datasets import disable_progress_bars
+
+    from dpo_mm.labels.export import export
+
+    disable_progress_bars()
+    _print(export(votes, output, pairs=pairs))
+    print(f"Exported: {output}\nNext: dpo-mm train CONFIG.yaml --pairs {output}")

@@ -12,6 +12,7 @@ SHIPPED = {
     "shapes-sd": "models/shapes-sd",
     "shapes-captioner": "models/shapes-captioner",
     "page-reader": "models/page-reader",
+    "shapes-sd-faithful": "models/shapes-sd-faithful",
     "shapes-faithfulness": "shapes/faithfulness.parquet",
     "shapes-aesthetic": "shapes/aesthetic.parquet",
     "shapes-train": "shapes/prompts-train.txt",
@@ -29,6 +30,12 @@ def presets_folder() -> Path:
     """The folder of recipe presets."""
     inside = _PACKAGE / "presets"
     return inside if inside.is_dir() else _PACKAGE.parent / "recipes" / "presets"
+
+
+def demos_folder() -> Path:
+    """The folder of pages."""
+    inside = _PACKAGE / "demos"
+    return inside if inside.is_dir() else _PACKAGE.parent / "demos"
 
 
 def locate(name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
     {"__init__", "objectives", "schema", "config", "pictures", "progress", "shipped"},
-    {"worlds", "sources", "doctor", "judges", "policies", "prompts", "questions"},
+    {"worlds", "sources", "doctor", "judges", "policies", "prompts", "questions", "labels", "pages"},
     {"reference", "encoding", "collate"},
     {"setup", "guards", "trainer", "mining", "own_failures", "evaluation"},
     {"recipe", "cli", "__main__"},
