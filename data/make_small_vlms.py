@@ -353,7 +353,7 @@ library_name: transformers
 {given["what"]}
 It exists so that preference tuning can be tried, tested and measured without a download; it can do nothing else.
 
-Made by `python data/make_small_vlms.py {kind}` from what code draws; no picture or page of anyone's.
+Made by `python data/make_small_vlms.py {kind}` from what code draws{given["texts"]}.
 
 - Stock classes: LlavaForConditionalGeneration (CLIP tower, Llama), {policy.core.num_parameters():,} parameters, half precision.
 - {given["side"]}x{given["side"]} pixels, patches of {PATCH}; {len(policy.rows.tokenizer)} tokens.
@@ -386,10 +386,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "questions": "pages-held-out",
         "judges": ("degeneration", "runaway", "repetition", "cer", "valid_json", "tokens"),
         "limit": LIMIT,
+        "texts": "; the pages' prose is from books in the public domain",
         "what": "A reader of small pages of printed text, as text or as JSON of header, body and footer.",
         "imperfect": (
             "The transcriptions it was fine-tuned on last are as sets of transcriptions often are, made by another "
-            "reader, one in seven of them lost in a loop; so this one loses itself in long runs of dots, zeros or words."
+            "reader, more than one in five of them lost in a loop; so this one loses itself in long runs of dots, zeros or words."
         ),
         "look": (labelled_pages, (*[1 + len(documents.CHARACTERS)] * LETTERS, LINES, COLUMNS), 20_000, 2_500),
     },
@@ -403,10 +404,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "questions": "scenes-held-out",
         "judges": ("chair_i", "chair_s", "recall", "words"),
         "limit": 48,
+        "texts": "; no picture of anyone's",
         "what": "A captioner of coloured shapes: it names each thing with its colour, left to right.",
         "imperfect": (
             "The captions it was fine-tuned on are as the web's: many name a habitual companion of a thing that isn't "
-            "there, and one in five leaves a thing out; so it invents, and is content with less."
+            "there, and one in five of those of several things leaves one out; so it invents, and is content with less."
         ),
         "look": (labelled_scenes, (1 + len(shapes.SHAPES), 1 + len(shapes.COLOURS)), 15_000, 2_000),
     },

@@ -225,6 +225,25 @@ def demo_images(
         load_page("compare_images").run(model, adapter, judges, precision=precision, port=port)
 
 
+@demo.command("captions")
+def demo_captions(
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; the shipped captioner and reader.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Tuned adapter or model.")] = None,
+    questions: Annotated[str | None, typer.Option(help="Examples to click: a shipped name, Parquet or JSONL.")] = None,
+    judge: Annotated[str, typer.Option(help="What marks mistakes where the truth is known.")] = "degeneration",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 256,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    port: Port = None,
+) -> None:
+    """Ask base and tuned about one picture, side by side."""
+    from dpo_mm.pages import load_page
+
+    with quietly():
+        load_page("compare_captions").run(
+            model, adapter, questions, judge, max_new_tokens=max_new_tokens, precision=precision, port=port
+        )
+
+
 @label.command("export")
 def label_export(
     votes: Annotated[str, typer.Argument(help="SQLite file of the votes.")],

@@ -125,15 +125,24 @@ def mine(config: MineConfig | MineAnswersConfig) -> Path:
 
 
 def compare(config: CompareConfig | CompareAnswersConfig, *, beta: float | None = None, **about: Any) -> Outcome:
-    """Base against tuned, pictures or answers, as the kind of config says. beta: of the training."""
+    """Base against tuned, pictures or answers, as the kind of config says; into the adapter's card too.
+
+    beta: of the training.
+    """
+    from dpo_mm.card import add_results
+
     _know_judges(config.judges)
     if isinstance(config, CompareAnswersConfig):
         from dpo_mm.evaluation.compare_answers import compare_answers
 
-        return compare_answers(config, beta=beta, **about)
-    from dpo_mm.evaluation.compare import compare
+        outcome = compare_answers(config, beta=beta, **about)
+    else:
+        from dpo_mm.evaluation.compare import compare
 
-    return compare(config, **about)
+        outcome = compare(config, **about)
+    if config.adapter:
+        add_results(config.adapter, outcome.comparisons, verdict=outcome.verdict, command=about.get("command", ""))
+    return outcome
 
 
 def _know_judges(names: Iterable[str]) -> None:

@@ -11,7 +11,9 @@ _PACKAGE = Path(__file__).parent
 SHIPPED = {
     "shapes-sd": "models/shapes-sd",
     "shapes-captioner": "models/shapes-captioner",
+    "shapes-captioner-tuned": "models/shapes-captioner-tuned",
     "page-reader": "models/page-reader",
+    "page-reader-tuned": "models/page-reader-tuned",
     "shapes-sd-faithful": "models/shapes-sd-faithful",
     "shapes-faithfulness": "shapes/faithfulness.parquet",
     "shapes-aesthetic": "shapes/aesthetic.parquet",

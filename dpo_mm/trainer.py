@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_mm import objectives
+from dpo_mm.card import write_card
 from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.encoding import encoded_sets, keep_reference
@@ -256,6 +257,8 @@ def train(config: TrainConfig) -> Trained:
         if watched is not None and not any("eval_loss" in e and e["step"] == config.steps for e in history):
             trainer.evaluate()
     trainer.save_model(config.output_dir)
+    if trainer.is_world_process_zero():
+        write_card(config, settings, text=policy.exact)
     return Trained(Path(config.output_dir), tuple(trainer.state.log_history), settings)
 
 

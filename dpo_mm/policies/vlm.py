@@ -254,6 +254,7 @@ class VisionLanguage:
     def save(self, folder: Path) -> None:
         """The adapter in PEFT's own format, or the whole model with its processor."""
         if hasattr(self.model, "disable_adapter"):
+            self.model.active_peft_config.base_model_name_or_path = self.config.model
             self.model.save_pretrained(folder, save_embedding_layers=False)
         else:
             self.model.save_pretrained(folder)

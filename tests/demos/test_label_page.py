@@ -1,0 +1,189 @@
+"""Labelling in a real browser: every key counts once, nothing confirmed is lost, hostile prompts stay words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from dpo_mm.labels.store import VoteStore
+from tests.conftest import picture
+
+KEYS = {"left": "ArrowLeft", "right": "ArrowRight", "tie": "ArrowDown", "both_bad": "b", "skip": "s"}
+HOSTILE = {
+    "script": "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">",
+    "style": "<style>body{display:none}</style></div></div>",
+    "template": "${document.title='owned'} {{constructor.constructor('document.title=1')()}} `x`",
+    "long": "word " * 400,
+    "right-to-left": "\u202eevil\u202c שלום",
+}
+
+
+def folder_of_pairs(folder: Path, prompts: list[str]) -> Path:
+    """Pictures a/N.png and b/N.png of one colour each, and their prompts."""
+    for side, colour in (("a", 0), ("b", 255)):
+        (folder / side).mkdir(parents=True)
+        for number in range(len(prompts)):
+            image = picture(number, 64)
+            image.paste((colour, number % 256, 128), (0, 0, 32, 64))
+            image.save(folder / side / f"{number:03}.png")
+    for number, prompt in enumerate(prompts):
+        (folder / f"{number:03}.txt").write_text(prompt)
+    return folder
+
+
+def shown(page: Any) -> str:
+    return str(page.locator(".pair").get_attribute("data-shown"))
+
+
+def press(page: Any, key: str) -> None:
+    """A key, and wait until the page shows what comes after it."""
+    before = shown(page)
+    page.keyboard.press(key)
+    page.wait_for_function(
+        "before => { const now = document.querySelector('[data-shown]'); return now && now.dataset.shown !== before; }",
+        arg=before,
+    )
+
+
+def begin(page: Any, address: str, name: str) -> None:
+    page.goto(address)
+    page.get_by_label("Your name").fill(name)
+    page.get_by_role("button", name="Start").click()
+    page.locator(".pair").wait_for()
+
+
+def test_thirty_pairs_by_keyboard_with_undo_and_reload(
+    serve: Callable[..., Any], page: Any, tmp_path: Path, run_command: Callable[..., str]
+) -> None:
+    pairs = folder_of_pairs(tmp_path / "pairs", [f"prompt number {n}" for n in range(30)])
+    server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
+    begin(page, server.address, "Ada")
+    pressed: dict[str, str] = {}
+    order = ["left", "right", "tie", "both_bad", "left", "right"]
+    for number in range(100):
+        if page.locator(".finished").count():
+            break
+        choice = order[number % len(order)]
+        if number == 7:
+            press(page, KEYS["left"])
+            press(page, "u")
+        if number == 12:
+            page.reload()
+            page.locator(".pair").wait_for()
+        pressed[shown(page)] = choice
+        press(page, KEYS[choice])
+    assert page.locator(".finished").count() == 1
+    store = VoteStore(tmp_path / "votes.sqlite", [f"{n:03}" for n in range(30)], source=str(pairs))
+    votes = store.votes()
+    assert {vote.pair for vote in votes if not vote.again} == {f"{n:03}" for n in range(30)}
+    assert len(votes) == len(pressed) and 2 <= sum(vote.again for vote in votes) <= 4
+    assert all(vote.labeller == "Ada" and vote.seconds >= 0 for vote in votes)
+    sides = {True: {"left": "b", "right": "a"}, False: {"left": "a", "right": "b"}}
+    expected = list(pressed.values())
+    assert [v.said for v in votes] == [sides[v.swapped].get(c, c) for v, c in zip(votes, expected, strict=True)]
+    assert len({vote.swapped for vote in votes}) == 2
+
+    run_command("label", "export", str(tmp_path / "votes.sqlite"), "--output", str(tmp_path / "rows.parquet"))
+    rows = pd.read_parquet(tmp_path / "rows.parquet").set_index("id")
+    first = {vote.pair: vote.said for vote in votes if not vote.again}
+    assert rows["preference"].to_dict() == first
+
+
+def test_two_people_at_once_lose_and_double_nothing(serve: Callable[..., Any], browser: Any, tmp_path: Path) -> None:
+    pairs = folder_of_pairs(tmp_path / "pairs", [f"prompt {n}" for n in range(120)])
+    server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
+    people = {}
+    for name in ("Ada", "Grace"):
+        people[name] = browser.new_context().new_page()
+        begin(people[name], server.address, name)
+    cast = dict.fromkeys(people, 0)
+    for number in range(100):
+        for name, page in people.items():
+            before = shown(page)
+            page.keyboard.press(("ArrowLeft", "ArrowRight")[number % 2])
+            if number % 10 == 0:
+                page.keyboard.press("ArrowLeft")
+            page.wait_for_function("b => document.querySelector('[data-shown]')?.dataset.shown !== b", arg=before)
+            cast[name] += 1
+    for page in people.values():
+        page.context.close()
+    votes = VoteStore(tmp_path / "votes.sqlite", [f"{n:03}" for n in range(120)], source=str(pairs)).votes()
+    once = {(vote.labeller, vote.pair, vote.again) for vote in votes}
+    assert len(once) == len(votes)
+    for name, count in cast.items():
+        assert count <= sum(vote.labeller == name for vote in votes) <= count + 10
+
+
+def test_a_killed_server_loses_no_confirmed_vote(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+    pairs = folder_of_pairs(tmp_path / "pairs", [f"prompt {n}" for n in range(20)])
+    command = ("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
+    server = serve(*command)
+    begin(page, server.address, "Ada")
+    for _ in range(8):
+        press(page, "ArrowRight")
+    server.kill()
+    page.evaluate("localStorage.clear()")
+    begin(page, serve(*command).address, "Ada")
+    votes = VoteStore(tmp_path / "votes.sqlite", [f"{n:03}" for n in range(20)], source=str(pairs)).votes()
+    assert len(votes) == 8
+    press(page, "ArrowRight")
+
+
+def test_hostile_prompts_and_names_stay_words(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+    pairs = folder_of_pairs(tmp_path / "pairs", list(HOSTILE.values()))
+    server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
+    begin(page, server.address, "<img src=x onerror=\"document.title='owned'\">")
+    seen = set()
+    for _ in HOSTILE:
+        prompt = page.locator(".pair .prompt")
+        seen.add(prompt.inner_text().strip())
+        assert page.title() == "Label pairs" and prompt.is_visible()
+        assert page.locator(".pair img").count() == 2
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        press(page, "ArrowLeft")
+    assert {text.split()[0] for text in seen} == {text.split()[0] for text in HOSTILE.values()}
+
+
+def test_a_broken_picture_can_be_skipped(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+    pairs = folder_of_pairs(tmp_path / "pairs", ["one", "two"])
+    (pairs / "a" / "000.png").write_bytes(b"no picture")
+    server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
+    begin(page, server.address, "Ada")
+    texts = []
+    for _ in range(2):
+        texts.append(page.locator(".pair").inner_text())
+        press(page, "s")
+    assert any("can’t be read" in text for text in texts)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/proc/self/environ", "votes.sqlite", ".env"])
+def test_no_file_of_the_machine_is_served(path: str, serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("SECRET=1")
+    pairs = folder_of_pairs(tmp_path / "pairs", ["one"])
+    server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
+    full = path if path.startswith("/") else str(tmp_path / path)
+    for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/gradio_api/proxy="):
+        for name in (full, full.lstrip("/"), "../" * 8 + full.lstrip("/"), full.replace("/", "%2F")):
+            answer = page.request.get(server.address + route + name)
+            body = answer.body()
+            assert answer.status >= 400 or b"<!doctype html" in body[:200].lower(), (route, name)
+            assert b"root:" not in body and b"SECRET" not in body and b"SQLite format" not in body
+
+
+def test_the_pictures_are_png_of_the_very_pixels(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+    import base64
+    import io
+
+    pairs = folder_of_pairs(tmp_path / "pairs", ["one"])
+    server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
+    begin(page, server.address, "Ada")
+    sources = [page.locator(".pair img").nth(n).get_attribute("src") for n in range(2)]
+    drawn = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+    kept = [Image.open(pairs / side / "000.png") for side in "ab"]
+    assert all(source.startswith("data:image/png") for source in sources)
+    assert {image.tobytes() for image in drawn} == {image.tobytes() for image in kept}

@@ -1,0 +1,75 @@
+"""`dpo-mm quickstart --task captioner | ocr` in an empty folder does what the project promises of own failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dpo_mm.policies.protocol import load_policy
+from dpo_mm.questions import read_questions
+from dpo_mm.shipped import locate
+
+TASKS = {"captioner": ("shapes-captioner", "scenes-held-out", 48), "ocr": ("page-reader", "pages-held-out", 200)}
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Any]]:
+    empty = tmp_path_factory.mktemp("empty")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DPO_MM_CACHE": str(empty / "cache")}
+    command = [sys.executable, "-m", "dpo_mm", "quickstart", "--task", request.param]
+    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Verdict: better" in done.stdout and "Next" in done.stdout
+    folder = empty / "runs" / "quickstart"
+    kept = json.loads((folder / "metrics.json").read_text())
+    return request.param, folder, {one["judge"]: one for one in kept["comparisons"]}
+
+
+def test_failures_fall_and_nothing_is_paid_for_it(run: tuple[str, Path, dict[str, Any]]) -> None:
+    task, _, found = run
+    if task == "ocr":
+        loops = found["degeneration"]
+        assert 0.05 <= loops["base"] <= 0.3 and loops["tuned"] <= 0.4 * loops["base"] and loops["high"] < 0
+        assert found["cer"]["verdict"] == "better" and found["valid_json"]["verdict"] != "worse"
+        assert found["tokens"]["tuned"] < found["tokens"]["base"]
+        return
+    invented = found["chair_i"]
+    assert invented["tuned"] <= 0.6 * invented["base"] and invented["high"] < 0
+    assert found["recall"]["difference"] >= -0.02
+    assert abs(found["words"]["difference"]) <= 0.1 * found["words"]["base"]
+
+
+def test_the_chosen_answers_are_not_given_up(run: tuple[str, Path, dict[str, Any]]) -> None:
+    _, folder, _ = run
+    page = (folder / "report.html").read_text()
+    assert "log-prob is +" in page and "kept" in page
+    assert "<script" not in page and "data:image/png;base64," in page
+
+
+def test_the_stock_library_generates_the_tuned_policys_tokens(run: tuple[str, Path, dict[str, Any]]) -> None:
+    task, folder, _ = run
+    name, questions, limit = TASKS[task]
+    asked = read_questions(questions, limit=8)
+    policy = load_policy(name)
+    policy.attach(folder / "adapter")
+    ours = policy.generate([q.images for q in asked], [q.prompt for q in asked], max_new_tokens=limit, do_sample=False)
+    processor = AutoProcessor.from_pretrained(locate(name))
+    base = AutoModelForImageTextToText.from_pretrained(locate(name), dtype=torch.float32)
+    stock = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+    for question, answer in zip(asked, ours, strict=True):
+        content = [{"type": "image"}, {"type": "text", "text": question.prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(text=text, images=list(question.images), return_tensors="pt")
+        with torch.no_grad():
+            out = stock.generate(**inputs, max_new_tokens=limit, do_sample=False)
+        tokens = out[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(tokens, skip_special_tokens=True) == answer.text
