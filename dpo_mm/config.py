@@ -187,7 +187,8 @@ class MineAnswersConfig:
     adapter: str | None = None
     revision: str | None = None
     chosen: str = "truth"
-    """truth | best: the model's own best answer, by the judge and then by `tie_break`."""
+    """truth | best: the model's own best answer, by the judge and then by `tie_break` | corrected: the rejected answer
+    with what the judge found wrong mended and nothing else."""
     tie_break: str = "recall"
     """Judge that decides between own answers that the first finds equal, where chosen is best."""
     samples: int = 0

@@ -1,8 +1,8 @@
 """Preference pairs from a reader's or captioner's own failures: ask it, judge its answers, reject the worst.
 
-rejected is what the model itself said (a loop cut after three rounds, see `judges.text.cut_loop`), chosen is the truth
-or its own best. Each row keeps why it was rejected and how it was drawn. Finished shards are kept; a restarted run goes
-on after them. Processes share the questions (RANK of WORLD_SIZE).
+rejected is what the model itself said (a loop cut after three rounds, see `judges.text.cut_loop`), chosen is the truth,
+its own best, or the same answer corrected. Each row keeps why it was rejected and how it was drawn. Finished shards are
+kept; a restarted run goes on after them. Processes share the questions (RANK of WORLD_SIZE).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.config import MineAnswersConfig
-from dpo_mm.judges import Share, better_of, explain, load_judge
+from dpo_mm.judges import Share, better_of, correct, explain, load_judge
 from dpo_mm.judges.text import cut_loop
 from dpo_mm.mining import combine, same_plan, write_rows
 from dpo_mm.pictures import encode_png
@@ -28,8 +28,10 @@ def mine_answers(config: MineAnswersConfig) -> Path:
 
     Raises ValueError where the folder was mined with other settings, a question has no truth, or nothing failed.
     """
-    if config.chosen not in ("truth", "best"):
-        raise ValueError(f"chosen {config.chosen!r} is unknown; expected 'truth' or 'best'")
+    if config.chosen not in ("truth", "best", "corrected"):
+        raise ValueError(f"chosen {config.chosen!r} is unknown; expected 'truth', 'best' or 'corrected'")
+    if config.chosen == "corrected":
+        correct(config.judge, Answer("", 0, hit_limit=False), "")
     if config.chosen == "best" and config.samples < 1:
         raise ValueError("samples is 0; to choose the model's own best takes at least 1 answer beside the greedy one")
     folder = Path(config.output_dir)
@@ -96,6 +98,9 @@ def pair(
         best = min(range(len(answers)), key=lambda n: (bad[n], second[n]))
         chosen, floor = answers[best].text, bad[best]
     rejected = answers[worst]
+    if config.chosen == "corrected":
+        chosen = correct(config.judge, rejected, question.truth)
+        (floor,) = badness(config.judge, [Answer(chosen, 0, hit_limit=False)], question.truth)
     if bad[worst] - floor <= config.min_gap or not chosen.strip() or rejected.text == chosen:
         return None
     text = cut_loop(rejected.text) if rejected.hit_limit else rejected.text

@@ -42,22 +42,24 @@ AnswerScore = Callable[[Sequence[Answer], Sequence[str]], list[Share]]
 class Judge:
     """A judge by name: what it measures, in a report's words, where its function stands, and which way is better.
 
-    explain: where a function stands that says of (answer, truth) what is wrong, as a Finding.
+    explain: where a function stands that says of (answer, truth) what is wrong, as a Finding. correct: one that gives the
+    answer with that mended and nothing else, as text.
     """
 
     metric: str
     function: str
     better: Better = "higher"
     explain: str | None = None
+    correct: str | None = None
 
 
-_TEXT = "dpo_mm.judges.text"
+_TEXT, _CAPTION = "dpo_mm.judges.text", "dpo_mm.judges.captions"
 JUDGES: dict[str, Judge] = {
     "faithfulness": Judge("wholly right rate", "dpo_mm.judges.scene:faithfulness"),
     "aesthetic": Judge("aesthetic score", "dpo_mm.judges.aesthetic:aesthetic"),
-    "degeneration": Judge("degeneration rate", f"{_TEXT}:degeneration", "lower", f"{_TEXT}:explain_loop"),
-    "runaway": Judge("runaway rate", f"{_TEXT}:runaway", "lower", f"{_TEXT}:explain_loop"),
-    "repetition": Judge("excess repetition, share", f"{_TEXT}:repetition", "lower", f"{_TEXT}:explain_loop"),
+    "degeneration": Judge("degeneration rate", f"{_TEXT}:degeneration", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
+    "runaway": Judge("runaway rate", f"{_TEXT}:runaway", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
+    "repetition": Judge("excess repetition, share", f"{_TEXT}:repetition", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
     "cer": Judge("character error rate", f"{_TEXT}:cer", "lower"),
     "wer": Judge("word error rate", f"{_TEXT}:wer", "lower"),
     "anls": Judge("ANLS", f"{_TEXT}:anls"),
@@ -65,10 +67,10 @@ JUDGES: dict[str, Judge] = {
     "cap_hit": Judge("cut at the limit, rate", f"{_TEXT}:cap_hit", "lower"),
     "tokens": Judge("tokens an answer", f"{_TEXT}:tokens", "lower"),
     "words": Judge("words an answer", f"{_TEXT}:words", "neither"),
-    "chair_i": Judge("CHAIR_i", "dpo_mm.judges.captions:chair_i", "lower", "dpo_mm.judges.captions:explain"),
-    "chair_s": Judge("CHAIR_s", "dpo_mm.judges.captions:chair_s", "lower", "dpo_mm.judges.captions:explain"),
-    "faults": Judge("inventions and omissions", "dpo_mm.judges.captions:faults", "lower", "dpo_mm.judges.captions:explain"),
-    "recall": Judge("object recall", "dpo_mm.judges.captions:recall"),
+    "chair_i": Judge("CHAIR_i", f"{_CAPTION}:chair_i", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
+    "chair_s": Judge("CHAIR_s", f"{_CAPTION}:chair_s", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
+    "faults": Judge("inventions and omissions", f"{_CAPTION}:faults", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
+    "recall": Judge("object recall", f"{_CAPTION}:recall"),
 }  # fmt: skip
 
 
@@ -98,3 +100,13 @@ def explain(name: str, answer: Answer, truth: str) -> Finding:
     """What a judge found wrong with an answer; nothing where it doesn't say."""
     where = JUDGES[name].explain if name in JUDGES else None
     return load_judge(where)(answer, truth) if where else Finding("")
+
+
+def correct(name: str, answer: Answer, truth: str) -> str:
+    """An answer with what a judge found wrong mended, and nothing else. Raises ValueError for a judge that can't."""
+    where = JUDGES[name].correct if name in JUDGES else None
+    if where is None:
+        able = ", ".join(one for one, judge in JUDGES.items() if judge.correct)
+        raise ValueError(f"judge {name!r} does not say how to correct an answer; take chosen: truth, or one of {able}")
+    text: str = load_judge(where)(answer, truth)
+    return text

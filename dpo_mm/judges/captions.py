@@ -69,3 +69,11 @@ def explain(answer: Answer, truth: str) -> Finding:
     }
     reason = "; ".join(f"{what}: {', '.join(dict.fromkeys(kinds))}" for what, kinds in named.items() if kinds)
     return Finding(reason, tuple((start, end) for _, start, end in invented))
+
+
+def correct(answer: Answer, truth: str) -> str:
+    """The caption without what isn't there, and with what it left out after the rest; in the words of the world."""
+    there = captions.mentions(truth)
+    kept = [kind for kind in dict.fromkeys(captions.mentions(answer.text)) if kind in there]
+    named = [*kept, *(kind for kind in dict.fromkeys(there) if kind not in kept)]
+    return captions.in_words(named) if named else truth

@@ -26,6 +26,8 @@ GRAM = 10
 """Characters of an n-gram of `repetition`."""
 PERIODS = 3
 """Rounds of a loop that are seen as one, and that a training row keeps of it."""
+NEAR = 30
+"""Characters by which an answer may have run ahead of the truth or behind it before it looped."""
 SHORTEST, LONGEST = 12, 400
 """Characters: the least that a loop takes up with all its rounds, and the longest round looked for."""
 
@@ -140,13 +142,26 @@ def words(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
 
 
 def explain_loop(answer: Answer, truth: str) -> Finding:
-    """The loop that an answer ends in, in words, with where it stands."""
+    """The loop that an answer ends in and its truth doesn't, in words, with where it stands."""
     loop = find_loop(answer.text)
-    if loop is None:
+    if loop is None or truth.strip().endswith(answer.text.strip()[loop.start :]):
         return Finding("cut at the token limit" if answer.hit_limit else "")
     unit = answer.text[loop.start : loop.start + loop.period]
     at_limit = ", cut at the token limit" if answer.hit_limit else ""
     return Finding(f"{unit!r} x {loop.rounds} at the end{at_limit}", ((loop.start, len(answer.text)),))
+
+
+def correct_loop(answer: Answer, truth: str) -> str:
+    """The answer as it was up to its loop's second round, and from there the truth; the truth where nothing loops.
+
+    Where the truth goes on is the place whose beginning is most like what the answer had read by then.
+    """
+    loop = find_loop(answer.text)
+    if loop is None:
+        return truth
+    read = answer.text[: loop.start + loop.period]
+    places = range(max(0, len(read) - NEAR), min(len(truth), len(read) + NEAR) + 1)
+    return read + truth[min(places, key=lambda place: Levenshtein.distance(read, truth[:place])) :]
 
 
 def _rate(hits: Sequence[bool]) -> list[Share]:

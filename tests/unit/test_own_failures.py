@@ -54,6 +54,18 @@ def test_the_best_of_its_own_is_chosen_and_recall_breaks_ties() -> None:
     assert pair(SCENE, answers[1:], WAYS, config(judge="chair_i", chosen="best")) is None
 
 
+def test_a_corrected_answer_keeps_what_was_right_or_merely_misread() -> None:
+    page = dataclasses.replace(PAGE, truth="Mines ....... 44\nRoads ........ 75")
+    looping = Answer("Nines ....... 44\nRoads " + "." * 170, 200, True)
+    row = pair(page, [looping], WAYS, config(chosen="corrected"))
+    assert row is not None and row["chosen"] == "Nines ....... 44\nRoads ........ 75"
+    assert row["rejected"] == "Nines ....... 44\nRoads ..." and row["source"].endswith("chosen: corrected")
+    caption = Answer("a blue star and a green cross.", 8, False)
+    row = pair(SCENE, [caption], WAYS, config(judge="faults", chosen="corrected"))
+    assert row is not None and row["chosen"] == "a blue star and a red circle."
+    assert row["reason"] == "invented: green cross; left out: red circle"
+
+
 def test_an_open_answer_has_no_end_of_turn() -> None:
     model, processor = build("llava")
     rows = Conversations(processor, model, max_length=None, on_too_long="raise")
@@ -111,7 +123,8 @@ def test_mining_goes_on_after_finished_shards(asked: MineAnswersConfig, monkeypa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chosen": "mine"}, "expected 'truth' or 'best'"),
+        ({"chosen": "mine"}, "expected 'truth', 'best' or 'corrected'"),
+        ({"chosen": "corrected", "judge": "cer"}, "does not say how to correct"),
         ({"chosen": "best", "samples": 0}, "at least 1 answer"),
         ({"judge": "valid_json"}, "none of its answers to 5 questions failed by valid_json"),
     ],

@@ -120,3 +120,17 @@ def test_every_judge_of_answers_loads_and_gives_a_share_each() -> None:
             found = load_judge(name)(answers, truths)
             assert len(found) == 2 and all(share.hits >= 0 and share.of >= 0 for share in found), name
     assert better_of("cer") == "lower" and better_of("recall") == "higher" and better_of("words") == "neither"
+
+
+def test_a_loop_that_is_in_the_truth_is_no_finding() -> None:
+    row = "rain, rain, rain, rain"
+    assert judges.explain_loop(Answer(row, 20, hit_limit=False), row).reason == ""
+    assert "rain" in judges.explain_loop(Answer(row + ", rain" * 30, 200, hit_limit=True), row).reason
+
+
+def test_inventions_and_omissions_count_together() -> None:
+    truth = "a red circle and a blue star."
+    answers = [
+        Answer(words, 5, hit_limit=False) for words in (truth, "a red circle.", "a red circle and a green cross.")
+    ]
+    assert [share.hits / share.of for share in chair.faults(answers, [truth] * 3)] == [0, 1 / 3, 2 / 4]
