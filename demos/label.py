@@ -191,7 +191,13 @@ def build(rows: Any, store: VoteStore, command: str) -> Page:
             )
             with gr.Accordion("From votes to a trained adapter", open=False):
                 gr.Code(
-                    command, language="shell", interactive=False, show_label=False, wrap_lines=True, elem_id="command"
+                    command,
+                    language="shell",
+                    interactive=False,
+                    show_label=False,
+                    wrap_lines=True,
+                    show_line_numbers=False,
+                    elem_id="command",
                 )
                 leave = gr.Button("Label under another name", size="sm", elem_id="leave")
         shown = gr.Textbox(visible=False)

@@ -1,0 +1,54 @@
+"""From an empty folder to thirty labels, an adapter trained on them, and a page that sets it beside its base."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dpo_mm.labels.sources import open_pairs
+from dpo_mm.labels.store import VoteStore
+from tests.demos.conftest import all_there, browser, page, serve  # noqa: F401
+from tests.demos.test_label_page import begin, press
+
+LABELS = 30
+
+
+def test_from_thirty_labels_to_a_page(
+    serve: Callable[..., Any],  # noqa: F811
+    page: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    rows = open_pairs("shapes-faithfulness")
+    truth = dict(zip(rows["id"], rows["preference"], strict=True))
+    server = serve("label", "--votes", "labels.sqlite")
+    begin(page, server.address, "Ada")
+    store = VoteStore(tmp_path / "labels.sqlite", rows["id"], source="shapes-faithfulness")
+    while len({vote.pair for vote in store.votes()}) < LABELS:
+        shown = store.show("Ada")
+        assert shown is not None
+        left = truth[shown.pair] == "ab"[shown.swapped]
+        press(page, "ArrowLeft" if left else "ArrowRight")
+    page.get_by_text("From votes to a trained adapter").click()
+    printed = page.locator("#command").inner_text().strip()
+    server.kill()
+
+    assert printed.startswith("dpo-mm label export labels.sqlite") and "&& dpo-mm train" in printed
+    command = printed.replace("dpo-mm ", f"{shlex.quote(sys.executable)} -m dpo_mm ")
+    short = " --steps 20 --warmup-steps 2"
+    done = subprocess.run(["bash", "-c", command + short], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept = pd.read_parquet(tmp_path / "labels.parquet")
+    assert len(kept) == LABELS and all(truth[one.id] == one.preference for one in kept.itertuples())
+    assert (tmp_path / "runs" / "labelled" / "pytorch_lora_weights.safetensors").exists()
+
+    side_by_side = serve("images", "--adapter", "runs/labelled", "--judges", "faithfulness")
+    page.goto(side_by_side.address)
+    page.wait_for_function("() => /6 of 6/.test(document.querySelector('#status')?.innerText ?? '')")
+    sources = [page.locator("#both img").nth(n).get_attribute("src") for n in range(2)]
+    assert sources[0] != sources[1]
