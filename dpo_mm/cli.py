@@ -1,4 +1,4 @@
-"""The command line: dpo-mm quickstart | train | mine | compare | demo | label."""
+"""The command line: dpo-mm quickstart | train | verify | mine | compare | demo | label."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -143,6 +144,26 @@ def train(context: typer.Context, config: str, dry_run: DryRun = False) -> None:
     print(
         f"Next: dpo-mm compare --model {settings.model} --adapter {trained.folder} --output-dir {trained.folder}-compared"
     )
+
+
+@app.command(context_settings=FLAGS)
+def verify(context: typer.Context, config: str) -> None:
+    """Check CONFIG.yaml on this machine with a few steps: repeats itself, resumes to the same bits, files come back."""
+    import tempfile
+
+    from dpo_mm.config import TrainConfig, build
+
+    values = {"output_dir": "", **_section(config, "train", flags(context.args))}
+    settings = build(TrainConfig, values, where=config)
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="dpo-mm-verify-") as folder, quietly():
+        from dpo_mm.verify import verify
+
+        for check in verify(settings, Path(folder)):
+            failed += not check.passed
+            print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.seen}", flush=True)
+    if failed:
+        sys.exit(1)
 
 
 def _of_its_kind(context: typer.Context, name: str, pictures: type[Any], answers: type[Any]) -> Any:

@@ -195,7 +195,13 @@ def validate(rows: Dataset, *, where: str) -> Dataset:
         if not isinstance(prompt, str):
             raise ValueError(f"{where}, row {number}: prompt is {prompt!r}; expected text")
     for column in ("image_a", "image_b"):
-        rows = rows.cast_column(column, Image())
+        held = rows.features[column]
+        try:
+            rows = rows.cast_column(column, Image())
+        except Exception as error:  # Arrow has a kind of its own for each pair of types
+            raise ValueError(
+                f"{where}: column {column!r} holds {held}; expected pictures, as {{bytes, path}} or as paths"
+            ) from error
     return _complete(rows)
 
 

@@ -11,7 +11,7 @@ LAYERS = (
     {"worlds", "sources", "doctor", "judges", "policies", "prompts", "questions", "labels", "pages"},
     {"reference", "encoding", "collate"},
     {"setup", "guards", "card", "trainer", "mining", "own_failures", "evaluation"},
-    {"recipe", "cli", "__main__"},
+    {"recipe", "verify", "cli", "__main__"},
 )
 
 

@@ -1,0 +1,68 @@
+"""`dpo-mm verify`: passes on what holds, and says what differs where it doesn't."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_mm import trainer as module
+from dpo_mm.config import TrainConfig
+from dpo_mm.trainer import DPOTrainer
+from dpo_mm.verify import verify
+from tests.contracts.tiny_vlms import save
+
+
+def config(model: str, pairs: str, **more: Any) -> TrainConfig:
+    given = {"batch_size": 2, "learning_rate": 1e-3, **more}
+    return TrainConfig(model=model, pairs=pairs, output_dir="", **given)
+
+
+@pytest.mark.parametrize("more", [{}, {"reference": "precomputed", "reference_draws": 2}, {"tuning": "full"}])
+def test_a_sound_recipe_passes(more: dict[str, Any], tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    checks = list(verify(config(tiny_model, pairs, **more), tmp_path))
+    assert len(checks) == 5 and all(check.passed for check in checks), checks
+    assert sum("bit for bit" in check.seen for check in checks) == 3
+
+
+def test_the_command_says_pass_and_leaves_nothing(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {tiny_model}\npairs: {pairs}\nbatch_size: 2\n")
+    command = [sys.executable, "-m", "dpo_mm", "verify", str(recipe), "--learning-rate", "1e-3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pass  ") == 5 and [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_run_that_does_not_repeat_itself_is_found(
+    tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, drawn = DPOTrainer.compute_loss, torch.Generator().manual_seed(0)
+
+    def loss(self: DPOTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
+        found: torch.Tensor = real(self, *arguments, **named)
+        return found * (1 + torch.rand((), generator=drawn))
+
+    monkeypatch.setattr(module.DPOTrainer, "compute_loss", loss)
+    failed = [check for check in verify(config(tiny_model, pairs), tmp_path) if not check.passed]
+    assert [check.name.split()[0] for check in failed] == ["the", "cut"]
+    assert all("tensors differ, by" in check.seen for check in failed)
+
+
+def test_a_reader_is_verified_too(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    from dpo_mm.schema import response_preference
+    from tests.contracts.tiny_vlms import rows
+
+    model = save("llava", tmp_path / "model")
+    some = [{**row, "id": f"row-{n}"} for n, row in enumerate(rows("llava", (1,) * 6))]
+    table = [{name: row.get(name) for name in response_preference()} for row in some]
+    Dataset.from_list(table, features=response_preference()).to_parquet(str(tmp_path / "pairs.parquet"))
+    recipe = config(model, str(tmp_path / "pairs.parquet"), beta=0.1, learning_rate=1e-2)
+    checks = list(verify(recipe, tmp_path / "runs"))
+    assert all(check.passed for check in checks), checks
