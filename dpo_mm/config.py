@@ -98,6 +98,13 @@ class TrainConfig:
     on_bad_image: str = "raise"
     """raise | skip."""
 
+    resolution: int | None = None
+    """Pixels on a side of what an image generator is trained on; None: the pipeline's own."""
+    buckets: bool = False
+    """Fit pairs to frames of about that area by their aspect ratio instead of cropping all to a square."""
+    cache_precision: str = "fp32"
+    """fp32 (exact) | bf16 | fp16: how encoded pictures and prompts are kept on disk."""
+
 
 @dataclass(frozen=True)
 class CompareConfig:

@@ -20,6 +20,8 @@ SLACK = 0.9
 """`safe`'s slack where settings give none: Diffusion-SDPO's for SD1.5 (0.6 for SDXL)."""
 OF_TEXT = ("include_vision", "max_length", "on_too_long", "layout", "tail_weight", "edited_weight", "keep_features")
 """Settings that only a policy of text knows."""
+OF_PICTURES = ("resolution", "buckets", "cache_precision", "timestep_range")
+"""Settings that only an image generator knows."""
 
 
 def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor]:
@@ -55,9 +57,12 @@ def check(config: TrainConfig) -> None:
         )
     if choose_name(config) == "precomputed" and "corrupted_ratio" in needs_of(config):
         raise ValueError("reference 'precomputed' does not go with image_conditional; take adapter_off or frozen_copy")
-    strange = [] if exact else [name for name in OF_TEXT if getattr(config, name) != getattr(TrainConfig, name)]
+    kinds = ("vision-language models", "an image generator"), ("image generators", "a model of text")
+    owner, given = kinds[exact]
+    settings = OF_PICTURES if exact else OF_TEXT
+    strange = [name for name in settings if getattr(config, name) != getattr(TrainConfig, name)]
     if strange:
-        raise ValueError(f"{strange[0]} is a setting of vision-language models; {config.model} is an image generator")
+        raise ValueError(f"{strange[0]} is a setting of {owner}; {config.model} is {given}")
     training_arguments(config)
 
 
@@ -73,6 +78,8 @@ def opened(config: TrainConfig) -> Any:
     if policy_class(config.model, revision=config.revision).exact:
         options = {name: getattr(config, name) for name in OF_TEXT if name != "keep_features"}
         options["corrupt"] = "corrupted_ratio" in needs_of(config)
+    else:
+        options = {"resolution": config.resolution}
     precision = config.precision if config.tuning == "lora" else "fp32"
     return load_policy(config.model, revision=config.revision, precision=precision, **options)
 

@@ -30,6 +30,7 @@ from dpo_mm.objectives import LogProbs
 from dpo_mm.policies import drawing
 from dpo_mm.policies.adapters import LORA_FILE, add_lora, has_lora, read_lora, save_lora
 from dpo_mm.policies.batches import collate
+from dpo_mm.policies.crops import Crop, Size, covering
 from dpo_mm.policies.latents import latent_scale, posterior
 from dpo_mm.policies.noising import noising_of
 from dpo_mm.policies.protocol import Batch
@@ -65,6 +66,7 @@ class DiffusionPolicy:
         self.noising = noising_of(pipe.scheduler, source=source)
         self.latent_scale = latent_scale(pipe.vae.config)
         self.resolution = self.native_resolution()
+        self.frame: Size | None = None
         self.base_denoiser: nn.Module | None = None
 
     # What a family writes
@@ -165,7 +167,7 @@ class DiffusionPolicy:
             if isinstance(part, nn.Module) and part is not self.model:
                 for name, tensor in part.state_dict().items():
                     digest.update(name.encode())
-                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @torch.no_grad()
@@ -178,14 +180,28 @@ class DiffusionPolicy:
         return mean.float().cpu(), std.float().cpu()
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """A picture as the autoencoder takes it: scaled to cover the resolution, centre-cropped, (3, s, s) in [-1, 1]."""
-        size = self.resolution
-        scale = size / min(image.size)
-        if scale != 1:
-            image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        array = np.asarray(image.convert("RGB").crop((left, top, left + size, top + size)), dtype=np.float32)
-        return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
+        """A picture as the autoencoder takes it, (3, height, width) of the frame, in [-1, 1]."""
+        return torch.from_numpy(np.asarray(self.fitted(image), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+    def fitted(self, image: Image.Image) -> Image.Image:
+        """A picture scaled to cover the frame and cropped to its centre."""
+        scaled, box = self.placed(image.size)
+        if scaled != image.size:
+            image = image.resize(scaled, Image.Resampling.LANCZOS)
+        return image.convert("RGB").crop(box)
+
+    def placed(self, size: Size) -> Crop:
+        """How a picture of this (width, height) is fitted to the frame at hand."""
+        return covering(size, self.frame or (self.resolution, self.resolution))
+
+    @contextlib.contextmanager
+    def framed(self, frame: Size) -> Iterator[None]:
+        """Within it pictures are fitted to this (width, height) instead of the resolution's square."""
+        self.frame = frame
+        try:
+            yield
+        finally:
+            self.frame = None
 
     def drop_encoders(self) -> None:
         """Let all but the denoiser leave memory."""

@@ -64,7 +64,7 @@ def test_a_run_cut_short_goes_on_where_it_was(
         encode(policy, given, where="pairs", cache=tmp_path)
     found = encode(policy, given, where="pairs", cache=tmp_path)
     assert len(calls) == 4
-    assert list(found.pairs["id"]) == [f"row-{n}" for n in range(12)]
+    assert found.ids() == [f"row-{n}" for n in range(12)]
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_damaged_picture_is_named(damaged: str, tiny_model: str, tmp_path: Pat
 def test_a_damaged_picture_is_left_out_where_asked(damaged: str, tiny_model: str, tmp_path: Path) -> None:
     given = decided(load_pairs(damaged))
     found = encode(load_policy(tiny_model), given, where="d.parquet", cache=tmp_path, on_bad_image="skip")
-    assert list(found.pairs["id"]) == ["row-0", "row-1", "row-2", "row-4", "row-5"]
+    assert found.ids() == ["row-0", "row-1", "row-2", "row-4", "row-5"]
     noted = json.loads((found.folder / "quarantine.jsonl").read_text())
     assert (noted["row"], noted["column"]) == ("row-3", "image_b")
 
