@@ -116,8 +116,8 @@ def encode(
     """
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f"on_bad_image {on_bad_image!r} is unknown; expected 'raise' or 'skip'")
-    if precision not in shards.PRECISIONS:
-        raise ValueError(f"cache_precision {precision!r} is unknown; expected one of {', '.join(shards.PRECISIONS)}")
+    if precision not in shards.KEPT:
+        raise ValueError(f"cache_precision {precision!r} is unknown; expected one of {', '.join(shards.KEPT)}")
     unit = getattr(policy, "patch", 1) * policy.pipe.vae_scale_factor
     frames = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
     folder = (cache or cache_folder()) / "encoded" / _key(policy, rows, frames, precision)
@@ -154,10 +154,9 @@ def _encode(task: Task) -> None:
 
 def sample_bytes(policy: Any, precision: str) -> tuple[int, int]:
     """Bytes on disk of one prompt and of one pair, about, from encoding one of each."""
-    prompt = {name: value.float().numpy() for name, value in policy.encode_prompts(["a picture"]).items()}
-    mean, _ = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
-    pair = {str(n): mean.numpy() for n in range(4)}
-    return shards.row_bytes(prompt, precision), shards.row_bytes(pair, precision)
+    prompt = policy.encode_prompts(["a picture"])
+    mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
+    return shards.row_bytes(prompt, precision), 2 * shards.row_bytes({"mean": mean, "std": std}, precision)
 
 
 def _complete(task: Task) -> None:
@@ -216,8 +215,7 @@ def _encode_prompts(task: Task, names: Sequence[str], advance: Any) -> None:
             for start in range(0, len(part), at_once)
         ]
         columns = {name: padded([row for each in found for row in each[name]]) for name in found[0]}
-        plain = {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in columns.items()}
-        shards.keep(place, {"all": shards.halved(plain, task.precision, where=task.where)})
+        shards.keep(place, {"all": shards.halved(columns, task.precision, where=task.where)})
         advance(len(part))
 
 
@@ -304,8 +302,8 @@ def _columns(
         some = [row["pictures"][place] for row in rows]
         with policy.framed(frame):
             parts = [policy.encode_images(some[i : i + at_once]) for i in range(0, len(rows), at_once)]
-        columns[f"{side}_mean"] = torch.cat([mean for mean, _ in parts]).numpy()
-        columns[f"{side}_std"] = torch.cat([std for _, std in parts]).numpy()
+        columns[f"{side}_mean"] = torch.cat([mean for mean, _ in parts])
+        columns[f"{side}_std"] = torch.cat([std for _, std in parts])
     for name, values in optional.items():
         columns[name] = [values[row["id"]] for row in rows]
     return columns
