@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dpo_mm import pictures, shards
+from dpo_mm import shards
 from dpo_mm.config import TrainConfig
-from dpo_mm.objectives import FROM_DATA
+from dpo_mm.pairs import Pairs, check_sources, data_columns
 from dpo_mm.policies.crops import bucket_for, buckets_of
 from dpo_mm.progress import progress
 from dpo_mm.schema import decided, load_pairs, load_responses, split_by_prompt
@@ -32,7 +32,7 @@ from dpo_mm.shards import Part, Shards
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COMPLETE = "complete.json"
+COMPLETE, QUARANTINE = "complete.json", "quarantine.jsonl"
 SHARD = 256
 PIXELS, TOKENS = 32 * 256**2, SHARD * 77
 """What the encoders are given at a time, at most: pixels of pictures, tokens of prompts."""
@@ -89,11 +89,9 @@ class Task(NamedTuple):
     """What is encoded, how, and where it goes."""
 
     policy: Any
-    rows: Dataset
+    pairs: Pairs
     folder: Path
-    where: str
-    on_bad_image: str
-    buckets: tuple[tuple[int, int], ...]
+    frames: tuple[tuple[int, int], ...]
     precision: str
     share: Share
 
@@ -118,11 +116,13 @@ def encode(
         raise ValueError(f"on_bad_image {on_bad_image!r} is unknown; expected 'raise' or 'skip'")
     if precision not in shards.KEPT:
         raise ValueError(f"cache_precision {precision!r} is unknown; expected one of {', '.join(shards.KEPT)}")
-    unit = getattr(policy, "patch", 1) * policy.pipe.vae_scale_factor
+    unit = policy.patch * policy.pipe.vae_scale_factor
     frames = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
     folder = (cache or cache_folder()) / "encoded" / _key(policy, rows, frames, precision)
-    task = Task(policy, rows, folder, where, on_bad_image, frames, precision, Share.own())
+    pairs = Pairs(rows, where, on_bad_image, folder / QUARANTINE, edits=policy.edits)
+    task = Task(policy, pairs, folder, frames, precision, Share.own())
     if not (folder / COMPLETE).exists():
+        check_sources(policy, rows, where)
         folder.mkdir(parents=True, exist_ok=True)
         _encode(task)
     return EncodedPairs(folder)
@@ -135,16 +135,16 @@ def _key(policy: Any, rows: Dataset, frames: Sequence[tuple[int, int]], precisio
 
 def _encode(task: Task) -> None:
     """All shards of a task that are this process's own; the first one then notes that all are there."""
-    names = sorted(set(task.rows["prompt"]))
+    names = sorted(set(task.pairs.rows["prompt"]))
     expected = [task.folder / f"prompts-{number:05}" for number, _ in _shards(len(names))]
-    expected += [task.folder / f"pairs-{number:05}" for number, _ in _shards(len(task.rows))]
+    expected += [task.folder / f"pairs-{number:05}" for number, _ in _shards(len(task.pairs.rows))]
     missing = sum(not place.exists() for place in expected) / len(expected)
     a_prompt, a_pair = sample_bytes(task.policy, task.precision)
-    size = a_prompt * len(names) + a_pair * len(task.rows)
+    size = a_prompt * len(names) + a_pair * len(task.pairs.rows)
     shards.check_disk(task.folder, int(size * missing))
     with progress(f"encoding prompts, {shards.gib(a_prompt * len(names))}", len(names)) as advance:
         _encode_prompts(task, names, advance)
-    with progress(f"encoding pictures, {shards.gib(a_pair * len(task.rows))}", len(task.rows)) as advance:
+    with progress(f"encoding pictures, {shards.gib(a_pair * len(task.pairs.rows))}", len(task.pairs.rows)) as advance:
         _encode_pairs(task, names, advance)
     if task.share.number == 0:
         _wait(expected, task.folder)
@@ -156,18 +156,24 @@ def sample_bytes(policy: Any, precision: str) -> tuple[int, int]:
     """Bytes on disk of one prompt and of one pair, about, from encoding one of each."""
     prompt = policy.encode_prompts(["a picture"])
     mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
-    return shards.row_bytes(prompt, precision), 2 * shards.row_bytes({"mean": mean, "std": std}, precision)
+    source = policy.edits * shards.row_bytes({"mean": mean}, precision)
+    return shards.row_bytes(prompt, precision), source + 2 * shards.row_bytes({"mean": mean, "std": std}, precision)
 
 
 def _complete(task: Task) -> None:
     pairs = list(shards.parts_of(task.folder, "pairs"))
     if not pairs:
         raise ValueError(
-            f"{task.where}: no pair is left; every row has a picture that does not decode, see "
-            f"{task.folder / 'quarantine.jsonl'}"
+            f"{task.pairs.where}: no pair is left; every row has a picture that does not decode, see "
+            f"{task.folder / QUARANTINE}"
         )
     kept = {"pairs": pairs, "prompts": list(shards.parts_of(task.folder, "prompts"))}
-    about = {"source": task.where, "model": task.policy.source, "rows": len(task.rows), "precision": task.precision}
+    about = {
+        "source": task.pairs.where,
+        "model": task.policy.source,
+        "rows": len(task.pairs.rows),
+        "precision": task.precision,
+    }
     _write(task.folder / COMPLETE, json.dumps({**about, **kept}))
 
 
@@ -215,78 +221,23 @@ def _encode_prompts(task: Task, names: Sequence[str], advance: Any) -> None:
             for start in range(0, len(part), at_once)
         ]
         columns = {name: padded([row for each in found for row in each[name]]) for name in found[0]}
-        shards.keep(place, {"all": shards.halved(columns, task.precision, where=task.where)})
+        shards.keep(place, {"all": shards.halved(columns, task.precision, where=task.pairs.where)})
         advance(len(part))
 
 
 def _encode_pairs(task: Task, names: Sequence[str], advance: Any) -> None:
-    from datasets import Image
-
-    rows = task.rows
-    for column in ("image_a", "image_b"):
-        rows = rows.cast_column(column, Image(decode=False))
     index = {name: n for n, name in enumerate(names)}
-    optional = _data_columns(rows)
-    for place, part in _own(task, "pairs", len(rows)):
+    optional = data_columns(task.pairs.rows)
+    for place, part in _own(task, "pairs", len(task.pairs.rows)):
         good: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        for row in _readable(rows.select(part), task.where, task.on_bad_image, task.folder):
-            good.setdefault(bucket_for([each.size for each in row["pictures"][:2]], task.buckets), []).append(row)
+        for row in task.pairs.decoded(part):
+            good.setdefault(bucket_for([each.size for each in row["pictures"][:2]], task.frames), []).append(row)
         sets = {}
         for frame, some in sorted(good.items()):
             columns = _columns(task.policy, some, frame, index, optional)
-            sets[f"{frame[0]}x{frame[1]}"] = shards.halved(columns, task.precision, where=task.where)
+            sets[f"{frame[0]}x{frame[1]}"] = shards.halved(columns, task.precision, where=task.pairs.where)
         shards.keep(place, sets)
         advance(len(part))
-
-
-def _readable(rows: Dataset, where: str, on_bad_image: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows with their pictures decoded, and the side that won first."""
-    for row in rows:
-        sides = ("image_a", "image_b") if row["preference"] == "a" else ("image_b", "image_a")
-        decoded: list[Any] = []
-        for column in sides:
-            try:
-                decoded.append(pictures.decode(_bytes(row[column])))
-            except (ValueError, OSError) as error:
-                reason = f"row {row['id']} of {where}: {column} does not decode ({error})"
-                if on_bad_image == "raise":
-                    raise ValueError(f"{reason}; drop it with --on-bad-image skip") from None
-                _note(folder / "quarantine.jsonl", {"row": row["id"], "column": column, "reason": str(error)})
-                break
-        if len(decoded) == 2:
-            yield {**row, "pictures": decoded}
-
-
-def _bytes(cell: dict[str, Any] | None) -> bytes:
-    if not cell or (not cell.get("bytes") and not cell.get("path")):
-        raise ValueError("it is missing")
-    return cell["bytes"] or Path(cell["path"]).read_bytes()
-
-
-def _data_columns(rows: Dataset) -> dict[str, list[float]]:
-    """Columns of FROM_DATA that every row can fill, by id: the winner's probability and the judged margin."""
-    wanted = {"probability": _probability, "score_margin": _score_margin}
-    assert set(wanted) == set(FROM_DATA)
-    plain = rows.select_columns(["preference", "p_a", "votes_a", "votes_b", "score_a", "score_b"])
-    filled = {name: [function(row) for row in plain] for name, function in wanted.items()}
-    ids = rows["id"]
-    return {name: dict(zip(ids, values, strict=True)) for name, values in filled.items() if None not in values}  # type: ignore[misc]
-
-
-def _probability(row: dict[str, Any]) -> float | None:
-    p = row["p_a"]
-    if p is None and row["votes_a"] is not None and row["votes_b"] is not None and row["votes_a"] + row["votes_b"]:
-        p = row["votes_a"] / (row["votes_a"] + row["votes_b"])
-    if p is None:
-        return None
-    return p if row["preference"] == "a" else 1 - p
-
-
-def _score_margin(row: dict[str, Any]) -> float | None:
-    if row["score_a"] is None or row["score_b"] is None:
-        return None
-    difference = row["score_a"] - row["score_b"]
-    return difference if row["preference"] == "a" else -difference
 
 
 def _columns(
@@ -298,12 +249,15 @@ def _columns(
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"id": [row["id"] for row in rows], "prompt_row": [index[row["prompt"]] for row in rows]}
     at_once = max(1, min(32, PIXELS // (frame[0] * frame[1])))
-    for place, side in enumerate(("chosen", "rejected")):
+    for place, side in enumerate(("chosen", "rejected", "source")[: len(rows[0]["pictures"])]):
         some = [row["pictures"][place] for row in rows]
         with policy.framed(frame):
             parts = [policy.encode_images(some[i : i + at_once]) for i in range(0, len(rows), at_once)]
+            facts = policy.image_facts(some)
         columns[f"{side}_mean"] = torch.cat([mean for mean, _ in parts])
-        columns[f"{side}_std"] = torch.cat([std for _, std in parts])
+        if side != "source":
+            columns[f"{side}_std"] = torch.cat([std for _, std in parts])
+            columns |= {f"{side}_{name}": fact for name, fact in facts.items()}
     for name, values in optional.items():
         columns[name] = [values[row["id"]] for row in rows]
     return columns
@@ -313,11 +267,6 @@ def _write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text)
     aside.replace(path)
-
-
-def _note(path: Path, entry: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
 
 
 def encoded_sets(policy: Any, config: TrainConfig) -> tuple[Any, Any]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies import drawing
-from dpo_mm.policies.adapters import LORA_FILE, add_lora, has_lora, read_lora, save_lora
+from dpo_mm.policies.adapters import LORA_FILE, add_lora, has_lora, read_lora, save_kohya, save_lora
 from dpo_mm.policies.batches import collate
 from dpo_mm.policies.crops import Crop, Size, covering
 from dpo_mm.policies.latents import latent_scale, posterior
@@ -54,7 +54,11 @@ class DiffusionPolicy:
     video_vae: ClassVar[bool] = False
     """Whether the autoencoder takes a picture as a film of one frame."""
     per_image: ClassVar[tuple[str, ...]] = ()
-    """Columns of each picture, (images, ...), that the denoiser is told of where the rows have them."""
+    """Facts of each picture, (images, ...), that the denoiser is told of where the rows have them."""
+    edits: ClassVar[bool] = False
+    """Whether a picture to edit is part of the prompt: rows then have `image_source`, prompts `source` (images, c, h, w)."""
+    kohya_prefix: ClassVar[str | None] = None
+    """What kohya's and ComfyUI's names of the denoiser's modules begin with; None where no such format is known."""
 
     exact: ClassVar[bool] = False
     config: TrainConfig
@@ -95,8 +99,12 @@ class DiffusionPolicy:
         """Channels of the latents as `encode_images` gives them."""
         return self.model.config.in_channels  # type: ignore[union-attr, return-value]
 
-    def asked(self, prompts: list[str], guidance: float) -> dict[str, Any]:
-        """The pipeline's arguments for drawing these prompts with this guidance."""
+    def image_facts(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The columns of `per_image`, (images, ...) each, on the CPU."""
+        return {}
+
+    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
+        """The pipeline's arguments for drawing these prompts with this guidance; sources: the pictures to edit."""
         return {"prompt": prompts, "guidance_scale": guidance, "height": self.resolution, "width": self.resolution}
 
     # Loading
@@ -262,9 +270,12 @@ class DiffusionPolicy:
     # Files
 
     def save(self, folder: Path) -> None:
-        """The LoRA in diffusers' own format with its rank and alpha, or the whole denoiser under its name."""
+        """The LoRA in diffusers' own format with its rank and alpha, and in kohya's where asked; or the whole denoiser."""
         if has_lora(self.model):
             save_lora(self.pipe, self.denoiser, folder)
+            if self.config.lora_format == "kohya":
+                assert self.kohya_prefix is not None
+                save_kohya(self.model, self.kohya_prefix, folder)
         else:
             self.model.save_pretrained(folder / self.denoiser)  # type: ignore[operator]
 

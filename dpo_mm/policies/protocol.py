@@ -59,6 +59,10 @@ class Policy(Protocol):
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpo_mm.policies.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "dpo_mm.policies.sdxl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "dpo_mm.policies.sd3:StableDiffusion3",
+    "FluxPipeline": "dpo_mm.policies.flux:Flux",
+    "FluxKontextPipeline": "dpo_mm.policies.flux_kontext:FluxKontext",
 }
 """Pipeline class, as its model_index.json names it, to the class that makes it a policy."""
 

@@ -137,10 +137,10 @@ def build(size: Size, *, device: str, precision: str) -> Any:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
     if len(texts) == 2:
-        from dpo_mm.policies.sdxl import SDXL
+        from dpo_mm.policies.sdxl import StableDiffusionXL
 
         pipe = diffusers.StableDiffusionXLPipeline(vae, *texts, words, words, unet, scheduler)
-        return SDXL(pipe.to(device), "bench")
+        return StableDiffusionXL(pipe.to(device), "bench")
     pipe = diffusers.StableDiffusionPipeline(
         vae, texts[0], words, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )  # fmt: skip

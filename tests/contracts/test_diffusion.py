@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import convert_state_dict_to_kohya
 from PIL import Image
+from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import margins, sigmoid
 from dpo_mm.policies import draws
+from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_format
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.reference import adapter_off, frozen_copy
 from tests.conftest import picture
@@ -48,8 +51,10 @@ def encoded(policy: Any, count: int = 4) -> list[dict[str, Any]]:
     chosen = policy.encode_images([picture(n, policy.resolution) for n in range(count)])
     rejected = policy.encode_images([picture(100 + n, policy.resolution) for n in range(count)])
     prompts = policy.encode_prompts([WORDS[n % len(WORDS)] for n in range(count)])
+    more = [source_of(policy, n) for n in range(count)]
     return [
         {
+            **more[n],
             "id": f"row-{n}",
             "visit": 0,
             "chosen_mean": chosen[0][n],
@@ -60,6 +65,15 @@ def encoded(policy: Any, count: int = 4) -> list[dict[str, Any]]:
         }
         for n in range(count)
     ]
+
+
+def source_of(policy: Any, number: int) -> dict[str, torch.Tensor]:
+    """What an editing model's row has beside: the picture to edit."""
+    return {"source_mean": policy.encode_images([source(number)])[0][0]} if policy.edits else {}
+
+
+def source(number: int) -> Image.Image:
+    return picture(200 + number)
 
 
 def disturbed(policy: Any) -> None:
@@ -149,6 +163,17 @@ def test_a_pair_does_not_depend_on_its_batch(family: str, ready: Callable[..., A
     torch.testing.assert_close(whole.rejected[2:3], alone.rejected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_says_what_beta_is_on_summed_errors(family: str, ready: Callable[..., Any]) -> None:
+    """Elements are those of the latents that errors are the mean of."""
+    policy = ready(family)
+    elements = policy.collate(encoded(policy, 1))["chosen"][0].numel()
+    said = policy.describe(policy.config)
+    assert f"{elements:,} latent elements" in said["reduction"]
+    assert f"{5000 / elements:.3g} on summed errors" in said["effective beta"]
+    assert said["target"].startswith({"flow": "velocity"}.get(BUILDERS[family].target, BUILDERS[family].target))
+
+
 def by_hand(family: Family, level: float, x0: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Noisy latents, target and timestep at a level, in float64, straight from the papers."""
     if family.target == "flow":
@@ -204,6 +229,8 @@ def stepped(policy: Any, family: Family, arguments: dict[str, Any], answer: torc
     scheduler.step = noted
     try:
         size = {"height": family.size, "width": family.size}
+        if policy.edits:
+            arguments["image"] = [source(n) for n in range(len(arguments["prompt"]))]
         generator = torch.Generator().manual_seed(0)
         shown = policy.pipe(**size, **family.unguided, generator=generator, output_type="pt", **arguments).images
     finally:
@@ -218,10 +245,11 @@ def test_denoise_is_the_stock_pipelines_first_step(family: str, load: Callable[[
     prompts = WORDS[:2]
     given, timestep, latents, _ = stepped(policy, row, {"prompt": prompts, "num_inference_steps": 3})
     latents, given = (row.unpack(policy.pipe, value, row.size) for value in (latents, given))
+    told = policy.encode_prompts(prompts)
+    if policy.edits:
+        told["source"] = policy.latent_scale.normalised(policy.encode_images([source(0), source(1)])[0])
     with torch.no_grad():
-        ours = policy.denoise(
-            policy.model, latents, torch.as_tensor(timestep).repeat(2), policy.encode_prompts(prompts)
-        )
+        ours = policy.denoise(policy.model, latents, torch.as_tensor(timestep).repeat(2), told)
     assert ours.shape == latents.shape == given.shape and given.std() > 1e-3
     torch.testing.assert_close(ours, given, atol=1e-5, rtol=0)
 
@@ -253,17 +281,50 @@ def test_a_saved_adapter_draws_the_same_pixels_in_the_stock_library(
     disturbed(policy)
     policy.save(tmp_path)
     inside = [np.asarray(i) for part in draw(policy, 1.0) for i in part]
-    pipe = DiffusionPipeline.from_pretrained(folders(family))
+    pipe = DiffusionPipeline.from_pretrained(folders(family), **dict.fromkeys(BUILDERS[family].left_out))
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(str(tmp_path))
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    stock = pipe(**policy.asked(WORDS[:2], 2.0), num_inference_steps=3, generator=generators).images
-    assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(inside, stock, strict=True))
+    assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(inside, stock(policy, pipe), strict=True))
     assert not np.array_equal(np.stack(inside), np.stack(base))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kohyas_file_holds_the_same_adapter(
+    family: str, tmp_path: Path, folders: Callable[[str], str], ready: Callable[..., Any]
+) -> None:
+    """Its names are those of diffusers' own converter, and where diffusers reads it, it draws the same pixels."""
+    policy, row = ready(family, lora_rank=4, lora_alpha=8, lora_format="kohya"), BUILDERS[family]
+    if policy.kohya_prefix is None:
+        with pytest.raises(ValueError, match=r"lora_format 'kohya': .* has no names there"):
+            check_format(policy.config, None, family=type(policy).__name__)
+        return
+    disturbed(policy)
+    policy.save(tmp_path)
+    kept = load_file(tmp_path / KOHYA_FILE)
+    plain = {f"unet.{k.split('.', 1)[1]}": v for k, v in load_file(tmp_path / LORA_FILE).items()}
+    theirs = convert_state_dict_to_kohya(plain)
+    ours = {name.replace(policy.kohya_prefix, "lora_unet", 1): value for name, value in kept.items()}
+    assert set(ours) == set(theirs) and len(ours) >= 12
+    for name, value in ours.items():
+        assert value.item() == 8 if name.endswith(".alpha") else torch.equal(value, theirs[name])
+    if row.kohya:
+        pipe = DiffusionPipeline.from_pretrained(folders(family), **dict.fromkeys(row.left_out))
+        pipe.set_progress_bar_config(disable=True)
+        pipe.load_lora_weights(str(tmp_path), weight_name=KOHYA_FILE)
+        inside = [np.asarray(i) for part in draw(policy, 1.0) for i in part]
+        assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(inside, stock(policy, pipe), strict=True))
+
+
+def stock(policy: Any, pipe: Any) -> list[Image.Image]:
+    """What a stock pipeline draws where `draw` draws with the policy."""
+    pictures = [source(0), source(1)] if policy.edits else []
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    return pipe(**policy.asked(WORDS[:2], 2.0, pictures), num_inference_steps=3, generator=generators).images
+
+
 def draw(policy: Any, scale: float) -> list[list[Image.Image]]:
-    return list(policy.sample(WORDS[:2], [5, 6], steps=3, guidance=2.0, batch_size=2, scale=scale))
+    pictures = [source(0), source(1)] if policy.edits else None
+    return list(policy.sample(WORDS[:2], [5, 6], steps=3, guidance=2.0, batch_size=2, scale=scale, sources=pictures))
 
 
 def test_scale_zero_draws_with_the_base(tmp_path: Path, ready: Callable[..., Any], load: Callable[[str], Any]) -> None:
