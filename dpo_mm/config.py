@@ -59,6 +59,8 @@ class TrainConfig:
     accumulate: int = 1
     learning_rate: float = 1e-4
     warmup_steps: int = 0
+    optimizer: str = "adamw"
+    """adamw | adamw_8bit (bitsandbytes, the extra `8bit`) | adafactor."""
     schedule: str = "constant_with_warmup"
     max_grad_norm: float = 1.0
     weight_decay: float = 1e-2

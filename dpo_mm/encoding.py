@@ -240,6 +240,11 @@ def _encode_pairs(task: Task, names: Sequence[str], advance: Any) -> None:
         advance(len(part))
 
 
+def at_once(frame: tuple[int, int]) -> int:
+    """Pictures of this frame that the autoencoder is given at a time."""
+    return max(1, min(32, PIXELS // (frame[0] * frame[1])))
+
+
 def _columns(
     policy: Any,
     rows: Sequence[dict[str, Any]],
@@ -248,11 +253,11 @@ def _columns(
     optional: dict[str, Any],
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"id": [row["id"] for row in rows], "prompt_row": [index[row["prompt"]] for row in rows]}
-    at_once = max(1, min(32, PIXELS // (frame[0] * frame[1])))
+    count = at_once(frame)
     for place, side in enumerate(("chosen", "rejected", "source")[: len(rows[0]["pictures"])]):
         some = [row["pictures"][place] for row in rows]
         with policy.framed(frame):
-            parts = [policy.encode_images(some[i : i + at_once]) for i in range(0, len(rows), at_once)]
+            parts = [policy.encode_images(some[i : i + count]) for i in range(0, len(rows), count)]
             facts = policy.image_facts(some)
         columns[f"{side}_mean"] = torch.cat([mean for mean, _ in parts])
         if side != "source":

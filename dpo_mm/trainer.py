@@ -27,6 +27,7 @@ from dpo_mm.collate import PairStream, groups_of, whole_batches
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.encoding import encoded_sets
 from dpo_mm.guards import FiniteSteps, Stop, mark_complete, newest_whole
+from dpo_mm.memory import planned
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.progress import progress
@@ -324,9 +325,12 @@ def plan(config: TrainConfig) -> dict[str, str]:
     Raises ValueError for everything that `train` would refuse but a picture that does not decode.
     """
     check(config)
-    policy = opened(config)
+    policy = opened(config, weights=False)
     pairs = load_responses(config.pairs) if policy.exact else decided(load_pairs(config.pairs))
     rows, _ = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
-    policy.drop_encoders()
+    if policy.exact:
+        policy.prepare(config)
+        return describe(policy, config, len(rows))
     policy.prepare(config)
-    return describe(policy, config, len(rows))
+    said = describe(policy, config, len(rows))
+    return said | planned(policy, config, len(set(pairs["prompt"])), len(pairs))

@@ -31,6 +31,7 @@ from dpo_mm.policies import drawing
 from dpo_mm.policies.adapters import LORA_FILE, add_lora, has_lora, read_lora, save_kohya, save_lora
 from dpo_mm.policies.batches import collate
 from dpo_mm.policies.crops import Crop, Size, covering
+from dpo_mm.policies.hollow import hollow
 from dpo_mm.policies.latents import latent_scale, posterior
 from dpo_mm.policies.noising import noising_of
 from dpo_mm.policies.protocol import Batch
@@ -118,8 +119,11 @@ class DiffusionPolicy:
         precision: str = "fp32",
         device: str | None = None,
         resolution: int | None = None,
+        weights: bool = True,
     ) -> Self:
         """The policy of a pipeline folder or hub id. resolution: pixels on a side; None: the pipeline's own.
+
+        weights: False reads none and leaves all modules on the meta device, see `hollow`.
 
         Raises ValueError where a component is missing, or precision or resolution won't do.
         """
@@ -131,9 +135,11 @@ class DiffusionPolicy:
                     raise ValueError(
                         f"model {source!r} has no {part}; expected the folder {part}/ that `pipe.save_pretrained` writes"
                     )
-        pipe = cls.open(source, revision=revision, dtype=DTYPES[precision])
+        opener = cls.open if weights else hollow
+        pipe = opener(source, revision=revision, dtype=DTYPES[precision])
         pipe.set_progress_bar_config(disable=True)
-        pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if weights:
+            pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         policy = cls(pipe, source)
         if resolution is not None:
             step = pipe.vae_scale_factor * cls.patch
