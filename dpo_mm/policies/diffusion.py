@@ -90,7 +90,7 @@ class DiffusionPolicy:
         return size * self.pipe.vae_scale_factor
 
     def latent_channels(self) -> int:
-        """Channels of the latents as `encode_images` gives them."""
+        """Channels of the autoencoder's latents."""
         return self.model.config.in_channels  # type: ignore[union-attr, return-value]
 
     def asked(self, prompts: list[str], guidance: float) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class DiffusionPolicy:
             if isinstance(part, nn.Module) and part is not self.model:
                 for name, tensor in part.state_dict().items():
                     digest.update(name.encode())
-                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @torch.no_grad()

@@ -59,6 +59,11 @@ class Policy(Protocol):
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpo_mm.policies.stable_diffusion:StableDiffusion",
+    "PixArtSigmaPipeline": "dpo_mm.policies.pixart_sigma:PixArtSigma",
+    "SanaPipeline": "dpo_mm.policies.sana:Sana",
+    "QwenImagePipeline": "dpo_mm.policies.qwen_image:QwenImage",
+    "ZImagePipeline": "dpo_mm.policies.z_image:ZImage",
+    "Flux2KleinPipeline": "dpo_mm.policies.flux2:Flux2Klein",
 }
 """Pipeline class, as its model_index.json names it, to the class that makes it a policy."""
 

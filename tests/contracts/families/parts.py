@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,10 @@ def as_they_are(pipe: Any, latents: Tensor, size: int) -> Tensor:
     return latents
 
 
+def load_lora_weights(pipe: Any, folder: str) -> None:
+    pipe.load_lora_weights(folder)
+
+
 @dataclass(frozen=True)
 class Family:
     """How a family is built and asked in tests, in the words of its stock pipeline.
@@ -23,7 +28,9 @@ class Family:
     build: writes a tiny pipeline into a folder. size: pixels on a side. unguided: arguments that switch its
     classifier-free guidance off. pack: latents (images, c, h, w) as its scheduler steps on them, for pictures of a size;
     unpack: the other way round; both with the pipeline's own functions. target: epsilon | v | flow. betas: the schedule's
-    first and last and their kind. sigma: a flow's noise share at a level in [0, 1), by its paper's formula.
+    first and last and their kind. sigma: a flow's noise share at a level in [0, 1), by its paper's formula. raw: what
+    `encode_images` gives as its autoencoder decodes it. load_lora: loads a saved adapter with a stock library; where that
+    isn't the pipeline's own `load_lora_weights`, reason says why.
     """
 
     build: Callable[[Path], Path]
@@ -34,6 +41,20 @@ class Family:
     target: str = "epsilon"
     betas: tuple[float, float, str] = (0.00085, 0.012, "scaled_linear")
     sigma: Callable[[float], float] | None = None
+    raw: Callable[[Any, Tensor, int], Tensor] = as_they_are
+    load_lora: Callable[[Any, str], None] = load_lora_weights
+    reason: str | None = None
+
+
+def shifted(shift: float) -> Callable[[float], float]:
+    """Esser et al. 2024 eq. 23."""
+    return lambda level: shift * level / (1 + (shift - 1) * level)
+
+
+def dynamic(tokens: int, *, most: int = 4096, base: float = 0.5, top: float = 1.15) -> Callable[[float], float]:
+    """The same with the shift e^mu, mu on a line through (256, base) and (most, top)."""
+    mu = base + (top - base) * (tokens - 256) / (most - 256)
+    return lambda level: math.exp(mu) / (math.exp(mu) + 1 / level - 1)
 
 
 def autoencoder(*, channels: int = 4, scaling_factor: float = 0.7, **more: Any) -> AutoencoderKL:
