@@ -1,8 +1,8 @@
 """Encoded rows of image pairs as one batch: latents, the draws, and what the denoiser is told.
 
 A row has id, visit, chosen_mean, chosen_std, rejected_mean, rejected_std (c, h, w) and prompt, a dict of tensors. It may
-have the columns of FROM_DATA, reference_chosen and reference_rejected (visits,), and chosen_x and rejected_x for each x of
-the policy's `per_image`.
+have the columns of FROM_DATA, reference_chosen and reference_rejected (visits,), source_mean (c, h, w) of the picture to
+edit, and chosen_x and rejected_x for each x of the policy's `per_image`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ def collate(policy: Any, rows: list[dict[str, Any]]) -> Batch:
         "timestep": policy.noising.timesteps(levels, tokens=policy.tokens(shape)),
         "prompt": {name: padded([row["prompt"][name] for row in rows]) for name in rows[0]["prompt"]},
     }
+    if "source_mean" in rows[0]:
+        source = torch.stack([row["source_mean"] for row in rows]).float()
+        batch["prompt"]["source"] = policy.latent_scale.normalised(source)
     for name in (f"{side}_{column}" for column in policy.per_image for side in ("chosen", "rejected")):
         if name in rows[0]:
             batch[name] = torch.stack([row[name] for row in rows])

@@ -53,7 +53,11 @@ class DiffusionPolicy:
     video_vae: ClassVar[bool] = False
     """Whether the autoencoder takes a picture as a film of one frame."""
     per_image: ClassVar[tuple[str, ...]] = ()
-    """Columns of each picture, (images, ...), that the denoiser is told of where the rows have them."""
+    """Facts of each picture, (images, ...), that the denoiser is told of where the rows have them."""
+    edits: ClassVar[bool] = False
+    """Whether a picture to edit is part of the prompt: rows then have `image_source`, prompts `source` (images, c, h, w)."""
+    kohya_prefix: ClassVar[str | None] = None
+    """What kohya's and ComfyUI's names of the denoiser's modules begin with; None where no such format is known."""
 
     exact: ClassVar[bool] = False
     config: TrainConfig
@@ -93,8 +97,12 @@ class DiffusionPolicy:
         """Channels of the autoencoder's latents."""
         return self.model.config.in_channels  # type: ignore[union-attr, return-value]
 
-    def asked(self, prompts: list[str], guidance: float) -> dict[str, Any]:
-        """The pipeline's arguments for drawing these prompts with this guidance."""
+    def image_facts(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The columns of `per_image`, (images, ...) each, on the CPU."""
+        return {}
+
+    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
+        """The pipeline's arguments for drawing these prompts with this guidance; sources: the pictures to edit."""
         return {"prompt": prompts, "guidance_scale": guidance, "height": self.resolution, "width": self.resolution}
 
     # Loading
@@ -178,14 +186,22 @@ class DiffusionPolicy:
         return mean.float().cpu(), std.float().cpu()
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """A picture as the autoencoder takes it: scaled to cover the resolution, centre-cropped, (3, s, s) in [-1, 1]."""
-        size = self.resolution
-        scale = size / min(image.size)
-        if scale != 1:
-            image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        array = np.asarray(image.convert("RGB").crop((left, top, left + size, top + size)), dtype=np.float32)
-        return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
+        """A picture as the autoencoder takes it, (3, s, s) in [-1, 1]."""
+        return torch.from_numpy(np.asarray(self.fitted(image), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+    def fitted(self, image: Image.Image) -> Image.Image:
+        """A picture scaled to cover the resolution and cropped to its centre."""
+        scaled, box = self.placed(image.size)
+        if scaled != image.size:
+            image = image.resize(scaled, Image.Resampling.LANCZOS)
+        return image.convert("RGB").crop(box)
+
+    def placed(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+        """How a picture of this (width, height) is fitted: what it is scaled to, and the box that is then kept of it."""
+        scale = self.resolution / min(size)
+        width, height = round(size[0] * scale), round(size[1] * scale)
+        left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
+        return (width, height), (left, top, left + self.resolution, top + self.resolution)
 
     def drop_encoders(self) -> None:
         """Let all but the denoiser leave memory."""

@@ -35,16 +35,21 @@ def sample(
     guidance: float,
     batch_size: int,
     scale: float = 1.0,
+    sources: Sequence[Image.Image] | None = None,
 ) -> Iterator[list[Image.Image]]:
     """Pictures of each prompt from its own seed, a batch at a time; scale 0 draws with the base.
 
-    The noise of a picture comes from its seed alone, whatever else is in the batch.
+    sources: the picture to edit for each prompt, for families that edit. The noise of a picture comes from its seed
+    alone, whatever else is in the batch. Raises ValueError where sources are missing, or not wanted.
     """
+    if policy.edits != (sources is not None):
+        wanted = "edits pictures; give one for each prompt" if policy.edits else "draws from text alone"
+        raise ValueError(f"model {policy.source!r} is a {type(policy.pipe).__name__}, which {wanted} (sources)")
     with _scaled(policy, scale):
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part]]
-            arguments = policy.asked(list(prompts[part]), guidance)
+            arguments = policy.asked(list(prompts[part]), guidance, (sources or ())[part])
             yield policy.pipe(**arguments, num_inference_steps=steps, generator=generators).images
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.policies.adapters import has_lora
@@ -38,7 +39,7 @@ class PixArtSigma(DiffusionPolicy):
         pipe.transformer.__class__ = type(stock.__name__, (stock, PeftAdapterMixin), {})
         return pipe
 
-    def asked(self, prompts: list[str], guidance: float) -> dict[str, Any]:
+    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
         """Drawn at the resolution itself: the pipeline's bins hold no other sizes than those it was made for."""
         return {**super().asked(prompts, guidance), "use_resolution_binning": False}
 

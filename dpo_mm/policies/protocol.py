@@ -59,6 +59,10 @@ class Policy(Protocol):
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpo_mm.policies.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "dpo_mm.policies.sdxl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "dpo_mm.policies.sd3:StableDiffusion3",
+    "FluxPipeline": "dpo_mm.policies.flux:Flux",
+    "FluxKontextPipeline": "dpo_mm.policies.flux_kontext:FluxKontext",
     "PixArtSigmaPipeline": "dpo_mm.policies.pixart_sigma:PixArtSigma",
     "SanaPipeline": "dpo_mm.policies.sana:Sana",
     "QwenImagePipeline": "dpo_mm.policies.qwen_image:QwenImage",

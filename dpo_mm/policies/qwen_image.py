@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.policies.diffusion import DiffusionPolicy, Prompt
@@ -23,7 +24,7 @@ class QwenImage(DiffusionPolicy):
     patch = 2
     video_vae = True
 
-    def asked(self, prompts: list[str], guidance: float) -> dict[str, Any]:
+    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
         """Guidance against an empty prompt, as the model's card draws."""
         arguments = super().asked(prompts, guidance)
         return {

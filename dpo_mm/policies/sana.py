@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.policies.diffusion import DiffusionPolicy, Prompt
@@ -19,7 +20,7 @@ class Sana(DiffusionPolicy):
     denoiser = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def asked(self, prompts: list[str], guidance: float) -> dict[str, Any]:
+    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
         """Drawn at the resolution itself: the pipeline's bins hold no other sizes than those it was made for."""
         return {**super().asked(prompts, guidance), "use_resolution_binning": False}
 

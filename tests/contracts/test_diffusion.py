@@ -16,6 +16,7 @@ from PIL import Image
 from dpo_mm.config import TrainConfig
 from dpo_mm.encoding import encode
 from dpo_mm.objectives import margins, sigmoid
+from dpo_mm.pictures import encode_png
 from dpo_mm.policies import draws
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.reference import adapter_off, frozen_copy
@@ -50,8 +51,10 @@ def encoded(policy: Any, count: int = 4) -> list[dict[str, Any]]:
     chosen = policy.encode_images([picture(n, policy.resolution) for n in range(count)])
     rejected = policy.encode_images([picture(100 + n, policy.resolution) for n in range(count)])
     prompts = policy.encode_prompts([WORDS[n % len(WORDS)] for n in range(count)])
+    more = [source_of(policy, n) for n in range(count)]
     return [
         {
+            **more[n],
             "id": f"row-{n}",
             "visit": 0,
             "chosen_mean": chosen[0][n],
@@ -62,6 +65,15 @@ def encoded(policy: Any, count: int = 4) -> list[dict[str, Any]]:
         }
         for n in range(count)
     ]
+
+
+def source_of(policy: Any, number: int) -> dict[str, torch.Tensor]:
+    """What an editing model's row has beside: the picture to edit."""
+    return {"source_mean": policy.encode_images([source(number)])[0][0]} if policy.edits else {}
+
+
+def source(number: int) -> Image.Image:
+    return picture(200 + number)
 
 
 def disturbed(policy: Any) -> None:
@@ -157,7 +169,8 @@ def test_rows_kept_on_disk_answer_as_rows_in_memory(
     family: str, tmp_path: Path, write_pairs: Callable[..., str], ready: Callable[..., Any]
 ) -> None:
     policy = ready(family)
-    pairs = load_pairs(write_pairs(rows(4)))
+    edited = [{"bytes": encode_png(source(n)), "path": None} if policy.edits else None for n in range(4)]
+    pairs = load_pairs(write_pairs([{**row, "image_source": edited[n]} for n, row in enumerate(rows(4))]))
     kept = encode(policy, pairs, where="pairs", cache=tmp_path)
     plain = encoded(policy)
     for n, row in enumerate(plain):
@@ -225,6 +238,8 @@ def stepped(policy: Any, family: Family, arguments: dict[str, Any], answer: torc
     scheduler.step = noted
     try:
         size = {"height": family.size, "width": family.size}
+        if policy.edits:
+            arguments["image"] = [source(n) for n in range(len(arguments["prompt"]))]
         generator = torch.Generator().manual_seed(0)
         shown = policy.pipe(**size, **family.unguided, generator=generator, output_type="pt", **arguments).images
     finally:
@@ -239,10 +254,11 @@ def test_denoise_is_the_stock_pipelines_first_step(family: str, load: Callable[[
     prompts = WORDS[:2]
     given, timestep, latents, _ = stepped(policy, row, {"prompt": list(prompts), "num_inference_steps": 3})
     latents, given = (row.unpack(policy.pipe, value, row.size) for value in (latents, given))
+    told = policy.encode_prompts(prompts)
+    if policy.edits:
+        told["source"] = policy.latent_scale.normalised(policy.encode_images([source(0), source(1)])[0])
     with torch.no_grad():
-        ours = policy.denoise(
-            policy.model, latents, torch.as_tensor(timestep).repeat(2), policy.encode_prompts(prompts)
-        )
+        ours = policy.denoise(policy.model, latents, torch.as_tensor(timestep).repeat(2), told)
     assert ours.shape == latents.shape == given.shape and given.std() > 1e-3
     torch.testing.assert_close(ours, given, atol=1e-5, rtol=0)
 
@@ -275,19 +291,21 @@ def test_a_saved_adapter_draws_the_same_pixels_in_the_stock_library(
     disturbed(policy)
     policy.save(tmp_path)
     inside = [np.asarray(i) for part in draw(policy, 1.0) for i in part]
-    pipe = DiffusionPipeline.from_pretrained(folders(family))
+    pipe = DiffusionPipeline.from_pretrained(folders(family), **dict.fromkeys(BUILDERS[family].left_out))
     pipe.set_progress_bar_config(disable=True)
     row.load_lora(pipe, str(tmp_path))
     if row.reason:
         record_property("reason", row.reason)
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    stock = pipe(**policy.asked(WORDS[:2], 2.0), num_inference_steps=3, generator=generators).images
+    pictures = [source(0), source(1)] if policy.edits else []
+    stock = pipe(**policy.asked(WORDS[:2], 2.0, pictures), num_inference_steps=3, generator=generators).images
     assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(inside, stock, strict=True))
     assert not np.array_equal(np.stack(inside), np.stack(base))
 
 
 def draw(policy: Any, scale: float) -> list[list[Image.Image]]:
-    return list(policy.sample(WORDS[:2], [5, 6], steps=3, guidance=2.0, batch_size=2, scale=scale))
+    pictures = [source(0), source(1)] if policy.edits else None
+    return list(policy.sample(WORDS[:2], [5, 6], steps=3, guidance=2.0, batch_size=2, scale=scale, sources=pictures))
 
 
 def test_scale_zero_draws_with_the_base(tmp_path: Path, ready: Callable[..., Any], load: Callable[[str], Any]) -> None:

@@ -24,7 +24,7 @@ TINY = {
     "sd15": "stable-diffusion",
     "sdxl": "sdxl",
     "sd3_5_medium": "sd3",
-    "flux_dev": "flux",
+    "flux_dev": "flux-dev",
     "pixart_sigma": "pixart-sigma",
     "sana": "sana",
     "qwen_image": "qwen-image",

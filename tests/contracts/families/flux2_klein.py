@@ -59,4 +59,4 @@ def raw(pipe: Any, latents: Tensor, size: int) -> Tensor:
     return pipe._unpatchify_latents(latents)
 
 
-FLUX2_KLEIN = Family(flux2_klein, pack=pack, unpack=unpack, raw=raw, target="flow", sigma=dynamic(64))
+FAMILIES = {"flux2-klein": Family(flux2_klein, pack=pack, unpack=unpack, raw=raw, target="flow", sigma=dynamic(64))}

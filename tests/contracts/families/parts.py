@@ -10,7 +10,15 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 
 def as_they_are(pipe: Any, latents: Tensor, size: int) -> Tensor:
@@ -28,7 +36,8 @@ class Family:
     build: writes a tiny pipeline into a folder. size: pixels on a side. unguided: arguments that switch its
     classifier-free guidance off. pack: latents (images, c, h, w) as its scheduler steps on them, for pictures of a size;
     unpack: the other way round; both with the pipeline's own functions. target: epsilon | v | flow. betas: the schedule's
-    first and last and their kind. sigma: a flow's noise share at a level in [0, 1), by its paper's formula. raw: what
+    first and last and their kind. sigma: a flow's noise share at a level in [0, 1), by its paper's formula. kohya: whether
+    diffusers reads kohya's format for it. left_out: optional parts that the pipeline is built without. raw: what
     `encode_images` gives as its autoencoder decodes it. load_lora: loads a saved adapter with a stock library; where that
     isn't the pipeline's own `load_lora_weights`, reason says why.
     """
@@ -41,6 +50,8 @@ class Family:
     target: str = "epsilon"
     betas: tuple[float, float, str] = (0.00085, 0.012, "scaled_linear")
     sigma: Callable[[float], float] | None = None
+    kohya: bool = True
+    left_out: tuple[str, ...] = ()
     raw: Callable[[Any, Tensor, int], Tensor] = as_they_are
     load_lora: Callable[[Any, str], None] = load_lora_weights
     reason: str | None = None
@@ -88,6 +99,10 @@ def clip_config(words: CLIPTokenizer, **more: Any) -> CLIPTextConfig:
 
 def clip_encoder(words: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(clip_config(words))
+
+
+def clip_encoder_pooled(words: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(clip_config(words, projection_dim=16))
 
 
 def t5_encoder(words: T5TokenizerFast, *, width: int = 16) -> T5EncoderModel:

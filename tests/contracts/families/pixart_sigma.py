@@ -33,10 +33,12 @@ def load_with_peft(pipe: Any, folder: str) -> None:
     pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder)
 
 
-PIXART_SIGMA = Family(
-    pixart_sigma,
-    unguided={"guidance_scale": 1.0, "use_resolution_binning": False},
-    betas=(0.0001, 0.02, "linear"),
-    load_lora=load_with_peft,
-    reason="diffusers loads no LoRA into PixArt-Sigma's pipeline; PEFT does: `PeftModel.from_pretrained(pipe.transformer, folder)`",
-)
+FAMILIES = {
+    "pixart-sigma": Family(
+        pixart_sigma,
+        unguided={"guidance_scale": 1.0, "use_resolution_binning": False},
+        betas=(0.0001, 0.02, "linear"),
+        load_lora=load_with_peft,
+        reason="diffusers loads no LoRA into PixArt-Sigma's pipeline; PEFT does: `PeftModel.from_pretrained(pipe.transformer, folder)`",
+    )
+}

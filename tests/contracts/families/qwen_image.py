@@ -58,11 +58,13 @@ def unpack(pipe: Any, latents: Tensor, size: int) -> Tensor:
     return pipe._unpack_latents(latents, size, size, pipe.vae_scale_factor).squeeze(2)
 
 
-QWEN_IMAGE = Family(
-    qwen_image,
-    unguided={"true_cfg_scale": 1.0},
-    pack=pack,
-    unpack=unpack,
-    target="flow",
-    sigma=dynamic(64, most=8192, top=0.9),
-)
+FAMILIES = {
+    "qwen-image": Family(
+        qwen_image,
+        unguided={"true_cfg_scale": 1.0},
+        pack=pack,
+        unpack=unpack,
+        target="flow",
+        sigma=dynamic(64, most=8192, top=0.9),
+    )
+}

@@ -42,9 +42,11 @@ def sana(folder: Path) -> Path:
     return folder
 
 
-SANA = Family(
-    sana,
-    unguided={"guidance_scale": 1.0, "use_resolution_binning": False},
-    target="flow",
-    sigma=shifted(3.0),
-)
+FAMILIES = {
+    "sana": Family(
+        sana,
+        unguided={"guidance_scale": 1.0, "use_resolution_binning": False},
+        target="flow",
+        sigma=shifted(3.0),
+    )
+}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from tests.contracts.families.parts import autoencoder, clip_encoder
+from tests.contracts.families.parts import Family, autoencoder, clip_encoder
 from tests.contracts.families.words import clip_tokenizer
 
 
@@ -48,3 +48,10 @@ def stable_diffusion_v(folder: Path) -> Path:
 
 def stable_diffusion_tiny_vae(folder: Path) -> Path:
     return stable_diffusion(folder, tiny_vae=True)
+
+
+FAMILIES = {
+    "stable-diffusion": Family(stable_diffusion),
+    "stable-diffusion-v": Family(stable_diffusion_v, target="v"),
+    "stable-diffusion-tiny-vae": Family(stable_diffusion_tiny_vae),
+}

@@ -35,4 +35,4 @@ def z_image(folder: Path) -> Path:
     return folder
 
 
-Z_IMAGE = Family(z_image, unguided={"guidance_scale": 0.0}, target="flow", sigma=shifted(3.0))
+FAMILIES = {"z-image": Family(z_image, unguided={"guidance_scale": 0.0}, target="flow", sigma=shifted(3.0))}
