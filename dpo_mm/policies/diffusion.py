@@ -276,6 +276,14 @@ class DiffusionPolicy:
             stored = type(self.model).from_pretrained(folder / self.denoiser)  # type: ignore[attr-defined]
             self.model.load_state_dict(stored.state_dict())
 
+    def loading(self, base: str, folder: str) -> list[str]:
+        """Python that draws with what `save` wrote in stock classes, a line at a time; for its card."""
+        opened = f'pipe = DiffusionPipeline.from_pretrained("{base}")'
+        if self.config.tuning == "lora":
+            return [opened, f'pipe.load_lora_weights("{folder}")']
+        part = f"pipe.{self.denoiser}"
+        return [opened, f'{part} = type({part}).from_pretrained("{folder}", subfolder="{self.denoiser}")']
+
     # Drawing
 
     def attach(self, folder: str | Path) -> None:

@@ -83,6 +83,12 @@ class PixArtSigma(DiffusionPolicy):
             return super().load_weights(folder)
         self._read(folder, "default")
 
+    def loading(self, base: str, folder: str) -> list[str]:
+        if self.config.tuning != "lora":
+            return super().loading(base, folder)
+        opened, _ = super().loading(base, folder)
+        return [opened, f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{folder}")']
+
     def attach(self, folder: str | Path) -> None:
         """Load a tuned adapter or denoiser, for drawing. Raises ValueError where there is none."""
         from peft import PeftConfig

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import PeftModel
 from PIL import Image
 
 from dpo_mm.config import TrainConfig
@@ -293,9 +294,15 @@ def test_a_saved_adapter_draws_the_same_pixels_in_the_stock_library(
     inside = [np.asarray(i) for part in draw(policy, 1.0) for i in part]
     pipe = DiffusionPipeline.from_pretrained(folders(family), **dict.fromkeys(BUILDERS[family].left_out))
     pipe.set_progress_bar_config(disable=True)
-    row.load_lora(pipe, str(tmp_path))
+    lines = policy.loading("-", str(tmp_path))[1:]
+    assert (
+        (lines == [f'pipe.load_lora_weights("{tmp_path}")'])
+        == (row.reason is None)
+        == hasattr(pipe, "load_lora_weights")
+    )
     if row.reason:
         record_property("reason", row.reason)
+    exec("\n".join(lines), {"pipe": pipe, "PeftModel": PeftModel})
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     pictures = [source(0), source(1)] if policy.edits else []
     stock = pipe(**policy.asked(WORDS[:2], 2.0, pictures), num_inference_steps=3, generator=generators).images
@@ -329,6 +336,9 @@ def test_a_fully_tuned_denoiser_is_saved_and_attached(
     disturbed(policy)
     policy.save(tmp_path)
     tuned = np.stack([np.asarray(i) for part in draw(policy, 1.0) for i in part])
+    pipe = load("stable-diffusion").pipe
+    exec(policy.loading("-", str(tmp_path))[1], {"pipe": pipe})
+    assert torch.equal(pipe.unet.conv_in.weight, policy.model.conv_in.weight)
     fresh = load("stable-diffusion")
     fresh.attach(tmp_path)
     assert np.array_equal(np.stack([np.asarray(i) for part in draw(fresh, 1.0) for i in part]), tuned)

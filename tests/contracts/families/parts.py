@@ -25,10 +25,6 @@ def as_they_are(pipe: Any, latents: Tensor, size: int) -> Tensor:
     return latents
 
 
-def load_lora_weights(pipe: Any, folder: str) -> None:
-    pipe.load_lora_weights(folder)
-
-
 @dataclass(frozen=True)
 class Family:
     """How a family is built and asked in tests, in the words of its stock pipeline.
@@ -38,8 +34,8 @@ class Family:
     unpack: the other way round; both with the pipeline's own functions. target: epsilon | v | flow. betas: the schedule's
     first and last and their kind. sigma: a flow's noise share at a level in [0, 1), by its paper's formula. kohya: whether
     diffusers reads kohya's format for it. left_out: optional parts that the pipeline is built without. raw: what
-    `encode_images` gives as its autoencoder decodes it. load_lora: loads a saved adapter with a stock library; where that
-    isn't the pipeline's own `load_lora_weights`, reason says why.
+    `encode_images` gives as its autoencoder decodes it. reason: why a saved adapter is loaded by another stock library than
+    the pipeline's own.
     """
 
     build: Callable[[Path], Path]
@@ -53,7 +49,6 @@ class Family:
     kohya: bool = True
     left_out: tuple[str, ...] = ()
     raw: Callable[[Any, Tensor, int], Tensor] = as_they_are
-    load_lora: Callable[[Any, str], None] = load_lora_weights
     reason: str | None = None
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-from peft import PeftModel
 
 from tests.contracts.families.parts import Family, autoencoder, t5_encoder
 from tests.contracts.families.words import t5_tokenizer
@@ -27,18 +25,11 @@ def pixart_sigma(folder: Path) -> Path:
     return folder
 
 
-def load_with_peft(pipe: Any, folder: str) -> None:
-    """As PixArt's own scripts load a LoRA."""
-    assert not hasattr(pipe, "load_lora_weights")
-    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder)
-
-
 FAMILIES = {
     "pixart-sigma": Family(
         pixart_sigma,
         unguided={"guidance_scale": 1.0, "use_resolution_binning": False},
         betas=(0.0001, 0.02, "linear"),
-        load_lora=load_with_peft,
         reason="diffusers loads no LoRA into PixArt-Sigma's pipeline; PEFT does: `PeftModel.from_pretrained(pipe.transformer, folder)`",
     )
 }
