@@ -13,6 +13,9 @@ from torch import nn
 from dpo_mm.config import TrainConfig
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya_lora_weights.safetensors"
+FORMATS = ("diffusers", "kohya")
+KOHYA_PARTS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 def has_lora(model: Any) -> bool:
@@ -51,6 +54,36 @@ def save_lora(pipe: Any, denoiser: str, folder: Path) -> None:
         **{f"{denoiser}_lora_layers": get_peft_model_state_dict(model)},
         **_collate_lora_metadata({denoiser: model}),
     )
+
+
+def check_format(config: TrainConfig, prefix: str | None, *, family: str) -> None:
+    """Raises ValueError where a config's lora_format is unknown or can't be written. prefix: the family's `kohya_prefix`."""
+    if config.lora_format not in FORMATS:
+        raise ValueError(f"lora_format {config.lora_format!r} is unknown; expected one of {', '.join(FORMATS)}")
+    if config.lora_format == "kohya" and (prefix is None or config.tuning != "lora"):
+        why = f"{family} has no names there" if prefix is None else f"tuning is {config.tuning}, which makes no LoRA"
+        raise ValueError(f"lora_format 'kohya': {why}; take 'diffusers'")
+
+
+def save_kohya(model: Any, prefix: str, folder: Path) -> None:
+    """The model's LoRA once more, by the names that kohya's scripts, ComfyUI and A1111 read."""
+    from safetensors.torch import save_file
+
+    save_file(kohya_weights(model, prefix), folder / KOHYA_FILE)
+
+
+def kohya_weights(model: Any, prefix: str) -> dict[str, torch.Tensor]:
+    """prefix_module.lora_down.weight, .lora_up.weight and .alpha of each adapted module, its dots underscores."""
+    from peft import get_peft_model_state_dict
+
+    alpha = float(model.peft_config["default"].lora_alpha)
+    found: dict[str, torch.Tensor] = {}
+    for name, weight in get_peft_model_state_dict(model).items():
+        module, part, _ = name.rsplit(".", 2)
+        key = f"{prefix}_{module.replace('.', '_')}"
+        found[f"{key}.{KOHYA_PARTS[part]}.weight"] = weight.contiguous()
+        found[f"{key}.alpha"] = torch.tensor(alpha)
+    return found
 
 
 def read_lora(model: nn.Module, denoiser: str, file: Path) -> None:

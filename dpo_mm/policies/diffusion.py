@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies import drawing
-from dpo_mm.policies.adapters import LORA_FILE, add_lora, has_lora, read_lora, save_lora
+from dpo_mm.policies.adapters import LORA_FILE, add_lora, has_lora, read_lora, save_kohya, save_lora
 from dpo_mm.policies.batches import collate
 from dpo_mm.policies.latents import latent_scale, posterior
 from dpo_mm.policies.noising import noising_of
@@ -262,9 +262,12 @@ class DiffusionPolicy:
     # Files
 
     def save(self, folder: Path) -> None:
-        """The LoRA in diffusers' own format with its rank and alpha, or the whole denoiser under its name."""
+        """The LoRA in diffusers' own format with its rank and alpha, and in kohya's where asked; or the whole denoiser."""
         if has_lora(self.model):
             save_lora(self.pipe, self.denoiser, folder)
+            if self.config.lora_format == "kohya":
+                assert self.kohya_prefix is not None
+                save_kohya(self.model, self.kohya_prefix, folder)
         else:
             self.model.save_pretrained(folder / self.denoiser)  # type: ignore[operator]
 

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.encoding import encode
 from dpo_mm.objectives import margins, sigmoid
 from dpo_mm.pictures import encode_png
 from dpo_mm.policies import draws
+from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_format
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.reference import adapter_off, frozen_copy
 from dpo_mm.schema import load_pairs
@@ -184,6 +187,17 @@ def test_rows_kept_on_disk_answer_as_rows_in_memory(
     torch.testing.assert_close(found.rejected, truth.rejected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_says_what_beta_is_on_summed_errors(family: str, ready: Callable[..., Any]) -> None:
+    """Elements are those of the latents that errors are the mean of."""
+    policy = ready(family)
+    elements = policy.collate(encoded(policy, 1))["chosen"][0].numel()
+    said = policy.describe(policy.config)
+    assert f"{elements:,} latent elements" in said["reduction"]
+    assert f"{5000 / elements:.3g} on summed errors" in said["effective beta"]
+    assert said["target"].startswith({"flow": "velocity"}.get(BUILDERS[family].target, BUILDERS[family].target))
+
+
 def by_hand(family: Family, level: float, x0: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Noisy latents, target and timestep at a level, in float64, straight from the papers."""
     if family.target == "flow":
@@ -303,11 +317,42 @@ def test_a_saved_adapter_draws_the_same_pixels_in_the_stock_library(
     if row.reason:
         record_property("reason", row.reason)
     exec("\n".join(lines), {"pipe": pipe, "PeftModel": PeftModel})
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    pictures = [source(0), source(1)] if policy.edits else []
-    stock = pipe(**policy.asked(WORDS[:2], 2.0, pictures), num_inference_steps=3, generator=generators).images
-    assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(inside, stock, strict=True))
+    assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(inside, stock(policy, pipe), strict=True))
     assert not np.array_equal(np.stack(inside), np.stack(base))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kohyas_file_holds_the_same_adapter(
+    family: str, tmp_path: Path, folders: Callable[[str], str], ready: Callable[..., Any]
+) -> None:
+    """Its names are those of diffusers' own converter, and where diffusers reads it, it draws the same pixels."""
+    policy, row = ready(family, lora_rank=4, lora_alpha=8, lora_format="kohya"), BUILDERS[family]
+    if policy.kohya_prefix is None:
+        with pytest.raises(ValueError, match=r"lora_format 'kohya': .* has no names there"):
+            check_format(policy.config, None, family=type(policy).__name__)
+        return
+    disturbed(policy)
+    policy.save(tmp_path)
+    kept = load_file(tmp_path / KOHYA_FILE)
+    plain = {f"unet.{k.split('.', 1)[1]}": v for k, v in load_file(tmp_path / LORA_FILE).items()}
+    theirs = convert_state_dict_to_kohya(plain)
+    ours = {name.replace(policy.kohya_prefix, "lora_unet", 1): value for name, value in kept.items()}
+    assert set(ours) == set(theirs) and len(ours) >= 12
+    for name, value in ours.items():
+        assert value.item() == 8 if name.endswith(".alpha") else torch.equal(value, theirs[name])
+    if row.kohya:
+        pipe = DiffusionPipeline.from_pretrained(folders(family), **dict.fromkeys(row.left_out))
+        pipe.set_progress_bar_config(disable=True)
+        pipe.load_lora_weights(str(tmp_path), weight_name=KOHYA_FILE)
+        inside = [np.asarray(i) for part in draw(policy, 1.0) for i in part]
+        assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(inside, stock(policy, pipe), strict=True))
+
+
+def stock(policy: Any, pipe: Any) -> list[Image.Image]:
+    """What a stock pipeline draws where `draw` draws with the policy."""
+    pictures = [source(0), source(1)] if policy.edits else []
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    return pipe(**policy.asked(WORDS[:2], 2.0, pictures), num_inference_steps=3, generator=generators).images
 
 
 def draw(policy: Any, scale: float) -> list[list[Image.Image]]:
