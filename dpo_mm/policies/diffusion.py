@@ -94,7 +94,7 @@ class DiffusionPolicy:
         return size * self.pipe.vae_scale_factor
 
     def latent_channels(self) -> int:
-        """Channels of the latents as `encode_images` gives them."""
+        """Channels of the autoencoder's latents."""
         return self.model.config.in_channels  # type: ignore[union-attr, return-value]
 
     def image_facts(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ class DiffusionPolicy:
             if isinstance(part, nn.Module) and part is not self.model:
                 for name, tensor in part.state_dict().items():
                     digest.update(name.encode())
-                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @torch.no_grad()
@@ -278,6 +278,14 @@ class DiffusionPolicy:
         else:
             stored = type(self.model).from_pretrained(folder / self.denoiser)  # type: ignore[attr-defined]
             self.model.load_state_dict(stored.state_dict())
+
+    def loading(self, base: str, folder: str) -> list[str]:
+        """Python that draws with what `save` wrote in stock classes, a line at a time; for its card."""
+        opened = f'pipe = DiffusionPipeline.from_pretrained("{base}")'
+        if self.config.tuning == "lora":
+            return [opened, f'pipe.load_lora_weights("{folder}")']
+        part = f"pipe.{self.denoiser}"
+        return [opened, f'{part} = type({part}).from_pretrained("{folder}", subfolder="{self.denoiser}")']
 
     # Drawing
 
