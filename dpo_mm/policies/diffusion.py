@@ -97,7 +97,7 @@ class DiffusionPolicy:
         return size * self.pipe.vae_scale_factor
 
     def latent_channels(self) -> int:
-        """Channels of the latents as `encode_images` gives them."""
+        """Channels of the autoencoder's latents."""
         return self.model.config.in_channels  # type: ignore[union-attr, return-value]
 
     def image_facts(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -187,8 +187,8 @@ class DiffusionPolicy:
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation of the autoencoder, each (images, c, h, w), float32 on the CPU."""
-        pixels = torch.stack([self.pixels(image) for image in images]).to(self.device, self.vae.dtype)
-        mean, std = posterior(self.vae.encode(pixels[:, :, None] if self.video_vae else pixels))
+        pixels = torch.stack([self.pixels(image) for image in images]).to(self.device)
+        mean, std = posterior(self.vae, pixels[:, :, None] if self.video_vae else pixels)
         if self.video_vae:
             mean, std = mean.squeeze(2), std.squeeze(2)
         return mean.float().cpu(), std.float().cpu()
@@ -292,6 +292,14 @@ class DiffusionPolicy:
         else:
             stored = type(self.model).from_pretrained(folder / self.denoiser)  # type: ignore[attr-defined]
             self.model.load_state_dict(stored.state_dict())
+
+    def loading(self, base: str, folder: str) -> list[str]:
+        """Python that draws with what `save` wrote in stock classes, a line at a time; for its card."""
+        opened = f'pipe = DiffusionPipeline.from_pretrained("{base}")'
+        if self.config.tuning == "lora":
+            return [opened, f'pipe.load_lora_weights("{folder}")']
+        part = f"pipe.{self.denoiser}"
+        return [opened, f'{part} = type({part}).from_pretrained("{folder}", subfolder="{self.denoiser}")']
 
     # Drawing
 

@@ -63,6 +63,11 @@ FAMILIES: dict[str, str] = {
     "StableDiffusion3Pipeline": "dpo_mm.policies.sd3:StableDiffusion3",
     "FluxPipeline": "dpo_mm.policies.flux:Flux",
     "FluxKontextPipeline": "dpo_mm.policies.flux_kontext:FluxKontext",
+    "PixArtSigmaPipeline": "dpo_mm.policies.pixart_sigma:PixArtSigma",
+    "SanaPipeline": "dpo_mm.policies.sana:Sana",
+    "QwenImagePipeline": "dpo_mm.policies.qwen_image:QwenImage",
+    "ZImagePipeline": "dpo_mm.policies.z_image:ZImage",
+    "Flux2KleinPipeline": "dpo_mm.policies.flux2:Flux2Klein",
 }
 """Pipeline class, as its model_index.json names it, to the class that makes it a policy."""
 

@@ -12,16 +12,20 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.encoding import encode
 from dpo_mm.objectives import margins, sigmoid
+from dpo_mm.pictures import encode_png
 from dpo_mm.policies import draws
 from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_format
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.reference import adapter_off, frozen_copy
-from tests.conftest import picture
+from dpo_mm.schema import load_pairs
+from tests.conftest import picture, rows
 from tests.contracts.families import BUILDERS, WORDS, Family
 
 FAMILIES = sorted(BUILDERS)
@@ -110,8 +114,9 @@ def swap(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_adapter_is_the_reference(family: str, ready: Callable[..., Any]) -> None:
+def test_a_fresh_adapter_is_the_reference(family: str, ready: Callable[..., Any], record_property: Any) -> None:
     policy = ready(family)
+    record_property("of", type(policy.pipe).__name__)
     batch = policy.collate(encoded(policy))
     reference, ours = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
     assert torch.equal(ours.chosen, reference.chosen) and torch.equal(ours.rejected, reference.rejected)
@@ -161,6 +166,25 @@ def test_a_pair_does_not_depend_on_its_batch(family: str, ready: Callable[..., A
     alone = policy.log_probs(policy.model, policy.collate(rows[2:3]))
     torch.testing.assert_close(whole.chosen, turned.chosen.flip(0), atol=1e-5, rtol=0)
     torch.testing.assert_close(whole.rejected[2:3], alone.rejected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_kept_on_disk_answer_as_rows_in_memory(
+    family: str, tmp_path: Path, write_pairs: Callable[..., str], ready: Callable[..., Any]
+) -> None:
+    policy = ready(family)
+    edited = [{"bytes": encode_png(source(n)), "path": None} if policy.edits else None for n in range(4)]
+    pairs = load_pairs(write_pairs([{**row, "image_source": edited[n]} for n, row in enumerate(rows(4))]))
+    kept = encode(policy, pairs, where="pairs", cache=tmp_path)
+    plain = encoded(policy)
+    for n, row in enumerate(plain):
+        sides = [picture(2 * n), picture(2 * n + 1)][:: -1 if n % 2 else 1]
+        for side, image in zip(("chosen", "rejected"), sides, strict=True):
+            (row[f"{side}_mean"],), (row[f"{side}_std"],) = policy.encode_images([image])
+    found = policy.log_probs(policy.model, policy.collate([{**kept[n], "visit": 0} for n in range(4)]))
+    truth = policy.log_probs(policy.model, policy.collate(plain))
+    torch.testing.assert_close(found.chosen, truth.chosen, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.rejected, truth.rejected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,7 +267,7 @@ def test_denoise_is_the_stock_pipelines_first_step(family: str, load: Callable[[
     """On the latents that the stock scheduler steps on, `denoise` says what that scheduler is given to step with."""
     policy, row = load(family), BUILDERS[family]
     prompts = WORDS[:2]
-    given, timestep, latents, _ = stepped(policy, row, {"prompt": prompts, "num_inference_steps": 3})
+    given, timestep, latents, _ = stepped(policy, row, {"prompt": list(prompts), "num_inference_steps": 3})
     latents, given = (row.unpack(policy.pipe, value, row.size) for value in (latents, given))
     told = policy.encode_prompts(prompts)
     if policy.edits:
@@ -264,8 +288,9 @@ def test_our_latents_decode_as_the_stock_pipeline_decodes(family: str, ready: Ca
     packed = row.pack(policy.pipe, latents, row.size)
     arguments = {"prompt": WORDS[:1], "num_inference_steps": 1}
     *_, shown = stepped(policy, row, arguments, answer=packed)
+    own = row.raw(policy.pipe, mean, row.size)
     with torch.no_grad():
-        plain = policy.pipe.vae.decode(mean[:, :, None] if policy.video_vae else mean).sample
+        plain = policy.pipe.vae.decode(own[:, :, None] if policy.video_vae else own).sample
     expected = ((plain[:, :, 0] if policy.video_vae else plain) / 2 + 0.5).clamp(0, 1)
     assert expected.std() > 1e-3
     torch.testing.assert_close(shown, expected, atol=1e-4, rtol=0)
@@ -274,16 +299,24 @@ def test_our_latents_decode_as_the_stock_pipeline_decodes(family: str, ready: Ca
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_adapter_draws_the_same_pixels_in_the_stock_library(
-    family: str, tmp_path: Path, folders: Callable[[str], str], ready: Callable[..., Any]
+    family: str, tmp_path: Path, folders: Callable[[str], str], ready: Callable[..., Any], record_property: Any
 ) -> None:
-    policy = ready(family, lora_rank=4, lora_alpha=8)
+    policy, row = ready(family, lora_rank=4, lora_alpha=8), BUILDERS[family]
     base = [np.asarray(i) for part in draw(policy, 0.0) for i in part]
     disturbed(policy)
     policy.save(tmp_path)
     inside = [np.asarray(i) for part in draw(policy, 1.0) for i in part]
     pipe = DiffusionPipeline.from_pretrained(folders(family), **dict.fromkeys(BUILDERS[family].left_out))
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(str(tmp_path))
+    lines = policy.loading("-", str(tmp_path))[1:]
+    assert (
+        (lines == [f'pipe.load_lora_weights("{tmp_path}")'])
+        == (row.reason is None)
+        == hasattr(pipe, "load_lora_weights")
+    )
+    if row.reason:
+        record_property("reason", row.reason)
+    exec("\n".join(lines), {"pipe": pipe, "PeftModel": PeftModel})
     assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(inside, stock(policy, pipe), strict=True))
     assert not np.array_equal(np.stack(inside), np.stack(base))
 
@@ -348,6 +381,9 @@ def test_a_fully_tuned_denoiser_is_saved_and_attached(
     disturbed(policy)
     policy.save(tmp_path)
     tuned = np.stack([np.asarray(i) for part in draw(policy, 1.0) for i in part])
+    pipe = load("stable-diffusion").pipe
+    exec(policy.loading("-", str(tmp_path))[1], {"pipe": pipe})
+    assert torch.equal(pipe.unet.conv_in.weight, policy.model.conv_in.weight)
     fresh = load("stable-diffusion")
     fresh.attach(tmp_path)
     assert np.array_equal(np.stack([np.asarray(i) for part in draw(fresh, 1.0) for i in part]), tuned)
@@ -374,6 +410,24 @@ def test_ten_steps_on_one_pair_raise_its_margin(family: str, checkpointing: bool
         optimizer.step()
     assert history[0] == 0 and history[-1] > 0
     assert history[-1] > history[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_trains_and_says_nearly_the_same(family: str, folders: Callable[[str], str]) -> None:
+    """As the trainer asks it: the pipeline in bf16, the adapter in float32, the loss in float32 under autocast."""
+    said = []
+    for precision in ("fp32", "bf16"):
+        policy = load_policy(folders(family), resolution=BUILDERS[family].size, precision=precision)
+        policy.prepare(config(precision=precision))
+        batch = policy.collate(encoded(policy, 2))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            found = policy.log_probs(policy.model, batch)
+        (found.chosen - found.rejected).sum().backward()
+        gradients = [p.grad for p in policy.model.parameters() if p.requires_grad]
+        assert found.chosen.dtype == torch.float32 and all(g.isfinite().all() for g in gradients if g is not None)
+        assert any(g is not None and g.abs().max() > 0 for g in gradients)
+        said.append(found.chosen.detach())
+    torch.testing.assert_close(said[1], said[0], atol=0, rtol=0.03)
 
 
 def test_pictures_in_a_batch_do_not_change_each_other(load: Callable[[str], Any]) -> None:

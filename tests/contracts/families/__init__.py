@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.contracts.families import flux, sd3, sdxl
+from tests.contracts.families import flux, flux2_klein, pixart_sigma, qwen_image, sana, sd3, sdxl, z_image
 from tests.contracts.families import stable_diffusion as stable
 from tests.contracts.families.parts import Family
 from tests.contracts.families.stable_diffusion import stable_diffusion
@@ -15,4 +15,9 @@ BUILDERS: dict[str, Family] = {
     **sdxl.FAMILIES,
     **sd3.FAMILIES,
     **flux.FAMILIES,
+    **pixart_sigma.FAMILIES,
+    **sana.FAMILIES,
+    **qwen_image.FAMILIES,
+    **z_image.FAMILIES,
+    **flux2_klein.FAMILIES,
 }

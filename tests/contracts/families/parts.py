@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,9 @@ class Family:
     classifier-free guidance off. pack: latents (images, c, h, w) as its scheduler steps on them, for pictures of a size;
     unpack: the other way round; both with the pipeline's own functions. target: epsilon | v | flow. betas: the schedule's
     first and last and their kind. sigma: a flow's noise share at a level in [0, 1), by its paper's formula. kohya: whether
-    diffusers reads kohya's format for it. left_out: optional parts that the pipeline is built without.
+    diffusers reads kohya's format for it. left_out: optional parts that the pipeline is built without. raw: what
+    `encode_images` gives as its autoencoder decodes it. reason: why a saved adapter is loaded by another stock library than
+    the pipeline's own.
     """
 
     build: Callable[[Path], Path]
@@ -45,6 +48,19 @@ class Family:
     sigma: Callable[[float], float] | None = None
     kohya: bool = True
     left_out: tuple[str, ...] = ()
+    raw: Callable[[Any, Tensor, int], Tensor] = as_they_are
+    reason: str | None = None
+
+
+def shifted(shift: float) -> Callable[[float], float]:
+    """Esser et al. 2024 eq. 23."""
+    return lambda level: shift * level / (1 + (shift - 1) * level)
+
+
+def dynamic(tokens: int, *, most: int = 4096, base: float = 0.5, top: float = 1.15) -> Callable[[float], float]:
+    """The same with the shift e^mu, mu on a line through (256, base) and (most, top)."""
+    mu = base + (top - base) * (tokens - 256) / (most - 256)
+    return lambda level: math.exp(mu) / (math.exp(mu) + 1 / level - 1)
 
 
 def autoencoder(*, channels: int = 4, scaling_factor: float = 0.7, **more: Any) -> AutoencoderKL:
