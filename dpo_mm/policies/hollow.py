@@ -15,6 +15,7 @@ from torch import nn
 
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that no training needs."""
+SMALL = 2**16
 
 
 def hollow(source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
@@ -47,10 +48,19 @@ def _part(source: str, name: str, library: str, kind: str, *, revision: str | No
     if library == "diffusers":
         config = made.load_config(source, subfolder=name, revision=revision)
         with torch.device("meta"):
-            return made.from_config(config).to(dtype)
+            return _with_buffers(made.from_config(config).to(dtype))
     config = made.config_class.from_pretrained(source, subfolder=name, revision=revision)
     with torch.device("meta"):
-        return made(config).to(dtype).eval()
+        return _with_buffers(made(config).to(dtype).eval())
+
+
+def _with_buffers(module: nn.Module) -> nn.Module:
+    """A module of the meta device with zeros for its small buffers, which some families read (a batch norm's)."""
+    for each in module.modules():
+        for name, buffer in each._buffers.items():
+            if buffer is not None and buffer.numel() <= SMALL:
+                each._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
+    return module
 
 
 def fake(module: nn.Module) -> None:

@@ -42,11 +42,13 @@ def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     without a posterior (AutoencoderTiny, AutoencoderDC) has a standard deviation of 0.
     """
     own = vae.dtype
-    upcast = own == torch.float16 and vae.config.get("force_upcast", False)
-    try:
-        encoded = vae.to(torch.float32 if upcast else own).encode(pixels.to(torch.float32 if upcast else own))
-    finally:
-        vae.to(own)
+    if own == torch.float16 and vae.config.get("force_upcast", False):
+        try:
+            encoded = vae.to(torch.float32).encode(pixels.float())
+        finally:
+            vae.to(own)
+    else:
+        encoded = vae.encode(pixels.to(own))
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean, encoded.latent_dist.std
     plain = encoded.latents if hasattr(encoded, "latents") else encoded.latent

@@ -29,15 +29,13 @@ class PixArtSigma(DiffusionPolicy):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     patch = 2
 
-    @classmethod
-    def open(cls, source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
-        """The stock pipeline, its transformer with diffusers' own mixin for adapters, which its class lacks."""
+    def __init__(self, pipe: Any, source: str) -> None:
+        """Gives the transformer diffusers' own mixin for adapters, which its class lacks."""
         from diffusers.loaders import PeftAdapterMixin
 
-        pipe = super().open(source, revision=revision, dtype=dtype)
         stock = type(pipe.transformer)
         pipe.transformer.__class__ = type(stock.__name__, (stock, PeftAdapterMixin), {})
-        return pipe
+        super().__init__(pipe, source)
 
     def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
         """Drawn at the resolution itself: the pipeline's bins hold no other sizes than those it was made for."""
