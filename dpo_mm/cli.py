@@ -221,11 +221,24 @@ Port = Annotated[int | None, typer.Option(help="Port on 127.0.0.1; the first fre
 def demo_label(
     pairs: Annotated[str, typer.Option(help="Parquet, a hub set, a shipped one, or a folder.")] = "shapes-faithfulness",
     votes: Annotated[str, typer.Option(help="SQLite file that the votes go to as they are cast.")] = "labels.sqlite",
+    models: Annotated[
+        str | None, typer.Option(help="MODEL,MODEL+ADAPTER,...: draw fresh samples of these into the folder --pairs.")
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="Prompts of the fresh samples.")] = "shapes-held-out",
+    limit: Annotated[int, typer.Option(help="So many prompts of them.")] = 50,
+    sampling_steps: Annotated[int, typer.Option(help="Steps of the fresh samples.")] = 15,
+    guidance: Annotated[float, typer.Option(help="Guidance of the fresh samples.")] = 1.5,
     port: Port = None,
 ) -> None:
-    """Label pairs blind, by keyboard, several people at once."""
+    """Label pairs blind, by keyboard, several people at once; ratings of the models behind them."""
     from dpo_mm.pages import load_page
 
+    if models:
+        from dpo_mm.labels.fresh import draw_samples
+
+        pairs = "samples" if pairs == "shapes-faithfulness" else pairs
+        with quietly():
+            draw_samples(models.split(","), prompts, pairs, limit=limit, steps=sampling_steps, guidance=guidance)
     load_page("label").run(pairs, votes, port=port)
 
 
@@ -265,17 +278,36 @@ def demo_captions(
         )
 
 
+Moved = Annotated[str | None, typer.Option(help="The set that was labelled, where it has moved.")]
+Votes = Annotated[str, typer.Argument(help="SQLite file of the votes.")]
+
+
 @label.command("export")
 def label_export(
-    votes: Annotated[str, typer.Argument(help="SQLite file of the votes.")],
-    output: Annotated[str, typer.Option(help="Parquet file to write.")] = "labels.parquet",
-    pairs: Annotated[str | None, typer.Option(help="The set that was labelled, where it has moved.")] = None,
+    votes: Votes,
+    output: Annotated[str | None, typer.Option(help="File to write; labels.parquet or labels.json.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="rows: preference rows, Parquet; label-studio or argilla: JSON.")
+    ] = "rows",
+    pairs: Moved = None,
 ) -> None:
-    """Write the votes as preference rows."""
+    """Write the votes as preference rows, or for other tools."""
     from datasets import disable_progress_bars
 
     from dpo_mm.labels.export import export
 
     disable_progress_bars()
-    _print(export(votes, output, pairs=pairs))
-    print(f"Exported: {output}\nNext: dpo-mm train CONFIG.yaml --pairs {output}")
+    output = output or ("labels.parquet" if form == "rows" else "labels.json")
+    _print(export(votes, output, pairs=pairs, form=form))
+    print(f"Exported: {output}" + (f"\nNext: dpo-mm train CONFIG.yaml --pairs {output}" if form == "rows" else ""))
+
+
+@label.command("ratings")
+def label_ratings(votes: Votes, pairs: Moved = None) -> None:
+    """How the models stand by the votes: Bradley-Terry ratings with 95 % intervals."""
+    from dpo_mm.labels.export import opened, standing
+
+    for one in standing(*opened(votes, pairs)):
+        print(
+            f"{one.rating:6.0f}  ({one.low:.0f} to {one.high:.0f})  {one.wins} won, {one.ties} tied, {one.losses} lost  {one.model}"
+        )
