@@ -1,4 +1,4 @@
-"""The command line: dpo-mm quickstart | train | verify | mine | compare | demo | label."""
+"""The command line: dpo-mm quickstart | import | doctor | train | verify | mine | compare | demo | label."""
 
 from __future__ import annotations
 
@@ -118,6 +118,36 @@ def quickstart(
     else:
         sampling = f"--sampling-steps {config.sampling_steps} --guidance {config.guidance:g} --seed {seed + 1}"
         print(f"Next, on other seeds: {again} {sampling}")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="A public set or a form, see docs/sets.md.")],
+    path: Annotated[str, typer.Argument(help="A folder, a file, a hub id, or hub for the set's own place there.")],
+    output: Annotated[str, typer.Argument(help="Folder of Parquet to write; one that was cut is gone on with.")],
+    split: Annotated[str, typer.Option(help="The set's split.")] = "train",
+    axis: Annotated[str | None, typer.Option(help="What was judged, where the set says it for several axes.")] = None,
+    min_margin: Annotated[float | None, typer.Option(help="Leave out pairs that are less apart, ties too.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows to write, at most.")] = None,
+    license: Annotated[str | None, typer.Option(help="The set's licence, where its source names none.")] = None,
+) -> None:
+    """Bring a preference set into the form that train takes, streamed; ties, votes, scores and licences are kept."""
+    from datasets import disable_progress_bars
+
+    from dpo_mm.sources.importing import import_set
+
+    disable_progress_bars()
+    found = import_set(
+        source, path, output, split=split, axis=axis, min_margin=min_margin, limit=limit, license=license
+    )
+    counted = {name: f"{count:,}" for name, count in sorted(found.preferences.items())}
+    left_out = {
+        f"left out: {reason}": f"{count:,} (the first: {found.examples[reason]})"
+        for reason, count in found.left_out.items()
+    }
+    _print({"rows": f"{found.rows:,} in {found.shards} files", **counted, **left_out})
+    place = shlex.quote(output)
+    print(f"Imported: {output}\nNext: dpo-mm doctor {place} && dpo-mm train CONFIG.yaml --pairs {place}")
 
 
 @app.command(context_settings=FLAGS)
