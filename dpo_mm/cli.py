@@ -150,6 +150,31 @@ def import_(
     print(f"Imported: {output}\nNext: dpo-mm doctor {place} && dpo-mm train CONFIG.yaml --pairs {place}")
 
 
+@app.command()
+def doctor(
+    pairs: Annotated[str, typer.Argument(help="Parquet, a folder of it, a hub set, or a shipped one.")],
+    held_out: Annotated[str | None, typer.Option(help="A set, or a list of prompts, that must not be in it.")] = None,
+    report: Annotated[str | None, typer.Option(help="HTML file to write as well.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
+) -> None:
+    """Look for what is wrong with a preference set. Exit status: 0 no errors, 1 errors found, 2 it can't be read."""
+    from datasets import disable_progress_bars
+    from rich.console import Console
+
+    from dpo_mm.doctor import examine
+    from dpo_mm.doctor.report import terminal, write_report
+    from dpo_mm.sources import SOURCES
+
+    disable_progress_bars()
+    uncertain = frozenset(name for name, source in SOURCES.items() if source.uncertain)
+    diagnosis = examine(pairs, held_out=held_out, uncertain=uncertain)
+    Console().print(terminal(diagnosis), highlight=False, markup=False)
+    if report:
+        print(f"Report: {write_report(Path(report), diagnosis, command=command_line())}")
+    if diagnosis.failed(strict=strict):
+        sys.exit(1)
+
+
 @app.command(context_settings=FLAGS)
 def train(context: typer.Context, config: str, dry_run: DryRun = False) -> None:
     """Train as CONFIG.yaml says; any setting can be given as --key value."""

@@ -1,0 +1,65 @@
+"""What of a picture can be said without understanding it: its file, its size, its light, and a perceptual hash."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dpo_mm.doctor.reading import picture_bytes
+from dpo_mm.pictures import decode
+
+FEATURES = ("resolution", "aspect", "bytes", "png", "jpeg", "webp", "brightness", "contrast", "saturation")
+"""Of a side: logs of pixels, width over height and bytes; whether its format is that; light on 0 to 1."""
+SMALL, THUMB = 64, 4
+
+
+class Look(NamedTuple):
+    """A picture seen. features: (len(FEATURES),); digest: of its pixels; hash: 64 bits; thumb: (48,) of 0 to 255."""
+
+    features: np.ndarray
+    digest: int
+    hash: int
+    thumb: np.ndarray
+    format: str
+    size: tuple[int, int]
+
+
+def look(cell: Any) -> Look | str:
+    """A picture as facts, or why it does not decode."""
+    try:
+        data = picture_bytes(cell)
+        image = decode(data)
+    except (ValueError, OSError) as error:
+        return str(error)
+    kind = Image.open(io.BytesIO(data)).format or "?"
+    small = image.resize((SMALL, SMALL), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    pixels = np.asarray(small, dtype=np.float32) / 255
+    grey = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    features = [
+        np.log(image.width * image.height),
+        np.log(image.width / image.height),
+        np.log(len(data)),
+        kind == "PNG",
+        kind == "JPEG",
+        kind == "WEBP",
+        grey.mean(),
+        grey.std(),
+        (pixels.max(-1) - pixels.min(-1)).mean(),
+    ]
+    digest = hashlib.blake2b(image.tobytes(), digest_size=8, key=str(image.size).encode()).digest()
+    thumb = np.asarray(small.resize((THUMB, THUMB), Image.Resampling.BOX), dtype=np.uint8).reshape(-1)
+    return Look(
+        np.array(features, dtype=np.float32), int.from_bytes(digest, "little"), _hash(small), thumb, kind, image.size
+    )
+
+
+def _hash(small: Image.Image) -> int:
+    """A perceptual hash of 64 bits: pictures that look alike differ in few of them (imagehash, phash)."""
+    import imagehash
+
+    bits = imagehash.phash(small).hash.reshape(-1)
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")

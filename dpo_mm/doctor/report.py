@@ -1,0 +1,83 @@
+"""A diagnosis as a table for the terminal, and on one page that can be sent to someone.
+
+The page is one file: no script, a policy that forbids any, and everything from the set is escaped by the template.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_mm.doctor import Diagnosis
+from dpo_mm.doctor.findings import CHECKS, SEVERITIES
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
+CUT = 200
+"""Characters that are shown of what is said of an example."""
+
+
+def verdict(diagnosis: Diagnosis) -> str:
+    """The findings in a few words: 2 errors, 1 warning."""
+    counts = [(sum(f.severity == severity for f in diagnosis.findings), severity) for severity in SEVERITIES]
+    words = [f"{count} {severity}{'s' * (count > 1)}" for count, severity in counts if count]
+    return ", ".join(words) or "nothing found"
+
+
+def terminal(diagnosis: Diagnosis) -> RenderableType:
+    """What it holds, what was found, what to do, for the end of a command."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    held = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in diagnosis.facts.items():
+        held.add_row(Text(key, style="dim"), Text(value))
+    table = Table(header_style="bold", border_style="dim", show_lines=True)
+    for name in ("", "finding", "rows", "for example"):
+        table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
+    for one in diagnosis.findings:
+        about = Text(one.title, style="bold").append(f"\n{one.what}", style="not bold")
+        about.append(f"\n{one.advice}", style="not bold dim")
+        rows = "\n".join(f"{row}{': ' + cut(what) if what else ''}" for row, what in one.examples[:3])
+        table.add_row(Text(one.severity, COLOURS[one.severity]), about, f"{one.rows:,}", Text(rows))
+    fine = Text(f"{verdict(diagnosis)}; {len(diagnosis.fine)} checks found nothing")
+    return Group(held, *([table] if diagnosis.findings else []), fine)
+
+
+def cut(text: str) -> str:
+    """A text on one line, its middle left out where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= CUT else f"{text[: CUT * 2 // 3]} … {text[-CUT // 4 :]}"
+
+
+def render(diagnosis: Diagnosis, *, command: str) -> str:
+    """The page as HTML."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(resources.files("dpo_mm.doctor").joinpath("report.html").read_text("utf-8"))
+    fine = [CHECKS[check].title for check in diagnosis.fine]
+    counts = {severity: sum(f.severity == severity for f in diagnosis.findings) for severity in SEVERITIES}
+    worst = next((severity for severity in SEVERITIES if counts[severity]), "none")
+    return template.render(
+        diagnosis=diagnosis, verdict=verdict(diagnosis), worst=worst, fine=fine, command=command, cut=cut
+    )
+
+
+def write_report(path: Path, diagnosis: Diagnosis, *, command: str) -> Path:
+    """Write the page, aside and then renamed. Raises OSError where it can't be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        aside.write_text(render(diagnosis, command=command), encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
