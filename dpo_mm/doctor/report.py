@@ -38,13 +38,14 @@ def terminal(diagnosis: Diagnosis) -> RenderableType:
     for key, value in diagnosis.facts.items():
         held.add_row(Text(key, style="dim"), Text(value))
     table = Table(header_style="bold", border_style="dim", show_lines=True)
-    for name in ("", "finding", "rows", "for example"):
+    for name in ("", "finding", "rows"):
         table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
     for one in diagnosis.findings:
         about = Text(one.title, style="bold").append(f"\n{one.what}", style="not bold")
-        about.append(f"\n{one.advice}", style="not bold dim")
-        rows = "\n".join(f"{row}{': ' + cut(what) if what else ''}" for row, what in one.examples[:3])
-        table.add_row(Text(one.severity, COLOURS[one.severity]), about, f"{one.rows:,}", Text(rows))
+        for row, what in one.examples[:3]:
+            about.append(f"\n  {row}", style="not bold cyan").append(f"  {cut(what)}" if what else "", style="not bold")
+        about.append(f"\n{one.advice}", style="not bold italic")
+        table.add_row(Text(one.severity, COLOURS[one.severity]), about, f"{one.rows:,}")
     fine = Text(f"{verdict(diagnosis)}; {len(diagnosis.fine)} checks found nothing")
     return Group(held, *([table] if diagnosis.findings else []), fine)
 

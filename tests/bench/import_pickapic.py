@@ -118,7 +118,8 @@ def main() -> None:
         }
         for name, command in steps.items():
             found[name] = watched(command)
-            found[name]["rows_per_second"] = round(given.rows / found[name]["seconds"])
+            for unit in ("seconds", "cpu_seconds"):
+                found[name][f"rows_per_{unit.removesuffix('s')}"] = round(given.rows / found[name][unit])
         print(json.dumps(found, indent=1))
         if given.out:
             given.out.write_text(json.dumps(found, indent=1) + "\n")
