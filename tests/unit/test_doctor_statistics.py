@@ -158,3 +158,16 @@ def test_the_exit_status_is_for_scripts(
     printed = capsys.readouterr().out
     assert "Rows without a licence" in printed and f"Report: {report}" in printed and Path(report).exists()
     assert ("Prompts that are in the held-out set too" in printed) == bool(status and "--strict" not in arguments)
+
+
+def test_the_page_on_sets_has_the_tables_of_the_code() -> None:
+    import importlib.util
+
+    file = Path(__file__).parents[2] / "docs" / "write_sets_table.py"
+    spec = importlib.util.spec_from_file_location("write_sets_table", file)
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = script.PAGE.read_text()
+    assert page == script.written(page) and "| `pickapic` | pairs of images |" in page
+    assert script.written(page.replace("| `pickapic` |", "| `other` |")) == page
