@@ -5,7 +5,6 @@ python docs/write_sets_table.py
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from dpo_mm.doctor.findings import CHECKS
@@ -34,7 +33,8 @@ def checks() -> str:
 def written(page: str) -> str:
     """The page with both tables as they are now."""
     for name, table in (("sources", sources()), ("checks", checks())):
-        page = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m: m[1] + table + m[2], page, flags=re.DOTALL)
+        before, rest = page.split(f"<!-- {name} -->\n")
+        page = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
     return page
 
 

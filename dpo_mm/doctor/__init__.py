@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_mm.doctor import answer_sets, image_sets
+from dpo_mm.doctor.copies import repeated_ids
 from dpo_mm.doctor.findings import CHECKS, Finding, by_severity
 from dpo_mm.doctor.pictures import Look, look
 from dpo_mm.doctor.reading import batches, open_set
-from dpo_mm.doctor.seen import Seen, digest, licences_and_models, lost, plain
+from dpo_mm.doctor.seen import Seen, digest, lost, makers, plain
 from dpo_mm.progress import progress
 from dpo_mm.prompts import read_prompts
 from dpo_mm.shipped import locate
@@ -47,7 +48,8 @@ def examine(name: str, *, held_out: str | None = None, uncertain: frozenset[str]
     prompts, pictures = held_out_digests(held_out) if held_out else (set(), set())
     examiner = KINDS[opened.kind]
     seen = examiner.watch(opened, prompts, pictures)
-    found = seen.notes.findings(seen.rows) + examiner.judge(seen) + licences_and_models(seen)
+    found = seen.notes.findings(seen.rows) + examiner.judge(seen) + makers(seen)
+    found += repeated_ids(seen.ids)
     found += lost(seen, set(uncertain)) if opened.kind == "images" or set(seen.counts["source"]) & uncertain else []
     names = {finding.check for finding in found}
     skipped = set() if held_out else {"held-out-prompts", "held-out-pictures"}

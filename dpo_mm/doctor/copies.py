@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from dpo_mm.doctor.findings import CHECKS, Finding, examples, share
@@ -33,6 +35,15 @@ def repeated(prompts: np.ndarray, winners: np.ndarray, losers: np.ndarray, ids: 
         what = f"{share(len(again), len(pair))} repeat another"
         found.append(_finding("duplicate-pairs", len(again), len(pair), what, examples(ids, again)))
     return found
+
+
+def repeated_ids(ids: list[str]) -> list[Finding]:
+    """A finding of ids that stand for several pairs."""
+    counts = Counter(ids) if len(set(ids)) < len(ids) else Counter()
+    rows = [n for n, name in enumerate(ids) if counts[name] > 1]
+    return (
+        [_finding("ids-repeated", len(rows), len(ids), share(len(rows), len(ids)), examples(ids, rows))] if rows else []
+    )
 
 
 def _finding(check: str, count: int, total: int, what: str, rows: tuple[tuple[str, str], ...]) -> Finding:

@@ -46,6 +46,11 @@ CHECKS: dict[str, Check] = {
         IMAGES,
         "warning",
     ),
+    "ids-repeated": Check(
+        "Ids that stand for several rows",
+        "Give every row its own: draws, votes and soft labels are kept by id.",
+        severity="warning",
+    ),
     "identical-sides": Check(
         "Both sides are the same",
         "Leave these rows out: there is nothing to prefer, and the label is noise.",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dpo_mm.doctor.reading import picture_bytes
+from dpo_mm.labels.sources import picture_bytes
 from dpo_mm.pictures import decode
 
 FEATURES = ("resolution", "aspect", "bytes", "png", "jpeg", "webp", "brightness", "contrast", "saturation")
@@ -30,6 +30,8 @@ class Look(NamedTuple):
 
 def look(cell: Any) -> Look | str:
     """A picture as facts, or why it does not decode."""
+    if not cell or not (cell.get("bytes") or cell.get("path")):
+        return "it is missing"
     try:
         data = picture_bytes(cell)
         image = decode(data)

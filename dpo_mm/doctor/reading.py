@@ -93,13 +93,23 @@ def batches(opened: Opened) -> Iterator[list[Row]]:
         yield rows
 
 
-def picture_bytes(cell: Any) -> bytes:
-    """The file of an undecoded picture. Raises ValueError or OSError where there is none."""
-    if isinstance(cell, bytes):
-        return cell
-    if isinstance(cell, dict) and cell.get("bytes"):
-        return cell["bytes"]
-    path = cell.get("path") if isinstance(cell, dict) else cell
-    if not path:
-        raise ValueError("it is missing")
-    return Path(path).read_bytes()
+def rows_called(opened: Opened, ids: set[str]) -> dict[str, Row]:
+    """Rows by their ids; of Parquet only the groups that hold one are read."""
+    import pyarrow.parquet as pq
+
+    if not opened.files:
+        return {row["id"]: row for rows in batches(opened) for row in rows if row["id"] in ids}
+    found: dict[str, Row] = {}
+    number = 0
+    for table in map(pq.ParquetFile, opened.files):
+        for group in range(table.num_row_groups):
+            count = table.metadata.row_group(group).num_rows
+            named = "id" in table.schema_arrow.names
+            names = table.read_row_group(group, ["id"])["id"].to_pylist() if named else [None] * count
+            names = [str(number + n if name is None else name) for n, name in enumerate(names)]
+            number += count
+            if ids.isdisjoint(names):
+                continue
+            rows = (row for batch in table.iter_batches(BATCH, row_groups=[group]) for row in batch.to_pylist())
+            found |= {name: row for name, row in zip(names, rows, strict=True) if name in ids}
+    return found

@@ -5,18 +5,26 @@ The page is one file: no script, a policy that forbids any, and everything from 
 
 from __future__ import annotations
 
+import base64
 import os
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_mm.doctor import Diagnosis
-from dpo_mm.doctor.findings import CHECKS, SEVERITIES
+from dpo_mm.doctor.answer_sets import text
+from dpo_mm.doctor.findings import CHECKS, SEVERITIES, share
+from dpo_mm.doctor.pictures import look
+from dpo_mm.doctor.reading import open_set, rows_called
+from dpo_mm.labels.sources import picture_bytes
+from dpo_mm.pictures import decode, encode_png
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
+PICTURED, SIDE = 3, 160
+"""Examples of a finding that are shown with both sides, and pixels of such a picture's longer side."""
 CUT = 200
 """Characters that are shown of what is said of an example."""
 
@@ -56,8 +64,39 @@ def cut(text: str) -> str:
     return text if len(text) <= CUT else f"{text[: CUT * 2 // 3]} … {text[-CUT // 4 :]}"
 
 
-def render(diagnosis: Diagnosis, *, command: str) -> str:
-    """The page as HTML."""
+class Shown(NamedTuple):
+    """A row to look at: its prompt, and both sides as data URIs of pictures or as texts; "" where one can't be shown."""
+
+    prompt: str
+    winner: str
+    loser: str
+
+
+def shown_rows(diagnosis: Diagnosis) -> dict[str, Shown]:
+    """The findings' first examples, by id, from one more look into the set."""
+    ids = {row for one in diagnosis.findings for row, _ in one.examples[:PICTURED]}
+    rows = rows_called(open_set(diagnosis.name), ids) if ids else {}
+    return {name: _shown(row, diagnosis.kind) for name, row in rows.items()}
+
+
+def _shown(row: dict[str, Any], kind: str) -> Shown:
+    if kind == "answers":
+        return Shown(*(cut(text(row[column])) for column in ("prompt", "chosen", "rejected")))
+    sides = ("image_b", "image_a") if row["preference"] == "b" else ("image_a", "image_b")
+    winner, loser = (_thumbnail(row[side]) for side in sides)
+    return Shown(cut(row["prompt"] or ""), winner, loser)
+
+
+def _thumbnail(cell: Any) -> str:
+    if isinstance(look(cell), str):
+        return ""
+    image = decode(picture_bytes(cell))
+    image.thumbnail((SIDE, SIDE))
+    return "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
+
+
+def render(diagnosis: Diagnosis, shown: dict[str, Shown], *, command: str) -> str:
+    """The page as HTML. shown: rows to look at, by id."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -68,7 +107,15 @@ def render(diagnosis: Diagnosis, *, command: str) -> str:
     counts = {severity: sum(f.severity == severity for f in diagnosis.findings) for severity in SEVERITIES}
     worst = next((severity for severity in SEVERITIES if counts[severity]), "none")
     return template.render(
-        diagnosis=diagnosis, verdict=verdict(diagnosis), worst=worst, fine=fine, command=command, cut=cut
+        diagnosis=diagnosis,
+        shown=shown,
+        pictured=PICTURED,
+        share=share,
+        verdict=verdict(diagnosis),
+        worst=worst,
+        fine=fine,
+        command=command,
+        cut=cut,
     )
 
 
@@ -77,7 +124,7 @@ def write_report(path: Path, diagnosis: Diagnosis, *, command: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        aside.write_text(render(diagnosis, command=command), encoding="utf-8")
+        aside.write_text(render(diagnosis, shown_rows(diagnosis), command=command), encoding="utf-8")
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -78,7 +78,7 @@ class Seen:
         return np.concatenate([value[0] for value in self._columns[name]])
 
 
-def licences_and_models(seen: Seen) -> list[Finding]:
+def makers(seen: Seen) -> list[Finding]:
     """Findings about who made the sides: one model that always wins, two models throughout."""
     apart = [(n, winner, loser) for n, (winner, loser) in enumerate(seen.sides) if winner and loser and winner != loser]
     if len(apart) < FEW or len(apart) < len(seen.sides) / 2:

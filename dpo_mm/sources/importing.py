@@ -128,8 +128,8 @@ def _finisher(
                     row[column] = _picture(row[column], files)
             if entry.kind == "answers":
                 row["images"] = [_picture(cell, files) for cell in row.get("images") or []]
-        except OSError as error:
-            return LeftOut("a picture can't be read" if error.errno else str(error))
+        except FileNotFoundError as error:
+            return LeftOut("a picture is not there" if error.errno else str(error))
         return row
 
     return finish

@@ -53,6 +53,8 @@ class Progress:
 def resume(folder: Path, settings: dict[str, Any]) -> Progress:
     """Where an import into a folder stands. Raises ValueError where the folder holds something else."""
     file = folder / PROGRESS
+    for left in folder.glob(".part-*"):  # of a run that was killed
+        left.unlink()
     if file.exists():
         held = Progress(**json.loads(file.read_text()))
         odd = [name for name in settings if held.settings.get(name) != settings[name]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import io
 import random
@@ -17,6 +18,7 @@ from PIL import Image
 from dpo_mm.doctor import Diagnosis, answer_sets, examine, image_sets
 from dpo_mm.doctor.findings import CHECKS
 from dpo_mm.doctor.pictures import look
+from dpo_mm.doctor.report import write_report
 from dpo_mm.schema import image_preference, response_preference
 
 ROWS = 210
@@ -191,6 +193,7 @@ IMAGE_FAULTS: dict[str, Callable[..., object]] = {
     "labels-against-evidence": lambda rows, n=3: put(rows, decided(rows, n), votes_a=2, votes_b=2),
     "contradictory-labels": lambda rows, n=3: swapped(rows, "a", n),
     "duplicate-pairs": lambda rows, n=3: swapped(rows, "b", n),
+    "ids-repeated": lambda rows, n=3: put(rows, decided(rows, n), id=rows[decided(rows, 190)]["id"]),
     "near-duplicate-pairs": lambda rows, n=3: again(
         rows, decided(rows, n), **{side: jpeg(rows[decided(rows, n)][side]) for side in ("image_a", "image_b")}
     ),
@@ -222,6 +225,7 @@ ANSWER_FAULTS: dict[str, Callable[..., object]] = {
     "labels-against-evidence": lambda rows, n=3: put(rows, n, margin=-0.5),
     "contradictory-labels": lambda rows, n=3: again(rows, n, chosen=rows[n]["rejected"], rejected=rows[n]["chosen"]),
     "duplicate-pairs": lambda rows, n=3: again(rows, n),
+    "ids-repeated": lambda rows, n=3: put(rows, n, id=rows[n + 1]["id"]),
     "identical-sides": lambda rows, n=3: put(rows, n, rejected=say(text_of(rows[n], "chosen") + " \n")),
     "pictures-broken": lambda rows, n=3: put(rows, n, images=[{"bytes": b"GIF89a", "path": None}]),
     "held-out-prompts": lambda rows, n=3: put(
@@ -376,11 +380,31 @@ def test_examples_say_which_row_and_why(
     assert found.findings[0].examples[0] == (row, words)
 
 
+def test_the_page_shows_the_rows_to_look_at(tmp_path: Path, clean: dict[str, Rows]) -> None:
+    rows = copy.deepcopy(clean["images"])
+    place = decided(rows, 100)
+    IMAGE_FAULTS["labels-against-evidence"](rows, n=100)
+    IMAGE_FAULTS["pictures-broken"](rows, n=30)
+    page = write_report(tmp_path / "r.html", examine(write(rows, tmp_path / "set.parquet", "images")), command="c")
+    text = page.read_text()
+    assert text.count("data:image/png") == 2 + 3 and text.count("can't be shown") == 3
+    first = text.index(f"winner of pair {place}")
+    image = Image.open(io.BytesIO(base64.b64decode(text[:first].rpartition("base64,")[2].partition('"')[0])))
+    assert (np.asarray(image) == np.asarray(picture(2 * place))).all()
+    rows = copy.deepcopy(clean["answers"])
+    put(rows, 7, rejected=say("same <b>"), chosen=say("same <b>"))
+    page = write_report(tmp_path / "r.html", examine(write(rows, tmp_path / "set.parquet", "answers")), command="c")
+    assert page.read_text().count("<p>same &lt;b&gt;</p>") == 2
+
+
 def test_shortcuts_say_how_far_they_reach(diagnose: Callable[..., Diagnosis]) -> None:
     found = diagnose("images", IMAGE_FAULTS["resolution-shortcut"])
     first = found.findings[0]
     assert (first.check, first.severity) == ("resolution-shortcut", "error")
-    assert "the winner has more pixels in 100% of the 187 pairs" in first.what and "tells 100% of all winners" in first.what
+    assert (
+        "the winner has more pixels in 100% of the 187 pairs" in first.what
+        and "tells 100% of all winners" in first.what
+    )
     longer = diagnose("answers", ANSWER_FAULTS["length-shortcut"]).findings[0]
     assert longer.check == "length-shortcut" and "its correlation with the margin is" in longer.what
     shorter = diagnose("answers", lambda rows: [row.update(rejected=say(text_of(row, "rejected") * 4)) for row in rows])
