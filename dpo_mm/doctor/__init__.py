@@ -90,7 +90,7 @@ def facts(seen: Seen) -> dict[str, str]:
     for name in ("preference", "images a row", "format", "size", "source", "licence"):
         counts = seen.counts.get(name)
         if counts:
-            shown = [f"{key} {count:,}" for key, count in counts.most_common(4)]
+            shown = [f"{key} ({count:,})" for key, count in counts.most_common(4)]
             found[name] = ", ".join([*shown, *([f"{len(counts) - 4} more"] if len(counts) > 4 else [])])
     models = sorted({model for pair in seen.sides for model in pair if model})
     if models:

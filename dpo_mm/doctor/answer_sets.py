@@ -155,10 +155,9 @@ def judge(seen: Seen) -> list[Finding]:
     found += [one._replace(what=one.what + _with_margin(length, seen.column("margins"))) for one in finding]
     marked = [(told_by(differences[:, n], groups), n) for n in range(1, 6)]
     best, place = max(marked, key=lambda one: (one[0].sure, one[0].accuracy))
-    name = {"lines": "line breaks"}.get(FEATURES[place], FEATURES[place])
-    found += shortcut("format-of-text-shortcut", name, best, differences[:, place], seen.ids)
+    found += shortcut("format-of-text-shortcut", FEATURES[place], best, differences[:, place], seen.ids)
     refusal = differences[:, FEATURES.index("refusal")]
-    found += shortcut("refusal-shortcut", "refusals", told_by(refusal, groups), refusal, seen.ids, rare=True)
+    found += shortcut("refusal-shortcut", "refusal", told_by(refusal, groups), refusal, seen.ids, rare=True)
     return found + regression(differences, groups, seen.ids, FEATURES, FEATURES)
 
 

@@ -26,7 +26,7 @@ def repeated(prompts: np.ndarray, winners: np.ndarray, losers: np.ndarray, ids: 
     if against.any():
         rows = np.flatnonzero(against[pair])
         rows = rows[np.argsort(pair[rows], kind="stable")]
-        what = f"{share(len(rows), len(pair))}, {int(against.sum()):,} pairs"
+        what = f"{share(len(rows), len(pair))} of {int(against.sum()):,} pair{'s' if against.sum() > 1 else ''}"
         found.append(_finding("contradictory-labels", len(rows), len(pair), what, examples(ids, rows)))
     first = np.zeros(len(pair), dtype=bool)
     first[np.unique(np.stack([pair, forward], 1), axis=0, return_index=True)[1]] = True

@@ -23,7 +23,6 @@ SHORTCUTS = {
     "file-size-shortcut": ("bytes",),
     "look-shortcut": ("brightness", "contrast", "saturation"),
 }
-WORDS = {"resolution": "pixels", "aspect": "width for its height", "png": "PNG", "jpeg": "JPEG", "webp": "WebP"}
 KEPT = ("features", "digest", "hash", "thumb")
 NAMES = {"features": "features", "hash": "hashes"}
 
@@ -138,7 +137,7 @@ def shortcuts(differences: np.ndarray, groups: np.ndarray, ids: list[str]) -> li
     for check, names in SHORTCUTS.items():
         told = [(told_by(differences[:, FEATURES.index(name)], groups), name) for name in names]
         best, name = max(told, key=lambda one: (one[0].sure, one[0].accuracy))
-        found += shortcut(check, WORDS.get(name, name), best, differences[:, FEATURES.index(name)], ids)
+        found += shortcut(check, name, best, differences[:, FEATURES.index(name)], ids)
     return found + regression(differences, groups, ids, FEATURES, FEATURES[: FEATURES.index("brightness")])
 
 

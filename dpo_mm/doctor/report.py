@@ -65,11 +65,12 @@ def cut(text: str) -> str:
 
 
 class Shown(NamedTuple):
-    """A row to look at: its prompt, and both sides as data URIs of pictures or as texts; "" where one can't be shown."""
+    """A row to look at: its prompt, and what its sides are called, as data URIs of pictures or as texts; "" where one
+    can't be shown.
+    """
 
     prompt: str
-    winner: str
-    loser: str
+    sides: tuple[tuple[str, str], tuple[str, str]]
 
 
 def shown_rows(diagnosis: Diagnosis) -> dict[str, Shown]:
@@ -80,11 +81,13 @@ def shown_rows(diagnosis: Diagnosis) -> dict[str, Shown]:
 
 
 def _shown(row: dict[str, Any], kind: str) -> Shown:
+    """Winner and loser, in that order; a and b where none won."""
     if kind == "answers":
-        return Shown(*(cut(text(row[column])) for column in ("prompt", "chosen", "rejected")))
-    sides = ("image_b", "image_a") if row["preference"] == "b" else ("image_a", "image_b")
-    winner, loser = (_thumbnail(row[side]) for side in sides)
-    return Shown(cut(row["prompt"] or ""), winner, loser)
+        prompt, chosen, rejected = (cut(text(row[column])) for column in ("prompt", "chosen", "rejected"))
+        return Shown(prompt, (("winner", chosen), ("loser", rejected)))
+    a, b = (_thumbnail(row[side]) for side in ("image_a", "image_b"))
+    won = {"a": (("winner", a), ("loser", b)), "b": (("winner", b), ("loser", a))}
+    return Shown(cut(row["prompt"] or ""), won.get(row["preference"], (("a", a), ("b", b))))
 
 
 def _thumbnail(cell: Any) -> str:

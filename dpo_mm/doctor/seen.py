@@ -101,6 +101,30 @@ def makers(seen: Seen) -> list[Finding]:
     return found
 
 
+WORDS = {
+    "resolution": ("has more pixels", "has fewer pixels"),
+    "aspect": ("is wider for its height", "is narrower for its height"),
+    "bytes": ("has the larger file", "has the smaller file"),
+    "brightness": ("is brighter", "is darker"),
+    "contrast": ("has more contrast", "has less contrast"),
+    "saturation": ("has more colour", "has less colour"),
+    "length": ("is longer", "is shorter"),
+    "lines": ("has more lines", "has fewer lines"),
+    "refusal": ("is the one that refuses", "is the one that doesn't refuse"),
+}
+
+
+def words(name: str) -> tuple[str, str]:
+    """What is said of a winner that has more of a feature, and of one that has less."""
+    format = (
+        ("is the {} one", "is the one that is no {}")
+        if name in ("png", "jpeg", "webp")
+        else ("has more {}", "has fewer {}")
+    )
+    shown = name.upper() if name in ("png", "jpeg") else "WebP" if name == "webp" else name
+    return WORDS.get(name) or (format[0].format(shown), format[1].format(shown))
+
+
 def shortcut(
     check: str, name: str, told: Told, difference: np.ndarray, ids: list[str], *, rare: bool = False
 ) -> list[Finding]:
@@ -111,12 +135,13 @@ def shortcut(
     if not told.sure or (told.accuracy < LEAST and not rare):
         return []
     severity = "error" if CHECKS[check].severity == "error" and told.accuracy >= STRONG else "warning"
-    way, part = ("more", told.share) if told.share >= 0.5 else ("less", 1 - told.share)
+    more = told.share >= 0.5
+    way, part = (words(name)[0], told.share) if more else (words(name)[1], 1 - told.share)
     what = (
-        f"the winner has {way} {name} in {part:.0%} of the {told.differ:,} pairs that differ in it; "
+        f"the winner {way} in {part:.0%} of the {told.differ:,} pairs that differ in it; "
         f"that alone tells {told.accuracy:.0%} of all winners (chance 50 %)"
     )
-    rows = np.argsort(-difference if way == "more" else difference, kind="stable")
+    rows = np.argsort(-difference if more else difference, kind="stable")
     return [Finding(check, severity, told.differ, len(ids), what, examples(ids, rows))]
 
 

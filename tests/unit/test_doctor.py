@@ -385,9 +385,11 @@ def test_the_page_shows_the_rows_to_look_at(tmp_path: Path, clean: dict[str, Row
     place = decided(rows, 100)
     IMAGE_FAULTS["labels-against-evidence"](rows, n=100)
     IMAGE_FAULTS["pictures-broken"](rows, n=30)
+    put(rows, 31, preference="tie", votes_a=None, votes_b=None)
     page = write_report(tmp_path / "r.html", examine(write(rows, tmp_path / "set.parquet", "images")), command="c")
     text = page.read_text()
     assert text.count("data:image/png") == 2 + 3 and text.count("can't be shown") == 3
+    assert text.count('class="a"') == text.count('class="b"') == 1
     first = text.index(f"winner of pair {place}")
     image = Image.open(io.BytesIO(base64.b64decode(text[:first].rpartition("base64,")[2].partition('"')[0])))
     assert (np.asarray(image) == np.asarray(picture(2 * place))).all()
@@ -408,7 +410,7 @@ def test_shortcuts_say_how_far_they_reach(diagnose: Callable[..., Diagnosis]) ->
     longer = diagnose("answers", ANSWER_FAULTS["length-shortcut"]).findings[0]
     assert longer.check == "length-shortcut" and "its correlation with the margin is" in longer.what
     shorter = diagnose("answers", lambda rows: [row.update(rejected=say(text_of(row, "rejected") * 4)) for row in rows])
-    assert "the winner has less length in" in next(f for f in shorter.findings if f.check == "length-shortcut").what
+    assert "the winner is shorter in" in next(f for f in shorter.findings if f.check == "length-shortcut").what
 
 
 def test_a_text_list_is_held_out_too(tmp_path: Path, clean: dict[str, Rows]) -> None:

@@ -105,7 +105,7 @@ def diagnosis(*severities: str) -> Diagnosis:
 
 
 def test_the_page_is_inert_and_whole(tmp_path: Path) -> None:
-    shown = {"row 2": Shown(NASTY, NASTY, ""), NASTY: Shown(NASTY, "", NASTY)}
+    shown = {"row 2": Shown(NASTY, (("a", NASTY), ("b", ""))), NASTY: Shown(NASTY, (("winner", ""), ("loser", NASTY)))}
     page = render(diagnosis("error", "warning", "note"), shown, command=NASTY)
     assert (
         page.count("<img") == 6 and "<img src=x" not in page and "<script" not in page and page.count("</style>") == 1
