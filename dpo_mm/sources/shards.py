@@ -57,6 +57,8 @@ def resume(folder: Path, settings: dict[str, Any]) -> Progress:
         left.unlink()
     if file.exists():
         held = Progress(**json.loads(file.read_text()))
+        if not held.units:  # nothing was written yet
+            held.settings = settings
         odd = [name for name in settings if held.settings.get(name) != settings[name]]
         if odd:
             name = odd[0]
@@ -68,7 +70,9 @@ def resume(folder: Path, settings: dict[str, Any]) -> Progress:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is there and holds no import; take an empty or a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    return Progress(settings)
+    fresh = Progress(settings)
+    fresh.save(folder)  # what is unpacked here before the first shard is there is ours too
+    return fresh
 
 
 def write(

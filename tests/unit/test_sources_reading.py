@@ -206,6 +206,32 @@ def test_another_import_into_the_same_folder_is_refused(tmp_path: Path) -> None:
         import_set("pickapic", str(tmp_path / "set"), str(tmp_path / "set"))
 
 
+def test_an_import_that_failed_before_it_wrote_can_be_given_again(tmp_path: Path) -> None:
+    parquet(tmp_path / "set" / "train.parquet", [{"caption": "p"}])
+    with pytest.raises(ValueError, match="column 'label_0' is missing"):
+        import_set("pickapic", str(tmp_path / "set"), str(tmp_path / "out"))
+    (tmp_path / "out" / ".unpacked").mkdir()
+    (tmp_path / "out" / ".part-00000.parquet.1").write_bytes(b"of a run that was killed")
+    parquet(tmp_path / "set" / "train.parquet", [pick(0, 1.0)])
+    assert import_set("pickapic", str(tmp_path / "set"), str(tmp_path / "out"), limit=1).rows == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["import.json", "part-00000.parquet"]
+
+
+def test_a_full_disk_is_no_reason_to_leave_rows_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.json").write_text(json.dumps([{"prompt": "p", "path1": "1.jpg", "path2": "2.jpg"}]))
+    tar(tmp_path / "set" / "images.tar.gz", (member("1.jpg"), file_of(1)), (member("2.jpg"), file_of(2)), mode="w:gz")
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("shutil.copyfileobj", full)
+        with pytest.raises(OSError, match="No space left"):
+            import_set("hpdv3", str(tmp_path / "set"), str(tmp_path / "out"))
+    assert import_set("hpdv3", str(tmp_path / "set"), str(tmp_path / "out")).rows == 1
+
+
 def test_limit_and_margin(tmp_path: Path) -> None:
     rows = [
         {"prompt": "p", "image1": cell(1), "image2": cell(2), "votes_image1": n, "votes_image2": 10 - n}
