@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from dpo_mm.doctor.findings import CHECKS, Finding, examples, share
+from dpo_mm.doctor.findings import CHECKS, SHOWN, Finding, examples, share
 
 ALIKE_BITS, ALIKE_LIGHT = 3, 3.0
 """Two pictures look the same: bits of 64 that differ, and mean difference of their 4x4 thumbnails, of 255."""
@@ -63,7 +63,7 @@ def near(hashes: np.ndarray, thumbs: np.ndarray, exact: np.ndarray, ids: list[st
     hashes: of winners and losers, (pairs, 2). thumbs: (pairs, 2, 48). exact: digests, (pairs, 2). Two hashes that
     differ in at most 3 bits agree in one of 4 stretches of 16; within a stretch, sorted, each is held against the next 8.
     """
-    pairs: set[tuple[int, int]] = set()
+    touched, shown = np.zeros(len(ids), dtype=bool), set()
     for stretch in range(4):
         key = (hashes[:, 0] >> np.uint64(16 * stretch)) & np.uint64(0xFFFF)
         order = np.lexsort((hashes[:, 1], hashes[:, 0], key))
@@ -73,11 +73,12 @@ def near(hashes: np.ndarray, thumbs: np.ndarray, exact: np.ndarray, ids: list[st
             for side in range(2):
                 close &= alike(hashes[one, side], hashes[other, side], thumbs[one, side], thumbs[other, side])
             close &= (exact[one] != exact[other]).any(1)
-            pairs |= {(min(a, b), max(a, b)) for a, b in zip(one[close].tolist(), other[close].tolist(), strict=True)}
-    if not pairs:
+            touched[one[close]] = touched[other[close]] = True
+            shown |= {(max(pair), min(pair)) for pair in zip(one[close][:SHOWN], other[close][:SHOWN], strict=True)}
+    if not shown:
         return []
-    ordered = sorted(pairs)
-    rows = {row for pair in ordered for row in pair}
-    words = [f"like {ids[a]}" for a, _ in ordered]
-    what = f"{share(len(rows), len(ids))} look like another one"
-    return [_finding("near-duplicate-pairs", len(rows), len(ids), what, examples(ids, (b for _, b in ordered), words))]
+    rows, likes = zip(*sorted(shown), strict=True)
+    count = int(touched.sum())
+    words = [f"like {ids[row]}" for row in likes]
+    what = f"{share(count, len(ids))} look like another one"
+    return [_finding("near-duplicate-pairs", count, len(ids), what, examples(ids, rows, words))]
