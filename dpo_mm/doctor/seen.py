@@ -42,7 +42,8 @@ class Seen:
     ids: list[str] = field(default_factory=list)
     sides: list[tuple[str, str]] = field(default_factory=list)
     uncertain: int = 0
-    _columns: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
+    _loose: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    _packed: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
 
     def note(self, check: str, row: Row, what: str = "") -> None:
         self.notes.add(check, row["id"], what)
@@ -63,19 +64,18 @@ class Seen:
         self.ids.append(row["id"])
         self.sides.append((winner or "", loser or ""))
         for name, value in values.items():
-            self._columns[name].append(value)
+            self._loose[name].append(value)
 
     def pack(self) -> None:
-        """Make one array of each column's values since the last time; called after each batch."""
-        for name, values in self._columns.items():
-            whole = [value for value in values if isinstance(value, tuple)]
-            loose = [value for value in values if not isinstance(value, tuple)]
-            self._columns[name] = [*whole, (np.stack([np.asarray(value) for value in loose]),)] if loose else whole  # type: ignore[list-item]
+        """Make one array of each column's values since the last time: after a batch, for small values take more room."""
+        for name, values in self._loose.items():
+            self._packed[name].append(np.stack(values))
+        self._loose.clear()
 
     def column(self, name: str) -> np.ndarray:
         """A column, (pairs, ...)."""
         self.pack()
-        return np.concatenate([value[0] for value in self._columns[name]])
+        return np.concatenate(self._packed[name])
 
 
 def makers(seen: Seen) -> list[Finding]:

@@ -136,7 +136,7 @@ def test_long_examples_are_cut_in_their_middle() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status"), [((), 0), (("--strict",), 1), (("--held-out", "shapes-faithfulness"), 1)]
+    ("arguments", "status"), [((), 0), (("--strict",), 1), (("--held-out", "shapes-train"), 1)]
 )
 def test_the_exit_status_is_for_scripts(
     arguments: tuple[str, ...],
