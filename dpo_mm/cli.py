@@ -1,4 +1,4 @@
-"""The command line: dpo-mm quickstart | train | verify | mine | compare | demo | label."""
+"""The command line: dpo-mm quickstart | import | doctor | train | verify | mine | compare | demo | label."""
 
 from __future__ import annotations
 
@@ -118,6 +118,61 @@ def quickstart(
     else:
         sampling = f"--sampling-steps {config.sampling_steps} --guidance {config.guidance:g} --seed {seed + 1}"
         print(f"Next, on other seeds: {again} {sampling}")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="A public set or a form, see docs/sets.md.")],
+    path: Annotated[str, typer.Argument(help="A folder, a file, a hub id, or hub for the set's own place there.")],
+    output: Annotated[str, typer.Argument(help="Folder of Parquet to write; one that was cut is gone on with.")],
+    split: Annotated[str, typer.Option(help="The set's split.")] = "train",
+    axis: Annotated[str | None, typer.Option(help="What was judged, where the set says it for several axes.")] = None,
+    min_margin: Annotated[float | None, typer.Option(help="Leave out pairs that are less apart, ties too.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows to write, at most.")] = None,
+    license: Annotated[str | None, typer.Option(help="The set's licence, where its source names none.")] = None,
+) -> None:
+    """Bring a preference set into the form that train takes, streamed; ties, votes, scores and licences are kept."""
+    from datasets import disable_progress_bars
+
+    from dpo_mm.sources.importing import import_set
+
+    disable_progress_bars()
+    found = import_set(
+        source, path, output, split=split, axis=axis, min_margin=min_margin, limit=limit, license=license
+    )
+    counted = {name: f"{count:,}" for name, count in sorted(found.preferences.items())}
+    left_out = {
+        f"left out: {reason}": f"{count:,} (the first: {found.examples[reason]})"
+        for reason, count in found.left_out.items()
+    }
+    _print({"rows": f"{found.rows:,} in {found.shards} files", **counted, **left_out})
+    place = shlex.quote(output)
+    print(f"Imported: {output}\nNext: dpo-mm doctor {place} && dpo-mm train CONFIG.yaml --pairs {place}")
+
+
+@app.command()
+def doctor(
+    pairs: Annotated[str, typer.Argument(help="Parquet, a folder of it, a hub set, or a shipped one.")],
+    held_out: Annotated[str | None, typer.Option(help="A set, or a list of prompts, that must not be in it.")] = None,
+    report: Annotated[str | None, typer.Option(help="HTML file to write as well.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
+) -> None:
+    """Look for what is wrong with a preference set. Exit status: 0 no errors, 1 errors found, 2 it can't be read."""
+    from datasets import disable_progress_bars
+    from rich.console import Console
+
+    from dpo_mm.doctor import examine
+    from dpo_mm.doctor.report import terminal, write_report
+    from dpo_mm.sources import SOURCES
+
+    disable_progress_bars()
+    uncertain = frozenset(name for name, source in SOURCES.items() if source.uncertain)
+    diagnosis = examine(pairs, held_out=held_out, uncertain=uncertain)
+    Console().print(terminal(diagnosis), highlight=False, markup=False)
+    if report:
+        print(f"Report: {write_report(Path(report), diagnosis, command=command_line())}")
+    if diagnosis.failed(strict=strict):
+        sys.exit(1)
 
 
 @app.command(context_settings=FLAGS)

@@ -81,7 +81,10 @@ def response_preference() -> Features:
             "axis": text,
             "reason": text,
             "model": text,
+            "chosen_model": text,
+            "rejected_model": text,
             "decoding": text,
+            "group_id": text,
             "source": text,
             "license": text,
         }
