@@ -414,6 +414,24 @@ def test_ten_steps_on_one_pair_raise_its_margin(family: str, checkpointing: bool
     assert history[-1] > history[1]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_trains_and_says_nearly_the_same(family: str, folders: Callable[[str], str]) -> None:
+    """As the trainer asks it: the pipeline in bf16, the adapter in float32, the loss in float32 under autocast."""
+    said = []
+    for precision in ("fp32", "bf16"):
+        policy = load_policy(folders(family), resolution=BUILDERS[family].size, precision=precision)
+        policy.prepare(config(precision=precision))
+        batch = policy.collate(encoded(policy, 2))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            found = policy.log_probs(policy.model, batch)
+        (found.chosen - found.rejected).sum().backward()
+        gradients = [p.grad for p in policy.model.parameters() if p.requires_grad]
+        assert found.chosen.dtype == torch.float32 and all(g.isfinite().all() for g in gradients if g is not None)
+        assert any(g is not None and g.abs().max() > 0 for g in gradients)
+        said.append(found.chosen.detach())
+    torch.testing.assert_close(said[1], said[0], atol=0, rtol=0.03)
+
+
 def test_pictures_in_a_batch_do_not_change_each_other(load: Callable[[str], Any]) -> None:
     policy = load("stable-diffusion")
     both = next(policy.sample(WORDS[:2], [5, 6], steps=3, guidance=2.0, batch_size=2))
