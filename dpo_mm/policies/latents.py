@@ -41,12 +41,14 @@ def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     One that overflows in float16 (force_upcast: SDXL's) encodes in float32, as the stock pipeline decodes with it. One
     without a posterior (AutoencoderTiny, AutoencoderDC) has a standard deviation of 0.
     """
-    own = vae.dtype
-    upcast = own == torch.float16 and vae.config.get("force_upcast", False)
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
     try:
-        encoded = vae.to(torch.float32 if upcast else own).encode(pixels.to(torch.float32 if upcast else own))
+        encoded = vae.encode(pixels.to(vae.dtype))
     finally:
-        vae.to(own)
+        if upcast:
+            vae.to(torch.float16)
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean, encoded.latent_dist.std
     plain = encoded.latents if hasattr(encoded, "latents") else encoded.latent

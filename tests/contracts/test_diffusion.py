@@ -291,7 +291,7 @@ def test_our_latents_decode_as_the_stock_pipeline_decodes(family: str, ready: Ca
     *_, shown = stepped(policy, row, arguments, answer=packed)
     pixels = policy.pixels(picture(0, row.size))[None]
     with torch.no_grad():
-        own, _ = posterior(policy.pipe.vae.encode(pixels[:, :, None] if policy.video_vae else pixels))
+        own, _ = posterior(policy.pipe.vae, pixels[:, :, None] if policy.video_vae else pixels)
         plain = policy.pipe.vae.decode(own).sample
     expected = ((plain[:, :, 0] if policy.video_vae else plain) / 2 + 0.5).clamp(0, 1)
     assert expected.std() > 1e-3
