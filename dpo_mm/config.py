@@ -59,6 +59,8 @@ class TrainConfig:
     accumulate: int = 1
     learning_rate: float = 1e-4
     warmup_steps: int = 0
+    optimizer: str = "adamw"
+    """adamw | adamw_8bit (bitsandbytes, the extra `8bit`) | adafactor."""
     schedule: str = "constant_with_warmup"
     max_grad_norm: float = 1.0
     weight_decay: float = 1e-2
@@ -99,6 +101,13 @@ class TrainConfig:
     """Go on from the newest checkpoint in output_dir."""
     on_bad_image: str = "raise"
     """raise | skip."""
+
+    resolution: int | None = None
+    """Pixels on a side of what an image generator is trained on; None: the pipeline's own."""
+    buckets: bool = False
+    """Fit pairs to frames of about that area by their aspect ratio instead of cropping all to a square."""
+    cache_precision: str = "fp32"
+    """fp32 (exact) | bf16 | fp16: how encoded pictures and prompts are kept on disk."""
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,18 @@ so that the policy's activations are not alive meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from dpo_mm.collate import groups_of
 from dpo_mm.config import TrainConfig, nearest
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.protocol import Batch
+from dpo_mm.progress import progress
 
 Reference = Callable[[nn.Module, Batch], LogProbs]
 
@@ -41,7 +44,7 @@ def frozen_copy(policy: Any) -> Reference:
 
 
 def precomputed(policy: Any) -> Reference:
-    """Numbers computed before and kept with the pairs, see `dpo_mm.encoding.keep_reference`."""
+    """Numbers computed before and kept with the pairs, see `keep_reference`."""
 
     def reference(model: nn.Module, batch: Batch) -> LogProbs:
         if "reference_chosen" not in batch:
@@ -76,3 +79,47 @@ def choose_name(config: TrainConfig) -> str:
 def choose(policy: Any, config: TrainConfig) -> Reference:
     """The reference that the config names."""
     return REFERENCES[choose_name(config)](policy)
+
+
+class WithReference:
+    """Encoded rows with the reference's log-probs at each of K fixed visits, (K,) a side."""
+
+    def __init__(self, rows: Any, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
+        self.rows, self.chosen, self.rejected, self.groups = rows, chosen, rejected, groups_of(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        kept = {"reference_chosen": self.chosen[number], "reference_rejected": self.rejected[number]}
+        return {**self.rows[number], **kept}
+
+
+@torch.no_grad()
+def keep_reference(policy: Any, rows: Any, config: TrainConfig, *, draws: int) -> WithReference:
+    """The reference's log-probs of every row at its first `draws` visits, asked once, before training."""
+    device = next(policy.model.parameters()).device
+    chosen, rejected = torch.empty(len(rows), draws), torch.empty(len(rows), draws)
+    off = policy.adapter_off() if config.tuning == "lora" else contextlib.nullcontext()
+    with off, progress("asking the reference", len(rows) * draws) as advance:
+        for visit in range(draws):
+            for part in _batches(rows, config.batch_size):
+                batch = policy.collate([{**rows[n], "visit": visit} for n in part])
+                found = policy.log_probs(policy.model, _moved(batch, device))
+                chosen[part.start : part.stop, visit] = found.chosen.cpu()
+                rejected[part.start : part.stop, visit] = found.rejected.cpu()
+                advance(len(part))
+    return WithReference(rows, chosen, rejected)
+
+
+def _batches(rows: Any, size: int) -> Iterator[range]:
+    """Row numbers of a set in batches of one group each."""
+    for group in groups_of(rows):
+        for start in range(group.start, group.stop, size):
+            yield range(start, min(start + size, group.stop))
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    from accelerate.utils import send_to_device
+
+    return send_to_device(batch, device)

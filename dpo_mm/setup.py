@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from dpo_mm import objectives
-from dpo_mm.config import TrainConfig
+from dpo_mm.config import TrainConfig, nearest
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.adapters import check_format
 from dpo_mm.policies.protocol import load_policy, policy_class
@@ -21,6 +22,10 @@ SLACK = 0.9
 """`safe`'s slack where settings give none: Diffusion-SDPO's for SD1.5 (0.6 for SDXL)."""
 OF_TEXT = ("include_vision", "max_length", "on_too_long", "layout", "tail_weight", "edited_weight", "keep_features")
 """Settings that only a policy of text knows."""
+OPTIMIZERS = {"adamw": "", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
+"""What the Trainer calls them; adamw is its own default."""
+OF_PICTURES = ("resolution", "buckets", "cache_precision", "timestep_range")
+"""Settings that only an image generator knows."""
 
 
 def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor]:
@@ -58,9 +63,12 @@ def check(config: TrainConfig) -> None:
         )
     if choose_name(config) == "precomputed" and "corrupted_ratio" in needs_of(config):
         raise ValueError("reference 'precomputed' does not go with image_conditional; take adapter_off or frozen_copy")
-    strange = [] if exact else [name for name in OF_TEXT if getattr(config, name) != getattr(TrainConfig, name)]
+    kinds = ("vision-language models", "an image generator"), ("image generators", "a model of text")
+    owner, given = kinds[exact]
+    settings = OF_PICTURES if exact else OF_TEXT
+    strange = [name for name in settings if getattr(config, name) != getattr(TrainConfig, name)]
     if strange:
-        raise ValueError(f"{strange[0]} is a setting of vision-language models; {config.model} is an image generator")
+        raise ValueError(f"{strange[0]} is a setting of {owner}; {config.model} is {given}")
     training_arguments(config)
 
 
@@ -70,14 +78,28 @@ def needs_of(config: TrainConfig) -> set[str]:
     return {what for what in NEEDED if any(objectives.takes(name, what) for name in named)}
 
 
-def opened(config: TrainConfig) -> Any:
-    """The policy that a config trains, not yet prepared. Raises ValueError as loading does."""
+def opened(config: TrainConfig, *, weights: bool = True) -> Any:
+    """The policy that a config trains, not yet prepared. Raises ValueError as loading does.
+
+    weights: False leaves an image generator's on the meta device, see `policies.hollow`.
+    """
     options: dict[str, Any] = {}
     if policy_class(config.model, revision=config.revision).exact:
         options = {name: getattr(config, name) for name in OF_TEXT if name != "keep_features"}
         options["corrupt"] = "corrupted_ratio" in needs_of(config)
+    else:
+        options = {"resolution": config.resolution, "weights": weights}
     precision = config.precision if config.tuning == "lora" else "fp32"
     return load_policy(config.model, revision=config.revision, precision=precision, **options)
+
+
+def _optimizer(name: str) -> str:
+    """An optimizer in the Trainer's words. Raises ValueError where it is unknown or needs what isn't installed."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer {name!r} is unknown; {nearest(name, OPTIMIZERS)}")
+    if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("optimizer 'adamw_8bit' needs bitsandbytes; pip install 'dpo-mm[8bit]', or take adafactor")
+    return OPTIMIZERS[name] or TrainingArguments.optim
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -91,6 +113,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.learning_rate,
+        optim=_optimizer(config.optimizer),
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup_steps,
         max_grad_norm=config.max_grad_norm,

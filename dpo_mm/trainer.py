@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_mm import objectives
 from dpo_mm.card import write_card
-from dpo_mm.collate import PairStream
+from dpo_mm.collate import PairStream, groups_of, whole_batches
 from dpo_mm.config import TrainConfig, as_dict
-from dpo_mm.encoding import encoded_sets, keep_reference
+from dpo_mm.encoding import encoded_sets
 from dpo_mm.guards import FiniteSteps, Stop, mark_complete, newest_whole
+from dpo_mm.memory import planned
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.progress import progress
-from dpo_mm.reference import choose, choose_name
+from dpo_mm.reference import choose, choose_name, keep_reference
 from dpo_mm.schema import decided, load_pairs, load_responses, split_by_prompt
 from dpo_mm.setup import SLACK, check, loss_of, needs_of, opened, training_arguments
 
@@ -90,8 +92,10 @@ class DPOTrainer(Trainer):
             model=policy.model,
             args=arguments,
             data_collator=policy.collate,
-            train_dataset=PairStream(rows, seed=config.seed, length=pairs, draws=config.reference_draws),
-            eval_dataset=None if watched is None else frozen_stream(watched),
+            train_dataset=PairStream(
+                rows, seed=config.seed, length=pairs, draws=config.reference_draws, batch_size=config.batch_size
+            ),
+            eval_dataset=None if watched is None else frozen_stream(watched, config.batch_size),
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
@@ -206,10 +210,13 @@ class DPOTrainer(Trainer):
         self.rewards = json.loads((Path(resume_from_checkpoint) / CONFIG_FILE).read_text())["rewards"]
 
 
-def frozen_stream(rows: Any) -> PairStream:
+def frozen_stream(rows: Any, batch_size: int) -> PairStream:
     """Watched rows, each at EVAL_DRAWS draws that no training visit uses."""
+    groups = groups_of(rows)
     length = EVAL_DRAWS * len(rows)
-    return PairStream(rows, seed=0, length=length, shuffle=False)
+    if len(groups) > 1:
+        length = batch_size * sum(whole_batches(groups, batch_size, EVAL_DRAWS))
+    return PairStream(rows, seed=0, length=length, draws=EVAL_DRAWS, shuffle=False, batch_size=batch_size)
 
 
 @dataclass(frozen=True)
@@ -235,7 +242,8 @@ def train(config: TrainConfig) -> Trained:
     policy = opened(config)
     rows: Any
     watched: Any
-    with training_arguments(config).main_process_first(desc="encoding"):
+    together = training_arguments(config).main_process_first(desc="encoding") if policy.exact else nullcontext()
+    with together:
         rows, watched = encoded_sets(policy, config)
     policy.drop_encoders()
     policy.prepare(config)
@@ -319,9 +327,12 @@ def plan(config: TrainConfig) -> dict[str, str]:
     Raises ValueError for everything that `train` would refuse but a picture that does not decode.
     """
     check(config)
-    policy = opened(config)
+    policy = opened(config, weights=False)
     pairs = load_responses(config.pairs) if policy.exact else decided(load_pairs(config.pairs))
     rows, _ = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
-    policy.drop_encoders()
+    if policy.exact:
+        policy.prepare(config)
+        return describe(policy, config, len(rows))
     policy.prepare(config)
-    return describe(policy, config, len(rows))
+    said = describe(policy, config, len(rows))
+    return said | planned(policy, config, len(set(pairs["prompt"])), len(pairs))

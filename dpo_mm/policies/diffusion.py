@@ -30,6 +30,8 @@ from dpo_mm.objectives import LogProbs
 from dpo_mm.policies import drawing
 from dpo_mm.policies.adapters import LORA_FILE, add_lora, has_lora, read_lora, save_kohya, save_lora
 from dpo_mm.policies.batches import collate
+from dpo_mm.policies.crops import Crop, Size, covering
+from dpo_mm.policies.hollow import hollow
 from dpo_mm.policies.latents import latent_scale, posterior
 from dpo_mm.policies.noising import noising_of
 from dpo_mm.policies.protocol import Batch
@@ -69,6 +71,7 @@ class DiffusionPolicy:
         self.noising = noising_of(pipe.scheduler, source=source)
         self.latent_scale = latent_scale(pipe.vae.config)
         self.resolution = self.native_resolution()
+        self.frame: Size | None = None
         self.base_denoiser: nn.Module | None = None
 
     # What a family writes
@@ -116,8 +119,11 @@ class DiffusionPolicy:
         precision: str = "fp32",
         device: str | None = None,
         resolution: int | None = None,
+        weights: bool = True,
     ) -> Self:
         """The policy of a pipeline folder or hub id. resolution: pixels on a side; None: the pipeline's own.
+
+        weights: False reads none and leaves all modules on the meta device, see `hollow`.
 
         Raises ValueError where a component is missing, or precision or resolution won't do.
         """
@@ -129,9 +135,11 @@ class DiffusionPolicy:
                     raise ValueError(
                         f"model {source!r} has no {part}; expected the folder {part}/ that `pipe.save_pretrained` writes"
                     )
-        pipe = cls.open(source, revision=revision, dtype=DTYPES[precision])
+        opener = cls.open if weights else hollow
+        pipe = opener(source, revision=revision, dtype=DTYPES[precision])
         pipe.set_progress_bar_config(disable=True)
-        pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if weights:
+            pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         policy = cls(pipe, source)
         if resolution is not None:
             step = pipe.vae_scale_factor * cls.patch
@@ -186,22 +194,28 @@ class DiffusionPolicy:
         return mean.float().cpu(), std.float().cpu()
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """A picture as the autoencoder takes it, (3, s, s) in [-1, 1]."""
+        """A picture as the autoencoder takes it, (3, height, width) of the frame, in [-1, 1]."""
         return torch.from_numpy(np.asarray(self.fitted(image), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
 
     def fitted(self, image: Image.Image) -> Image.Image:
-        """A picture scaled to cover the resolution and cropped to its centre."""
+        """A picture scaled to cover the frame and cropped to its centre."""
         scaled, box = self.placed(image.size)
         if scaled != image.size:
             image = image.resize(scaled, Image.Resampling.LANCZOS)
         return image.convert("RGB").crop(box)
 
-    def placed(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-        """How a picture of this (width, height) is fitted: what it is scaled to, and the box that is then kept of it."""
-        scale = self.resolution / min(size)
-        width, height = round(size[0] * scale), round(size[1] * scale)
-        left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
-        return (width, height), (left, top, left + self.resolution, top + self.resolution)
+    def placed(self, size: Size) -> Crop:
+        """How a picture of this (width, height) is fitted to the frame at hand."""
+        return covering(size, self.frame or (self.resolution, self.resolution))
+
+    @contextlib.contextmanager
+    def framed(self, frame: Size) -> Iterator[None]:
+        """Within it pictures are fitted to this (width, height) instead of the resolution's square."""
+        self.frame = frame
+        try:
+            yield
+        finally:
+            self.frame = None
 
     def drop_encoders(self) -> None:
         """Let all but the denoiser leave memory."""

@@ -35,8 +35,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.encoding import keep_reference
 from dpo_mm.policies.vlm import VisionLanguage
+from dpo_mm.reference import keep_reference
 from dpo_mm.trainer import DPOTrainer
 
 PATCH, VOCABULARY, WIDTH, LAYERS, INNER, HEADS, GROUPS = 14, 8192, 512, 8, 1376, 8, 4

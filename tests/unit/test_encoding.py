@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_mm import encoding
+from dpo_mm import encoding, shards
 from dpo_mm.config import TrainConfig
 from dpo_mm.encoding import encode
+from dpo_mm.pictures import encode_png
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.schema import decided, load_pairs
 from tests.conftest import picture, rows
@@ -64,7 +66,7 @@ def test_a_run_cut_short_goes_on_where_it_was(
         encode(policy, given, where="pairs", cache=tmp_path)
     found = encode(policy, given, where="pairs", cache=tmp_path)
     assert len(calls) == 4
-    assert list(found.pairs["id"]) == [f"row-{n}" for n in range(12)]
+    assert found.ids() == [f"row-{n}" for n in range(12)]
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_a_damaged_picture_is_named(damaged: str, tiny_model: str, tmp_path: Pat
 def test_a_damaged_picture_is_left_out_where_asked(damaged: str, tiny_model: str, tmp_path: Path) -> None:
     given = decided(load_pairs(damaged))
     found = encode(load_policy(tiny_model), given, where="d.parquet", cache=tmp_path, on_bad_image="skip")
-    assert list(found.pairs["id"]) == ["row-0", "row-1", "row-2", "row-4", "row-5"]
+    assert found.ids() == ["row-0", "row-1", "row-2", "row-4", "row-5"]
     noted = json.loads((found.folder / "quarantine.jsonl").read_text())
     assert (noted["row"], noted["column"]) == ("row-3", "image_b")
 
@@ -99,19 +101,179 @@ def test_a_full_disk_is_said(tiny_model: str, pairs: str, tmp_path: Path, monkey
         encode(load_policy(tiny_model), decided(load_pairs(pairs)), where="pairs", cache=tmp_path)
 
 
-def test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives(tiny_model: str) -> None:
-    """mean + std * noise, with the visit's own noise, equals the posterior's sample under that noise."""
+def test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives(
+    tiny_model: str, pairs: str, tmp_path: Path
+) -> None:
+    """The kept posterior with a visit's noise is the autoencoder's own sample with that noise, to float32's rounding."""
     from dpo_mm.policies import draws
 
     policy = load_policy(tiny_model)
     policy.prepare(TrainConfig(model="-", pairs="-", output_dir="-", seed=7))
-    mean, std = policy.encode_images([picture(0), picture(1)])
-    prompt = {"embeds": policy.encode_prompts(["a red circle"])["embeds"][0]}
-    parts = {"chosen_mean": mean[0], "chosen_std": std[0], "rejected_mean": mean[1], "rejected_std": std[1]}
-    batches = [policy.collate([{"id": "x", "visit": visit, "prompt": prompt, **parts}]) for visit in (0, 1, 0)]
-    noise = torch.from_numpy(draws.noise(7, "x", 1, tuple(mean[0].shape), what="posterior"))
-    torch.testing.assert_close(batches[1]["chosen"][0], (mean[0] + std[0] * noise) * 0.7)
-    assert torch.equal(batches[0]["noise"], batches[2]["noise"]) and torch.equal(
-        batches[0]["chosen"], batches[2]["chosen"]
-    )
+    row = encode(policy, decided(load_pairs(pairs)), where="pairs", cache=tmp_path)[0]
+    batches = [policy.collate([{**row, "visit": visit}]) for visit in (0, 1, 0)]
+    for batch, visit in zip(batches, (0, 1, 0), strict=True):
+        noise = torch.from_numpy(draws.noise(7, "row-0", visit, (4, 16, 16), what="posterior"))
+        for side, place in (("chosen", 0), ("rejected", 1)):
+            with torch.no_grad():
+                own = policy.vae.encode(policy.pixels(picture(place))[None]).latent_dist
+            torch.testing.assert_close(batch[side][0], ((own.mean + own.std * noise) * 0.7)[0], atol=2e-6, rtol=0)
+    assert torch.equal(batches[0]["chosen"], batches[2]["chosen"])
+    assert torch.equal(batches[0]["noise"], batches[2]["noise"])
+    assert not torch.equal(batches[0]["chosen"], batches[1]["chosen"])
     assert not torch.equal(batches[0]["noise"], batches[1]["noise"])
+
+
+def shaped(sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Rows whose pictures have these sizes, both sides alike."""
+    some = rows(len(sizes))
+    for number, (row, size) in enumerate(zip(some, sizes, strict=True)):
+        for place, side in enumerate(("image_a", "image_b")):
+            row[side] = {"bytes": encode_png(picture(2 * number + place, 64).resize(size)), "path": None}
+    return some
+
+
+SIZES = [(32, 32), (80, 48), (80, 48), (30, 30), (48, 80), (81, 49), (32, 32)]
+
+
+@pytest.fixture
+def several(write_pairs: Callable[..., str]) -> str:
+    return write_pairs(shaped(SIZES), "several.parquet")
+
+
+def test_a_pair_shares_the_frame_of_its_aspect_ratio(
+    several: str, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "SHARD", 3)
+    policy = load_policy(tiny_model)
+    found = encode(policy, decided(load_pairs(several)), where="several", cache=tmp_path, buckets=True)
+    assert dict(zip(found.frames, map(len, found.groups), strict=True)) == {"24x40": 1, "32x32": 3, "40x24": 3}
+    assert found.ids() == ["row-4", "row-0", "row-3", "row-6", "row-1", "row-2", "row-5"]
+    for frame, group in zip(found.frames, found.groups, strict=True):
+        width, height = (int(side) // 2 for side in frame.split("x"))
+        for number in group:
+            assert found[number]["chosen_mean"].shape == found[number]["rejected_std"].shape == (4, height, width)
+    with policy.framed((40, 24)):
+        mean, _ = policy.encode_images([policy_picture(several, "row-1")])
+    torch.testing.assert_close(found[4]["rejected_mean"], mean[0], atol=1e-5, rtol=0)
+
+
+def policy_picture(path: str, row: str) -> Any:
+    return next(each["image_a"] for each in load_pairs(path) if each["id"] == row)
+
+
+def test_without_buckets_all_are_cropped_to_one_square(several: str, tiny_model: str, tmp_path: Path) -> None:
+    found = encode(load_policy(tiny_model), decided(load_pairs(several)), where="several", cache=tmp_path)
+    assert found.frames == ["32x32"] and found.groups == [range(7)]
+    assert found.ids() == [f"row-{n}" for n in range(7)]
+
+
+def test_a_run_trains_on_frames_of_its_own(several: str, tiny_model: str, tmp_path: Path) -> None:
+    from dpo_mm.trainer import train
+
+    config = TrainConfig(
+        tiny_model, several, str(tmp_path / "out"), steps=5, batch_size=2, log_every=1, buckets=True, eval_fraction=0.34,
+        reference="precomputed", reference_draws=2, cache_precision="bf16",
+    )  # fmt: skip
+    history = train(config).history
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 5]
+    assert math.isfinite(history[-1]["eval_loss"])
+
+
+@pytest.mark.parametrize(("precision", "apart"), [("bf16", 2**-8), ("fp16", 2**-11)])
+def test_halves_are_as_near_as_their_bits(
+    precision: str, apart: float, tiny_model: str, pairs: str, tmp_path: Path
+) -> None:
+    policy, given = load_policy(tiny_model), decided(load_pairs(pairs))
+    exact, half = (encode(policy, given, where="p", cache=tmp_path, precision=kind) for kind in ("fp32", precision))
+    for name in ("chosen_mean", "rejected_std"):
+        assert half[3][name].dtype == torch.float32
+        difference = (half[3][name] - exact[3][name]).abs()
+        assert difference.max() > 0 and (difference <= apart * exact[3][name].abs() + 1e-7).all()
+    size = lambda found: sum(file.stat().st_size for file in found.folder.rglob("*.arrow"))
+    assert size(half) < 0.6 * size(exact)
+
+
+def test_what_fp16_cannot_hold_is_said() -> None:
+    with pytest.raises(ValueError, match=r"set: embeds is too large for fp16 \(7e\+04\); take cache_precision bf16"):
+        shards.halved({"embeds": torch.full((1, 2), 7e4)}, "fp16", where="set")
+
+
+def test_ids_and_masks_stay_whole(tmp_path: Path) -> None:
+    kept = {"id": ["a", "b"], "mask": torch.tensor([[1, 0], [1, 1]]), "x": torch.tensor([[0.1], [70000.0]])}
+    shards.keep(tmp_path / "pairs-00000", {"1x1": shards.halved(kept, "bf16", where="-")})
+    found = shards.Shards(tmp_path, list(shards.parts_of(tmp_path, "pairs")))
+    assert found[1]["mask"].dtype == torch.int64 and found[1]["mask"].tolist() == [1, 1]
+    assert found[0]["id"] == "a" and found[1]["x"].item() == pytest.approx(70000, rel=2**-8)
+
+
+def test_prompts_of_unequal_lengths_keep_their_mask(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    """Lengths differ from shard to shard and are filled up in the batch alone."""
+    policy = load_policy(tiny_model)
+    plain = policy.encode_prompts
+
+    def ragged(prompts: list[str]) -> dict[str, torch.Tensor]:
+        length = max(len(prompt.split()) for prompt in prompts)
+        mask = torch.tensor([[int(n < len(prompt.split())) for n in range(length)] for prompt in prompts])
+        return {"embeds": plain(prompts)["embeds"][:, :length], "mask": mask}
+
+    policy.encode_prompts = ragged
+    encoding_shard, encoding.SHARD = encoding.SHARD, 1
+    try:
+        found = encode(policy, decided(load_pairs(pairs)), where="pairs", cache=tmp_path / "ragged")
+    finally:
+        encoding.SHARD = encoding_shard
+    policy.prepare(TrainConfig(model="-", pairs="-", output_dir="-"))
+    some = [{**found[n], "visit": 0} for n in range(3)]
+    lengths = [len(row["prompt"]["mask"]) for row in some]
+    assert len(set(lengths)) > 1
+    batch = policy.collate(some)
+    assert batch["prompt"]["mask"].sum(1).tolist() == lengths
+    assert batch["prompt"]["embeds"].shape[1] == max(lengths)
+
+
+def test_too_full_a_disk_is_said_before_anything_is_encoded(
+    tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 4096))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"encoding takes about 0\.2 MiB and .* has 0\.0 MiB free; .*DPO_MM_CACHE"):
+        encode(load_policy(tiny_model), decided(load_pairs(pairs)), where="pairs", cache=tmp_path)
+    assert not list(tmp_path.rglob("pairs-*"))
+
+
+def test_what_is_said_of_the_disk_is_what_is_taken(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    policy = load_policy(tiny_model)
+    a_prompt, a_pair = encoding.sample_bytes(policy, "fp32")
+    found = encode(policy, decided(load_pairs(pairs)), where="pairs", cache=tmp_path)
+    taken = sum(file.stat().st_size for file in found.folder.rglob("*.arrow"))
+    assert 1 <= taken / (12 * a_pair + 3 * a_prompt) < 1.2
+
+
+def test_two_processes_share_the_shards_out(
+    tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that comes first leaves the other's shards to it and waits; both read the same."""
+    monkeypatch.setattr(encoding, "SHARD", 2)
+    policy, given = load_policy(tiny_model), decided(load_pairs(pairs))
+    whole = encode(policy, given, where="pairs", cache=tmp_path / "whole")
+    monkeypatch.setattr(encoding, "PATIENCE", 0.3)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        made: list[str] = []
+        keep = shards.keep
+        monkeypatch.setattr(
+            shards, "keep", lambda place, sets, made=made, keep=keep: made.append(place.name) or keep(place, sets)
+        )
+        if rank == "1":
+            with pytest.raises(ValueError, match=r"complete\.json has not come .*on a shared disk"):
+                encode(policy, given, where="pairs", cache=tmp_path / "shared")
+            assert made == ["prompts-00001", "pairs-00001", "pairs-00003", "pairs-00005"]
+        else:
+            shared = encode(policy, given, where="pairs", cache=tmp_path / "shared")
+            assert made == ["prompts-00000", "pairs-00000", "pairs-00002", "pairs-00004"]
+        monkeypatch.setattr(shards, "keep", keep)
+    assert shared.ids() == whole.ids()
+    assert all(torch.equal(shared[n]["chosen_mean"], whole[n]["chosen_mean"]) for n in range(12))

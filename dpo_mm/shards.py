@@ -1,0 +1,148 @@
+"""Encoded rows as Arrow sets in a folder, a shard at a time: written aside and then renamed, opened as they are asked for.
+
+A shard is a folder with a set for each frame (width x height) that its rows were fitted to, or none where no row was left.
+A tensor is a cell of its own bytes, float32 or halved, with type and shape in tensors.json beside the set: nested lists
+took 14 times as long to read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KEPT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TENSORS = "tensors.json"
+OPEN = 256
+"""Sets that are kept open at a time; a process may have about a thousand files."""
+
+
+class Part(NamedTuple):
+    """One set of a shard: its folder under the whole's, its rows, and what they were fitted to (width x height)."""
+
+    place: str
+    rows: int
+    frame: str
+
+
+class Shards:
+    """Rows of all parts, in order, tensors in float32. A part is opened when a row of it is asked for."""
+
+    def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
+        self.folder, self.parts = folder, list(parts)
+        self.ends = np.cumsum([part.rows for part in self.parts])
+        self.opened: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        which = int(np.searchsorted(self.ends, number, side="right"))
+        rows, tensors = self._open(which)
+        row = rows[int(number - self.ends[which]) + self.parts[which].rows]
+        return {name: _tensor(value, *tensors[name]) if name in tensors else value for name, value in row.items()}
+
+    def _open(self, which: int) -> tuple[Any, dict[str, tuple[str, list[int]]]]:
+        from datasets import load_from_disk
+
+        if which not in self.opened:
+            if len(self.opened) >= OPEN:
+                self.opened.pop(next(iter(self.opened)))
+            place = self.folder / self.parts[which].place
+            self.opened[which] = load_from_disk(str(place)), json.loads((place / TENSORS).read_text())
+        return self.opened[which]
+
+
+def _tensor(data: bytes, kind: str, shape: list[int]) -> Tensor:
+    """A cell as the tensor that it was; numbers with a fraction in float32."""
+    tensor = torch.frombuffer(bytearray(data), dtype=getattr(torch, kind)).reshape(shape)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def halved(columns: Mapping[str, Any], precision: str, *, where: str) -> dict[str, Any]:
+    """Columns as they are kept. Raises ValueError where a number is too large for fp16."""
+    found = dict(columns)
+    for name, values in columns.items():
+        if isinstance(values, Tensor) and values.is_floating_point():
+            found[name] = values.to(KEPT[precision])
+            if precision == "fp16" and found[name].isinf().any() and not values.isinf().any():
+                largest = values.abs().max().item()
+                raise ValueError(f"{where}: {name} is too large for fp16 ({largest:.3g}); take cache_precision bf16")
+    return found
+
+
+def keep(place: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a shard's sets of columns, aside and then under its name. Raises OSError with the fix where it can't."""
+    aside = place.with_name(f".{place.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        for name, columns in sets.items():
+            _arrow(columns).save_to_disk(str(aside / name))
+            (aside / name / TENSORS).write_text(json.dumps(_kinds(columns)))
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(
+            error.errno, f"could not write {place}: {error.strerror or error}; free space or set DPO_MM_CACHE"
+        ) from error
+    try:
+        aside.rename(place)
+    except OSError:
+        if not place.exists():
+            raise
+        shutil.rmtree(aside, ignore_errors=True)  # another run on the same rows was faster
+
+
+def _arrow(columns: Mapping[str, Any]) -> Any:
+    """Columns as a set: tensors (rows, ...) as bytes, lists of plain values as they are."""
+    from datasets import Dataset, Features, Value
+
+    kinds = {str: "string", int: "int64", float: "float64", bytes: "large_binary"}
+    plain = {name: _bytes(values) if isinstance(values, Tensor) else values for name, values in columns.items()}
+    return Dataset.from_dict(plain, features=Features({k: Value(kinds[type(v[0])]) for k, v in plain.items()}))
+
+
+def _bytes(tensor: Tensor) -> list[bytes]:
+    return [row.contiguous().flatten().view(torch.uint8).numpy().tobytes() for row in tensor]
+
+
+def _kinds(columns: Mapping[str, Any]) -> dict[str, tuple[str, list[int]]]:
+    tensors = {name: values for name, values in columns.items() if isinstance(values, Tensor)}
+    return {name: (str(v.dtype).removeprefix("torch."), list(v.shape[1:])) for name, v in tensors.items()}
+
+
+def parts_of(folder: Path, kind: str) -> Iterator[Part]:
+    """What the shards of a kind (pairs, prompts) hold, in order."""
+    from datasets import load_from_disk
+
+    for shard in sorted(folder.glob(f"{kind}-*")):
+        for place in sorted(shard.iterdir()):
+            yield Part(str(place.relative_to(folder)), len(load_from_disk(str(place))), place.name)
+
+
+def row_bytes(columns: Mapping[str, Tensor], precision: str) -> int:
+    """Bytes on disk of the tensors of one row, (rows, ...) each."""
+    kept = halved(columns, precision, where="a row")
+    return sum(values[0].numel() * values.element_size() for values in kept.values())
+
+
+def check_disk(folder: Path, wanted: int) -> int:
+    """Free bytes where the folder is. Raises ValueError where they are fewer than wanted."""
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise ValueError(
+            f"encoding takes about {gib(wanted)} and {folder} has {gib(free)} free; free space, set DPO_MM_CACHE to another "
+            "disk, or halve it with cache_precision bf16"
+        )
+    return free
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"
