@@ -31,7 +31,7 @@ class FiniteSteps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not gradients or bool(torch.isfinite(torch.stack([g.float().norm() for g in gradients])).all()):
+        if not gradients or bool(torch.isfinite(torch.stack([_norm(g) for g in gradients])).all()):
             self.in_a_row = 0
             return
         for parameter in model.parameters():
@@ -43,6 +43,12 @@ class FiniteSteps(TrainerCallback):
                 f"{IN_A_ROW} steps in a row up to step {state.global_step + 1} had no finite gradient; the run is ended. "
                 "Lower learning_rate or beta, take precision bf16 or fp32, and look for broken rows"
             )
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient's norm; of all shards where it is one of several (FSDP2)."""
+    norm: Any = gradient.float().norm()
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 class Stop(TrainerCallback):

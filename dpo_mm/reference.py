@@ -20,9 +20,10 @@ from dpo_mm.policies.protocol import Batch
 from dpo_mm.progress import progress
 
 Reference = Callable[[nn.Module, Batch], LogProbs]
+Shard = Callable[[nn.Module], Any] | None
 
 
-def adapter_off(policy: Any) -> Reference:
+def adapter_off(policy: Any, shard: Shard = None) -> Reference:
     """The policy's own weights with its adapter switched off: no second copy in memory."""
 
     def reference(model: nn.Module, batch: Batch) -> LogProbs:
@@ -32,9 +33,11 @@ def adapter_off(policy: Any) -> Reference:
     return reference
 
 
-def frozen_copy(policy: Any) -> Reference:
-    """A copy of the weights as they are now: for full fine-tuning."""
+def frozen_copy(policy: Any, shard: Shard = None) -> Reference:
+    """A copy of the weights as they are now: for full fine-tuning. shard: spreads it over the processes, in place."""
     copied = policy.frozen_copy()
+    if shard is not None:
+        shard(copied)
 
     def reference(model: nn.Module, batch: Batch) -> LogProbs:
         with torch.no_grad():
@@ -43,7 +46,7 @@ def frozen_copy(policy: Any) -> Reference:
     return reference
 
 
-def precomputed(policy: Any) -> Reference:
+def precomputed(policy: Any, shard: Shard = None) -> Reference:
     """Numbers computed before and kept with the pairs, see `keep_reference`."""
 
     def reference(model: nn.Module, batch: Batch) -> LogProbs:
@@ -59,7 +62,7 @@ def precomputed(policy: Any) -> Reference:
     return reference
 
 
-REFERENCES: dict[str, Callable[[Any], Reference]] = {
+REFERENCES: dict[str, Callable[[Any, Shard], Reference]] = {
     "adapter_off": adapter_off,
     "frozen_copy": frozen_copy,
     "precomputed": precomputed,
@@ -76,9 +79,9 @@ def choose_name(config: TrainConfig) -> str:
     return name
 
 
-def choose(policy: Any, config: TrainConfig) -> Reference:
-    """The reference that the config names."""
-    return REFERENCES[choose_name(config)](policy)
+def choose(policy: Any, config: TrainConfig, shard: Shard = None) -> Reference:
+    """The reference that the config names. shard: what spreads a second model over the processes, if anything does."""
+    return REFERENCES[choose_name(config)](policy, shard)
 
 
 class WithReference:

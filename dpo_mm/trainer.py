@@ -83,7 +83,6 @@ class DPOTrainer(Trainer):
             config, exact=policy.exact
         )
         self.needs = needs_of(config)
-        self.reference = choose(policy, config) if "reference" in self.needs else None
         self.rewards = {"mean": 0.0, "seen": 0.0}
         self._measured: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
         arguments = training_arguments(config)
@@ -98,9 +97,19 @@ class DPOTrainer(Trainer):
             eval_dataset=None if watched is None else frozen_stream(watched, config.batch_size),
             **kwargs,
         )
+        shard = self._shard if self.is_fsdp_enabled else None
+        self.reference = choose(policy, config, shard) if "reference" in self.needs else None
         self.model_accepts_loss_kwargs = False
         self.guard = FiniteSteps()
         self.add_callback(self.guard)
+
+    def _shard(self, model: nn.Module) -> None:
+        """Spread a frozen copy over the processes, as the model itself will be. Raises ValueError under FSDP1."""
+        if not self.accelerator.is_fsdp2:
+            raise ValueError("a frozen copy is sharded by FSDP2 alone; set fsdp_version: 2 in accelerate's config")
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        fsdp2_prepare_model(self.accelerator, model)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
@@ -200,13 +209,18 @@ class DPOTrainer(Trainer):
             shutil.rmtree(aside, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
         folder.mkdir(parents=True, exist_ok=True)
-        self.policy.save(folder)
+        self.policy.save(folder, state_dict)
         (folder / CONFIG_FILE).write_text(json.dumps(as_dict(self.config) | {"rewards": self.rewards}, indent=1))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.policy.load_weights(Path(resume_from_checkpoint))
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.policy.load_weights(Path(resume_from_checkpoint))
         self.rewards = json.loads((Path(resume_from_checkpoint) / CONFIG_FILE).read_text())["rewards"]
 
 

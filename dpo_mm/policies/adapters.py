@@ -18,6 +18,10 @@ FORMATS = ("diffusers", "kohya")
 KOHYA_PARTS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
+Weights = dict[str, torch.Tensor] | None
+"""A model's state gathered from the processes that its shards are on; None where the model itself is whole."""
+
+
 def has_lora(model: Any) -> bool:
     return bool(getattr(model, "peft_config", None))
 
@@ -43,7 +47,7 @@ def add_lora(model: Any, config: TrainConfig, targets: Sequence[str]) -> None:
             parameter.data = parameter.data.float()
 
 
-def save_lora(pipe: Any, denoiser: str, folder: Path) -> None:
+def save_lora(pipe: Any, denoiser: str, folder: Path, weights: Weights = None) -> None:
     """The LoRA of a pipeline's denoiser in diffusers' own format, with its rank and alpha."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
@@ -51,9 +55,19 @@ def save_lora(pipe: Any, denoiser: str, folder: Path) -> None:
     model = getattr(pipe, denoiser)
     type(pipe).save_lora_weights(
         folder,
-        **{f"{denoiser}_lora_layers": get_peft_model_state_dict(model)},
+        **{f"{denoiser}_lora_layers": get_peft_model_state_dict(model, state_dict=weights)},
         **_collate_lora_metadata({denoiser: model}),
     )
+
+
+def save_whole(model: Any, folder: Path, weights: Weights = None) -> None:
+    """A model in diffusers' own format."""
+    if weights is not None:
+        with torch.device("meta"):
+            whole = type(model).from_config(model.config)
+        whole.load_state_dict(weights, assign=True)
+        model = whole
+    model.save_pretrained(folder)
 
 
 def check_format(config: TrainConfig, prefix: str | None, *, family: str) -> None:
@@ -65,20 +79,20 @@ def check_format(config: TrainConfig, prefix: str | None, *, family: str) -> Non
         raise ValueError(f"lora_format 'kohya': {why}; take 'diffusers'")
 
 
-def save_kohya(model: Any, prefix: str, folder: Path) -> None:
+def save_kohya(model: Any, prefix: str, folder: Path, weights: Weights = None) -> None:
     """The model's LoRA once more, by the names that kohya's scripts, ComfyUI and A1111 read."""
     from safetensors.torch import save_file
 
-    save_file(kohya_weights(model, prefix), folder / KOHYA_FILE)
+    save_file(kohya_weights(model, prefix, weights), folder / KOHYA_FILE)
 
 
-def kohya_weights(model: Any, prefix: str) -> dict[str, torch.Tensor]:
+def kohya_weights(model: Any, prefix: str, weights: Weights = None) -> dict[str, torch.Tensor]:
     """prefix_module.lora_down.weight, .lora_up.weight and .alpha of each adapted module, its dots underscores."""
     from peft import get_peft_model_state_dict
 
     alpha = float(model.peft_config["default"].lora_alpha)
     found: dict[str, torch.Tensor] = {}
-    for name, weight in get_peft_model_state_dict(model).items():
+    for name, weight in get_peft_model_state_dict(model, state_dict=weights).items():
         module, part, _ = name.rsplit(".", 2)
         key = f"{prefix}_{module.replace('.', '_')}"
         found[f"{key}.{KOHYA_PARTS[part]}.weight"] = weight.contiguous()

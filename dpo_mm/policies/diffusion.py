@@ -28,7 +28,16 @@ from torch import Tensor, nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies import drawing
-from dpo_mm.policies.adapters import LORA_FILE, add_lora, has_lora, read_lora, save_kohya, save_lora
+from dpo_mm.policies.adapters import (
+    LORA_FILE,
+    Weights,
+    add_lora,
+    has_lora,
+    read_lora,
+    save_kohya,
+    save_lora,
+    save_whole,
+)
 from dpo_mm.policies.batches import collate
 from dpo_mm.policies.crops import Crop, Size, covering
 from dpo_mm.policies.hollow import hollow
@@ -275,15 +284,15 @@ class DiffusionPolicy:
 
     # Files
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, weights: Weights = None) -> None:
         """The LoRA in diffusers' own format with its rank and alpha, and in kohya's where asked; or the whole denoiser."""
         if has_lora(self.model):
-            save_lora(self.pipe, self.denoiser, folder)
+            save_lora(self.pipe, self.denoiser, folder, weights)
             if self.config.lora_format == "kohya":
                 assert self.kohya_prefix is not None
-                save_kohya(self.model, self.kohya_prefix, folder)
+                save_kohya(self.model, self.kohya_prefix, folder, weights)
         else:
-            self.model.save_pretrained(folder / self.denoiser)  # type: ignore[operator]
+            save_whole(self.model, folder / self.denoiser, weights)
 
     def load_weights(self, folder: Path) -> None:
         """Read what `save` wrote into the model as `prepare` set it up. Raises ValueError where it does not fit."""

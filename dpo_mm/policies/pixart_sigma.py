@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpo_mm.policies.adapters import has_lora
+from dpo_mm.policies.adapters import Weights, has_lora
 from dpo_mm.policies.diffusion import DiffusionPolicy, Prompt
 
 PREFIX = "base_model.model."
@@ -64,18 +64,18 @@ class PixArtSigma(DiffusionPolicy):
 
     # Files
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, weights: Weights = None) -> None:
         """The LoRA in PEFT's format, or the whole denoiser under its name."""
         if not has_lora(self.model):
-            return super().save(folder)
+            return super().save(folder, weights)
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
         model: Any = self.model
-        weights = get_peft_model_state_dict(model)
+        found = get_peft_model_state_dict(model, state_dict=weights)
         folder.mkdir(parents=True, exist_ok=True)
         model.peft_config["default"].save_pretrained(str(folder))
-        save_file({PREFIX + name: value for name, value in weights.items()}, folder / "adapter_model.safetensors")
+        save_file({PREFIX + name: value for name, value in found.items()}, folder / "adapter_model.safetensors")
 
     def load_weights(self, folder: Path) -> None:
         """Read what `save` wrote into the model as `prepare` set it up. Raises ValueError where it does not fit."""

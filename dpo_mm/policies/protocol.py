@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs
@@ -44,8 +44,11 @@ class Policy(Protocol):
         """A copy of the model as it is now that never trains."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write what was trained in the form that the stock library loads."""
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write what was trained in the form that the stock library loads.
+
+        weights: the model's state, gathered, where its own is in shards of several processes.
+        """
         ...
 
     def load_weights(self, folder: Path) -> None:

@@ -251,13 +251,13 @@ class VisionLanguage:
 
     # Files
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """The adapter in PEFT's own format, or the whole model with its processor."""
         if hasattr(self.model, "disable_adapter"):
             self.model.active_peft_config.base_model_name_or_path = self.config.model
-            self.model.save_pretrained(folder, save_embedding_layers=False)
+            self.model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
         else:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=weights)
             self.processor.save_pretrained(folder)
 
     def load_weights(self, folder: Path) -> None:

@@ -57,7 +57,7 @@ from dpo_mm.policies.stable_diffusion import StableDiffusion
 from dpo_mm.reference import keep_reference
 from dpo_mm.schema import decided, make_image_rows
 from dpo_mm.trainer import DPOTrainer
-from tests.contracts.families import WORDS, tokenizer
+from tests.contracts.families.words import WORDS, clip_tokenizer
 
 TOKENS = 77
 
@@ -126,7 +126,7 @@ def build(size: Size, *, device: str, precision: str) -> Any:
     """The policy of a random pipeline of this size, on the device."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        words = tokenizer(Path(folder))
+        words = clip_tokenizer(Path(folder))
     words.model_max_length = TOKENS
     with torch.device(device):
         unet, vae, texts = (
@@ -444,12 +444,12 @@ def peak(step: Step, clear: Callable[[], None], device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    resident = _status("VmRSS")
+    resident = status("VmRSS")
     step()
-    return _status("VmHWM") - resident
+    return status("VmHWM") - resident
 
 
-def _status(name: str) -> float:
+def status(name: str) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
 

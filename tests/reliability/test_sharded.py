@@ -1,0 +1,58 @@
+"""FSDP2 on two CPU processes, and the configs of several GPUs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dpo_mm.config import TrainConfig
+from dpo_mm.memory import _row
+from dpo_mm.policies.protocol import load_policy
+from dpo_mm.shipped import presets_folder
+from tests.reliability.test_processes import TWO
+
+CONFIGS = presets_folder() / "accelerate"
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_in_shards_all_is_as_it_is_whole(tuning: str, tiny_model: str, tmp_path: Path) -> None:
+    """Answers, gradients, the frozen copy in shards of its own, and what is saved; see sharded.py for what it asserts."""
+    command = [*TWO, "-m", "tests.reliability.sharded", tiny_model, str(tmp_path), tuning]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    policy = load_policy(tiny_model)
+    rows = [{**_row(policy), "id": f"row-{n}"} for n in range(2)]
+    policy.prepare(TrainConfig(tiny_model, "-", "-", tuning=tuning))
+    policy.load_weights(tmp_path)
+    with torch.no_grad():
+        found = policy.log_probs(policy.model, policy.collate(rows)).chosen
+    assert found.tolist() == pytest.approx(json.loads((tmp_path / "chosen.txt").read_text()), abs=1e-6)
+
+
+def test_every_config_is_one_that_accelerate_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = sorted(CONFIGS.glob("*.yaml"))
+    assert [path.stem for path in files] == ["ddp", "deepspeed-zero2", "fsdp2"]
+    kinds = {path.stem: load_config_from_file(str(path)) for path in files}
+    assert {name: kind.distributed_type.value for name, kind in kinds.items()} == {
+        "ddp": "MULTI_GPU",
+        "deepspeed-zero2": "DEEPSPEED",
+        "fsdp2": "FSDP",
+    }
+    assert all(f"accelerate/{path.name}" in path.read_text() for path in files)
+
+
+def test_the_settings_of_fsdp2_are_those_that_its_plugin_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    for name, value in yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"].items():
+        monkeypatch.setenv(name.upper(), str(value))
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert "FULL" in str(plugin.state_dict_type) and not plugin.cpu_ram_efficient_loading

@@ -1,0 +1,128 @@
+"""What a dry run counts: without weights, for every family, and near what a step takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dpo_mm.config import TrainConfig
+from dpo_mm.memory import Alive, counted, state_bytes
+from dpo_mm.policies.protocol import load_policy
+from dpo_mm.setup import opened, training_arguments
+from dpo_mm.trainer import plan, train
+from tests.contracts.families import BUILDERS
+
+
+def config(model: str, **changes: Any) -> TrainConfig:
+    return TrainConfig(model, "-", "-", **{"batch_size": 2, **changes})
+
+
+def of(model: str, **changes: Any) -> Any:
+    policy = opened(config(model, **changes), weights=False)
+    policy.prepare(config(model, **changes))
+    return counted(policy, config(model, **changes))[0]
+
+
+def test_what_is_alive_is_counted_as_it_comes_and_goes() -> None:
+    with Alive() as alive:
+        one = torch.zeros(256)
+        view = one[:10]
+        two = one + 1
+        assert (alive.now, alive.peak) == (2048, 2048)
+        del two
+        assert (alive.now, alive.peak) == (1024, 2048)
+        one.add_(1)
+        assert alive.now == 1024
+        del one
+        assert alive.now == 1024
+        del view
+        assert alive.now == 0
+
+
+def test_a_step_on_fake_tensors_lives_as_the_real_one(tiny_model: str) -> None:
+    """The same counting on the real step gives the same peak."""
+    from dpo_mm import memory
+
+    policy = load_policy(tiny_model)
+    policy.prepare(config(tiny_model))
+    rows = [memory._row(policy)] * 2
+    policy.drop_encoders()
+    batch = policy.collate(rows)
+    with Alive() as real:
+        memory._step(policy, config(tiny_model), batch)
+    assert of(tiny_model).step == pytest.approx(real.peak, rel=0.02)
+
+
+@pytest.mark.parametrize("family", sorted(BUILDERS))
+def test_every_family_is_counted_without_its_weights(family: str, tmp_path: Path) -> None:
+    folder = BUILDERS[family].build(tmp_path / "model")
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    memory = of(str(folder), resolution=BUILDERS[family].size)
+    assert min(memory.weights, memory.optimizer, memory.step, memory.encoding) > 0
+    assert memory.reference == 0 and memory.encoding > memory.weights
+
+
+def test_what_is_chosen_shows_in_the_count(tiny_model: str) -> None:
+    plain = of(tiny_model)
+    spared = of(tiny_model, gradient_checkpointing=True, precision="bf16")
+    assert spared.step < plain.step and spared.weights < 0.6 * plain.weights
+    whole = of(tiny_model, tuning="full", batch_size=4)
+    assert whole.step > 1.8 * plain.step
+    assert whole.reference == whole.weights and whole.optimizer == pytest.approx(2 * whole.weights, rel=0.01)
+
+
+def test_a_run_takes_another_optimizer(tiny_model: str, pairs: str, out: str) -> None:
+    said = dataclasses.replace(
+        config(tiny_model, optimizer="adafactor", steps=2, log_every=1), pairs=pairs, output_dir=out
+    )
+    history = train(dataclasses.replace(said, learning_rate=1e-3)).history
+    assert history[1]["loss"] != history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_a_plan_says_memory_and_disk_and_reads_no_weights(
+    tiny_model: str, pairs: str, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(safetensors.torch, "load_file", refuse)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", refuse)
+    said = plan(dataclasses.replace(config(tiny_model), pairs=pairs, output_dir=out))
+    assert "MiB to train" in said["memory"] and "activations" in said["memory"]
+    assert said["disk"].endswith("for 12 pairs of 3 prompts, encoded")
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_an_optimizers_state_is_as_large_as_counted(optimizer: str) -> None:
+    layer = nn.Linear(96, 64)
+    kinds: dict[str, Callable[..., Any]] = {"adamw": torch.optim.AdamW}
+    if optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        kinds["adafactor"] = lambda parameters: Adafactor(parameters, lr=1e-3, relative_step=False)
+    tuned = kinds[optimizer](layer.parameters())
+    layer(torch.ones(1, 96)).sum().backward()
+    tuned.step()
+    state = [t for kept in tuned.state.values() for t in kept.values() if isinstance(t, torch.Tensor) and t.numel() > 1]
+    held = sum(t.numel() * t.element_size() for t in state)
+    assert held == sum(state_bytes(parameter.shape, optimizer) for parameter in layer.parameters())
+
+
+def test_optimizers_are_the_trainers_own(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {name: training_arguments(config(tiny_model, optimizer=name)).optim for name in ("adamw", "adafactor")}
+    assert (names["adamw"].value, names["adafactor"].value) == ("adamw_torch_fused", "adafactor")
+    with pytest.raises(ValueError, match=r"optimizer 'adam' is unknown; did you mean 'adamw'\?"):
+        training_arguments(config(tiny_model, optimizer="adam"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"'adamw_8bit' needs bitsandbytes; pip install 'dpo-mm\[8bit\]'"):
+        training_arguments(config(tiny_model, optimizer="adamw_8bit"))
