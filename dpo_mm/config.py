@@ -40,9 +40,14 @@ class TrainConfig:
     """Weight of the SFT term on the chosen side."""
 
     reference: str = "auto"
-    """auto | adapter_off | frozen_copy | precomputed. auto: adapter_off with a LoRA, else frozen_copy."""
+    """auto | adapter_off | frozen_copy | precomputed | moving_average | synced. auto: adapter_off with a LoRA, else
+    frozen_copy."""
     reference_draws: int = 0
     """K fixed (noise, timestep) draws a row instead of fresh ones; precomputed references need at least 1."""
+    reference_decay: float = 0.99
+    """Share of itself that a moving average keeps at each step, [0, 1)."""
+    reference_every: int = 512
+    """Steps between two copies of the policy into a synced reference (TR-DPO's tau, 2404.09656)."""
 
     tuning: str = "lora"
     """lora | full."""
@@ -64,8 +69,14 @@ class TrainConfig:
     """fp32 | bf16 | fp16. Errors and losses are float32 always."""
     gradient_checkpointing: bool = False
     seed: int = 0
+    timesteps: str = "uniform"
+    """uniform | logit_normal: how timesteps are drawn from the schedule."""
     timestep_range: tuple[float, float] = (0.0, 1.0)
     """Part of the schedule to draw timesteps from; 0 is clean, 1 pure noise."""
+    stratified: bool = False
+    """A step's pairs take their timesteps from as many parts of the schedule, one each; of K fixed draws, a row's do."""
+    antithetic: bool = False
+    """Each pair comes twice in a row, the second time with its noise negated; batch_size counts both."""
 
     include_vision: bool = False
     """Adapt (or train) the vision tower and projector of a vision-language model too."""

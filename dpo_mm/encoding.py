@@ -8,22 +8,25 @@ are kept, not one sample of it, so that a fresh sample at each visit is exactly 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from dpo_mm import pictures
+from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import FROM_DATA
 from dpo_mm.progress import progress
-from dpo_mm.schema import decided, load_pairs, load_responses, split_by_prompt
+from dpo_mm.schema import decided, digest, load_pairs, load_responses, split_by_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -220,20 +223,27 @@ def _note(path: Path, entry: dict[str, Any]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
-def encoded_sets(policy: Any, config: TrainConfig) -> tuple[Any, Any]:
+class Sets(NamedTuple):
+    """Encoded pairs to train on, those to watch (or None), and a digest of what they were made from."""
+
+    rows: Any
+    watched: Any
+    digest: str
+
+
+def encoded_sets(policy: Any, config: TrainConfig) -> Sets:
     """The config's pairs to train on and, of other prompts, those to watch. Raises ValueError as `encode` does.
 
     A policy that encodes its rows itself (text) keeps them in memory; pictures go through the cache.
     """
     if hasattr(policy, "encode"):
-        inside, apart = split_by_prompt(load_responses(config.pairs), config.eval_fraction, seed=config.seed)
-        return policy.encode(inside), None if apart is None else policy.encode(apart)
+        pairs = load_responses(config.pairs)
+        inside, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
+        return Sets(policy.encode(inside), None if apart is None else policy.encode(apart), digest(pairs))
     pairs = decided(load_pairs(config.pairs))
-    rows, watched = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
-    encoded = encode(policy, rows, where=config.pairs, on_bad_image=config.on_bad_image)
-    if watched is None:
-        return encoded, None
-    return encoded, encode(policy, watched, where=config.pairs, on_bad_image=config.on_bad_image)
+    rows, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
+    take = functools.partial(encode, policy, where=config.pairs, on_bad_image=config.on_bad_image)
+    return Sets(take(rows), None if apart is None else take(apart), digest(pairs))
 
 
 class WithReference:
@@ -251,21 +261,27 @@ class WithReference:
 
 
 @torch.no_grad()
-def keep_reference(policy: Any, rows: Any, config: TrainConfig, *, draws: int) -> WithReference:
-    """The reference's log-probs of every row at its first `draws` visits, asked once, before training."""
+def keep_reference(policy: Any, stream: PairStream, config: TrainConfig) -> WithReference:
+    """The reference's log-probs of a stream's rows at each of its K fixed draws, asked once, before training.
+
+    Asked in batches of training's size, the last one filled up with rows that were asked already: a row's numbers are
+    then those that a reference asked in the step would give, bit for bit where arithmetic doesn't depend on the place
+    in a batch.
+    """
     device = next(policy.model.parameters()).device
-    chosen, rejected = torch.empty(len(rows), draws), torch.empty(len(rows), draws)
+    rows, size, total = stream.rows, config.batch_size, len(stream.rows) * stream.draws
+    fixed = dataclasses.replace(stream, length=total, shuffle=False)
+    sides = torch.empty(2, stream.draws, len(rows))
     off = policy.adapter_off() if config.tuning == "lora" else contextlib.nullcontext()
-    with off, progress("asking the reference", len(rows) * draws) as advance:
-        for visit in range(draws):
-            for start in range(0, len(rows), config.batch_size):
-                part = range(start, min(start + config.batch_size, len(rows)))
-                batch = policy.collate([{**rows[n], "visit": visit} for n in part])
-                found = policy.log_probs(policy.model, _moved(batch, device))
-                chosen[part.start : part.stop, visit] = found.chosen.cpu()
-                rejected[part.start : part.stop, visit] = found.rejected.cpu()
-                advance(len(part))
-    return WithReference(rows, chosen, rejected)
+    with off, progress("asking the reference", total) as advance:
+        for start in range(0, total, size):
+            numbers = [n % total for n in range(start, start + size)]
+            batch = policy.collate([fixed[n] for n in numbers])
+            found = policy.log_probs(policy.model, _moved(batch, device))
+            for side, values in zip(sides, (found.chosen, found.rejected), strict=True):
+                side.view(-1)[torch.tensor(numbers)] = values.float().cpu()
+            advance(min(size, total - start))
+    return WithReference(rows, sides[0].T.contiguous(), sides[1].T.contiguous())
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

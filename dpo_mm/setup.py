@@ -10,14 +10,17 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from dpo_mm import objectives
-from dpo_mm.config import TrainConfig
+from dpo_mm.config import TrainConfig, nearest
 from dpo_mm.objectives import LogProbs
+from dpo_mm.policies.draws import LEVELS
 from dpo_mm.policies.protocol import load_policy, policy_class
 from dpo_mm.reference import choose_name
 
 NEEDED = ("reference", "z", "reward_shift", "corrupted_ratio", "loser_scale")
 SLACK = 0.9
 """`safe`'s slack where settings give none: Diffusion-SDPO's for SD1.5 (0.6 for SDXL)."""
+OF_IMAGES = ("timesteps", "timestep_range", "stratified", "antithetic")
+"""Settings that only a policy of images knows."""
 OF_TEXT = ("include_vision", "max_length", "on_too_long", "layout", "tail_weight", "edited_weight", "keep_features")
 """Settings that only a policy of text knows."""
 
@@ -55,10 +58,24 @@ def check(config: TrainConfig) -> None:
         )
     if choose_name(config) == "precomputed" and "corrupted_ratio" in needs_of(config):
         raise ValueError("reference 'precomputed' does not go with image_conditional; take adapter_off or frozen_copy")
-    strange = [] if exact else [name for name in OF_TEXT if getattr(config, name) != getattr(TrainConfig, name)]
+    others = OF_IMAGES if exact else OF_TEXT
+    strange = [name for name in others if getattr(config, name) != getattr(TrainConfig, name)]
     if strange:
-        raise ValueError(f"{strange[0]} is a setting of vision-language models; {config.model} is an image generator")
+        kinds = ("vision-language models", "image generators")
+        of, here = kinds if not exact else kinds[::-1]
+        raise ValueError(f"{strange[0]} is a setting of {of}; {config.model} is one of the {here}")
+    _check_draws(config)
     training_arguments(config)
+
+
+def _check_draws(config: TrainConfig) -> None:
+    if config.timesteps not in LEVELS:
+        raise ValueError(f"timesteps {config.timesteps!r} is unknown; {nearest(config.timesteps, LEVELS)}")
+    low, high = config.timestep_range
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"timestep_range is {low:g} to {high:g}; expected 0 <= low < high <= 1, 0 clean, 1 pure noise")
+    if config.antithetic and (config.batch_size % 2 or config.reference_draws):
+        raise ValueError("antithetic takes an even batch_size (each pair comes twice) and no reference_draws")
 
 
 def needs_of(config: TrainConfig) -> set[str]:

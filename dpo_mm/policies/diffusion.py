@@ -183,17 +183,22 @@ class DiffusionPolicy:
 
         A row has id, visit, chosen_mean, chosen_std, rejected_mean, rejected_std (c, h, w) and the prompt's tensors.
         """
-        seed, (low, high) = self.config.seed, self.config.timestep_range
-        keys = [(seed, row["id"], row["visit"]) for row in rows]
+        kind, within = self.config.timesteps, self.config.timestep_range
+        keys = [(self.config.seed, row["id"], row["visit"]) for row in rows]
         shape = tuple(rows[0]["chosen_mean"].shape)
         posterior = _stack([draws.noise(*key, shape, what="posterior") for key in keys])
-        levels = torch.tensor([draws.uniform(*key, low, high) for key in keys])
+        levels = [
+            draws.level(*key, kind=kind, within=within, stratum=row.get("stratum", (0, 1)))
+            for key, row in zip(keys, rows, strict=True)
+        ]
+        noise = [row.get("sign", 1) * draws.noise(*key, shape) for key, row in zip(keys, rows, strict=True)]
         batch: Batch = {
             "id": [row["id"] for row in rows],
             "chosen": self._latents(rows, "chosen", posterior),
             "rejected": self._latents(rows, "rejected", posterior),
-            "noise": _stack([draws.noise(*key, shape) for key in keys]),
-            "timestep": self.timesteps(levels),
+            "noise": _stack(noise),
+            "timestep": self.timesteps(torch.tensor(levels)),
+            "level": torch.tensor(levels),
             "prompt": {name: torch.stack([row["prompt"][name] for row in rows]) for name in rows[0]["prompt"]},
         }
         for name in FROM_DATA:
