@@ -33,9 +33,7 @@ class _Watch(TrainerCallback):
         self.seen: deque[float] = deque(maxlen=WINDOW)
         self.warned = False
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.warned or not logs or self.name not in logs:
             return
         self.seen.append(logs[self.name])

@@ -204,12 +204,13 @@ def _keep(place: Path, columns: dict[str, Any]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         Dataset.from_dict({k: list(v) for k, v in columns.items()}, features=Features(kinds)).save_to_disk(str(aside))
+        aside.rename(place)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
             error.errno, f"could not write {place}: {error.strerror or error}; free space or set DPO_MM_CACHE"
         ) from error
-    aside.rename(place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(path: Path, text: str) -> None:
@@ -273,7 +274,9 @@ def keep_reference(policy: Any, stream: PairStream, config: TrainConfig) -> With
     fixed = dataclasses.replace(stream, length=total, shuffle=False)
     sides = torch.empty(2, stream.draws, len(rows))
     off = policy.adapter_off() if config.tuning == "lora" else contextlib.nullcontext()
-    with off, progress("asking the reference", total) as advance:
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    mixed = torch.autocast(device.type, half, enabled=half is not None)
+    with off, mixed, progress("asking the reference", total) as advance:
         for start in range(0, total, size):
             numbers = [n % total for n in range(start, start + size)]
             batch = policy.collate([fixed[n] for n in numbers])

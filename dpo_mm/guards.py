@@ -84,12 +84,19 @@ class FiniteSteps(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """Asked to stop (SIGTERM), a run finishes its step, saves and ends; the second time it ends at once."""
+    """Asked to stop (SIGTERM), a run finishes its step, saves and ends; the second time it ends at once.
+
+    Of several processes all stop after the same step, whichever was asked, since a save waits for all.
+    """
 
     def __init__(self) -> None:
         self.asked = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            asked = torch.tensor(float(self.asked), device=args.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.asked = bool(asked)
         if self.asked:
             control.should_save = control.should_training_stop = True
 

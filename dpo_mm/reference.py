@@ -111,7 +111,9 @@ class Following:
 
         stored: dict[str, Tensor] = load_file(folder / FILE) if (folder / FILE).exists() else {}
         if stored.keys() != self.kept.keys():
-            raise ValueError(f"{folder / FILE} is missing or of another model; start again, or resume an older checkpoint")
+            raise ValueError(
+                f"{folder / FILE} is missing or of another model; start again, or resume an older checkpoint"
+            )
         for name, tensor in stored.items():
             self.kept[name].copy_(tensor)
 

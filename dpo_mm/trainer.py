@@ -292,7 +292,9 @@ def train(config: TrainConfig) -> Trained:
     with training_arguments(config).main_process_first(desc="encoding"):
         rows, watched, digest = encoded_sets(policy, config)
     if checkpoint and before["pairs_digest"] != digest:
-        raise ValueError(f"{config.pairs} has changed since {checkpoint} was made; put it back, or choose another output_dir")
+        raise ValueError(
+            f"{config.pairs} has changed since {checkpoint} was made; put it back, or choose another output_dir"
+        )
     policy.drop_encoders()
     policy.prepare(config)
     if config.keep_features:

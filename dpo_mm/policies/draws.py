@@ -40,7 +40,7 @@ def level(
     """
     which, count = stratum
     share = float(generator(seed, row, visit, "timestep").uniform())
-    return LEVELS[kind]((which + share) / count, *within)
+    return min(LEVELS[kind]((which + share) / count, *within), math.nextafter(within[1], within[0]))
 
 
 def _uniform(share: float, low: float, high: float) -> float:
@@ -50,11 +50,11 @@ def _uniform(share: float, low: float, high: float) -> float:
 def _logit_normal(share: float, low: float, high: float) -> float:
     """sigmoid(n), n standard normal: the middle of the schedule more often. Source: Esser et al. 2024 (2403.03206)."""
     first, last = (float(ndtr(logit(end))) for end in (low, high))
-    return min(float(expit(ndtri(first + (last - first) * share))), math.nextafter(high, low))
+    return float(expit(ndtri(first + (last - first) * share)))
 
 
 LEVELS: dict[str, Callable[[float, float, float], float]] = {"uniform": _uniform, "logit_normal": _logit_normal}
-"""The place below which a share in [0, 1) of a distribution lies, cut to [low, high)."""
+"""The place below which a share in [0, 1] of a distribution lies, cut to [low, high]."""
 
 
 def strata(seed: int, key: str, count: int) -> np.ndarray:
