@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_mm import trainer as module
-from dpo_mm.config import TrainConfig
 from dpo_mm.checkpoints import newest_whole, what_is_wrong
+from dpo_mm.config import TrainConfig
 from dpo_mm.guards import IN_A_ROW, FiniteSteps
 from dpo_mm.trainer import DPOTrainer, train
 
