@@ -5,6 +5,7 @@ A key that no dataclass knows is refused with the nearest one; a value of the wr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -31,8 +32,8 @@ class TrainConfig:
 
     objective: str | dict[str, float] = "sigmoid"
     """A name in dpo_mm.objectives.OBJECTIVES, or several with weights."""
-    beta: float = 5000.0
-    """1/nats, with the authors' 1/2 in the log-ratio and the error's mean over elements (Wallace et al. 2023: SD1.5
+    beta: float | str = 5000.0
+    """1/nats, or auto (see dpo_mm/beta.py), with the authors' 1/2 in the log-ratio and the error's mean over elements (Wallace et al. 2023: SD1.5
     2000, SDXL 5000; diffusers' script calls half of this number beta_dpo)."""
     settings: dict[str, float] = field(default_factory=dict)
     """Further settings of the objective, such as smoothing."""
@@ -73,6 +74,8 @@ class TrainConfig:
     """uniform | logit_normal: how timesteps are drawn from the schedule."""
     timestep_range: tuple[float, float] = (0.0, 1.0)
     """Part of the schedule to draw timesteps from; 0 is clean, 1 pure noise."""
+    weighting: str = "target"
+    """target | epsilon: what beta is constant on where the network predicts v or a velocity."""
     stratified: bool = False
     """A step's pairs take their timesteps from as many parts of the schedule, one each; of K fixed draws, a row's do."""
     antithetic: bool = False
@@ -246,6 +249,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return None
         kinds = [option for option in options if option is not type(None)]
         preferred = [k for k in kinds if isinstance(value, typing.get_origin(k) or k)]
+        if float in kinds and isinstance(value, str | int) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError):
+                return float(value)
         return _coerce(value, (preferred or kinds)[0], where)
     if origin is tuple:
         parts = value.split(",") if isinstance(value, str) else list(value)

@@ -96,7 +96,7 @@ def _encode_prompts(policy: Any, rows: Dataset, folder: Path) -> None:
             place = folder / f"prompts-{number:05}"
             if not place.exists():
                 tensors = policy.encode_prompts([names[i] for i in part])
-                _keep(place, {name: value.float().numpy() for name, value in tensors.items()})
+                _keep(place, {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in tensors.items()})
             advance(len(part))
 
 

@@ -101,7 +101,7 @@ def family_of(model: str, *, revision: str | None = None) -> str:
     if name not in FAMILIES:
         raise ValueError(
             f"model {model!r} is a {name}, which no family handles yet; known: {', '.join(FAMILIES)}. "
-            "A family is one file, see dpo_mm/policies/stable_diffusion.py"
+            "A family is one file, see dpo_mm/policies/README.md"
         )
     return FAMILIES[name]
 

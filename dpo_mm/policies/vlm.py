@@ -375,5 +375,8 @@ class VisionLanguage:
             "target": f"token log-probs, {'vision tower and ' if self.include_vision else ''}language model",
             "reduction": self._reduction(),
             "layout": layout.get(self.scorer.layout, self.scorer.layout),
-            "effective beta": f"{config.beta:g} a nat of the whole completion, as in Rafailov et al. 2023",
+            **({} if isinstance(config.beta, str) else {"effective beta": self._beta(config.beta)}),
         }
+
+    def _beta(self, beta: float) -> str:
+        return f"{beta:g} a nat of the whole completion, as in Rafailov et al. 2023"
