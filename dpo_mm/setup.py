@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from dpo_mm import objectives
+from dpo_mm.beta import AUTO
 from dpo_mm.config import TrainConfig, nearest
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.draws import LEVELS
@@ -19,7 +20,7 @@ from dpo_mm.reference import choose_name
 NEEDED = ("reference", "z", "reward_shift", "corrupted_ratio", "loser_scale")
 SLACK = 0.9
 """`safe`'s slack where settings give none: Diffusion-SDPO's for SD1.5 (0.6 for SDXL)."""
-OF_IMAGES = ("timesteps", "timestep_range", "stratified", "antithetic")
+OF_IMAGES = ("timesteps", "timestep_range", "stratified", "antithetic", "weighting")
 """Settings that only a policy of images knows."""
 OF_TEXT = ("include_vision", "max_length", "on_too_long", "layout", "tail_weight", "edited_weight", "keep_features")
 """Settings that only a policy of text knows."""
@@ -34,7 +35,7 @@ def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs
     named = {config.objective: 1.0} if isinstance(config.objective, str) else dict(config.objective)
     settings = dict(config.settings)
     if any("beta" in objectives.settings_of(name) for name in named):
-        settings["beta"] = config.beta
+        settings["beta"] = 1.0 if config.beta == AUTO else _number(config.beta)
     settings.pop("slack", None) if "safe" in named else None
     if config.sft_weight:
         named["sft"] = named.get("sft", 0.0) + config.sft_weight
@@ -45,6 +46,12 @@ def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs
     given["corrupted_ratio" if exact else "loser_scale"] = torch.zeros(2)
     loss(sample, sample, given)
     return loss
+
+
+def _number(beta: float | str) -> float:
+    if isinstance(beta, str):
+        raise ValueError(f"beta {beta!r} is no number; expected one above 0, or {AUTO}")
+    return beta
 
 
 def check(config: TrainConfig) -> None:
@@ -71,6 +78,8 @@ def check(config: TrainConfig) -> None:
 def _check_draws(config: TrainConfig) -> None:
     if config.timesteps not in LEVELS:
         raise ValueError(f"timesteps {config.timesteps!r} is unknown; {nearest(config.timesteps, LEVELS)}")
+    if config.weighting not in ("target", "epsilon"):
+        raise ValueError(f"weighting {config.weighting!r} is unknown; expected target or epsilon")
     low, high = config.timestep_range
     if not 0 <= low < high <= 1:
         raise ValueError(f"timestep_range is {low:g} to {high:g}; expected 0 <= low < high <= 1, 0 clean, 1 pure noise")

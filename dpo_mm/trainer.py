@@ -22,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_mm import objectives
+from dpo_mm.beta import AUTO, measure_beta
 from dpo_mm.card import write_card
 from dpo_mm.checkpoints import CONFIG_FILE, mark_complete, newest_whole, publish, same_recipe, writing
 from dpo_mm.collate import PairStream
@@ -273,6 +274,7 @@ class Trained:
     folder: Path
     history: tuple[dict[str, float], ...]
     settings: dict[str, str]
+    beta: float
 
 
 class Stopped(Exception):
@@ -303,10 +305,14 @@ def train(config: TrainConfig) -> Trained:
         draws = 1 if policy.exact else config.reference_draws
         rows = keep_reference(policy, dataclasses.replace(training_stream(config, rows, 1), draws=draws), config)
         watched = watched and keep_reference(policy, frozen_stream(watched, exact=policy.exact), config)
+    kept = {"beta": config.beta, "measured_beta": None, "pairs_digest": digest, "pairs_a_step": step}
+    if config.beta == AUTO:
+        stream = training_stream(config, rows, 1)
+        kept["measured_beta"] = before.get("measured_beta") or measure_beta(policy, stream, config)
+        config = dataclasses.replace(config, beta=kept["measured_beta"])
     settings = describe(policy, config, len(rows))
     stop = Stop()
     with progress("training", config.steps) as advance, stop.listening():
-        kept = {"pairs_digest": digest, "pairs_a_step": step}
         trainer = DPOTrainer(policy, config, rows, watched, kept=kept, callbacks=[Bar(advance), stop])
         trainer.remove_callback(PrinterCallback)
         if trainer.args.should_save:
@@ -321,7 +327,7 @@ def train(config: TrainConfig) -> Trained:
     trainer.save_result()
     if trainer.is_world_process_zero():
         write_card(config, settings, text=policy.exact)
-    return Trained(Path(config.output_dir), tuple(trainer.state.log_history), settings)
+    return Trained(Path(config.output_dir), tuple(trainer.state.log_history), settings, float(config.beta))
 
 
 def describe(policy: Any, config: TrainConfig, rows: int) -> dict[str, str]:
@@ -329,6 +335,7 @@ def describe(policy: Any, config: TrainConfig, rows: int) -> dict[str, str]:
     trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
     every = sum(tensor.numel() * tensor.element_size() for tensor in policy.model.parameters())
     copies = 2 if choose_name(config) == "frozen_copy" else 1
+    unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
     return {
         "pairs": f"{config.pairs}, {rows} to train on",
         "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} pairs a process",
@@ -337,6 +344,7 @@ def describe(policy: Any, config: TrainConfig, rows: int) -> dict[str, str]:
         "tuning": f"{config.tuning}, {trained:,} parameters train",
         "memory": f"about {(copies * every + 12 * trained) / 2**20:,.0f} MiB for weights, gradients and Adam, activations beside it",
         **policy.describe(config),
+        **unknown,
     }
 
 
