@@ -28,17 +28,17 @@ SHARE = {False: 0.02, True: 0.5}
 def measure_beta(policy: Any, stream: PairStream, config: TrainConfig) -> float:
     """1/nats, rounded to two digits so that it is the same on every machine, and the same on every process.
 
-    stream: the run's pairs, of which the first PAIRS are asked. Raises ValueError where all pairs are alike.
+    stream: the run's pairs; its first PAIRS are asked, however short the run. Raises ValueError where all pairs are alike.
     """
     from accelerate.utils import broadcast_object_list, send_to_device
 
     device, found = next(policy.model.parameters()).device, []
-    for start in range(0, min(PAIRS, len(stream)), config.batch_size):
-        rows = [stream[n] for n in range(start, min(start + config.batch_size, len(stream)))]
+    for start in range(0, PAIRS, config.batch_size):
+        rows = [stream[n] for n in range(start, start + config.batch_size)]
         with torch.no_grad():
             said = policy.log_probs(policy.model, send_to_device(policy.collate(rows), device))
         found.append((said.chosen - said.rejected).float().cpu())
-    spread = torch.cat(found).std().item() if sum(map(len, found)) > 1 else 0.0
+    spread = torch.cat(found).std().item()
     if not spread > 0:
         raise ValueError("beta 'auto' needs pairs whose log-probs differ; these are all alike, give beta a number")
     return float(broadcast_object_list([f"{1 / (SHARE[policy.exact] * spread):.2g}"])[0])
