@@ -259,7 +259,7 @@ class DiffusionPolicy:
         if has_lora(self.model):
             read_lora(self.model, self.denoiser, folder / LORA_FILE)
         else:
-            stored = type(self.model).from_pretrained(folder / self.denoiser)  # type: ignore[attr-defined]
+            stored = type(self.model).from_pretrained(folder / self.denoiser, use_safetensors=True)  # type: ignore[attr-defined]
             self.model.load_state_dict(stored.state_dict())
 
     # Drawing

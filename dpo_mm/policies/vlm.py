@@ -263,6 +263,7 @@ class VisionLanguage:
     def load_weights(self, folder: Path) -> None:
         """Read what `save` wrote into the model as `prepare` set it up. Raises ValueError where it does not fit."""
         if hasattr(self.model, "disable_adapter"):
+            _no_pickle(folder)
             from peft import load_peft_weights, set_peft_model_state_dict
 
             weights = load_peft_weights(str(folder), device="cpu")
@@ -278,6 +279,7 @@ class VisionLanguage:
         """Load a tuned adapter or model with the stock library, to answer. Raises ValueError where there is none."""
         folder = Path(folder)
         if (folder / ADAPTER_FILE).exists():
+            _no_pickle(folder)
             from peft import PeftModel
 
             self.model = PeftModel.from_pretrained(self.core, str(folder)).eval()
@@ -380,3 +382,9 @@ class VisionLanguage:
 
     def _beta(self, beta: float) -> str:
         return f"{beta:g} a nat of the whole completion, as in Rafailov et al. 2023"
+
+
+def _no_pickle(folder: Path) -> None:
+    """Raises ValueError for an adapter that PEFT would unpickle."""
+    if not (folder / "adapter_model.safetensors").exists():
+        raise ValueError(f"adapter {str(folder)!r} has no adapter_model.safetensors; pickled weights are not read")
