@@ -43,7 +43,7 @@ def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs
     one = torch.ones(2)
     sample = LogProbs(-one, -one, one, one, exact=exact)
     given = {"probability": one, "score_margin": one, "z": torch.zeros(()), "reward_shift": torch.zeros(())}
-    given["corrupted_ratio" if exact else "loser_scale"] = torch.zeros(2)
+    given |= {"loser_scale": torch.zeros(2)} | ({"corrupted_ratio": torch.zeros(2)} if exact else {})
     loss(sample, sample, given)
     return loss
 

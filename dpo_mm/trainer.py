@@ -127,8 +127,7 @@ class DPOTrainer(Trainer):
         policy, reference = self._asked(model, inputs)
         given = {**inputs, **self._from_batch(policy, reference)}
         if "loser_scale" in self.needs:
-            slack = self.config.settings.get("slack", SLACK)
-            given["loser_scale"] = objectives.safe_scale(*self.policy.residual.chunk(2), slack=slack)
+            given["loser_scale"] = self.policy.loser_scale(slack=self.config.settings.get("slack", SLACK))
         if "corrupted_ratio" in self.needs:
             seen_less, reference_less = self._asked(model, inputs["corrupted"])
             given["corrupted_ratio"] = objectives.log_ratios(seen_less, reference_less)[0]  # type: ignore[arg-type]

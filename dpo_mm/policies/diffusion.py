@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.objectives import LogProbs
+from dpo_mm.objectives import LogProbs, safe_scale
 from dpo_mm.policies import drawing
 from dpo_mm.policies.adapters import LORA_FILE, add_lora, has_lora, read_lora, save_lora
 from dpo_mm.policies.batches import collate
@@ -229,6 +229,10 @@ class DiffusionPolicy:
         chosen, rejected = (-0.5 * self.errors(model, latents, noise, timestep, prompt)).chunk(2)
         ones = torch.ones_like(chosen)
         return LogProbs(chosen, rejected, ones, ones, exact=self.exact)
+
+    def loser_scale(self, *, slack: float) -> Tensor:
+        """`safe`'s scale of each pair that was asked last, (pairs,)."""
+        return safe_scale(*self.residual.chunk(2), slack=slack)
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:

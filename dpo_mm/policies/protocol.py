@@ -36,6 +36,10 @@ class Policy(Protocol):
         """One batch from encoded rows, each with its `visit`."""
         ...
 
+    def loser_scale(self, *, slack: float) -> Any:
+        """What `safe` scales the rejected side's gradient by, of each pair that `log_probs` was asked last, (pairs,)."""
+        ...
+
     def adapter_off(self) -> AbstractContextManager[None]:
         """Within it the model answers as the base. Raises ValueError where it has no adapter."""
         ...

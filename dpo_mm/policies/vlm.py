@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.objectives import LogProbs, segment_mean, shared_length
+from dpo_mm.objectives import LogProbs, preserving_scale, segment_mean, shared_length
 from dpo_mm.policies import conversations
 from dpo_mm.policies.anatomy import classes_of, lora_targets, outside_language
 from dpo_mm.policies.conversations import Conversations
@@ -209,7 +209,17 @@ class VisionLanguage:
         """
         if self._shares_features(model, batch):
             batch["features"] = vision_features(unwrap(model), batch)
-        return self._summed(self.scorer(model, batch), batch)
+        scores = self.scorer(model, batch)
+        self.asked = batch, scores.detach()
+        return self._summed(scores, batch)
+
+    def loser_scale(self, *, slack: float) -> torch.Tensor:
+        """`safe`'s scale of each pair that was asked last, (pairs,)."""
+        batch, scores = self.asked
+        layout = batch["layout"]
+        sides = [part[:, layout.prompt :].to(scores.device) for part in (batch["mask"], batch["ids"])]
+        masks, ids = (part.split([layout.chosen, layout.rejected], 1) for part in sides)
+        return preserving_scale(scores.split([layout.chosen, layout.rejected], 1), masks, ids, slack=slack)
 
     def _summed(self, scores: torch.Tensor, batch: Batch) -> LogProbs:
         """Token log-probs as those of the answers: sums, or as `tail_weight` or `edited_weight` say."""

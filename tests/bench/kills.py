@@ -3,7 +3,7 @@
     python -m tests.bench.kills OUTPUT.json MODEL PAIRS [--kills 25] [--seed 0]
 
 MODEL and PAIRS as in a recipe; each run is a process of its own, forked from one that has imported everything. Every
-other kill waits for a save to begin. A line of the log is a kill: when it came, whether a save was under way, the newest
+other one is killed in a save, after a random share of the time that the save before took. A line of the log is a kill: when it came, whether a save was under way, the newest
 whole checkpoint then, and whether the resumed run's weights and losses are those of the unbroken one.
 """
 
@@ -24,13 +24,13 @@ from typing import Any
 
 from dpo_mm.checkpoints import newest_whole
 from dpo_mm.config import TrainConfig
-from dpo_mm.trainer import train
+from dpo_mm.trainer import DPOTrainer, train
 
-STEPS = 12
+STEPS = 6
 
 
-def begun(config: TrainConfig) -> int:
-    """A process that trains; its id."""
+def begun(config: TrainConfig, *, dies_in_save: tuple[int, float] | None = None) -> int:
+    """A process that trains; its id. dies_in_save: in which save it is killed, and after which share of one's time."""
     process = os.fork()
     if process == 0:
         status = 1
@@ -38,11 +38,29 @@ def begun(config: TrainConfig) -> int:
             silent = os.open(f"{config.output_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(silent, 1)
             os.dup2(silent, 2)
+            if dies_in_save:
+                _doom(*dies_in_save)
             train(config)
             status = 0
         finally:
             os._exit(status)
     return process
+
+
+def _doom(which: int, share: float) -> None:
+    """From now on this process gets a SIGKILL in its `which`-th save, `share` of the last one's duration after its begin."""
+    save, times = DPOTrainer._save_checkpoint, [0.0]
+
+    def doomed(self: DPOTrainer, *given: Any) -> None:
+        began, victim = time.monotonic(), os.getpid()
+        if len(times) == which and os.fork() == 0:
+            time.sleep(share * times[-1])
+            os.kill(victim, signal.SIGKILL)
+            os._exit(0)
+        save(self, *given)
+        times.append(time.monotonic() - began)
+
+    DPOTrainer._save_checkpoint = doomed  # type: ignore[method-assign]
 
 
 def finished(config: TrainConfig) -> None:
@@ -65,22 +83,19 @@ def result(folder: Path) -> tuple[str, list[float]]:
 
 
 def killed(config: TrainConfig, rng: random.Random, *, in_save: bool, lasts: float) -> dict[str, Any] | None:
-    """Start a run and kill it; None where it ended before."""
-    saving = Path(config.output_dir) / ".saving"
-    began, process = time.monotonic(), begun(config)
-    due, wait, saves, was = rng.uniform(0, lasts), rng.uniform(0, 0.02), rng.randint(1, STEPS - 1), False
-    while os.waitpid(process, os.WNOHANG) == (0, 0):
-        now = saving.exists()
-        saves, was = saves - (now and not was), now
-        if (saves <= 0 and now) if in_save else time.monotonic() - began > due:
-            time.sleep(wait if in_save else 0)
-            os.kill(process, signal.SIGKILL)
-            _, status = os.waitpid(process, 0)
-            if os.WIFSIGNALED(status):
-                return {"seconds": round(time.monotonic() - began, 2), "in a save": saving.exists()}
-            return None
+    """Start a run and have it killed; None where it ended before."""
+    began, due = time.monotonic(), lasts * rng.random()
+    process = begun(config, dies_in_save=(rng.randint(2, STEPS - 1), rng.random()) if in_save else None)
+    gone, status = 0, 0
+    while not gone:
         time.sleep(0.001)
-    return None
+        if not in_save and time.monotonic() - began > due:
+            os.kill(process, signal.SIGKILL)
+            due = float("inf")
+        gone, status = os.waitpid(process, os.WNOHANG)
+    if not os.WIFSIGNALED(status):
+        return None
+    return {"seconds": round(time.monotonic() - began, 2), "in a save": (Path(config.output_dir) / ".saving").exists()}
 
 
 def main(arguments: list[str]) -> None:
