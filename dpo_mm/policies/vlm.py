@@ -21,13 +21,22 @@ import torch
 from torch import nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.objectives import LogProbs, preserving_scale, segment_mean, shared_length
+from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies import conversations
+from dpo_mm.policies.adapters import refuse_pickle
 from dpo_mm.policies.anatomy import classes_of, lora_targets, outside_language
 from dpo_mm.policies.conversations import Conversations
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.policies.shared_prefix import unwrap
-from dpo_mm.policies.token_scores import Scorer, evaluating, features_agree, features_to, join_features, vision_features
+from dpo_mm.policies.token_scores import (
+    Scorer,
+    answers_scale,
+    evaluating,
+    features_agree,
+    features_to,
+    join_features,
+    vision_features,
+)
 from dpo_mm.schema import Answer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -215,11 +224,7 @@ class VisionLanguage:
 
     def loser_scale(self, *, slack: float) -> torch.Tensor:
         """`safe`'s scale of each pair that was asked last, (pairs,)."""
-        batch, scores = self.asked
-        layout = batch["layout"]
-        sides = [part[:, layout.prompt :].to(scores.device) for part in (batch["mask"], batch["ids"])]
-        masks, ids = (part.split([layout.chosen, layout.rejected], 1) for part in sides)
-        return preserving_scale(scores.split([layout.chosen, layout.rejected], 1), masks, ids, slack=slack)
+        return answers_scale(*self.asked, slack=slack)
 
     def _summed(self, scores: torch.Tensor, batch: Batch) -> LogProbs:
         """Token log-probs as those of the answers: sums, or as `tail_weight` or `edited_weight` say."""
@@ -273,7 +278,7 @@ class VisionLanguage:
     def load_weights(self, folder: Path) -> None:
         """Read what `save` wrote into the model as `prepare` set it up. Raises ValueError where it does not fit."""
         if hasattr(self.model, "disable_adapter"):
-            _no_pickle(folder)
+            refuse_pickle(folder)
             from peft import load_peft_weights, set_peft_model_state_dict
 
             weights = load_peft_weights(str(folder), device="cpu")
@@ -289,7 +294,7 @@ class VisionLanguage:
         """Load a tuned adapter or model with the stock library, to answer. Raises ValueError where there is none."""
         folder = Path(folder)
         if (folder / ADAPTER_FILE).exists():
-            _no_pickle(folder)
+            refuse_pickle(folder)
             from peft import PeftModel
 
             self.model = PeftModel.from_pretrained(self.core, str(folder)).eval()
@@ -387,14 +392,5 @@ class VisionLanguage:
             "target": f"token log-probs, {'vision tower and ' if self.include_vision else ''}language model",
             "reduction": self._reduction(),
             "layout": layout.get(self.scorer.layout, self.scorer.layout),
-            **({} if isinstance(config.beta, str) else {"effective beta": self._beta(config.beta)}),
+            "effective beta": f"{config.beta} a nat of the whole completion, as in Rafailov et al. 2023",
         }
-
-    def _beta(self, beta: float) -> str:
-        return f"{beta:g} a nat of the whole completion, as in Rafailov et al. 2023"
-
-
-def _no_pickle(folder: Path) -> None:
-    """Raises ValueError for an adapter that PEFT would unpickle."""
-    if not (folder / "adapter_model.safetensors").exists():
-        raise ValueError(f"adapter {str(folder)!r} has no adapter_model.safetensors; pickled weights are not read")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def main(arguments: list[str]) -> None:
 
     out, moved = Path(arguments[0]), "--moved" in arguments
     batches = int(arguments[arguments.index("--batches") + 1]) if "--batches" in arguments else 40
-    with quietly():
-        config = read_recipe("faithfulness", "shapes", {"output_dir": f"{out}.runs"}).train
+    with quietly(), tempfile.TemporaryDirectory() as folder:
+        config = read_recipe("faithfulness", "shapes", {"output_dir": folder}).train
         policy = opened(config)
         rows = encoded_sets(policy, config).rows
         policy.prepare(config)

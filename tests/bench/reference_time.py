@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ def main(out: Path) -> None:
     from dpo_mm.setup import opened
     from dpo_mm.trainer import DPOTrainer, training_stream
 
-    with quietly():
-        config = read_recipe("faithfulness", "shapes", {"output_dir": f"{out}.runs"}).train
+    with quietly(), tempfile.TemporaryDirectory() as folder:
+        config = read_recipe("faithfulness", "shapes", {"output_dir": folder}).train
         policy = opened(config)
         rows = encoded_sets(policy, config).rows
         policy.drop_encoders()

@@ -29,7 +29,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("objective", ["sigmoid", "kto"])
 def test_two_processes_give_the_losses_of_one(objective: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: {tiny_model}\npairs: {pairs}\nobjective: {objective}\nbeta: 500\nstratified: true\n")
+    recipe.write_text(f"model: {tiny_model}\npairs: {pairs}\nobjective: {objective}\nbeta: 100\nstratified: true\n")
     one = [sys.executable, "-m", "dpo_mm", "train", str(recipe), *COMMON]
     subprocess.run([*one, "--batch-size", "4", "--output-dir", str(tmp_path / "one")], check=True, capture_output=True)
     two = [
@@ -61,7 +61,7 @@ def test_one_of_two_processes_asked_to_stop_stops_both_and_one_process_goes_on(
 
     whole = TrainConfig(
         tiny_model, pairs, str(tmp_path / "whole"), steps=6, batch_size=4, save_every=2, log_every=1,
-        learning_rate=1e-3, beta=500, eval_fraction=0, stratified=True,
+        learning_rate=1e-3, beta=100, eval_fraction=0, stratified=True,
     )  # fmt: skip
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "two"
     settings = as_dict(whole) | {"output_dir": str(out), "batch_size": 2, "steps": 400, "save_every": 1}

@@ -119,3 +119,10 @@ def test_kept_references_equal_those_asked_in_the_step_to_the_bit(
         online = adapter_off(policy)(policy.model, batch)
         assert torch.equal(online.chosen, batch["reference_chosen"])
         assert torch.equal(online.rejected, batch["reference_rejected"])
+
+
+def test_more_fixed_draws_than_visits_are_fresh_draws() -> None:
+    """Seven visits of each row, as the shapes recipe makes: 16 kept draws are the same run, 4 are not."""
+    rows = [{"id": str(n)} for n in range(5)]
+    fresh, sixteen, four = (PairStream(rows, seed=0, length=35, draws=k) for k in (0, 16, 4))
+    assert [sixteen[n] for n in range(35)] == [fresh[n] for n in range(35)] != [four[n] for n in range(35)]
