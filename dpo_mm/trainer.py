@@ -31,11 +31,12 @@ from dpo_mm.drift import Displacement, ErrorDrift
 from dpo_mm.encoding import encoded_sets, keep_reference
 from dpo_mm.guards import FiniteSteps, Stop
 from dpo_mm.objectives import LogProbs
-from dpo_mm.policies.protocol import Batch
+from dpo_mm.policies.protocol import Batch, commit_of
 from dpo_mm.progress import progress
 from dpo_mm.reference import Following, choose, choose_name
 from dpo_mm.schema import decided, load_pairs, load_responses, split_by_prompt
 from dpo_mm.setup import SLACK, check, loss_of, needs_of, opened, training_arguments
+from dpo_mm.shipped import locate
 
 EVAL_DRAWS = 4
 """Frozen (noise, timestep) draws of each watched row, one from each quarter of the schedule."""
@@ -334,8 +335,10 @@ def describe(policy: Any, config: TrainConfig, rows: int) -> dict[str, str]:
     trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
     every = sum(tensor.numel() * tensor.element_size() for tensor in policy.model.parameters())
     copies = 2 if choose_name(config) == "frozen_copy" else 1
+    commit = commit_of(locate(config.model), revision=config.revision)
     unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
     return {
+        **({"revision": commit} if commit else {}),
         "pairs": f"{config.pairs}, {rows} to train on",
         "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} pairs a process",
         "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",

@@ -89,6 +89,13 @@ def _index(model: str, file: str, revision: str | None) -> Path | None:
         ) from error
 
 
+def commit_of(model: str, *, revision: str | None = None) -> str | None:
+    """The commit of a hub model that is read where `revision` is asked for; None for a folder."""
+    index = _index(model, "model_index.json", revision) or _index(model, "config.json", revision)
+    parts = index.parts if index else ()
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
 def family_of(model: str, *, revision: str | None = None) -> str:
     """Where the class stands that makes a policy of a model, as module:class, by the model's own index.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.protocol import commit_of, load_policy
 from dpo_mm.trainer import train
 from tests.contracts.families import stable_diffusion
 from tests.contracts.tiny_vlms import save
@@ -96,3 +96,19 @@ def test_no_token_is_written_down(tiny_model: str, pairs: str, tmp_path: Path, m
     train(TrainConfig(tiny_model, pairs, str(tmp_path), steps=2, batch_size=2, save_every=2, eval_fraction=0))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 8 and not any(secret.encode() in path.read_bytes() for path in files)
+
+
+def test_the_commit_of_a_hub_model_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's cache as it lies on disk: what `main` meant on that day is what the run records."""
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--org--model"
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert commit_of("org/model") == commit
+    assert commit_of(str(tmp_path)) is None
