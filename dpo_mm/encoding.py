@@ -206,6 +206,8 @@ def _keep(place: Path, columns: dict[str, Any]) -> None:
         Dataset.from_dict({k: list(v) for k, v in columns.items()}, features=Features(kinds)).save_to_disk(str(aside))
         aside.rename(place)
     except OSError as error:
+        if place.exists():  # another run encodes the same set at the same time, and was first
+            return
         raise OSError(
             error.errno, f"could not write {place}: {error.strerror or error}; free space or set DPO_MM_CACHE"
         ) from error

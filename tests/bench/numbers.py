@@ -8,7 +8,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "numbers.md"
-MEASURED = ("gradient_variance", "shapes_studies", "reference_time", "beta", "kills")
+MEASURED = ("gradient_variance", "safe_drift", "shapes_studies", "reference_time", "beta", "kills")
 
 
 def table(head: str, rows: list[list[str]]) -> str:
@@ -41,6 +41,16 @@ def studies(kept: dict[str, Any]) -> str:
     return f"`{kept['command']}`\n\n" + table(head, rows)
 
 
+def drift(kept: dict[str, Any]) -> str:
+    places = [10 * n for n in range(1, kept["steps"] // 10 + 1)]
+    rows = [
+        [row["name"], side.removeprefix("error_"), *(f"{value:.3f}" for value in row[side])]
+        for row in kept["rows"]
+        for side in ("error_chosen", "error_rejected")
+    ]
+    return f"`{kept['command']}`\n\n" + table(f"objective, side, {', '.join(f'to step {n}' for n in places)}", rows)
+
+
 def reference_time(kept: dict[str, Any]) -> str:
     rows = [[row["reference"], f"{row['step_ms']:.0f}", f"{row['before_s']:.1f}"] for row in kept["rows"]]
     head = "reference, CPU ms a step, CPU seconds before the first step"
@@ -68,6 +78,7 @@ def kills(kept: dict[str, Any]) -> str:
 
 TABLES = {
     "gradient_variance": variance,
+    "safe_drift": drift,
     "shapes_studies": studies,
     "reference_time": reference_time,
     "beta": betas,
