@@ -19,10 +19,10 @@ def table(head: str, rows: list[list[str]]) -> str:
 
 def variance(kept: dict[str, Any]) -> str:
     rows = [
-        [row["draws"], f"{row['variance']:.2f} ± {row['standard_error']:.2f}", f"{row['cosine_with_uniform']:.2f}"]
+        [row["draws"], f"{row['variance']:.2f} ± {row['standard_error']:.2f}", f"{row['noise_to_signal']:.0f}"]
         for row in kept["rows"]
     ]
-    return f"`{kept['command']}`\n\n" + table("draws, variance of a step's gradient, cosine with uniform's mean", rows)
+    return f"`{kept['command']}`\n\n" + table("draws, variance of a step's gradient, variance to signal", rows)
 
 
 def studies(kept: dict[str, Any]) -> str:

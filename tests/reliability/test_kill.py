@@ -29,7 +29,7 @@ def test_killed_runs_resume_to_the_same_bits(tiny_model: str, pairs: str, tmp_pa
 
 def test_the_log_of_25_kills() -> None:
     log = json.loads((Path(__file__).parents[2] / "docs" / "benchmarks" / "kills.json").read_text())
-    assert len(log["kills"]) == 25 and all(kill["same bits"] for kill in log["kills"])
+    assert len(log["kills"]) >= 25 and all(kill["same bits"] for kill in log["kills"])
     assert sum(kill["in a save"] for kill in log["kills"]) >= 5
 
 

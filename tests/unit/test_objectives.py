@@ -728,3 +728,10 @@ def test_the_page_has_them_all() -> None:
         assert (rows[name][4].strip() == "yes") == takes(name, "reference"), name
         needed = {key for key in (*FROM_DATA, *FROM_BATCH) if takes(name, key)}
         assert set(re.findall(r"`(\w+)`", rows[name][6])) == needed, name
+
+
+def test_the_page_of_numbers_is_what_was_measured() -> None:
+    """Written by `python -m tests.bench.numbers`."""
+    from tests.bench.numbers import PAGE, page
+
+    assert PAGE.read_text() == page()
