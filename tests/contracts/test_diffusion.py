@@ -220,7 +220,7 @@ def test_the_log_prob_is_the_papers_arithmetic(family: str, visit: int, ready: C
     """-1/2 mean (prediction - target)^2 in float64, from the level that the row's draw is."""
     policy = ready(family)
     batch = policy.collate([{**encoded(policy, 1)[0], "visit": visit}])
-    level, shape = draws.uniform(0, "row-0", visit), tuple(batch["chosen"].shape[1:])
+    level, shape = draws.level(0, "row-0", visit), tuple(batch["chosen"].shape[1:])
     x0, noise = batch["chosen"].double().numpy(), draws.noise(0, "row-0", visit, shape).astype(float)[None]
     noisy, target, timestep = by_hand(BUILDERS[family], level, x0, noise)
     assert batch["timestep"].item() == pytest.approx(timestep, rel=1e-5)

@@ -135,9 +135,7 @@ def test_long_examples_are_cut_in_their_middle() -> None:
     assert cut("a\n b") == "a b" and len(cut("x" * 1000)) < 210 and cut("y" * 999 + "end").endswith("end")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status"), [((), 0), (("--strict",), 1), (("--held-out", "shapes-train"), 1)]
-)
+@pytest.mark.parametrize(("arguments", "status"), [((), 0), (("--strict",), 1), (("--held-out", "shapes-train"), 1)])
 def test_the_exit_status_is_for_scripts(
     arguments: tuple[str, ...],
     status: int,
