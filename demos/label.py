@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from dpo_mm.labels.export import absolute, summary, train_command
+from dpo_mm.labels.export import absolute, standing, summary, train_command
 from dpo_mm.labels.sources import digest, open_pairs, picture_bytes
 from dpo_mm.labels.store import LONGEST_NAME, VoteStore, name_of
 from dpo_mm.pages import Page, img, safe, serve
@@ -47,8 +47,19 @@ CSS = """
 .state b { color: var(--body-text-color); overflow-wrap: anywhere; }
 .choices { display: grid !important; grid-template-columns: repeat(3, 1fr); gap: 10px !important; }
 .choices button { min-width: 0 !important; white-space: nowrap; }
+.quiet { color: var(--quiet); font-size: .9rem; }
+.arena, .arena tr { border: 0 !important; }
+.arena { width: 100%; border-collapse: collapse; font-size: .95rem; }
+.arena th, .arena td { padding: .35rem .5rem !important; text-align: left; border: 0 solid var(--border-color-primary) !important;
+  border-bottom-width: 1px !important; }
+.arena tbody th { font-weight: 600; overflow-wrap: anywhere; }
+.arena .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.arena td.span { position: relative; width: 30%; min-width: 70px; }
+.arena .bar, .arena .dot { position: absolute; top: 50%; height: 6px; margin-top: -3px; border-radius: 3px; background: var(--color-accent); opacity: .35; }
+.arena .dot { width: 10px; height: 10px; margin: -5px 0 0 -5px; border-radius: 50%; opacity: 1; }
+.away { position: absolute; clip-path: inset(50%); }
 .hint { text-align: center; font-size: .85rem; color: var(--quiet); }
-@media (max-width: 600px) { .hint { display: none; } .pair .sides { gap: 8px; }
+@media (max-width: 600px) { .arena { font-size: .8rem; } .arena .span { display: none; } .arena .number { white-space: normal; } .hint { display: none; } .pair .sides { gap: 8px; }
   .choices { gap: 8px !important; } .choices button { padding: .7rem .2rem !important; font-size: .9rem !important; } }
 """
 HEAD = """
@@ -66,7 +77,8 @@ HEAD = """
   };
   document.addEventListener("keydown", (event) => {
     if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.closest("input, textarea, [contenteditable=true]") || !document.querySelector("[data-labeller]")) return;
+    if (event.target.closest("input, textarea, [contenteditable=true], [role=tab]")) return;
+    if (!document.querySelector("[data-labeller]")?.offsetParent) return;
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
     if (key === "z" && pair()) pair().classList.toggle("zoomed");
     if (!(key in keys)) return;
@@ -147,6 +159,28 @@ def view(store: VoteStore, rows: Any, places: dict[str, int], labeller: str) -> 
     return [gr.update(visible=False), gr.update(visible=True), body, state_html(store, labeller)]
 
 
+def arena_html(store: VoteStore, rows: Any) -> str:
+    """A table of the models' ratings, or why there is none yet."""
+    try:
+        rated = standing(store, rows)
+    except ValueError as error:
+        return f'<p class="quiet">{safe(str(error).capitalize())}.</p>'
+    low, high = min(one.low for one in rated), max(one.high for one in rated)
+    place = lambda value: 100 * (value - low) / ((high - low) or 1)
+    lines = "".join(
+        f'<tr><th scope="row" dir="auto">{safe(one.model)}</th><td class="number">{one.rating:.0f}</td>'
+        f'<td class="span"><span class="bar" style="left:{place(one.low):.1f}%;width:{place(one.high) - place(one.low):.1f}%">'
+        f'</span><span class="dot" style="left:{place(one.rating):.1f}%"></span></td>'
+        f'<td class="number">{one.low:.0f} to {one.high:.0f}</td><td class="number">{one.wins} / {one.ties} / {one.losses}</td></tr>'
+        for one in rated
+    )
+    return (
+        '<table class="arena"><thead><tr><th>Model</th><th>Rating</th><th class="span"><span class="away">95 % interval</span></th>'
+        f"<th>95 % interval</th><th>won / tied / lost</th></tr></thead><tbody>{lines}</tbody></table>"
+        '<p class="quiet">400 points more win ten times out of eleven. Intervals that overlap widely decide nothing yet.</p>'
+    )
+
+
 def build(rows: Any, store: VoteStore, command: str) -> Page:
     """The page that labels pairs. command: what makes an adapter of the votes, for the user to copy."""
     places = {name: place for place, name in enumerate(rows["id"])}
@@ -189,6 +223,12 @@ def build(rows: Any, store: VoteStore, command: str) -> Page:
             gr.HTML(
                 '<div class="hint">Keys are on the buttons. Click a picture, or press Z, to look closely at both.</div>'
             )
+            with gr.Accordion("How the models stand", open=False) as arena:
+                gr.HTML('<p class="quiet">From everybody’s votes. Who knows it may vote otherwise: label first.</p>')
+                standings = gr.HTML(elem_id="standings")
+                arena.expand(
+                    lambda: arena_html(store, rows), None, standings, show_progress="hidden", api_visibility="private"
+                )
             with gr.Accordion("From votes to a trained adapter", open=False):
                 gr.Code(
                     command,

@@ -1,9 +1,10 @@
-"""The command line: dpo-mm quickstart | train | verify | mine | compare | demo | label."""
+"""The command line: dpo-mm quickstart | import | doctor | train | verify | mine | compare | demo | label."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ DryRun = Annotated[
 def main() -> None:
     """Run a command; whatever the user can mend is one line on standard error, with exit status 2."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
@@ -29,6 +31,12 @@ def main() -> None:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _stop(number: int, frame: Any) -> None:
+    """At SIGTERM, but in training, which saves first: end at once; shards are whole or not there."""
+    print("stopped as asked; what was finished is kept, the same command goes on from there", file=sys.stderr)
+    sys.exit(143)
 
 
 def flags(arguments: list[str]) -> dict[str, str]:
@@ -118,6 +126,61 @@ def quickstart(
     else:
         sampling = f"--sampling-steps {config.sampling_steps} --guidance {config.guidance:g} --seed {seed + 1}"
         print(f"Next, on other seeds: {again} {sampling}")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="A public set or a form, see docs/sets.md.")],
+    path: Annotated[str, typer.Argument(help="A folder, a file, a hub id, or hub for the set's own place there.")],
+    output: Annotated[str, typer.Argument(help="Folder of Parquet to write; one that was cut is gone on with.")],
+    split: Annotated[str, typer.Option(help="The set's split.")] = "train",
+    axis: Annotated[str | None, typer.Option(help="What was judged, where the set says it for several axes.")] = None,
+    min_margin: Annotated[float | None, typer.Option(help="Leave out pairs that are less apart, ties too.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows to write, at most.")] = None,
+    license: Annotated[str | None, typer.Option(help="The set's licence, where its source names none.")] = None,
+) -> None:
+    """Bring a preference set into the form that train takes, streamed; ties, votes, scores and licences are kept."""
+    from datasets import disable_progress_bars
+
+    from dpo_mm.sources.importing import import_set
+
+    disable_progress_bars()
+    found = import_set(
+        source, path, output, split=split, axis=axis, min_margin=min_margin, limit=limit, license=license
+    )
+    counted = {name: f"{count:,}" for name, count in sorted(found.preferences.items())}
+    left_out = {
+        f"left out: {reason}": f"{count:,} (the first: {found.examples[reason]})"
+        for reason, count in found.left_out.items()
+    }
+    _print({"rows": f"{found.rows:,} in {found.shards} files", **counted, **left_out})
+    place = shlex.quote(output)
+    print(f"Imported: {output}\nNext: dpo-mm doctor {place} && dpo-mm train CONFIG.yaml --pairs {place}")
+
+
+@app.command()
+def doctor(
+    pairs: Annotated[str, typer.Argument(help="Parquet, a folder of it, a hub set, or a shipped one.")],
+    held_out: Annotated[str | None, typer.Option(help="A set, or a list of prompts, that must not be in it.")] = None,
+    report: Annotated[str | None, typer.Option(help="HTML file to write as well.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
+) -> None:
+    """Look for what is wrong with a preference set. Exit status: 0 no errors, 1 errors found, 2 it can't be read."""
+    from datasets import disable_progress_bars
+    from rich.console import Console
+
+    from dpo_mm.doctor import examine
+    from dpo_mm.doctor.report import terminal, write_report
+    from dpo_mm.sources import SOURCES
+
+    disable_progress_bars()
+    uncertain = frozenset(name for name, source in SOURCES.items() if source.uncertain)
+    diagnosis = examine(pairs, held_out=held_out, uncertain=uncertain)
+    Console().print(terminal(diagnosis), highlight=False, markup=False)
+    if report:
+        print(f"Report: {write_report(Path(report), diagnosis, command=command_line())}")
+    if diagnosis.failed(strict=strict):
+        sys.exit(1)
 
 
 @app.command(context_settings=FLAGS)
@@ -221,11 +284,24 @@ Port = Annotated[int | None, typer.Option(help="Port on 127.0.0.1; the first fre
 def demo_label(
     pairs: Annotated[str, typer.Option(help="Parquet, a hub set, a shipped one, or a folder.")] = "shapes-faithfulness",
     votes: Annotated[str, typer.Option(help="SQLite file that the votes go to as they are cast.")] = "labels.sqlite",
+    models: Annotated[
+        str | None, typer.Option(help="MODEL,MODEL+ADAPTER,...: draw fresh samples of these into the folder --pairs.")
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="Prompts of the fresh samples.")] = "shapes-held-out",
+    limit: Annotated[int, typer.Option(help="So many prompts of them.")] = 50,
+    sampling_steps: Annotated[int, typer.Option(help="Steps of the fresh samples.")] = 15,
+    guidance: Annotated[float, typer.Option(help="Guidance of the fresh samples.")] = 1.5,
     port: Port = None,
 ) -> None:
-    """Label pairs blind, by keyboard, several people at once."""
+    """Label pairs blind, by keyboard, several people at once; ratings of the models behind them."""
     from dpo_mm.pages import load_page
 
+    if models:
+        from dpo_mm.labels.fresh import draw_samples
+
+        pairs = "samples" if pairs == "shapes-faithfulness" else pairs
+        with quietly():
+            draw_samples(models.split(","), prompts, pairs, limit=limit, steps=sampling_steps, guidance=guidance)
     load_page("label").run(pairs, votes, port=port)
 
 
@@ -265,17 +341,36 @@ def demo_captions(
         )
 
 
+Moved = Annotated[str | None, typer.Option(help="The set that was labelled, where it has moved.")]
+Votes = Annotated[str, typer.Argument(help="SQLite file of the votes.")]
+
+
 @label.command("export")
 def label_export(
-    votes: Annotated[str, typer.Argument(help="SQLite file of the votes.")],
-    output: Annotated[str, typer.Option(help="Parquet file to write.")] = "labels.parquet",
-    pairs: Annotated[str | None, typer.Option(help="The set that was labelled, where it has moved.")] = None,
+    votes: Votes,
+    output: Annotated[str | None, typer.Option(help="File to write; labels.parquet or labels.json.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="rows: preference rows, Parquet; label-studio or argilla: JSON.")
+    ] = "rows",
+    pairs: Moved = None,
 ) -> None:
-    """Write the votes as preference rows."""
+    """Write the votes as preference rows, or for other tools."""
     from datasets import disable_progress_bars
 
     from dpo_mm.labels.export import export
 
     disable_progress_bars()
-    _print(export(votes, output, pairs=pairs))
-    print(f"Exported: {output}\nNext: dpo-mm train CONFIG.yaml --pairs {output}")
+    output = output or ("labels.parquet" if form == "rows" else "labels.json")
+    _print(export(votes, output, pairs=pairs, form=form))
+    print(f"Exported: {output}" + (f"\nNext: dpo-mm train CONFIG.yaml --pairs {output}" if form == "rows" else ""))
+
+
+@label.command("ratings")
+def label_ratings(votes: Votes, pairs: Moved = None) -> None:
+    """How the models stand by the votes: Bradley-Terry ratings with 95 % intervals."""
+    from dpo_mm.labels.export import opened, standing
+
+    for one in standing(*opened(votes, pairs)):
+        print(
+            f"{one.rating:6.0f}  ({one.low:.0f} to {one.high:.0f})  {one.wins} won, {one.ties} tied, {one.losses} lost  {one.model}"
+        )

@@ -12,58 +12,80 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from dpo_mm.config import TrainConfig
+from dpo_mm.policies import draws as drawing
 
+EVAL_DRAWS = 4
+"""Frozen (noise, timestep) draws of each watched row, one from each quarter of the schedule."""
+
+
+@dataclass(frozen=True)
 class PairStream(Dataset[dict[str, Any]]):
-    """Rows visited again and again, in a new order each time, a pure function of the seed (and batch size, in groups).
+    """Rows visited again and again, in a new order each time, a pure function of the seed (and batch size, in groups)."""
 
-    draws: K, the visit that a row's draw is made from runs 0..K-1 and again; 0: every visit is fresh.
-    batch_size: rows of a process and step, which are of one group; length and what is asked for come in whole batches.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Any] | Any,
-        *,
-        seed: int,
-        length: int,
-        draws: int = 0,
-        shuffle: bool = True,
-        batch_size: int = 1,
-    ) -> None:
-        self.rows, self.seed, self.length, self.draws, self.shuffle = rows, seed, length, draws, shuffle
-        self.batch_size, self.groups = batch_size, groups_of(rows)
+    rows: Any
+    """Encoded pairs, by number."""
+    seed: int
+    length: int
+    draws: int = 0
+    """K, the visit that a row's draw is made from runs 0..K-1 and again; 0: every visit is fresh."""
+    strata: int = 0
+    """So many rows in a row, a step's, draw their timesteps from as many parts of the schedule, one each; of K fixed
+    draws, those of a row do so instead. 0: each is drawn by itself."""
+    mirrored: bool = False
+    """Each visit comes twice in a row, the second time with its noise negated."""
+    shuffle: bool = True
+    batch_size: int = 1
+    """Rows of a process and step, which are of one group; length and what is asked for come in whole batches."""
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        visit, row = self._plain(number) if len(self.groups) == 1 else self._grouped(number)
-        return {**self.rows[row], "visit": visit % self.draws if self.draws else visit}
+        number, second = divmod(number, 2) if self.mirrored else (number, 0)
+        round_, row = self._plain(number) if len(groups_of(self.rows)) == 1 else self._grouped(number)
+        return self.at(row, round_ % self.draws if self.draws else round_, number=number, sign=-1 if second else 1)
+
+    def at(self, row: int, visit: int, *, number: int = 0, sign: int = 1) -> dict[str, Any]:
+        """A row at one of its visits. number: its place in the stream, which strata go by unless draws are fixed."""
+        found = self.rows[row]
+        place_in_time = {"stratum": self._stratum(found["id"], visit, number)} if self.strata else {}
+        return {**found, "visit": visit, "sign": sign, **place_in_time}
 
     def _plain(self, number: int) -> tuple[int, int]:
         visit, place = divmod(number, len(self.rows))
-        return visit, int(_order(self.seed, visit, len(self.rows))[place]) if self.shuffle else place
+        return visit, int(_order((self.seed, visit), len(self.rows))[place]) if self.shuffle else place
 
     def _grouped(self, number: int) -> tuple[int, int]:
-        step, place = divmod(number, self.batch_size)
-        sizes = tuple(len(group) for group in self.groups)
-        which, batch = _batch(self.seed, sizes, self.batch_size, step) if self.shuffle else self._in_turn(step)
-        visit, at = divmod(batch * self.batch_size + place, sizes[which])
-        order = _order((self.seed, which), visit, sizes[which]) if self.shuffle else range(sizes[which])
-        return visit, self.groups[which][int(order[at])]
+        size, groups = max(self.batch_size // 2, 1) if self.mirrored else self.batch_size, groups_of(self.rows)
+        step, place = divmod(number, size)
+        sizes = tuple(len(group) for group in groups)
+        which, batch = _batch(self.seed, sizes, size, step) if self.shuffle else self._in_turn(step)
+        visit, at = divmod(batch * size + place, sizes[which])
+        order = _order((self.seed, which, visit), sizes[which]) if self.shuffle else range(sizes[which])
+        return visit, groups[which][int(order[at])]
 
     def _in_turn(self, step: int) -> tuple[int, int]:
         """Batches of the first group, then of the next, each group's visits rounded up to whole batches."""
-        for which, count in enumerate(whole_batches(self.groups, self.batch_size, self.draws or 1)):
+        for which, count in enumerate(whole_batches(groups_of(self.rows), self.batch_size, self.draws or 1)):
             if step < count:
                 return which, step
             step -= count
         raise IndexError(step)
+
+    def _stratum(self, row: str, visit: int, number: int) -> tuple[int, int]:
+        """Which part of the schedule, of how many."""
+        if self.draws:
+            return int(drawing.strata(self.seed, row, self.draws)[visit]), self.draws
+        count = max(self.strata // 2, 1) if self.mirrored else self.strata
+        step, place = divmod(number, count)
+        return int(_order((self.seed, 1 + step, 1), count)[place]), count
 
 
 def groups_of(rows: Any) -> Sequence[range]:
@@ -95,9 +117,30 @@ def _round(seed: int, sizes: tuple[int, ...], batch_size: int, number: int) -> l
         for which, size in enumerate(sizes)
         for batch in range(number * size // batch_size, (number + 1) * size // batch_size)
     ]
-    return [filled[place] for place in _order((seed, len(sizes)), number, len(filled))]
+    return [filled[place] for place in _order((seed, len(sizes), number), len(filled))]
 
 
 @functools.lru_cache(maxsize=256)
-def _order(seed: int | tuple[int, int], visit: int, count: int) -> np.ndarray:
-    return np.random.default_rng((*(seed if isinstance(seed, tuple) else (seed,)), visit)).permutation(count)
+def _order(key: tuple[int, ...], count: int) -> np.ndarray:
+    return np.random.default_rng(key).permutation(count)
+
+
+def training_stream(config: TrainConfig, rows: Any, processes: int) -> PairStream:
+    """The whole run's pairs in their order, for so many processes."""
+    step = config.batch_size * config.accumulate * processes
+    return PairStream(
+        rows,
+        seed=config.seed,
+        length=config.steps * step,
+        draws=config.reference_draws,
+        strata=step if config.stratified else 0,
+        mirrored=config.antithetic,
+        batch_size=config.batch_size,
+    )
+
+
+def frozen_stream(rows: Any, config: TrainConfig, *, exact: bool) -> PairStream:
+    """Watched rows once, or of images at EVAL_DRAWS draws that no training visit uses."""
+    draws, size, groups = 1 if exact else EVAL_DRAWS, config.batch_size, groups_of(rows)
+    length = draws * len(rows) if len(groups) == 1 else size * sum(whole_batches(groups, size, draws))
+    return PairStream(rows, seed=0, length=length, draws=draws, strata=draws, shuffle=False, batch_size=size)

@@ -5,6 +5,7 @@ A key that no dataclass knows is refused with the nearest one; a value of the wr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -31,8 +32,8 @@ class TrainConfig:
 
     objective: str | dict[str, float] = "sigmoid"
     """A name in dpo_mm.objectives.OBJECTIVES, or several with weights."""
-    beta: float = 5000.0
-    """1/nats, with the authors' 1/2 in the log-ratio and the error's mean over elements (Wallace et al. 2023: SD1.5
+    beta: float | str = 5000.0
+    """1/nats, or auto (see dpo_mm/beta.py), with the authors' 1/2 in the log-ratio and the error's mean over elements (Wallace et al. 2023: SD1.5
     2000, SDXL 5000; diffusers' script calls half of this number beta_dpo)."""
     settings: dict[str, float] = field(default_factory=dict)
     """Further settings of the objective, such as smoothing."""
@@ -40,9 +41,14 @@ class TrainConfig:
     """Weight of the SFT term on the chosen side."""
 
     reference: str = "auto"
-    """auto | adapter_off | frozen_copy | precomputed. auto: adapter_off with a LoRA, else frozen_copy."""
+    """auto | adapter_off | frozen_copy | precomputed | moving_average | synced. auto: adapter_off with a LoRA, else
+    frozen_copy."""
     reference_draws: int = 0
     """K fixed (noise, timestep) draws a row instead of fresh ones; precomputed references need at least 1."""
+    reference_decay: float = 0.99
+    """Share of itself that a moving average keeps at each step, [0, 1)."""
+    reference_every: int = 512
+    """Steps between two copies of the policy into a synced reference (TR-DPO's tau, 2404.09656)."""
 
     tuning: str = "lora"
     """lora | full."""
@@ -68,8 +74,16 @@ class TrainConfig:
     """fp32 | bf16 | fp16. Errors and losses are float32 always."""
     gradient_checkpointing: bool = False
     seed: int = 0
+    timesteps: str = "uniform"
+    """uniform | logit_normal: how timesteps are drawn from the schedule."""
     timestep_range: tuple[float, float] = (0.0, 1.0)
     """Part of the schedule to draw timesteps from; 0 is clean, 1 pure noise."""
+    weighting: str = "target"
+    """target | epsilon: what beta is constant on where the network predicts v or a velocity."""
+    stratified: bool = False
+    """A step's pairs take their timesteps from as many parts of the schedule, one each; of K fixed draws, a row's do."""
+    antithetic: bool = False
+    """Each pair comes twice in a row, the second time with its noise negated; batch_size counts both."""
 
     include_vision: bool = False
     """Adapt (or train) the vision tower and projector of a vision-language model too."""
@@ -246,6 +260,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return None
         kinds = [option for option in options if option is not type(None)]
         preferred = [k for k in kinds if isinstance(value, typing.get_origin(k) or k)]
+        if float in kinds and isinstance(value, str | int) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError):
+                return float(value)
         return _coerce(value, (preferred or kinds)[0], where)
     if origin is tuple:
         parts = value.split(",") if isinstance(value, str) else list(value)

@@ -26,7 +26,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.pairs import Pairs, check_sources, data_columns
 from dpo_mm.policies.crops import bucket_for, buckets_of
 from dpo_mm.progress import progress
-from dpo_mm.schema import decided, load_pairs, load_responses, split_by_prompt
+from dpo_mm.schema import decided, digest, load_pairs, load_responses, split_by_prompt
 from dpo_mm.shards import Part, Shards
 
 if TYPE_CHECKING:
@@ -274,20 +274,30 @@ def _write(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def encoded_sets(policy: Any, config: TrainConfig) -> tuple[Any, Any]:
+class Sets(NamedTuple):
+    """Encoded pairs to train on, those to watch (or None), and a digest of what they were made from."""
+
+    rows: Any
+    watched: Any
+    digest: str
+
+
+def encoded_sets(policy: Any, config: TrainConfig) -> Sets:
     """The config's pairs to train on and, of other prompts, those to watch. Raises ValueError as `encode` does.
 
     A policy that encodes its rows itself (text) keeps them in memory; pictures go through the cache.
     """
     if hasattr(policy, "encode"):
-        inside, apart = split_by_prompt(load_responses(config.pairs), config.eval_fraction, seed=config.seed)
-        return policy.encode(inside), None if apart is None else policy.encode(apart)
+        pairs = load_responses(config.pairs)
+        inside, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
+        return Sets(policy.encode(inside), None if apart is None else policy.encode(apart), digest(pairs))
     pairs = decided(load_pairs(config.pairs))
-    rows, watched = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
+    rows, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
     how: dict[str, Any] = {
         "where": config.pairs,
         "on_bad_image": config.on_bad_image,
         "buckets": config.buckets,
         "precision": config.cache_precision,
     }
-    return encode(policy, rows, **how), None if watched is None else encode(policy, watched, **how)
+    encoded = encode(policy, rows, **how)
+    return Sets(encoded, None if apart is None else encode(policy, apart, **how), digest(pairs))

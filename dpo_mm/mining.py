@@ -147,8 +147,11 @@ def write_rows(rows: list[dict[str, Any]], path: Path, *, make: Callable[..., Da
 
     found = make(rows) if rows else Dataset.from_dict({name: [] for name in features}, features=features)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    found.to_parquet(str(aside))
-    aside.replace(path)
+    try:
+        found.to_parquet(str(aside))
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def combine(places: list[Path], target: Path, *, nothing: str) -> Path:

@@ -9,8 +9,8 @@ Advance = Callable[[int], None]
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Advance]:
-    """Within it `advance(n)` moves a bar of `total` steps; silent but for the main process."""
+def progress(title: str, total: int | None) -> Iterator[Advance]:
+    """Within it `advance(n)` moves a bar of `total` steps (None: unknown); silent but for the main process."""
     import os
 
     from rich.console import Console

@@ -106,7 +106,7 @@ def run(recipe: Recipe, *, command: str) -> Outcome:
         baseline=str(beside.folder) if beside else None,
         history=trained.history,
         settings=trained.settings,
-        beta=recipe.train.beta,
+        beta=trained.beta,
     )
     show(outcome)
     return outcome

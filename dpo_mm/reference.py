@@ -1,19 +1,21 @@
 """The reference: the same question asked of other weights.
 
-Each function gives `reference(model, batch) -> LogProbs`, without gradient. The reference is asked before the policy,
-so that the policy's activations are not alive meanwhile.
+Each is `reference(model, batch) -> LogProbs`, without gradient. It is asked before the policy, so that the policy's
+activations are not alive meanwhile. Those that follow the policy keep a copy of what trains, no more, and it is part of
+every checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dpo_mm.collate import groups_of
+from dpo_mm.collate import PairStream, groups_of
 from dpo_mm.config import TrainConfig, nearest
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.protocol import Batch
@@ -21,6 +23,7 @@ from dpo_mm.progress import progress
 
 Reference = Callable[[nn.Module, Batch], LogProbs]
 Shard = Callable[[nn.Module], Any] | None
+FILE = "reference.safetensors"
 
 
 def adapter_off(policy: Any, shard: Shard = None) -> Reference:
@@ -62,10 +65,80 @@ def precomputed(policy: Any, shard: Shard = None) -> Reference:
     return reference
 
 
-REFERENCES: dict[str, Callable[[Any, Shard], Reference]] = {
-    "adapter_off": adapter_off,
-    "frozen_copy": frozen_copy,
-    "precomputed": precomputed,
+class Following:
+    """A reference that follows the policy: every `every` steps it keeps `decay` of itself and takes the rest from there.
+
+    Starts as the policy is when this is made. Source: TR-DPO, Gorbatovski et al. 2024 (2404.09656), soft (every 1) and
+    hard (decay 0) update. Raises ValueError outside the ranges.
+    """
+
+    def __init__(self, policy: Any, *, decay: float, every: int) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"reference_decay must be in [0, 1), got {decay}; 0.99 forgets half in 69 steps")
+        if every < 1:
+            raise ValueError(f"reference_every must be at least 1, got {every}; TR-DPO takes 512")
+        self.policy, self.decay, self.every = policy, decay, every
+        self.trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+        self.kept = {name: p.detach().clone() for name, p in self.trained.items()}
+
+    def __call__(self, model: nn.Module, batch: Batch) -> LogProbs:
+        with torch.no_grad(), self._swapped():
+            return self.policy.log_probs(model, batch)
+
+    @contextlib.contextmanager
+    def _swapped(self) -> Iterator[None]:
+        """Within it the policy has the reference's weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self.trained.items():
+            parameter.data, self.kept[name] = self.kept[name], parameter.data
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """After a step of the policy, counted from 1."""
+        if step % self.every == 0:
+            for name, parameter in self.trained.items():
+                self.kept[name].lerp_(parameter, 1 - self.decay)
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.contiguous() for name, tensor in self.kept.items()}, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote. Raises ValueError where it is missing or of another model."""
+        from safetensors.torch import load_file
+
+        stored: dict[str, Tensor] = load_file(folder / FILE) if (folder / FILE).exists() else {}
+        if stored.keys() != self.kept.keys():
+            raise ValueError(
+                f"{folder / FILE} is missing or of another model; start again, or resume an older checkpoint"
+            )
+        for name, tensor in stored.items():
+            self.kept[name].copy_(tensor)
+
+
+def moving_average(policy: Any, config: TrainConfig) -> Reference:
+    """The mean of the policy's past weights, each step counting `reference_decay` of the next one's."""
+    return Following(policy, decay=config.reference_decay, every=1)
+
+
+def synced(policy: Any, config: TrainConfig) -> Reference:
+    """The policy as it was at the last multiple of `reference_every` steps."""
+    return Following(policy, decay=0.0, every=config.reference_every)
+
+
+REFERENCES: dict[str, Callable[[Any, TrainConfig, Shard], Reference]] = {
+    "adapter_off": lambda policy, _, shard: adapter_off(policy, shard),
+    "frozen_copy": lambda policy, _, shard: frozen_copy(policy, shard),
+    "precomputed": lambda policy, _, shard: precomputed(policy, shard),
+    "moving_average": lambda policy, config, _: moving_average(policy, config),
+    "synced": lambda policy, config, _: synced(policy, config),
 }
 
 
@@ -81,7 +154,7 @@ def choose_name(config: TrainConfig) -> str:
 
 def choose(policy: Any, config: TrainConfig, shard: Shard = None) -> Reference:
     """The reference that the config names. shard: what spreads a second model over the processes, if anything does."""
-    return REFERENCES[choose_name(config)](policy, shard)
+    return REFERENCES[choose_name(config)](policy, config, shard)
 
 
 class WithReference:
@@ -99,27 +172,35 @@ class WithReference:
 
 
 @torch.no_grad()
-def keep_reference(policy: Any, rows: Any, config: TrainConfig, *, draws: int) -> WithReference:
-    """The reference's log-probs of every row at its first `draws` visits, asked once, before training."""
+def keep_reference(policy: Any, stream: PairStream, config: TrainConfig) -> WithReference:
+    """The reference's log-probs of a stream's rows at each of its K fixed draws, asked once, before training.
+
+    Asked in batches of training's size, the last one of a group filled up with rows that were asked already: a row's
+    numbers are then those that a reference asked in the step would give, bit for bit where arithmetic doesn't depend on
+    the place in a batch.
+    """
     device = next(policy.model.parameters()).device
-    chosen, rejected = torch.empty(len(rows), draws), torch.empty(len(rows), draws)
+    rows = stream.rows
+    sides = torch.empty(2, len(rows), stream.draws)
     off = policy.adapter_off() if config.tuning == "lora" else contextlib.nullcontext()
-    with off, progress("asking the reference", len(rows) * draws) as advance:
-        for visit in range(draws):
-            for part in _batches(rows, config.batch_size):
-                batch = policy.collate([{**rows[n], "visit": visit} for n in part])
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    mixed = torch.autocast(device.type, half, enabled=half is not None)
+    with off, mixed, progress("asking the reference", len(rows) * stream.draws) as advance:
+        for visit in range(stream.draws):
+            for numbers, fresh in _batches(rows, config.batch_size):
+                batch = policy.collate([stream.at(n, visit) for n in numbers])
                 found = policy.log_probs(policy.model, _moved(batch, device))
-                chosen[part.start : part.stop, visit] = found.chosen.cpu()
-                rejected[part.start : part.stop, visit] = found.rejected.cpu()
-                advance(len(part))
-    return WithReference(rows, chosen, rejected)
+                for side, values in zip(sides, (found.chosen, found.rejected), strict=True):
+                    side[torch.tensor(numbers), visit] = values.float().cpu()
+                advance(fresh)
+    return WithReference(rows, sides[0], sides[1])
 
 
-def _batches(rows: Any, size: int) -> Iterator[range]:
-    """Row numbers of a set in batches of one group each."""
+def _batches(rows: Any, size: int) -> Iterator[tuple[list[int], int]]:
+    """Row numbers of a set in whole batches of one group each, and how many of them are new."""
     for group in groups_of(rows):
-        for start in range(group.start, group.stop, size):
-            yield range(start, min(start + size, group.stop))
+        for start in range(0, len(group), size):
+            yield [group[n % len(group)] for n in range(start, start + size)], min(size, len(group) - start)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

@@ -85,7 +85,10 @@ def response_preference() -> Features:
             "axis": text,
             "reason": text,
             "model": text,
+            "chosen_model": text,
+            "rejected_model": text,
             "decoding": text,
+            "group_id": text,
             "source": text,
             "license": text,
         }
@@ -248,6 +251,19 @@ def decided(rows: Dataset) -> Dataset:
             f"none of the {len(rows)} pairs has a winner (all are ties or both_bad); nothing to learn from"
         )
     return rows.select(kept)
+
+
+def digest(rows: Dataset) -> str:
+    """What a set says, in 16 hex digits: its texts and labels in order, and its pictures by their size in bytes."""
+    import pyarrow.compute as pc
+
+    found, plain = hashlib.sha256(), rows.with_format("arrow")
+    for name in sorted(rows.column_names):
+        column = plain[name][:]  # type: ignore[call-overload]
+        if str(column.type).startswith("struct<bytes"):
+            column = pc.binary_length(pc.struct_field(column, "bytes"))
+        found.update(f"{name} {column.to_pylist()!r}".encode())
+    return found.hexdigest()[:16]
 
 
 def split_by_prompt(rows: Dataset, fraction: float, *, seed: int) -> tuple[Dataset, Dataset | None]:

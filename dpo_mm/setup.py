@@ -11,21 +11,25 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from dpo_mm import objectives
+from dpo_mm.beta import AUTO
 from dpo_mm.config import TrainConfig, nearest
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.adapters import check_format
+from dpo_mm.policies.draws import LEVELS
 from dpo_mm.policies.protocol import load_policy, policy_class
 from dpo_mm.reference import choose_name
 
 NEEDED = ("reference", "z", "reward_shift", "corrupted_ratio", "loser_scale")
 SLACK = 0.9
 """`safe`'s slack where settings give none: Diffusion-SDPO's for SD1.5 (0.6 for SDXL)."""
+OF_IMAGES = (
+    "resolution", "buckets", "cache_precision", "timesteps", "timestep_range", "stratified", "antithetic", "weighting"
+)  # fmt: skip
+"""Settings that only an image generator knows."""
 OF_TEXT = ("include_vision", "max_length", "on_too_long", "layout", "tail_weight", "edited_weight", "keep_features")
 """Settings that only a policy of text knows."""
 OPTIMIZERS = {"adamw": "", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
 """What the Trainer calls them; adamw is its own default."""
-OF_PICTURES = ("resolution", "buckets", "cache_precision", "timestep_range")
-"""Settings that only an image generator knows."""
 
 
 def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor]:
@@ -37,7 +41,7 @@ def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs
     named = {config.objective: 1.0} if isinstance(config.objective, str) else dict(config.objective)
     settings = dict(config.settings)
     if any("beta" in objectives.settings_of(name) for name in named):
-        settings["beta"] = config.beta
+        settings["beta"] = 1.0 if config.beta == AUTO else _number(config.beta)
     settings.pop("slack", None) if "safe" in named else None
     if config.sft_weight:
         named["sft"] = named.get("sft", 0.0) + config.sft_weight
@@ -45,9 +49,15 @@ def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs
     one = torch.ones(2)
     sample = LogProbs(-one, -one, one, one, exact=exact)
     given = {"probability": one, "score_margin": one, "z": torch.zeros(()), "reward_shift": torch.zeros(())}
-    given["corrupted_ratio" if exact else "loser_scale"] = torch.zeros(2)
+    given |= {"loser_scale": torch.zeros(2)} | ({"corrupted_ratio": torch.zeros(2)} if exact else {})
     loss(sample, sample, given)
     return loss
+
+
+def _number(beta: float | str) -> float:
+    if isinstance(beta, str):
+        raise ValueError(f"beta {beta!r} is no number; expected one above 0, or {AUTO}")
+    return beta
 
 
 def check(config: TrainConfig) -> None:
@@ -65,11 +75,24 @@ def check(config: TrainConfig) -> None:
         raise ValueError("reference 'precomputed' does not go with image_conditional; take adapter_off or frozen_copy")
     kinds = ("vision-language models", "an image generator"), ("image generators", "a model of text")
     owner, given = kinds[exact]
-    settings = OF_PICTURES if exact else OF_TEXT
+    settings = OF_IMAGES if exact else OF_TEXT
     strange = [name for name in settings if getattr(config, name) != getattr(TrainConfig, name)]
     if strange:
         raise ValueError(f"{strange[0]} is a setting of {owner}; {config.model} is {given}")
+    _check_draws(config)
     training_arguments(config)
+
+
+def _check_draws(config: TrainConfig) -> None:
+    if config.timesteps not in LEVELS:
+        raise ValueError(f"timesteps {config.timesteps!r} is unknown; {nearest(config.timesteps, LEVELS)}")
+    if config.weighting not in ("target", "epsilon"):
+        raise ValueError(f"weighting {config.weighting!r} is unknown; expected target or epsilon")
+    low, high = config.timestep_range
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"timestep_range is {low:g} to {high:g}; expected 0 <= low < high <= 1, 0 clean, 1 pure noise")
+    if config.antithetic and (config.batch_size % 2 or config.reference_draws):
+        raise ValueError("antithetic takes an even batch_size (each pair comes twice) and no reference_draws")
 
 
 def needs_of(config: TrainConfig) -> set[str]:

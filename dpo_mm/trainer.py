@@ -6,6 +6,7 @@ measured beside it, and how checkpoints are written (aside, then renamed) and re
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,38 +23,42 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_mm import objectives
+from dpo_mm.beta import AUTO, measure_beta
 from dpo_mm.card import write_card
-from dpo_mm.collate import PairStream, groups_of, whole_batches
+from dpo_mm.checkpoints import CONFIG_FILE, mark_complete, newest_whole, publish, same_recipe, writing
+from dpo_mm.collate import frozen_stream, training_stream
 from dpo_mm.config import TrainConfig, as_dict
+from dpo_mm.drift import Displacement, ErrorDrift
 from dpo_mm.encoding import encoded_sets
-from dpo_mm.guards import FiniteSteps, Stop, mark_complete, newest_whole
+from dpo_mm.guards import FiniteSteps, Stop
 from dpo_mm.memory import planned
 from dpo_mm.objectives import LogProbs
-from dpo_mm.policies.protocol import Batch
+from dpo_mm.policies.protocol import Batch, commit_of
 from dpo_mm.progress import progress
-from dpo_mm.reference import choose, choose_name, keep_reference
+from dpo_mm.reference import Following, choose, choose_name, keep_reference
 from dpo_mm.schema import decided, load_pairs, load_responses, split_by_prompt
 from dpo_mm.setup import SLACK, check, loss_of, needs_of, opened, training_arguments
+from dpo_mm.shipped import locate
 
-CONFIG_FILE = "dpo_mm.json"
-FREE_TO_CHANGE = {
-    "output_dir",
-    "resume",
-    "steps",
-    "save_every",
-    "eval_every",
-    "log_every",
-    "keep_checkpoints",
-    "workers",
-}
-EVAL_DRAWS = 4
-"""Frozen (noise, timestep) draws of each watched row."""
+
+def by_level(found: Mapping[str, Tensor], level: Tensor) -> dict[str, Tensor]:
+    """Accuracy and margin again, by quarter of the noise schedule, NaN for pairs of another quarter; (pairs,) each.
+
+    level: where in the schedule each pair was drawn, [0, 1), (pairs,); the first quarter is the cleanest.
+    """
+    quarter = (level * 4).long()
+    return {
+        f"{name}_quarter{n + 1}": found[name].masked_fill(quarter != n, torch.nan)
+        for name in ("accuracy", "margin")
+        for n in range(4)
+    }
 
 
 def measures(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str, Tensor]:
     """What is watched beside the loss, each (pairs,).
 
-    accuracy: 1 where the implicit reward prefers the chosen side, 1/2 at a tie. reward_*, margin: beta * log-ratio.
+    accuracy: 1 where the implicit reward prefers the chosen side, 1/2 at a tie. reward_*, margin: beta * log-ratio;
+    margin_size: its absolute value.
     error_* (surrogates alone): denoising error relative to the reference's, 1 where it is the same.
     """
     chosen, rejected = objectives.log_ratios(policy, reference)
@@ -61,6 +66,7 @@ def measures(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str,
     found = {
         "accuracy": (delta > 0).float() + 0.5 * (delta == 0).float(),
         "margin": beta * delta,
+        "margin_size": (beta * delta).abs(),
         "reward_chosen": beta * chosen,
         "reward_rejected": beta * rejected,
     }
@@ -73,28 +79,35 @@ def measures(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str,
 class DPOTrainer(Trainer):
     """Preference optimisation of a policy, image generator or vision-language model alike.
 
-    policy: prepared. rows: encoded pairs. watched: pairs to evaluate on, on frozen draws, or None.
+    policy: prepared. rows: encoded pairs. watched: pairs to evaluate on, on frozen draws, or None. kept: what
+    checkpoints hold beside the config, some of `checkpoints.STATE`.
     Raises ValueError where the config's objective or reference doesn't fit.
     """
 
-    def __init__(self, policy: Any, config: TrainConfig, rows: Any, watched: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        policy: Any,
+        config: TrainConfig,
+        rows: Any,
+        watched: Any = None,
+        *,
+        kept: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.policy, self.config = policy, config
         self.objective: Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor] = loss_of(
             config, exact=policy.exact
         )
         self.needs = needs_of(config)
-        self.rewards = {"mean": 0.0, "seen": 0.0}
+        self.kept = {**(kept or {}), "rewards": {"mean": 0.0, "seen": 0.0}}
         self._measured: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
         arguments = training_arguments(config)
-        pairs = config.steps * config.batch_size * config.accumulate * arguments.world_size
         super().__init__(
             model=policy.model,
             args=arguments,
             data_collator=policy.collate,
-            train_dataset=PairStream(
-                rows, seed=config.seed, length=pairs, draws=config.reference_draws, batch_size=config.batch_size
-            ),
-            eval_dataset=None if watched is None else frozen_stream(watched, config.batch_size),
+            train_dataset=training_stream(config, rows, arguments.world_size),
+            eval_dataset=None if watched is None else frozen_stream(watched, config, exact=policy.exact),
             **kwargs,
         )
         shard = self._shard if self.is_fsdp_enabled else None
@@ -102,6 +115,9 @@ class DPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.guard = FiniteSteps()
         self.add_callback(self.guard)
+        self.add_callback(Displacement() if policy.exact else ErrorDrift())
+        if isinstance(self.reference, Following):
+            self.add_callback(Follow(self.reference))
 
     def _shard(self, model: nn.Module) -> None:
         """Spread a frozen copy over the processes, as the model itself will be. Raises ValueError under FSDP1."""
@@ -120,17 +136,25 @@ class DPOTrainer(Trainer):
         policy, reference = self._asked(model, inputs)
         given = {**inputs, **self._from_batch(policy, reference)}
         if "loser_scale" in self.needs:
-            slack = self.config.settings.get("slack", SLACK)
-            given["loser_scale"] = objectives.safe_scale(*self.policy.residual.chunk(2), slack=slack)
+            given["loser_scale"] = self.policy.loser_scale(slack=self.config.settings.get("slack", SLACK))
         if "corrupted_ratio" in self.needs:
             seen_less, reference_less = self._asked(model, inputs["corrupted"])
             given["corrupted_ratio"] = objectives.log_ratios(seen_less, reference_less)[0]  # type: ignore[arg-type]
         losses = self.objective(policy, reference, given)
         found = {"loss": losses.detach()}
         if reference is not None:
-            found |= measures(policy, reference, beta=self.config.beta)
-        self._measured["train" if torch.is_grad_enabled() else "eval"].append(found)
+            found |= measures(policy, reference, beta=float(self.config.beta))
+        if torch.is_grad_enabled():
+            self.guard.saw(inputs["id"], inputs.get("timestep"), losses)
+            self._measured["train"].append(found)
+        else:
+            levels = by_level(found, inputs["level"]) if "level" in inputs and reference is not None else {}
+            self._measured["eval"].append(found | levels)
         return losses.mean()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self.guard.measure(self.policy.model)
+        return super()._clip_grad_norm(model)
 
     def _asked(self, model: nn.Module, inputs: Batch) -> tuple[LogProbs, LogProbs | None]:
         """What policy and reference say of a batch; the reference first, while no activations are kept."""
@@ -144,14 +168,14 @@ class DPOTrainer(Trainer):
             return {}
         ratios = objectives.log_ratios(policy.detach(), reference)
         chosen, rejected = (self.accelerator.gather(ratio) for ratio in ratios)
-        beta, found = self.config.beta, {}
+        beta, found, rewards = float(self.config.beta), {}, self.kept["rewards"]
         if "z" in self.needs:
             found["z"] = objectives.kto_reference(chosen, rejected, beta=beta)
         if "reward_shift" in self.needs:
-            mean, seen = self.rewards["mean"], int(self.rewards["seen"])
+            mean, seen = rewards["mean"], int(rewards["seen"])
             found["reward_shift"] = objectives.bco_shift(chosen, rejected, beta=beta, before=mean, seen=seen)
             if torch.is_grad_enabled():
-                self.rewards = {"mean": found["reward_shift"].item(), "seen": seen + 2.0 * len(chosen)}
+                self.kept["rewards"] = {"mean": found["reward_shift"].item(), "seen": seen + 2.0 * len(chosen)}
         return found
 
     def _averages(self, split: str) -> dict[str, float]:
@@ -160,8 +184,9 @@ class DPOTrainer(Trainer):
         if not kept:
             return {}
         stacked = torch.stack([torch.cat([entry[name] for entry in kept]) for name in kept[0]])
-        means = self.accelerator.gather(stacked.mean(1)[None]).mean(0)  # type: ignore[union-attr]
-        return dict(zip(kept[0], means.tolist(), strict=True))
+        means = self.accelerator.gather(stacked.nanmean(1)[None]).nanmean(0)  # type: ignore[union-attr]
+        found = dict(zip(kept[0], means.tolist(), strict=True))
+        return {name: value for name, value in found.items() if "_quarter" not in name or value == value}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -192,21 +217,19 @@ class DPOTrainer(Trainer):
         aside, final = Path(self._get_output_dir()), Path(self.args.output_dir)  # type: ignore[arg-type]
         name = f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-        except OSError as error:
+            with writing(final / name):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    if isinstance(self.reference, Following):
+                        self.reference.save(aside / name)
+                    mark_complete(aside / name)
+                    shutil.rmtree(final / name, ignore_errors=True)
+                    os.replace(aside / name, final / name)
+                    rotate_checkpoints(str(final), self.args.save_total_limit)
+        finally:
             if self.args.should_save:
                 shutil.rmtree(aside, ignore_errors=True)
-            raise OSError(
-                error.errno,
-                f"could not write {final / name}: {error.strerror or error}; earlier ones are kept, free space and --resume",
-            ) from error
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(aside / name)
-            shutil.rmtree(final / name, ignore_errors=True)
-            os.replace(aside / name, final / name)
-            rotate_checkpoints(str(final), self.args.save_total_limit)
-            shutil.rmtree(aside, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
@@ -214,23 +237,27 @@ class DPOTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save(folder, state_dict)
-        (folder / CONFIG_FILE).write_text(json.dumps(as_dict(self.config) | {"rewards": self.rewards}, indent=1))
+        (folder / CONFIG_FILE).write_text(json.dumps(as_dict(self.config) | self.kept, indent=1))
+
+    def save_result(self) -> None:
+        """Write what was trained into output_dir, each part aside and then under its name."""
+        aside, final = Path(self._get_output_dir()) / "result", Path(self.args.output_dir)  # type: ignore[arg-type]
+        with writing(final):
+            self.save_model(str(aside))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(aside, final)
+                shutil.rmtree(aside.parent)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self.policy.load_weights(Path(resume_from_checkpoint))
-        self.rewards = json.loads((Path(resume_from_checkpoint) / CONFIG_FILE).read_text())["rewards"]
-
-
-def frozen_stream(rows: Any, batch_size: int) -> PairStream:
-    """Watched rows, each at EVAL_DRAWS draws that no training visit uses."""
-    groups = groups_of(rows)
-    length = EVAL_DRAWS * len(rows)
-    if len(groups) > 1:
-        length = batch_size * sum(whole_batches(groups, batch_size, EVAL_DRAWS))
-    return PairStream(rows, seed=0, length=length, draws=EVAL_DRAWS, shuffle=False, batch_size=batch_size)
+            self.policy.load_weights(folder)
+        if isinstance(self.reference, Following):
+            self.reference.load(folder)
+        self.kept["rewards"] = json.loads((folder / CONFIG_FILE).read_text())["rewards"]
 
 
 @dataclass(frozen=True)
@@ -240,6 +267,7 @@ class Trained:
     folder: Path
     history: tuple[dict[str, float], ...]
     settings: dict[str, str]
+    beta: float
 
 
 class Stopped(Exception):
@@ -252,25 +280,37 @@ def train(config: TrainConfig) -> Trained:
     Raises ValueError that names the setting, file or row at fault, before anything is trained; Stopped after a SIGTERM.
     """
     check(config)
-    checkpoint = last_checkpoint(config) if config.resume else None
+    step = config.batch_size * config.accumulate * training_arguments(config).world_size
+    checkpoint = newest_whole(Path(config.output_dir)) if config.resume else None
+    before = same_recipe(checkpoint, config, pairs_a_step=step) if checkpoint else {}
     policy = opened(config)
-    rows: Any
-    watched: Any
     together = training_arguments(config).main_process_first(desc="encoding") if policy.exact else nullcontext()
     with together:
-        rows, watched = encoded_sets(policy, config)
+        rows, watched, digest = encoded_sets(policy, config)
+    if checkpoint and before["pairs_digest"] != digest:
+        raise ValueError(
+            f"{config.pairs} has changed since {checkpoint} was made; put it back, or choose another output_dir"
+        )
     policy.drop_encoders()
     policy.prepare(config)
     if config.keep_features:
         rows, watched = policy.keep_features(rows), watched and policy.keep_features(watched)
     if config.reference == "precomputed":
-        rows = keep_reference(policy, rows, config, draws=1 if policy.exact else config.reference_draws)
-        watched = watched and keep_reference(policy, watched, config, draws=1 if policy.exact else EVAL_DRAWS)
+        draws = 1 if policy.exact else config.reference_draws
+        rows = keep_reference(policy, dataclasses.replace(training_stream(config, rows, 1), draws=draws), config)
+        watched = watched and keep_reference(policy, frozen_stream(watched, config, exact=policy.exact), config)
+    kept = {"beta": config.beta, "measured_beta": None, "pairs_digest": digest, "pairs_a_step": step}
+    if config.beta == AUTO:
+        stream = training_stream(config, rows, 1)
+        kept["measured_beta"] = before.get("measured_beta") or measure_beta(policy, stream, config)
+        config = dataclasses.replace(config, beta=kept["measured_beta"])
     settings = describe(policy, config, len(rows))
     stop = Stop()
     with progress("training", config.steps) as advance, stop.listening():
-        trainer = DPOTrainer(policy, config, rows, watched, callbacks=[Bar(advance), stop])
+        trainer = DPOTrainer(policy, config, rows, watched, kept=kept, callbacks=[Bar(advance), stop])
         trainer.remove_callback(PrinterCallback)
+        if trainer.args.should_save:
+            shutil.rmtree(Path(config.output_dir) / ".saving", ignore_errors=True)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         history = trainer.state.log_history
         if stop.asked and trainer.state.global_step < config.steps:
@@ -278,12 +318,12 @@ def train(config: TrainConfig) -> Trained:
             raise Stopped(f"stopped as asked at step {trainer.state.global_step}, saved in {at}; go on with --resume")
         if watched is not None and not any("eval_loss" in e and e["step"] == config.steps for e in history):
             trainer.evaluate()
-    trainer.save_model(config.output_dir)
+    trainer.save_result()
     if trainer.is_world_process_zero():
         name = Path(config.output_dir).name
         stock = None if policy.exact else "\n".join(policy.loading(config.model, name))
         write_card(config, settings, text=policy.exact, stock=stock)
-    return Trained(Path(config.output_dir), tuple(trainer.state.log_history), settings)
+    return Trained(Path(config.output_dir), tuple(trainer.state.log_history), settings, float(config.beta))
 
 
 def describe(policy: Any, config: TrainConfig, rows: int) -> dict[str, str]:
@@ -291,7 +331,10 @@ def describe(policy: Any, config: TrainConfig, rows: int) -> dict[str, str]:
     trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
     every = sum(tensor.numel() * tensor.element_size() for tensor in policy.model.parameters())
     copies = 2 if choose_name(config) == "frozen_copy" else 1
+    commit = commit_of(locate(config.model), revision=config.revision)
+    unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
     return {
+        **({"revision": commit} if commit else {}),
         "pairs": f"{config.pairs}, {rows} to train on",
         "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} pairs a process",
         "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
@@ -299,6 +342,7 @@ def describe(policy: Any, config: TrainConfig, rows: int) -> dict[str, str]:
         "tuning": f"{config.tuning}, {trained:,} parameters train",
         "memory": f"about {(copies * every + 12 * trained) / 2**20:,.0f} MiB for weights, gradients and Adam, activations beside it",
         **policy.describe(config),
+        **unknown,
     }
 
 
@@ -315,24 +359,14 @@ class Bar(TrainerCallback):
         self.advance(1)
 
 
-def last_checkpoint(config: TrainConfig) -> Path | None:
-    """The newest checkpoint of a run, made by the same recipe.
+class Follow(TrainerCallback):
+    """Lets a reference follow the policy after each step."""
 
-    Raises ValueError where the recipe has changed since in more than how often it saves, with what changed, and where
-    none is whole.
-    """
-    found = newest_whole(Path(config.output_dir))
-    if found is None:
-        return None
-    before, now = json.loads((found / CONFIG_FILE).read_text()), json.loads(json.dumps(as_dict(config)))
-    changed = [
-        f"{k}: {before.get(k)!r} -> {v!r}" for k, v in now.items() if k not in FREE_TO_CHANGE and before.get(k) != v
-    ]
-    if changed:
-        raise ValueError(
-            f"{found} was made by another recipe ({'; '.join(changed)}); undo that, or choose another output_dir"
-        )
-    return found
+    def __init__(self, reference: Following) -> None:
+        self.reference = reference
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.reference.follow(state.global_step)
 
 
 def plan(config: TrainConfig) -> dict[str, str]:

@@ -41,6 +41,13 @@ PANELS = (
 )
 
 
+BY_NOISE = (
+    ("eval_accuracy", "Implicit accuracy by noise", 0.5),
+    ("eval_margin", "Margin by noise", 0.0),
+)
+"""What evaluations split by quarter of the noise schedule: name in the log, title, value where nothing was learned."""
+
+
 @dataclass(frozen=True)
 class Chart:
     """A panel's title and its drawing, one <svg> element with no text from outside."""
@@ -50,8 +57,11 @@ class Chart:
 
 
 def history_charts(history: Sequence[dict[str, float]]) -> list[Chart]:
-    """A chart for each panel that the trainer's log has two points of; values that are not finite are left out."""
-    return list(_drawn(history))
+    """A chart for each panel that the trainer's log has two points of; values that are not finite are left out.
+
+    Of an image generator, also what the last evaluation found in each quarter of the noise schedule.
+    """
+    return [*_drawn(history), *_by_noise(history)]
 
 
 def scale_chart(scales: Sequence[tuple[float, Comparison]], percent: bool) -> str:
@@ -87,6 +97,28 @@ def _drawn(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
             _line(axes, x, y, INK[ink], label)
         label = f"{panel.title} over training steps, last {lines[0][2][-1]:.3g}"
         yield Chart(panel.title, _svg(figure, label))
+
+
+def _by_noise(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
+    """Held-out accuracy and margin of the last evaluation, a bar for each quarter of the noise schedule."""
+    for name, title, guide in BY_NOISE:
+        keys = [f"{name}_quarter{n}" for n in range(1, 5)]
+        last = next((entry for entry in reversed(history) if all(key in entry for key in keys)), None)
+        if last is None or not all(math.isfinite(last[key]) for key in keys):
+            continue
+        figure, axes = _blank()
+        axes.axhline(guide, color=INK["quiet"], linewidth=0.9, linestyle=(0, (1.5, 2.5)), label="none learned")
+        axes.bar(
+            range(4),
+            [last[key] - guide for key in keys],
+            bottom=guide,
+            width=0.55,
+            color=INK["tuned"],
+            label="held out",
+        )
+        axes.set_xticks(range(4), ["cleanest", "", "", "noisiest"])
+        values = ", ".join(f"{last[key]:.3g}" for key in keys)
+        yield Chart(title, _svg(figure, f"{title}, from the cleanest quarter to the noisiest: {values}"))
 
 
 def _points(history: Sequence[dict[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:

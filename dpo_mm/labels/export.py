@@ -7,6 +7,7 @@ a tie, so that nothing undecided turns into a win.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections import Counter, defaultdict
@@ -16,6 +17,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_mm.config import nearest
+from dpo_mm.labels.arena import Rating, ratings
+from dpo_mm.labels.exchange import FORMS
 from dpo_mm.labels.sources import digest, open_pairs, picture_bytes
 from dpo_mm.labels.store import Vote, VoteStore, source_of
 from dpo_mm.schema import make_image_rows
@@ -93,22 +97,39 @@ def labelled(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str]) -> D
     return make_image_rows(kept)
 
 
-def export(votes: str, output: str, *, pairs: str | None = None) -> dict[str, str]:
-    """Write the votes of a file as preference rows, Parquet, whole or not at all; returns what to print.
+def export(votes: str, output: str, *, pairs: str | None = None, form: str = "rows") -> dict[str, str]:
+    """Write the votes of a file, whole or not at all; returns what to print.
 
-    pairs: the set where it has moved. Raises ValueError as `labelled`, `open_pairs` and `VoteStore`.
+    form: rows (`ImagePreference`, Parquet), or one of FORMS, JSON. pairs: the set where it has moved.
+    Raises ValueError as `labelled`, `open_pairs` and `VoteStore`, and for an unknown form.
     """
-    source = pairs or source_of(votes)
-    rows = open_pairs(source)
-    store = VoteStore(votes, rows["id"], source=absolute(source))
+    if form not in ("rows", *FORMS):
+        raise ValueError(f"form {form!r} is unknown; {nearest(form, ('rows', *FORMS))}")
+    store, rows = opened(votes, pairs)
     cast = store.votes()
     found = labelled(cast, rows, store.digests())
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
-    found.to_parquet(str(aside))
+    if form == "rows":
+        found.to_parquet(str(aside))
+    else:
+        aside.write_text(json.dumps(FORMS[form](cast, rows), ensure_ascii=False, indent=1))
     aside.replace(target)
     return {"pairs": f"{len(found)} of {len(rows)}", **summary(cast)}
+
+
+def opened(votes: str, pairs: str | None = None) -> tuple[VoteStore, Dataset]:
+    """A file of votes and the set that they are on. pairs: the set where it has moved."""
+    source = pairs or source_of(votes)
+    rows = open_pairs(source)
+    return VoteStore(votes, rows["id"], source=absolute(source)), rows
+
+
+def standing(store: VoteStore, rows: Dataset) -> list[Rating]:
+    """How the models of a set stand by its votes. Raises ValueError as `ratings`."""
+    sides = zip(rows["model_a"], rows["model_b"], strict=True)
+    return ratings(store.votes(), dict(zip(rows["id"], sides, strict=True)))
 
 
 def summary(votes: Sequence[Vote]) -> dict[str, str]:

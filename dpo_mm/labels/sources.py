@@ -1,14 +1,15 @@
-"""Pairs to label: a preference set, or a folder with two folders of pictures of the same names.
+"""Pairs to label: a preference set, or a folder with two or more folders of pictures of the same names.
 
     samples/base/0001.png    samples/tuned/0001.png    samples/0001.txt
 
-A folder's pair is called by its pictures' name. Its prompt stands in a text file of that name, beside the two folders
-or within one of them; without one the name itself is the prompt, dashes and underscores as spaces.
+A folder's pair is called by its pictures' name, with those of its sides where there are more than two. Its prompt stands
+in a text file of that name, beside the folders or within one of them; without one the name itself is the prompt, dashes and underscores as spaces.
 """
 
 from __future__ import annotations
 
 import hashlib
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +42,9 @@ def open_pairs(path: str) -> Dataset:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    """Whether there are two folders of pictures, whatever stands beside them."""
+    """Whether there are folders of pictures, whatever stands beside them."""
     sides = _sides(folder) if folder.is_dir() else []
-    return len(sides) == 2 and all(any(map(_is_picture, side.iterdir())) for side in sides)
+    return len(sides) >= 2 and all(any(map(_is_picture, side.iterdir())) for side in sides)
 
 
 def _sides(folder: Path) -> list[Path]:
@@ -51,30 +52,34 @@ def _sides(folder: Path) -> list[Path]:
 
 
 def _from_folder(folder: Path) -> Dataset:
+    """Every picture of one folder with that of the same name in each other."""
     from datasets import Dataset
 
     sides = _sides(folder)
-    if len(sides) != 2:
+    if len(sides) < 2:
         raise ValueError(
-            f"{folder}: has {len(sides)} folders; expected two of the same pictures' names, such as base/ and tuned/, "
-            "or *.parquet"
+            f"{folder}: has {len(sides)} folders; expected two or more of the same pictures' names, such as base/ and "
+            "tuned/, or *.parquet"
         )
-    first, second = ({file.stem: file for file in sorted(side.iterdir()) if _is_picture(file)} for side in sides)
-    if first.keys() != second.keys() or not first:
-        odd = sorted(first.keys() ^ second.keys())
-        what = f"{odd[0]!r} is in one of them only" if odd else "there are no pictures"
-        raise ValueError(f"{folder}: {sides[0].name}/ and {sides[1].name}/ don't pair up ({what})")
+    files = {side.name: {file.stem: file for file in sorted(side.iterdir()) if _is_picture(file)} for side in sides}
+    first = sides[0].name
+    for side in sides[1:]:
+        odd = sorted(files[first].keys() ^ files[side.name].keys())
+        if odd or not files[first]:
+            what = f"{odd[0]!r} is in one of them only" if odd else "there are no pictures"
+            raise ValueError(f"{folder}: {first}/ and {side.name}/ don't pair up ({what})")
     rows = [
         {name: None for name in image_preference()}
         | {
-            "id": name,
+            "id": name if len(sides) == 2 else f"{name}--{a}--{b}",
             "prompt": _prompt(name, (folder, *sides)),
-            "image_a": {"bytes": None, "path": str(first[name].resolve())},
-            "image_b": {"bytes": None, "path": str(second[name].resolve())},
-            "model_a": sides[0].name,
-            "model_b": sides[1].name,
+            "image_a": {"bytes": None, "path": str(files[a][name].resolve())},
+            "image_b": {"bytes": None, "path": str(files[b][name].resolve())},
+            "model_a": a,
+            "model_b": b,
         }
-        for name in first
+        for name in files[first]
+        for a, b in combinations(files, 2)
     ]
     return Dataset.from_list(rows, features=image_preference())
 

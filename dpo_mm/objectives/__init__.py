@@ -40,7 +40,7 @@ from dpo_mm.objectives.pairwise import (
 )
 from dpo_mm.objectives.reference_free import cpo, orpo, sft, simpo
 from dpo_mm.objectives.terms import anchor, image_conditional, symmetric_image, tdpo
-from dpo_mm.objectives.tokens import on_policy_weight, segment_mean, shared_length
+from dpo_mm.objectives.tokens import on_policy_weight, preserving_scale, segment_mean, shared_length
 
 MPO = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
 """Weights of mixed preference optimisation, Wang et al. 2024 (2411.10442)."""
@@ -80,6 +80,7 @@ __all__ = [
     "nca_pair",
     "on_policy_weight",
     "orpo",
+    "preserving_scale",
     "robust",
     "safe",
     "safe_scale",

@@ -20,6 +20,7 @@ from dpo_mm.objectives.log_probs import (
     denoising_errors,
     log_ratios,
     margins,
+    preserving_share,
     require,
 )
 
@@ -44,11 +45,8 @@ def safe_scale(chosen_gradient: Tensor, rejected_gradient: Tensor, *, slack: flo
     for SDXL. Returns clip((1 - mu) |g_w|^2 / <g_l, g_w>, 0, 1), 1 where the inner product is not positive; (pairs,),
     float32, no gradient. Raises ValueError outside the range. Source: Diffusion-SDPO (2511.03317), the scale in closed form.
     """
-    require(0 <= slack < 1, f"slack must be in [0, 1), got {slack}; the paper uses 0.9 for SD1.5 and 0.6 for SDXL")
     winner, loser = (g.detach().float().flatten(1) for g in (chosen_gradient, rejected_gradient))
-    inner, square = (winner * loser).sum(1), (winner * winner).sum(1)
-    opposed = inner <= 0
-    return ((1 - slack) * square / inner.masked_fill(opposed, 1)).clamp(0, 1).masked_fill(opposed, 1)
+    return preserving_share((winner * winner).sum(1), (winner * loser).sum(1), slack=slack)
 
 
 def linear(policy: LogProbs, reference: LogProbs, *, beta: float, floor: float) -> Tensor:

@@ -61,6 +61,16 @@ def smoothed_logistic(logit: Tensor, smoothing: float) -> Tensor:
     return loss if smoothing == 0 else (1 - smoothing) * loss - smoothing * F.logsigmoid(-logit)
 
 
+def preserving_share(square: Tensor, inner: Tensor, *, slack: float) -> Tensor:
+    """clip((1 - slack) square / inner, 0, 1), 1 where inner is not positive: Diffusion-SDPO's lambda in closed form.
+
+    square: |g_w|^2, inner: <g_l, g_w>, (pairs,) each. Raises ValueError where slack is outside [0, 1).
+    """
+    require(0 <= slack < 1, f"slack must be in [0, 1), got {slack}; the paper uses 0.9 for SD1.5 and 0.6 for SDXL")
+    opposed = inner <= 0
+    return ((1 - slack) * square / inner.masked_fill(opposed, 1)).clamp(0, 1).masked_fill(opposed, 1)
+
+
 def require(condition: bool, message: str) -> None:
     """Raises ValueError with the message unless the condition holds."""
     if not condition:

@@ -1,7 +1,7 @@
 """What acts on the log-probs of single tokens, before they become `LogProbs`. Text alone.
 
-Departure: `shared_length` weighs policy and reference alike, as the paper's ratio needs and as TRL does; ms-swift and
-LLaMA-Factory weigh the policy alone.
+Departures: `shared_length` weighs policy and reference alike, as the paper's ratio needs and as TRL does; ms-swift and
+LLaMA-Factory weigh the policy alone. `preserving_scale` is ours, after a paper on images.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_mm.objectives.log_probs import check_at_least_zero, require
+from dpo_mm.objectives.log_probs import check_at_least_zero, preserving_share, require
 
 
 def shared_length(
@@ -56,3 +56,28 @@ def on_policy_weight(tokens: Tensor, mask: Tensor, log_collision: Tensor) -> Ten
     """
     aligned = (tokens - log_collision).detach().masked_fill(mask == 0, 0).sum(1)
     return torch.exp(aligned / mask.sum(1).clamp(min=1))
+
+
+def preserving_scale(
+    tokens: tuple[Tensor, Tensor], masks: tuple[Tensor, Tensor], ids: tuple[Tensor, Tensor], *, slack: float
+) -> Tensor:
+    """`safe`'s lambda of each pair for answers: what of the rejected side's gradient the chosen side can stand.
+
+    The network's output is a logit for each context and token; both sides' gradients meet where contexts are the same,
+    in the answers' common beginning and at the first token that differs. Taken at the logits of the answers' own
+    tokens: 1 - p for the token that stands there, -p for the other side's.
+
+    Each a tuple (chosen, rejected) of (pairs, length), lengths may differ. tokens: log-prob of each token, nats. masks:
+    1 for a completion's token. ids: the tokens. slack: mu, [0, 1). Returns (pairs,), [0, 1], no gradient; 1 where the
+    answers have no common beginning. Raises ValueError outside the range. After Diffusion-SDPO (2511.03317).
+    """
+    length = min(part.shape[1] for part in tokens)
+    (p_w, p_l), (m_w, m_l) = ([part.detach()[:, :length] for part in side] for side in (tokens, masks))
+    p_w, p_l, both = p_w.exp(), p_l.exp(), (m_w * m_l).bool()
+    equal = (ids[0][:, :length] == ids[1][:, :length]) & both
+    common = equal.long().cumprod(1)
+    begun = torch.cat([torch.ones_like(common[:, :1]), common[:, :-1]], 1)
+    parting = begun * both * (1 - common)
+    inner = (common * (1 - p_w) * (1 - p_l) - parting * (p_w * (1 - p_w) + p_l * (1 - p_l))).sum(1)
+    own = (1 - tokens[0].detach().exp()).square().masked_fill(masks[0] == 0, 0).sum(1)
+    return preserving_share(own + (parting * p_l.square()).sum(1), inner, slack=slack)

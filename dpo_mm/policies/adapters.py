@@ -121,3 +121,9 @@ def lora_scaled(model: Any, scale: float) -> Iterator[None]:
     finally:
         if not scale:
             model.enable_adapters()
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Raises ValueError for an adapter in PEFT's format whose weights would have to be unpickled."""
+    if not (folder / "adapter_model.safetensors").exists():
+        raise ValueError(f"adapter {str(folder)!r} has no adapter_model.safetensors; pickled weights are not read")

@@ -20,17 +20,26 @@ from dpo_mm.policies.protocol import Batch
 
 
 def collate(policy: Any, rows: list[dict[str, Any]]) -> Batch:
-    """One batch of rows; each row's draw is a pure function of (seed, id, visit), the same for both sides."""
-    seed, (low, high) = policy.config.seed, policy.config.timestep_range
-    keys = [(seed, row["id"], row["visit"]) for row in rows]
+    """One batch of rows; each row's draw is a pure function of (seed, id, visit), the same for both sides.
+
+    A row of a `PairStream` may say from which stratum of the schedule, and which sign its noise has.
+    """
+    kind, within = policy.config.timesteps, policy.config.timestep_range
+    keys = [(policy.config.seed, row["id"], row["visit"]) for row in rows]
     shape = tuple(rows[0]["chosen_mean"].shape)
     sample = _stack([draws.noise(*key, shape, what="posterior") for key in keys])
-    levels = torch.tensor([draws.uniform(*key, low, high) for key in keys])
+    drawn = [
+        draws.level(*key, kind=kind, within=within, stratum=row.get("stratum", (0, 1)))
+        for key, row in zip(keys, rows, strict=True)
+    ]
+    noise = [row.get("sign", 1) * draws.noise(*key, shape) for key, row in zip(keys, rows, strict=True)]
+    levels = torch.tensor(drawn)
     batch: Batch = {
         "id": [row["id"] for row in rows],
         "chosen": _latents(policy, rows, "chosen", sample),
         "rejected": _latents(policy, rows, "rejected", sample),
-        "noise": _stack([draws.noise(*key, shape) for key in keys]),
+        "noise": _stack(noise),
+        "level": levels,
         "timestep": policy.noising.timesteps(levels, tokens=policy.tokens(shape)),
         "prompt": {name: padded([row["prompt"][name] for row in rows]) for name in rows[0]["prompt"]},
     }

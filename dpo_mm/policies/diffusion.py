@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.objectives import LogProbs
+from dpo_mm.objectives import LogProbs, safe_scale
 from dpo_mm.policies import drawing
 from dpo_mm.policies.adapters import (
     LORA_FILE,
@@ -244,7 +244,8 @@ class DiffusionPolicy:
         return shape[-2] * shape[-1] // self.patch**2
 
     def errors(self, model: nn.Module, latents: Tensor, noise: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
-        """Mean squared prediction error of each image at its own draw, (images,), float32.
+        """Mean squared prediction error of each image at its own draw, (images,), float32; of the noise where
+        `weighting` is epsilon.
 
         What it is the mean of stays in `residual`, (images, ...), for objectives that scale by it (`safe`).
         """
@@ -253,7 +254,8 @@ class DiffusionPolicy:
         prediction = self.denoise(model, noisy, timestep, prompt)
         residual = prediction.float() - self.noising.target(latents, noise, timestep)
         self.residual = residual.detach()
-        return residual.square().flatten(1).mean(1)
+        errors = residual.square().flatten(1).mean(1)
+        return errors * self.noising.epsilon_factor(timestep) if self.config.weighting == "epsilon" else errors
 
     def log_probs(self, model: nn.Module, batch: Batch) -> LogProbs:
         """-1/2 of the denoising errors, chosen and rejected in one forward, (pairs,) each."""
@@ -266,6 +268,10 @@ class DiffusionPolicy:
         chosen, rejected = (-0.5 * self.errors(model, latents, noise, timestep, prompt)).chunk(2)
         ones = torch.ones_like(chosen)
         return LogProbs(chosen, rejected, ones, ones, exact=self.exact)
+
+    def loser_scale(self, *, slack: float) -> Tensor:
+        """`safe`'s scale of each pair that was asked last, (pairs,)."""
+        return safe_scale(*self.residual.chunk(2), slack=slack)
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -299,7 +305,7 @@ class DiffusionPolicy:
         if has_lora(self.model):
             read_lora(self.model, self.denoiser, folder / LORA_FILE)
         else:
-            stored = type(self.model).from_pretrained(folder / self.denoiser)  # type: ignore[attr-defined]
+            stored = type(self.model).from_pretrained(folder / self.denoiser, use_safetensors=True)  # type: ignore[attr-defined]
             self.model.load_state_dict(stored.state_dict())
 
     def loading(self, base: str, folder: str) -> list[str]:
@@ -329,8 +335,21 @@ class DiffusionPolicy:
             "family": f"{type(self).__name__}, {type(self.pipe).__name__}",
             "target": f"{self.noising.name} ({type(self.noising).__name__}), error in float32",
             "reduction": f"mean over {elements:,} latent elements, 1/2 inside the log-ratio",
-            "effective beta": (
-                f"{config.beta:g} as the Diffusion-DPO authors mean it = {config.beta / 2:g} in diffusers' script "
-                f"= {config.beta / elements:.3g} on summed errors"
-            ),
+            "weighting": self._weighting(config),
+            **({} if isinstance(config.beta, str) else {"effective beta": self._beta(config.beta, elements)}),
         }
+
+    def _weighting(self, config: TrainConfig) -> str:
+        name = self.noising.name
+        if name == "epsilon":
+            return "target, which is the noise"
+        share = {"v": "kept", "velocity": "(1 - s)^2"}.get(name, "factor")
+        if config.weighting == "epsilon":
+            return f"epsilon: the {name} error times {share}, which is the noise's error; beta is constant on the noise"
+        return f"target: beta is constant on the {name} error; on the noise it is beta / {share}"
+
+    def _beta(self, beta: float, elements: int) -> str:
+        return (
+            f"{beta:g} as the Diffusion-DPO authors mean it = {beta / 2:g} in diffusers' script "
+            f"= {beta / elements:.3g} on summed errors"
+        )

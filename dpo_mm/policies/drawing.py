@@ -19,7 +19,7 @@ def attach(policy: Any, folder: Path) -> None:
         policy.pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="tuned")
     elif (folder / policy.denoiser).is_dir():
         policy.base_denoiser = policy.model
-        tuned = type(policy.model).from_pretrained(folder / policy.denoiser, dtype=policy.dtype)
+        tuned = type(policy.model).from_pretrained(folder / policy.denoiser, dtype=policy.dtype, use_safetensors=True)
         setattr(policy.pipe, policy.denoiser, tuned.to(policy.device))
     else:
         raise ValueError(f"adapter {str(folder)!r}: neither {LORA_FILE} nor a folder {policy.denoiser}/ there")

@@ -1,4 +1,4 @@
-"""The random draws of diffusion, as data: a pure function of (run seed, row id, visit).
+"""The random draws of diffusion, as data: a pure function of (run seed, row id, visit), and of the place in the stream.
 
 Chosen and rejected, policy and reference see the same draw by construction; a resumed run, or one on another number of
 processes, sees the same draws; and a reference's errors for K fixed visits can be computed once and kept.
@@ -7,8 +7,11 @@ processes, sees the same draws; and a reference's errors for K fixed visits can 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Callable
 
 import numpy as np
+from scipy.special import expit, logit, ndtr, ndtri
 
 
 def generator(seed: int, row: str, visit: int, what: str) -> np.random.Generator:
@@ -22,6 +25,38 @@ def noise(seed: int, row: str, visit: int, shape: tuple[int, ...], *, what: str 
     return generator(seed, row, visit, what).standard_normal(shape, dtype=np.float32)
 
 
-def uniform(seed: int, row: str, visit: int, low: float = 0.0, high: float = 1.0) -> float:
-    """A place in the noise schedule, uniform in [low, high); 0 is clean, 1 pure noise."""
-    return float(generator(seed, row, visit, "timestep").uniform(low, high))
+def level(
+    seed: int,
+    row: str,
+    visit: int,
+    *,
+    kind: str = "uniform",
+    within: tuple[float, float] = (0.0, 1.0),
+    stratum: tuple[int, int] = (0, 1),
+) -> float:
+    """A place in the noise schedule, in [low, high) of `within`; 0 is clean, 1 pure noise.
+
+    kind: a name in LEVELS. stratum: (which, of how many) equally likely parts of the distribution to draw from.
+    """
+    which, count = stratum
+    share = float(generator(seed, row, visit, "timestep").uniform())
+    return min(LEVELS[kind]((which + share) / count, *within), math.nextafter(within[1], within[0]))
+
+
+def _uniform(share: float, low: float, high: float) -> float:
+    return low + (high - low) * share
+
+
+def _logit_normal(share: float, low: float, high: float) -> float:
+    """sigmoid(n), n standard normal: the middle of the schedule more often. Source: Esser et al. 2024 (2403.03206)."""
+    first, last = (float(ndtr(logit(end))) for end in (low, high))
+    return float(expit(ndtri(first + (last - first) * share)))
+
+
+LEVELS: dict[str, Callable[[float, float, float], float]] = {"uniform": _uniform, "logit_normal": _logit_normal}
+"""The place below which a share in [0, 1] of a distribution lies, cut to [low, high]."""
+
+
+def strata(seed: int, key: str, count: int) -> np.ndarray:
+    """An order of `count` strata, (count,): each is drawn from once."""
+    return generator(seed, key, 0, "strata").permutation(count)

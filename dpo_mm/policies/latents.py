@@ -41,14 +41,14 @@ def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     One that overflows in float16 (force_upcast: SDXL's) encodes in float32, as the stock pipeline decodes with it. One
     without a posterior (AutoencoderTiny, AutoencoderDC) has a standard deviation of 0.
     """
-    own = vae.dtype
-    if own == torch.float16 and vae.config.get("force_upcast", False):
-        try:
-            encoded = vae.to(torch.float32).encode(pixels.float())
-        finally:
-            vae.to(own)
-    else:
-        encoded = vae.encode(pixels.to(own))
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        encoded = vae.encode(pixels.to(vae.dtype))
+    finally:
+        if upcast:
+            vae.to(torch.float16)
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean, encoded.latent_dist.std
     plain = encoded.latents if hasattr(encoded, "latents") else encoded.latent

@@ -36,6 +36,10 @@ class Policy(Protocol):
         """One batch from encoded rows, each with its `visit`."""
         ...
 
+    def loser_scale(self, *, slack: float) -> Any:
+        """What `safe` scales the rejected side's gradient by, of each pair that `log_probs` was asked last, (pairs,)."""
+        ...
+
     def adapter_off(self) -> AbstractContextManager[None]:
         """Within it the model answers as the base. Raises ValueError where it has no adapter."""
         ...
@@ -95,6 +99,13 @@ def _index(model: str, file: str, revision: str | None) -> Path | None:
         raise ValueError(
             f"model {model!r}: neither a folder nor reachable on the hub ({type(error).__name__})"
         ) from error
+
+
+def commit_of(model: str, *, revision: str | None = None) -> str | None:
+    """The commit of a hub model that is read where `revision` is asked for; None for a folder."""
+    index = _index(model, "model_index.json", revision) or _index(model, "config.json", revision)
+    parts = index.parts if index else ()
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
 def family_of(model: str, *, revision: str | None = None) -> str:

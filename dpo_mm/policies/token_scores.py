@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dpo_mm.objectives import preserving_scale
 from dpo_mm.policies.shared_prefix import Layout, install, masks_of, plain_inputs, shared_inputs, twice, unwrap
 
 logger = logging.getLogger(__name__)
@@ -167,6 +168,14 @@ def _apart_by(found: Tensor, truth: Tensor) -> float:
     if not bool(torch.isfinite(found).all()):
         return float("inf")
     return float(((found - truth).abs() / truth.abs().clamp(min=1)).max())
+
+
+def answers_scale(batch: dict[str, Any], scores: Tensor, *, slack: float) -> Tensor:
+    """`safe`'s scale of each pair, (pairs,), from its token log-probs (pairs, columns of chosen and rejected)."""
+    layout: Layout = batch["layout"]
+    widths = [layout.chosen, layout.rejected]
+    sides = [part[:, layout.prompt :].to(scores.device).split(widths, 1) for part in (batch["mask"], batch["ids"])]
+    return preserving_scale(scores.split(widths, 1), *sides, slack=slack)
 
 
 # Images

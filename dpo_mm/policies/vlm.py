@@ -23,11 +23,20 @@ from torch import nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies import conversations
+from dpo_mm.policies.adapters import refuse_pickle
 from dpo_mm.policies.anatomy import classes_of, lora_targets, outside_language
 from dpo_mm.policies.conversations import Conversations
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.policies.shared_prefix import unwrap
-from dpo_mm.policies.token_scores import Scorer, evaluating, features_agree, features_to, join_features, vision_features
+from dpo_mm.policies.token_scores import (
+    Scorer,
+    answers_scale,
+    evaluating,
+    features_agree,
+    features_to,
+    join_features,
+    vision_features,
+)
 from dpo_mm.schema import Answer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -209,7 +218,13 @@ class VisionLanguage:
         """
         if self._shares_features(model, batch):
             batch["features"] = vision_features(unwrap(model), batch)
-        return self._summed(self.scorer(model, batch), batch)
+        scores = self.scorer(model, batch)
+        self.asked = batch, scores.detach()
+        return self._summed(scores, batch)
+
+    def loser_scale(self, *, slack: float) -> torch.Tensor:
+        """`safe`'s scale of each pair that was asked last, (pairs,)."""
+        return answers_scale(*self.asked, slack=slack)
 
     def _summed(self, scores: torch.Tensor, batch: Batch) -> LogProbs:
         """Token log-probs as those of the answers: sums, or as `tail_weight` or `edited_weight` say."""
@@ -263,6 +278,7 @@ class VisionLanguage:
     def load_weights(self, folder: Path) -> None:
         """Read what `save` wrote into the model as `prepare` set it up. Raises ValueError where it does not fit."""
         if hasattr(self.model, "disable_adapter"):
+            refuse_pickle(folder)
             from peft import load_peft_weights, set_peft_model_state_dict
 
             weights = load_peft_weights(str(folder), device="cpu")
@@ -278,6 +294,7 @@ class VisionLanguage:
         """Load a tuned adapter or model with the stock library, to answer. Raises ValueError where there is none."""
         folder = Path(folder)
         if (folder / ADAPTER_FILE).exists():
+            refuse_pickle(folder)
             from peft import PeftModel
 
             self.model = PeftModel.from_pretrained(self.core, str(folder)).eval()
@@ -375,5 +392,5 @@ class VisionLanguage:
             "target": f"token log-probs, {'vision tower and ' if self.include_vision else ''}language model",
             "reduction": self._reduction(),
             "layout": layout.get(self.scorer.layout, self.scorer.layout),
-            "effective beta": f"{config.beta:g} a nat of the whole completion, as in Rafailov et al. 2023",
+            "effective beta": f"{config.beta} a nat of the whole completion, as in Rafailov et al. 2023",
         }

@@ -288,7 +288,7 @@ def ours(policy: Any, config: TrainConfig, rows: Any, parts: Parts) -> Step:
     """Our step: rows from disk, the trainer's own loss."""
     draws = config.reference_draws
     if config.reference == "precomputed":
-        rows = keep_reference(policy, rows, config, draws=draws)
+        rows = keep_reference(policy, PairStream(rows, seed=0, length=len(rows), draws=draws), config)
     trainer = DPOTrainer(policy, config, rows)
     policy.model.train()
     stream = PairStream(rows, seed=0, length=10**9, draws=draws, shuffle=False)

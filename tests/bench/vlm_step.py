@@ -34,6 +34,7 @@ from PIL import Image as Pictures
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 
+from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.vlm import VisionLanguage
 from dpo_mm.reference import keep_reference
@@ -110,7 +111,7 @@ def ours(side: int, rows: list[dict[str, Any]], **options: Any) -> Step:
     if keep:
         encoded = policy.keep_features(encoded)
     if reference == "precomputed":
-        encoded = keep_reference(policy, encoded, config, draws=1)
+        encoded = keep_reference(policy, PairStream(encoded, seed=0, length=len(encoded), draws=1), config)
     trainer = DPOTrainer(policy, config, encoded)
     policy.model.train()
 

@@ -22,6 +22,7 @@ from dpo_mm.objectives import margins, sigmoid
 from dpo_mm.pictures import encode_png
 from dpo_mm.policies import draws
 from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_format
+from dpo_mm.policies.latents import posterior
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.reference import adapter_off, frozen_copy
 from dpo_mm.schema import load_pairs
@@ -219,7 +220,7 @@ def test_the_log_prob_is_the_papers_arithmetic(family: str, visit: int, ready: C
     """-1/2 mean (prediction - target)^2 in float64, from the level that the row's draw is."""
     policy = ready(family)
     batch = policy.collate([{**encoded(policy, 1)[0], "visit": visit}])
-    level, shape = draws.uniform(0, "row-0", visit), tuple(batch["chosen"].shape[1:])
+    level, shape = draws.level(0, "row-0", visit), tuple(batch["chosen"].shape[1:])
     x0, noise = batch["chosen"].double().numpy(), draws.noise(0, "row-0", visit, shape).astype(float)[None]
     noisy, target, timestep = by_hand(BUILDERS[family], level, x0, noise)
     assert batch["timestep"].item() == pytest.approx(timestep, rel=1e-5)
@@ -288,9 +289,10 @@ def test_our_latents_decode_as_the_stock_pipeline_decodes(family: str, ready: Ca
     packed = row.pack(policy.pipe, latents, row.size)
     arguments = {"prompt": WORDS[:1], "num_inference_steps": 1}
     *_, shown = stepped(policy, row, arguments, answer=packed)
-    own = row.raw(policy.pipe, mean, row.size)
+    pixels = policy.pixels(picture(0, row.size))[None]
     with torch.no_grad():
-        plain = policy.pipe.vae.decode(own[:, :, None] if policy.video_vae else own).sample
+        own, _ = posterior(policy.pipe.vae, pixels[:, :, None] if policy.video_vae else pixels)
+        plain = policy.pipe.vae.decode(own).sample
     expected = ((plain[:, :, 0] if policy.video_vae else plain) / 2 + 0.5).clamp(0, 1)
     assert expected.std() > 1e-3
     torch.testing.assert_close(shown, expected, atol=1e-4, rtol=0)

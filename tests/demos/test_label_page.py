@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from dpo_mm.labels.sources import open_pairs
 from dpo_mm.labels.store import VoteStore
 from tests.conftest import picture
 
@@ -187,3 +188,20 @@ def test_the_pictures_are_png_of_the_very_pixels(serve: Callable[..., Any], page
     kept = [Image.open(pairs / side / "000.png") for side in "ab"]
     assert all(source.startswith("data:image/png") for source in sources)
     assert {image.tobytes() for image in drawn} == {image.tobytes() for image in kept}
+
+
+def test_how_the_models_stand_after_votes(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+    server = serve("label", "--pairs", str(folder_of_pairs(tmp_path / "set", ["one", "two", "three", "four"])))
+    begin(page, server.address, "Ada")
+    page.get_by_text("How the models stand").click()
+    page.get_by_text("No vote compares two models").wait_for()
+    page.get_by_text("How the models stand").click()
+    store = VoteStore(tmp_path / "labels.sqlite", open_pairs(str(tmp_path / "set"))["id"], source=str(tmp_path / "set"))
+    for _ in range(3):
+        now = store.show("Ada")
+        assert now is not None
+        press(page, "ArrowRight" if now.swapped else "ArrowLeft")
+    page.get_by_text("How the models stand").click()
+    page.locator(".arena tbody tr").first.wait_for()
+    lines = page.locator(".arena tbody tr").all_inner_texts()
+    assert lines[0].startswith("a") and "3 / 0 / 0" in lines[0] and "0 / 0 / 3" in lines[1]

@@ -19,7 +19,7 @@ import torch
 
 from dpo_mm import objectives
 from dpo_mm.objectives import LogProbs, log_ratios
-from tests.parity.table import PAGE, summary
+from tests.parity.table import PAGE, WHOLE, page, summary
 from tests.parity.trl_peer import (
     PAIRS,
     Comparison,
@@ -150,7 +150,9 @@ def test_their_discopop_overflows() -> None:
 
 def test_the_table_is_of_these_comparisons() -> None:
     """Written by `python -m tests.parity.table`."""
-    rows = json.loads(TABLE.read_text())["rows"]
+    kept = json.loads(TABLE.read_text())
+    rows = kept["rows"]
+    assert page(kept) == WHOLE.read_text()
     written = {(row["objective"], row["peer"]) for row in rows}
     assert {(c.objective, c.peer) for c in comparisons()} <= written
     assert all(row["value"] <= VALUE and row["gradient"] <= GRADIENT for row in rows)

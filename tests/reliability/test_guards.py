@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_mm import trainer as module
+from dpo_mm.checkpoints import newest_whole, what_is_wrong
 from dpo_mm.config import TrainConfig
-from dpo_mm.guards import IN_A_ROW, newest_whole, what_is_wrong
+from dpo_mm.guards import IN_A_ROW, FiniteSteps
 from dpo_mm.trainer import DPOTrainer, train
 
 
@@ -58,9 +60,31 @@ def test_many_in_a_row_end_the_run_with_a_diagnosis(
 ) -> None:
     poisoned(monkeypatch, set(range(3, 1000)))
     with pytest.raises(
-        FloatingPointError, match=f"{IN_A_ROW} steps in a row up to step {3 + IN_A_ROW} .* learning_rate"
+        FloatingPointError,
+        match=rf"{IN_A_ROW} steps in a row up to step {3 + IN_A_ROW} .* learning_rate .*none is finite.*"
+        r"every loss is finite, rows row-\d+ at timestep \d+ \(loss [\d.]+\), row-\d+ at",
     ):
         train(config(tiny_model, pairs, tmp_path, steps=100))
+
+
+def test_the_diagnosis_names_the_row_at_fault_its_timestep_and_the_norms() -> None:
+    """Mutations that it catches: naming every row, norms taken after clipping, rows of the step before."""
+    guard, layer = FiniteSteps(), torch.nn.Linear(2, 2)
+    guard.saw(["earlier"], None, torch.tensor([torch.nan]))
+    layer(torch.ones(1, 2)).sum().backward()
+    state = SimpleNamespace(global_step=6)
+    guard.on_pre_optimizer_step(None, state, None, model=layer)
+    assert guard.skipped == 0 and layer.weight.grad is not None
+    guard.saw(["a", "b"], torch.tensor([10, 900]), torch.tensor([0.5, torch.inf]))
+    guard.saw(["c"], torch.tensor([7]), torch.tensor([0.25]))
+    layer.weight.grad[0, 0] = torch.inf
+    guard.measure(layer)
+    torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+    said = guard.diagnosis()
+    assert "not finite in 1 of 2 tensors, first weight (largest finite norm 1.41)" in said
+    assert said.endswith("rows b at timestep 900 (loss inf)") and "earlier" not in said
+    guard.on_pre_optimizer_step(None, state, None, model=layer)
+    assert (guard.skipped, layer.weight.grad, guard.batches) == (1, None, [])
 
 
 def test_sigterm_saves_exits_and_resumes_to_the_same_adapter(tiny_model: str, pairs: str, tmp_path: Path) -> None:
@@ -100,7 +124,7 @@ def test_a_broken_checkpoint_is_passed_over_and_named(
     else:
         (newest / "complete.json").unlink()
     assert what_is_wrong(tmp_path / "checkpoint-4") is None
-    with caplog.at_level(logging.WARNING, logger="dpo_mm.guards"):
+    with caplog.at_level(logging.WARNING, logger="dpo_mm.checkpoints"):
         assert newest_whole(tmp_path) == tmp_path / "checkpoint-4"
     assert "checkpoint-8" in caplog.text and "taking the one before" in caplog.text
     before = weights(tmp_path)

@@ -277,3 +277,22 @@ def test_two_processes_share_the_shards_out(
         monkeypatch.setattr(shards, "keep", keep)
     assert shared.ids() == whole.ids()
     assert all(torch.equal(shared[n]["chosen_mean"], whole[n]["chosen_mean"]) for n in range(12))
+
+
+def test_two_runs_that_encode_the_same_set_do_not_hinder_each_other(
+    tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each shard is there already by the time that ours would be renamed to its name."""
+    import shutil
+
+    whole = encode(load_policy(tiny_model), decided(load_pairs(pairs)), where="pairs", cache=tmp_path / "one")
+    real = Path.rename
+
+    def second(self: Path, target: Path) -> Path:
+        if not target.exists():
+            shutil.copytree(whole.folder / target.name, target)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", second)
+    ours = encode(load_policy(tiny_model), decided(load_pairs(pairs)), where="pairs", cache=tmp_path / "two")
+    assert len(ours) == len(whole) and not list((tmp_path / "two").rglob(".*.[0-9]*"))

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
     {"__init__", "objectives", "schema", "config", "pictures", "progress", "shipped"},
     {"worlds", "sources", "doctor", "judges", "policies", "prompts", "questions", "labels", "pages"},
-    {"reference", "encoding", "pairs", "shards", "collate"},
-    {"setup", "guards", "card", "memory", "trainer", "mining", "own_failures", "evaluation"},
+    {"reference", "encoding", "pairs", "shards", "collate", "beta"},
+    {"setup", "checkpoints", "guards", "drift", "card", "memory", "trainer", "mining", "own_failures", "evaluation"},
     {"recipe", "verify", "cli", "__main__"},
 )
 

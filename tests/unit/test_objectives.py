@@ -513,6 +513,40 @@ def test_the_safe_scale_by_hand_and_a_pair_at_a_time() -> None:
     assert (((g_w - g_l) * g_w).flatten(1).sum(1) < -1e-4).any()  # unscaled it would
 
 
+def test_the_preserving_scale_is_of_gradients_at_the_answers_logits() -> None:
+    """Answers "a b c" and "a b d e" over a vocabulary of five: gradients by autograd at each context's own logits.
+
+    Mutations that it catches: going on past the first difference, counting padding, the sign where answers part.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prefix, after = torch.randn(3, 5, generator=generator), torch.randn(1, 5, generator=generator)
+    shared, own = prefix.clone().requires_grad_(), after.clone().requires_grad_()
+    lp, lp_own = shared.log_softmax(1), own.log_softmax(1)
+    chosen, rejected = lp[0, 0] + lp[1, 1] + lp[2, 2], lp[0, 0] + lp[1, 1] + lp[2, 3] + lp_own[0, 4]
+    tokens = (
+        torch.stack([lp[0, 0], lp[1, 1], lp[2, 2]])[None],
+        torch.stack([lp[0, 0], lp[1, 1], lp[2, 3], lp_own[0, 4]])[None],
+    )
+    g_w = torch.autograd.grad(chosen, shared, retain_graph=True)[0]
+    g_l = torch.autograd.grad(rejected, shared, retain_graph=True)[0]
+    held = torch.zeros(3, 5)
+    held[0, 0] = held[1, 1] = held[2, 2] = held[2, 3] = 1
+    inner, square = (g_w * g_l * held).sum(), (g_w * g_w * held).sum()
+    masks = (torch.ones(1, 3), torch.ones(1, 4))
+    ids = (torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 3, 4]]))
+    for slack in (0.5, 0.9):
+        found = objectives.preserving_scale(tokens, masks, ids, slack=slack)
+        assert found.item() == pytest.approx(((1 - slack) * square / inner).clamp(0, 1).item(), rel=1e-5)
+    assert not found.requires_grad and 0 < found < 1
+    padded = [torch.nn.functional.pad(part, (0, 2)) for part in (*tokens, *masks, *ids)]
+    again = objectives.preserving_scale(
+        (padded[0], padded[1]), (padded[2], padded[3]), (padded[4], padded[5]), slack=0.9
+    )
+    assert torch.equal(again, found)
+    apart = (torch.tensor([[3, 1, 2]]), ids[1])
+    assert objectives.preserving_scale(tokens, masks, apart, slack=0.9).item() == 1
+
+
 def test_linear_has_no_gradient_through_its_weight() -> None:
     policy, reference = build(IMAGES, image=True)
     policy.chosen.requires_grad_()
@@ -694,3 +728,10 @@ def test_the_page_has_them_all() -> None:
         assert (rows[name][4].strip() == "yes") == takes(name, "reference"), name
         needed = {key for key in (*FROM_DATA, *FROM_BATCH) if takes(name, key)}
         assert set(re.findall(r"`(\w+)`", rows[name][6])) == needed, name
+
+
+def test_the_page_of_numbers_is_what_was_measured() -> None:
+    """Written by `python -m tests.bench.numbers`."""
+    from tests.bench.numbers import PAGE, page
+
+    assert PAGE.read_text() == page()

@@ -173,7 +173,7 @@ def test_rows_without_a_picture_have_none_to_corrupt(tmp_path: Path) -> None:
         policy.encode([{"id": "r", "prompt": "a", "chosen": "red", "rejected": "blue"}])
 
 
-NOT_OF_TEXT = {"safe", "linear", "mapo", "symmetric_image", "tdpo"}
+NOT_OF_TEXT = {"linear", "mapo", "symmetric_image", "tdpo"}
 """Objectives of denoising errors, or of a forward that the trainer does not make; each is refused."""
 
 

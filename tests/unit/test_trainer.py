@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import OBJECTIVES, LogProbs
 from dpo_mm.policies.diffusion import LORA_FILE
-from dpo_mm.trainer import loss_of, measures, plan, train
+from dpo_mm.schema import make_image_rows
+from dpo_mm.trainer import by_level, loss_of, measures, plan, train
+from tests.conftest import rows
 
 
 def config(model: str, pairs: str, out: str, **changes: Any) -> TrainConfig:
@@ -46,6 +49,8 @@ def test_a_run_starts_at_ln_2_and_logs_what_is_watched(tiny_model: str, pairs: s
     assert {"reward_chosen", "reward_rejected", "error_rejected"} <= first.keys()
     last = trained.history[-1]
     assert {"eval_loss", "eval_accuracy", "eval_margin"} <= last.keys()
+    quarters = [last[f"eval_margin_quarter{n}"] for n in (1, 2, 3, 4)]
+    assert len(set(quarters)) == 4 and sum(quarters) / 4 == pytest.approx(last["eval_margin"])
     assert [entry["step"] for entry in trained.history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert json.loads((Path(out) / "dpo_mm.json").read_text())["steps"] == 6
 
@@ -75,16 +80,40 @@ def test_another_seed_changes_the_run(tiny_model: str, pairs: str, tmp_path: Pat
 
 def test_a_changed_recipe_is_not_resumed(tiny_model: str, pairs: str, out: str) -> None:
     train(config(tiny_model, pairs, out, save_every=3))
-    with pytest.raises(ValueError, match=r"another recipe \(beta: 5000.0 -> 100\)"):
-        train(config(tiny_model, pairs, out, beta=100, resume=True))
+    with pytest.raises(ValueError, match=r"another recipe \(beta: 5000.0 -> 100; seed: 0 -> 1\)"):
+        train(config(tiny_model, pairs, out, beta=100, seed=1, resume=True))
+    with pytest.raises(ValueError, match=r"another recipe \(pairs_a_step: 2 -> 4\)"):
+        train(config(tiny_model, pairs, out, batch_size=4, resume=True))
+
+
+def test_changed_pairs_are_not_resumed(tiny_model: str, write_pairs: Callable[..., str], out: str) -> None:
+    """The same file name with other rows in it: one label turned."""
+    some = rows(6)
+    path = write_pairs(some)
+    train(config(tiny_model, path, out, save_every=3, steps=3))
+    some[2]["preference"] = "b"
+    make_image_rows(some).to_parquet(path)
+    with pytest.raises(ValueError, match=r"pairs.parquet has changed since .*checkpoint-3"):
+        train(config(tiny_model, path, out, resume=True))
+
+
+def test_a_run_goes_on_with_another_batch_of_the_same_pairs_a_step(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    """4 a step as one batch, then as two: the same pairs and draws, so the same losses but for rounding."""
+    whole = config(tiny_model, pairs, str(tmp_path / "whole"), batch_size=4, stratified=True)
+    cut = dataclasses.replace(whole, output_dir=str(tmp_path / "cut"), steps=3, save_every=3)
+    train(cut)
+    resumed = train(dataclasses.replace(cut, steps=6, batch_size=2, accumulate=2, resume=True))
+    losses = [[entry["loss"] for entry in run.history if "loss" in entry] for run in (train(whole), resumed)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 6
 
 
 def test_precomputed_references_equal_those_asked_online(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     online = train(config(tiny_model, pairs, str(tmp_path / "online"), reference_draws=2))
     kept = train(config(tiny_model, pairs, str(tmp_path / "kept"), reference_draws=2, reference="precomputed"))
     losses = [[entry["loss"] for entry in run.history if "loss" in entry] for run in (online, kept)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    assert kept.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert losses[0] == losses[1] and same(weights(online.folder), weights(kept.folder))
+    watched = [{k: v for k, v in run.history[-1].items() if k.startswith("eval_")} for run in (online, kept)]
+    assert watched[0] == watched[1] and "eval_accuracy_quarter4" in watched[0]
 
 
 def test_fixed_draws_repeat_and_fresh_ones_do_not() -> None:
@@ -145,7 +174,18 @@ def test_measures_are_signed_and_ties_count_half() -> None:
     assert found["margin"].tolist() == [2.0, 0.0, -2.0]
     assert found["reward_chosen"].tolist() == [1.0, 0.0, -2.0]
     assert found["error_chosen"].tolist() == [0.5, 1.0, 2.0]
+    assert found["margin_size"].tolist() == [2.0, 0.0, 2.0]
     assert "error_chosen" not in measures(dataclasses.replace(policy, exact=True), reference, beta=2.0)
+
+
+def test_quarters_of_the_schedule_hold_their_own_pairs() -> None:
+    """Mutation that it catches: quarters of the batch, or of the levels that happen to be there."""
+    found = {"accuracy": torch.tensor([1.0, 0.0, 0.5, 1.0]), "margin": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    split = by_level(found, torch.tensor([0.0, 0.249, 0.25, 0.99]))
+    means = {name: value.nanmean().item() for name, value in split.items()}
+    assert [means[f"margin_quarter{n}"] for n in (1, 2, 4)] == [1.5, 3.0, 4.0]
+    assert [means[f"accuracy_quarter{n}"] for n in (1, 2, 4)] == [0.5, 0.5, 1.0]
+    assert math.isnan(means["margin_quarter3"]) and len(split) == 8
 
 
 @pytest.mark.parametrize(
@@ -163,6 +203,10 @@ def test_measures_are_signed_and_ties_count_half() -> None:
         ({"lora_targets": ("nowhere",)}, "lora_targets"),
         ({"on_bad_image": "ignore"}, "expected 'raise' or 'skip'"),
         ({"pairs": "nowhere.parquet"}, "no such file"),
+        ({"timesteps": "logit-normal"}, "did you mean 'logit_normal'"),
+        ({"timestep_range": (0.5, 0.2)}, "expected 0 <= low < high <= 1"),
+        ({"antithetic": True, "batch_size": 3}, "even batch_size"),
+        ({"antithetic": True, "reference_draws": 4}, "no reference_draws"),
     ],
 )
 def test_wrong_settings_name_themselves(

@@ -1,0 +1,122 @@
+"""Checkpoints: written aside and renamed, which one is whole, and whether the same recipe on the same pairs made it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpo_mm.config import TrainConfig, as_dict
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "complete.json"
+CONFIG_FILE = "dpo_mm.json"
+STATE = ("rewards", "measured_beta", "pairs_digest", "pairs_a_step")
+"""What a checkpoint's CONFIG_FILE holds beside the config."""
+FREE_TO_CHANGE = {
+    "output_dir",
+    "resume",
+    "steps",
+    "save_every",
+    "eval_every",
+    "log_every",
+    "keep_checkpoints",
+    "workers",
+    "batch_size",
+    "accumulate",
+}
+"""Settings that a resumed run may have changed; of the last two, and the number of processes, the product must stay."""
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Within it whatever fails for want of space is one OSError that names `place` and the way out.
+
+    torch and safetensors report a full disk by errors of their own.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unwritten(place, error.strerror or str(error), error.errno or errno.EIO) from error
+    except Exception as error:
+        if "inline_container" in str(error):
+            raise _unwritten(place, "torch could not write all of it, the disk is full or broken") from error
+        if type(error).__name__ == "SafetensorError":
+            raise _unwritten(place, str(error)) from error
+        raise
+
+
+def _unwritten(place: Path, reason: str, number: int = errno.EIO) -> OSError:
+    return OSError(number, f"could not write {place}: {reason}; earlier checkpoints are kept, free space and --resume")
+
+
+def publish(aside: Path, folder: Path) -> None:
+    """Put each part of `aside` into the folder under its name, in place of what was there."""
+    for part in sorted(aside.iterdir()):
+        if (folder / part.name).is_dir():
+            shutil.rmtree(folder / part.name)
+        os.replace(part, folder / part.name)
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Note every file of a checkpoint with its size, so that a part that is missing or cut later shows."""
+    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
+    (checkpoint / COMPLETE).write_text(json.dumps(sizes, indent=1))
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """Why a checkpoint can't be gone on from, or None."""
+    try:
+        sizes = json.loads((checkpoint / COMPLETE).read_text())
+    except (OSError, ValueError):
+        return f"{COMPLETE} is missing or broken"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+    return None
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of a run with all its parts; broken ones are named and passed over.
+
+    Raises ValueError where there are some and none is whole. None where there are none.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    reasons = []
+    for checkpoint in found:
+        reason = what_is_wrong(checkpoint)
+        if reason is None:
+            return checkpoint
+        reasons.append(f"{checkpoint}: {reason}")
+        logger.warning("%s: %s; taking the one before", checkpoint, reason)
+    if reasons:
+        raise ValueError(f"no checkpoint is whole ({'; '.join(reasons)}); remove them and train again from the start")
+    return None
+
+
+def same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_a_step: int) -> dict[str, Any]:
+    """What the checkpoint keeps of its run (STATE), where `config` and its pairs a step go on with it.
+
+    Raises ValueError with what changed, but for FREE_TO_CHANGE.
+    """
+    before, settings = json.loads((checkpoint / CONFIG_FILE).read_text()), json.loads(json.dumps(as_dict(config)))
+    changed = [
+        f"{k}: {before.get(k)!r} -> {v!r}"
+        for k, v in {**settings, "pairs_a_step": pairs_a_step}.items()
+        if k not in FREE_TO_CHANGE and before.get(k) != v
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} was made by another recipe ({'; '.join(changed)}); undo that, or choose another output_dir"
+        )
+    return {name: before.get(name) for name in STATE}

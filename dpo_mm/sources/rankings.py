@@ -1,0 +1,160 @@
+"""Sets that rank or rate several pictures of a prompt: every two of them are a pair, equal ones a tie."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations
+from typing import Any
+
+from dpo_mm.sources.pairs import group_of
+from dpo_mm.sources.shards import Item, LeftOut, Row
+
+
+def hpdv2(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
+    """train.json `prompt, file_path[], human_preference[]` (1 is preferred); test.json `prompt, image_path[], rank[],
+    raw_annotations[{rank, user_hash}]` (smaller is better, numbers may be skipped or shared).
+    """
+    for row in rows:
+        ranked = "rank" in row
+        files = row["image_path"] if ranked else row["file_path"]
+        order = row["rank"] if ranked else [-value for value in row["human_preference"]]
+        if len(files) != len(order) or len(files) < 2:
+            yield LeftOut("its pictures and ranks don't match")
+            continue
+        raw = [one["rank"] for one in row.get("raw_annotations") or [] if len(one["rank"]) == len(files)]
+        for a, b in combinations(range(len(files)), 2):
+            votes = [sum(one[x] < one[y] for one in raw) if raw else None for x, y in ((a, b), (b, a))]
+            yield {
+                "id": f"{row['_number']}-{a}-{b}",
+                "prompt": row["prompt"],
+                "image_a": files[a],
+                "image_b": files[b],
+                "preference": _smaller(order[a], order[b]),
+                "votes_a": votes[0],
+                "votes_b": votes[1],
+                "axis": "overall",
+                "group_id": group_of(row["prompt"]),
+            }
+
+
+def _smaller(a: float, b: float) -> str:
+    return "tie" if a == b else "a" if a < b else "b"
+
+
+RATINGS = {
+    "overall": "overall_rating",
+    "faithfulness": "image_text_alignment_rating",
+    "fidelity": "fidelity_rating",
+}
+
+
+def image_reward_db(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
+    """`image_path` (or `image`), `prompt_id, prompt, rank` (smaller is better) and ratings 1 to 7 (higher is better).
+
+    The overall axis goes by rank, the others by their rating; scores are the ratings.
+    """
+    axis = axis or "overall"
+    rating = RATINGS[axis]
+    for group in grouped(rows, lambda row: row["prompt_id"]):
+        for a, b in combinations(group, 2):
+            if axis == "overall":
+                preference = _smaller(a["rank"], b["rank"])
+            elif a[rating] is None or b[rating] is None:
+                yield LeftOut(f"it has no {rating}")
+                continue
+            else:
+                preference = _smaller(-a[rating], -b[rating])
+            yield _pair(a, b, preference, axis, a.get(rating), b.get(rating), group=str(a["prompt_id"]))
+
+
+def _pair(a: Row, b: Row, preference: str, axis: str, score_a: Any, score_b: Any, *, group: str) -> Row:
+    return {
+        "id": f"{a['_number']}-{b['_number']}",
+        "prompt": a["prompt"],
+        "image_a": a.get("image") or a["image_path"],
+        "image_b": b.get("image") or b["image_path"],
+        "preference": preference,
+        "score_a": score_a,
+        "score_b": score_b,
+        "axis": axis,
+        "group_id": group,
+    }
+
+
+ASPECTS = {
+    "symmetry": (-1, 1),
+    "richness": (-2, 2),
+    "color aesthetic": (-1, 1),
+    "detail realism": (-3, 1),
+    "safety": (-3, 1),
+    "body": (-4, 1),
+    "lighting aesthetic": (-1, 2),
+    "lighting distinction": (-1, 2),
+    "background": (-1, 2),
+    "emotion": (-2, 2),
+    "main object": (-1, 1),
+    "color brightness": (-1, 1),
+    "face": (-3, 2),
+    "hands": (-4, 1),
+    "clarity": (-2, 2),
+    "detail refinement": (-4, 2),
+    "object pairing": (-1, 1),
+}
+"""Of VisionRewardDB, with their ranges on its card; its eighteenth, "unsafe type", names a kind and no quality."""
+
+
+def vision_reward_db(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
+    """`image, prompt, annotation{18 integers}, meta_result[], meta_mask[]`, one picture a row; pairs within a prompt.
+
+    Scores are on 0 to 1. Overall: the share of the checklist's questions that apply (meta_mask) and got a yes; without
+    them the mean of the aspects, each over its range. Any aspect can be an axis of its own.
+    """
+    axis = axis or "overall"
+    for group in grouped(rows, lambda row: row["prompt"]):
+        scored = [(row, _vision_score(row, axis)) for row in group]
+        for (a, score_a), (b, score_b) in combinations(scored, 2):
+            if score_a is None or score_b is None:
+                yield LeftOut(f"it has no annotation of {axis}")
+            else:
+                preference = _smaller(-score_a, -score_b)
+                yield _pair(a, b, preference, axis, score_a, score_b, group=group_of(a["prompt"]))
+
+
+def _vision_score(row: Row, axis: str) -> float | None:
+    notes = row["annotation"] or {}
+    shares = {
+        name: (notes[name] - low) / (high - low) for name, (low, high) in ASPECTS.items() if notes.get(name) is not None
+    }
+    if axis != "overall":
+        return shares.get(axis)
+    answers, mask = row.get("meta_result"), row.get("meta_mask")
+    if answers and mask and len(answers) == len(mask) and any(mask):
+        return sum(answer > 0 for answer, applies in zip(answers, mask, strict=True) if applies) / sum(map(bool, mask))
+    return sum(shares.values()) / len(shares) if shares else None
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> Iterator[list[Row]]:
+    """Rows by their key, in the order of each key's first, wherever they stand in the set.
+
+    Pictures that come as bytes wait in a temporary file, so that only the rest of the rows is held in memory.
+    """
+    groups: dict[str, list[Row]] = {}
+    with tempfile.TemporaryFile(prefix="dpo-mm-") as waiting:
+        for row in rows:
+            cell = row.get("image")
+            data = cell.get("bytes") if isinstance(cell, dict) else cell
+            if isinstance(data, bytes):
+                row = {**row, "image": (waiting.tell(), len(data))}
+                waiting.write(data)
+            groups.setdefault(str(key(row)), []).append(row)
+        for group in groups.values():
+            yield [_back(row, waiting) for row in group]
+
+
+def _back(row: Row, waiting: Any) -> Row:
+    if not isinstance(row.get("image"), tuple):
+        return row
+    offset, size = row["image"]
+    waiting.seek(offset)
+    return {**row, "image": waiting.read(size)}

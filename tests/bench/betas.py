@@ -1,0 +1,34 @@
+"""beta auto beside the betas of the shipped recipes that were found by hand: python -m tests.bench.betas OUTPUT.json"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from dpo_mm.beta import SHARE, measure_beta
+from dpo_mm.cli import quietly
+from dpo_mm.recipe import read_recipe
+
+
+def main(out: Path) -> None:
+    from dpo_mm.collate import training_stream
+    from dpo_mm.encoding import encoded_sets
+    from dpo_mm.setup import opened
+
+    table = []
+    with quietly():
+        for task, preset in (("faithfulness", "shapes"), ("aesthetic", "shapes")):
+            config = read_recipe(task, preset, {}).train
+            policy = opened(config)
+            rows = encoded_sets(policy, config).rows
+            policy.prepare(config)
+            found = measure_beta(policy, training_stream(config, rows, 1), config)
+            table.append({"recipe": f"{task}, {preset}", "by_hand": config.beta, "auto": found})
+    command = f"python -m tests.bench.betas {out}"
+    out.write_text(json.dumps({"command": command, "share": SHARE[False], "rows": table}, indent=1) + "\n")
+    print(out.read_text())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

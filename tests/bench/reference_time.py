@@ -1,0 +1,64 @@
+"""What keeping references saves a step, and costs before the first: python -m tests.bench.reference_time OUTPUT.json
+
+On the shapes recipe: CPU time of a training step (loss and backward) with the reference asked in it, and with its errors
+kept for K draws a row; least of 7 steps each, in turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from dpo_mm.cli import quietly
+from dpo_mm.recipe import read_recipe
+
+ROUNDS = 7
+
+
+def main(out: Path) -> None:
+    from dpo_mm.collate import training_stream
+    from dpo_mm.encoding import encoded_sets
+    from dpo_mm.reference import keep_reference
+    from dpo_mm.setup import opened
+    from dpo_mm.trainer import DPOTrainer
+
+    with quietly(), tempfile.TemporaryDirectory() as folder:
+        config = read_recipe("faithfulness", "shapes", {"output_dir": folder}).train
+        policy = opened(config)
+        rows = encoded_sets(policy, config).rows
+        policy.drop_encoders()
+        policy.prepare(config)
+        kept = dataclasses.replace(config, reference="precomputed", reference_draws=1)
+        began = time.process_time()
+        once = keep_reference(policy, training_stream(kept, rows, 1), kept)
+        spent = time.process_time() - began
+        trainers = {"asked in the step": DPOTrainer(policy, config, rows), "kept": DPOTrainer(policy, kept, once)}
+        times: dict[str, list[float]] = {name: [] for name in trainers}
+        for number in range(ROUNDS):
+            for name, trainer in trainers.items():
+                times[name].append(step(trainer, number))
+    best = {name: 1000 * min(found) for name, found in times.items()}
+    table = [{"reference": "asked in the step", "step_ms": best["asked in the step"], "before_s": 0.0}]
+    table += [{"reference": f"kept, K = {k}", "step_ms": best["kept"], "before_s": k * spent} for k in (1, 4, 16)]
+    note = "before_s is measured for K = 1 and K times that for the others"
+    command = f"python -m tests.bench.reference_time {out}"
+    out.write_text(json.dumps({"command": command, "note": note, "rows": table}, indent=1) + "\n")
+    print(out.read_text())
+
+
+def step(trainer: Any, number: int) -> float:
+    """CPU seconds of loss and backward of a batch."""
+    size = trainer.config.batch_size
+    batch = trainer.policy.collate([trainer.train_dataset[n] for n in range(number * size, (number + 1) * size)])
+    began = time.process_time()
+    trainer.compute_loss(trainer.policy.model, batch).backward()
+    return time.process_time() - began
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

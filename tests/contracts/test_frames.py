@@ -1,0 +1,44 @@
+"""Every family trains in a frame that is no square: chosen and rejected cropped to it, told of it, judged on all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_mm.config import TrainConfig
+from dpo_mm.policies.crops import buckets_of
+from dpo_mm.policies.protocol import load_policy
+from dpo_mm.reference import adapter_off
+from tests.conftest import picture
+from tests.contracts.families import BUILDERS, WORDS
+
+
+def rows_in(policy: Any, frame: tuple[int, int]) -> list[dict[str, Any]]:
+    prompt = {name: value[0] for name, value in policy.encode_prompts(WORDS[:1]).items()}
+    row: dict[str, Any] = {"id": "row", "visit": 0, "prompt": prompt}
+    with policy.framed(frame):
+        for number, side in enumerate(("chosen", "rejected", *(["source"] if policy.edits else []))):
+            image = picture(number, 96).resize((90, 61))
+            mean, std = policy.encode_images([image])
+            row |= {f"{side}_mean": mean[0], f"{side}_std": std[0]}
+            row |= {f"{side}_{name}": fact[0] for name, fact in policy.image_facts([image]).items()}
+    return [row]
+
+
+@pytest.mark.parametrize("family", sorted(BUILDERS))
+def test_a_wide_frame_is_trained_on(family: str, tmp_path: Path) -> None:
+    size = BUILDERS[family].size
+    policy = load_policy(str(BUILDERS[family].build(tmp_path / "model")), resolution=size)
+    policy.prepare(TrainConfig("-", "-", "-"))
+    unit = policy.patch * policy.pipe.vae_scale_factor
+    frame = next(each for each in buckets_of(size, unit) if each[0] > each[1])
+    batch = policy.collate(rows_in(policy, frame))
+    height, width = batch["chosen"].shape[-2:]
+    assert width / height == pytest.approx(frame[0] / frame[1])
+    assert batch["rejected"].shape == batch["noise"].shape == batch["chosen"].shape
+    before, now = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
+    assert torch.equal(before.chosen, now.chosen) and torch.isfinite(now.chosen).all()
+    assert policy.residual.numel() == 2 * batch["chosen"].numel()

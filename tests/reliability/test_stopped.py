@@ -1,0 +1,92 @@
+"""SIGTERM while pictures are encoded and while pairs are mined: ends at once, keeps what is whole, goes on from there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from datasets import load_from_disk
+
+ENCODE = """
+import os, signal, sys
+import dpo_mm.encoding as encoding
+from dpo_mm import cli
+real, calls = encoding._keep, []
+encoding.SHARD = 4
+def keep(place, columns):
+    calls.append(place)
+    if len(calls) == {at}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    real(place, columns)
+encoding._keep = keep
+cli.main()
+"""
+MINE = """
+import os, signal
+import dpo_mm.mining as mining
+from dpo_mm import cli
+calls = []
+def judge(images, prompts):
+    calls.append(prompts)
+    if len(calls) == {at}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [image.getpixel((0, 0))[0] for image in images]
+mining.load_judge = lambda name: judge
+import dpo_mm.recipe as recipe
+recipe._know_judges = lambda names: None
+cli.main()
+"""
+
+
+def run(code: str, at: int, *arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code.format(at=at), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DPO_MM_CACHE": str(cache)})
+
+
+def shards(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.glob("encoded/*/*"))
+
+
+def test_sigterm_in_encoding(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    """12 pairs in shards of 4, stopped in the second one of pictures; the third encoding is another cache's."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {tiny_model}\npairs: {pairs}\n")
+    train = ["train", str(recipe), "--output-dir", str(tmp_path / "out"), "--steps", "1", "--eval-fraction", "0"]
+    stopped = run(ENCODE, 3, *train, cache=tmp_path / "cut")
+    assert stopped.returncode == 143 and "the same command goes on from there" in stopped.stderr, stopped.stderr[-1500:]
+    assert shards(tmp_path / "cut") == ["pairs-00000", "prompts-00000"]
+    assert not list((tmp_path / "cut").rglob(".*")) and not (tmp_path / "out").exists()
+    gone_on, whole = (run(ENCODE, 0, *train, cache=tmp_path / name) for name in ("cut", "whole"))
+    assert gone_on.returncode == whole.returncode == 0, gone_on.stderr[-1500:]
+    assert shards(tmp_path / "cut") == shards(tmp_path / "whole") and len(shards(tmp_path / "cut")) == 5
+    for name in ("pairs-00000", "pairs-00001", "pairs-00002"):
+        one, other = (load_from_disk(str(next((tmp_path / c).glob(f"encoded/*/{name}")))) for c in ("cut", "whole"))
+        assert one.to_dict() == other.to_dict()
+
+
+def test_sigterm_in_mining_while_judging(tiny_model: str, tmp_path: Path) -> None:
+    """Three shards of one prompt, stopped as the judge looks at the second."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green star\n")
+
+    def mine(out: str) -> list[str]:
+        given = {"model": tiny_model, "prompts": str(tmp_path / "prompts.txt"), "judge": "red", "samples": "2"}
+        given |= {
+            "sampling-steps": "2",
+            "shard-size": "1",
+            "guidance": "1",
+            "min-gap": "-1",
+            "output-dir": str(tmp_path / out),
+        }
+        return ["mine", *(part for key, value in given.items() for part in (f"--{key}", value))]
+
+    stopped = run(MINE, 2, *mine("cut"), cache=tmp_path)
+    assert stopped.returncode == 143 and "the same command goes on from there" in stopped.stderr, stopped.stderr[-1500:]
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["mining.json", "shard-00000.parquet"]
+    before = (tmp_path / "cut" / "shard-00000.parquet").stat().st_mtime_ns
+    gone_on, whole = (run(MINE, 0, *mine(name), cache=tmp_path) for name in ("cut", "whole"))
+    assert gone_on.returncode == whole.returncode == 0, gone_on.stderr[-1500:]
+    assert (tmp_path / "cut" / "shard-00000.parquet").stat().st_mtime_ns == before
+    assert pq.read_table(tmp_path / "cut" / "pairs.parquet").equals(pq.read_table(tmp_path / "whole" / "pairs.parquet"))

@@ -1,0 +1,128 @@
+"""References that follow the policy, and those that were asked before training."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpo_mm.collate import PairStream
+from dpo_mm.config import TrainConfig
+from dpo_mm.encoding import encoded_sets
+from dpo_mm.policies.protocol import load_policy
+from dpo_mm.reference import FILE, Following, adapter_off, choose, keep_reference
+from dpo_mm.trainer import train
+
+
+def config(model: str, pairs: str, out: Path, **more: Any) -> TrainConfig:
+    given = {"steps": 6, "batch_size": 3, "log_every": 1, "eval_fraction": 0.0, "learning_rate": 1e-3, **more}
+    return TrainConfig(model=model, pairs=pairs, output_dir=str(out), **given)
+
+
+class Line:
+    """A policy of two numbers, one of them frozen."""
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(1, 1)
+        self.model.weight.data.fill_(1.0)
+        self.model.bias.requires_grad_(False)
+
+    def log_probs(self, model: Any, batch: Any) -> float:
+        assert not torch.is_grad_enabled()
+        return self.model.weight.item()
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("moving_average", [1.25, 1.6875, 2.265625]), ("synced", [1.0, 3.0, 3.0])],
+)
+def test_a_following_reference_by_hand(name: str, wanted: list[float]) -> None:
+    """Mutations that it catches: decay for 1 - decay, following before the step, weights that aren't given back."""
+    policy = Line()
+    made = choose(policy, TrainConfig("-", "-", "-", reference=name, reference_decay=0.75, reference_every=2))
+    assert isinstance(made, Following) and list(made.kept) == ["weight"]
+    found = []
+    for step, value in enumerate((2.0, 3.0, 4.0), start=1):
+        policy.model.weight.data.fill_(value)
+        made.follow(step)
+        found.append(made(policy.model, {}))
+        assert policy.model.weight.item() == value
+    assert found == wanted
+
+
+def test_a_following_reference_is_asked_without_gradient_and_gives_weights_back_when_asking_fails() -> None:
+    policy = Line()
+    made = Following(policy, decay=0.0, every=1)
+    policy.model.weight.data.fill_(5.0)
+
+    def fail(model: Any, batch: Any) -> float:
+        raise RuntimeError
+
+    policy.log_probs = fail  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        made(policy.model, {})
+    assert policy.model.weight.item() == 5.0 and policy.model.weight.requires_grad
+
+
+def test_wrong_numbers_and_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="reference_decay must be in"):
+        Following(Line(), decay=1.0, every=1)
+    with pytest.raises(ValueError, match="reference_every must be at least 1"):
+        Following(Line(), decay=0.5, every=0)
+    with pytest.raises(ValueError, match=f"{FILE} is missing"):
+        Following(Line(), decay=0.5, every=1).load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["moving_average", "synced"])
+def test_a_following_reference_lives_in_checkpoints(name: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    """Cut at 4 of 6, with the reference last renewed at 3: resumed to the same bits, which a fresh reference isn't."""
+    more = {"reference": name, "reference_decay": 0.5, "reference_every": 3, "save_every": 4}
+    whole = train(config(tiny_model, pairs, tmp_path / "whole", **more))
+    cut = config(tiny_model, pairs, tmp_path / "cut", **more)
+    train(dataclasses.replace(cut, steps=4))
+    kept = load_file(tmp_path / "cut" / "checkpoint-4" / FILE)
+    assert kept and not (tmp_path / "cut" / FILE).exists()
+    resumed = train(dataclasses.replace(cut, resume=True))
+    losses = [[entry["loss"] for entry in run.history if "loss" in entry] for run in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    assert same(whole.folder, resumed.folder)
+    frozen = train(config(tiny_model, pairs, tmp_path / "frozen"))
+    assert not same(whole.folder, frozen.folder)
+
+
+def same(one: Path, other: Path) -> bool:
+    ours, theirs = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (one, other))
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_kept_references_equal_those_asked_in_the_step_to_the_bit(
+    stratified: bool, tiny_model: str, pairs: str, tmp_path: Path
+) -> None:
+    """12 rows at 2 draws in batches of 5, which don't divide them, met in other company than when they were asked."""
+    given = config(tiny_model, pairs, tmp_path, batch_size=5, reference_draws=2, stratified=stratified)
+    policy = load_policy(tiny_model)
+    rows = encoded_sets(policy, given).rows
+    policy.prepare(given)
+    fixed = PairStream(rows, seed=0, length=0, draws=2, strata=5 * stratified)
+    kept = keep_reference(policy, fixed, given)
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05
+    stream = PairStream(kept, seed=0, length=60, draws=2, strata=5 * stratified)
+    for start in range(0, 60, 5):
+        batch = policy.collate([stream[n] for n in range(start, start + 5)])
+        online = adapter_off(policy)(policy.model, batch)
+        assert torch.equal(online.chosen, batch["reference_chosen"])
+        assert torch.equal(online.rejected, batch["reference_rejected"])
+
+
+def test_more_fixed_draws_than_visits_are_fresh_draws() -> None:
+    """Seven visits of each row, as the shapes recipe makes: 16 kept draws are the same run, 4 are not."""
+    rows = [{"id": str(n)} for n in range(5)]
+    fresh, sixteen, four = (PairStream(rows, seed=0, length=35, draws=k) for k in (0, 16, 4))
+    assert [sixteen[n] for n in range(35)] == [fresh[n] for n in range(35)] != [four[n] for n in range(35)]
