@@ -87,17 +87,14 @@ def keep(place: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
         for name, columns in sets.items():
             _arrow(columns).save_to_disk(str(aside / name))
             (aside / name / TENSORS).write_text(json.dumps(_kinds(columns)))
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(
-            error.errno, f"could not write {place}: {error.strerror or error}; free space or set DPO_MM_CACHE"
-        ) from error
-    try:
         aside.rename(place)
-    except OSError:
-        if not place.exists():
-            raise
-        shutil.rmtree(aside, ignore_errors=True)  # another run on the same rows was faster
+    except OSError as error:
+        if not place.exists():  # else another run on the same rows was faster
+            raise OSError(
+                error.errno, f"could not write {place}: {error.strerror or error}; free space or set DPO_MM_CACHE"
+            ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _arrow(columns: Mapping[str, Any]) -> Any:

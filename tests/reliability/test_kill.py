@@ -40,9 +40,9 @@ def test_a_save_that_fails_keeps_the_one_before(tiny_model: str, pairs: str, tmp
     code = (
         "import errno, dpo_mm.policies.diffusion as d, dpo_mm.cli as c, sys\n"
         "real, calls = d.DiffusionPolicy.save, []\n"
-        "def save(self, folder):\n"
+        "def save(self, folder, weights=None):\n"
         "    calls.append(folder)\n"
-        "    real(self, folder)\n"
+        "    real(self, folder, weights)\n"
         "    if len(calls) == 2: raise OSError(errno.ENOSPC, 'No space left on device')\n"
         "d.DiffusionPolicy.save = save\n"
         "c.main()\n"

@@ -13,15 +13,15 @@ from datasets import load_from_disk
 ENCODE = """
 import os, signal, sys
 import dpo_mm.encoding as encoding
-from dpo_mm import cli
-real, calls = encoding._keep, []
+from dpo_mm import cli, shards
+real, calls = shards.keep, []
 encoding.SHARD = 4
-def keep(place, columns):
+def keep(place, sets):
     calls.append(place)
     if len(calls) == {at}:
         os.kill(os.getpid(), signal.SIGTERM)
-    real(place, columns)
-encoding._keep = keep
+    real(place, sets)
+shards.keep = keep
 cli.main()
 """
 MINE = """
@@ -63,7 +63,7 @@ def test_sigterm_in_encoding(tiny_model: str, pairs: str, tmp_path: Path) -> Non
     assert gone_on.returncode == whole.returncode == 0, gone_on.stderr[-1500:]
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole") and len(shards(tmp_path / "cut")) == 5
     for name in ("pairs-00000", "pairs-00001", "pairs-00002"):
-        one, other = (load_from_disk(str(next((tmp_path / c).glob(f"encoded/*/{name}")))) for c in ("cut", "whole"))
+        one, other = (load_from_disk(str(next((tmp_path / c).glob(f"encoded/*/{name}/*")))) for c in ("cut", "whole"))
         assert one.to_dict() == other.to_dict()
 
 
