@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.provenance import CARD_KEY, judges_of
 
 if TYPE_CHECKING:
     from dpo_mm.evaluation.statistics import Comparison
@@ -29,11 +30,13 @@ def write_card(config: TrainConfig, settings: Mapping[str, str], *, text: bool) 
     """Write the card of what a run trained into its output_dir. text: whether it answers rather than draws."""
     folder = Path(config.output_dir)
     library = "transformers" if config.tuning == "full" else "peft"
-    front = {
+    front: dict[str, Any] = {
         "base_model": config.model,
         "library_name": library if text else "diffusers",
         "tags": ["dpo", "preference-optimization", *(["lora"] if config.tuning == "lora" else [])],
     }
+    if made := judges_of(config.pairs):
+        front[CARD_KEY] = list(made)
     loading = LOADING[config.tuning, text].format(base=config.model, folder=folder.name)
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items())
     card = (

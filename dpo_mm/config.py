@@ -109,19 +109,24 @@ class CompareConfig:
     """Folder of a LoRA in diffusers' format, or of a fully tuned pipeline; None compares the base with itself."""
     revision: str | None = None
     prompts: str = "shapes-held-out"
-    """A text file with a prompt a line, or the name of a shipped list."""
+    """A text file with a prompt a line, a published set's own file or folder (GenEval, PartiPrompts, T2I-CompBench,
+    DPG-Bench), or the name of a shipped list."""
     limit: int | None = None
     """Prompts, spread over the categories; None: all."""
     samples: int = 4
     """Seeds a prompt."""
     judges: tuple[str, ...] = ("faithfulness",)
-    """Names of judges or module:function; the first one is the headline."""
+    """Names of judges or module:function; the first one is the headline, but for a learned one that made the pairs."""
     sampling_steps: int = 50
     guidance: float = 7.5
     batch_size: int = 16
     precision: str = "fp32"
     scales: tuple[float, ...] = ()
     """LoRA scales to sweep beside 0 and 1."""
+    checkpoints: bool = False
+    """Sweep the checkpoints in the adapter's folder too."""
+    keep_pictures: bool = True
+    """Leave the pictures in output_dir, as PNG with a manifest; else they are removed once the report is there."""
     seed: int = 0
 
 

@@ -137,7 +137,7 @@ def _row(
         "model_a": config.model,
         "model_b": config.model,
         "group_id": prompt,
-        "source": f"mined with {config.judge}",
+        "source": f"mined with {config.judge}" + (f", guarded by {config.guard}" if config.guard else ""),
     }
 
 

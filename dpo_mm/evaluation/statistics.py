@@ -122,6 +122,10 @@ def paired(
     Source: Cameron, Gelbach & Miller 2008 (cluster bootstrap); Hesterberg 2015 (1411.5279).
     """
     before, after, groups = _checked(base, tuned, clusters, weights)
+    means = [
+        float(np.average(scores, weights=None if weights is None else np.asarray(weights)))
+        for scores in (before, after)
+    ]
     scale = max(np.abs(before).max(), np.abs(after).max())
     votes = _votes(groups, scale) * (1 if higher_is_better else -1)
     wins, losses = int((votes > 0).sum()), int((votes < 0).sum())
@@ -135,8 +139,8 @@ def paired(
         metric=metric,
         judge=judge,
         headline=headline,
-        base=float(np.average(before, weights=weights)),
-        tuned=float(np.average(after, weights=weights)),
+        base=means[0],
+        tuned=means[1],
         difference=groups.mean,
         low=low,
         high=high,

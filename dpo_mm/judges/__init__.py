@@ -7,9 +7,12 @@ To add one: write the function and name it in JUDGES, or name your own as "modul
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from PIL import Image
@@ -94,6 +97,14 @@ def metric_of(name: str) -> str:
 def better_of(name: str) -> Better:
     """Which way is better; for a judge of your own its function's attribute `better`, or higher."""
     return JUDGES[name].better if name in JUDGES else getattr(load_judge(name), "better", "higher")
+
+
+def judge_card(name: str) -> dict[str, Any]:
+    """What a report has to say of a judge so that its numbers can be had again, as plain values that JSON can hold."""
+    function = load_judge(name)
+    source = inspect.getsourcefile(inspect.unwrap(function))
+    code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None
+    return {"name": name, "function": f"{function.__module__}:{function.__qualname__}", "code_sha256": code}
 
 
 def explain(name: str, answer: Answer, truth: str) -> Finding:

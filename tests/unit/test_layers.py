@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
     {"__init__", "objectives", "schema", "config", "pictures", "progress", "shipped"},
-    {"worlds", "sources", "doctor", "judges", "policies", "prompts", "questions", "labels", "pages"},
+    {"worlds", "sources", "doctor", "judges", "policies", "prompts", "provenance", "questions", "labels", "pages"},
     {"reference", "encoding", "collate"},
     {"setup", "guards", "card", "trainer", "mining", "own_failures", "evaluation"},
     {"recipe", "verify", "cli", "__main__"},
