@@ -38,6 +38,8 @@ def write_card(config: TrainConfig, settings: Mapping[str, str], *, text: bool) 
     if made := judges_of(config.pairs):
         front[CARD_KEY] = list(made)
     loading = LOADING[config.tuning, text].format(base=config.model, folder=folder.name)
+    if "ForCausalLM" in settings.get("family", ""):
+        loading = loading.replace("AutoModelForImageTextToText", "AutoModelForCausalLM")
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items())
     card = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_cell(folder.name)}\n\n"

@@ -57,6 +57,7 @@ class Judge:
 
 
 _TEXT, _CAPTION = "dpo_mm.judges.text", "dpo_mm.judges.captions"
+_YES_NO = "dpo_mm.judges.yes_no"
 JUDGES: dict[str, Judge] = {
     "faithfulness": Judge("wholly right rate", "dpo_mm.judges.scene:faithfulness"),
     "aesthetic": Judge("aesthetic score", "dpo_mm.judges.aesthetic:aesthetic"),
@@ -74,6 +75,11 @@ JUDGES: dict[str, Judge] = {
     "chair_s": Judge("CHAIR_s", f"{_CAPTION}:chair_s", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
     "faults": Judge("inventions and omissions", f"{_CAPTION}:faults", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
     "recall": Judge("object recall", f"{_CAPTION}:recall"),
+    "pope_accuracy": Judge("yes or no, accuracy", f"{_YES_NO}:accuracy"),
+    "pope_precision": Judge("yes, precision", f"{_YES_NO}:precision"),
+    "pope_recall": Judge("yes, recall", f"{_YES_NO}:recall"),
+    "pope_f1": Judge("yes, F1", f"{_YES_NO}:f1"),
+    "yes_ratio": Judge("share of yes", f"{_YES_NO}:yes_ratio", "neither"),
 }  # fmt: skip
 
 
