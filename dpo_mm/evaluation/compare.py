@@ -281,13 +281,18 @@ def remarks(found: Sequence[Comparison]) -> list[str]:
             words.append(
                 f"{name} changed by {change:+.0%}: look whether that, and not what was meant, pleases a judge."
             )
+    return words + outlasted(found)
+
+
+def outlasted(found: Sequence[Comparison]) -> list[str]:
+    """Judges whose interval leaves out 0 but whose sign test does not outlast the correction for their number, in words."""
     lost = [one for one in found if one.p_holm is not None and one.verdict != "no evidence" and one.p_holm > LEVEL]
-    for one in lost:
-        words.append(
-            f"{one.metric} is {one.verdict} by its interval, but its sign test (p {one.p:.2g}) does not outlast Holm's "
-            f"correction for the number of judges (p {one.p_holm:.2g})."
-        )
-    return words
+    return [
+        f"{one.metric} is {one.verdict} by its interval, but its sign test (p {one.p:.2g}) does not outlast Holm's "
+        f"correction for the number of judges (p {one.p_holm:.2g})."
+        for one in lost
+        if one.metric.partition(" (")[0] == one.metric
+    ]
 
 
 def narrowed(spread: Comparison) -> str:

@@ -54,8 +54,8 @@ class Gallery:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.rglob(".*.part"):
             left.unlink(missing_ok=True)
-        self.rows = {self.key(row, row["prompt"], row["seed"]): row for row in _lines(folder / MANIFEST)}
-        self.said = {(row["card"], row["sha256"], row["prompt"]): row["score"] for row in _lines(folder / SCORES)}
+        self.rows = {self.key(row, row["prompt"], row["seed"]): row for row in read_lines(folder / MANIFEST)}
+        self.said = {(row["card"], row["sha256"], row["prompt"]): row["score"] for row in read_lines(folder / SCORES)}
 
     @staticmethod
     def key(how: Mapping[str, Any], prompt: str, seed: int) -> str:
@@ -80,7 +80,7 @@ class Gallery:
             row = {"file": f"{label}/{key[:16]}.png", "prompt": prompt, "seed": seed, **how}
             rows.append({**row, "sha256": _save(image, self.folder / row["file"])})
             self.rows[key] = rows[-1]
-        _append(self.folder / MANIFEST, rows)
+        append(self.folder / MANIFEST, rows)
 
     def score(self, card: str, digest: str, prompt: str) -> float | None:
         """What a judge said of a picture before; None where it was not asked."""
@@ -90,7 +90,7 @@ class Gallery:
         """Keep what a judge says, (hash, prompt, score) each."""
         rows = [{"judge": judge, "card": card, "sha256": h, "prompt": prompt, "score": s} for h, prompt, s in found]
         self.said |= {(card, row["sha256"], row["prompt"]): row["score"] for row in rows}
-        _append(self.folder / SCORES, rows)
+        append(self.folder / SCORES, rows)
 
 
 def _save(image: Image.Image, path: Path) -> str:
@@ -108,12 +108,12 @@ def _save(image: Image.Image, path: Path) -> str:
     return digest
 
 
-def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a list; the end that a kill has cut is taken off, so that the next row starts on a line of its own."""
     if not path.exists():
         return []
