@@ -29,6 +29,8 @@ class Looks:
     bytes: np.ndarray
 
 
+LOOKS = "looks"
+"""What stands for a judge's name beside these measures."""
 MEASURES = {"saturation": "saturation", "sharpness": "sharpness", "bytes": "file size, bytes"}
 """A measure's name in Looks, and in a report's words."""
 

@@ -94,7 +94,7 @@ def pareto_chart(points: Sequence[Point], percent: bool) -> str:
         if point.recommended:
             axes.plot(x, y, "o", color="none", markeredgecolor=ink, markersize=13, label="recommended")
         name = "base" if point.scale == 0 else point.name
-        axes.annotate(name, (x, y), (6, 6), textcoords="offset points", fontsize=8.5, color=INK["quiet"])
+        axes.annotate(name, (x, y), (8, 5), textcoords="offset points", fontsize=8.5, color=INK["quiet"])
     axes.margins(0.16)
     axes.grid(axis="x", color=INK["line"], linewidth=0.7)
     axes.set_xlabel(f"headline{', %' if across == 100 else ''}", fontsize=8.5, color=INK["quiet"])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dpo_mm.config import CompareAnswersConfig, CompareConfig
-from dpo_mm.evaluation.appearance import MEASURES, spread
+from dpo_mm.evaluation.appearance import LOOKS, MEASURES, spread
 from dpo_mm.evaluation.drawing import Drawn, Plan, Studio, plan_of
 from dpo_mm.evaluation.gallery import FOLDER, MANIFEST, Gallery
 from dpo_mm.evaluation.report import Example, Report, write_report
@@ -33,8 +33,8 @@ COLLAPSE = 0.9
 """Share of the base's diversity below which a headline gain counts as over-optimised."""
 DRIFT = 0.1
 """Relative change of a picture's looks that is worth a remark, where it is significant."""
-PIXELS, LOOKS = "pixels", "looks"
-"""What stands for a judge's name beside diversity, and beside saturation, sharpness and file size."""
+PIXELS = "pixels"
+"""What stands for a judge's name beside diversity."""
 
 
 def comparisons(

@@ -21,7 +21,7 @@ from PIL import Image
 
 from dpo_mm.evaluation.charts import history_charts, pareto_chart, scale_chart
 from dpo_mm.evaluation.readings import TextExample, pieces
-from dpo_mm.evaluation.rows import TONES, Row, is_rate, rows_of, terminal_table
+from dpo_mm.evaluation.rows import TONES, Row, is_rate, rows_of, terminal_table, within
 from dpo_mm.evaluation.sheet import PIXELATED, Example, contact_sheet, exact, mark_of, rgb
 from dpo_mm.evaluation.statistics import LEVEL, Comparison
 from dpo_mm.evaluation.sweep import RULE, Point, advice
@@ -102,7 +102,7 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(picture=_picture, pieces=pieces, mark=mark_of)
+    environment.globals.update(picture=_picture, pieces=pieces, mark=mark_of, within=within)
     template = environment.from_string(resources.files("dpo_mm.evaluation").joinpath("report.html").read_text("utf-8"))
     percent = is_rate(report.headline)
     rows = rows_of(report.comparisons)

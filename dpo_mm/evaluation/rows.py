@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dpo_mm.evaluation.appearance import LOOKS
 from dpo_mm.evaluation.statistics import Comparison
 
 if TYPE_CHECKING:
@@ -58,14 +59,19 @@ def terminal_table(comparisons: Sequence[Comparison]) -> Table:
     table = Table(header_style="bold", border_style="dim")
     for name in ("metric", "base", "tuned", "difference", "95 % interval", "verdict"):
         table.add_column(name, justify="left" if name in ("metric", "verdict") else "right")
-    for within, group in itertools.groupby(rows_of(comparisons), lambda row: row.metric.partition(" (")[2]):
-        if within:
-            table.add_row(Text(within.rstrip(")"), style="italic"))
+    for what, group in itertools.groupby(rows_of(comparisons), lambda row: within(row.metric)):
+        if what:
+            table.add_row(Text(what, style="italic"))
         for row in group:
             metric = Text(row.metric.partition(" (")[0], style="bold" if row.headline else "")
             tone = {"good": "green", "bad": "red"}.get(row.tone, "dim")
             table.add_row(metric, row.base, row.tuned, row.difference, row.interval, Text(row.verdict, tone))
     return table
+
+
+def within(metric: str) -> str:
+    """What a metric's name has in brackets at its end, such as the models that it compares; "" for none."""
+    return metric.partition(" (")[2].rstrip(")")
 
 
 def is_rate(comparison: Comparison) -> bool:
@@ -100,9 +106,11 @@ def _row(one: Comparison, percent: bool, reach: float) -> Row:
         interval=f"{low} to {high}",
         verdict=one.verdict,
         tone=TONES.get(one.verdict, "none"),
-        votes=f"{one.wins} better, {one.ties} same, {one.losses} worse",
-        tests=_tests(one),
-        detectable=_plain(one.detectable, percent, places) if one.detectable else "",
+        votes="" if one.judge == LOOKS else f"{one.wins} better, {one.ties} same, {one.losses} worse",
+        tests="" if one.p_holm is None else f"sign test p {one.p:.2g}, {one.p_holm:.2g} after Holm",
+        detectable=_signed(one.detectable, percent, places).lstrip("+") + (" pts" if percent else "")
+        if one.detectable
+        else "",
         made_pairs=one.made_pairs,
         n=one.n,
         clusters=one.clusters,
@@ -110,14 +118,6 @@ def _row(one: Comparison, percent: bool, reach: float) -> Row:
         width=round(max(right - left, 0.6), 2),
         dot=round(dot, 2),
     )
-
-
-def _tests(one: Comparison) -> str:
-    """The sign test's p in words; empty where there is no better way to vote for."""
-    if one.verdict == "changed":
-        return ""
-    holm = "" if one.p_holm is None else f", {one.p_holm:.2g} after Holm"
-    return f"sign test p {one.p:.2g}{holm}"
 
 
 def _places(one: Comparison) -> int:
