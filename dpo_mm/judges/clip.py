@@ -13,6 +13,7 @@ Embeddings are float32 on every device; a prompt is cut at the tower's context l
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -241,8 +242,7 @@ def _source(named: Named, model: str) -> _Source:
     config = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     repo, _, file = str(config.get("hf_hub", "")).rpartition("/")
     published = Published(repo or f"open_clip/{architecture}", (file,) if file else (SAFE, BIN))
-    given = Path(named.where).expanduser() if named.where else None
-    if not repo and (given is None or not given.is_file()):
+    if not repo and named.where in ("", "hub"):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)[:6]) or "none"
         raise ValueError(
             f"judge {named.judge!r}: {model!r} says no weights; expected {named.judge}:{architecture}/TAG (tags: {tags}) "
@@ -286,13 +286,17 @@ def open_clip_tower(architecture: str, path: Path, how: Preprocessing, on: torch
     """An open_clip model with the weights of a file, loaded once. Raises ValueError where they don't fit."""
     import open_clip
 
-    model: Any = open_clip.create_model(architecture, load_weights=False, pretrained_text=False)
-    model = fill(model, path).to(on).eval()
+    logging.disable(logging.WARNING)  # open_clip warns that its weights are random; they are filled at once
+    try:
+        made: Any = open_clip.create_model(architecture, load_weights=False, pretrained_text=False)
+    finally:
+        logging.disable(logging.NOTSET)
+    model: Any = fill(made, path).to(on).eval()
     tokens = open_clip.get_tokenizer(architecture)
     return Tower(
         lambda images: _embed(lambda batch: model.encode_image(_pixels(batch, how, on)), images),
         lambda texts: _embed(lambda batch: model.encode_text(tokens(list(batch)).to(on)), texts),
-        float(model.logit_scale.exp()),
+        float(model.logit_scale.detach().exp()),
     )
 
 
@@ -322,7 +326,7 @@ def transformers_tower(folder: Path, on: torch.device) -> Tower:
             lambda batch: pooled(model.get_image_features(pixel_values=_pixels(batch, how, on))), images
         ),
         lambda texts: _embed(texts_of, texts),
-        float(model.logit_scale.exp()),
+        float(model.logit_scale.detach().exp()),
     )
 
 
