@@ -114,13 +114,14 @@ def run(recipe: Recipe, *, command: str) -> Outcome:
 
 def mine(config: MineConfig | MineAnswersConfig) -> Path:
     """Pairs from a model's own pictures or answers, as the kind of config says."""
-    _know_judges([config.judge])
     if isinstance(config, MineAnswersConfig):
         from dpo_mm.own_failures import mine_answers
 
+        _know_judges([config.judge])
         return mine_answers(config)
-    from dpo_mm.mining import mine
+    from dpo_mm.mining import mine, names
 
+    _know_judges([*names(config.judge), *names(config.guard)])
     return mine(config)
 
 

@@ -207,10 +207,20 @@ def judge_card(name: str) -> dict[str, Any]:
     if found and JUDGES[found.judge].opens:
         about |= _opened(name).card()
     else:
-        source = inspect.getsourcefile(inspect.unwrap(function))
-        code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None
-        about |= {"function": f"{function.__module__}:{function.__qualname__}", "code_sha256": code}
+        about |= _code(function)
     return about | {"versions": {library: _version(library) for library in LIBRARIES}}
+
+
+def _code(function: Any) -> dict[str, str | None]:
+    """Where a function (or what a partial or an object with __call__ stands for) is written, and the hash of that file."""
+    inner: Any = inspect.unwrap(getattr(function, "func", function))
+    inner = inner if hasattr(inner, "__qualname__") else type(inner)
+    try:
+        source = inspect.getsourcefile(inner)
+    except TypeError:
+        source = None
+    code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None
+    return {"function": f"{inner.__module__}:{inner.__qualname__}", "code_sha256": code}
 
 
 def _version(library: str) -> str:
