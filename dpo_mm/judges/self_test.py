@@ -39,6 +39,9 @@ class Check(NamedTuple):
     seen: str
 
 
+BLIND = Check("captions", None, "this judge doesn't read prompts, or has questions about its own alone")
+
+
 def self_test(name: str, picture: str | None = None) -> Iterator[Check]:
     """Checks of a judge, one after another. picture: CLIP.png, for the golden values that need it.
 
@@ -58,7 +61,8 @@ def self_test(name: str, picture: str | None = None) -> Iterator[Check]:
     yield Check(
         "batches don't matter", gap <= tolerance(card, together), f"one by one and together: {gap:.2g} apart at most"
     )
-    yield order(judge, images, prompts, reads=bool(not found or JUDGES[found.judge].reads) and "questions" not in card)
+    reads = bool(not found or JUDGES[found.judge].reads) and "questions" not in card
+    yield order(judge, images, prompts, least=tolerance(card, together)) if reads else BLIND
     yield golden(name, judge, card, picture)
 
 
@@ -90,15 +94,14 @@ def tolerance(card: dict[str, Any], scores: np.ndarray) -> float:
     return size * (2e-2 if "template" in card and torch.cuda.is_available() else 1e-4)
 
 
-def order(judge: Any, images: Sequence[Image.Image], prompts: Sequence[str], *, reads: bool) -> Check:
-    """Pictures score higher with their own captions than with others', in the mean."""
-    if not reads:
-        return Check("captions", None, "this judge doesn't read prompts, or has questions about its own alone")
+def order(judge: Any, images: Sequence[Image.Image], prompts: Sequence[str], *, least: float) -> Check:
+    """Pictures score higher with their own captions than with others', in the mean, by more than `least`."""
     rows = [(image, prompt) for image in images for prompt in prompts]
     scores = np.array(judge([image for image, _ in rows], [prompt for _, prompt in rows])).reshape(len(images), -1)
     own = float(np.diag(scores).mean())
     other = float((scores.sum() - np.diag(scores).sum()) / (scores.size - len(images)))
-    return Check("captions", own > other, f"own {own:.4f}, others' {other:.4f} in the mean of {len(images)} pictures")
+    seen = f"own {own:.4f}, others' {other:.4f} in the mean of {len(images)} pictures"
+    return Check("captions", own - other > least, seen)
 
 
 def golden(name: str, judge: Any, card: dict[str, Any], picture: str | None) -> Check:
