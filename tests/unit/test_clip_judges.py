@@ -15,7 +15,7 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from dpo_mm.judges import JUDGES, better_of, judge_card, load_judge, metric_of, named
+from dpo_mm.judges import JUDGES, better_of, judge_card, load_judge, metric_of, named, self_test
 from dpo_mm.judges import clip as clip_judges
 from dpo_mm.judges.clip import OPENAI, Preprocessing, head, pooled, prepare
 from dpo_mm.judges.weights import fill, in_batches, read_state
@@ -177,6 +177,26 @@ def test_the_aesthetic_head_is_linear_layers_on_a_unit_vector(
         load_judge(f"laion_aesthetic:{tiny}@{folder}")(PICTURES, PROMPTS), values[:, 0], atol=1e-5
     )
     assert torch.allclose(head(3 * embeddings, {k: v.float() for k, v in state.items()}), got, atol=1e-5)
+
+
+def test_the_heads_golden_values_are_compared_for_the_published_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths, rng = (768, 8, 4, 4, 2, 1), np.random.default_rng(2)
+    layers = [(rng.normal(size=(b, a)) / 8, rng.normal(size=b)) for a, b in itertools.pairwise(widths)]
+    path, values = tmp_path / "aesthetic-model.pth", np.stack([np.zeros(768), np.full(768, 768**-0.5), np.eye(768)[0]])
+    state = {}
+    for place, (weight, bias) in zip(clip_judges.HEAD, layers, strict=True):
+        state |= {f"layers.{place}.weight": torch.tensor(weight), f"layers.{place}.bias": torch.tensor(bias)}
+        values = values @ weight.T + bias
+    torch.save(state, path)
+    name = f"laion_aesthetic@{path}"
+    card = {"weights": {path.name: {"published": False}}}
+    assert self_test.laion_golden(name, card).passed is None
+    card["weights"][path.name]["published"] = True
+    assert self_test.laion_golden(name, card).passed is False
+    monkeypatch.setattr(self_test, "HEAD_VALUES", dict(zip("abc", values[:, 0].tolist(), strict=True)))
+    assert self_test.laion_golden(name, card).passed is True
 
 
 def test_a_head_of_another_kind_is_refused(tmp_path: Path) -> None:
