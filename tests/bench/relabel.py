@@ -110,10 +110,10 @@ def main() -> None:
 
     five, trusted = new("five", FIVE), new("five-trust", FIVE, scale="labels", trust=0.75)
     arms = {
-        "labels as shipped": ("shapes-faithfulness", "sigmoid"),
         "a quarter turned round": (bad, "sigmoid"),
-        "relabelled by one weak judge": (new("one", FIVE[:1]), "sigmoid"),
         "relabelled by five weak judges": (five, "sigmoid"),
+        "relabelled by one weak judge": (new("one", FIVE[:1]), "sigmoid"),
+        "labels as shipped": ("shapes-faithfulness", "sigmoid"),
         "relabelled by five weak judges, soft labels": (five, "soft"),
         "relabelled by five weak judges and the old labels (trust 0.75), soft labels": (trusted, "soft"),
     }
