@@ -83,17 +83,20 @@ def stoppable(folder: Path) -> Iterator[None]:
         return
     try:
         yield
-    except SystemExit:
-        print(
-            f"stopped as asked; finished shards are in {folder}, the same command goes on after them", file=sys.stderr
-        )
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGTERM:
+            what_next = "the same command goes on after them"
+            print(f"stopped as asked; finished shards are in {folder}, {what_next}", file=sys.stderr)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def same_plan(folder: Path, config: Any, *, done: str = "mined") -> None:
-    """Note the settings, a config or a mapping, that a folder is made with. Raises ValueError where it was begun with other settings, and which."""
+    """Note the settings, a config or a mapping, that a folder is made with.
+
+    Raises ValueError where it was begun with other settings, and which.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     values = config if isinstance(config, dict) else as_dict(config)
     plan, file = json.loads(json.dumps(values)), folder / PLAN_FILE

@@ -15,10 +15,14 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from dpo_mm.judges import JUDGES, better_of, judge_card, load_judge, metric_of, named, self_test
+from dpo_mm.config import MineConfig, RelabelConfig
+from dpo_mm.judges import JUDGES, Named, better_of, judge_card, load_judge, metric_of, named, self_test, weights
 from dpo_mm.judges import clip as clip_judges
 from dpo_mm.judges.clip import OPENAI, Preprocessing, head, pooled, prepare
 from dpo_mm.judges.weights import fill, in_batches, read_state
+from dpo_mm.mining import mine
+from dpo_mm.relabel import relabel
+from dpo_mm.schema import load_pairs
 from tests.contracts.families import tokenizer
 
 SIDE, WIDTH = 32, 24
@@ -330,6 +334,67 @@ def test_a_file_is_found_in_the_folder_of_weights(
     place.parent.mkdir(parents=True)
     place.write_bytes(checkpoint.read_bytes())
     assert load_judge(f"hps_v2:{tiny}")(PICTURES[:1], PROMPTS[:1])
+
+
+def test_only_a_name_with_hub_fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    monkeypatch.setenv("DPO_MM_WEIGHTS", str(tmp_path / "weights"))
+    asked: list[str] = []
+
+    def fetch(repo: str, file: str) -> str:
+        asked.append(f"{repo}/{file}")
+        if file == "aesthetic-model.pth":
+            raise EntryNotFoundError("gone")
+        (tmp_path / file).touch()
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    assert weights.find(clip_judges.LAION_HEAD, Named("laion_aesthetic", "", "hub")).name.startswith("sac+logos")
+    assert weights.find(clip_judges.PICK_SCORE, Named("pick_score", "", "hub")) == tmp_path / "model.safetensors"
+    assert [name.rpartition("/")[2] for name in asked[2:]] == [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+    ]
+
+    def offline(repo: str, file: str) -> str:
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(
+        ValueError,
+        match=r"the hub can't be reached; get HPS_v2_compressed\.pt of huggingface\.co/xswu/HPSv2 on another machine",
+    ):
+        load_judge("hps_v2@hub")
+
+
+def test_judges_run_where_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_MM_DEVICE", "cuda:3")
+    assert weights.device() == torch.device("cuda", 3)
+    monkeypatch.delenv("DPO_MM_DEVICE")
+    assert weights.device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_several_of_them_mine_and_relabel(
+    tiny: str, checkpoint: Path, pick_folder: Path, tiny_model: str, pairs: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    hps, pick, guard = f"hps_v2.1:{tiny}@{checkpoint}", f"pick_score@{pick_folder}", f"clip_score:{tiny}@{checkpoint}"
+    how = {"samples": 4, "sampling_steps": 1, "output_dir": str(tmp_path / "mined")}
+    mined = load_pairs(
+        str(mine(MineConfig(tiny_model, str(tmp_path / "prompts.txt"), judge=(hps, pick), guard=guard, **how)))
+    )
+    assert len(mined) and set(mined["axis"]) == {f"{hps}+{pick}"}
+    for row in mined:
+        better, worse = ("a", "b") if row["preference"] == "a" else ("b", "a")
+        sides = [row[f"image_{side}"] for side in (better, worse)]
+        first, second = load_judge(guard)(sides, [row["prompt"]] * 2)
+        assert first >= second - 1e-6
+    done = relabel(RelabelConfig(pairs, (hps, pick, guard), str(tmp_path / "new.parquet"), scale="labels"))
+    assert done is not None and [one["card"]["name"] for one in done.summary["judges"]] == [hps, pick, guard]
 
 
 def test_a_card_says_what_a_number_hangs_on(tiny: str, checkpoint: Path, pick_folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from dpo_mm.judges import judge_card, load_judge, load_pairwise, metric_of
 from dpo_mm.judges.atoms import Atom, ask, mean_of, of_geneval, plural, read_atoms, spellings
+from dpo_mm.judges.self_test import self_test
 from dpo_mm.judges.vqa import PREFERS, SHOWS, Asked, Vlm, in_both_orders, open_vlm, place, token_ids, wrap
 from tests.contracts import tiny_vlms
 
@@ -87,6 +88,22 @@ def test_a_real_model_is_asked_in_both_orders(folder: str) -> None:
     swapped = judge(PICTURES[1:], PICTURES[:2], PROMPTS[:2])
     assert all(value in (0, 0.5, 1) for value in got)
     assert [1 - value for value in swapped] == got
+
+
+def test_the_self_test_knows_judges_that_ask(folder: str, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"prompt": PROMPTS[0], "vqa_list": [["Is it red?", "Yes"]]}))
+    for name, number in (
+        (f"vqa_score:{folder}", 5),
+        (f"vlm_prefers:{folder}", 4),
+        (f"soft_tifa_gm:{folder}@{file}", 5),
+    ):
+        found = {check.name: check for check in self_test(name)}
+        assert len(found) == number and found["weights model.safetensors"].passed is None
+        assert all(
+            found[one].passed for one in ("repeats itself", "batches don't matter", "swapped pairs") if one in found
+        )
+    assert found["captions"].passed is None
 
 
 def says(answer: Callable[[Asked], str]) -> Vlm:
