@@ -14,11 +14,10 @@ from pathlib import Path
 
 import yaml
 
-from dpo_mm.judges import JUDGES, load_judge
+from dpo_mm.judges import JUDGES, load_judge, named
 from dpo_mm.shipped import locate
 
-MADE = re.compile(r"(?:mined|relabelled|judged) with (.+)")
-BETWEEN = re.compile(r", guarded by |, | and ")
+MADE = re.compile(r"\b(?:(?:mined|relabelled|judged) (?:with|by)|guarded by) ([^,]+)")
 CARD_KEY = "pairs_made_by"
 
 
@@ -47,8 +46,7 @@ def judges_of(pairs: str) -> tuple[str, ...]:
 def _named(source: str, axis: str) -> list[str]:
     if source.startswith("own failures") and axis:
         return [axis]
-    match = MADE.match(source)
-    return BETWEEN.split(match[1]) if match else []
+    return [name for names in MADE.findall(source) for name in names.split("+")]
 
 
 def made_by(adapter: str | None) -> tuple[str, ...]:
@@ -71,8 +69,9 @@ def made_by(adapter: str | None) -> tuple[str, ...]:
 
 def by_rule(name: str) -> bool:
     """Whether nothing in a judge is learned: one of JUDGES without a model, or a function whose attribute `by_rule` says so."""
-    if name in JUDGES:
-        return not getattr(JUDGES[name], "opens", False)
+    found = named(name)
+    if found:
+        return not JUDGES[found.judge].opens
     return bool(getattr(load_judge(name), "by_rule", False))
 
 

@@ -119,22 +119,24 @@ def run(recipe: Recipe, *, command: str) -> Outcome:
 
 def _made(recipe: Recipe) -> tuple[str, ...]:
     """The judges that make, or made, the pairs of a recipe."""
+    from dpo_mm.mining import names
     from dpo_mm.provenance import judges_of
 
     if recipe.mine is None:
         return judges_of(recipe.train.pairs)
-    return tuple(name for name in (recipe.mine.judge, getattr(recipe.mine, "guard", None)) if name)
+    return (*names(recipe.mine.judge), *names(getattr(recipe.mine, "guard", None)))
 
 
 def mine(config: MineConfig | MineAnswersConfig) -> Path:
     """Pairs from a model's own pictures or answers, as the kind of config says."""
-    _know_judges([config.judge])
     if isinstance(config, MineAnswersConfig):
         from dpo_mm.own_failures import mine_answers
 
+        _know_judges([config.judge])
         return mine_answers(config)
-    from dpo_mm.mining import mine
+    from dpo_mm.mining import mine, names
 
+    _know_judges([*names(config.judge), *names(config.guard)])
     return mine(config)
 
 

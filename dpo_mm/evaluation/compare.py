@@ -21,6 +21,7 @@ from dpo_mm.evaluation.appearance import LOOKS, MEASURES, spread
 from dpo_mm.evaluation.drawing import Drawn, Plan, Studio, plan_of
 from dpo_mm.evaluation.gallery import FOLDER, MANIFEST, Gallery
 from dpo_mm.evaluation.report import Example, Report, write_report
+from dpo_mm.evaluation.rows import within
 from dpo_mm.evaluation.statistics import LEVEL, Comparison, corrected, overall, paired
 from dpo_mm.evaluation.sweep import Point, advice, marked
 from dpo_mm.judges import metric_of
@@ -291,7 +292,7 @@ def outlasted(found: Sequence[Comparison]) -> list[str]:
         f"{one.metric} is {one.verdict} by its interval, but its sign test (p {one.p:.2g}) does not outlast Holm's "
         f"correction for the number of judges (p {one.p_holm:.2g})."
         for one in lost
-        if one.metric.partition(" (")[0] == one.metric
+        if not within(one.metric)
     ]
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RATES = re.compile(r"\b(rates?|right|share|accuracy|precision|recall|F1|CHAIR_[is])\b", re.IGNORECASE)
+BESIDE = re.compile(r" \(([^()]*\bSFT\b[^()]*)\)$")
 TONES = {"better": "good", "worse": "bad", "over-optimised": "warn"}
 
 
@@ -63,15 +64,16 @@ def terminal_table(comparisons: Sequence[Comparison]) -> Table:
         if what:
             table.add_row(Text(what, style="italic"))
         for row in group:
-            metric = Text(row.metric.partition(" (")[0], style="bold" if row.headline else "")
+            metric = Text(BESIDE.sub("", row.metric), style="bold" if row.headline else "")
             tone = {"good": "green", "bad": "red"}.get(row.tone, "dim")
             table.add_row(metric, row.base, row.tuned, row.difference, row.interval, Text(row.verdict, tone))
     return table
 
 
 def within(metric: str) -> str:
-    """What a metric's name has in brackets at its end, such as the models that it compares; "" for none."""
-    return metric.partition(" (")[2].rstrip(")")
+    """Which models a metric compares where they aren't plainly base and tuned, from the brackets at its end; else ""."""
+    found = BESIDE.search(metric)
+    return found[1] if found else ""
 
 
 def is_rate(comparison: Comparison) -> bool:

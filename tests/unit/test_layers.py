@@ -10,7 +10,7 @@ LAYERS = (
     {"__init__", "objectives", "schema", "config", "pictures", "progress", "shipped"},
     {"worlds", "sources", "doctor", "judges", "policies", "prompts", "provenance", "questions", "labels", "pages"},
     {"reference", "encoding", "collate"},
-    {"setup", "guards", "card", "trainer", "mining", "own_failures", "evaluation"},
+    {"setup", "guards", "card", "trainer", "mining", "own_failures", "relabel", "scoring", "evaluation"},
     {"recipe", "verify", "cli", "__main__"},
 )
 

@@ -85,5 +85,10 @@ def test_no_learned_judge_that_made_the_pairs_is_at_the_head() -> None:
 
 
 def test_every_rule_of_ours_is_one() -> None:
-    assert all(by_rule(name) for name, judge in JUDGES.items() if not getattr(judge, "opens", False))
-    assert not by_rule(f"{HERE}:learned") and by_rule(f"{HERE}:counting")
+    assert all(by_rule(name) == (not judge.opens) for name, judge in JUDGES.items())
+    assert (
+        by_rule("pope_f1")
+        and not by_rule("clip_score:ViT-B-32/openai")
+        and not by_rule(f"{HERE}:learned")
+        and by_rule(f"{HERE}:counting")
+    )
