@@ -79,7 +79,7 @@ def batch(words: Any, notes: list[sums.Sum], rng: np.random.Generator) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=FOLDER)
     given = parser.parse_args()
     words = tokenizer()

@@ -1,6 +1,6 @@
 """How often `compare` is wrong where the truth is known: the base against itself, and against a damaged model.
 
-    python -m tests.bench.compare_alarms            # about five minutes on one CPU core
+    python -m tests.bench.compare_alarms            # about three minutes on one CPU core
 
 Three cases on the shipped shapes pipeline, at small limits: the base against itself by `compare` (the same pictures, so
 nothing may be found), the base against itself from other seeds (nothing changed, but every picture did: the false alarms
@@ -33,7 +33,7 @@ CONFIG = CompareConfig(
     limit=24,
     samples=2,
     judges=("faithfulness", "aesthetic"),
-    sampling_steps=8,
+    sampling_steps=6,
     guidance=1.5,
     batch_size=48,
 )

@@ -35,10 +35,8 @@ HERE = "tests.unit.test_provenance"
     [
         (["mined with faithfulness"], ("faithfulness",)),
         (["mined with a:b, guarded by c:d", "mined with a:b"], ("a:b", "c:d")),
-        (
-            ["relabelled with clip_score:ViT-B-32, pick_score and me:mine"],
-            ("clip_score:ViT-B-32", "pick_score", "me:mine"),
-        ),
+        (["set.parquet, relabelled by clip_score:ViT-B-32+me:mine"], ("clip_score:ViT-B-32", "me:mine")),
+        (["mined with a:b+c:d, guarded by e:f, relabelled by g:h"], ("a:b", "c:d", "e:f", "g:h")),
         (["votes of 3 people", None], ()),
         (["HPDv3-PlusPlus, train_aes"], ()),
     ],
