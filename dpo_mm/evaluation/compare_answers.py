@@ -112,10 +112,11 @@ def counted(base: Answered, tuned: Answered, judge: str) -> str | None:
     hits, n = [int(one[:, 0].sum()) for one in both], len(both[0])
     (a, b), (c, d) = (rate_interval(hit, n) for hit in hits)
     test = mcnemar(*(one[:, 0] > 0 for one in both))
+    mended, broken = (test.only_base, test.only_tuned)[:: -1 if better_of(judge) == "higher" else 1]
     change = f", {hits[1] / hits[0] - 1:+.0%} relative" if hits[0] else ""
     return (
         f"{metric_of(judge)}: {hits[0]} of {n} answers with the base (exact interval {a:.1%} to {b:.1%}), {hits[1]} tuned "
-        f"({c:.1%} to {d:.1%}){change}; {test.only_base} mended, {test.only_tuned} broken, exact McNemar p {test.p:.2g}."
+        f"({c:.1%} to {d:.1%}){change}; {mended} mended, {broken} broken, exact McNemar p {test.p:.2g}."
     )
 
 
