@@ -1,6 +1,6 @@
 """Make data/models/sums-writer: a tiny Llama that writes sums, from nothing but code.
 
-    python data/make_sums_writer.py        # about five minutes on one CPU core
+    python data/make_sums_writer.py        # about two minutes on one CPU core
 
 A stock LlamaForCausalLM over single characters, trained on sloppy notes (`dpo_mm.worlds.sums`): it forgets carries and
 writes equations that don't run. That is what preference tuning with a judge that runs the answers is for.
