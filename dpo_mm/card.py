@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.provenance import CARD_KEY, judges_of
 
 if TYPE_CHECKING:
     from dpo_mm.evaluation.statistics import Comparison
@@ -32,12 +33,16 @@ def write_card(config: TrainConfig, settings: Mapping[str, str], *, text: bool, 
     """
     folder = Path(config.output_dir)
     library = "transformers" if config.tuning == "full" else "peft"
-    front = {
+    front: dict[str, Any] = {
         "base_model": config.model,
         "library_name": library if text else "diffusers",
         "tags": ["dpo", "preference-optimization", *(["lora"] if config.tuning == "lora" else [])],
     }
+    if made := judges_of(config.pairs):
+        front[CARD_KEY] = list(made)
     loading = LOADING[config.tuning, text].format(base=config.model, folder=folder.name)
+    if "ForCausalLM" in settings.get("family", ""):
+        loading = loading.replace("AutoModelForImageTextToText", "AutoModelForCausalLM")
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items())
     card = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_cell(folder.name)}\n\n"
@@ -49,6 +54,8 @@ def write_card(config: TrainConfig, settings: Mapping[str, str], *, text: bool, 
 
 def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdict: str, command: str) -> Path | None:
     """Put what a comparison showed into an adapter's card, in place of what stood there. None where it has no card."""
+    from dpo_mm.evaluation.rows import within
+
     path = Path(adapter) / CARD
     if not path.is_file():
         return None
@@ -56,7 +63,7 @@ def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdi
     rows = "\n".join(
         f"| {_cell(one.metric)} | {one.base:.4g} | {one.tuned:.4g} | {one.low:+.4g} to {one.high:+.4g} | {one.verdict} |"
         for one in comparisons
-        if "(" not in one.metric
+        if not within(one.metric)
     )
     table = f"| measure | base | tuned | difference, 95 % interval | verdict |\n|---|---|---|---|---|\n{rows}"
     return _write(path, f"{before}\n\n{RESULTS}\n\nVerdict: {verdict}. By `{_cell(command)}`.\n\n{table}\n")

@@ -1,4 +1,4 @@
-"""The command line: dpo-mm quickstart | import | doctor | train | verify | mine | compare | demo | label."""
+"""The command line: quickstart | import | doctor | relabel | train | verify | mine | judge | compare | demo | label."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -218,15 +218,21 @@ def verify(context: typer.Context, config: str) -> None:
 
     values = {"output_dir": "", **_section(config, "train", flags(context.args))}
     settings = build(TrainConfig, values, where=config)
-    failed = 0
     with tempfile.TemporaryDirectory(prefix="dpo-mm-verify-") as folder, quietly():
         from dpo_mm.verify import verify
 
-        for check in verify(settings, Path(folder)):
-            failed += not check.passed
-            print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.seen}", flush=True)
-    if failed:
-        sys.exit(1)
+        if _printed(verify(settings, Path(folder))):
+            sys.exit(1)
+
+
+def _printed(checks: Iterable[Any]) -> int:
+    """Checks, a line each as they are done; how many failed. One that says nothing (None) is no failure."""
+    failed = 0
+    for check in checks:
+        failed += check.passed is False
+        word = {True: "pass", False: "FAIL", None: "    "}[check.passed]
+        print(f"{word}  {check.name}: {check.seen}", flush=True)
+    return failed
 
 
 def _of_its_kind(context: typer.Context, name: str, pictures: type[Any], answers: type[Any]) -> Any:
@@ -259,6 +265,55 @@ def mine(context: typer.Context) -> None:
 
         path = mine(settings)
     print(f"Mined: {path}\nNext: dpo-mm train CONFIG.yaml --pairs {path}")
+
+
+@app.command()
+def judge(
+    judge: Annotated[str, typer.Argument(help="A name, a name with its model (NAME:MODEL@WHERE), or module:function.")],
+    images: Annotated[str | None, typer.Option(help="Folder of pictures, or a preference set.")] = None,
+    out: Annotated[
+        str, typer.Option(help="Parquet file to write; the judge's card goes beside it.")
+    ] = "scores.parquet",
+    prompts: Annotated[str | None, typer.Option(help="A prompt a line, in the order of the pictures' names.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU where there is one.")] = None,
+    self_test: Annotated[bool, typer.Option("--self-test", help="Check the judge itself and stop.")] = False,
+    picture: Annotated[str | None, typer.Option(help="With --self-test: CLIP.png of github.com/openai/CLIP.")] = None,
+) -> None:
+    """Score pictures, or check that a judge is the one it is named after."""
+    from dpo_mm.config import JudgeConfig
+
+    if device:
+        os.environ["DPO_MM_DEVICE"] = device
+    if not self_test and not images:
+        raise ValueError("images missing; give --images FOLDER or --images SET, or --self-test")
+    with quietly():
+        if self_test:
+            from dpo_mm.judges.self_test import self_test as checks
+
+            if _printed(checks(judge, picture)):
+                sys.exit(1)
+            return
+        from dpo_mm.scoring import score
+
+        found = score(JudgeConfig(judge, str(images), out, prompts))
+    if found:
+        broken = f", {found.broken} without a score (column error says why)" * bool(found.broken)
+        print(f"Scored: {found.path} ({found.scored} pictures, mean {found.mean:.4f}{broken})")
+
+
+@app.command(context_settings=FLAGS)
+def relabel(context: typer.Context, pairs: str) -> None:
+    """New labels of a set's pairs by several judges: relabel SET --judges a,b,c --out FILE.parquet --key value ..."""
+    from dpo_mm.config import RelabelConfig, build
+
+    settings = build(RelabelConfig, {"pairs": pairs, **flags(context.args)}, where="flags")
+    with quietly():
+        from dpo_mm.relabel import relabel
+
+        done = relabel(settings)
+    if done:
+        _print({key: str(value) for key, value in done.summary.items() if isinstance(value, int)})
+        print(f"Relabelled: {done.path}\nNext: dpo-mm train CONFIG.yaml --pairs {done.path} --objective soft")
 
 
 @app.command(context_settings=FLAGS)

@@ -134,19 +134,24 @@ class CompareConfig:
     """Folder of a LoRA in diffusers' format, or of a fully tuned pipeline; None compares the base with itself."""
     revision: str | None = None
     prompts: str = "shapes-held-out"
-    """A text file with a prompt a line, or the name of a shipped list."""
+    """A text file with a prompt a line, a published set's own file or folder (GenEval, PartiPrompts, T2I-CompBench,
+    DPG-Bench), or the name of a shipped list."""
     limit: int | None = None
     """Prompts, spread over the categories; None: all."""
     samples: int = 4
     """Seeds a prompt."""
     judges: tuple[str, ...] = ("faithfulness",)
-    """Names of judges or module:function; the first one is the headline."""
+    """Names of judges or module:function; the first one is the headline, but for a learned one that made the pairs."""
     sampling_steps: int = 50
     guidance: float = 7.5
     batch_size: int = 16
     precision: str = "fp32"
     scales: tuple[float, ...] = ()
     """LoRA scales to sweep beside 0 and 1."""
+    checkpoints: bool = False
+    """Sweep the checkpoints in the adapter's folder too."""
+    keep_pictures: bool = True
+    """Leave the pictures in output_dir, as PNG with a manifest; else they are removed once the report is there."""
     seed: int = 0
 
 
@@ -157,14 +162,15 @@ class MineConfig:
     model: str
     prompts: str
     output_dir: str
-    judge: str
+    judge: tuple[str, ...] | str
+    """Ranks a prompt's pictures. Several (a list, or with commas) rank by the mean of their z-scores within the prompt."""
     adapter: str | None = None
     revision: str | None = None
-    guard: str | None = None
-    """A second judge on which the chosen side must not be worse, so that one axis isn't bought with the other."""
+    guard: tuple[str, ...] | str | None = None
+    """Judges on each of which the chosen side must not be worse, so that one axis isn't bought with the other."""
     samples: int = 8
     min_gap: float = 0.0
-    """Least difference of the judge's scores between chosen and rejected, exclusive."""
+    """Least difference between chosen and rejected, exclusive: of the judge's scores, or of several judges' mean z-score."""
     pairs_per_prompt: int = 1
     limit: int | None = None
     sampling_steps: int = 50
@@ -174,6 +180,49 @@ class MineConfig:
     seed: int = 0
     shard_size: int = 64
     """Prompts a shard; a restarted run skips finished shards."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Scores of one judge for pictures."""
+
+    judge: str
+    images: str
+    """Folder of pictures, or a preference set."""
+    out: str
+    """Parquet file to write."""
+    prompts: str | None = None
+    """A prompt a line, in the order of the pictures' names; None: metadata.jsonl in the folder, or a text file each."""
+    shard_size: int = 256
+    """Pictures a shard; a restarted run skips finished shards."""
+
+
+@dataclass(frozen=True)
+class RelabelConfig:
+    """New labels of an image preference set by an ensemble of judges: soft, ties kept, the old ones beside them."""
+
+    pairs: str
+    """Parquet file, a folder of them, a set on the hub, or the name of a shipped set."""
+    judges: tuple[str, ...]
+    """Names of judges or module:function; of single pictures or of pairs."""
+    out: str
+    """Parquet file to write."""
+    scale: str = "spread"
+    """spread | labels. What difference counts as one unit of log-odds: the root mean square of the judge's differences on
+    this set, or what makes the set's own labels likeliest."""
+    scales: tuple[float, ...] = ()
+    """That unit of each judge, in the judge's own scores; instead of `scale`."""
+    trust: float | None = None
+    """How likely a label of the set is right, [0.5, 1): the labels then count as one more judge, of independent errors.
+    None: they are kept beside and have no say."""
+    agreement: float = 0.5
+    """Least share of judges on one side, a tie counting for both by halves; other pairs are left out. 1: all agree."""
+    tie: float = 0.0
+    """Probabilities no further from 1/2 than this are ties."""
+    on_bad_image: str = "raise"
+    """raise | skip."""
+    shard_size: int = 256
+    """Pairs a shard; a restarted run skips finished shards."""
 
 
 @dataclass(frozen=True)

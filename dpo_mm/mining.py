@@ -1,13 +1,19 @@
 """Preference pairs from a model's own samples: draw several pictures a prompt, judge them, pair best with worst.
 
+Several judges rank together, by the mean of their z-scores within a prompt, and guards keep a second axis from falling:
+prettiness is not to be bought with disobedience, nor one judge's taste with another's.
+
 Finished shards are kept; a restarted run goes on after them. Processes share the prompts (RANK of WORLD_SIZE).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from dpo_mm.config import MineConfig, as_dict
-from dpo_mm.judges import load_judge
+from dpo_mm.judges import better_of, load_judge
 from dpo_mm.pictures import encode_png
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.progress import progress
@@ -46,21 +52,54 @@ def mine(config: MineConfig) -> Path:
         policy = load_policy(config.model, revision=config.revision, precision=config.precision)
         if config.adapter:
             policy.attach(config.adapter)
-        with progress("drawing and judging", sum(len(shards[n]) for n in left) * config.samples) as advance:
+        total = sum(len(shards[n]) for n in left) * config.samples
+        with stoppable(folder), progress("drawing and judging", total) as advance:
             for number in left:
                 rows = _mine_shard(policy, shards[number], config, advance)
                 write_rows(rows, places[number], make=make_image_rows, features=image_preference())
     nothing = (
         f"{config.output_dir}: no two of {config.samples} samples of any prompt differ by more than {config.min_gap:g} "
-        f"on {config.judge}; draw more samples or lower min_gap"
+        f"on {'+'.join(names(config.judge))}; draw more samples or lower min_gap"
     )
     return combine(places, folder / "pairs.parquet", nothing=nothing)
 
 
-def same_plan(folder: Path, config: Any) -> None:
-    """Note what a folder is mined with. Raises ValueError where it was begun with other settings, and which."""
+def names(judges: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    """Judges of a setting: a list, or a text with commas."""
+    return tuple(judges.split(",")) if isinstance(judges, str) else judges or ()
+
+
+@contextlib.contextmanager
+def stoppable(folder: Path) -> Iterator[None]:
+    """Within it SIGTERM ends the process with status 143; finished shards are there. Outside the main thread: as ever."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGTERM:
+            what_next = "the same command goes on after them"
+            print(f"stopped as asked; finished shards are in {folder}, {what_next}", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def same_plan(folder: Path, config: Any, *, done: str = "mined") -> None:
+    """Note the settings, a config or a mapping, that a folder is made with.
+
+    Raises ValueError where it was begun with other settings, and which.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    plan, file = json.loads(json.dumps(as_dict(config))), folder / PLAN_FILE
+    values = config if isinstance(config, dict) else as_dict(config)
+    plan, file = json.loads(json.dumps(values)), folder / PLAN_FILE
     if file.exists():
         before = json.loads(file.read_text())
         changed = [
@@ -69,13 +108,13 @@ def same_plan(folder: Path, config: Any) -> None:
         changed = [line for line in changed if not line.startswith(("output_dir", "batch_size"))]
         if changed:
             raise ValueError(
-                f"{folder} was mined with other settings ({'; '.join(changed)}); choose another output_dir"
+                f"{folder} was {done} with other settings ({'; '.join(changed)}); choose another output_dir"
             )
     file.write_text(json.dumps(plan, indent=1))
 
 
 def _mine_shard(policy: Any, prompts: Sequence[str], config: MineConfig, advance: Any) -> list[dict[str, Any]]:
-    judges = [load_judge(name) for name in (config.judge, config.guard) if name]
+    judges, guards = names(config.judge), names(config.guard)
     named = [prompt for prompt in prompts for _ in range(config.samples)]
     seeds = [seed for prompt in prompts for seed in seeds_of(prompt, config.samples, seed=config.seed)]
     images: list[Image.Image] = []
@@ -84,7 +123,8 @@ def _mine_shard(policy: Any, prompts: Sequence[str], config: MineConfig, advance
     ):
         images += drawn
         advance(len(drawn))
-    scores = np.array([judge(images, named) for judge in judges])
+    ranking = together([oriented(name, images, named) for name in judges], config.samples)
+    scores = np.array([ranking, *(oriented(name, images, named) for name in guards)])
     rows = []
     for number in range(len(prompts)):
         part = slice(number * config.samples, (number + 1) * config.samples)
@@ -93,10 +133,29 @@ def _mine_shard(policy: Any, prompts: Sequence[str], config: MineConfig, advance
     return rows
 
 
+def oriented(name: str, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+    """A judge's scores, (pictures,), turned round where lower is better."""
+    scores = np.array(load_judge(name)(images, prompts))
+    return -scores if better_of(name) == "lower" else scores
+
+
+def together(scores: Sequence[np.ndarray], samples: int) -> np.ndarray:
+    """One ranking of several judges' scores, (pictures,): the mean of z-scores within each prompt; of one, its own.
+
+    A judge that finds a prompt's pictures all alike says nothing there (z = 0).
+    """
+    if len(scores) == 1:
+        return scores[0]
+    each = np.array(scores, dtype=float).reshape(len(scores), -1, samples)
+    spread = each.std(-1, keepdims=True)
+    centred = each - each.mean(-1, keepdims=True)
+    return np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 1e-12).mean(0).ravel()
+
+
 def choose_pairs(scores: np.ndarray, min_gap: float, count: int) -> list[tuple[int, int]]:
     """(chosen, rejected) of one prompt's samples: best with worst, second with second to last, and so on.
 
-    scores: (judges, samples); the first judge ranks, by more than `min_gap`; on a second, chosen must not be lower.
+    scores: (1 + guards, samples); the first row ranks, by more than `min_gap`; on each other, chosen must not be lower.
     """
     order = np.argsort(-scores[0], kind="stable")
     pairs: list[tuple[int, int]] = []
@@ -123,6 +182,7 @@ def _row(
 ) -> dict[str, Any]:
     """A row whose winner stands on the side that its seed decides, so that the side says nothing."""
     first, second, preference = (best, worst, "a") if seeds[best] % 2 else (worst, best, "b")
+    guards = "+".join(names(config.guard))
     return {
         "id": f"{prompt}/{seeds[best]}-{seeds[worst]}",
         "prompt": prompt,
@@ -133,11 +193,11 @@ def _row(
         "score_b": float(scores[second]),
         "seed_a": seeds[first],
         "seed_b": seeds[second],
-        "axis": config.judge,
+        "axis": "+".join(names(config.judge)),
         "model_a": config.model,
         "model_b": config.model,
         "group_id": prompt,
-        "source": f"mined with {config.judge}",
+        "source": f"mined with {'+'.join(names(config.judge))}" + (f", guarded by {guards}" if guards else ""),
     }
 
 

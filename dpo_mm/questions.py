@@ -69,11 +69,21 @@ def _scenes(count: int, *, held_out: bool) -> Iterator[Question]:
         yield Question(f"scene-{number}", (shapes.render(scene),), captions.PROMPT, captions.caption(scene), things)
 
 
+def _sums(count: int, *, held_out: bool) -> Iterator[Question]:
+    from dpo_mm.worlds import sums
+
+    seed = HELD_OUT_SEED if held_out else TRAIN_SEED
+    for number, one in enumerate(sums.sums(count, seed, held_out=held_out)):
+        yield Question(f"sum-{number}", (), one.prompt, str(one.number), one.kind)
+
+
 WORLDS: dict[str, Callable[[int], Iterator[Question]]] = {
     "pages-train": lambda count: _pages(count, held_out=False),
     "pages-held-out": lambda count: _pages(count, held_out=True),
     "scenes-train": lambda count: _scenes(count, held_out=False),
     "scenes-held-out": lambda count: _scenes(count, held_out=True),
+    "sums-train": lambda count: _sums(count, held_out=False),
+    "sums-held-out": lambda count: _sums(count, held_out=True),
 }
 
 

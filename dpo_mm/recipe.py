@@ -91,10 +91,15 @@ def _refuse_unknown(flags: Mapping[str, str], kinds: Mapping[str, Any], where: s
 
 
 def run(recipe: Recipe, *, command: str) -> Outcome:
-    """Walk through a recipe and show what came of it. Raises ValueError for an unknown judge before anything runs."""
+    """Walk through a recipe and show what came of it.
+
+    Raises ValueError for an unknown judge, or where none may be the headline, before anything runs.
+    """
+    from dpo_mm.provenance import headline_first
     from dpo_mm.trainer import train
 
     _know_judges(recipe.compare.judges)
+    headline_first(recipe.compare.judges, _made(recipe))
     if recipe.mine:
         mine(recipe.mine)
     trained = train(recipe.train)
@@ -112,15 +117,26 @@ def run(recipe: Recipe, *, command: str) -> Outcome:
     return outcome
 
 
+def _made(recipe: Recipe) -> tuple[str, ...]:
+    """The judges that make, or made, the pairs of a recipe."""
+    from dpo_mm.mining import names
+    from dpo_mm.provenance import judges_of
+
+    if recipe.mine is None:
+        return judges_of(recipe.train.pairs)
+    return (*names(recipe.mine.judge), *names(getattr(recipe.mine, "guard", None)))
+
+
 def mine(config: MineConfig | MineAnswersConfig) -> Path:
     """Pairs from a model's own pictures or answers, as the kind of config says."""
-    _know_judges([config.judge])
     if isinstance(config, MineAnswersConfig):
         from dpo_mm.own_failures import mine_answers
 
+        _know_judges([config.judge])
         return mine_answers(config)
-    from dpo_mm.mining import mine
+    from dpo_mm.mining import mine, names
 
+    _know_judges([*names(config.judge), *names(config.guard)])
     return mine(config)
 
 

@@ -14,6 +14,7 @@ SHIPPED = {
     "shapes-captioner-tuned": "models/shapes-captioner-tuned",
     "page-reader": "models/page-reader",
     "page-reader-tuned": "models/page-reader-tuned",
+    "sums-writer": "models/sums-writer",
     "shapes-sd-faithful": "models/shapes-sd-faithful",
     "shapes-faithfulness": "shapes/faithfulness.parquet",
     "shapes-aesthetic": "shapes/aesthetic.parquet",

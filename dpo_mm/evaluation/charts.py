@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpo_mm.evaluation.rows import is_rate
 from dpo_mm.evaluation.statistics import Comparison
+from dpo_mm.evaluation.sweep import Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,6 +87,31 @@ def scale_chart(scales: Sequence[tuple[float, Comparison]], percent: bool) -> st
     return _svg(figure, f"Score at LoRA scales {', '.join(f'{scale:g}' for scale in x)}")
 
 
+def pareto_chart(points: Sequence[Point], percent: bool) -> str:
+    """The points on two axes, headline's judge and guard's, with the front and the recommended one; empty without a guard."""
+    both = [(point, point.headline, point.guard) for point in points if point.guard is not None]
+    if len(both) < 2:
+        return ""
+    figure, axes = _blank(width=4.8, height=3.4)
+    across, up = 100 if percent else 1, 100 if all(guard and is_rate(guard) for *_, guard in both) else 1
+    place = {id(point): (across * head.tuned, up * guard.tuned) for point, head, guard in both if guard is not None}
+    front = sorted(place[id(point)] for point, *_ in both if point.on_front)
+    axes.plot(*zip(*front, strict=True), color=INK["tuned"], linewidth=1.2, alpha=0.5, label="front")
+    for point, *_ in both:
+        x, y = place[id(point)]
+        ink = INK["base"] if point.scale == 0 else INK["tuned"]
+        axes.plot(x, y, "o", color=ink, markersize=7 if point.recommended else 4.5)
+        if point.recommended:
+            axes.plot(x, y, "o", color="none", markeredgecolor=ink, markersize=13, label="recommended")
+        name = "base" if point.scale == 0 else point.name
+        axes.annotate(name, (x, y), (8, 5), textcoords="offset points", fontsize=8.5, color=INK["quiet"])
+    axes.margins(0.16)
+    axes.grid(axis="x", color=INK["line"], linewidth=0.7)
+    axes.set_xlabel(f"headline{', %' if across == 100 else ''}", fontsize=8.5, color=INK["quiet"])
+    axes.set_ylabel(f"guard{', %' if up == 100 else ''}", fontsize=8.5, color=INK["quiet"])
+    return _svg(figure, "Headline across, guard up, at each strength of the adapter")
+
+
 def _drawn(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
     for panel in PANELS:
         lines = [(label, *_points(history, name)) for name, label in panel.lines]
@@ -138,10 +165,10 @@ def _line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> 
     axes.plot(x[width // 2 :][: len(mean)], mean, color=colour, linewidth=1.7, label=label)
 
 
-def _blank(width: float = 4.2) -> tuple[Figure, Axes]:
+def _blank(width: float = 4.2, height: float = 2.6) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 2.6), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     figure.patch.set_visible(False)
     axes.patch.set_visible(False)

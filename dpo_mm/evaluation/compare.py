@@ -1,137 +1,110 @@
 """Base and tuned, from the same seeds on held-out prompts, judged and compared in pairs.
 
-What is drawn and judged is here and in pure functions; `compare` strings them together and writes the report.
+What is drawn and judged is in `drawing`; here it is compared in pure functions, and `compare` strings them together and
+writes the report.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dpo_mm.config import CompareAnswersConfig, CompareConfig
+from dpo_mm.evaluation.appearance import LOOKS, MEASURES, spread
+from dpo_mm.evaluation.drawing import Drawn, Plan, Studio, plan_of
+from dpo_mm.evaluation.gallery import FOLDER, MANIFEST, Gallery
 from dpo_mm.evaluation.report import Example, Report, write_report
-from dpo_mm.evaluation.statistics import Comparison, overall, paired
-from dpo_mm.judges import load_judge, metric_of
+from dpo_mm.evaluation.rows import within
+from dpo_mm.evaluation.statistics import LEVEL, Comparison, corrected, overall, paired
+from dpo_mm.evaluation.sweep import Point, advice, marked
+from dpo_mm.judges import metric_of
 from dpo_mm.policies.protocol import load_policy
-from dpo_mm.progress import progress
-from dpo_mm.prompts import category, read_prompts, seeds_of
+from dpo_mm.provenance import headline_first, made_by
+
+__all__ = ["Drawn", "Outcome", "Plan", "compare", "plan_of"]
 
 COLLAPSE = 0.9
 """Share of the base's diversity below which a headline gain counts as over-optimised."""
+DRIFT = 0.1
+"""Relative change of a picture's looks that is worth a remark, where it is significant."""
+PIXELS = "pixels"
+"""What stands for a judge's name beside diversity."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is drawn: prompts and seeds, each picture's own, (prompts x samples,) with a prompt's samples together."""
-
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    samples: int
-
-    def first(self, samples: int) -> Plan:
-        """The same with fewer samples a prompt."""
-        keep = [n for n in range(len(self.prompts)) if n % self.samples < samples]
-        return Plan(
-            tuple(self.prompts[n] for n in keep), tuple(self.seeds[n] for n in keep), min(samples, self.samples)
-        )
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Pictures of a plan and their scores by judge, (pictures,)."""
-
-    plan: Plan
-    images: list[Image.Image]
-    scores: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def first(self, samples: int) -> Drawn:
-        keep = [n for n in range(len(self.images)) if n % self.plan.samples < samples]
-        scores = {judge: values[keep] for judge, values in self.scores.items()}
-        return Drawn(self.plan.first(samples), [self.images[n] for n in keep], scores)
-
-
-def plan_of(config: CompareConfig) -> Plan:
-    """The prompts and seeds of a config. Raises ValueError where prompts or samples won't do."""
-    if config.samples < 1:
-        raise ValueError(f"samples is {config.samples}; expected at least 1 picture a prompt")
-    names = read_prompts(config.prompts, limit=config.limit)
-    prompts = [prompt for prompt in names for _ in range(config.samples)]
-    seeds = [seed for prompt in names for seed in seeds_of(prompt, config.samples, seed=config.seed)]
-    return Plan(tuple(prompts), tuple(seeds), config.samples)
-
-
-def draw(policy: Any, plan: Plan, config: CompareConfig, *, scale: float, title: str) -> Drawn:
-    """The plan's pictures at a LoRA scale (0: the base), judged."""
-    images: list[Image.Image] = []
-    with progress(title, len(plan.prompts)) as advance:
-        for part in policy.sample(
-            plan.prompts,
-            plan.seeds,
-            steps=config.sampling_steps,
-            guidance=config.guidance,
-            batch_size=config.batch_size,
-            scale=scale,
-        ):
-            images += part
-            advance(len(part))
-    scores = {name: np.array(load_judge(name)(images, plan.prompts)) for name in config.judges}
-    return Drawn(plan, images, scores)
-
-
-def comparisons(base: Drawn, tuned: Drawn, config: CompareConfig, *, suffix: str = "") -> list[Comparison]:
+def comparisons(
+    base: Drawn, tuned: Drawn, config: CompareConfig, *, suffix: str = "", made: Sequence[str] = ()
+) -> list[Comparison]:
     """Each judge and the diversity, tuned against base, intervals clustered by prompt; the first judge is the headline.
 
-    suffix: what is compared where it isn't plainly tuned with base; then nothing is a headline.
+    suffix: what is compared where it isn't plainly tuned with base; then nothing is a headline. made: judges that made
+    the training pairs, which are marked. The sign tests' p are corrected for the number of judges.
     """
     found = [
-        paired(
-            base.scores[judge],
-            tuned.scores[judge],
-            clusters=np.array(base.plan.prompts),
-            metric=metric_of(judge) + suffix,
-            judge=judge,
+        dataclasses.replace(
+            judged(base, tuned, judge, metric=metric_of(judge) + suffix, seed=config.seed),
             headline=judge == config.judges[0] and not suffix,
-            seed=config.seed,
+            made_pairs=judge in made,
         )
         for judge in config.judges
     ]
-    if base.plan.samples > 1:
-        names = np.array(base.plan.prompts[:: base.plan.samples])
-        spread = diversity(base), diversity(tuned)
-        found.append(paired(*spread, clusters=names, metric=f"diversity{suffix}", judge="pixels", seed=config.seed))
-    return found
+    return corrected(found) + varied(base, tuned, seed=config.seed, suffix=suffix)
+
+
+def judged(base: Drawn, tuned: Drawn, judge: str, *, metric: str, seed: int) -> Comparison:
+    """One judge, tuned against base."""
+    prompts, weights = np.array(base.plan.prompts), base.plan.weights
+    scores = base.scores[judge], tuned.scores[judge]
+    return paired(*scores, clusters=prompts, metric=metric, judge=judge, weights=weights, seed=seed)
+
+
+def varied(base: Drawn, tuned: Drawn, *, seed: int, suffix: str = "") -> list[Comparison]:
+    """How much pictures of a prompt differ, tuned against base; none with one sample a prompt."""
+    if base.plan.samples < 2:
+        return []
+    names = np.array(base.plan.prompts[:: base.plan.samples])
+    both = diversity(base), diversity(tuned)
+    return [paired(*both, clusters=names, metric=f"diversity{suffix}", judge=PIXELS, seed=seed)]
 
 
 def diversity(drawn: Drawn) -> np.ndarray:
     """How much a prompt's pictures differ: mean pairwise RMS distance of pixels at a quarter of the size, (prompts,)."""
-    small = [
-        np.asarray(
-            image.resize((max(1, image.width // 4), max(1, image.height // 4)), Image.Resampling.BOX), dtype=np.float32
+    return spread(drawn.looks.small, drawn.plan.samples)
+
+
+def drifted(base: Drawn, tuned: Drawn, *, seed: int) -> list[Comparison]:
+    """Saturation, sharpness and file size, tuned against base: neither way is better, but a change is worth knowing."""
+    prompts = np.array(base.plan.prompts)
+    return [
+        paired(
+            getattr(base.looks, name),
+            getattr(tuned.looks, name),
+            clusters=prompts,
+            metric=words,
+            judge=LOOKS,
+            neither=True,
+            seed=seed,
         )
-        for image in drawn.images
+        for name, words in MEASURES.items()
     ]
-    groups = np.stack(small).reshape(-1, drawn.plan.samples, small[0].size) / 255
-    pairs = itertools.combinations(range(drawn.plan.samples), 2)
-    return np.mean([np.sqrt(np.mean((groups[:, a] - groups[:, b]) ** 2, axis=1)) for a, b in pairs], axis=0)
 
 
 def by_category(base: Drawn, tuned: Drawn, judge: str, *, seed: int) -> list[Comparison]:
-    """The headline judge in each category that has at least two prompts."""
-    names = np.array([category(prompt) for prompt in base.plan.prompts])
-    prompts = np.array(base.plan.prompts)
+    """The headline judge in each category that has at least two prompts, p corrected for how many there are."""
+    kinds, prompts = base.plan.kinds, np.array(base.plan.prompts)
     found = []
-    for name in sorted(set(names)):
-        inside = names == name
+    for name in sorted(set(kinds)):
+        inside = kinds == name
         if len(set(prompts[inside])) > 1:
             scores = base.scores[judge][inside], tuned.scores[judge][inside]
             found.append(paired(*scores, clusters=prompts[inside], metric=str(name), judge=judge, seed=seed))
-    return found if len(found) > 1 else []
+    return corrected(found) if len(found) > 1 else []
 
 
 def control(base: Drawn, judge: str, *, seed: int) -> Comparison | None:
@@ -148,8 +121,8 @@ def control(base: Drawn, judge: str, *, seed: int) -> Comparison | None:
 def verdict(found: Sequence[Comparison]) -> str:
     """better, no evidence, worse, or over-optimised: the headline rose while another judge fell or diversity collapsed."""
     headline = next(one for one in found if one.headline)
-    guards = [one for one in found if not one.headline and one.judge != "pixels"]
-    guards += [one for one in found if one.judge == "pixels" and one.tuned < COLLAPSE * one.base]
+    guards = [one for one in found if not one.headline and one.judge not in (PIXELS, LOOKS)]
+    guards += [one for one in found if one.judge == PIXELS and one.tuned < COLLAPSE * one.base]
     return overall(headline, guards)
 
 
@@ -159,14 +132,14 @@ def examples(base: Drawn, tuned: Drawn, judge: str, *, count: int) -> list[Examp
     rows = range(0, len(base.images), base.plan.samples)
     groups: dict[str, list[int]] = {}
     for row in rows:
-        groups.setdefault(category(base.plan.prompts[row]), []).append(row)
+        groups.setdefault(str(base.plan.kinds[row]), []).append(row)
     for turn in itertools.zip_longest(*groups.values()):
         for row in turn:
             if row is not None and len(shown) < count:
                 shown.append(
                     Example(
                         prompt=base.plan.prompts[row],
-                        category=category(base.plan.prompts[row]),
+                        category=str(base.plan.kinds[row]),
                         base=base.images[row],
                         tuned=tuned.images[row],
                         base_score=float(base.scores[judge][row]),
@@ -198,25 +171,27 @@ def compare(
 ) -> Outcome:
     """Draw, judge and compare as the config says, and write report.html, metrics.json and a contact sheet.
 
+    Run again after it was cut, it goes on: pictures and scores that are there with the right hash are not made again.
     baseline: folder of a second adapter, SFT on the same chosen pictures, to set beside the first. history, settings:
     of the training, for the report. Raises ValueError where a part of the config won't do.
     """
-    plan = plan_of(config)
-    policy = opened(config, config.adapter)
-    base = draw(policy, plan, config, scale=0.0, title="drawing with the base")
-    tuned = draw(policy, plan, config, scale=1.0, title="drawing with the tuned")
-    found = comparisons(base, tuned, config)
-    notes = [narrowed(one) for one in found if one.judge == "pixels" and one.verdict == "worse"]
+    made = made_by(config.adapter)
+    config = dataclasses.replace(config, judges=headline_first(config.judges, made))
+    plan, gallery = plan_of(config), Gallery(Path(config.output_dir) / FOLDER)
+    studio = Studio(opened(config, config.adapter), config, gallery, config.adapter)
+    base = studio.draw(plan, scale=0.0, label="base")
+    tuned = studio.draw(plan, scale=1.0, label="tuned") if config.adapter else base
+    found = comparisons(base, tuned, config, made=made)
+    found += drifted(base, tuned, seed=config.seed)
+    word, notes = verdict(found), taught(found) + remarks(found)
     if baseline:
-        sft = draw(opened(config, baseline), plan, config, scale=1.0, title="drawing with SFT")
-        found += comparisons(base, sft, config, suffix=" (SFT on the chosen)")
+        sft = Studio(opened(config, baseline), config, gallery, baseline).draw(plan, scale=1.0, label="sft")
         against = comparisons(sft, tuned, config, suffix=" (DPO against SFT)")
-        found += against
-        notes.append(earned(against[0]))
+        found += comparisons(base, sft, config, suffix=" (SFT on the chosen)") + against
+        notes.insert(0, earned(against[0]))
+    points = marked(list(swept(studio, base, tuned)))
+    notes += [advice(points)] if points else []
     headline = config.judges[0]
-    swept = _sweep(policy, base, tuned, config)
-    check = control(base, headline, seed=config.seed)
-    word = verdict(found)
     report = Report(
         title=title,
         verdict=word,
@@ -224,14 +199,18 @@ def compare(
         command=command,
         comparisons=tuple(found),
         categories=tuple(by_category(base, tuned, headline, seed=config.seed)),
-        scales=swept,
-        control=check,
+        scales=tuple((point.scale, point.headline) for point in points if point.step is None),
+        points=points,
+        control=control(base, headline, seed=config.seed),
         history=tuple(history),
         examples=tuple(examples(base, tuned, headline, count=24)),
-        settings={**(settings or {}), **_sampling(config)},
+        settings={**(settings or {}), **_sampling(config, plan, studio)},
         notes=tuple(notes),
     )
-    return Outcome(word, tuple(found), tuple(notes), write_report(Path(config.output_dir), report))
+    written = write_report(Path(config.output_dir), report)
+    if not config.keep_pictures:
+        shutil.rmtree(gallery.folder)
+    return Outcome(word, tuple(found), tuple(notes), written)
 
 
 def opened(config: CompareConfig | CompareAnswersConfig, adapter: str | None) -> Any:
@@ -242,21 +221,79 @@ def opened(config: CompareConfig | CompareAnswersConfig, adapter: str | None) ->
     return policy
 
 
-def _sweep(policy: Any, base: Drawn, tuned: Drawn, config: CompareConfig) -> tuple[tuple[float, Comparison], ...]:
-    """The headline at each LoRA scale, on one picture a prompt but for 0 and 1, which are there already."""
-    judge, known = config.judges[0], {0.0: base, 1.0: tuned}
-    found = []
-    for scale in sorted({*config.scales, 0.0, 1.0} if config.scales else ()):
-        ours = known.get(scale) or draw(
-            policy, base.plan.first(1), config, scale=scale, title=f"drawing at scale {scale:g}"
+def swept(studio: Studio, base: Drawn, tuned: Drawn) -> Iterator[Point]:
+    """The base, the adapter at each scale and each checkpoint of it, on one picture a prompt; nothing where none is asked for."""
+    config = studio.config
+    if not config.adapter or not (config.scales or config.checkpoints):
+        return
+    plan, first = base.plan.first(1), base.first(1)
+    for scale in sorted({*config.scales, 0.0, 1.0}):
+        known = {0.0: first, 1.0: tuned.first(1)}.get(scale)
+        yield point(first, known or studio.draw(plan, scale=scale, label=f"scale-{scale:g}"), config, scale=scale)
+    for step, folder in checkpoints_of(config):
+        policy = opened(config, folder)
+        drawn = Studio(policy, config, studio.gallery, folder).draw(plan, scale=1.0, label=f"checkpoint-{step}")
+        yield point(first, drawn, config, scale=1.0, step=step)
+
+
+def point(base: Drawn, drawn: Drawn, config: CompareConfig, *, scale: float, step: int | None = None) -> Point:
+    """What was drawn against the base, by the first judge and the second."""
+    name = f"scale {scale:g}" if step is None else f"step {step}"
+    head, *rest = config.judges
+    guard = judged(base, drawn, rest[0], metric=metric_of(rest[0]), seed=config.seed) if rest else None
+    return Point(name, scale, step, judged(base, drawn, head, metric=name, seed=config.seed), guard)
+
+
+def checkpoints_of(config: CompareConfig) -> list[tuple[int, str]]:
+    """Step and folder of each checkpoint in the adapter's folder, where they are to be swept.
+
+    Raises ValueError where there are none.
+    """
+    if not config.checkpoints or config.adapter is None:
+        return []
+    found = [path for path in Path(config.adapter).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    if not found:
+        raise ValueError(f"checkpoints: none in {config.adapter}; train with save_every, and keep_checkpoints as many")
+    return sorted((int(path.name.rpartition("-")[2]), str(path)) for path in found)
+
+
+def taught(found: Sequence[Comparison]) -> list[str]:
+    """That judges made the training pairs, in words; whether one of them stands at the head."""
+    named = [one.judge for one in found if one.made_pairs]
+    if not named:
+        return []
+    head = next(one for one in found if one.headline)
+    words = f"{' and '.join(named)} made the training pairs: the model was taught what pleases them."
+    if head.made_pairs:
+        words += (
+            f" {head.judge} may stand at the head all the same: it judges by rule, with nothing learned that could be "
+            "fooled, and of other prompts. What its rule does not look at, this report does not see."
         )
-        theirs = base if scale in known else base.first(1)
-        scores = theirs.scores[judge], ours.scores[judge]
-        clusters = np.array(theirs.plan.prompts)
-        found.append(
-            (scale, paired(*scores, clusters=clusters, metric=f"scale {scale:g}", judge=judge, seed=config.seed))
-        )
-    return tuple(found)
+    return [words]
+
+
+def remarks(found: Sequence[Comparison]) -> list[str]:
+    """What is to be read with the numbers: lost diversity, looks that drifted, judges that Holm's correction leaves out."""
+    words = [narrowed(one) for one in found if one.judge == PIXELS and one.verdict == "worse"]
+    for one in found:
+        change = one.difference / one.base if one.base else 0.0
+        if one.judge == LOOKS and one.verdict == "changed" and abs(change) >= DRIFT:
+            name = one.metric.partition(",")[0].capitalize()
+            words.append(
+                f"{name} changed by {change:+.0%}: look whether that, and not what was meant, pleases a judge."
+            )
+    return words + outlasted(found)
+
+
+def outlasted(found: Sequence[Comparison]) -> list[str]:
+    """Judges whose interval leaves out 0 but whose sign test does not outlast the correction for their number, in words."""
+    lost = [one for one in found if one.p_holm is not None and one.verdict != "no evidence" and one.p_holm > LEVEL]
+    return [
+        f"{one.metric} is {one.verdict} by its interval, but its sign test (p {one.p:.2g}) does not outlast Holm's "
+        f"correction for the number of judges (p {one.p_holm:.2g})."
+        for one in lost
+        if not within(one.metric)
+    ]
 
 
 def narrowed(spread: Comparison) -> str:
@@ -286,11 +323,16 @@ def _summary(headline: Comparison, word: str) -> str:
     )
 
 
-def _sampling(config: CompareConfig) -> dict[str, str]:
+def _sampling(config: CompareConfig, plan: Plan, studio: Studio) -> dict[str, str]:
+    how = studio.sampling(0.0)
+    score = ", scores are means of the categories' means" if plan.balanced else ""
+    kept = f"{config.output_dir}/{FOLDER}/{MANIFEST} has each picture's seed and hash"
     return {
         "model": config.model,
         "adapter": config.adapter or "none",
-        "prompts": f"{config.prompts}, {config.samples} seeds each",
-        "sampler": f"the pipeline's own scheduler, {config.sampling_steps} steps, guidance {config.guidance:g}",
+        "prompts": f"{config.prompts}, {len(plan.prompts) // plan.samples} of them, {config.samples} seeds each{score}",
+        "sampler": f"{how['scheduler'].split()[0]}, {config.sampling_steps} steps, guidance {config.guidance:g}, {how['dtype']}",
         "seed": str(config.seed),
+        "libraries": ", ".join(f"{name} {version}" for name, version in how["versions"].items()),
+        "pictures": kept if config.keep_pictures else "not kept",
     }

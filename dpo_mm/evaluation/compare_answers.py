@@ -2,74 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dpo_mm.config import CompareAnswersConfig
-from dpo_mm.evaluation.compare import Outcome, earned, opened
+from dpo_mm.evaluation.asking import ANSWERS, Answered, ask, judged
+from dpo_mm.evaluation.compare import Outcome, earned, opened, outlasted, taught
 from dpo_mm.evaluation.report import Report, TextExample, write_report
-from dpo_mm.evaluation.statistics import Comparison, mcnemar, overall, paired_shares, rate_interval
-from dpo_mm.judges import Share, better_of, explain, load_judge, metric_of
-from dpo_mm.progress import progress
+from dpo_mm.evaluation.statistics import Comparison, corrected, mcnemar, overall, paired_shares, rate_interval
+from dpo_mm.judges import better_of, explain, metric_of
+from dpo_mm.provenance import headline_first, made_by
 from dpo_mm.questions import Question, read_questions
-from dpo_mm.schema import Answer
+
+__all__ = ["Answered", "ask", "compare_answers", "judged"]
 
 SHOWN = 18
 """Answers on the page, in turns from each category."""
 
 
-@dataclass(frozen=True)
-class Answered:
-    """A model's answers to the questions, (questions,), and their shares by judge, (questions, 2)."""
+def comparisons(
+    base: Answered, tuned: Answered, config: CompareAnswersConfig, *, suffix: str = "", made: Sequence[str] = ()
+) -> list[Comparison]:
+    """Each judge, tuned against base; the first is the headline, unless a suffix says that something else is compared.
 
-    answers: list[Answer]
-    shares: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-def ask(
-    policy: Any, questions: Sequence[Question], config: CompareAnswersConfig, *, base: bool, title: str
-) -> Answered:
-    """The answers of the policy, or of its base without the adapter, judged."""
-    answers: list[Answer] = []
-    with progress(title, len(questions)) as advance, policy.base_weights() if base else contextlib.nullcontext():
-        for start in range(0, len(questions), config.batch_size):
-            part = questions[start : start + config.batch_size]
-            answers += policy.generate(
-                [question.images for question in part],
-                [question.prompt for question in part],
-                max_new_tokens=config.max_new_tokens,
-                do_sample=config.temperature > 0,
-                temperature=config.temperature or 1.0,
-                seed=config.seed + start,
-                batch_size=config.batch_size,
-            )
-            advance(len(part))
-    return judged(answers, questions, config)
-
-
-def judged(answers: list[Answer], questions: Sequence[Question], config: CompareAnswersConfig) -> Answered:
-    """Answers with what each judge says of them. Raises ValueError where a judge returns something else."""
-    truths = [question.truth for question in questions]
-    found = {}
-    for name in config.judges:
-        shares: list[Share] = load_judge(name)(answers, truths)
-        found[name] = np.array(shares, dtype=np.float64)
-        if found[name].shape != (len(answers), 2):
-            raise ValueError(
-                f"judge {name!r} returned {found[name].shape} for {len(answers)} answers; expected a Share each"
-            )
-    return Answered(answers, found)
-
-
-def comparisons(base: Answered, tuned: Answered, config: CompareAnswersConfig, *, suffix: str = "") -> list[Comparison]:
-    """Each judge, tuned against base; the first is the headline, unless a suffix says that something else is compared."""
-    return [
+    made: judges that made the training pairs, which are marked. The sign tests' p are corrected for the number of judges
+    that have a better way.
+    """
+    found = [
         paired_shares(
             base.shares[judge],
             tuned.shares[judge],
@@ -81,6 +44,9 @@ def comparisons(base: Answered, tuned: Answered, config: CompareAnswersConfig, *
         )
         for judge in config.judges
     ]
+    found = [dataclasses.replace(one, made_pairs=one.judge in made) for one in found]
+    tested = iter(corrected([one for one in found if better_of(one.judge) != "neither"]))
+    return [one if better_of(one.judge) == "neither" else next(tested) for one in found]
 
 
 def by_category(
@@ -100,7 +66,7 @@ def by_category(
         for name in sorted(set(names))
         if (names == name).sum() > 1
     ]
-    return found if len(found) > 1 else []
+    return corrected(found) if len(found) > 1 else []
 
 
 def examples(
@@ -146,10 +112,11 @@ def counted(base: Answered, tuned: Answered, judge: str) -> str | None:
     hits, n = [int(one[:, 0].sum()) for one in both], len(both[0])
     (a, b), (c, d) = (rate_interval(hit, n) for hit in hits)
     test = mcnemar(*(one[:, 0] > 0 for one in both))
+    mended, broken = (test.only_base, test.only_tuned)[:: -1 if better_of(judge) == "higher" else 1]
     change = f", {hits[1] / hits[0] - 1:+.0%} relative" if hits[0] else ""
     return (
         f"{metric_of(judge)}: {hits[0]} of {n} answers with the base (exact interval {a:.1%} to {b:.1%}), {hits[1]} tuned "
-        f"({c:.1%} to {d:.1%}){change}; {test.only_base} mended, {test.only_tuned} broken, exact McNemar p {test.p:.2g}."
+        f"({c:.1%} to {d:.1%}){change}; {mended} mended, {broken} broken, exact McNemar p {test.p:.2g}."
     )
 
 
@@ -180,21 +147,24 @@ def compare_answers(
     """Ask, judge and compare as the config says, and write report.html and metrics.json.
 
     baseline: folder of a second adapter, SFT on the same chosen answers. history, settings, beta: of the training.
-    Raises ValueError where a part of the config won't do.
+    Run again after it was cut, it goes on after the last batch of answers. Raises ValueError where a part of the config won't do.
     """
     strangers = [name for name in config.guards if name not in config.judges]
     if strangers:
         raise ValueError(f"guards: {strangers[0]!r} is not among the judges {', '.join(config.judges)}; add it there")
-    questions = read_questions(config.questions, limit=config.limit)
+    made = made_by(config.adapter)
+    config = dataclasses.replace(config, judges=headline_first(config.judges, made))
+    questions, keep = read_questions(config.questions, limit=config.limit), Path(config.output_dir)
     policy = opened(config, config.adapter)
-    base = ask(policy, questions, config, base=True, title="asking the base")
-    tuned = ask(policy, questions, config, base=False, title="asking the tuned")
-    found = comparisons(base, tuned, config)
+    base = ask(policy, questions, config, base=True, title="asking the base", keep=keep)
+    tuned = ask(policy, questions, config, base=False, title="asking the tuned", keep=keep)
+    found = comparisons(base, tuned, config, made=made)
     guards = [one for one in found if one.judge in config.guards]
     headline, word = config.judges[0], overall(found[0], guards)
     notes = [counted(base, tuned, headline), history and beta and chosen_kept(history, beta)]
+    notes += taught(found) + outlasted(found)
     if baseline:
-        sft = ask(opened(config, baseline), questions, config, base=False, title="asking SFT")
+        sft = ask(opened(config, baseline), questions, config, base=False, title="asking SFT", keep=keep)
         against = comparisons(sft, tuned, config, suffix=" (DPO against SFT)")
         found += comparisons(base, sft, config, suffix=" (SFT on the chosen)") + against
         notes.append(earned(against[0]))
@@ -209,6 +179,7 @@ def compare_answers(
         text_examples=tuple(examples(base, tuned, questions, headline, count=SHOWN)),
         settings={**(settings or {}), **_asking(config, len(questions))},
         notes=tuple(note for note in notes if note),
+        unit="questions",
     )
     return Outcome(word, tuple(found), report.notes, write_report(Path(config.output_dir), report))
 
@@ -229,4 +200,5 @@ def _asking(config: CompareAnswersConfig, count: int) -> dict[str, str]:
         "questions": f"{config.questions}, {count} of them",
         "decoding": f"{way}, at most {config.max_new_tokens} tokens",
         "seed": str(config.seed),
+        "answers": f"{config.output_dir}/{ANSWERS} has every one",
     }

@@ -33,6 +33,8 @@ class Comparison:
 
     base, tuned: means over items. difference: tuned - base, low to high its 95 % interval. n: items.
     wins, ties, losses: prompts (clusters) where tuned is better, the same, worse; p: their exact sign test.
+    p_holm: the same corrected for the judges (or categories) that stand beside it; None where it stands alone.
+    detectable: the smallest true difference found with 80 % power here. made_pairs: this judge made the training pairs.
     """
 
     metric: str
@@ -50,10 +52,19 @@ class Comparison:
     losses: int
     p: float
     clusters: int
+    p_holm: float | None = None
+    detectable: float | None = None
+    made_pairs: bool = False
+
+    @property
+    def win_rate(self) -> float:
+        """Share of prompts where tuned is better, a tie counting half, [0, 1]."""
+        return (self.wins + self.ties / 2) / self.clusters
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields in their order, as plain Python values that JSON takes."""
-        return {name: getattr(value, "item", lambda v=value: v)() for name, value in dataclasses.asdict(self).items()}
+        """The fields in their order and the win rate, as plain Python values that JSON takes."""
+        fields = {name: getattr(value, "item", lambda v=value: v)() for name, value in dataclasses.asdict(self).items()}
+        return {**fields, "win_rate": self.win_rate}
 
 
 @dataclass(frozen=True)
@@ -93,12 +104,16 @@ def paired(
     judge: str,
     headline: bool = False,
     higher_is_better: bool = True,
+    neither: bool = False,
+    weights: ArrayLike | None = None,
     seed: int = 0,
     resamples: int = 4000,
 ) -> Comparison:
     """Compare scores of the same prompt and seed, with a 95 % interval that resamples whole clusters.
 
     base, tuned: finite scores or booleans, (items,). clusters: id of the prompt of each, (items,). resamples: > 0.
+    neither: neither way is better, so "changed" where the interval leaves out 0. weights: of the items in both means,
+    (items,), > 0, equal within a cluster; None: all alike.
     The sign test respects the clusters: each has one vote, the sign of its mean difference; ties have none.
     Returns "better" or "worse" only where the interval leaves out 0. It never does so where fewer than six clusters
     differ at all, since then no sign test could either. Where all differences are equal, the bootstrap has no width;
@@ -106,7 +121,11 @@ def paired(
     Raises ValueError for fewer than 2 clusters, unequal lengths, or scores that are not finite.
     Source: Cameron, Gelbach & Miller 2008 (cluster bootstrap); Hesterberg 2015 (1411.5279).
     """
-    before, after, groups = _checked(base, tuned, clusters)
+    before, after, groups = _checked(base, tuned, clusters, weights)
+    means = [
+        float(np.average(scores, weights=None if weights is None else np.asarray(weights)))
+        for scores in (before, after)
+    ]
     scale = max(np.abs(before).max(), np.abs(after).max())
     votes = _votes(groups, scale) * (1 if higher_is_better else -1)
     wins, losses = int((votes > 0).sum()), int((votes < 0).sum())
@@ -115,22 +134,24 @@ def paired(
         low, high = min(low, 0.0), max(high, 0.0)
     if min(before.min(), after.min()) >= 0 and max(before.max(), after.max()) <= 1:
         low, high = max(low, -1.0), min(high, 1.0)
+    verdict = _verdict(low, high, higher_is_better)
     return Comparison(
         metric=metric,
         judge=judge,
         headline=headline,
-        base=float(before.mean()),
-        tuned=float(after.mean()),
+        base=means[0],
+        tuned=means[1],
         difference=groups.mean,
         low=low,
         high=high,
         n=len(before),
-        verdict=_verdict(low, high, higher_is_better),
+        verdict="changed" if neither and verdict != "no evidence" else verdict,
         wins=wins,
         ties=len(votes) - wins - losses,
         losses=losses,
         p=_sign_test(wins, losses),
         clusters=len(votes),
+        detectable=DETECTABLE * groups.error,
     )
 
 
@@ -163,6 +184,7 @@ def paired_shares(
     votes = np.sign(both[:, 2] / both[:, 3] - both[:, 0] / both[:, 1]) * (-1 if better == "lower" else 1)
     wins, losses = int((votes > 0).sum()), int((votes < 0).sum())
     low = high = centre
+    error = 0.0
     if len(np.unique(each, axis=0)) > 1:
         found = stats.bootstrap(
             tuple(each.T),
@@ -174,8 +196,9 @@ def paired_shares(
             confidence_level=1 - LEVEL,
             method="percentile",
             rng=np.random.default_rng(seed),
-        ).confidence_interval
-        low, high = float(found.low), float(found.high)
+        )
+        low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
+        error = float(found.standard_error)
     if wins + losses < FEWEST_VOTES:
         low, high = min(low, 0.0), max(high, 0.0)
     verdict = _verdict(low, high, better == "higher")
@@ -195,6 +218,7 @@ def paired_shares(
         losses=losses,
         p=_sign_test(wins, losses),
         clusters=len(each),
+        detectable=DETECTABLE * error,
     )
 
 
@@ -265,6 +289,12 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     return adjusted
 
 
+def corrected(found: Sequence[Comparison]) -> list[Comparison]:
+    """The same comparisons, each sign test's p corrected by Holm for how many stand here side by side."""
+    adjusted = holm([one.p for one in found])
+    return [dataclasses.replace(one, p_holm=float(p)) for one, p in zip(found, adjusted, strict=True)]
+
+
 def overall(headline: Comparison, guards: Sequence[Comparison]) -> Overall:
     """The verdict on a run: the headline's, but "over-optimised" where it is better and any guard is worse."""
     if headline.verdict == "better" and any(guard.verdict == "worse" for guard in guards):
@@ -273,7 +303,7 @@ def overall(headline: Comparison, guards: Sequence[Comparison]) -> Overall:
 
 
 def _checked(
-    base: ArrayLike, tuned: ArrayLike, clusters: Sequence[Any] | NDArray[Any]
+    base: ArrayLike, tuned: ArrayLike, clusters: Sequence[Any] | NDArray[Any], weights: ArrayLike | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], _Clusters]:
     before, after = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
     ids = np.asarray(clusters)
@@ -288,7 +318,8 @@ def _checked(
     names, inverse = np.unique(ids, return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"{len(names)} prompt(s): an interval over prompts needs 2 or more; compare on more prompts")
-    sums, sizes = np.bincount(inverse, weights=after - before), np.bincount(inverse)
+    share = np.ones(len(ids)) if weights is None else np.asarray(weights, dtype=np.float64)
+    sums, sizes = np.bincount(inverse, weights=share * (after - before)), np.bincount(inverse, weights=share)
     return before, after, _Clusters(sums.astype(np.float64), sizes.astype(np.float64))
 
 

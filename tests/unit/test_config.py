@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from dpo_mm.config import CompareConfig, TrainConfig, build, read
+from dpo_mm.config import CompareConfig, MineConfig, TrainConfig, build, read
+from dpo_mm.judges import named
+from dpo_mm.mining import names
 from dpo_mm.recipe import presets, read_recipe, run
 
 PLAIN: dict[str, Any] = {"model": "m", "pairs": "p", "output_dir": "o"}
@@ -77,9 +79,19 @@ def test_flags_reach_the_parts_that_have_them(tmp_path: Path) -> None:
 
 def test_every_preset_loads() -> None:
     found = [(task, name) for task in ("faithfulness", "aesthetic", "captioner", "ocr") for name in presets(task)]
-    assert len(found) == 10
+    assert len(found) == 12
     for task, name in found:
         assert read_recipe(task, name, {}).train.beta > 0
+
+
+@pytest.mark.parametrize("task", ["aesthetic", "faithfulness"])
+def test_what_a_model_makes_of_itself_is_judged_by_others(task: str) -> None:
+    recipe = read_recipe(task, "sd15-own", {})
+    assert isinstance(recipe.mine, MineConfig) and isinstance(recipe.compare, CompareConfig)
+    mined, compared = {*names(recipe.mine.judge), *names(recipe.mine.guard)}, set(recipe.compare.judges)
+    assert len(mined) == 3 and len(compared) == 2 and not mined & compared
+    assert all(named(name) for name in mined | compared)
+    assert recipe.train.pairs == str(Path(recipe.mine.output_dir) / "pairs.parquet")
 
 
 @pytest.mark.parametrize("flag", ["mine.judge", "compare.judges"])

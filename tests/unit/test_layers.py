@@ -8,9 +8,22 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
     {"__init__", "objectives", "schema", "config", "pictures", "progress", "shipped"},
-    {"worlds", "sources", "doctor", "judges", "policies", "prompts", "questions", "labels", "pages"},
+    {"worlds", "sources", "doctor", "judges", "policies", "prompts", "provenance", "questions", "labels", "pages"},
     {"reference", "encoding", "pairs", "shards", "collate", "beta"},
-    {"setup", "checkpoints", "guards", "drift", "card", "memory", "trainer", "mining", "own_failures", "evaluation"},
+    {
+        "setup",
+        "checkpoints",
+        "guards",
+        "drift",
+        "card",
+        "memory",
+        "trainer",
+        "mining",
+        "own_failures",
+        "relabel",
+        "scoring",
+        "evaluation",
+    },
     {"recipe", "verify", "cli", "__main__"},
 )
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dpo_mm import mining
 from dpo_mm.config import MineConfig
-from dpo_mm.mining import choose_pairs, mine
+from dpo_mm.mining import choose_pairs, mine, names, together
 from dpo_mm.schema import load_pairs
 from tests.contracts.families import WORDS
 
@@ -42,6 +42,38 @@ def test_best_is_paired_with_worst(
     assert choose_pairs(np.array(scores, dtype=float), gap, count) == expected
 
 
+def darkness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    return [1000 * value for value in brightness(images, prompts)]
+
+
+darkness.better = "lower"  # type: ignore[attr-defined]
+
+
+def redness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    return [float(np.asarray(image)[..., 0].mean()) for image in images]
+
+
+def test_judges_rank_together_by_z_scores_within_a_prompt() -> None:
+    one, other = np.array([1.0, 2.0, 3.0, 10.0, 10.0, 10.0]), np.array([300.0, 0.0, 0.0, 5.0, 7.0, 9.0])
+    assert together([one], 3) is one
+    got = together([one, other], 3)
+    z = lambda values: (values - values.mean()) / values.std()
+    expected = [(z(one[:3]) + z(other[:3])) / 2, z(other[3:]) / 2]
+    np.testing.assert_allclose(got, np.concatenate(expected))
+    np.testing.assert_allclose(together([1000 * one + 7, other], 3), got, atol=1e-12)
+
+
+def test_every_guard_holds() -> None:
+    scores = np.array([[0.1, 0.9, 0.8, 0.7], [1, 0, 1, 1], [1, 1, 0, 1]], dtype=float)
+    assert choose_pairs(scores, 0.0, 1) == [(3, 0)]
+    assert choose_pairs(scores[:2], 0.0, 1) == [(2, 0)] and choose_pairs(scores[:1], 0.0, 1) == [(1, 0)]
+
+
+def test_judges_are_named_as_a_list_or_with_commas() -> None:
+    assert names("a,b:c@d") == ("a", "b:c@d") and names(("a", "b")) == ("a", "b")
+    assert names("a") == ("a",) and names(None) == ()
+
+
 @pytest.fixture
 def config(tiny_model: str, tmp_path: Path) -> MineConfig:
     (tmp_path / "prompts.txt").write_text("\n".join(WORDS) + "\n")
@@ -64,6 +96,22 @@ def test_mined_rows_say_how_they_came_about(config: MineConfig) -> None:
         assert row[f"score_{better}"] > row[f"score_{worse}"]
         assert row[f"score_{better}"] == pytest.approx(float(np.asarray(row[f"image_{better}"]).mean()))
         assert row["seed_a"] != row["seed_b"] and row["group_id"] == row["prompt"]
+
+
+def test_an_ensemble_with_guards_mines(config: MineConfig) -> None:
+    here = "tests.unit.test_mining"
+    judges = (f"{here}:brightness", f"{here}:darkness", f"{here}:redness")
+    alone = mine(dataclasses.replace(config, judge=f"{here}:redness", output_dir=config.output_dir + "-1"))
+    both = mine(dataclasses.replace(config, judge=judges, guard=f"{here}:nothing"))
+    assert load_pairs(str(both))["axis"][0] == "+".join(judges)
+    ids = [sorted(load_pairs(str(path))["id"]) for path in (alone, both)]
+    assert ids[0] == ids[1], "brightness and darkness, turned round, cancel out"
+    with pytest.raises(ValueError, match="draw more samples"):
+        mine(
+            dataclasses.replace(
+                config, guard=(f"{here}:nothing", f"{here}:darkness"), output_dir=config.output_dir + "-2"
+            )
+        )
 
 
 def test_mining_goes_on_after_finished_shards(config: MineConfig, monkeypatch: pytest.MonkeyPatch) -> None:

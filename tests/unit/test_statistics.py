@@ -12,7 +12,7 @@ from dpo_mm.evaluation import statistics
 from dpo_mm.evaluation.statistics import Comparison, holm, mcnemar, overall, paired, rate_interval, smallest_detectable
 
 FIELDS = ["metric", "judge", "headline", "base", "tuned", "difference", "low", "high", "n", "verdict"]
-FIELDS += ["wins", "ties", "losses", "p", "clusters"]
+FIELDS += ["wins", "ties", "losses", "p", "clusters", "p_holm", "detectable", "made_pairs", "win_rate"]
 
 
 def compare(base, tuned, clusters=None, **options) -> Comparison:
@@ -163,7 +163,7 @@ def test_as_dict_is_json_in_the_order_of_the_contract():
     result = compare(np.array([True, False]), np.array([True, True]), headline=np.bool_(True))
     plain = dataclasses.replace(result, base=np.float32(0.5), n=np.int64(2)).as_dict()
     assert list(plain) == FIELDS
-    assert {type(value) for value in plain.values()} == {str, bool, float, int}
+    assert {type(value) for value in plain.values()} == {str, bool, float, int, type(None)}
     assert json.loads(json.dumps(plain, allow_nan=False))["base"] == 0.5
 
 
@@ -217,3 +217,49 @@ def test_overall_reads_the_guards_only_where_the_headline_won():
 def test_constants_are_those_of_the_docstrings():
     assert 2 * 0.5**statistics.FEWEST_VOTES <= statistics.LEVEL < 2 * 0.5 ** (statistics.FEWEST_VOTES - 1)
     assert pytest.approx(stats.norm.ppf(0.975) + stats.norm.ppf(0.8), abs=0.01) == statistics.DETECTABLE
+
+
+def false_alarms(*, clustered: bool, replicates: int = 300) -> float:
+    """Share of verdicts where nothing changed: prompts differ, and each takes to one of two like models by chance."""
+    rng = np.random.default_rng(11)
+    found = 0
+    for run in range(replicates):
+        prompts, seeds = 72, 4
+        liking = rng.normal(0, 2, (2, prompts)).repeat(seeds, axis=1)
+        noise = rng.normal(0, 1, (2, prompts * seeds))
+        ids = np.arange(prompts).repeat(seeds) if clustered else np.arange(prompts * seeds)
+        found += compare(*(liking + noise), ids, seed=run, resamples=500).verdict != "no evidence"
+    return found / replicates
+
+
+def test_nothing_is_found_where_nothing_is_only_with_the_prompts_kept_together():
+    assert false_alarms(clustered=True) <= 0.05
+    assert false_alarms(clustered=False, replicates=100) > 0.2
+
+
+def test_holm_stands_beside_each_p_and_leaves_the_rest():
+    found = [compare(np.zeros(n), np.ones(n)) for n in (6, 12)]
+    both = statistics.corrected(found)
+    assert [one.p_holm for one in both] == pytest.approx([2 * 0.5**6, 4 * 0.5**12])
+    assert [dataclasses.replace(one, p_holm=None) for one in both] == found
+
+
+def test_weights_make_the_mean_one_of_categories():
+    base, tuned = np.zeros(12), np.array([1.0] * 9 + [0.0] * 3)
+    weights = np.array([1 / 9] * 9 + [1 / 3] * 3)
+    plain, balanced = compare(base, tuned), compare(base, tuned, weights=weights)
+    assert (plain.tuned, balanced.tuned) == pytest.approx((0.75, 0.5))
+    assert balanced.difference == pytest.approx(0.5) and balanced.low < 0.5 < balanced.high
+    assert (balanced.wins, balanced.ties) == (plain.wins, plain.ties)
+    assert compare(base, tuned, weights=np.full(12, 7.0)).high == pytest.approx(plain.high)
+
+
+def test_what_has_no_better_way_is_changed():
+    up = compare(np.zeros(40), np.ones(40), neither=True)
+    assert up.verdict == "changed" and compare(np.ones(40), np.ones(40), neither=True).verdict == "no evidence"
+
+
+def test_the_win_rate_counts_a_tie_half():
+    tuned = np.array([1.0] * 6 + [0.0] * 2 + [-1.0] * 2)
+    assert compare(np.zeros(10), tuned).win_rate == pytest.approx(0.7)
+    assert compare(np.zeros(10), tuned, higher_is_better=False).win_rate == pytest.approx(0.3)

@@ -1,0 +1,147 @@
+"""No picture is drawn twice and none judged twice, whatever was cut; what decides a picture is what it is found by."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpo_mm.config import CompareConfig
+from dpo_mm.evaluation import drawing
+from dpo_mm.evaluation.compare import compare
+from dpo_mm.evaluation.drawing import Plan, Studio
+from dpo_mm.evaluation.gallery import Gallery
+from dpo_mm.policies.protocol import load_policy
+from tests.contracts.families import WORDS
+from tests.contracts.test_diffusion import config as train_config
+from tests.contracts.test_diffusion import disturbed
+
+PLAN = Plan((WORDS[0], WORDS[0], WORDS[1], WORDS[1]), (1, 2, 3, 4), 2)
+CONFIG = CompareConfig(
+    model="-", output_dir="-", judges=("tests.unit.test_drawing:brightness",), sampling_steps=2, batch_size=3
+)
+asked: list[str] = []
+
+
+def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    asked.extend(prompts)
+    return [float(np.asarray(image).mean()) / 255 for image in images]
+
+
+def no_number(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    return [float("nan")] * len(images)
+
+
+def too_few(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    return [0.5]
+
+
+@pytest.fixture
+def counted(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A policy that counts what it draws, in `.drawn`; the judge's questions are counted from here."""
+    policy = load_policy(tiny_model)
+    policy.drawn = []
+    real = policy.sample
+
+    def sample(prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> Any:
+        policy.drawn += list(zip(prompts, seeds, strict=True))
+        return real(prompts, seeds, **options)
+
+    monkeypatch.setattr(policy, "sample", sample)
+    asked.clear()
+    return policy
+
+
+def hashes(folder: Path) -> dict[tuple[str, int], str]:
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    return {(row["prompt"], row["seed"]): row["sha256"] for row in rows}
+
+
+def test_only_what_is_missing_or_damaged_is_drawn_again(counted: Any, tmp_path: Path) -> None:
+    first = Studio(counted, CONFIG, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
+    before = hashes(tmp_path)
+    assert len(counted.drawn) == 4 and len(asked) == 4 and len(before) == 4
+    again = Studio(counted, CONFIG, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
+    assert len(counted.drawn) == 4 and len(asked) == 4
+    assert np.array_equal(first.scores[CONFIG.judges[0]], again.scores[CONFIG.judges[0]])
+    files = [file for file in first.images.files]  # type: ignore[attr-defined]
+    files[1].unlink()
+    files[2].write_bytes(files[2].read_bytes()[:-20])
+    Studio(counted, CONFIG, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
+    assert counted.drawn[4:] == [(WORDS[0], 2), (WORDS[1], 3)] and len(asked) == 4
+    assert hashes(tmp_path) == before
+
+
+def test_another_way_of_drawing_is_another_picture(counted: Any, tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path)
+    for change in ({}, {"sampling_steps": 3}, {"guidance": 1.0}, {}):
+        config = dataclasses.replace(CONFIG, **change)
+        Studio(counted, config, gallery).draw(PLAN, scale=0.0, label="base")
+    assert len(counted.drawn) == 12 and len(set(gallery.rows)) == 12
+
+
+def test_the_base_is_the_base_with_and_without_an_adapter(counted: Any, tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path / "pictures")
+    Studio(counted, CONFIG, gallery).draw(PLAN, scale=0.0, label="base")
+    counted.prepare(train_config())
+    disturbed(counted)
+    counted.save(tmp_path / "adapter")
+    tuned = load_policy(counted.source)
+    tuned.attach(tmp_path / "adapter")
+    studio = Studio(tuned, CONFIG, gallery, str(tmp_path / "adapter"))
+    bare, adapted = studio.sampling(0.0), studio.sampling(1.0)
+    assert Gallery.key(bare, "x", 1) == Gallery.key(
+        Studio(load_policy(counted.source), CONFIG, gallery).sampling(0.0), "x", 1
+    )
+    assert adapted["weights"] != bare["weights"] and adapted["adapter"] and bare["adapter"] is None
+    assert bare["scheduler"].split()[0] == type(tuned.scheduler).__name__ and bare["dtype"] == "float32"
+    assert {"torch", "diffusers", "dpo_mm"} <= bare["versions"].keys()
+
+
+def test_a_judge_whose_card_has_changed_is_asked_again(
+    counted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Studio(counted, CONFIG, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
+    monkeypatch.setattr(drawing, "judge_card", lambda name: {"name": name, "code_sha256": "another"})
+    Studio(counted, CONFIG, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
+    assert len(counted.drawn) == 4 and len(asked) == 8
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"), [("no_number", "says nan of a picture of"), ("too_few", "gave 1 scores for 4")]
+)
+def test_a_judge_that_gives_no_numbers_is_named(judge: str, message: str, counted: Any, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, judges=(f"tests.unit.test_drawing:{judge}",))
+    with pytest.raises(ValueError, match=message):
+        Studio(counted, config, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
+
+
+def test_scores_of_categories_weigh_alike_where_the_set_says_so() -> None:
+    plan = Plan(("a", "b", "c", "d"), (1, 2, 3, 4), 1, ("x", "x", "x", "y"), balanced=True)
+    assert plan.weights == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])
+    assert Plan(("a", "b"), (1, 2), 1, ("x", "y")).weights is None
+    assert plan.first(1).categories == plan.categories and plan.first(1).balanced
+
+
+def test_a_comparison_that_is_run_again_draws_nothing_and_finds_the_same(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(WORDS) + "\n")
+    config = dataclasses.replace(
+        CONFIG, model=tiny_model, output_dir=str(tmp_path / "out"), prompts=str(tmp_path / "prompts.txt"), samples=2
+    )
+    found = compare(config, title="t", command="c")
+    assert found.verdict == "no evidence" and len(asked) > 0
+    assert len(list((tmp_path / "out" / "pictures" / "base").glob("*.png"))) == 2 * len(WORDS)
+    monkeypatch.setattr(
+        Studio, "_batches", lambda self, pairs, scale: iter(()) if not pairs else pytest.fail("drawn again")
+    )
+    again = compare(dataclasses.replace(config, keep_pictures=False), title="t", command="c")
+    assert again.comparisons == found.comparisons
+    assert not (tmp_path / "out" / "pictures").exists() and again.report.exists()

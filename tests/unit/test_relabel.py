@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.optimize import minimize_scalar
+
+from dpo_mm import relabel as module
+from dpo_mm.config import RelabelConfig
+from dpo_mm.pictures import encode_png
+from dpo_mm.relabel import given_probability, labels, likeliest, relabel, spread
+from dpo_mm.schema import decided, load_pairs
+
+HERE = "tests.unit.test_relabel"
+EQUAL, LIGHT, DARK = (90, 90), (200, 100), (40, 160)
+"""Grey of a and of b."""
+
+
+def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    assert len(images) == len(prompts)
+    return [float(np.asarray(image).mean()) for image in images]
+
+
+def darkness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    return brightness(images, prompts)
+
+
+darkness.better = "lower"  # type: ignore[attr-defined]
+
+
+def broken(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    return [math.nan] * len(images)
+
+
+def brighter(a: Sequence[Image.Image], b: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    pairs = zip(brightness(a, prompts), brightness(b, prompts), strict=True)
+    return [0.5 + (one > other) / 2 - (one < other) / 2 for one, other in pairs]
+
+
+brighter.pairwise = True  # type: ignore[attr-defined]
+
+
+def row(name: str, greys: tuple[int, int], preference: str, **more: Any) -> dict[str, Any]:
+    cells = {
+        f"image_{side}": {"bytes": encode_png(Image.new("RGB", (8, 8), (grey,) * 3)), "path": None}
+        for side, grey in zip("ab", greys, strict=True)
+    }
+    return {"id": name, "prompt": f"prompt {name}", "preference": preference, **cells, **more}
+
+
+@pytest.fixture
+def config(write_pairs: Callable[..., str], tmp_path: Path) -> RelabelConfig:
+    rows = [
+        row("kept", LIGHT, "a", p_a=0.9, votes_a=9, votes_b=1),
+        row("turned", LIGHT, "b", axis="beauty", source="people"),
+        row("was a tie", DARK, "tie"),
+        row("equal", EQUAL, "a"),
+        row("bad", LIGHT, "both_bad"),
+    ]
+    return RelabelConfig(write_pairs(rows), (f"{HERE}:brightness",), str(tmp_path / "new.parquet"), scales=(50.0,))
+
+
+def test_new_labels_stand_beside_the_old(config: RelabelConfig) -> None:
+    done = relabel(config)
+    assert done is not None
+    rows = load_pairs(str(done.path))
+    by = {one["id"]: one for one in rows}
+    assert {name: one["preference"] for name, one in by.items()} == {
+        "kept": "a",
+        "turned": "a",
+        "was a tie": "b",
+        "equal": "tie",
+        "bad": "both_bad",
+    }
+    assert by["turned"]["p_a"] == pytest.approx(1 / (1 + math.exp(-2))) and by["was a tie"]["p_a"] == pytest.approx(
+        1 / (1 + math.exp(2.4))
+    )
+    assert by["equal"]["p_a"] == 0.5 and by["bad"]["p_a"] is None
+    assert by["kept"]["given_preference"] == "a" and by["kept"]["given_p_a"] == 0.9 and by["kept"]["votes_a"] == 9
+    assert by["turned"]["given_preference"] == "b" and by["turned"]["axis"] == "beauty"
+    assert by["turned"]["source"] == f"people, relabelled by {HERE}:brightness"
+    assert by["kept"]["judged"] == [
+        {"judge": f"{HERE}:brightness", "score_a": 200.0, "score_b": 100.0, "p_a": by["kept"]["p_a"]}
+    ]
+    assert by["kept"]["score_a"] - by["kept"]["score_b"] == pytest.approx(2.0)
+    assert sorted(decided(rows)["id"]) == ["kept", "turned", "was a tie"]
+    counts = {key: value for key, value in done.summary.items() if isinstance(value, int)}
+    assert list(counts.values()) == [5, 5, 0, 0, 2, 1, 1, 1]
+    written = json.loads(Path(config.out).with_suffix(".json").read_text())
+    assert written == done.summary and written["judges"][0]["with the set's label"] == 1
+
+
+def test_ties_never_become_wins() -> None:
+    rng = np.random.default_rng(0)
+    scores = np.repeat(rng.normal(size=(3, 50, 1)), 2, axis=2)
+    found = labels(scores, [0.1, 1.0, math.inf], np.full(50, 0.5))
+    assert [module._preference(p, "a", 0.0) for p in found.p] == ["tie"] * 50
+    two = np.array([[[0.3, 0.1]], [[0.1, 0.3]]])
+    (p,) = labels(two, [0.7, 0.7], np.array([0.5])).p
+    assert module._preference(p, "b", 0.0) == "tie", "judges that cancel out have found a tie"
+    assert module._preference(0.52, "a", 0.05) == "tie" and module._preference(0.56, "b", 0.05) == "a"
+
+
+@pytest.mark.parametrize("trust", [None, 0.75])
+def test_a_swapped_pair_has_the_opposite_label(trust: float | None) -> None:
+    rng = np.random.default_rng(1)
+    scores, given = rng.normal(size=(4, 200, 2)), rng.choice([0.0, 0.3, 0.5, 1.0], 200)
+    units = [0.5, 1.0, 2.0, 7.0]
+    one = labels(scores, units, given, trust=trust, agreement=0.75)
+    other = labels(scores[..., ::-1], units, 1 - given, trust=trust, agreement=0.75)
+    np.testing.assert_allclose(one.p, 1 - other.p, atol=1e-12)
+    np.testing.assert_allclose(one.each, 1 - other.each, atol=1e-12)
+    assert (one.kept == other.kept).all() and 0 < one.kept.sum() < 200
+
+
+def test_the_ensemble_is_the_mean_of_logistic_differences() -> None:
+    scores = np.array([[[3.0, 1.0]], [[0.0, 0.5]]])
+    (p,) = labels(scores, [2.0, 0.25], np.array([1.0])).p
+    assert p == pytest.approx((1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(2))) / 2)
+    (trusted,) = labels(scores, [2.0, 0.25], np.array([1.0]), trust=0.8).p
+    assert trusted / (1 - trusted) == pytest.approx(p / (1 - p) * 4)
+    (half,) = labels(scores, [2.0, 0.25], np.array([0.75]), trust=0.8).p
+    assert half / (1 - half) == pytest.approx(p / (1 - p) * 0.65 / 0.35)
+
+
+def test_disagreement_is_left_out() -> None:
+    gaps = np.array([[1, 1, 1, 1], [1, 1, 1, -1], [1, 0, -1, -1], [1, 1, -1, 0]], dtype=float)
+    scores = np.stack([gaps, np.zeros_like(gaps)], axis=2)
+    kept = {
+        level: labels(scores, [1.0] * 4, np.full(4, 0.5), agreement=level).kept.tolist() for level in (0.5, 0.8, 1.0)
+    }
+    assert kept == {0.5: [True] * 4, 0.8: [True, True, False, False], 1.0: [True, False, False, False]}
+
+
+def test_the_likeliest_unit_is_the_maximum() -> None:
+    rng = np.random.default_rng(2)
+    gaps = rng.normal(scale=30, size=400)
+    given = (rng.random(400) < 1 / (1 + np.exp(-gaps / 12))).astype(float)
+    size = spread(gaps)
+    assert size == pytest.approx(math.sqrt((gaps**2).mean()))
+
+    def loss(log_unit: float) -> float:
+        z = np.append(gaps, [size, size]) / math.exp(log_unit)
+        y = np.append(given, [1, 0])
+        return float((y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z)).sum())
+
+    best = minimize_scalar(loss, bounds=(-2, 8), method="bounded", options={"xatol": 1e-6}).x
+    assert likeliest(gaps, given) == pytest.approx(math.exp(best), rel=1e-3) and 9 < likeliest(gaps, given) < 16
+    assert math.isinf(likeliest(gaps, 1 - given)) and math.isinf(likeliest(np.zeros(5), np.ones(5)))
+    (p,) = labels(np.array([[[9.0, 1.0]]]), [math.inf], np.array([1.0])).p
+    assert p == 0.5, "a judge that is right no more often than wrong has no say"
+    assert math.isfinite(likeliest(np.ones(100), np.ones(100)))
+
+
+def test_what_the_set_says_is_its_soft_label_its_votes_or_its_choice() -> None:
+    nothing = {"p_a": None, "votes_a": None, "votes_b": None}
+    assert given_probability({**nothing, "preference": "a", "p_a": 0.3}) == 0.3
+    assert given_probability({**nothing, "preference": "a", "votes_a": 3, "votes_b": 1}) == 0.75
+    assert [given_probability({**nothing, "preference": one}) for one in ("a", "b", "tie", "both_bad")] == [
+        1,
+        0,
+        0.5,
+        0.5,
+    ]
+
+
+def test_judges_of_every_kind_side_with_the_brighter_picture(config: RelabelConfig) -> None:
+    judges = tuple(f"{HERE}:{name}" for name in ("brightness", "darkness", "brighter"))
+    done = relabel(dataclasses.replace(config, judges=judges, scales=(), agreement=0.6))
+    assert done is not None
+    says = {one["id"]: [say["p_a"] > 0.5 for say in one["judged"]] for one in load_pairs(str(done.path))}
+    assert says["kept"] == [True, False, True] and says["was a tie"] == [False, True, False]
+    units = [judge["unit"] for judge in done.summary["judges"]]
+    assert units[0] == units[1] == pytest.approx(math.sqrt((3 * 100**2 + 120**2) / 5))
+    assert units[2] == pytest.approx(math.sqrt(4 / 5))
+
+
+def test_judging_goes_on_after_finished_shards(config: RelabelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, real, calls = dataclasses.replace(config, shard_size=2), module._shard, []
+
+    def cut(part: Any, *arguments: Any, **more: Any) -> Any:
+        calls.append(list(part["id"]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(part, *arguments, **more)
+
+    monkeypatch.setattr(module, "_shard", cut)
+    with pytest.raises(KeyboardInterrupt):
+        relabel(config)
+    relabel(config)
+    assert calls == [["kept", "turned"], ["was a tie", "equal"], ["was a tie", "equal"], ["bad"]]
+    relabel(dataclasses.replace(config, trust=0.9, scales=(10.0,)))
+    assert len(calls) == 4, "another rule for labels needs no judging again"
+    with pytest.raises(ValueError, match=r"judged with other settings \(judges"):
+        relabel(dataclasses.replace(config, judges=(f"{HERE}:darkness",)))
+
+
+def test_processes_share_the_shards(config: RelabelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(config, shard_size=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert relabel(config) is None
+    monkeypatch.setenv("RANK", "0")
+    done = relabel(config)
+    assert done is not None and len(load_pairs(str(done.path))) == 5
+
+
+def test_a_broken_picture_is_named_or_left_out(write_pairs: Callable[..., str], config: RelabelConfig) -> None:
+    bad = row("cut", LIGHT, "a")
+    bad["image_b"] = {"bytes": bad["image_b"]["bytes"][:40], "path": None}
+    config = dataclasses.replace(config, pairs=write_pairs([row("whole", LIGHT, "b"), bad]))
+    with pytest.raises(ValueError, match=r"row 1: a picture does not decode .*--on-bad-image skip"):
+        relabel(config)
+    done = relabel(dataclasses.replace(config, on_bad_image="skip"))
+    assert done is not None and list(load_pairs(str(done.path))["id"]) == ["whole"]
+    assert done.summary["left out, a picture does not decode"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"judges": ()}, "none is named"),
+        ({"judges": ("faithfulnes",)}, "did you mean 'faithfulness'"),
+        ({"judges": (f"{HERE}:broken",), "scales": ()}, "gives .nan, nan. for the prompt 'prompt kept'"),
+        ({"scale": "wide"}, "'spread' or 'labels'"),
+        ({"scales": (1.0, 2.0)}, "a number above 0 for each of 1 judges"),
+        ({"scales": (0.0,)}, "a number above 0"),
+        ({"trust": 1.0}, "a probability in"),
+        ({"agreement": 0.3}, r"agreement in \[0\.5, 1\]"),
+        ({"on_bad_image": "drop"}, "'raise' or 'skip'"),
+        ({"out": "new"}, r"ends in \.parquet"),
+        (
+            {"judges": (f"{HERE}:brightness", f"{HERE}:darkness"), "scales": (), "agreement": 1.0, "pairs": "light"},
+            "agree on none",
+        ),
+    ],
+)
+def test_what_cannot_be_relabelled_is_said(
+    change: dict[str, Any], message: str, config: RelabelConfig, write_pairs: Callable[..., str]
+) -> None:
+    if change.get("pairs") == "light":
+        change = {**change, "pairs": write_pairs([row("light", LIGHT, "a")])}
+    with pytest.raises(ValueError, match=message):
+        relabel(dataclasses.replace(config, **change))
+
+
+def test_a_relabelled_set_trains(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    from dpo_mm.config import TrainConfig
+    from dpo_mm.trainer import train
+
+    done = relabel(RelabelConfig(pairs, (f"{HERE}:brightness",), str(tmp_path / "new.parquet")))
+    assert done is not None
+    trained = train(
+        TrainConfig(
+            tiny_model,
+            str(done.path),
+            str(tmp_path / "out"),
+            objective="soft",
+            steps=1,
+            batch_size=2,
+            lora_rank=2,
+            lora_alpha=2,
+            eval_fraction=0,
+            log_every=1,
+        )
+    )
+    first = next(entry["loss"] for entry in trained.history if "loss" in entry)
+    assert first == pytest.approx(math.log(2), rel=1e-4), (
+        "policy and reference agree at the first step, whatever the label"
+    )

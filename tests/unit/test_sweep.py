@@ -1,0 +1,65 @@
+"""The recommended strength, by its rule: on the front, significantly better, and never at the guard's cost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from dpo_mm.evaluation.charts import pareto_chart
+from dpo_mm.evaluation.statistics import Comparison
+from dpo_mm.evaluation.sweep import Point, advice, marked
+
+
+def judged(tuned: float, verdict: str = "no evidence", base: float = 0.5) -> Comparison:
+    return Comparison(
+        metric="right rate", judge="j", headline=False, base=base, tuned=tuned, difference=tuned - base, low=-0.1, high=0.1,
+        n=9, verdict=verdict, wins=5, ties=2, losses=2, p=0.5, clusters=9,
+    )  # fmt: skip
+
+
+def point(
+    name: str, scale: float, head: tuple[float, str], guard: tuple[float, str] | None, step: int | None = None
+) -> Point:
+    return Point(name, scale, step, judged(*head), None if guard is None else judged(*guard))
+
+
+BASE = point("scale 0", 0.0, (0.5, "no evidence"), (0.5, "no evidence"))
+HALF = point("scale 0.5", 0.5, (0.6, "better"), (0.55, "no evidence"))
+WHOLE = point("scale 1", 1.0, (0.7, "better"), (0.45, "no evidence"))
+STRONG = point("scale 1.5", 1.5, (0.8, "better"), (0.3, "worse"))
+BEATEN = point("step 100", 1.0, (0.55, "better"), (0.4, "no evidence"), 100)
+
+
+def best(*points: Point) -> str | None:
+    return next((one.name for one in marked(points) if one.recommended), None)
+
+
+def test_the_front_is_what_no_other_beats_on_both() -> None:
+    assert [one.on_front for one in marked((BASE, HALF, WHOLE, STRONG, BEATEN))] == [False, True, True, True, False]
+    twins = marked((HALF, dataclasses.replace(HALF, name="twin")))
+    assert [one.on_front for one in twins] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ((BASE, HALF, WHOLE, STRONG, BEATEN), "scale 1"),
+        ((BASE, HALF, STRONG), "scale 0.5"),
+        ((BASE, STRONG), None),
+        ((BASE, point("scale 1", 1.0, (0.9, "no evidence"), (0.9, "no evidence"))), None),
+        ((BASE, WHOLE, dataclasses.replace(WHOLE, name="weaker", scale=0.7)), "weaker"),
+        ((BASE, WHOLE, dataclasses.replace(WHOLE, name="step 50", step=50)), "step 50"),
+        (tuple(dataclasses.replace(one, guard=None) for one in (BASE, HALF, STRONG)), "scale 1.5"),
+    ],
+)
+def test_the_rule_picks(points: tuple[Point, ...], expected: str | None) -> None:
+    assert best(*points) == expected
+    words = advice(marked(points))
+    assert (f"Recommended: {expected}." in words) if expected else "leave it off" in words
+
+
+def test_the_picture_needs_two_judges() -> None:
+    points = marked((BASE, HALF, WHOLE))
+    assert 'aria-label="Headline across' in pareto_chart(points, True) and "scale 0.5" in pareto_chart(points, True)
+    assert pareto_chart([dataclasses.replace(one, guard=None) for one in points], True) == ""
