@@ -12,6 +12,7 @@ Judging is the long part: it is done in shards that a restarted run skips. Proce
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -74,7 +75,8 @@ def relabel(config: RelabelConfig) -> Relabelled | None:
     rows, folder = load_pairs(config.pairs), Path(f"{config.out}.parts")
     cards = {name: judge_card(name) for name in config.judges}
     same = {name: card.get("weights") or card.get("code_sha256") for name, card in cards.items()}
-    plan = {"pairs": config.pairs, "rows": len(rows), "judges": same, "shard_size": config.shard_size}
+    told = hashlib.sha256("\0".join([*rows["id"], *rows["prompt"]]).encode()).hexdigest()
+    plan = {"pairs": config.pairs, "ids and prompts": told, "judges": same, "shard_size": config.shard_size}
     same_plan(folder, plan, done="judged")
     scores = _judged(rows, config, folder)
     if scores is None:
