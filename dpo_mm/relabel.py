@@ -196,7 +196,7 @@ def _judged(rows: Dataset, config: RelabelConfig, folder: Path) -> np.ndarray | 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     left = [n for n in range(rank, len(starts), world) if not places[n].exists()]
     if left:
-        with stoppable(folder), progress("judging", sum(_size(rows, starts[n], config) for n in left)) as advance:
+        with stoppable(), progress("judging", sum(_size(rows, starts[n], config) for n in left)) as advance:
             for number in left:
                 part = rows.select(range(starts[number], starts[number] + _size(rows, starts[number], config)))
                 found = _shard(part, config, first=starts[number])
