@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def mine(config: MineConfig) -> Path:
         if config.adapter:
             policy.attach(config.adapter)
         total = sum(len(shards[n]) for n in left) * config.samples
-        with stoppable(folder), progress("drawing and judging", total) as advance:
+        with stoppable(), progress("drawing and judging", total) as advance:
             for number in left:
                 rows = _mine_shard(policy, shards[number], config, advance)
                 write_rows(rows, places[number], make=make_image_rows, features=image_preference())
@@ -70,26 +71,22 @@ def names(judges: tuple[str, ...] | str | None) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def stoppable(folder: Path) -> Iterator[None]:
-    """Within it SIGTERM ends the process with status 143; finished shards are there. Outside the main thread: as ever."""
+def stoppable() -> Iterator[None]:
+    """Within it SIGTERM ends the process with status 143, finished shards are there; a handler that is set is left alone."""
 
     def stop(number: int, frame: Any) -> None:
+        print("stopped as asked; what was finished is kept, the same command goes on from there", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM)
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except SystemExit as end:
-        if end.code == 128 + signal.SIGTERM:
-            what_next = "the same command goes on after them"
-            print(f"stopped as asked; finished shards are in {folder}, {what_next}", file=sys.stderr)
-        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def same_plan(folder: Path, config: Any, *, done: str = "mined") -> None:

@@ -12,6 +12,7 @@ Judging is the long part: it is done in shards that a restarted run skips. Proce
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -74,7 +75,8 @@ def relabel(config: RelabelConfig) -> Relabelled | None:
     rows, folder = load_pairs(config.pairs), Path(f"{config.out}.parts")
     cards = {name: judge_card(name) for name in config.judges}
     same = {name: card.get("weights") or card.get("code_sha256") for name, card in cards.items()}
-    plan = {"pairs": config.pairs, "rows": len(rows), "judges": same, "shard_size": config.shard_size}
+    told = hashlib.sha256("\0".join([*rows["id"], *rows["prompt"]]).encode()).hexdigest()
+    plan = {"pairs": config.pairs, "ids and prompts": told, "judges": same, "shard_size": config.shard_size}
     same_plan(folder, plan, done="judged")
     scores = _judged(rows, config, folder)
     if scores is None:
@@ -194,7 +196,7 @@ def _judged(rows: Dataset, config: RelabelConfig, folder: Path) -> np.ndarray | 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     left = [n for n in range(rank, len(starts), world) if not places[n].exists()]
     if left:
-        with stoppable(folder), progress("judging", sum(_size(rows, starts[n], config) for n in left)) as advance:
+        with stoppable(), progress("judging", sum(_size(rows, starts[n], config) for n in left)) as advance:
             for number in left:
                 part = rows.select(range(starts[number], starts[number] + _size(rows, starts[number], config)))
                 found = _shard(part, config, first=starts[number])

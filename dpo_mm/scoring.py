@@ -63,7 +63,7 @@ def score(config: JudgeConfig) -> Scored | None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     left = [n for n in range(rank, len(shards), world) if not places[n].exists()]
     if left:
-        with stoppable(folder), progress("judging", sum(len(shards[n]) for n in left)) as advance:
+        with stoppable(), progress("judging", sum(len(shards[n]) for n in left)) as advance:
             for number in left:
                 _write(_shard(shards[number], rows, config.judge), places[number])
                 advance(len(shards[number]))

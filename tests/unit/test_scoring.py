@@ -109,7 +109,7 @@ def test_sigterm_ends_it_well_and_it_goes_on(config: JudgeConfig) -> None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143 and "the same command goes on after them" in errors
+    assert process.returncode == 143 and "the same command goes on from there" in errors
     kept = sorted(Path(f"{config.out}.parts").glob("shard-*"))
     assert 0 < len(kept) < 5 and not Path(config.out).exists()
     times = [path.stat().st_mtime_ns for path in kept]
