@@ -24,7 +24,7 @@ LAYERS = (
         "scoring",
         "evaluation",
     },
-    {"recipe", "verify", "cli", "__main__"},
+    {"recipe", "verify", "terminal", "page_commands", "cli", "__main__"},
 )
 
 
