@@ -23,7 +23,7 @@ from torch import nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies import conversations
-from dpo_mm.policies.anatomy import classes_of, lora_targets, outside_language
+from dpo_mm.policies.anatomy import classes_of, lora_targets, outside_language, without_dropout
 from dpo_mm.policies.conversations import Conversations
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.policies.shared_prefix import unwrap
@@ -110,9 +110,13 @@ class VisionLanguage:
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
     def prepare(self, config: TrainConfig) -> None:
-        """Make the model ready to train as the config says: a LoRA, or whole; vision as `include_vision` says."""
+        """Make the model ready to train as the config says: a LoRA, or whole; vision as `include_vision` says.
+
+        Raises ValueError for another tuning.
+        """
         self.config = config
         core = self.core.requires_grad_(False)
+        without_dropout(core)
         if config.tuning == "lora":
             self._add_lora(core, config)
         elif config.tuning == "full":
