@@ -247,8 +247,14 @@ class VisionLanguage:
             raise ValueError(
                 "reference 'adapter_off' needs a LoRA (tuning: lora); full fine-tuning takes 'frozen_copy'"
             )
-        with self.model.disable_adapter():
+        tuner = (
+            self.model.base_model
+        )  # PEFT's own context manager makes a report of all layers each time, 10 ms and more
+        tuner.disable_adapter_layers()
+        try:
             yield
+        finally:
+            tuner.enable_adapter_layers()
 
     def frozen_copy(self) -> nn.Module:
         return copy.deepcopy(self.model).requires_grad_(False).eval()
