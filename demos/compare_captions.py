@@ -50,6 +50,8 @@ CSS = """
 .picture img { width: 100%; max-width: 420px; height: auto; border-radius: 10px; border: 1px solid var(--border-color-primary);
   display: block; margin: 0 auto; }
 .examples .grid-container { grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)) !important; }
+.examples, .examples .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important; }
+.examples .grid-wrap { overflow: visible !important; }
 .status { min-height: 1.4em; color: var(--quiet); font-size: .9rem; }
 """
 

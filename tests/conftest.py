@@ -14,6 +14,8 @@ from dpo_mm.pictures import encode_png
 from dpo_mm.schema import make_image_rows
 from tests.contracts.families import WORDS, stable_diffusion
 
+pytest_plugins = ("tests.browser",)
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 

@@ -13,15 +13,14 @@ import pandas as pd
 
 from dpo_mm.labels.sources import open_pairs
 from dpo_mm.labels.store import VoteStore
-from tests.demos.conftest import all_there, browser, page, serve  # noqa: F401
 from tests.demos.test_label_page import begin, press
 
 LABELS = 30
 
 
 def test_from_thirty_labels_to_a_page(
-    serve: Callable[..., Any],  # noqa: F811
-    page: Any,  # noqa: F811
+    serve: Callable[..., Any],
+    page: Any,
     tmp_path: Path,
 ) -> None:
     rows = open_pairs("shapes-faithfulness")

@@ -23,7 +23,7 @@ MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec
 MISSING += [] if CHROMIUM else ["Chromium"]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def all_there() -> None:
     if MISSING:
         pytest.skip(f"not installed: {', '.join(MISSING)}")
@@ -56,7 +56,7 @@ class Server:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+def serve(all_there: None, tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Starts a page; ends it after the test."""
     started: list[Server] = []
 
@@ -94,7 +94,7 @@ def page(browser: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def run_command(tmp_path: Path) -> Callable[..., str]:
+def run_command(all_there: None, tmp_path: Path) -> Callable[..., str]:
     """Runs `dpo-mm ...` to its end; gives what it printed."""
 
     def run(*arguments: str) -> str:
