@@ -25,8 +25,11 @@ LOADING = {
 }  # fmt: skip
 
 
-def write_card(config: TrainConfig, settings: Mapping[str, str], *, text: bool) -> Path:
-    """Write the card of what a run trained into its output_dir. text: whether it answers rather than draws."""
+def write_card(config: TrainConfig, settings: Mapping[str, str], *, text: bool, stock: str | None = None) -> Path:
+    """Write the card of what a run trained into its output_dir. text: whether it answers rather than draws.
+
+    stock: Python that loads it in stock classes; None: as most models are loaded.
+    """
     folder = Path(config.output_dir)
     library = "transformers" if config.tuning == "full" else "peft"
     front = {
@@ -38,7 +41,7 @@ def write_card(config: TrainConfig, settings: Mapping[str, str], *, text: bool) 
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items())
     card = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_cell(folder.name)}\n\n"
-        f"`{_cell(config.model)}` tuned on preferences with dpo-mm.\n\n```python\n{loading}\n```\n\n"
+        f"`{_cell(config.model)}` tuned on preferences with dpo-mm.\n\n```python\n{stock or loading}\n```\n\n"
         f"## How it was trained\n\n| | |\n|---|---|\n{rows}\n\nEvery setting is in `dpo_mm.json`.\n"
     )
     return _write(folder / CARD, card)

@@ -50,6 +50,8 @@ class TrainConfig:
     lora_alpha: int = 16
     lora_targets: tuple[str, ...] | None = None
     """Module names; None: the family's own."""
+    lora_format: str = "diffusers"
+    """diffusers | kohya. kohya writes kohya_lora_weights.safetensors beside diffusers' file, as ComfyUI and A1111 read it."""
 
     steps: int = 1000
     batch_size: int = 4

@@ -93,14 +93,15 @@ def _encode_prompts(policy: Any, rows: Dataset, folder: Path) -> None:
             place = folder / f"prompts-{number:05}"
             if not place.exists():
                 tensors = policy.encode_prompts([names[i] for i in part])
-                _keep(place, {name: value.float().numpy() for name, value in tensors.items()})
+                _keep(place, {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in tensors.items()})
             advance(len(part))
 
 
 def _encode_pairs(policy: Any, rows: Dataset, folder: Path, where: str, on_bad_image: str) -> None:
     from datasets import Image
 
-    for column in ("image_a", "image_b"):
+    _check_sources(policy, rows, where)
+    for column in ("image_a", "image_b", "image_source"):
         rows = rows.cast_column(column, Image(decode=False))
     index = {name: n for n, name in enumerate(sorted(set(rows["prompt"])))}
     optional = _data_columns(rows)
@@ -108,7 +109,7 @@ def _encode_pairs(policy: Any, rows: Dataset, folder: Path, where: str, on_bad_i
         for number, part in _shards(len(rows)):
             place = folder / f"pairs-{number:05}"
             if not place.exists():
-                good = list(_readable(rows.select(part), where, on_bad_image, folder))
+                good = list(_readable(rows.select(part), where, on_bad_image, folder, edits=policy.edits))
                 if good:
                     _keep(place, _columns(policy, good, index, optional))
             advance(len(part))
@@ -118,10 +119,30 @@ def _encode_pairs(policy: Any, rows: Dataset, folder: Path, where: str, on_bad_i
         )
 
 
-def _readable(rows: Dataset, where: str, on_bad_image: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows with their pictures decoded, and the side that won first."""
+def _check_sources(policy: Any, rows: Dataset, where: str) -> None:
+    """Raises ValueError where a model that edits has no picture to edit, or one that doesn't edit has some."""
+    given = [
+        cell is not None
+        for cell in rows.select_columns("image_source").with_format("arrow")["image_source"].to_pylist()
+    ]
+    kind = type(policy.pipe).__name__
+    if policy.edits and not all(given):
+        raise ValueError(
+            f"row {rows['id'][given.index(False)]} of {where}: image_source is missing; {kind} edits a picture, and rows for it bring it"
+        )
+    if any(given) and not policy.edits:
+        raise ValueError(
+            f"{where}: rows have an image_source, which {kind} can't take; drop the column or train a model that edits"
+        )
+
+
+def _readable(
+    rows: Dataset, where: str, on_bad_image: str, folder: Path, *, edits: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Rows with their pictures decoded: the side that won, the other, and for a model that edits the source."""
     for row in rows:
-        sides = ("image_a", "image_b") if row["preference"] == "a" else ("image_b", "image_a")
+        sides = ["image_a", "image_b"] if row["preference"] == "a" else ["image_b", "image_a"]
+        sides += ["image_source"] if edits else []
         decoded: list[Any] = []
         for column in sides:
             try:
@@ -132,7 +153,7 @@ def _readable(rows: Dataset, where: str, on_bad_image: str, folder: Path) -> Ite
                     raise ValueError(f"{reason}; drop it with --on-bad-image skip") from None
                 _note(folder / "quarantine.jsonl", {"row": row["id"], "column": column, "reason": str(error)})
                 break
-        if len(decoded) == 2:
+        if len(decoded) == len(sides):
             yield {**row, "pictures": decoded}
 
 
@@ -172,12 +193,13 @@ def _columns(
     policy: Any, rows: Sequence[dict[str, Any]], index: dict[str, int], optional: dict[str, Any]
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"id": [row["id"] for row in rows], "prompt_row": [index[row["prompt"]] for row in rows]}
-    for place, side in enumerate(("chosen", "rejected")):
-        parts = [
-            policy.encode_images([row["pictures"][place] for row in rows[i : i + 32]]) for i in range(0, len(rows), 32)
-        ]
+    for place, side in enumerate(("chosen", "rejected", "source")[: len(rows[0]["pictures"])]):
+        pictures = [row["pictures"][place] for row in rows]
+        parts = [policy.encode_images(pictures[i : i + 32]) for i in range(0, len(rows), 32)]
         columns[f"{side}_mean"] = torch.cat([mean for mean, _ in parts]).numpy()
-        columns[f"{side}_std"] = torch.cat([std for _, std in parts]).numpy()
+        if side != "source":
+            columns[f"{side}_std"] = torch.cat([std for _, std in parts]).numpy()
+            columns |= {f"{side}_{name}": fact.numpy() for name, fact in policy.image_facts(pictures).items()}
     for name, values in optional.items():
         columns[name] = [values[row["id"]] for row in rows]
     return columns

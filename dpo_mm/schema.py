@@ -29,7 +29,10 @@ class Answer(NamedTuple):
 
 
 def image_preference() -> Features:
-    """Features of `ImagePreference`. p_a: probability that a wins, [0, 1]; votes and scores where they are known."""
+    """Features of `ImagePreference`. p_a: probability that a wins, [0, 1]; votes and scores where they are known.
+
+    image_source: the picture that the prompt says how to edit, for models that edit; null for those that draw from text.
+    """
     from datasets import Features, Image, Value
 
     text, number = Value("string"), Value("float64")
@@ -39,6 +42,7 @@ def image_preference() -> Features:
             "prompt": text,
             "image_a": Image(),
             "image_b": Image(),
+            "image_source": Image(),
             "preference": text,
             "p_a": number,
             "votes_a": Value("int64"),
@@ -194,7 +198,7 @@ def validate(rows: Dataset, *, where: str) -> Dataset:
             )
         if not isinstance(prompt, str):
             raise ValueError(f"{where}, row {number}: prompt is {prompt!r}; expected text")
-    for column in ("image_a", "image_b"):
+    for column in ("image_a", "image_b", *(["image_source"] if "image_source" in rows.column_names else [])):
         held = rows.features[column]
         try:
             rows = rows.cast_column(column, Image())
@@ -254,8 +258,8 @@ def split_by_prompt(rows: Dataset, fraction: float, *, seed: int) -> tuple[Datas
     import numpy as np
 
     prompts = [str(prompt) for prompt in rows["prompt"]]
-    if "images" in rows.column_names:
-        pictures = rows.select_columns("images").with_format("arrow")["images"].to_pylist()
+    for column in {"images", "image_source"} & set(rows.column_names):
+        pictures = rows.select_columns(column).with_format("arrow")[column].to_pylist()
         digests = [hashlib.sha256(repr(images).encode()).hexdigest() for images in pictures]
         prompts = [f"{digest} {prompt}" for digest, prompt in zip(digests, prompts, strict=True)]
     names = sorted(set(prompts))

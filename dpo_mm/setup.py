@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from dpo_mm import objectives
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs
+from dpo_mm.policies.adapters import check_format
 from dpo_mm.policies.protocol import load_policy, policy_class
 from dpo_mm.reference import choose_name
 
@@ -46,7 +47,9 @@ def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs
 
 def check(config: TrainConfig) -> None:
     """Everything about a config that can be refused before a model is loaded. Raises ValueError."""
-    exact = policy_class(config.model, revision=config.revision).exact
+    family = policy_class(config.model, revision=config.revision)
+    exact = family.exact
+    check_format(config, getattr(family, "kohya_prefix", None), family=family.__name__)
     loss_of(config, exact=exact)
     draws = 1 if exact else config.reference_draws
     if choose_name(config) == "precomputed" and draws < 1:

@@ -258,7 +258,9 @@ def train(config: TrainConfig) -> Trained:
             trainer.evaluate()
     trainer.save_model(config.output_dir)
     if trainer.is_world_process_zero():
-        write_card(config, settings, text=policy.exact)
+        name = Path(config.output_dir).name
+        stock = None if policy.exact else "\n".join(policy.loading(config.model, name))
+        write_card(config, settings, text=policy.exact, stock=stock)
     return Trained(Path(config.output_dir), tuple(trainer.state.log_history), settings)
 
 

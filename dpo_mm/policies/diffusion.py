@@ -4,10 +4,11 @@ At the batch's own (noise, timestep), the same for chosen and rejected, for poli
 
     log p(x) = -1/2 * mean over latent elements of (prediction - target)^2
 
-Errors are taken in float32 after the network: at beta 5000 a half-precision error would put noise of standard
-deviation 0.2 to 0.9 on the logit. Source: Wallace et al. 2023 (2311.12908) eq. 14.
+Noising and target are the scheduler's own, see `noising`. Errors are taken in float32 after the network: at beta 5000 a
+half-precision error would put noise of standard deviation 0.2 to 0.9 on the logit. Source: Wallace et al. 2023 (2311.12908) eq. 14.
 
-A family is a subclass that says which pipeline it loads, how prompts are encoded and how its denoiser is called.
+A family is a subclass that says which parts its pipeline has, how prompts are encoded and how its denoiser is called;
+README.md beside this file shows how to write one.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.objectives import FROM_DATA, LogProbs
-from dpo_mm.policies import draws
+from dpo_mm.objectives import LogProbs
+from dpo_mm.policies import drawing
+from dpo_mm.policies.adapters import LORA_FILE, add_lora, has_lora, read_lora, save_kohya, save_lora
+from dpo_mm.policies.batches import collate
+from dpo_mm.policies.latents import latent_scale, posterior
+from dpo_mm.policies.noising import noising_of
 from dpo_mm.policies.protocol import Batch
 
 Prompt = dict[str, Tensor]
 """A family's encoded prompts, each tensor with the prompts first."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class DiffusionPolicy:
@@ -44,6 +48,16 @@ class DiffusionPolicy:
     """Name of the one that denoises."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Modules that a LoRA adapts unless told otherwise."""
+    patch: ClassVar[int] = 1
+    """Latent pixels on a side of what is one token of the denoiser."""
+    video_vae: ClassVar[bool] = False
+    """Whether the autoencoder takes a picture as a film of one frame."""
+    per_image: ClassVar[tuple[str, ...]] = ()
+    """Facts of each picture, (images, ...), that the denoiser is told of where the rows have them."""
+    edits: ClassVar[bool] = False
+    """Whether a picture to edit is part of the prompt: rows then have `image_source`, prompts `source` (images, c, h, w)."""
+    kohya_prefix: ClassVar[str | None] = None
+    """What kohya's and ComfyUI's names of the denoiser's modules begin with; None where no such format is known."""
 
     exact: ClassVar[bool] = False
     config: TrainConfig
@@ -52,9 +66,9 @@ class DiffusionPolicy:
         self.pipe, self.source = pipe, source
         self.vae, self.scheduler = pipe.vae, pipe.scheduler
         self.dtype: torch.dtype = getattr(pipe, self.denoiser).dtype
-        self.latent_scale = float(pipe.vae.config.scaling_factor)
-        self.latent_shift = float(getattr(pipe.vae.config, "shift_factor", None) or 0.0)
-        self.resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        self.noising = noising_of(pipe.scheduler, source=source)
+        self.latent_scale = latent_scale(pipe.vae.config)
+        self.resolution = self.native_resolution()
         self.base_denoiser: nn.Module | None = None
 
     # What a family writes
@@ -62,25 +76,50 @@ class DiffusionPolicy:
     @classmethod
     def open(cls, source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
         """The stock pipeline."""
-        raise NotImplementedError
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
         """What the denoiser is told of each prompt, on the CPU."""
         raise NotImplementedError
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
-        """The denoiser's prediction for noisy latents (images, c, h, w) at timestep (images,)."""
+        """The denoiser's prediction for noisy latents (images, c, h, w) at timestep (images,), in the scheduler's sign."""
         raise NotImplementedError
+
+    def native_resolution(self) -> int:
+        """Pixels on a side of what the pipeline draws unless told otherwise."""
+        size = self.model.config.get("sample_size") or self.pipe.default_sample_size  # type: ignore[union-attr, operator]
+        return size * self.pipe.vae_scale_factor
+
+    def latent_channels(self) -> int:
+        """Channels of the autoencoder's latents."""
+        return self.model.config.in_channels  # type: ignore[union-attr, return-value]
+
+    def image_facts(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The columns of `per_image`, (images, ...) each, on the CPU."""
+        return {}
+
+    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
+        """The pipeline's arguments for drawing these prompts with this guidance; sources: the pictures to edit."""
+        return {"prompt": prompts, "guidance_scale": guidance, "height": self.resolution, "width": self.resolution}
 
     # Loading
 
     @classmethod
     def load(
-        cls, source: str, *, revision: str | None = None, precision: str = "fp32", device: str | None = None
+        cls,
+        source: str,
+        *,
+        revision: str | None = None,
+        precision: str = "fp32",
+        device: str | None = None,
+        resolution: int | None = None,
     ) -> Self:
-        """The policy of a pipeline folder or hub id.
+        """The policy of a pipeline folder or hub id. resolution: pixels on a side; None: the pipeline's own.
 
-        Raises ValueError where a component is missing or the precision is unknown.
+        Raises ValueError where a component is missing, or precision or resolution won't do.
         """
         if precision not in DTYPES:
             raise ValueError(f"precision {precision!r} is unknown; expected one of {', '.join(DTYPES)}")
@@ -93,7 +132,13 @@ class DiffusionPolicy:
         pipe = cls.open(source, revision=revision, dtype=DTYPES[precision])
         pipe.set_progress_bar_config(disable=True)
         pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(pipe, source)
+        policy = cls(pipe, source)
+        if resolution is not None:
+            step = pipe.vae_scale_factor * cls.patch
+            if resolution <= 0 or resolution % step:
+                raise ValueError(f"resolution {resolution}: {source!r} takes multiples of {step}")
+            policy.resolution = resolution
+        return policy
 
     @property
     def model(self) -> nn.Module:
@@ -110,7 +155,7 @@ class DiffusionPolicy:
             if isinstance(part, nn.Module):
                 part.requires_grad_(False)
         if config.tuning == "lora":
-            self._add_lora(config)
+            add_lora(self.model, config, self.lora_targets)
         elif config.tuning == "full":
             self.model.requires_grad_(True).to(torch.float32)
             self.dtype = torch.float32
@@ -118,25 +163,6 @@ class DiffusionPolicy:
             raise ValueError(f"tuning {config.tuning!r} is unknown; expected 'lora' or 'full'")
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()  # type: ignore[operator]
-
-    def _add_lora(self, config: TrainConfig) -> None:
-        from peft import LoraConfig
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            adapter = LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,
-                init_lora_weights="gaussian",
-                target_modules=list(config.lora_targets or self.lora_targets),
-            )
-            try:
-                self.model.add_adapter(adapter)  # type: ignore[operator]
-            except ValueError as error:
-                raise ValueError(f"lora_targets: {error}") from error
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
 
     # Frozen work, done once
 
@@ -147,27 +173,35 @@ class DiffusionPolicy:
             if isinstance(part, nn.Module) and part is not self.model:
                 for name, tensor in part.state_dict().items():
                     digest.update(name.encode())
-                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation of the autoencoder, each (images, c, h, w), float32 on the CPU."""
         pixels = torch.stack([self.pixels(image) for image in images]).to(self.device, self.vae.dtype)
-        encoded = self.vae.encode(pixels)
-        if hasattr(encoded, "latent_dist"):
-            return encoded.latent_dist.mean.float().cpu(), encoded.latent_dist.std.float().cpu()
-        return encoded.latents.float().cpu(), torch.zeros_like(encoded.latents, dtype=torch.float32, device="cpu")
+        mean, std = posterior(self.vae.encode(pixels[:, :, None] if self.video_vae else pixels))
+        if self.video_vae:
+            mean, std = mean.squeeze(2), std.squeeze(2)
+        return mean.float().cpu(), std.float().cpu()
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """A picture as the autoencoder takes it: scaled to cover the resolution, centre-cropped, (3, s, s) in [-1, 1]."""
-        size = self.resolution
-        scale = size / min(image.size)
-        if scale != 1:
-            image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        array = np.asarray(image.convert("RGB").crop((left, top, left + size, top + size)), dtype=np.float32)
-        return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
+        """A picture as the autoencoder takes it, (3, s, s) in [-1, 1]."""
+        return torch.from_numpy(np.asarray(self.fitted(image), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+    def fitted(self, image: Image.Image) -> Image.Image:
+        """A picture scaled to cover the resolution and cropped to its centre."""
+        scaled, box = self.placed(image.size)
+        if scaled != image.size:
+            image = image.resize(scaled, Image.Resampling.LANCZOS)
+        return image.convert("RGB").crop(box)
+
+    def placed(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+        """How a picture of this (width, height) is fitted: what it is scaled to, and the box that is then kept of it."""
+        scale = self.resolution / min(size)
+        width, height = round(size[0] * scale), round(size[1] * scale)
+        left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
+        return (width, height), (left, top, left + self.resolution, top + self.resolution)
 
     def drop_encoders(self) -> None:
         """Let all but the denoiser leave memory."""
@@ -179,70 +213,22 @@ class DiffusionPolicy:
     # Training
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
-        """One batch from encoded rows; each row's draw is a pure function of (seed, id, visit).
+        """One batch from encoded rows, see `batches`; each row's draw is a pure function of (seed, id, visit)."""
+        return collate(self, rows)
 
-        A row has id, visit, chosen_mean, chosen_std, rejected_mean, rejected_std (c, h, w) and the prompt's tensors.
-        """
-        seed, (low, high) = self.config.seed, self.config.timestep_range
-        keys = [(seed, row["id"], row["visit"]) for row in rows]
-        shape = tuple(rows[0]["chosen_mean"].shape)
-        posterior = _stack([draws.noise(*key, shape, what="posterior") for key in keys])
-        levels = torch.tensor([draws.uniform(*key, low, high) for key in keys])
-        batch: Batch = {
-            "id": [row["id"] for row in rows],
-            "chosen": self._latents(rows, "chosen", posterior),
-            "rejected": self._latents(rows, "rejected", posterior),
-            "noise": _stack([draws.noise(*key, shape) for key in keys]),
-            "timestep": self.timesteps(levels),
-            "prompt": {name: torch.stack([row["prompt"][name] for row in rows]) for name in rows[0]["prompt"]},
-        }
-        for name in FROM_DATA:
-            if name in rows[0]:
-                batch[name] = torch.tensor([float(row[name]) for row in rows])
-        for name in ("reference_chosen", "reference_rejected"):
-            if name in rows[0]:
-                batch[name] = torch.stack([row[name][row["visit"]] for row in rows])
-        return batch
-
-    def _latents(self, rows: list[dict[str, Any]], side: str, posterior: Tensor) -> Tensor:
-        mean = torch.stack([row[f"{side}_mean"] for row in rows]).float()
-        std = torch.stack([row[f"{side}_std"] for row in rows]).float()
-        return (mean + std * posterior - self.latent_shift) * self.latent_scale
-
-    def timesteps(self, levels: Tensor) -> Tensor:
-        """Levels in [0, 1) as the scheduler's training timesteps, (images,) int64."""
-        total = self.scheduler.config.num_train_timesteps
-        return (levels * total).long().clamp(max=total - 1)
-
-    def noisy(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """Latents at a timestep of a variance-preserving schedule, (images, c, h, w) float32."""
-        kept = self._kept(timestep)
-        return kept.sqrt() * latents + (1 - kept).sqrt() * noise
-
-    def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """What the denoiser should predict, by the scheduler's own prediction type."""
-        kind = self.scheduler.config.prediction_type
-        if kind == "epsilon":
-            return noise
-        if kind == "v_prediction":
-            kept = self._kept(timestep)
-            return kept.sqrt() * noise - (1 - kept).sqrt() * latents
-        raise ValueError(
-            f"model {self.source!r}: prediction_type {kind!r} is not handled; expected epsilon or v_prediction"
-        )
-
-    def _kept(self, timestep: Tensor) -> Tensor:
-        """The schedule's cumulative alpha at each timestep, (images, 1, 1, 1) float32."""
-        return self.scheduler.alphas_cumprod.to(timestep.device)[timestep].float()[:, None, None, None]
+    def tokens(self, shape: tuple[int, ...]) -> int:
+        """Tokens of the denoiser for latents of this shape, (..., h, w)."""
+        return shape[-2] * shape[-1] // self.patch**2
 
     def errors(self, model: nn.Module, latents: Tensor, noise: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
         """Mean squared prediction error of each image at its own draw, (images,), float32.
 
         What it is the mean of stays in `residual`, (images, ...), for objectives that scale by it (`safe`).
         """
-        noisy = self.noisy(latents, noise, timestep).to(self.dtype)
-        prediction = self.denoise(model, noisy, timestep, {k: v.to(self.dtype) for k, v in prompt.items()})
-        residual = prediction.float() - self.target(latents, noise, timestep)
+        noisy = self.noising.noisy(latents, noise, timestep).to(self.dtype)
+        prompt = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in prompt.items()}
+        prediction = self.denoise(model, noisy, timestep, prompt)
+        residual = prediction.float() - self.noising.target(latents, noise, timestep)
         self.residual = residual.detach()
         return residual.square().flatten(1).mean(1)
 
@@ -251,13 +237,16 @@ class DiffusionPolicy:
         latents = torch.cat([batch["chosen"], batch["rejected"]])
         noise, timestep = batch["noise"].repeat(2, 1, 1, 1), batch["timestep"].repeat(2)
         prompt = {name: torch.cat([value, value]) for name, value in batch["prompt"].items()}
+        for name in self.per_image:
+            if f"chosen_{name}" in batch:
+                prompt[name] = torch.cat([batch[f"chosen_{name}"], batch[f"rejected_{name}"]])
         chosen, rejected = (-0.5 * self.errors(model, latents, noise, timestep, prompt)).chunk(2)
         ones = torch.ones_like(chosen)
         return LogProbs(chosen, rejected, ones, ones, exact=self.exact)
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
-        if not getattr(self.model, "peft_config", None):
+        if not has_lora(self.model):
             raise ValueError(
                 "reference 'adapter_off' needs a LoRA (tuning: lora); full fine-tuning takes 'frozen_copy'"
             )
@@ -273,105 +262,52 @@ class DiffusionPolicy:
     # Files
 
     def save(self, folder: Path) -> None:
-        """The LoRA in diffusers' own format with its rank and alpha, or the whole denoiser under its name."""
-        if getattr(self.model, "peft_config", None):
-            from diffusers.training_utils import _collate_lora_metadata
-            from peft import get_peft_model_state_dict
-
-            type(self.pipe).save_lora_weights(
-                folder,
-                **{f"{self.denoiser}_lora_layers": get_peft_model_state_dict(self.model)},
-                **_collate_lora_metadata({self.denoiser: self.model}),
-            )
+        """The LoRA in diffusers' own format with its rank and alpha, and in kohya's where asked; or the whole denoiser."""
+        if has_lora(self.model):
+            save_lora(self.pipe, self.denoiser, folder)
+            if self.config.lora_format == "kohya":
+                assert self.kohya_prefix is not None
+                save_kohya(self.model, self.kohya_prefix, folder)
         else:
             self.model.save_pretrained(folder / self.denoiser)  # type: ignore[operator]
 
     def load_weights(self, folder: Path) -> None:
         """Read what `save` wrote into the model as `prepare` set it up. Raises ValueError where it does not fit."""
-        from safetensors.torch import load_file
-
-        if getattr(self.model, "peft_config", None):
-            from peft import set_peft_model_state_dict
-
-            weights = {k.removeprefix(f"{self.denoiser}."): v for k, v in load_file(folder / LORA_FILE).items()}
-            result: Any = set_peft_model_state_dict(self.model, weights, adapter_name="default")
-            if result.unexpected_keys:
-                raise ValueError(f"{folder / LORA_FILE}: {result.unexpected_keys[0]} does not fit this model's LoRA")
+        if has_lora(self.model):
+            read_lora(self.model, self.denoiser, folder / LORA_FILE)
         else:
             stored = type(self.model).from_pretrained(folder / self.denoiser)  # type: ignore[attr-defined]
             self.model.load_state_dict(stored.state_dict())
+
+    def loading(self, base: str, folder: str) -> list[str]:
+        """Python that draws with what `save` wrote in stock classes, a line at a time; for its card."""
+        opened = f'pipe = DiffusionPipeline.from_pretrained("{base}")'
+        if self.config.tuning == "lora":
+            return [opened, f'pipe.load_lora_weights("{folder}")']
+        part = f"pipe.{self.denoiser}"
+        return [opened, f'{part} = type({part}).from_pretrained("{folder}", subfolder="{self.denoiser}")']
 
     # Drawing
 
     def attach(self, folder: str | Path) -> None:
         """Load a tuned adapter or denoiser with the stock library, for drawing. Raises ValueError where there is none."""
-        folder = Path(folder)
-        if (folder / LORA_FILE).exists():
-            self.pipe.load_lora_weights(str(folder), adapter_name="tuned")
-        elif (folder / self.denoiser).is_dir():
-            self.base_denoiser = self.model
-            tuned = type(self.model).from_pretrained(folder / self.denoiser, dtype=self.dtype)  # type: ignore[attr-defined]
-            setattr(self.pipe, self.denoiser, tuned.to(self.device))
-        else:
-            raise ValueError(f"adapter {str(folder)!r}: neither {LORA_FILE} nor a folder {self.denoiser}/ there")
+        drawing.attach(self, Path(folder))
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int,
-        guidance: float,
-        batch_size: int,
-        scale: float = 1.0,
-    ) -> Iterator[list[Image.Image]]:
-        """Pictures of each prompt from its own seed, a batch at a time; scale 0 draws with the base.
-
-        The noise of a picture comes from its seed alone, whatever else is in the batch.
-        """
-        with self._scaled(scale):
-            for start in range(0, len(prompts), batch_size):
-                part = slice(start, start + batch_size)
-                generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part]]
-                yield self.pipe(
-                    list(prompts[part]), num_inference_steps=steps, guidance_scale=guidance, generator=generators
-                ).images
-
-    @contextlib.contextmanager
-    def _scaled(self, scale: float) -> Iterator[None]:
-        """Within it the attached adapter acts with this strength."""
-        adapted = bool(getattr(self.model, "peft_config", None))
-        tuned = self.model
-        if adapted:
-            names = list(self.model.peft_config)  # type: ignore[union-attr, arg-type]
-            self.model.set_adapters(names, [scale] * len(names)) if scale else self.model.disable_adapters()  # type: ignore[operator]
-        elif self.base_denoiser is not None and scale not in (0.0, 1.0):
-            raise ValueError(f"scale {scale}: a fully tuned denoiser has no scale but 0 and 1; sweep a LoRA instead")
-        elif self.base_denoiser is not None and scale == 0:
-            setattr(self.pipe, self.denoiser, self.base_denoiser)
-        try:
-            yield
-        finally:
-            if adapted and not scale:
-                self.model.enable_adapters()  # type: ignore[operator]
-            setattr(self.pipe, self.denoiser, tuned)
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> Iterator[list[Image.Image]]:
+        """Pictures of each prompt from its own seed, a batch at a time, see `drawing.sample`."""
+        return drawing.sample(self, prompts, seeds, **settings)
 
     # What the run says of itself
 
     def describe(self, config: TrainConfig) -> dict[str, str]:
         """Family, target, reduction and what beta is in other conventions."""
-        elements = self.model.config.in_channels * self.model.config.sample_size**2  # type: ignore[union-attr, operator]
+        elements = self.latent_channels() * (self.resolution // self.pipe.vae_scale_factor) ** 2
         return {
             "family": f"{type(self).__name__}, {type(self.pipe).__name__}",
-            "target": f"{self.scheduler.config.prediction_type}, error in float32",
+            "target": f"{self.noising.name} ({type(self.noising).__name__}), error in float32",
             "reduction": f"mean over {elements:,} latent elements, 1/2 inside the log-ratio",
             "effective beta": (
                 f"{config.beta:g} as the Diffusion-DPO authors mean it = {config.beta / 2:g} in diffusers' script "
                 f"= {config.beta / elements:.3g} on summed errors"
             ),
         }
-
-
-def _stack(arrays: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(arrays))

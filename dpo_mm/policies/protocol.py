@@ -59,6 +59,15 @@ class Policy(Protocol):
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpo_mm.policies.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "dpo_mm.policies.sdxl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "dpo_mm.policies.sd3:StableDiffusion3",
+    "FluxPipeline": "dpo_mm.policies.flux:Flux",
+    "FluxKontextPipeline": "dpo_mm.policies.flux_kontext:FluxKontext",
+    "PixArtSigmaPipeline": "dpo_mm.policies.pixart_sigma:PixArtSigma",
+    "SanaPipeline": "dpo_mm.policies.sana:Sana",
+    "QwenImagePipeline": "dpo_mm.policies.qwen_image:QwenImage",
+    "ZImagePipeline": "dpo_mm.policies.z_image:ZImage",
+    "Flux2KleinPipeline": "dpo_mm.policies.flux2:Flux2Klein",
 }
 """Pipeline class, as its model_index.json names it, to the class that makes it a policy."""
 
@@ -101,7 +110,7 @@ def family_of(model: str, *, revision: str | None = None) -> str:
     if name not in FAMILIES:
         raise ValueError(
             f"model {model!r} is a {name}, which no family handles yet; known: {', '.join(FAMILIES)}. "
-            "A family is one file, see dpo_mm/policies/stable_diffusion.py"
+            "A family is one file, see dpo_mm/policies/README.md"
         )
     return FAMILIES[name]
 

@@ -17,6 +17,7 @@ class StableDiffusion(DiffusionPolicy):
     needs = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
     denoiser = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    kohya_prefix = "lora_unet"
 
     @classmethod
     def open(cls, source: str, *, revision: str | None, dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""What every image family must hold (the next family adds a line to BUILDERS)."""
+"""What every image family must hold; a family comes in by its row in BUILDERS."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.encoding import encode
 from dpo_mm.objectives import margins, sigmoid
+from dpo_mm.pictures import encode_png
+from dpo_mm.policies import draws
+from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_format
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.reference import adapter_off, frozen_copy
-from tests.conftest import picture
-from tests.contracts.families import BUILDERS, WORDS
+from dpo_mm.schema import load_pairs
+from tests.conftest import picture, rows
+from tests.contracts.families import BUILDERS, WORDS, Family
 
 FAMILIES = sorted(BUILDERS)
 
 
 def test_every_builder_is_a_family() -> None:
-    assert len(FAMILIES) == 3
+    assert len(FAMILIES) >= 3
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
     def folder(name: str) -> str:
         if name not in made:
-            made[name] = str(BUILDERS[name](tmp_path_factory.mktemp(name)))
+            made[name] = str(BUILDERS[name].build(tmp_path_factory.mktemp(name)))
         return made[name]
 
     return folder
@@ -43,11 +52,13 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def encoded(policy: Any, count: int = 4) -> list[dict[str, Any]]:
-    chosen = policy.encode_images([picture(n) for n in range(count)])
-    rejected = policy.encode_images([picture(100 + n) for n in range(count)])
+    chosen = policy.encode_images([picture(n, policy.resolution) for n in range(count)])
+    rejected = policy.encode_images([picture(100 + n, policy.resolution) for n in range(count)])
     prompts = policy.encode_prompts([WORDS[n % len(WORDS)] for n in range(count)])
+    more = [source_of(policy, n) for n in range(count)]
     return [
         {
+            **more[n],
             "id": f"row-{n}",
             "visit": 0,
             "chosen_mean": chosen[0][n],
@@ -60,6 +71,15 @@ def encoded(policy: Any, count: int = 4) -> list[dict[str, Any]]:
     ]
 
 
+def source_of(policy: Any, number: int) -> dict[str, torch.Tensor]:
+    """What an editing model's row has beside: the picture to edit."""
+    return {"source_mean": policy.encode_images([source(number)])[0][0]} if policy.edits else {}
+
+
+def source(number: int) -> Image.Image:
+    return picture(200 + number)
+
+
 def disturbed(policy: Any) -> None:
     """A trained-looking adapter: its second factors are zero at first, so that it changes nothing."""
     torch.manual_seed(3)
@@ -68,15 +88,35 @@ def disturbed(policy: Any) -> None:
             parameter.data += 0.05 * torch.randn_like(parameter)
 
 
-def ready(folder: str, **changes: Any) -> Any:
-    policy = load_policy(folder)
-    policy.prepare(config(**changes))
-    return policy
+@pytest.fixture(scope="module")
+def load(folders: Callable[[str], str]) -> Callable[[str], Any]:
+    return lambda name: load_policy(folders(name), resolution=BUILDERS[name].size)
+
+
+@pytest.fixture(scope="module")
+def ready(load: Callable[[str], Any]) -> Callable[..., Any]:
+    def prepared(name: str, **changes: Any) -> Any:
+        policy = load(name)
+        policy.prepare(config(**changes))
+        return policy
+
+    return prepared
+
+
+def swap(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with all that belongs to one side on the other."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    turned = {}
+    for name, value in batch.items():
+        side, _, rest = name.partition("_")
+        turned["_".join(filter(None, (other.get(side, side), rest)))] = value
+    return turned
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_adapter_is_the_reference(family: str, folders: Callable[[str], str]) -> None:
-    policy = ready(folders(family))
+def test_a_fresh_adapter_is_the_reference(family: str, ready: Callable[..., Any], record_property: Any) -> None:
+    policy = ready(family)
+    record_property("of", type(policy.pipe).__name__)
     batch = policy.collate(encoded(policy))
     reference, ours = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
     assert torch.equal(ours.chosen, reference.chosen) and torch.equal(ours.rejected, reference.rejected)
@@ -84,8 +124,8 @@ def test_a_fresh_adapter_is_the_reference(family: str, folders: Callable[[str], 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_reference_stays_when_the_adapter_moves(family: str, folders: Callable[[str], str]) -> None:
-    policy = ready(folders(family))
+def test_the_reference_stays_when_the_adapter_moves(family: str, ready: Callable[..., Any]) -> None:
+    policy = ready(family)
     batch = policy.collate(encoded(policy))
     before = policy.log_probs(policy.model, batch)
     disturbed(policy)
@@ -94,8 +134,8 @@ def test_the_reference_stays_when_the_adapter_moves(family: str, folders: Callab
     assert not torch.allclose(after.chosen, before.chosen)
 
 
-def test_a_frozen_copy_stays_in_full_fine_tuning(folders: Callable[[str], str]) -> None:
-    policy = ready(folders("stable-diffusion"), tuning="full")
+def test_a_frozen_copy_stays_in_full_fine_tuning(ready: Callable[..., Any]) -> None:
+    policy = ready("stable-diffusion", tuning="full")
     reference, batch = frozen_copy(policy), policy.collate(encoded(policy))
     before = reference(policy.model, batch)
     disturbed(policy)
@@ -104,11 +144,11 @@ def test_a_frozen_copy_stays_in_full_fine_tuning(folders: Callable[[str], str]) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_swapping_the_sides_swaps_the_answer(family: str, folders: Callable[[str], str]) -> None:
-    policy = ready(folders(family))
+def test_swapping_the_sides_swaps_the_answer(family: str, ready: Callable[..., Any]) -> None:
+    policy = ready(family)
     disturbed(policy)
     batch = policy.collate(encoded(policy))
-    swapped = {**batch, "chosen": batch["rejected"], "rejected": batch["chosen"]}
+    swapped = swap(batch)
     reference = adapter_off(policy)
     one, other = policy.log_probs(policy.model, batch), policy.log_probs(policy.model, swapped)
     assert torch.equal(one.chosen, other.rejected) and torch.equal(one.rejected, other.chosen)
@@ -118,8 +158,8 @@ def test_swapping_the_sides_swaps_the_answer(family: str, folders: Callable[[str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pair_does_not_depend_on_its_batch(family: str, folders: Callable[[str], str]) -> None:
-    policy = ready(folders(family))
+def test_a_pair_does_not_depend_on_its_batch(family: str, ready: Callable[..., Any]) -> None:
+    policy = ready(family)
     rows = encoded(policy)
     whole = policy.log_probs(policy.model, policy.collate(rows))
     turned = policy.log_probs(policy.model, policy.collate(rows[::-1]))
@@ -129,90 +169,202 @@ def test_a_pair_does_not_depend_on_its_batch(family: str, folders: Callable[[str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_log_prob_is_the_papers_arithmetic(family: str, folders: Callable[[str], str]) -> None:
-    """-1/2 mean (prediction - target)^2 in float64, straight from alpha-bar, with the stock UNet."""
-    policy = ready(folders(family))
-    batch = policy.collate(encoded(policy, 1))
-    step = int(batch["timestep"][0])
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    kept = float(np.cumprod(1 - betas)[step])
-    x0, noise = batch["chosen"].double(), batch["noise"].double()
-    noisy = kept**0.5 * x0 + (1 - kept) ** 0.5 * noise
+def test_rows_kept_on_disk_answer_as_rows_in_memory(
+    family: str, tmp_path: Path, write_pairs: Callable[..., str], ready: Callable[..., Any]
+) -> None:
+    policy = ready(family)
+    edited = [{"bytes": encode_png(source(n)), "path": None} if policy.edits else None for n in range(4)]
+    pairs = load_pairs(write_pairs([{**row, "image_source": edited[n]} for n, row in enumerate(rows(4))]))
+    kept = encode(policy, pairs, where="pairs", cache=tmp_path)
+    plain = encoded(policy)
+    for n, row in enumerate(plain):
+        sides = [picture(2 * n), picture(2 * n + 1)][:: -1 if n % 2 else 1]
+        for side, image in zip(("chosen", "rejected"), sides, strict=True):
+            (row[f"{side}_mean"],), (row[f"{side}_std"],) = policy.encode_images([image])
+    found = policy.log_probs(policy.model, policy.collate([{**kept[n], "visit": 0} for n in range(4)]))
+    truth = policy.log_probs(policy.model, policy.collate(plain))
+    torch.testing.assert_close(found.chosen, truth.chosen, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.rejected, truth.rejected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_says_what_beta_is_on_summed_errors(family: str, ready: Callable[..., Any]) -> None:
+    """Elements are those of the latents that errors are the mean of."""
+    policy = ready(family)
+    elements = policy.collate(encoded(policy, 1))["chosen"][0].numel()
+    said = policy.describe(policy.config)
+    assert f"{elements:,} latent elements" in said["reduction"]
+    assert f"{5000 / elements:.3g} on summed errors" in said["effective beta"]
+    assert said["target"].startswith({"flow": "velocity"}.get(BUILDERS[family].target, BUILDERS[family].target))
+
+
+def by_hand(family: Family, level: float, x0: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Noisy latents, target and timestep at a level, in float64, straight from the papers."""
+    if family.target == "flow":
+        assert family.sigma is not None
+        s = family.sigma(level)
+        return (1 - s) * x0 + s * noise, noise - x0, 1000 * s
+    first, last, kind = family.betas
+    power = 0.5 if kind == "scaled_linear" else 1
+    betas = np.linspace(first**power, last**power, 1000) ** (1 / power)
+    step = int(level * 1000)
+    signal, share = math.sqrt(np.cumprod(1 - betas)[step]), math.sqrt(1 - np.cumprod(1 - betas)[step])
+    target = signal * noise - share * x0 if family.target == "v" else noise
+    return signal * x0 + share * noise, target, step
+
+
+@pytest.mark.parametrize("visit", [0, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_log_prob_is_the_papers_arithmetic(family: str, visit: int, ready: Callable[..., Any]) -> None:
+    """-1/2 mean (prediction - target)^2 in float64, from the level that the row's draw is."""
+    policy = ready(family)
+    batch = policy.collate([{**encoded(policy, 1)[0], "visit": visit}])
+    level, shape = draws.uniform(0, "row-0", visit), tuple(batch["chosen"].shape[1:])
+    x0, noise = batch["chosen"].double().numpy(), draws.noise(0, "row-0", visit, shape).astype(float)[None]
+    noisy, target, timestep = by_hand(BUILDERS[family], level, x0, noise)
+    assert batch["timestep"].item() == pytest.approx(timestep, rel=1e-5)
+    prompt = told(policy, batch, "chosen")
     with torch.no_grad():
-        got = policy.pipe.unet(noisy.float(), step, encoder_hidden_states=batch["prompt"]["embeds"]).sample.double()
-    target = kept**0.5 * noise - (1 - kept) ** 0.5 * x0 if family.endswith("-v") else noise
-    expected = -0.5 * float(((got - target) ** 2).mean())
+        got = policy.denoise(policy.model, torch.from_numpy(noisy).float(), batch["timestep"], prompt)
+    expected = -0.5 * ((got.double().numpy() - target) ** 2).mean()
     assert policy.log_probs(policy.model, batch).chosen.item() == pytest.approx(expected, rel=1e-5)
 
 
+def told(policy: Any, batch: dict[str, Any], side: str) -> dict[str, torch.Tensor]:
+    """What the denoiser is told of one side's pictures."""
+    own = {name: batch[f"{side}_{name}"] for name in policy.per_image if f"{side}_{name}" in batch}
+    return {**batch["prompt"], **own}
+
+
+def stepped(policy: Any, family: Family, arguments: dict[str, Any], answer: torch.Tensor | None = None) -> Any:
+    """What the stock pipeline gives its scheduler at its first step: (prediction, timestep, latents), and its picture.
+
+    answer: what the scheduler answers instead of its own.
+    """
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    scheduler = policy.pipe.scheduler
+    step = scheduler.step
+
+    def noted(prediction: torch.Tensor, timestep: Any, latents: torch.Tensor, **more: Any) -> Any:
+        scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
+        seen.append((prediction.clone(), timestep, scaled.clone()))
+        return (answer,) if answer is not None else step(prediction, timestep, latents, **more)
+
+    scheduler.step = noted
+    try:
+        size = {"height": family.size, "width": family.size}
+        if policy.edits:
+            arguments["image"] = [source(n) for n in range(len(arguments["prompt"]))]
+        generator = torch.Generator().manual_seed(0)
+        shown = policy.pipe(**size, **family.unguided, generator=generator, output_type="pt", **arguments).images
+    finally:
+        del scheduler.step
+    return *seen[0], shown
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_denoise_is_the_stock_pipelines_first_step(family: str, folders: Callable[[str], str]) -> None:
-    policy = load_policy(folders(family))
-    seen: dict[str, Any] = {}
-
-    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen.setdefault("latents", args[0])
-        seen.setdefault("timestep", args[1])
-        seen.setdefault("prediction", output[0])
-
-    hook = policy.model.register_forward_hook(note, with_kwargs=True)
+def test_denoise_is_the_stock_pipelines_first_step(family: str, load: Callable[[str], Any]) -> None:
+    """On the latents that the stock scheduler steps on, `denoise` says what that scheduler is given to step with."""
+    policy, row = load(family), BUILDERS[family]
     prompts = WORDS[:2]
-    policy.pipe(prompts, num_inference_steps=3, guidance_scale=1.0, generator=torch.Generator().manual_seed(0))
-    hook.remove()
-    timestep = torch.as_tensor(seen["timestep"]).repeat(2)
+    given, timestep, latents, _ = stepped(policy, row, {"prompt": list(prompts), "num_inference_steps": 3})
+    latents, given = (row.unpack(policy.pipe, value, row.size) for value in (latents, given))
+    told = policy.encode_prompts(prompts)
+    if policy.edits:
+        told["source"] = policy.latent_scale.normalised(policy.encode_images([source(0), source(1)])[0])
     with torch.no_grad():
-        ours = policy.denoise(policy.model, seen["latents"], timestep, policy.encode_prompts(prompts))
-    torch.testing.assert_close(ours, seen["prediction"], atol=1e-6, rtol=0)
+        ours = policy.denoise(policy.model, latents, torch.as_tensor(timestep).repeat(2), told)
+    assert ours.shape == latents.shape == given.shape and given.std() > 1e-3
+    torch.testing.assert_close(ours, given, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_our_latents_decode_as_the_stock_pipeline_decodes(family: str, folders: Callable[[str], str]) -> None:
-    """Scaled latents as a batch holds them, put through the stock pipeline's own decoding, give the VAE's picture."""
-    policy = ready(folders(family))
-    batch = policy.collate(encoded(policy, 1))
-    mean, std = policy.encode_images([picture(0)])
-    assert ((batch["chosen"] / policy.latent_scale - mean).abs() <= 6 * std + 1e-6).all()
+def test_our_latents_decode_as_the_stock_pipeline_decodes(family: str, ready: Callable[..., Any]) -> None:
+    """Latents as a batch holds them, decoded by the stock pipeline, give the picture of the autoencoder's own latents."""
+    policy, row = ready(family), BUILDERS[family]
+    mean, std = policy.encode_images([picture(0, row.size)])
+    rows = [{**encoded(policy, 1)[0], "chosen_mean": mean[0], "chosen_std": torch.zeros_like(std[0])}]
+    latents = policy.collate(rows)["chosen"]
+    packed = row.pack(policy.pipe, latents, row.size)
+    arguments = {"prompt": WORDS[:1], "num_inference_steps": 1}
+    *_, shown = stepped(policy, row, arguments, answer=packed)
+    own = row.raw(policy.pipe, mean, row.size)
     with torch.no_grad():
-        shown = policy.pipe(
-            WORDS[:1],
-            latents=mean * policy.latent_scale,
-            num_inference_steps=1,
-            guidance_scale=1.0,
-            output_type="latent",
-            callback_on_step_end=lambda pipe, step, t, kept: {"latents": mean * policy.latent_scale},
-        ).images
-        decoded = policy.pipe.vae.decode(shown / policy.pipe.vae.config.scaling_factor).sample
-        expected = policy.pipe.vae.decode(mean).sample
-    torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
+        plain = policy.pipe.vae.decode(own[:, :, None] if policy.video_vae else own).sample
+    expected = ((plain[:, :, 0] if policy.video_vae else plain) / 2 + 0.5).clamp(0, 1)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(shown, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(policy.latent_scale.unnormalised(latents), mean, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_adapter_draws_the_same_pixels_in_the_stock_library(
-    family: str, folders: Callable[[str], str], tmp_path: Path
+    family: str, tmp_path: Path, folders: Callable[[str], str], ready: Callable[..., Any], record_property: Any
 ) -> None:
-    policy = ready(folders(family), lora_rank=4, lora_alpha=8)
+    policy, row = ready(family, lora_rank=4, lora_alpha=8), BUILDERS[family]
     base = [np.asarray(i) for part in draw(policy, 0.0) for i in part]
     disturbed(policy)
     policy.save(tmp_path)
     inside = [np.asarray(i) for part in draw(policy, 1.0) for i in part]
-    pipe = type(policy.pipe).from_pretrained(folders(family), safety_checker=None)
+    pipe = DiffusionPipeline.from_pretrained(folders(family), **dict.fromkeys(BUILDERS[family].left_out))
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(str(tmp_path))
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    stock = pipe(WORDS[:2], num_inference_steps=3, guidance_scale=2.0, generator=generators).images
-    assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(inside, stock, strict=True))
+    lines = policy.loading("-", str(tmp_path))[1:]
+    assert (
+        (lines == [f'pipe.load_lora_weights("{tmp_path}")'])
+        == (row.reason is None)
+        == hasattr(pipe, "load_lora_weights")
+    )
+    if row.reason:
+        record_property("reason", row.reason)
+    exec("\n".join(lines), {"pipe": pipe, "PeftModel": PeftModel})
+    assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(inside, stock(policy, pipe), strict=True))
     assert not np.array_equal(np.stack(inside), np.stack(base))
 
 
-def draw(policy: Any, scale: float) -> list[list[Image.Image]]:
-    return list(policy.sample(WORDS[:2], [5, 6], steps=3, guidance=2.0, batch_size=2, scale=scale))
-
-
-def test_scale_zero_draws_with_the_base(folders: Callable[[str], str], tmp_path: Path) -> None:
-    policy = ready(folders("stable-diffusion"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kohyas_file_holds_the_same_adapter(
+    family: str, tmp_path: Path, folders: Callable[[str], str], ready: Callable[..., Any]
+) -> None:
+    """Its names are those of diffusers' own converter, and where diffusers reads it, it draws the same pixels."""
+    policy, row = ready(family, lora_rank=4, lora_alpha=8, lora_format="kohya"), BUILDERS[family]
+    if policy.kohya_prefix is None:
+        with pytest.raises(ValueError, match=r"lora_format 'kohya': .* has no names there"):
+            check_format(policy.config, None, family=type(policy).__name__)
+        return
     disturbed(policy)
     policy.save(tmp_path)
-    fresh = load_policy(folders("stable-diffusion"))
+    kept = load_file(tmp_path / KOHYA_FILE)
+    plain = {f"unet.{k.split('.', 1)[1]}": v for k, v in load_file(tmp_path / LORA_FILE).items()}
+    theirs = convert_state_dict_to_kohya(plain)
+    ours = {name.replace(policy.kohya_prefix, "lora_unet", 1): value for name, value in kept.items()}
+    assert set(ours) == set(theirs) and len(ours) >= 12
+    for name, value in ours.items():
+        assert value.item() == 8 if name.endswith(".alpha") else torch.equal(value, theirs[name])
+    if row.kohya:
+        pipe = DiffusionPipeline.from_pretrained(folders(family), **dict.fromkeys(row.left_out))
+        pipe.set_progress_bar_config(disable=True)
+        pipe.load_lora_weights(str(tmp_path), weight_name=KOHYA_FILE)
+        inside = [np.asarray(i) for part in draw(policy, 1.0) for i in part]
+        assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(inside, stock(policy, pipe), strict=True))
+
+
+def stock(policy: Any, pipe: Any) -> list[Image.Image]:
+    """What a stock pipeline draws where `draw` draws with the policy."""
+    pictures = [source(0), source(1)] if policy.edits else []
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    return pipe(**policy.asked(WORDS[:2], 2.0, pictures), num_inference_steps=3, generator=generators).images
+
+
+def draw(policy: Any, scale: float) -> list[list[Image.Image]]:
+    pictures = [source(0), source(1)] if policy.edits else None
+    return list(policy.sample(WORDS[:2], [5, 6], steps=3, guidance=2.0, batch_size=2, scale=scale, sources=pictures))
+
+
+def test_scale_zero_draws_with_the_base(tmp_path: Path, ready: Callable[..., Any], load: Callable[[str], Any]) -> None:
+    policy = ready("stable-diffusion")
+    disturbed(policy)
+    policy.save(tmp_path)
+    fresh = load("stable-diffusion")
     base = np.stack([np.asarray(i) for part in draw(fresh, 1.0) for i in part])
     fresh.attach(tmp_path)
     off = np.stack([np.asarray(i) for part in draw(fresh, 0.0) for i in part])
@@ -221,13 +373,18 @@ def test_scale_zero_draws_with_the_base(folders: Callable[[str], str], tmp_path:
     assert not np.array_equal(half, base) and not np.array_equal(half, full)
 
 
-def test_a_fully_tuned_denoiser_is_saved_and_attached(folders: Callable[[str], str], tmp_path: Path) -> None:
-    policy = ready(folders("stable-diffusion"), tuning="full")
+def test_a_fully_tuned_denoiser_is_saved_and_attached(
+    tmp_path: Path, ready: Callable[..., Any], load: Callable[[str], Any]
+) -> None:
+    policy = ready("stable-diffusion", tuning="full")
     base = np.stack([np.asarray(i) for part in draw(policy, 1.0) for i in part])
     disturbed(policy)
     policy.save(tmp_path)
     tuned = np.stack([np.asarray(i) for part in draw(policy, 1.0) for i in part])
-    fresh = load_policy(folders("stable-diffusion"))
+    pipe = load("stable-diffusion").pipe
+    exec(policy.loading("-", str(tmp_path))[1], {"pipe": pipe})
+    assert torch.equal(pipe.unet.conv_in.weight, policy.model.conv_in.weight)
+    fresh = load("stable-diffusion")
     fresh.attach(tmp_path)
     assert np.array_equal(np.stack([np.asarray(i) for part in draw(fresh, 1.0) for i in part]), tuned)
     assert np.array_equal(np.stack([np.asarray(i) for part in draw(fresh, 0.0) for i in part]), base)
@@ -237,10 +394,8 @@ def test_a_fully_tuned_denoiser_is_saved_and_attached(folders: Callable[[str], s
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ten_steps_on_one_pair_raise_its_margin(
-    family: str, checkpointing: bool, folders: Callable[[str], str]
-) -> None:
-    policy = ready(folders(family), gradient_checkpointing=checkpointing)
+def test_ten_steps_on_one_pair_raise_its_margin(family: str, checkpointing: bool, ready: Callable[..., Any]) -> None:
+    policy = ready(family, gradient_checkpointing=checkpointing)
     policy.model.train()
     batch, reference = policy.collate(encoded(policy, 1)), adapter_off(policy)
     optimizer = torch.optim.Adam([p for p in policy.model.parameters() if p.requires_grad], lr=1e-3)
@@ -257,8 +412,8 @@ def test_ten_steps_on_one_pair_raise_its_margin(
     assert history[-1] > history[1]
 
 
-def test_pictures_in_a_batch_do_not_change_each_other(folders: Callable[[str], str]) -> None:
-    policy = load_policy(folders("stable-diffusion"))
+def test_pictures_in_a_batch_do_not_change_each_other(load: Callable[[str], Any]) -> None:
+    policy = load("stable-diffusion")
     both = next(policy.sample(WORDS[:2], [5, 6], steps=3, guidance=2.0, batch_size=2))
     one = next(policy.sample(WORDS[1:2], [6], steps=3, guidance=2.0, batch_size=1))
     assert np.abs(np.asarray(both[1], dtype=int) - np.asarray(one[0], dtype=int)).max() <= 1
@@ -267,7 +422,7 @@ def test_pictures_in_a_batch_do_not_change_each_other(folders: Callable[[str], s
 def test_a_missing_component_is_named(tmp_path: Path) -> None:
     import shutil
 
-    folder = BUILDERS["stable-diffusion"](tmp_path / "m")
+    folder = BUILDERS["stable-diffusion"].build(tmp_path / "m")
     shutil.rmtree(folder / "vae")
     with pytest.raises(ValueError, match=r"has no vae; expected the folder vae/"):
         load_policy(str(folder))

@@ -1,0 +1,131 @@
+"""Writes the tables of docs/families.md from the contract tests' own results; nothing in them is written by hand.
+
+python docs/draw_families.py
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from dpo_mm.policies.protocol import FAMILIES, LANGUAGE
+
+ROOT = Path(__file__).parents[1]
+PAGE = Path(__file__).with_name("families.md")
+GREEN, RED = "✓", "**fails**"
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+
+
+class Kind(NamedTuple):
+    """One table: the test file that fills it, and which of its tests, parametrised by `family`, is which column."""
+
+    tests: str
+    columns: dict[str, str]
+
+
+KINDS = {
+    "images": Kind(
+        "tests/contracts/test_diffusion.py",
+        {
+            "1 fresh": "test_a_fresh_adapter_is_the_reference",
+            "2 swap": "test_swapping_the_sides_swaps_the_answer",
+            "3 batch": "test_a_pair_does_not_depend_on_its_batch",
+            "4 first step": "test_denoise_is_the_stock_pipelines_first_step",
+            "4 decodes": "test_our_latents_decode_as_the_stock_pipeline_decodes",
+            "6 stock": "test_a_saved_adapter_draws_the_same_pixels_in_the_stock_library",
+            "7 learns": "test_ten_steps_on_one_pair_raise_its_margin",
+        },
+    ),
+}
+"""By the name in the page's markers. tests/contracts/conftest.py notes each test's family; the tests note the class (of)
+and, where a contract is held in another way, the reason."""
+
+
+class Result(NamedTuple):
+    test: str
+    family: str
+    passed: bool
+    of: str | None
+    reason: str | None
+
+
+def results(tests: str) -> list[Result]:
+    """Run a test file. Raises ValueError where pytest wrote no results."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results.xml"
+        subprocess.run([sys.executable, "-m", "pytest", "-q", tests, f"--junitxml={file}"], cwd=ROOT, check=False)
+        if not file.exists():
+            raise ValueError(f"{tests}: pytest wrote no results; run it by itself to see why")
+        return [one for case in ElementTree.parse(file).getroot().iter("testcase") if (one := _result(case))]
+
+
+def _result(case: ElementTree.Element) -> Result | None:
+    noted = {one.get("name"): one.get("value") for one in case.iter("property")}
+    if not (family := noted.get("family")):
+        return None
+    passed = all(case.find(tag) is None for tag in ("failure", "error", "skipped"))
+    return Result((case.get("name") or "").partition("[")[0], family, passed, noted.get("of"), noted.get("reason"))
+
+
+def table(kind: Kind, found: list[Result]) -> str:
+    """A row a family, a column a contract; reasons below it."""
+    notes: list[str] = []
+    of = {one.family: one.of for one in found if one.of}
+    head = ["tiny pipeline", "class", *kind.columns, "file", "lines"]
+    rows = [
+        [
+            family,
+            f"`{of[family]}`",
+            *(
+                cell([r for r in found if (r.test, r.family) == (test, family)], notes)
+                for test in kind.columns.values()
+            ),
+            *_file(of[family]),
+        ]
+        for family in sorted(of, key=lambda name: (list(FAMILIES).index(of[name]) if of[name] in FAMILIES else 0, name))
+    ]
+    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join([*lines, "", *(f"[{n}] {note}" for n, note in enumerate(notes, 1))]).strip()
+
+
+def cell(ran: list[Result], notes: list[str]) -> str:
+    """Green where every one passed, with the number of its reason where it gave one."""
+    if not ran or not all(one.passed for one in ran):
+        return RED
+    reason = next((one.reason for one in ran if one.reason), None)
+    if reason is None:
+        return GREEN
+    if reason not in notes:
+        notes.append(reason)
+    return f"{GREEN} [{notes.index(reason) + 1}]"
+
+
+def _file(of: str) -> tuple[str, str]:
+    """The file of a class's family, and its lines."""
+    spec = find_spec(FAMILIES.get(of, LANGUAGE).partition(":")[0])
+    assert spec and spec.origin
+    path = Path(spec.origin)
+    return path.name, str(len(path.read_text().splitlines()))
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    for name, kind in KINDS.items():
+        found = results(kind.tests)
+        head = f"By `python docs/draw_families.py`, which runs `{kind.tests}` ({libraries})."
+        before, _, rest = page.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        assert end, f"{PAGE}: no markers for {name}"
+        page = f"{before}<!-- {name} -->\n{head}\n\n{table(kind, found)}\n{end}{after}"
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""PixArt-Sigma: T5 reads the prompt, epsilon with a learned sigma beside it that nothing here reads.
+
+diffusers gives this pipeline no LoRA of its own, so the adapter is PEFT's, as PixArt's own scripts have it:
+`PeftModel.from_pretrained(pipe.transformer, folder)` loads what is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dpo_mm.policies.adapters import has_lora
+from dpo_mm.policies.diffusion import DiffusionPolicy, Prompt
+
+PREFIX = "base_model.model."
+"""What PEFT's files put before the names of a wrapped model's weights."""
+
+
+class PixArtSigma(DiffusionPolicy):
+    """`PixArtSigmaPipeline`. Source: Chen et al. 2024 (2403.04692)."""
+
+    needs = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
+    denoiser = "transformer"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    patch = 2
+
+    @classmethod
+    def open(cls, source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
+        """The stock pipeline, its transformer with diffusers' own mixin for adapters, which its class lacks."""
+        from diffusers.loaders import PeftAdapterMixin
+
+        pipe = super().open(source, revision=revision, dtype=dtype)
+        stock = type(pipe.transformer)
+        pipe.transformer.__class__ = type(stock.__name__, (stock, PeftAdapterMixin), {})
+        return pipe
+
+    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
+        """Drawn at the resolution itself: the pipeline's bins hold no other sizes than those it was made for."""
+        return {**super().asked(prompts, guidance), "use_resolution_binning": False}
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
+        """Hidden states of T5, (prompts, tokens, width), and which tokens are the prompt's; cleaned as when drawing."""
+        embeds, mask, _, _ = self.pipe.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, device=self.device, clean_caption=True
+        )
+        return {"embeds": embeds.cpu(), "mask": mask.cpu()}
+
+    def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
+        prediction = denoiser(
+            latents,
+            encoder_hidden_states=prompt["embeds"],
+            encoder_attention_mask=prompt["mask"],
+            timestep=timestep,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0]
+        return prediction[:, : latents.shape[1]]
+
+    # Files
+
+    def save(self, folder: Path) -> None:
+        """The LoRA in PEFT's format, or the whole denoiser under its name."""
+        if not has_lora(self.model):
+            return super().save(folder)
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        model: Any = self.model
+        weights = get_peft_model_state_dict(model)
+        folder.mkdir(parents=True, exist_ok=True)
+        model.peft_config["default"].save_pretrained(str(folder))
+        save_file({PREFIX + name: value for name, value in weights.items()}, folder / "adapter_model.safetensors")
+
+    def load_weights(self, folder: Path) -> None:
+        """Read what `save` wrote into the model as `prepare` set it up. Raises ValueError where it does not fit."""
+        if not has_lora(self.model):
+            return super().load_weights(folder)
+        self._read(folder, "default")
+
+    def loading(self, base: str, folder: str) -> list[str]:
+        if self.config.tuning != "lora":
+            return super().loading(base, folder)
+        opened, _ = super().loading(base, folder)
+        return [opened, f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{folder}")']
+
+    def attach(self, folder: str | Path) -> None:
+        """Load a tuned adapter or denoiser, for drawing. Raises ValueError where there is none."""
+        from peft import PeftConfig
+
+        if not (Path(folder) / "adapter_config.json").exists():
+            return super().attach(folder)
+        self.model.add_adapter(PeftConfig.from_pretrained(str(folder)), adapter_name="tuned")  # type: ignore[operator]
+        self._read(Path(folder), "tuned")
+
+    def _read(self, folder: Path, name: str) -> None:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        weights = {k.removeprefix(PREFIX): v for k, v in load_peft_weights(str(folder), device="cpu").items()}
+        result: Any = set_peft_model_state_dict(self.model, weights, adapter_name=name)
+        if result.unexpected_keys:
+            raise ValueError(f"{folder}: {result.unexpected_keys[0]} does not fit this model's LoRA")

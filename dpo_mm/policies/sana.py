@@ -1,0 +1,46 @@
+"""Sana: Gemma 2 reads the prompt behind an instruction, a deep-compression autoencoder without posterior, flow."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dpo_mm.policies.diffusion import DiffusionPolicy, Prompt
+
+
+class Sana(DiffusionPolicy):
+    """`SanaPipeline`. Source: Xie et al. 2024 (2410.10629)."""
+
+    needs = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
+    denoiser = "transformer"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
+        """Drawn at the resolution itself: the pipeline's bins hold no other sizes than those it was made for."""
+        return {**super().asked(prompts, guidance), "use_resolution_binning": False}
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
+        """Hidden states of the text encoder, (prompts, tokens, width), behind the pipeline's own instruction."""
+        drawing = inspect.signature(type(self.pipe).__call__).parameters
+        embeds, mask, _, _ = self.pipe.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            device=self.device,
+            complex_human_instruction=drawing["complex_human_instruction"].default,
+        )
+        return {"embeds": embeds.cpu(), "mask": mask.cpu()}
+
+    def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
+        return denoiser(
+            latents,
+            encoder_hidden_states=prompt["embeds"],
+            encoder_attention_mask=prompt["mask"],
+            timestep=timestep * self.pipe.transformer.config.timestep_scale,
+            return_dict=False,
+        )[0]

@@ -1,0 +1,23 @@
+"""Tiny random pipelines of the stock classes, a file a family: the next one adds its file and its rows to BUILDERS."""
+
+from __future__ import annotations
+
+from tests.contracts.families import flux, flux2_klein, pixart_sigma, qwen_image, sana, sd3, sdxl, z_image
+from tests.contracts.families import stable_diffusion as stable
+from tests.contracts.families.parts import Family
+from tests.contracts.families.stable_diffusion import stable_diffusion
+from tests.contracts.families.words import WORDS
+
+__all__ = ["BUILDERS", "WORDS", "Family", "stable_diffusion"]
+
+BUILDERS: dict[str, Family] = {
+    **stable.FAMILIES,
+    **sdxl.FAMILIES,
+    **sd3.FAMILIES,
+    **flux.FAMILIES,
+    **pixart_sigma.FAMILIES,
+    **sana.FAMILIES,
+    **qwen_image.FAMILIES,
+    **z_image.FAMILIES,
+    **flux2_klein.FAMILIES,
+}

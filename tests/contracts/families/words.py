@@ -1,0 +1,41 @@
+"""Prompts of the tests, and real tokenizers of their few words, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, Unigram
+from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
+from tokenizers.trainers import BpeTrainer, UnigramTrainer
+from transformers import CLIPTokenizer, T5TokenizerFast
+
+WORDS = ["a red circle", "two blue squares left of a green star", "an orange cross above a yellow triangle"]
+
+
+def clip_tokenizer(folder: Path, *, length: int = 16) -> CLIPTokenizer:
+    """A CLIP tokenizer of a few words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = WhitespaceSplit()
+    bpe.train_from_iterator(WORDS, BpeTrainer(vocab_size=120, end_of_word_suffix="</w>", show_progress=False))
+    vocabulary = bpe.get_vocab()
+    for token in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary.setdefault(token, len(vocabulary))
+    bpe.model.save(str(folder))
+    lines = (folder / "merges.txt").read_text().splitlines()
+    merges = [tuple(line.split()) for line in lines if not line.startswith("#")]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """A T5 tokenizer of the same words, without sentencepiece."""
+    special = ["<pad>", "</s>", "<unk>"]
+    pieces = Tokenizer(Unigram())
+    pieces.pre_tokenizer = Metaspace()
+    pieces.train_from_iterator(
+        WORDS, UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
+    )
+    vocabulary = json.loads(pieces.to_str())["model"]["vocab"]
+    return T5TokenizerFast(vocab=[(piece, score) for piece, score in vocabulary], extra_ids=0)

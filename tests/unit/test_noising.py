@@ -1,0 +1,140 @@
+"""Noising processes: read off real schedulers, held against those schedulers' own arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+
+from dpo_mm.policies.batches import padded
+from dpo_mm.policies.latents import latent_scale
+from dpo_mm.policies.noising import noising_of
+
+LEVELS = torch.tensor([0.001, 0.25, 0.5, 0.999])
+
+
+def process(scheduler: Any) -> Any:
+    return noising_of(scheduler, source="m")
+
+
+def draw() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_variance_preserving_is_the_schedulers_own(kind: str) -> None:
+    scheduler = DDIMScheduler(prediction_type=kind)
+    ours, (latents, noise) = process(scheduler), draw()
+    timestep = ours.timesteps(LEVELS, tokens=64)
+    assert timestep.tolist() == [1, 250, 500, 999]
+    torch.testing.assert_close(
+        ours.noisy(latents, noise, timestep), scheduler.add_noise(latents, noise, timestep), atol=1e-6, rtol=1e-5
+    )
+    velocity = scheduler.get_velocity(latents, noise, timestep)
+    expected = velocity if kind == "v_prediction" else noise
+    torch.testing.assert_close(ours.target(latents, noise, timestep), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_static_shift_is_the_schedulers_own(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    ladder = torch.arange(1000, 0, -1) / 1000
+    ours = process(scheduler)
+    torch.testing.assert_close(ours.timesteps(ladder, tokens=1), scheduler.timesteps, atol=1e-3, rtol=1e-6)
+    solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    torch.testing.assert_close(process(solver).timesteps(ladder, tokens=1), ours.timesteps(ladder, tokens=1))
+
+
+@pytest.mark.parametrize(("tokens", "mu"), [(256, 0.5), (4096, 1.15), (2176, 0.825)])
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_dynamic_shift_follows_the_size_as_the_scheduler_does(kind: str, tokens: int, mu: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    ours = process(scheduler).timesteps(LEVELS, tokens=tokens)
+    scheduler.set_timesteps(sigmas=LEVELS.tolist(), mu=mu)
+    torch.testing.assert_close(ours, scheduler.timesteps, atol=1e-3, rtol=1e-5)
+    assert process(scheduler).timesteps(torch.zeros(1), tokens=tokens).item() == 0
+
+
+def test_a_flow_is_noised_as_the_scheduler_does() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ours, (latents, noise) = process(scheduler), draw()
+    timestep = scheduler.timesteps[[1, 300, 600, 998]]
+    torch.testing.assert_close(
+        ours.noisy(latents, noise, timestep), scheduler.scale_noise(latents, timestep, noise), atol=1e-6, rtol=1e-5
+    )
+    assert torch.equal(ours.target(latents, noise, timestep), noise - latents)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(),
+        DDIMScheduler(prediction_type="v_prediction"),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ],
+)
+def test_a_targets_error_times_its_factor_is_the_noises_error(scheduler: Any) -> None:
+    """Noise read back out of a wrong prediction, by solving for it, misses by factor * the target's squared error."""
+    ours, (latents, noise) = process(scheduler), draw()
+    timestep = ours.timesteps(LEVELS, tokens=1)
+    noisy, target = (f(latents, noise, timestep).double() for f in (ours.noisy, ours.target))
+    wrong = target + 0.1
+    if ours.name == "epsilon":
+        found = wrong
+    elif ours.name == "v":
+        kept = scheduler.alphas_cumprod[timestep].double()[:, None, None, None]
+        found = kept.sqrt() * wrong + (1 - kept).sqrt() * noisy
+    else:
+        found = noisy + (1 - timestep.double()[:, None, None, None] / 1000) * wrong
+    missed = (found - noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(missed, 0.01 * ours.epsilon_factor(timestep).double(), atol=1e-8, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        (EDMEulerScheduler(), r"EDMEulerScheduler with prediction_type 'epsilon' is not handled"),
+        (EulerDiscreteScheduler(prediction_type="sample"), r"prediction_type 'sample' is not handled"),
+    ],
+)
+def test_an_unknown_process_is_refused_by_name(scheduler: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        process(scheduler)
+
+
+class Config(dict[str, Any]):
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"scaling_factor": 0.5}, [[1.0, 2.0]]),
+        ({"scaling_factor": 0.5, "shift_factor": 1.0}, [[0.5, 1.5]]),
+        ({"latents_mean": [1.0, 2.0], "latents_std": [0.5, 4.0]}, [[2.0, 0.5]]),
+        (
+            {"scaling_factor": 3.0, "shift_factor": None, "latents_mean": [1.0, 2.0], "latents_std": [1, 2]},
+            [[3.0, 3.0]],
+        ),
+    ],
+)
+def test_latents_are_scaled_as_the_autoencoder_says(config: dict[str, Any], expected: list[list[float]]) -> None:
+    raw = torch.tensor([2.0, 4.0]).view(1, 2, 1, 1)
+    scale = latent_scale(Config(config))
+    assert scale.normalised(raw).flatten(1).tolist() == expected
+    assert torch.equal(scale.unnormalised(scale.normalised(raw)), raw)
+
+
+def test_prompts_of_unequal_length_are_padded_and_keep_their_dtype() -> None:
+    masks = padded([torch.tensor([True, True, True]), torch.tensor([True])])
+    assert masks.tolist() == [[True, True, True], [True, False, False]] and masks.dtype == torch.bool
+    assert padded([torch.ones(2, 3), torch.ones(1, 3)]).shape == (2, 2, 3)
