@@ -1,13 +1,8 @@
 """Random models for the step bench, two layers of 512, in the proportions of three published ones.
 
 What a step costs is decided by how the vision tower, the language model's body and its head compare, token by token.
-Each shape keeps those ratios, computed from the published configurations (multiply-adds a token, of the body's):
-
-| | vision, an image token | head, a completion token | key and value width |
-|---|---|---|---|
-| LLaVA-1.5-7B | 0.047 | 0.020 | 1 |
-| Qwen2.5-VL-3B | 0.92 | 0.112 | 1/8 |
-| SmolVLM2-2.2B | 2.3 | 0.063 | 1 |
+`PUBLISHED` has those ratios of the published configurations, in multiply-adds, attention within pictures of their usual
+size included; `ratios` those of the models here. Attention weighs more here, as in any model this narrow.
 """
 
 from __future__ import annotations
@@ -67,15 +62,24 @@ class Shape:
         return self.image_tokens(tokens) + self.around * len(self.pictures(tokens)) + WORDS
 
 
+WINDOW = 64
+"""Patches that one of Qwen's sees."""
+PUBLISHED = {
+    "llava": ("LLaVA-1.5-7B", 0.05, 0.020),
+    "qwen2_5_vl": ("Qwen2.5-VL-3B", 0.96, 0.112),
+    "smolvlm": ("SmolVLM2-2.2B", 2.55, 0.063),
+}
+"""Name, vision an image token and head a token, over the body's multiply-adds a token."""
+
 SHAPES = {
-    "llava": Shape("llava", 256, 1376, HEADS, 112, 448, 2, 1, False, ("<image>",), "<image>", 0),
+    "llava": Shape("llava", 256, 1376, HEADS, 64, 256, 1, 1, False, ("<image>",), "<image>", 0),
     "qwen2_5_vl": Shape(
-        "qwen2_5_vl", 2112, 2752, 1, 208, 512, 4, 2, True,
+        "qwen2_5_vl", 2112, 2752, 1, 208, 448, 4, 2, True,
         ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
         "<|vision_start|><|image_pad|><|vision_end|>", 2,
     ),
     "smolvlm": Shape(
-        "smolvlm", 1032, 2048, HEADS, 208, 792, 4, 3, False,
+        "smolvlm", 1032, 2048, HEADS, 208, 792, 3, 3, False,
         ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"), "<image>", 3, tile=64,
     ),
 }  # fmt: skip
@@ -129,7 +133,7 @@ def _qwen(shape: Shape, words: Any, side: int) -> tuple[Any, Any]:
     tower = {
         "depth": shape.tower_layers, "hidden_size": shape.tower_width, "intermediate_size": shape.tower_inner,
         "num_heads": 4, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": WIDTH,
-        "window_size": 112, "fullatt_block_indexes": [shape.tower_layers - 1],
+        "window_size": 112, "fullatt_block_indexes": [],  # one layer in eight of theirs
     }  # fmt: skip
     ids = {f"{kind}_token_id": token(f"<|{kind}_pad|>") for kind in ("image", "video")}
     ids |= {f"vision_{end}_token_id": token(f"<|vision_{end}|>") for end in ("start", "end")}
@@ -210,44 +214,53 @@ def texts(shape: Shape, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds: of the body, its LoRA and the head a token, of attention a pair of positions, of the vision a row."""
+    """Multiply-adds: of the body, its LoRA and the head a token, of attention a pair of positions, of the vision a row.
+
+    first: the body's part that no gradient goes back through, the first layer's queries, keys and values.
+    """
 
     body: int
+    first: int
     lora: int
     head: int
     attention: int
     vision: int
 
 
-def cost(shape: Shape, tokens: int) -> Cost:
+def cost(shape: Shape, tokens: int, *, attention: bool = True) -> Cost:
+    """The parts of a step of a row. attention: False leaves it out, as torch's counter does on a CPU."""
     key_value = WIDTH // HEADS * shape.groups
     linear = [(WIDTH, WIDTH)] * 2 + [(WIDTH, key_value)] * 2 + [(WIDTH, shape.inner)] * 3
     return Cost(
         body=LAYERS * sum(a * b for a, b in linear),
+        first=WIDTH * (WIDTH + 2 * key_value),
         lora=LAYERS * RANK * sum(a + b for a, b in linear),
         head=WIDTH * shape.vocabulary,
-        attention=2 * LAYERS * WIDTH,
-        vision=sum(_vision(shape, height, width) for height, width in shape.pictures(tokens)),
+        attention=2 * LAYERS * WIDTH * attention,
+        vision=sum(_vision(shape, *size, attention=attention) for size in shape.pictures(tokens)),
     )
 
 
-def _vision(shape: Shape, height: int, width: int) -> int:
+def _vision(shape: Shape, height: int, width: int, *, attention: bool) -> int:
     """Multiply-adds of one picture: patches, layers, and what makes them tokens."""
     wide, tokens = shape.tower_width, height * width
     patches = tokens * shape.merge**2 + (shape.name == "llava")  # and a class token
-    layer = 4 * wide**2 + (3 if shape.gated else 2) * wide * shape.tower_inner
-    windows = (shape.tower_layers - 1, 64) if shape.name == "qwen2_5_vl" else (0, 0)
-    attention = (
-        2 * wide * (windows[0] * patches * min(patches, windows[1]) + (shape.tower_layers - windows[0]) * patches**2)
-    )
-    first = patches * wide * 3 * PATCH**2 * (2 if shape.gated else 1)  # Qwen doubles a picture in time
+    linear = 4 * wide**2 + (3 if shape.gated else 2) * wide * shape.tower_inner
+    seen = (min(patches, WINDOW) if shape.name == "qwen2_5_vl" else patches) * attention
+    first = wide * 3 * PATCH**2 * (2 if shape.gated else 1)  # Qwen doubles a picture in time
     merged = wide * shape.merge**2
     projector = {
         "llava": wide * WIDTH + WIDTH**2,
         "qwen2_5_vl": merged**2 + merged * WIDTH,
         "smolvlm": merged * WIDTH,
     }[shape.name]
-    return patches * layer * shape.tower_layers + attention + first + tokens * projector
+    return patches * (shape.tower_layers * (linear + 2 * wide * seen) + first) + tokens * projector
+
+
+def ratios(shape: Shape, tokens: int) -> tuple[float, float]:
+    """Multiply-adds of the vision an image token, and of the head a token, over the body's a token."""
+    of = cost(shape, tokens)
+    return of.vision / shape.image_tokens(tokens) / of.body, of.head / of.body
 
 
 def flops(of: Cost, *, positions: int, pairs: float, answers: int, visions: int, reference: bool) -> float:
@@ -259,7 +272,7 @@ def flops(of: Cost, *, positions: int, pairs: float, answers: int, visions: int,
     """
     passes = 2 + reference
     return 2 * (
-        passes * of.body * positions
+        (passes * of.body - of.first) * positions
         + 3 * of.lora * positions
         + passes * of.head * answers
         + (3.5 + reference) * of.attention * pairs
@@ -267,21 +280,32 @@ def flops(of: Cost, *, positions: int, pairs: float, answers: int, visions: int,
     )
 
 
-def allowed(shape: Shape, tokens: int, completion: int) -> dict[str, float]:
-    """How many times cheaper than TRL's step (the head on completions alone) each variant is by FLOPs.
+STEPS = {
+    "trl_head": {"visions": 4, "reference": True},
+    "plain": {"visions": 1, "reference": True},
+    "prefix": {"visions": 1, "reference": True},
+    "reference kept": {"visions": 1, "reference": False},
+    "vision kept": {"visions": 0, "reference": False},
+}
+"""How often each variant's step asks the vision tower, and whether it asks the reference."""
 
-    With P tokens of image and prompt and C of each completion, TRL's step has 2 (P + C) positions and looks at
-    (P + C)² pairs of them; the shared prefix has P + 2 C, and P²/2 + 2 C (P + C/2). Their vision tower is asked four
-    times (chosen and rejected, policy and reference), ours once, or not at all.
+
+def step_flops(shape: Shape, tokens: int, completion: int, *, attention: bool = True) -> dict[str, float]:
+    """FLOPs of each variant's step on one pair.
+
+    With P tokens of image and prompt and C of each completion, two sequences have 2 (P + C) positions and look at
+    (P + C)² pairs of them; the shared prefix has P + 2 C, and P²/2 + 2 C (P + C/2).
     """
-    of, p, c = cost(shape, tokens), shape.prompt(tokens), completion
+    of, p, c = cost(shape, tokens, attention=attention), shape.prompt(tokens), completion
     plain = {"positions": 2 * (p + c), "pairs": (p + c) ** 2, "answers": 2 * c}
     shared = {"positions": p + 2 * c, "pairs": p**2 / 2 + 2 * c * (p + c / 2), "answers": 2 * c}
-    theirs = flops(of, **plain, visions=4, reference=True)  # type: ignore[arg-type]
-    ours = {
-        "plain": flops(of, **plain, visions=1, reference=True),  # type: ignore[arg-type]
-        "prefix": flops(of, **shared, visions=1, reference=True),  # type: ignore[arg-type]
-        "reference kept": flops(of, **shared, visions=1, reference=False),  # type: ignore[arg-type]
-        "vision kept": flops(of, **shared, visions=0, reference=False),  # type: ignore[arg-type]
+    return {
+        name: flops(of, **(plain if name in ("trl_head", "plain") else shared), **what)  # type: ignore[arg-type]
+        for name, what in STEPS.items()
     }
-    return {name: theirs / value for name, value in ours.items()}
+
+
+def allowed(shape: Shape, tokens: int, completion: int, *, attention: bool = True) -> dict[str, float]:
+    """How many times cheaper than TRL's step (the head on completions alone) each of ours is by FLOPs."""
+    found = step_flops(shape, tokens, completion, attention=attention)
+    return {name: found["trl_head"] / value for name, value in found.items() if name != "trl_head"}

@@ -1,6 +1,6 @@
 """One full training step on a vision-language pair, ours beside TRL's DPOTrainer: time, memory, loss, and what FLOPs allow.
 
-    python -m tests.bench.vlm_step --out docs/benchmarks/vlm-step.json                 # needs the extra `bench`
+    python -m tests.bench.vlm_step --out docs/benchmarks/vlm-step.json --page docs/vlm_step.md   # needs the extra `bench`
     python -m tests.bench.vlm_step --shapes llava --images 128 --completions 32   # a cell
 
 The same model (random weights, see `vlm_shapes`), rows and batch on all sides; LoRA of rank 16 on the language model, the
@@ -41,7 +41,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.encoding import keep_reference
 from dpo_mm.policies.vlm import VisionLanguage
 from dpo_mm.trainer import DPOTrainer
-from tests.bench.vlm_shapes import RANK, SHAPES, Shape, allowed, build, rows_of, texts
+from tests.bench.vlm_shapes import PUBLISHED, RANK, SHAPES, Shape, allowed, build, ratios, rows_of, texts
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_ARENA_MAX": "1"}
@@ -138,6 +138,7 @@ def sizes(steps: dict[str, Step]) -> dict[str, dict[str, float]]:
     """Loss, FLOPs as torch counts them, and what a step adds to the process's memory at most, MiB (Linux)."""
     found: dict[str, dict[str, float]] = {"loss": {}, "counted_flops": {}, "peak_mib": {}}
     for name, step in steps.items():
+        step()  # the check of the first batch, and what is made once
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -175,21 +176,32 @@ def cell(shape: Shape, tokens: int, completion: int, rounds: int) -> dict[str, A
     measured = sizes(steps)
     taken = times({name: step for name, step in steps.items() if name != "trl"}, rounds)
     seconds = {name: statistics.median(values) for name, values in taken.items()}
-    bound, counted = allowed(shape, tokens, completion), measured["counted_flops"]
+    return derived(
+        {
+            "shape": shape.name,
+            "image_tokens": shape.image_tokens(tokens),
+            "about": tokens,
+            "completion": completion,
+            "pairs": pairs,
+            "cpu_seconds": seconds,
+            "all_cpu_seconds": taken,
+            **measured,
+        }
+    )
+
+
+def derived(raw: dict[str, Any]) -> dict[str, Any]:
+    """A cell with what follows from its measurements: gain over TRL, what FLOPs allow by formula and as counted."""
+    where = SHAPES[raw["shape"]], raw["about"], raw["completion"]
+    bound, seconds, counted = allowed(*where), raw["cpu_seconds"], raw["counted_flops"]
     gained = {name: seconds["trl_head"] / seconds[name] for name in bound}
     return {
-        "shape": shape.name,
-        "image_tokens": shape.image_tokens(tokens),
-        "prompt": shape.prompt(tokens),
-        "completion": completion,
-        "pairs": pairs,
-        "cpu_seconds": seconds,
-        "all_cpu_seconds": taken,
+        **raw,
         "over_trl_head": gained,
         "flops_allow": bound,
         "share_of_allowed": {name: gained[name] / bound[name] for name in bound},
-        "counted_flops_allow": {name: counted["trl_head"] / counted[name] for name in bound},
-        **measured,
+        "flops_allow_without_attention": allowed(*where, attention=False),
+        "counted_without_attention": {name: counted["trl_head"] / counted[name] for name in bound},
     }
 
 
@@ -211,6 +223,52 @@ def told(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+COLUMNS = ("plain", "prefix", "reference kept", "vision kept")
+
+
+def page(cells: list[dict[str, Any]]) -> str:
+    """The cells as tables for a page: gain and what FLOPs allow, then memory."""
+    lines = []
+    for name in SHAPES:
+        found = [c for c in cells if c["shape"] == name]
+        if not found:
+            continue
+        like, vision, head = PUBLISHED[name]
+        own = ratios(SHAPES[name], 576)
+        lines += [
+            f"### {like}",
+            "",
+            f"Vision an image token {own[0]:.2f} and head {own[1]:.3f} of the body's multiply-adds (published: {vision:.2f}, "
+            f"{head:.3f}).",
+            "",
+            "| image tokens x completion (pairs) | TRL | "
+            + " | ".join(COLUMNS)
+            + " | memory: TRL, prefix, vision kept |",
+            "|---|---|" + "---|" * (len(COLUMNS) + 1),
+        ]
+        for c in found:
+            gains = [
+                f"{c['over_trl_head'][k]:.2f} of {c['flops_allow'][k]:.2f}, {c['share_of_allowed'][k]:.0%}"
+                for k in COLUMNS
+            ]
+            kept = c["peak_mib"]
+            memory = f"{kept['trl']:.0f} / {kept['trl_head']:.0f}, {kept['prefix']:.0f}, {kept['vision kept']:.0f} MiB"
+            where = f"{c['image_tokens']} x {c['completion']} ({c['pairs']})"
+            lines.append(
+                " | ".join([f"| {where}", f"{1000 * c['cpu_seconds']['trl_head']:.0f} ms", *gains, f"{memory} |"])
+            )
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def drawn(path: Path, cells: list[dict[str, Any]]) -> None:
+    """Put the tables between the page's markers."""
+    before, _, rest = path.read_text().partition("<!-- steps -->")
+    _, end, after = rest.partition("<!-- /steps -->")
+    assert end, f"{path}: no markers"
+    path.write_text(f"{before}<!-- steps -->\n{page(cells)}\n{end}{after}")
+
+
 def main() -> None:
     if any(os.environ.get(name) != value for name, value in PLACE.items()):
         os.execve(
@@ -223,10 +281,12 @@ def main() -> None:
     parser.add_argument("--completions", type=numbers, default=[32, 128, 256])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="cells that are in it already are kept")
+    parser.add_argument("--page", type=Path, help="put the tables between this page's markers")
     given = parser.parse_args()
     hf.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     cells = json.loads(given.out.read_text())["cells"] if given.out and given.out.exists() else []
+    cells = [derived(one) for one in cells]
     done = {(c["shape"], c["image_tokens"], c["completion"]) for c in cells}
     for tokens, completion, name in itertools.product(given.images, given.completions, given.shapes):
         shape = SHAPES[name]
@@ -237,6 +297,8 @@ def main() -> None:
         if given.out:
             about = {"torch": torch.__version__, "transformers": hf.__version__, "rounds": given.rounds}
             given.out.write_text(json.dumps({**about, "cells": cells}, indent=1) + "\n")
+    if given.page:
+        drawn(given.page, cells)
 
 
 if __name__ == "__main__":
