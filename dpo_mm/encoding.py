@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dpo_mm import pictures
+from dpo_mm import kept, pictures
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import FROM_DATA
 from dpo_mm.progress import progress
@@ -274,7 +274,11 @@ class WithReference:
 
 @torch.no_grad()
 def keep_reference(policy: Any, rows: Any, config: TrainConfig, *, draws: int) -> WithReference:
-    """The reference's log-probs of every row at its first `draws` visits, asked once, before training."""
+    """The reference's log-probs of every row at its first `draws` visits, asked once, before training; of answers, which
+    have no draws, once for all runs, see `dpo_mm.kept`."""
+    place = kept.place_of(policy, rows, cache_folder()) if policy.exact else None
+    if place and (before := kept.read(place)):
+        return WithReference(rows, **before)
     device = next(policy.model.parameters()).device
     chosen, rejected = torch.empty(len(rows), draws), torch.empty(len(rows), draws)
     off = policy.adapter_off() if config.tuning == "lora" else contextlib.nullcontext()
@@ -287,6 +291,8 @@ def keep_reference(policy: Any, rows: Any, config: TrainConfig, *, draws: int) -
                 chosen[part.start : part.stop, visit] = found.chosen.cpu()
                 rejected[part.start : part.stop, visit] = found.rejected.cpu()
                 advance(len(part))
+    if place:
+        kept.write(place, chosen=chosen, rejected=rejected)
     return WithReference(rows, chosen, rejected)
 
 

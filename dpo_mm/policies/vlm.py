@@ -148,10 +148,14 @@ class VisionLanguage:
     # Frozen work, done once
 
     def fingerprint(self) -> str:
-        """A hash of all that decides a row's encoding and its reference: weights, processor, template, lengths."""
+        """A hash of all that decides a row's encoding and its reference: weights, processor, template, lengths.
+
+        A LoRA is none of it: the reference is asked without.
+        """
         digest = hashlib.sha256(f"{type(self.core).__name__} {self.core.dtype} {self.rows.max_length}".encode())
         digest.update(f"{self.processor} {self.processor.chat_template} {self.rows.on_too_long}".encode())
-        for name, tensor in self.core.state_dict().items():
+        weights = {name.replace(".base_layer.", "."): tensor for name, tensor in self.core.state_dict().items()}
+        for name, tensor in sorted((name, tensor) for name, tensor in weights.items() if ".lora_" not in name):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
     {"__init__", "objectives", "schema", "config", "pictures", "progress", "shipped"},
     {"worlds", "sources", "doctor", "judges", "policies", "prompts", "questions", "labels", "pages"},
-    {"reference", "encoding", "collate"},
+    {"reference", "encoding", "kept", "collate"},
     {"setup", "guards", "card", "trainer", "mining", "own_failures", "evaluation"},
     {"recipe", "verify", "cli", "__main__"},
 )

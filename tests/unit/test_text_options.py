@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.encoding import keep_reference
 from dpo_mm.objectives import OBJECTIVES
 from dpo_mm.policies.conversations import corrupted, edits
 from dpo_mm.policies.protocol import load_policy
-from dpo_mm.schema import make_response_rows
+from dpo_mm.policies.vlm import VisionLanguage
+from dpo_mm.schema import load_responses, make_response_rows
 from dpo_mm.trainer import DPOTrainer, check, opened, plan, train
 from tests.contracts.tiny_vlms import picture, save
 
@@ -65,8 +67,6 @@ def test_edited_tokens_are_those_that_the_other_side_does_not_share() -> None:
 
 
 def encoded(model: str, pairs: str, folder: Path, **more: object) -> tuple[object, dict[str, object]]:
-    from dpo_mm.schema import load_responses
-
     policy = opened(config(model, pairs, folder, **more))
     return policy, policy.collate(policy.encode(load_responses(pairs))[:2])
 
@@ -134,6 +134,36 @@ def test_what_is_kept_changes_no_loss(more: dict[str, object], model: str, pairs
         for name, extra in (("plain", {}), ("kept", more))
     )
     assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_the_reference_is_kept_for_the_next_run_on_the_same_rows(
+    model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPO_MM_CACHE", str(tmp_path / "cache"))
+    asked: list[int] = []
+    real = VisionLanguage.log_probs
+
+    def log_probs(self: VisionLanguage, given: object, batch: dict[str, object]) -> object:
+        asked.append(len(batch["id"]))  # type: ignore[arg-type]
+        return real(self, given, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(VisionLanguage, "log_probs", log_probs)
+
+    def kept(**more: object) -> tuple[int, list[float]]:
+        settings = config(model, pairs, tmp_path, reference="precomputed", **more)
+        policy = opened(settings)
+        rows = policy.encode(load_responses(pairs))[: 5 if more.get("lora_rank") == 3 else 6]
+        policy.prepare(settings)
+        asked.clear()
+        found = keep_reference(policy, rows, settings, draws=1)
+        return sum(asked), [float(found[n]["reference_rejected"]) for n in range(5)]
+
+    first = kept()
+    assert first[0] == 6 and len(list((tmp_path / "cache" / "reference").iterdir())) == 1
+    assert kept(lora_rank=8, batch_size=3, seed=5) == (0, first[1])
+    assert kept(lora_rank=3)[0] == 5  # other rows
+    tails = kept(tail_weight=0.5)
+    assert tails[0] == 6 and tails[1] != first[1]
 
 
 def test_the_split_is_by_picture_where_the_prompt_is_always_the_same(model: str, pairs: str, tmp_path: Path) -> None:
