@@ -125,6 +125,8 @@ def test_mdpo_trains_and_the_image_comes_to_matter(model: str, pairs: str, tmp_p
     trained = train(config(model, pairs, tmp_path, objective=mixture, steps=12))
     losses = [entry["loss"] for entry in trained.history if "loss" in entry]
     assert losses[0] == pytest.approx(3 * math.log(2), rel=1e-4) and losses[-1] < 0.8 * losses[0]
+    reliance = [entry["image_reliance"] for entry in trained.history if "image_reliance" in entry]
+    assert reliance[0] == 0 and sum(reliance[-4:]) / 4 > 0.8
 
 
 @pytest.mark.parametrize("more", [{"reference": "precomputed"}, {"keep_features": True}, {"layout": "plain"}])
