@@ -120,6 +120,23 @@ def test_the_corrupted_ratio_is_that_of_the_chosen_answer_with_other_pictures(
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and abs(expected.item() - math.log(2)) > 1e-4
 
 
+def test_kept_features_leave_the_corrupted_pictures_as_they_are(model: str, pairs: str, tmp_path: Path) -> None:
+    settings = config(model, pairs, tmp_path, objective={"image_conditional": 1.0})
+    policy = opened(settings)
+    rows = policy.encode(load_responses(pairs))[:3]
+    policy.prepare(settings)
+    plain, kept = policy.collate(rows), policy.collate(policy.keep_features(rows))
+    assert "pixel_values" in kept["corrupted"]["images"] and "pixel_values" not in kept["images"]
+    with torch.no_grad():
+        asked = [
+            policy.log_probs(policy.model, batch).chosen
+            for batch in (plain, kept, plain["corrupted"], kept["corrupted"])
+        ]
+    torch.testing.assert_close(asked[1], asked[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(asked[3], asked[2], rtol=1e-5, atol=1e-5)
+    assert (asked[0] - asked[2]).abs().min() > 1e-4
+
+
 def test_mdpo_trains_and_the_image_comes_to_matter(model: str, pairs: str, tmp_path: Path) -> None:
     mixture = {"sigmoid": 1.0, "image_conditional": 1.0, "anchor": 1.0}
     trained = train(config(model, pairs, tmp_path, objective=mixture, steps=12))
