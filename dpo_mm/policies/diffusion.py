@@ -179,8 +179,8 @@ class DiffusionPolicy:
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation of the autoencoder, each (images, c, h, w), float32 on the CPU."""
-        pixels = torch.stack([self.pixels(image) for image in images]).to(self.device, self.vae.dtype)
-        mean, std = posterior(self.vae.encode(pixels[:, :, None] if self.video_vae else pixels))
+        pixels = torch.stack([self.pixels(image) for image in images]).to(self.device)
+        mean, std = posterior(self.vae, pixels[:, :, None] if self.video_vae else pixels)
         if self.video_vae:
             mean, std = mean.squeeze(2), std.squeeze(2)
         return mean.float().cpu(), std.float().cpu()

@@ -35,11 +35,20 @@ def latent_scale(config: Any) -> LatentScale:
     return LatentScale(column(config.get("shift_factor") or 0.0), factor)
 
 
-def posterior(encoded: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of what an autoencoder's `encode` gave, each of the latents' shape.
+def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation that an autoencoder encodes pixels to, each of the latents' shape.
 
-    An autoencoder without a posterior (AutoencoderTiny, AutoencoderDC) has a standard deviation of 0.
+    One that overflows in float16 (force_upcast: SDXL's) encodes in float32, as the stock pipeline decodes with it. One
+    without a posterior (AutoencoderTiny, AutoencoderDC) has a standard deviation of 0.
     """
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        encoded = vae.encode(pixels.to(vae.dtype))
+    finally:
+        if upcast:
+            vae.to(torch.float16)
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean, encoded.latent_dist.std
     plain = encoded.latents if hasattr(encoded, "latents") else encoded.latent

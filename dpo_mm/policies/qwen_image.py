@@ -21,6 +21,7 @@ class QwenImage(DiffusionPolicy):
     needs = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    kohya_prefix = "lora_unet"
     patch = 2
     video_vae = True
 

@@ -22,6 +22,7 @@ from dpo_mm.objectives import margins, sigmoid
 from dpo_mm.pictures import encode_png
 from dpo_mm.policies import draws
 from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_format
+from dpo_mm.policies.latents import posterior
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.reference import adapter_off, frozen_copy
 from dpo_mm.schema import load_pairs
@@ -288,9 +289,10 @@ def test_our_latents_decode_as_the_stock_pipeline_decodes(family: str, ready: Ca
     packed = row.pack(policy.pipe, latents, row.size)
     arguments = {"prompt": WORDS[:1], "num_inference_steps": 1}
     *_, shown = stepped(policy, row, arguments, answer=packed)
-    own = row.raw(policy.pipe, mean, row.size)
+    pixels = policy.pixels(picture(0, row.size))[None]
     with torch.no_grad():
-        plain = policy.pipe.vae.decode(own[:, :, None] if policy.video_vae else own).sample
+        own, _ = posterior(policy.pipe.vae, pixels[:, :, None] if policy.video_vae else pixels)
+        plain = policy.pipe.vae.decode(own).sample
     expected = ((plain[:, :, 0] if policy.video_vae else plain) / 2 + 0.5).clamp(0, 1)
     assert expected.std() > 1e-3
     torch.testing.assert_close(shown, expected, atol=1e-4, rtol=0)
@@ -410,6 +412,24 @@ def test_ten_steps_on_one_pair_raise_its_margin(family: str, checkpointing: bool
         optimizer.step()
     assert history[0] == 0 and history[-1] > 0
     assert history[-1] > history[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_trains_and_says_nearly_the_same(family: str, folders: Callable[[str], str]) -> None:
+    """As the trainer asks it: the pipeline in bf16, the adapter in float32, the loss in float32 under autocast."""
+    said = []
+    for precision in ("fp32", "bf16"):
+        policy = load_policy(folders(family), resolution=BUILDERS[family].size, precision=precision)
+        policy.prepare(config(precision=precision))
+        batch = policy.collate(encoded(policy, 2))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            found = policy.log_probs(policy.model, batch)
+        (found.chosen - found.rejected).sum().backward()
+        gradients = [p.grad for p in policy.model.parameters() if p.requires_grad]
+        assert found.chosen.dtype == torch.float32 and all(g.isfinite().all() for g in gradients if g is not None)
+        assert any(g is not None and g.abs().max() > 0 for g in gradients)
+        said.append(found.chosen.detach())
+    torch.testing.assert_close(said[1], said[0], atol=0, rtol=0.03)
 
 
 def test_pictures_in_a_batch_do_not_change_each_other(load: Callable[[str], Any]) -> None:

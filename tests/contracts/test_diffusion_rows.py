@@ -70,6 +70,15 @@ def test_sdxls_rows_bring_each_pictures_own_size_and_crop(xl: str, tmp_path: Pat
     assert torch.equal(found.chosen, alike.chosen) and not torch.equal(found.rejected, alike.rejected)
 
 
+def test_sdxls_autoencoder_encodes_in_float32_where_the_pipeline_is_in_float16(xl: str) -> None:
+    policy = load_policy(xl, precision="fp16")
+    mean, std = policy.encode_images([picture(0)])
+    assert policy.vae.dtype == torch.float16
+    with torch.no_grad():
+        expected = policy.vae.float().encode(policy.pixels(picture(0))[None]).latent_dist
+    assert torch.equal(mean, expected.mean) and torch.equal(std, expected.std)
+
+
 def test_a_picture_to_edit_comes_from_the_row_to_the_denoiser(kontext: str, tmp_path: Path) -> None:
     policy = load_policy(kontext, resolution=32)
     policy.prepare(config())

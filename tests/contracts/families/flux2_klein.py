@@ -55,8 +55,4 @@ def unpack(pipe: Any, latents: Tensor, size: int) -> Tensor:
     return pipe._unpack_latents_with_ids(latents, places, side, side)
 
 
-def raw(pipe: Any, latents: Tensor, size: int) -> Tensor:
-    return pipe._unpatchify_latents(latents)
-
-
-FAMILIES = {"flux2-klein": Family(flux2_klein, pack=pack, unpack=unpack, raw=raw, target="flow", sigma=dynamic(64))}
+FAMILIES = {"flux2-klein": Family(flux2_klein, pack=pack, unpack=unpack, target="flow", sigma=dynamic(64))}

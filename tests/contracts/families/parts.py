@@ -33,9 +33,8 @@ class Family:
     classifier-free guidance off. pack: latents (images, c, h, w) as its scheduler steps on them, for pictures of a size;
     unpack: the other way round; both with the pipeline's own functions. target: epsilon | v | flow. betas: the schedule's
     first and last and their kind. sigma: a flow's noise share at a level in [0, 1), by its paper's formula. kohya: whether
-    diffusers reads kohya's format for it. left_out: optional parts that the pipeline is built without. raw: what
-    `encode_images` gives as its autoencoder decodes it. reason: why a saved adapter is loaded by another stock library than
-    the pipeline's own.
+    diffusers reads kohya's format for it. left_out: optional parts that the pipeline is built without. reason: why a
+    saved adapter is loaded by another stock library than the pipeline's own.
     """
 
     build: Callable[[Path], Path]
@@ -48,7 +47,6 @@ class Family:
     sigma: Callable[[float], float] | None = None
     kohya: bool = True
     left_out: tuple[str, ...] = ()
-    raw: Callable[[Any, Tensor, int], Tensor] = as_they_are
     reason: str | None = None
 
 
