@@ -228,7 +228,7 @@ COLUMNS = ("plain", "prefix", "reference kept", "vision kept")
 
 def page(cells: list[dict[str, Any]]) -> str:
     """The cells as tables for a page: gain and what FLOPs allow, then memory."""
-    lines = []
+    lines = [f"{len(cells)} of the {9 * len(SHAPES)} cells have been measured.", ""]
     for name in SHAPES:
         found = [c for c in cells if c["shape"] == name]
         if not found:
