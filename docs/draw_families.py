@@ -23,14 +23,18 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
 class Kind(NamedTuple):
-    """One table: the test file that fills it, and which of its tests, parametrised by `family`, is which column."""
+    """One table: what its rows are, the test file that fills it, and which of its tests, parametrised by `family`, is
+    which column; whether each family has a file of its own."""
 
+    rows: str
     tests: str
     columns: dict[str, str]
+    files: bool
 
 
 KINDS = {
     "images": Kind(
+        "tiny pipeline",
         "tests/contracts/test_diffusion.py",
         {
             "1 fresh": "test_a_fresh_adapter_is_the_reference",
@@ -41,6 +45,24 @@ KINDS = {
             "6 stock": "test_a_saved_adapter_draws_the_same_pixels_in_the_stock_library",
             "7 learns": "test_ten_steps_on_one_pair_raise_its_margin",
         },
+        files=True,
+    ),
+    "answers": Kind(
+        "tiny model",
+        "tests/contracts/test_vlm.py",
+        {
+            "1 fresh": "test_fresh_adapter_is_the_reference_whatever_would_drop_out",
+            "2 swap": "test_swapping_the_sides_negates_the_margin",
+            "3 batch": "test_a_pair_does_not_depend_on_its_batch",
+            "5 prefix": "test_shared_prefix_is_two_plain_forwards",
+            "5 all weights": "test_all_parameters_get_the_gradients_of_plain_forwards",
+            "5 padding": "test_plain_sequences_agree_padded_on_either_side",
+            "5 bf16": "test_bf16_autocast_is_close",
+            "features kept": "test_kept_features_answer_as_pixels_and_the_tower_is_asked_once",
+            "6 stock": "test_the_saved_adapter_answers_in_stock_classes_as_in_memory",
+            "7 learns": "test_ten_steps_raise_the_margin_with_and_without_checkpointing",
+        },
+        files=False,
     ),
 }
 """By the name in the page's markers. tests/contracts/conftest.py notes each test's family; the tests note the class (of)
@@ -77,7 +99,7 @@ def table(kind: Kind, found: list[Result]) -> str:
     """A row a family, a column a contract; reasons below it."""
     notes: list[str] = []
     of = {one.family: one.of for one in found if one.of}
-    head = ["tiny pipeline", "class", *kind.columns, "file", "lines"]
+    head = [kind.rows, "class", *kind.columns, *(["file", "lines"] if kind.files else [])]
     rows = [
         [
             family,
@@ -86,7 +108,7 @@ def table(kind: Kind, found: list[Result]) -> str:
                 cell([r for r in found if (r.test, r.family) == (test, family)], notes)
                 for test in kind.columns.values()
             ),
-            *_file(of[family]),
+            *(_file(of[family]) if kind.files else ()),
         ]
         for family in sorted(of, key=lambda name: (list(FAMILIES).index(of[name]) if of[name] in FAMILIES else 0, name))
     ]

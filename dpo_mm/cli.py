@@ -241,8 +241,13 @@ def mine(context: typer.Context) -> None:
     settings = _of_its_kind(context, "mine", MineConfig, MineAnswersConfig)
     with quietly():
         from dpo_mm.recipe import mine
+        from dpo_mm.trainer import Stopped
 
-        path = mine(settings)
+        try:
+            path = mine(settings)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(143)
     print(f"Mined: {path}\nNext: dpo-mm train CONFIG.yaml --pairs {path}")
 
 

@@ -2,7 +2,8 @@
 
 rejected is what the model itself said (a loop cut after three rounds, see `judges.text.cut_loop`), chosen is the truth,
 its own best, or the same answer corrected. Each row keeps why it was rejected and how it was drawn. Finished shards are
-kept; a restarted run goes on after them. Processes share the questions (RANK of WORLD_SIZE).
+kept; a restarted run goes on after them, and one that is asked to stop (SIGTERM) ends after its shard. Processes share
+the questions (RANK of WORLD_SIZE).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.config import MineAnswersConfig
+from dpo_mm.guards import Stop
 from dpo_mm.judges import Share, better_of, correct, explain, load_judge
 from dpo_mm.judges.text import cut_loop
 from dpo_mm.mining import combine, same_plan, write_rows
@@ -21,19 +23,16 @@ from dpo_mm.policies.protocol import load_policy
 from dpo_mm.progress import progress
 from dpo_mm.questions import Question, read_questions
 from dpo_mm.schema import Answer, make_response_rows, response_preference
+from dpo_mm.trainer import Stopped
 
 
 def mine_answers(config: MineAnswersConfig) -> Path:
     """Mine pairs as the config says; returns the Parquet file of `ResponsePreference` rows.
 
-    Raises ValueError where the folder was mined with other settings, a question has no truth, or nothing failed.
+    Raises ValueError where the folder was mined with other settings, a question has no truth, or nothing failed; Stopped
+    after a SIGTERM.
     """
-    if config.chosen not in ("truth", "best", "corrected"):
-        raise ValueError(f"chosen {config.chosen!r} is unknown; expected 'truth', 'best' or 'corrected'")
-    if config.chosen == "corrected":
-        correct(config.judge, Answer("", 0, hit_limit=False), "")
-    if config.chosen == "best" and config.samples < 1:
-        raise ValueError("samples is 0; to choose the model's own best takes at least 1 answer beside the greedy one")
+    _check(config)
     folder = Path(config.output_dir)
     questions = read_questions(config.questions, limit=config.limit)
     blank = next((question.id for question in questions if not question.truth), None)
@@ -41,19 +40,39 @@ def mine_answers(config: MineAnswersConfig) -> Path:
         raise ValueError(f"{config.questions}: question {blank} has no truth, which judges compare answers with")
     same_plan(folder, config)
     shards = [questions[i : i + config.shard_size] for i in range(0, len(questions), config.shard_size)]
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
-    left = [n for n in range(rank, len(shards), world) if not places[n].exists()]
-    if left:
-        policy = load_policy(config.model, revision=config.revision, precision=config.precision)
-        if config.adapter:
-            policy.attach(config.adapter)
-        with progress("asking and judging", sum(len(shards[n]) for n in left) * (1 + config.samples)) as advance:
-            for number in left:
-                rows = _mine_shard(policy, shards[number], config, advance)
-                write_rows(rows, places[number], make=make_response_rows, features=response_preference())
+    _mine_shards(shards, places, config)
     nothing = f"none of its answers to {len(questions)} questions failed by {config.judge}; ask more, or sample some"
     return combine(places, folder / "pairs.parquet", nothing=f"{config.output_dir}: {nothing}")
+
+
+def _check(config: MineAnswersConfig) -> None:
+    if config.chosen not in ("truth", "best", "corrected"):
+        raise ValueError(f"chosen {config.chosen!r} is unknown; expected 'truth', 'best' or 'corrected'")
+    if config.chosen == "corrected":
+        correct(config.judge, Answer("", 0, hit_limit=False), "")
+    if config.chosen == "best" and config.samples < 1:
+        raise ValueError("samples is 0; to choose the model's own best takes at least 1 answer beside the greedy one")
+
+
+def _mine_shards(shards: Sequence[Sequence[Question]], places: Sequence[Path], config: MineAnswersConfig) -> None:
+    """Write the shards of this process that are not there yet."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    left = [n for n in range(rank, len(shards), world) if not places[n].exists()]
+    if not left:
+        return
+    stop = Stop()
+    policy = load_policy(config.model, revision=config.revision, precision=config.precision)
+    if config.adapter:
+        policy.attach(config.adapter)
+    total = sum(len(shards[n]) for n in left) * (1 + config.samples)
+    with progress("asking and judging", total) as advance, stop.listening():
+        for number in left:
+            if stop.asked:
+                there = sum(place.exists() for place in places)
+                raise Stopped(f"stopped as asked, {there} of {len(places)} shards in {config.output_dir}; run it again")
+            rows = _mine_shard(policy, shards[number], config, advance)
+            write_rows(rows, places[number], make=make_response_rows, features=response_preference())
 
 
 def _mine_shard(

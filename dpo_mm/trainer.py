@@ -76,6 +76,11 @@ def measures(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str,
     return {name: value.detach() for name, value in found.items()}
 
 
+def image_reliance(policy: LogProbs, reference: LogProbs, corrupted_ratio: Tensor) -> Tensor:
+    """1 where the chosen answer's implicit reward is higher with its image than with what is left of it, (pairs,)."""
+    return (objectives.log_ratios(policy, reference)[0] > corrupted_ratio).float().detach()
+
+
 class DPOTrainer(Trainer):
     """Preference optimisation of a policy, image generator or vision-language model alike.
 
@@ -144,6 +149,8 @@ class DPOTrainer(Trainer):
         found = {"loss": losses.detach()}
         if reference is not None:
             found |= measures(policy, reference, beta=float(self.config.beta))
+        if "corrupted_ratio" in given:
+            found["image_reliance"] = image_reliance(policy, reference, given["corrupted_ratio"])  # type: ignore[arg-type]
         if torch.is_grad_enabled():
             self.guard.saw(inputs["id"], inputs.get("timestep"), losses)
             self._measured["train"].append(found)

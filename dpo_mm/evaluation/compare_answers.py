@@ -120,6 +120,13 @@ def counted(base: Answered, tuned: Answered, judge: str) -> str | None:
     )
 
 
+def cost(base: Answered, tuned: Answered) -> str:
+    """What answers cost in tokens: on average, and at the 99th percentile, where loops are."""
+    both = [np.array([answer.tokens for answer in one.answers]) for one in (base, tuned)]
+    of = [f"{n.mean():.1f}, 99th percentile {np.percentile(n, 99):.0f}" for n in both]
+    return f"Tokens an answer: {of[0]} with the base; {of[1]} tuned."
+
+
 def chosen_kept(history: Sequence[dict[str, float]], beta: float) -> str | None:
     """How far the chosen answers' log-prob has moved from the reference's: the guard against falling likelihood."""
     entries = [entry for entry in history if "eval_reward_chosen" in entry] or [
@@ -168,6 +175,7 @@ def compare_answers(
         against = comparisons(sft, tuned, config, suffix=" (DPO against SFT)")
         found += comparisons(base, sft, config, suffix=" (SFT on the chosen)") + against
         notes.append(earned(against[0]))
+    notes.append(cost(base, tuned))
     report = Report(
         title=title,
         verdict=word,

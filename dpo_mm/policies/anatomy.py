@@ -1,4 +1,4 @@
-"""What is what in a transformers model: its classes, the parts beside the language model, the layers that a LoRA adapts."""
+"""What is what in a transformers model: its classes, the parts beside the language model, what drops out, what a LoRA adapts."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def outside_language(core: Any) -> list[nn.Module]:
     decoder, head = core.get_decoder(), core.get_output_embeddings()
     inner = core.base_model
     return [] if decoder is inner else [m for m in inner.children() if m is not decoder and m is not head]
+
+
+def without_dropout(core: nn.Module) -> None:
+    """Let nothing drop out, in training either, as in the DPO authors' code: policy and reference see the same model."""
+    for module in core.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
 
 
 def lora_targets(core: Any, names: Sequence[str] | None, *, include_vision: bool) -> str:

@@ -111,16 +111,16 @@ class Conversations:
     def prompt(self, images: Sequence[Any], messages: Sequence[dict[str, Any]], *, where: str) -> dict[str, Any]:
         """Ids (tokens,), types and image tensors of a conversation that the model is to go on with.
 
-        Raises ValueError that starts with `where` where images are given that have no place, or the other way round.
+        Raises ValueError that starts with `where` where images are given that have no place, or the other way round, or
+        the processor takes no such row.
         """
         if images and not self.takes_images:
             raise ValueError(f"{where}: {len(images)} images for a model that reads text alone")
         text = self._template(_placed(messages, len(images), where), answered=False)
-        if not self.takes_images:
-            found: Any = self.tokenizer([text], return_tensors="pt", **self._special(text))
-        else:
-            pictures = [[image.convert("RGB") for image in images]] if images else None
-            found = self.processor(text=[text], images=pictures, return_tensors="pt", **self._special(text))
+        try:
+            found = self._processed(text, images)
+        except ValueError as error:
+            raise ValueError(f"{where}: its processor says: {' '.join(str(error).split())}") from error
         ids = found["input_ids"][0]
         if len(ids) == 0:
             raise ValueError(f"{where}: its prompt is empty; expected at least one token")
@@ -131,6 +131,12 @@ class Conversations:
             "types": types,
             "images": {k: v for k, v in tensors.items() if k not in NO_IMAGES},
         }
+
+    def _processed(self, text: str, images: Sequence[Any]) -> Any:
+        if not self.takes_images:
+            return self.tokenizer([text], return_tensors="pt", **self._special(text))
+        pictures = [[image.convert("RGB") for image in images]] if images else None
+        return self.processor(text=[text], images=pictures, return_tensors="pt", **self._special(text))
 
     def _special(self, text: str) -> dict[str, bool]:
         """Nothing is added to what a tokenizer's template wrote, nor to a processor's that wrote the first token."""

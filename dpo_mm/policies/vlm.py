@@ -24,7 +24,8 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies import conversations
 from dpo_mm.policies.adapters import refuse_pickle
-from dpo_mm.policies.anatomy import classes_of, lora_targets, outside_language
+from dpo_mm.policies.anatomy import classes_of, lora_targets, outside_language, without_dropout
+from dpo_mm.policies.answers import answer_of
 from dpo_mm.policies.conversations import Conversations
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.policies.shared_prefix import unwrap
@@ -119,9 +120,13 @@ class VisionLanguage:
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
     def prepare(self, config: TrainConfig) -> None:
-        """Make the model ready to train as the config says: a LoRA, or whole; vision as `include_vision` says."""
+        """Make the model ready to train as the config says: a LoRA, or whole; vision as `include_vision` says.
+
+        Raises ValueError for another tuning.
+        """
         self.config = config
         core = self.core.requires_grad_(False)
+        without_dropout(core)
         if config.tuning == "lora":
             self._add_lora(core, config)
         elif config.tuning == "full":
@@ -153,10 +158,14 @@ class VisionLanguage:
     # Frozen work, done once
 
     def fingerprint(self) -> str:
-        """A hash of all that decides a row's encoding and its reference: weights, processor, template, lengths."""
+        """A hash of all that decides a row's encoding and its reference: weights, processor, template, lengths.
+
+        A LoRA is none of it: the reference is asked without.
+        """
         digest = hashlib.sha256(f"{type(self.core).__name__} {self.core.dtype} {self.rows.max_length}".encode())
         digest.update(f"{self.processor} {self.processor.chat_template} {self.rows.on_too_long}".encode())
-        for name, tensor in self.core.state_dict().items():
+        weights = {name.replace(".base_layer.", "."): tensor for name, tensor in self.core.state_dict().items()}
+        for name, tensor in sorted((name, tensor) for name, tensor in weights.items() if ".lora_" not in name):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -258,8 +267,14 @@ class VisionLanguage:
             raise ValueError(
                 "reference 'adapter_off' needs a LoRA (tuning: lora); full fine-tuning takes 'frozen_copy'"
             )
-        with self.model.disable_adapter():
+        tuner = (
+            self.model.base_model
+        )  # PEFT's own context manager makes a report of all layers each time, 10 ms and more
+        tuner.disable_adapter_layers()
+        try:
             yield
+        finally:
+            tuner.enable_adapter_layers()
 
     def frozen_copy(self) -> nn.Module:
         return copy.deepcopy(self.model).requires_grad_(False).eval()
@@ -339,12 +354,8 @@ class VisionLanguage:
             self.rows.prompt(pictures, conversations.as_messages(conversation, "user"), where=f"conversation {n}")
             for n, (pictures, conversation) in enumerate(zip(images, messages, strict=True))
         ]
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-            if do_sample
-            else {"do_sample": False}
-        )
-        limits = {**sampling, "max_new_tokens": max_new_tokens}
+        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
+        limits = {"do_sample": do_sample, **sampling, "max_new_tokens": max_new_tokens}
         answers: list[Answer] = []
         with evaluating(self.model), torch.random.fork_rng():
             for start in range(0, len(prompts), batch_size):
@@ -365,16 +376,8 @@ class VisionLanguage:
         }
         inputs = {k: v.to(self.core.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         out = self.model.generate(**inputs, **limits, pad_token_id=self.pad)
-        return [self._answer(tokens.tolist()) for tokens in out[:, width:].cpu()]
-
-    def _answer(self, tokens: list[int]) -> Answer:
-        stops = self.core.generation_config.eos_token_id
-        stops = (
-            {self.rows.tokenizer.eos_token_id} if stops is None else {stops} if isinstance(stops, int) else set(stops)
-        )
-        end = next((n + 1 for n, token in enumerate(tokens) if token in stops), None)
-        kept = tokens[:end]
-        return Answer(self.rows.tokenizer.decode(kept, skip_special_tokens=True), len(kept), hit_limit=end is None)
+        ends = self.core.generation_config.eos_token_id
+        return [answer_of(tokens.tolist(), self.rows.tokenizer, ends) for tokens in out[:, width:].cpu()]
 
     # What the run says of itself
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -15,19 +16,20 @@ from torch import Tensor, nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs, margins, sigmoid
 from dpo_mm.policies import shared_prefix, token_scores
+from dpo_mm.policies.answers import answer_of
 from dpo_mm.policies.token_scores import plain_scores
 from dpo_mm.policies.vlm import VisionLanguage, lora_targets
 from dpo_mm.reference import adapter_off, frozen_copy
 from tests.contracts import tiny_vlms
 from tests.contracts.tiny_vlms import IMAGES, build, rows, save
 
-FAMILIES = ("gemma3", "llama", "llava", "paligemma", "qwen2_5_vl", "qwen3_vl", "smolvlm")
+FAMILIES = tuple(sorted((*IMAGES, "llama")))
 WITHOUT = ("gemma2", "qwen3_next")
 """Text-only models for what is special about them: soft caps; linear attention."""
 
 
 def test_every_builder_is_a_family() -> None:
-    assert sorted((*FAMILIES, *WITHOUT)) == sorted(tiny_vlms.BUILDERS) and len(FAMILIES) == 7
+    assert sorted((*FAMILIES, *WITHOUT)) == sorted(tiny_vlms.BUILDERS) and len(FAMILIES) == 13
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,10 @@ def config(**changes: Any) -> TrainConfig:
 
 def counts(family: str) -> tuple[int, ...]:
     """Images a row: several where a family has them, and a row without where that is allowed."""
-    return (2, 1, 3) if family == "paligemma" else (2, 0, 3) if family in IMAGES else (0, 0, 0)
+    if family.startswith("paligemma"):
+        return (2, 1, 3)
+    first = 1 if family == "llava_onevision" else 2  # which cuts a picture into tiles where it stands alone
+    return (first, 0, 3) if family in IMAGES else (0, 0, 0)
 
 
 def policy_of(
@@ -60,6 +65,12 @@ def policy_of(
     return policy
 
 
+@functools.cache
+def untouched(family: str) -> VisionLanguage:
+    """One policy with an adapter that does something, for tests that leave it as it is."""
+    return policy_of(family)
+
+
 def batch_of(policy: VisionLanguage, family: str, seed: int = 0) -> dict[str, Any]:
     return policy.collate(policy.encode(rows(family, counts(family), seed)))
 
@@ -67,7 +78,7 @@ def batch_of(policy: VisionLanguage, family: str, seed: int = 0) -> dict[str, An
 def plainly(policy: VisionLanguage, row: dict[str, Any], side: str) -> Tensor:
     """log p of one completion by the stock model's own forward on one unpadded sequence, all its logits."""
     prompt, answer = row["prompt_ids"], row[f"{side}_ids"]
-    kind = 1 if policy.core.config.model_type == "paligemma" else 0
+    kind = 1 if policy.core.config.model_type == "paligemma" else 0  # PaliGemma 2's too
     types = {k: torch.cat([v, torch.full_like(answer, kind)])[None] for k, v in row["types"].items()}
     logits = policy.model(input_ids=torch.cat([prompt, answer])[None], use_cache=False, **types, **row["images"]).logits
     found = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
@@ -107,8 +118,15 @@ def near(found: Tensor, truth: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fresh_adapter_is_the_reference(family: str) -> None:
-    policy = policy_of(family, trained=False)
+def test_fresh_adapter_is_the_reference_whatever_would_drop_out(family: str, record_property: Any) -> None:
+    model, processor = build(family)
+    record_property("of", type(model).__name__)
+    for module in model.modules():
+        for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
+            setattr(module, name, 0.5)
+    model.get_decoder().layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.5))
+    policy = VisionLanguage(model, processor, family)
+    policy.prepare(config())
     batch = batch_of(policy, family)
     policy.model.train()
     reference = adapter_off(policy)(policy.model, batch)
@@ -116,9 +134,11 @@ def test_fresh_adapter_is_the_reference(family: str) -> None:
     assert torch.equal(found.chosen, reference.chosen) and torch.equal(found.rejected, reference.rejected)
     assert torch.equal(sigmoid(found, reference, beta=0.1), torch.full((3,), math.log(2)))
     assert policy.scorer.layout == "shared" and found.exact and found.chosen.requires_grad
+    policy.model.eval()
+    assert torch.equal(policy.log_probs(policy.model, batch_of(policy, family)).chosen, found.chosen)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_5_vl"])
 def test_a_trained_adapter_is_not_the_reference_and_a_copy_stays(family: str) -> None:
     policy = policy_of(family)
     batch = batch_of(policy, family)
@@ -135,7 +155,7 @@ def test_a_trained_adapter_is_not_the_reference_and_a_copy_stays(family: str) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_swapping_the_sides_negates_the_margin(family: str) -> None:
     # To rounding, not to the bit: the sides then stand in other rows of the same matrix products.
-    policy = policy_of(family)
+    policy = untouched(family)
     encoded = policy.encode(rows(family, counts(family)))
     swapped = [{**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in encoded]
     with torch.no_grad():
@@ -153,7 +173,7 @@ def test_swapping_the_sides_negates_the_margin(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pair_does_not_depend_on_its_batch(family: str) -> None:
-    policy = policy_of(family)
+    policy = untouched(family)
     encoded = policy.encode(rows(family, counts(family)))
     with torch.no_grad():
         together = policy.log_probs(policy.model, policy.collate(encoded))
@@ -181,7 +201,7 @@ def test_shared_prefix_is_two_plain_forwards(family: str, checkpointing: bool) -
     assert found.terms_chosen.tolist() == [len(row["chosen_ids"]) for row in encoded]
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llava", "paligemma", "qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_all_parameters_get_the_gradients_of_plain_forwards(family: str) -> None:
     policy = policy_of(family, options={"include_vision": True}, tuning="full")
     encoded = policy.encode(rows(family, counts(family)))
@@ -209,23 +229,23 @@ def test_a_completion_of_one_token() -> None:
     same(policy.log_probs(policy.model, policy.collate(encoded)), two_plain_forwards(policy, encoded), 1e-5)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plain_sequences_agree_padded_on_either_side(family: str, side: str) -> None:
-    policy = policy_of(family)
+def test_plain_sequences_agree_padded_on_either_side(family: str) -> None:
+    policy = untouched(family)
     batch = batch_of(policy, family)
+    chosen = batch["layout"].chosen
     with torch.no_grad():
         found = policy.log_probs(policy.model, batch)
-        plain = plain_scores(policy.model, batch, head=policy.scorer.head, padding_side=side)
-    chosen = batch["layout"].chosen
-    assert apart(found.chosen, plain[:, :chosen].sum(1)) < 1e-5
-    assert apart(found.rejected, plain[:, chosen:].sum(1)) < 1e-5
+        for side in ("left", "right"):
+            plain = plain_scores(policy.model, batch, head=policy.scorer.head, padding_side=side)
+            assert apart(found.chosen, plain[:, :chosen].sum(1)) < 1e-5
+            assert apart(found.rejected, plain[:, chosen:].sum(1)) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_autocast_is_close(family: str) -> None:
     # bf16 keeps 8 bits: 2 % of a log-prob is its rounding, and the same as that of plain sequences.
-    policy = policy_of(family)
+    policy = untouched(family)
     encoded = policy.encode(rows(family, counts(family)))
     with torch.no_grad():
         truth = two_plain_forwards(policy, encoded)
@@ -261,13 +281,13 @@ def test_the_saved_adapter_answers_in_stock_classes_as_in_memory(family: str, tm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_raise_the_margin_with_and_without_checkpointing(family: str) -> None:
     curves = []
-    for checkpointing in (False, True):
+    for checkpointing, steps in ((False, 10), (True, 4)):
         policy = policy_of(family, trained=False, gradient_checkpointing=checkpointing)
         batch = policy.collate(policy.encode(rows(family, counts(family)))[:1])
         policy.model.train()
         trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
         optimiser, reference, curve = torch.optim.AdamW(trained, lr=5e-3), adapter_off(policy), []
-        for _ in range(10):
+        for _ in range(steps):
             found, base = policy.log_probs(policy.model, batch), reference(policy.model, batch)
             curve.append(float(margins(found, base).detach()))
             optimiser.zero_grad()
@@ -275,7 +295,7 @@ def test_ten_steps_raise_the_margin_with_and_without_checkpointing(family: str) 
             optimiser.step()
         curves.append(torch.tensor(curve))
     assert curves[0][0] == 0 and (curves[0].diff() > 0).all() and curves[0][-1] > 1
-    torch.testing.assert_close(curves[0], curves[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(curves[0][:4], curves[1], rtol=1e-3, atol=1e-3)
 
 
 # The head, features, and the check at the start
@@ -405,10 +425,14 @@ def test_the_check_is_made_in_float32_under_a_wrapper_that_casts() -> None:
     assert torch.bfloat16 in kinds
 
 
-@pytest.mark.parametrize("family", IMAGES)
-def test_kept_features_answer_as_pixels_and_the_tower_is_asked_once(family: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_features_answer_as_pixels_and_the_tower_is_asked_once(family: str, record_property: Any) -> None:
     policy = policy_of(family)
     encoded = policy.encode(rows(family, counts(family)))
+    if family not in IMAGES:
+        record_property("reason", "text alone: there are no features, and rows stay as they are")
+        assert policy.keep_features(encoded) == encoded
+        return
     calls = []
     policy.core.get_image_features, plain = None, policy.core.get_image_features
 
@@ -495,6 +519,12 @@ def test_a_completion_is_what_the_template_writes_after_the_prompt(family: str) 
     assert asked in words.decode(encoded["prompt_ids"])
 
 
+def test_a_row_that_a_processor_does_not_take_is_named() -> None:
+    policy = VisionLanguage(*build("paligemma"), "m")
+    with pytest.raises(ValueError, match="row paligemma-0: its processor says: `images` are expected"):
+        policy.encode(rows("paligemma", (0,)))
+
+
 def test_rows_that_do_not_fit_are_refused_or_dropped_by_name(caplog: pytest.LogCaptureFixture) -> None:
     some = rows("llava", (1, 4, 1))
     with pytest.raises(ValueError, match=r"row llava-1: .* 4 images; at most 64 fit, and image tokens are never cut"):
@@ -520,24 +550,31 @@ def test_columns_of_the_data_reach_the_batch() -> None:
 
 
 def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
-    from transformers import T5Config
+    from transformers import Florence2Config, T5Config
 
-    T5Config(vocab_size=8).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a t5, an encoder-decoder"):
-        VisionLanguage.load(str(tmp_path))
+    for name, kind in (("t5", T5Config(vocab_size=8)), ("florence2", Florence2Config())):
+        kind.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=f"is a {name}, an encoder-decoder"):
+            VisionLanguage.load(str(tmp_path / name))
     with pytest.raises(ValueError, match="can't be opened"):
         VisionLanguage.load(str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_do_not_depend_on_the_batch(family: str) -> None:
-    policy = policy_of(family)
+    policy = untouched(family)
     some = rows(family, counts(family))
     images, prompts = [row["images"] for row in some], [row["prompt"] for row in some]
     together = policy.generate(images, prompts, max_new_tokens=6, do_sample=False)
     alone = policy.generate(images, prompts, max_new_tokens=6, do_sample=False, batch_size=1)
     assert together == alone and len(together) == 3
     assert all(answer.tokens <= 6 and answer.hit_limit == (answer.tokens == 6) for answer in together)
+
+
+def test_sampled_answers_are_those_of_their_seed() -> None:
+    policy = untouched("llava")
+    some = rows("llava", counts("llava"))
+    images, prompts = [row["images"] for row in some], [row["prompt"] for row in some]
     state = torch.get_rng_state()
     sampled = [policy.generate(images, prompts, max_new_tokens=6, do_sample=True, seed=seed) for seed in (0, 0, 1)]
     assert sampled[0] == sampled[1] != sampled[2] and torch.equal(state, torch.get_rng_state())
@@ -545,7 +582,9 @@ def test_answers_do_not_depend_on_the_batch(family: str) -> None:
 
 def test_an_answer_that_ends_says_so() -> None:
     policy = VisionLanguage(*build("llama"), "m")
-    assert policy._answer([5, 6, 2, 0, 0])[1:] == (3, False) and policy._answer([5, 6, 7])[1:] == (3, True)
+    ends = policy.core.generation_config.eos_token_id
+    said = lambda tokens: answer_of(tokens, policy.rows.tokenizer, ends)
+    assert said([5, 6, 2, 0, 0])[1:] == (3, False) and said([5, 6, 7])[1:] == (3, True)
 
 
 def test_the_fingerprint_follows_weights_and_template() -> None:

@@ -19,24 +19,44 @@ SPECIAL = {
     "qwen2_5_vl": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"],
     "smolvlm": ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"],
     "gemma3": ["<image_soft_token>", "<start_of_image>", "<end_of_image>"],
+    "internvl": ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
     "paligemma": ["<image>"],
     "llama": [],
     "gemma2": [],
     "qwen3_next": [],
 }
-SPECIAL["qwen3_vl"] = SPECIAL["qwen2_5_vl"]
+SPECIAL |= {"qwen3_vl": SPECIAL["qwen2_5_vl"], "qwen2_vl": SPECIAL["qwen2_5_vl"], "idefics3": SPECIAL["smolvlm"]}
+SPECIAL |= {"llava_next": ["<image>"], "llava_onevision": ["<image>", "<video>"], "paligemma2": ["<image>"]}
+QWEN_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
 PLACE = {
-    "llava": "<image>",
-    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
-    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
-    "smolvlm": "<image>",
     "gemma3": "<start_of_image>",
+    "idefics3": "<image>",
+    "internvl": "<IMG_CONTEXT>",
+    "llava": "<image>",
+    "llava_next": "<image>",
+    "llava_onevision": "<image>",
+    "qwen2_5_vl": QWEN_PLACE,
+    "qwen2_vl": QWEN_PLACE,
+    "qwen3_vl": QWEN_PLACE,
+    "smolvlm": "<image>",
 }
 """What each family's template writes where an image stands. PaliGemma has no template, as the published ones."""
+NAMED = {
+    "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+    "internvl": {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    },
+}
+"""Special tokens that a family's processor asks its tokenizer for by name."""
 TEXT = "describe the picture of a red square on a blue field and three small circles beside it with no text at all."
-IMAGES = ("llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "gemma3", "paligemma")
+IMAGES = (*PLACE, "paligemma", "paligemma2")
 SIDE = 56
 """Pixels; 16 patches of 14."""
+UNEQUAL = ("idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Families to which a picture of another shape is another number of tokens."""
 WORDS = TEXT.rstrip(".").split()
 
 
@@ -53,9 +73,8 @@ def tokenizer(family: str) -> Any:
     )
     inner.train_from_iterator([TEXT] * 4, trainer)
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    if family == "gemma3":
-        tokens = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-        return hf.PreTrainedTokenizerFast(tokenizer_object=inner, extra_special_tokens=tokens, **names)
+    if family in NAMED:
+        return hf.PreTrainedTokenizerFast(tokenizer_object=inner, extra_special_tokens=NAMED[family], **names)
     made = hf.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
     if SPECIAL[family]:
         made.add_special_tokens({"additional_special_tokens": SPECIAL[family]})
@@ -97,39 +116,92 @@ def _llava(token: Any, words: Any) -> tuple[Any, Any]:
         tie_word_embeddings=False,
     )
     size = {"height": SIDE, "width": SIDE}
-    processor = hf.LlavaProcessor(
-        hf.CLIPImageProcessor(size=size, crop_size=size),
-        words,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+    pixels = hf.CLIPImageProcessor(size=size, crop_size=size)
+    return hf.LlavaForConditionalGeneration(config), hf.LlavaProcessor(pixels, words, **CLIP_TOKENS)
+
+
+CLIP_TOKENS = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+TILES = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
+"""Grids, in pixels, that pictures of other shapes than the tower's are cut into."""
+
+
+def _llava_next(token: Any, words: Any) -> tuple[Any, Any]:
+    config = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**_vision()),
+        text_config=hf.MistralConfig(**_text(len(words), sliding_window=None)),
+        image_token_index=token("<image>"),
+        image_grid_pinpoints=TILES,
     )
-    return hf.LlavaForConditionalGeneration(config), processor
+    edges = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    pixels = hf.LlavaNextImageProcessor(**edges, image_grid_pinpoints=TILES)
+    return hf.LlavaNextForConditionalGeneration(config), hf.LlavaNextProcessor(pixels, words, **CLIP_TOKENS)
+
+
+def _llava_onevision(token: Any, words: Any) -> tuple[Any, Any]:
+    tower = _vision(vision_use_head=False)
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**tower),
+        text_config=hf.Qwen2Config(**_text(len(words))),
+        image_token_index=token("<image>"),
+        video_token_index=token("<video>"),
+        image_grid_pinpoints=TILES,
+    )
+    pixels = hf.LlavaOnevisionImageProcessor(size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=TILES)
+    more = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
+    processor = hf.LlavaOnevisionProcessor(pixels, words, hf.LlavaOnevisionVideoProcessor(), **more)
+    return hf.LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def _internvl(token: Any, words: Any) -> tuple[Any, Any]:
+    config = hf.InternVLConfig(
+        vision_config=hf.InternVLVisionConfig(**_vision()),
+        text_config=hf.Qwen2Config(**_text(len(words))),
+        image_token_id=token("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    pixels = hf.GotOcr2ImageProcessor(size={"height": SIDE, "width": SIDE}, crop_to_patches=True, max_patches=2)
+    processor = hf.InternVLProcessor(pixels, words, hf.InternVLVideoProcessor(), image_seq_length=4)
+    return hf.InternVLForConditionalGeneration(config), processor
 
 
 def _qwen(token: Any, words: Any, *, version: str) -> tuple[Any, Any]:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
-    tower = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 14}
-    tower |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32, "initializer_range": 0.12}
+    tower = {"depth": 2, "num_heads": 4, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    tower["initializer_range"] = 0.12
     ids = {f"{k}_token_id": token(f"<|{k}_pad|>") for k in ("image", "video")}
     ids |= {f"vision_{k}_token_id": token(f"<|vision_{k}|>") for k in ("start", "end")}
     text = _text(len(words), rope_parameters=rope)
-    if version == "2_5":
-        del text["head_dim"]
-        tower |= {"window_size": 112, "fullatt_block_indexes": [1]}
-        made: Any = hf.Qwen2_5_VLForConditionalGeneration(
-            hf.Qwen2_5_VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=False, **ids)
-        )
-    else:
+    if version == "3":
         rope["mrope_interleaved"] = True
         tower |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-        made = hf.Qwen3VLForConditionalGeneration(
-            hf.Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=False, **ids)
-        )
-    pixels = hf.Qwen2VLImageProcessor(size={"shortest_edge": 784, "longest_edge": 78400}, patch_size=14, merge_size=2)
+    else:
+        del text["head_dim"]
+    if version == "2":
+        tower |= {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": 32}
+    else:
+        tower |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
     if version == "2_5":
-        return made, hf.Qwen2_5_VLProcessor(pixels, words, hf.Qwen2VLVideoProcessor())
-    return made, hf.Qwen3VLProcessor(pixels, words, hf.Qwen3VLVideoProcessor())
+        tower |= {"window_size": 112, "fullatt_block_indexes": [1]}
+    config, model, processor = QWENS[version]
+    pixels = hf.Qwen2VLImageProcessor(size={"shortest_edge": 784, "longest_edge": 78400}, patch_size=14, merge_size=2)
+    videos = hf.Qwen3VLVideoProcessor() if version == "3" else hf.Qwen2VLVideoProcessor()
+    made = model(config(text_config=text, vision_config=tower, tie_word_embeddings=False, **ids))
+    return made, processor(pixels, words, videos)
+
+
+QWENS: dict[str, tuple[Any, Any, Any]] = {
+    "2": (hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration, hf.Qwen2VLProcessor),
+    "2_5": (hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLForConditionalGeneration, hf.Qwen2_5_VLProcessor),
+    "3": (hf.Qwen3VLConfig, hf.Qwen3VLForConditionalGeneration, hf.Qwen3VLProcessor),
+}
+
+
+def _shuffled(words: Any, token: Any) -> dict[str, Any]:
+    """What SmolVLM's and Idefics3's configurations share."""
+    text = _text(len(words), model_type="llama")
+    ids = {"image_token_id": token("<image>"), "pad_token_id": 0}
+    return {"vision_config": _vision(), "text_config": text, "scale_factor": 2, "tie_word_embeddings": False, **ids}
 
 
 def _smolvlm(token: Any, words: Any) -> tuple[Any, Any]:
@@ -137,18 +209,17 @@ def _smolvlm(token: Any, words: Any) -> tuple[Any, Any]:
 
     if getattr(module, "num2words", None) is None:
         module.num2words = str  # for prompts about videos alone, which are not used here
-    config = hf.SmolVLMConfig(
-        vision_config=_vision(),
-        text_config=_text(len(words), model_type="llama"),
-        scale_factor=2,
-        image_token_id=token("<image>"),
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
     edge = {"longest_edge": SIDE}
     pixels = hf.SmolVLMImageProcessor(size=edge, max_image_size=edge, do_image_splitting=False)
     processor = hf.SmolVLMProcessor(pixels, words, hf.SmolVLMVideoProcessor(), image_seq_len=4)
-    return hf.SmolVLMForConditionalGeneration(config), processor
+    return hf.SmolVLMForConditionalGeneration(hf.SmolVLMConfig(**_shuffled(words, token))), processor
+
+
+def _idefics3(token: Any, words: Any) -> tuple[Any, Any]:
+    """Cuts pictures into tiles, with the whole one as the last."""
+    config = hf.Idefics3Config(**_shuffled(words, token))
+    pixels = hf.Idefics3ImageProcessor(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    return hf.Idefics3ForConditionalGeneration(config), hf.Idefics3Processor(pixels, words, image_seq_len=4)
 
 
 def _gemma3(token: Any, words: Any) -> tuple[Any, Any]:
@@ -167,13 +238,18 @@ def _gemma3(token: Any, words: Any) -> tuple[Any, Any]:
     return hf.Gemma3ForConditionalGeneration(config), hf.Gemma3Processor(pixels, words, image_seq_length=4)
 
 
-def _paligemma(token: Any, words: Any) -> tuple[Any, Any]:
+def _paligemma(token: Any, words: Any, *, text: str) -> tuple[Any, Any]:
     pixels = hf.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
     pixels.image_seq_length = 16
     processor = hf.PaliGemmaProcessor(pixels, words)  # adds its tokens of places and segments
+    more: dict[str, Any] = {}
+    if text == "gemma2":
+        kinds = ["sliding_attention", "full_attention"]
+        caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+        more = {"sliding_window": 48, "layer_types": kinds, "query_pre_attn_scalar": 8, **caps}
     config = hf.PaliGemmaConfig(
         vision_config=_vision(model_type="siglip_vision_model", vision_use_head=False, projection_dim=32),
-        text_config=_text(len(words), model_type="gemma"),
+        text_config=_text(len(words), model_type=text, **more),
         image_token_index=token("<image>"),
         projection_dim=32,
         hidden_size=32,
@@ -211,11 +287,17 @@ def _qwen3_next(token: Any, words: Any) -> tuple[Any, Any]:
 
 BUILDERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "qwen2_vl": functools.partial(_qwen, version="2"),
     "qwen2_5_vl": functools.partial(_qwen, version="2_5"),
     "qwen3_vl": functools.partial(_qwen, version="3"),
     "smolvlm": _smolvlm,
+    "idefics3": _idefics3,
     "gemma3": _gemma3,
-    "paligemma": _paligemma,
+    "paligemma": functools.partial(_paligemma, text="gemma"),
+    "paligemma2": functools.partial(_paligemma, text="gemma2"),
+    "internvl": _internvl,
     "llama": _llama,
     "gemma2": _gemma2,
     "qwen3_next": _qwen3_next,
@@ -227,7 +309,7 @@ def build(family: str, seed: int = 0) -> tuple[Any, Any]:
     words = tokenizer(family)
     torch.manual_seed(seed)
     model, processor = BUILDERS[family](words.convert_tokens_to_ids, words)
-    if family != "paligemma":
+    if family not in ("paligemma", "paligemma2"):
         processor.chat_template = template(family)
     return model.eval(), processor
 
@@ -246,11 +328,9 @@ def picture(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
 
 
 def rows(family: str, images: tuple[int, ...], seed: int = 0) -> list[dict[str, Any]]:
-    """Preference rows with so many images each, of unequal lengths; Qwen's of unequal sizes too."""
+    """Preference rows with so many images each, of unequal lengths, and of unequal sizes where that makes a difference."""
     rng = random.Random(seed)
-    sizes = (
-        [(SIDE, SIDE), (84, 56), (56, 84)] if family.startswith("qwen2_5") or family == "qwen3_vl" else [(SIDE, SIDE)]
-    )
+    sizes = [(84, 56), (56, 84), (SIDE, SIDE)] if family in UNEQUAL else [(SIDE, SIDE)]
 
     def text(low: int, high: int) -> str:
         return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dpo_mm.config import CompareAnswersConfig
 from dpo_mm.evaluation import compare_answers as module
-from dpo_mm.evaluation.compare_answers import Answered, compare_answers, comparisons, counted, examples, judged
+from dpo_mm.evaluation.compare_answers import Answered, compare_answers, comparisons, cost, counted, examples, judged
 from dpo_mm.evaluation.statistics import paired_shares
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.questions import Question
@@ -53,6 +53,13 @@ def test_winning_by_silence_is_over_optimised(monkeypatch: pytest.MonkeyPatch, t
     assert outcome.verdict == "better" and "40 mended, 0 broken" in outcome.notes[0]
     page = outcome.report.read_text()
     assert "<mark>green cross</mark>" in page and "CHAIR_i" in page
+
+
+def test_what_answers_cost_is_told_with_where_the_loops_are() -> None:
+    base = Answered([Answer("", 10, hit_limit=False)] * 98 + [Answer("", 200, hit_limit=True)] * 2)
+    tuned = Answered([Answer("", 10, hit_limit=False)] * 100)
+    told = "Tokens an answer: 13.8, 99th percentile 200 with the base; 10.0, 99th percentile 10 tuned."
+    assert cost(base, tuned) == told
 
 
 def test_counts_come_with_exact_intervals() -> None:

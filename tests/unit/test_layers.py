@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
     {"__init__", "objectives", "schema", "config", "pictures", "progress", "shipped"},
     {"worlds", "sources", "doctor", "judges", "policies", "prompts", "provenance", "questions", "labels", "pages"},
-    {"reference", "encoding", "pairs", "shards", "collate", "beta"},
+    {"reference", "encoding", "pairs", "shards", "kept", "collate", "beta"},
     {
         "setup",
         "checkpoints",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from dpo_mm.own_failures import mine_answers, pair
 from dpo_mm.policies.conversations import Conversations
 from dpo_mm.questions import Question
 from dpo_mm.schema import Answer, load_responses
+from dpo_mm.trainer import Stopped
 from tests.contracts.tiny_vlms import build, save
 
 RED = Image.new("RGB", (8, 8), "#ff0000")
@@ -118,6 +121,36 @@ def test_mining_goes_on_after_finished_shards(asked: MineAnswersConfig, monkeypa
     assert len(calls) == 4  # the first shard was not asked again
     whole = mine_answers(dataclasses.replace(asked, output_dir=asked.output_dir + "-whole"))
     assert load_responses(str(again))["rejected"] == load_responses(str(whole))["rejected"]
+
+
+def test_asked_to_stop_it_ends_after_its_shard_and_goes_on(
+    asked: MineAnswersConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = own_failures._mine_shard, []
+
+    def signalled(*arguments: object) -> object:
+        calls.append(arguments[1])
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(own_failures, "_mine_shard", signalled)
+    with pytest.raises(Stopped, match=r"2 of 3 shards in .*mined; run it again"):
+        mine_answers(asked)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert len(load_responses(str(mine_answers(asked)))) == 5 and len(calls) == 3
+
+
+def test_two_processes_share_the_questions(asked: MineAnswersConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_responses(str(mine_answers(asked)))
+    shared = dataclasses.replace(asked, output_dir=asked.output_dir + "-shared")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, shards in (("1", ["00001"]), ("0", ["00000", "00001", "00002"])):
+        monkeypatch.setenv("RANK", rank)
+        pairs = mine_answers(shared)
+        found = sorted(path.stem.removeprefix("shard-") for path in Path(shared.output_dir).glob("shard-*"))
+        assert found == shards and pairs.exists() == (rank == "0")
+    assert load_responses(str(pairs))["rejected"] == whole["rejected"]
 
 
 @pytest.mark.parametrize(

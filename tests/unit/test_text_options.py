@@ -10,11 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import OBJECTIVES
 from dpo_mm.policies.conversations import corrupted, edits
 from dpo_mm.policies.protocol import load_policy
-from dpo_mm.schema import make_response_rows
+from dpo_mm.policies.vlm import VisionLanguage
+from dpo_mm.reference import keep_reference
+from dpo_mm.schema import load_responses, make_response_rows
 from dpo_mm.trainer import DPOTrainer, check, opened, plan, train
 from tests.contracts.tiny_vlms import picture, save
 
@@ -65,8 +68,6 @@ def test_edited_tokens_are_those_that_the_other_side_does_not_share() -> None:
 
 
 def encoded(model: str, pairs: str, folder: Path, **more: object) -> tuple[object, dict[str, object]]:
-    from dpo_mm.schema import load_responses
-
     policy = opened(config(model, pairs, folder, **more))
     return policy, policy.collate(policy.encode(load_responses(pairs))[:2])
 
@@ -120,11 +121,30 @@ def test_the_corrupted_ratio_is_that_of_the_chosen_answer_with_other_pictures(
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and abs(expected.item() - math.log(2)) > 1e-4
 
 
+def test_kept_features_leave_the_corrupted_pictures_as_they_are(model: str, pairs: str, tmp_path: Path) -> None:
+    settings = config(model, pairs, tmp_path, objective={"image_conditional": 1.0})
+    policy = opened(settings)
+    rows = policy.encode(load_responses(pairs))[:3]
+    policy.prepare(settings)
+    plain, kept = policy.collate(rows), policy.collate(policy.keep_features(rows))
+    assert "pixel_values" in kept["corrupted"]["images"] and "pixel_values" not in kept["images"]
+    with torch.no_grad():
+        asked = [
+            policy.log_probs(policy.model, batch).chosen
+            for batch in (plain, kept, plain["corrupted"], kept["corrupted"])
+        ]
+    torch.testing.assert_close(asked[1], asked[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(asked[3], asked[2], rtol=1e-5, atol=1e-5)
+    assert (asked[0] - asked[2]).abs().min() > 1e-4
+
+
 def test_mdpo_trains_and_the_image_comes_to_matter(model: str, pairs: str, tmp_path: Path) -> None:
     mixture = {"sigmoid": 1.0, "image_conditional": 1.0, "anchor": 1.0}
     trained = train(config(model, pairs, tmp_path, objective=mixture, steps=12))
     losses = [entry["loss"] for entry in trained.history if "loss" in entry]
     assert losses[0] == pytest.approx(3 * math.log(2), rel=1e-4) and losses[-1] < 0.8 * losses[0]
+    reliance = [entry["image_reliance"] for entry in trained.history if "image_reliance" in entry]
+    assert reliance[0] == 0 and sum(reliance[-4:]) / 4 > 0.8
 
 
 @pytest.mark.parametrize("more", [{"reference": "precomputed"}, {"keep_features": True}, {"layout": "plain"}])
@@ -134,6 +154,36 @@ def test_what_is_kept_changes_no_loss(more: dict[str, object], model: str, pairs
         for name, extra in (("plain", {}), ("kept", more))
     )
     assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_the_reference_is_kept_for_the_next_run_on_the_same_rows(
+    model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPO_MM_CACHE", str(tmp_path / "cache"))
+    asked: list[int] = []
+    real = VisionLanguage.log_probs
+
+    def log_probs(self: VisionLanguage, given: object, batch: dict[str, object]) -> object:
+        asked.append(len(batch["id"]))  # type: ignore[arg-type]
+        return real(self, given, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(VisionLanguage, "log_probs", log_probs)
+
+    def kept(**more: object) -> tuple[int, list[float]]:
+        settings = config(model, pairs, tmp_path, reference="precomputed", **more)
+        policy = opened(settings)
+        rows = policy.encode(load_responses(pairs))[: 5 if more.get("lora_rank") == 3 else 6]
+        policy.prepare(settings)
+        asked.clear()
+        found = keep_reference(policy, PairStream(rows, seed=0, length=len(rows), draws=1), settings)
+        return sum(asked), [float(found[n]["reference_rejected"]) for n in range(5)]
+
+    first = kept()
+    assert first[0] == 6 and len(list((tmp_path / "cache" / "reference").iterdir())) == 1
+    assert kept(lora_rank=8, batch_size=3, seed=5) == (0, first[1])
+    assert kept(lora_rank=3)[0] == 5  # other rows
+    tails = kept(tail_weight=0.5)
+    assert tails[0] == 6 and tails[1] != first[1]
 
 
 def test_the_split_is_by_picture_where_the_prompt_is_always_the_same(model: str, pairs: str, tmp_path: Path) -> None:

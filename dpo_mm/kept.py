@@ -1,0 +1,63 @@
+"""Reference log-probs of answers on disk, so that a run that goes on, or another on the same pairs, asks no reference.
+
+A file is named after all that decides its numbers: weights, processor, template, how tokens are weighed, and every row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def place_of(policy: Any, rows: Any, folder: Path) -> Path:
+    """The file of these rows' log-probs under these weights; rows: as `policy.encode` gives them."""
+    digest = hashlib.sha256(f"{policy.fingerprint()} {policy.tail_weight} {policy.edited_weight} v1".encode())
+    for row in rows:
+        for part in _bytes(row):
+            digest.update(part)
+    return folder / "reference" / f"{digest.hexdigest()[:32]}.safetensors"
+
+
+def _bytes(value: Any) -> Iterator[bytes]:
+    """A row's contents in an order of its own, names and shapes included."""
+    if isinstance(value, Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, dict):
+        for name in sorted(value):
+            yield name.encode()
+            yield from _bytes(value[name])
+    elif isinstance(value, list):
+        for one in value:
+            yield from _bytes(one)
+    else:
+        yield repr(value).encode()
+
+
+def read(place: Path) -> dict[str, Tensor] | None:
+    """What `write` wrote: chosen and rejected, (rows, 1), nats; None where it isn't there."""
+    from safetensors.torch import load_file
+
+    return load_file(place) if place.exists() else None
+
+
+def write(place: Path, *, chosen: Tensor, rejected: Tensor) -> None:
+    """Keep log-probs, aside and then under their name."""
+    from safetensors.torch import save_file
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    aside = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        save_file({"chosen": chosen, "rejected": rejected}, aside)
+        aside.replace(place)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"could not write {place}: {error.strerror or error}; free space or set DPO_MM_CACHE"
+        ) from error

@@ -1,0 +1,46 @@
+"""Two processes train a vision-language model as one does, in real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dpo_mm.config import TrainConfig
+from dpo_mm.pictures import encode_png
+from dpo_mm.schema import make_response_rows
+from dpo_mm.trainer import train
+from tests.contracts.tiny_vlms import rows, save
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+SETTINGS: dict[str, Any] = {
+    "steps": 3, "save_every": 3, "log_every": 1, "eval_fraction": 0.0, "learning_rate": 1e-3, "lora_rank": 4, "beta": 0.1,
+}  # fmt: skip
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+    some = rows("qwen2_5_vl", (1, 2, 1, 1, 2, 1))
+    for row in some:
+        row["images"] = [{"bytes": encode_png(image), "path": None} for image in row["images"]]
+    make_response_rows(some).to_parquet(str(tmp_path / "pairs.parquet"))
+    settings = {"model": save("qwen2_5_vl", tmp_path / "model"), "pairs": str(tmp_path / "pairs.parquet"), **SETTINGS}
+    train(TrainConfig(**settings, batch_size=4, output_dir=str(tmp_path / "one")))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**settings, "batch_size": 2}))
+    command = [*TWO, "-m", "dpo_mm", "train", str(tmp_path / "two.yaml"), "--output-dir", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONFAULTHANDLER": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+    for name in ("loss", "margin", "reward_chosen"):
+        values = [[entry[name] for entry in log if name in entry] for log in (one, two)]
+        assert len(values[0]) == 3 and values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-4)
+    assert abs(one[2]["margin"]) > 1e-2 and (tmp_path / "two" / "adapter_model.safetensors").exists()

@@ -1,0 +1,28 @@
+"""The step bench's formula of what FLOPs allow counts what torch counts."""
+
+from __future__ import annotations
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.bench.vlm_shapes import SHAPES, allowed, ratios, rows_of, step_flops
+from tests.bench.vlm_step import VARIANTS
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_formula_is_what_torch_counts(name: str) -> None:
+    shape, tokens, completion = SHAPES[name], 64, 8
+    rows = rows_of(shape, tokens, completion, 1)
+    expected = step_flops(shape, tokens, completion, attention=False)  # of a CPU's kernels torch counts none of it
+    for variant in ("plain", "prefix", "reference kept", "vision kept"):
+        step = VARIANTS[variant](shape, rows, tokens)
+        step()
+        with FlopCounterMode(display=False) as counter:
+            step()
+        assert counter.get_total_flops() == pytest.approx(expected[variant], rel=0.01)
+
+
+def test_a_shared_prefix_gains_most_where_answers_are_short() -> None:
+    gains = [allowed(SHAPES["llava"], 1024, completion)["prefix"] for completion in (32, 256)]
+    assert 2.1 > gains[0] > gains[1] > 1.5
+    assert ratios(SHAPES["qwen2_5_vl"], 576) == pytest.approx((0.96, 0.112), rel=0.1)
