@@ -78,8 +78,8 @@ def test_flags_reach_the_parts_that_have_them(tmp_path: Path) -> None:
 
 
 def test_every_preset_loads() -> None:
-    found = [(task, name) for task in ("faithfulness", "aesthetic", "captioner", "ocr") for name in presets(task)]
-    assert len(found) == 12
+    found = [(task, name) for task in ("faithfulness", "aesthetic", "captioner", "ocr", "own_judge") for name in presets(task)]
+    assert len(found) == 23
     for task, name in found:
         assert read_recipe(task, name, {}).train.beta > 0
 
