@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 
-def place_of(policy: Any, rows: Any, folder: Path) -> Path:
-    """The file of these rows' log-probs under these weights; rows: as `policy.encode` gives them."""
-    digest = hashlib.sha256(f"{policy.fingerprint()} {policy.tail_weight} {policy.edited_weight} v1".encode())
+def place_of(policy: Any, rows: Any, folder: Path, *, precision: str) -> Path:
+    """The file of these rows' log-probs under these weights; rows: as `policy.encode` gives them. precision: of the run."""
+    digest = hashlib.sha256(
+        f"{policy.fingerprint()} {precision} {policy.tail_weight} {policy.edited_weight} v1".encode()
+    )
     for row in rows:
         for part in _bytes(row):
             digest.update(part)

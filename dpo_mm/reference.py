@@ -181,7 +181,7 @@ def keep_reference(policy: Any, stream: PairStream, config: TrainConfig) -> With
     numbers are then those that a reference asked in the step would give, bit for bit where arithmetic doesn't depend on
     the place in a batch. Of answers, which have no draws, once for all runs, see `dpo_mm.kept`.
     """
-    place = kept.place_of(policy, stream.rows, cache_folder()) if policy.exact else None
+    place = kept.place_of(policy, stream.rows, cache_folder(), precision=config.precision) if policy.exact else None
     if place and (before := kept.read(place)):
         return WithReference(stream.rows, **before)
     device = next(policy.model.parameters()).device

@@ -9,7 +9,7 @@ import pytest
 from transformers import SchedulerType
 
 from dpo_mm.config import CompareAnswersConfig
-from dpo_mm.judges import JUDGES
+from dpo_mm.judges import named
 from dpo_mm.objectives import OBJECTIVES
 from dpo_mm.policies.diffusion import DTYPES
 from dpo_mm.policies.protocol import load_policy
@@ -49,8 +49,9 @@ def test_every_preset_is_tried() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_a_preset_names_exists(name: str) -> None:
     settings = recipe(name)
-    judges = [*settings.compare.judges, *([settings.mine.judge] if settings.mine else [])]
-    assert judges and all(judge in JUDGES or OWN.fullmatch(judge) for judge in judges)
+    mined = [settings.mine.judge] if settings.mine else []
+    judges = [*settings.compare.judges, *(n for one in mined for n in ([one] if isinstance(one, str) else one))]
+    assert judges and all(named(judge) or OWN.fullmatch(judge) for judge in judges)
     if isinstance(settings.compare, CompareAnswersConfig):
         assert set(settings.compare.guards) <= set(settings.compare.judges)
     train = settings.train

@@ -23,7 +23,7 @@ from dpo_mm.judges.weights import fill, in_batches, read_state
 from dpo_mm.mining import mine
 from dpo_mm.relabel import relabel
 from dpo_mm.schema import load_pairs
-from tests.contracts.families import tokenizer
+from tests.contracts.families.words import clip_tokenizer as tokenizer
 
 SIDE, WIDTH = 32, 24
 PROMPTS = ["a red circle", "two blue squares left of a green star", "a red circle"]

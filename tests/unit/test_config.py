@@ -78,7 +78,11 @@ def test_flags_reach_the_parts_that_have_them(tmp_path: Path) -> None:
 
 
 def test_every_preset_loads() -> None:
-    found = [(task, name) for task in ("faithfulness", "aesthetic", "captioner", "ocr", "own_judge") for name in presets(task)]
+    found = [
+        (task, name)
+        for task in ("faithfulness", "aesthetic", "captioner", "ocr", "own_judge")
+        for name in presets(task)
+    ]
     assert len(found) == 23
     for task, name in found:
         assert read_recipe(task, name, {}).train.beta > 0

@@ -134,10 +134,11 @@ def test_asked_to_stop_it_ends_after_its_shard_and_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)  # type: ignore[arg-type]
 
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(own_failures, "_mine_shard", signalled)
     with pytest.raises(Stopped, match=r"2 of 3 shards in .*mined; run it again"):
         mine_answers(asked)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
     assert len(load_responses(str(mine_answers(asked)))) == 5 and len(calls) == 3
 
 
