@@ -12,8 +12,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from dpo_mm.evaluation.finished import OUTCOMES, Finished, Twins, read_finished
 from dpo_mm.judges import load_judge, metric_of
 from dpo_mm.pages import SMALL, Page, img, safe, serve
+from dpo_mm.pictures import decode
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.shipped import locate
 
@@ -26,6 +28,8 @@ KEPT = 64
 ENLARGED = 512
 """Pixels that a small picture is enlarged to for the slider, each of its pixels a square."""
 LONGEST_PROMPT = 1000
+AT_ONCE, AT_ONCE_LARGE = 12, 4
+"""Pairs of a finished comparison that the page shows more at a time: small pictures, and others."""
 VERDICTS = {"faithfulness": ("not as asked", "as asked")}
 """Judges whose score is 0 or 1, in words."""
 EXAMPLES = (
@@ -49,6 +53,10 @@ CSS = """
 .strip .figures { grid-auto-columns: minmax(118px, 1fr); grid-template-columns: none; overflow-x: auto; padding-bottom: 6px; }
 .strip h3 { margin: .2rem 0 .5rem; font-size: 1rem; }
 .strip .figures + .figures { margin-top: 10px; }
+.twins { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 18px; }
+.twins article { min-width: 0; border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 12px; }
+.twins h3 { font-size: .95rem; margin: 0 0 .5rem; unicode-bidi: isolate; overflow-wrap: anywhere; }
+.quiet { color: var(--quiet); font-size: .9rem; margin: .2rem 0 .8rem; }
 .status { min-height: 1.4em; color: var(--quiet); font-size: .9rem; }
 """
 
@@ -102,9 +110,13 @@ def figure(title: str, image: Image.Image | None, prompt: str, judges: Sequence[
 def score(judge: str, image: Image.Image, prompt: str) -> str:
     """What a judge says of a picture, or that it can't read the prompt."""
     try:
-        value = float(load_judge(judge)([image], [prompt])[0])
+        return said(judge, float(load_judge(judge)([image], [prompt])[0]))
     except ValueError as error:
         return f'<span class="score" title="{safe(str(error))}">{safe(metric_of(judge))}: can’t be judged</span>'
+
+
+def said(judge: str, value: float) -> str:
+    """A judge's score in words where it has them, else as a number."""
     if judge in VERDICTS and value in (0.0, 1.0):
         return (
             f'<span class="score {("no", "yes")[int(value)]}">{"✗✓"[int(value)]} {VERDICTS[judge][int(value)]}</span>'
@@ -176,6 +188,57 @@ def over_seeds(painter: Painter, *controls: Any) -> Iterator[list[str]]:
         yield [status, f'<div class="strip"><h3>Over seeds, LoRA scale {scale:g}</h3>{"".join(rows)}</div>']
 
 
+def twins_html(one: Twins) -> str:
+    """Base and tuned of one prompt and seed, with the scores that the comparison kept."""
+    sides = []
+    for place, (title, file) in enumerate((("base", one.base), ("tuned", one.tuned))):
+        scores = "".join(said(judge, both[place]) for judge, both in one.scores.items())
+        try:
+            picture = img(decode(file.read_bytes()), alt=title)
+        except (ValueError, OSError):
+            picture = '<div class="blank">gone</div>'
+        sides.append(f"<figure>{picture}<figcaption><b>{title}</b>{scores}</figcaption></figure>")
+    return f'<article><h3 dir="auto">{safe(one.prompt)}</h3>{figures(sides)}<div class="score">seed {one.seed}</div></article>'
+
+
+def gallery_html(finished: Finished, shown: int, judge: str, of: str, outcome: str, order: str) -> str:
+    """The pairs that the filters leave, so many of them."""
+    found = finished.chosen(judge, of=of, outcome=outcome, by_change=order == "largest change")
+    count = (
+        f"{min(shown, len(found))} of {len(found)} pairs, {len(finished.twins)} in all; the judge’s word, seed by seed."
+    )
+    return f'<p class="quiet">{count}</p><div class="twins">{"".join(map(twins_html, found[:shown]))}</div>'
+
+
+def add_gallery(finished: Finished) -> None:
+    """The part of the page that shows a finished comparison, with filters."""
+    small = max(decode(finished.twins[0].base.read_bytes()).size) <= SMALL
+    more_by = AT_ONCE if small else AT_ONCE_LARGE
+    gr.HTML('<div class="head"><h2>The pictures of the finished comparison</h2></div>')
+    with gr.Row():
+        first = finished.judges[0] if finished.judges else ""
+        names = [(metric_of(judge), judge) for judge in finished.judges]
+        filters = [
+            gr.Dropdown(names, value=first, label="Judge", min_width=150, elem_id="gallery-judge"),
+            gr.Dropdown(["all", *finished.categories()], value="all", label="Category", min_width=150, elem_id="gallery-of"),
+            gr.Dropdown(list(OUTCOMES), value="all", label="The tuned one is", min_width=150, elem_id="gallery-outcome"),
+            gr.Dropdown(["as drawn", "largest change"], value="as drawn", label="Order", min_width=150, elem_id="gallery-order"),
+        ]  # fmt: skip
+    shown = gr.State(more_by)
+    pictures = gr.HTML(gallery_html(finished, more_by, first, "all", "all", "as drawn"), elem_id="gallery")
+    more = gr.Button("Show more", elem_id="gallery-more")
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    show = functools.partial(gallery_html, finished)
+    for one in filters:
+        one.input(lambda *now: [more_by, show(more_by, *now)], filters, [shown, pictures], **quiet)
+    more.click(
+        lambda count, *now: [count + more_by, show(count + more_by, *now)],
+        [shown, *filters],
+        [shown, pictures],
+        **quiet,
+    )
+
+
 def controls_of(painter: Painter) -> list[Any]:
     """Prompt, seed, steps, guidance, LoRA scale."""
     prompt = gr.Textbox(
@@ -204,8 +267,8 @@ def controls_of(painter: Painter) -> list[Any]:
         ]
 
 
-def build(painter: Painter) -> Page:
-    """The page that compares a base with its tuned side."""
+def build(painter: Painter, finished: Finished | None = None) -> Page:
+    """The page that compares a base with its tuned side. finished: a comparison whose pictures it shows too."""
     with gr.Blocks(title="Base and tuned", analytics_enabled=False) as blocks:
         gr.HTML(
             '<div class="head"><h1>What did preference tuning change?</h1>'
@@ -235,6 +298,8 @@ def build(painter: Painter) -> Page:
             scales = gr.Button("Strip over LoRA scales", elem_id="over-scales")
             seeds = gr.Button("Strip over seeds", elem_id="over-seeds")
         strip = gr.HTML(elem_id="strip")
+        if finished is not None:
+            add_gallery(finished)
         quiet = {
             "show_progress": "hidden",
             "api_visibility": "private",
@@ -260,14 +325,22 @@ def run(
     model: str = SHIPPED_MODEL,
     adapter: str | None = None,
     judges: str | None = None,
+    finished: str | None = None,
     *,
     precision: str = "fp32",
     port: int | None = None,
 ) -> None:
-    """Serve the page. judges: names with commas; None: the shipped model's. Raises ValueError as `load`."""
+    """Serve the page. judges: names with commas; None: the shipped model's. finished: a comparison's folder, whose model,
+    adapter and judges are taken unless others are given. Raises ValueError as `load` and `read_finished`.
+    """
+    done = read_finished(finished) if finished else None
+    if done is not None and (model, adapter) == (SHIPPED_MODEL, None):
+        model, adapter = done.settings.get("model", model), done.settings.get("adapter", "none")
+        adapter = None if adapter == "none" else adapter
+        judges = judges if judges is not None else ",".join(done.judges)
     given = judges if judges is not None else "faithfulness,aesthetic" if model == SHIPPED_MODEL else ""
     painter = load(model, adapter, [name for name in given.split(",") if name], precision=precision)
-    serve(lambda: build(painter), port=port)
+    serve(lambda: build(painter, done), port=port)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,9 @@ def demo_images(
         str | None, typer.Option(help="Tuned adapter or denoiser; the shipped model has its own.")
     ] = None,
     judges: Annotated[str | None, typer.Option(help="Names or module:function, with commas.")] = None,
+    finished: Annotated[
+        str | None, typer.Option(help="Folder of a finished comparison: its pictures too, with filters.")
+    ] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     port: Port = None,
 ) -> None:
@@ -52,7 +55,7 @@ def demo_images(
     from dpo_mm.pages import load_page
 
     with quietly():
-        load_page("compare_images").run(model, adapter, judges, precision=precision, port=port)
+        load_page("compare_images").run(model, adapter, judges, finished, precision=precision, port=port)
 
 
 @demo.command("captions")

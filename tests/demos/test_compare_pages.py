@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from dpo_mm.shipped import locate
 from tests.demos.test_label_page import HOSTILE
+from tests.unit.test_finished import finished_run
 
 
 def wait_for(page: Any, what: str) -> None:
@@ -117,3 +119,25 @@ def test_no_file_of_the_machine_is_served(name: str, serve: Callable[..., Any], 
         for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/"):
             answer = page.request.get(server.address + route + full)
             assert answer.status >= 400 and b"root:" not in answer.body()
+
+
+def test_the_pictures_of_a_finished_comparison_and_their_filters(
+    serve: Callable[..., Any], page: Any, tmp_path: Path
+) -> None:
+    server = serve("images", "--finished", str(finished_run(tmp_path / "run")))
+    page.goto(server.address)
+    page.locator("#gallery article").first.wait_for()
+    assert page.locator("#gallery article").count() == 3
+    assert page.locator("#gallery article h3").nth(2).inner_text() == "a photo of <b>a dog</b>"
+    page.locator("#gallery-outcome input").click()
+    page.get_by_role("option", name="better").click()
+    page.get_by_text("1 of 1 pairs, 3 in all").wait_for()
+    shown = page.locator("#gallery article")
+    assert shown.count() == 1 and "a red circle" in shown.inner_text()
+    assert "not as asked" in shown.locator("figure").nth(0).inner_text()
+    assert "✓ as asked" in shown.locator("figure").nth(1).inner_text()
+    page.locator("#gallery-outcome input").click()
+    page.get_by_role("option", name="worse").click()
+    page.get_by_text("two blue squares").wait_for()
+    source = page.locator("#gallery img").first.get_attribute("src")
+    assert source.startswith("data:image/png;base64,")
