@@ -35,6 +35,7 @@ def judge(images, prompts):
         os.kill(os.getpid(), signal.SIGTERM)
     return [image.getpixel((0, 0))[0] for image in images]
 mining.load_judge = lambda name: judge
+mining.better_of = lambda name: "higher"
 import dpo_mm.recipe as recipe
 recipe._know_judges = lambda names: None
 cli.main()
