@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import yaml
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.provenance import CARD_KEY, judges_of
+from dpo_mm.resumable import aside
 
 if TYPE_CHECKING:
     from dpo_mm.evaluation.statistics import Comparison
@@ -77,7 +77,6 @@ def _cell(text: str) -> str:
 
 
 def _write(path: Path, card: str) -> Path:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(card, encoding="utf-8")
-    os.replace(aside, path)
+    with aside(path) as beside:
+        beside.write_text(card, encoding="utf-8")
     return path

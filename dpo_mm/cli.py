@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dpo_mm import page_commands
+from dpo_mm.resumable import stoppable
 from dpo_mm.terminal import print_rows, quietly
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -27,20 +27,14 @@ DryRun = Annotated[
 def main() -> None:
     """Run a command; whatever the user can mend is one line on standard error, with exit status 2."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    signal.signal(signal.SIGTERM, _stop)
     try:
-        app()
+        with stoppable():  # but training, which saves first, and mining of answers, which ends its shard
+            app()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DPO_MM_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-
-
-def _stop(number: int, frame: Any) -> None:
-    """At SIGTERM, but in training, which saves first: end at once; shards are whole or not there."""
-    print("stopped as asked; what was finished is kept, the same command goes on from there", file=sys.stderr)
-    sys.exit(143)
 
 
 def flags(arguments: list[str]) -> dict[str, str]:

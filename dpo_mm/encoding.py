@@ -26,6 +26,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.pairs import Pairs, check_sources, data_columns
 from dpo_mm.policies.crops import bucket_for, buckets_of
 from dpo_mm.progress import progress
+from dpo_mm.resumable import aside
 from dpo_mm.schema import decided, digest, load_pairs, load_responses, split_by_prompt
 from dpo_mm.shards import Part, Shards
 
@@ -269,9 +270,8 @@ def _columns(
 
 
 def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+    with aside(path) as beside:
+        beside.write_text(text)
 
 
 class Sets(NamedTuple):

@@ -6,13 +6,14 @@ A file is named after all that decides its numbers: weights, processor, template
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dpo_mm.resumable import aside
 
 
 def place_of(policy: Any, rows: Any, folder: Path, *, precision: str) -> Path:
@@ -54,12 +55,5 @@ def write(place: Path, *, chosen: Tensor, rejected: Tensor) -> None:
     from safetensors.torch import save_file
 
     place.parent.mkdir(parents=True, exist_ok=True)
-    aside = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
-        save_file({"chosen": chosen, "rejected": rejected}, aside)
-        aside.replace(place)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"could not write {place}: {error.strerror or error}; free space or set DPO_MM_CACHE"
-        ) from error
+    with aside(place, fix="free space or set DPO_MM_CACHE") as beside:
+        save_file({"chosen": chosen, "rejected": rejected}, beside)

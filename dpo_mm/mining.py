@@ -8,13 +8,7 @@ Finished shards are kept; a restarted run goes on after them. Processes share th
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +21,11 @@ from dpo_mm.pictures import encode_png
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.progress import progress
 from dpo_mm.prompts import read_prompts, seeds_of
+from dpo_mm.resumable import aside, left_of, same_plan, stoppable
 from dpo_mm.schema import image_preference, make_image_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
-
-PLAN_FILE = "mining.json"
 
 
 def mine(config: MineConfig) -> Path:
@@ -44,11 +37,10 @@ def mine(config: MineConfig) -> Path:
         raise ValueError(f"samples is {config.samples}; a pair needs at least 2 pictures of a prompt")
     folder = Path(config.output_dir)
     prompts = read_prompts(config.prompts, limit=config.limit)
-    same_plan(folder, config)
+    same_plan(folder, as_dict(config), done="mined")
     shards = [prompts[i : i + config.shard_size] for i in range(0, len(prompts), config.shard_size)]
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
-    left = [n for n in range(rank, len(shards), world) if not places[n].exists()]
+    left = left_of(places)
     if left:
         policy = load_policy(config.model, revision=config.revision, precision=config.precision)
         if config.adapter:
@@ -68,46 +60,6 @@ def mine(config: MineConfig) -> Path:
 def names(judges: tuple[str, ...] | str | None) -> tuple[str, ...]:
     """Judges of a setting: a list, or a text with commas."""
     return tuple(judges.split(",")) if isinstance(judges, str) else judges or ()
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Within it SIGTERM ends the process with status 143, finished shards are there; a handler that is set is left alone."""
-
-    def stop(number: int, frame: Any) -> None:
-        print("stopped as asked; what was finished is kept, the same command goes on from there", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM)
-
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def same_plan(folder: Path, config: Any, *, done: str = "mined") -> None:
-    """Note the settings, a config or a mapping, that a folder is made with.
-
-    Raises ValueError where it was begun with other settings, and which.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    values = config if isinstance(config, dict) else as_dict(config)
-    plan, file = json.loads(json.dumps(values)), folder / PLAN_FILE
-    if file.exists():
-        before = json.loads(file.read_text())
-        changed = [
-            f"{key}: {before.get(key)!r} -> {value!r}" for key, value in plan.items() if before.get(key) != value
-        ]
-        changed = [line for line in changed if not line.startswith(("output_dir", "batch_size"))]
-        if changed:
-            raise ValueError(
-                f"{folder} was {done} with other settings ({'; '.join(changed)}); choose another output_dir"
-            )
-    file.write_text(json.dumps(plan, indent=1))
 
 
 def _mine_shard(policy: Any, prompts: Sequence[str], config: MineConfig, advance: Any) -> list[dict[str, Any]]:
@@ -203,12 +155,8 @@ def write_rows(rows: list[dict[str, Any]], path: Path, *, make: Callable[..., Da
     from datasets import Dataset
 
     found = make(rows) if rows else Dataset.from_dict({name: [] for name in features}, features=features)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        found.to_parquet(str(aside))
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside(path) as beside:
+        found.to_parquet(str(beside))
 
 
 def combine(places: list[Path], target: Path, *, nothing: str) -> Path:
@@ -221,7 +169,6 @@ def combine(places: list[Path], target: Path, *, nothing: str) -> Path:
     table = pa.concat_tables([pq.read_table(place) for place in places])
     if table.num_rows == 0:
         raise ValueError(nothing)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    pq.write_table(table, aside)
-    aside.replace(target)
+    with aside(target) as beside:
+        pq.write_table(table, beside)
     return target

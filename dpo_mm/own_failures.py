@@ -8,20 +8,20 @@ the questions (RANK of WORLD_SIZE).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.config import MineAnswersConfig
+from dpo_mm.config import MineAnswersConfig, as_dict
 from dpo_mm.guards import Stop
 from dpo_mm.judges import Share, better_of, correct, explain, load_judge
 from dpo_mm.judges.text import cut_loop
-from dpo_mm.mining import combine, same_plan, write_rows
+from dpo_mm.mining import combine, write_rows
 from dpo_mm.pictures import encode_png
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.progress import progress
 from dpo_mm.questions import Question, read_questions
+from dpo_mm.resumable import left_of, same_plan
 from dpo_mm.schema import Answer, make_response_rows, response_preference
 from dpo_mm.trainer import Stopped
 
@@ -38,7 +38,7 @@ def mine_answers(config: MineAnswersConfig) -> Path:
     blank = next((question.id for question in questions if not question.truth), None)
     if blank is not None:
         raise ValueError(f"{config.questions}: question {blank} has no truth, which judges compare answers with")
-    same_plan(folder, config)
+    same_plan(folder, as_dict(config), done="mined")
     shards = [questions[i : i + config.shard_size] for i in range(0, len(questions), config.shard_size)]
     places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
     _mine_shards(shards, places, config)
@@ -57,8 +57,7 @@ def _check(config: MineAnswersConfig) -> None:
 
 def _mine_shards(shards: Sequence[Sequence[Question]], places: Sequence[Path], config: MineAnswersConfig) -> None:
     """Write the shards of this process that are not there yet."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    left = [n for n in range(rank, len(shards), world) if not places[n].exists()]
+    left = left_of(places)
     if not left:
         return
     stop = Stop()

@@ -39,7 +39,7 @@ class Pairs:
             found: list[Any] = []
             for column in sides:
                 try:
-                    found.append(pictures.decode(_bytes(row[column])))
+                    found.append(pictures.decode(pictures.picture_bytes(row[column])))
                 except (ValueError, OSError) as error:
                     self._refuse(row["id"], column, error)
                     break
@@ -75,12 +75,6 @@ def check_sources(policy: Any, rows: Dataset, where: str) -> None:
         raise ValueError(
             f"{where}: rows have an image_source, which {kind} can't take; drop the column or train a model that edits"
         )
-
-
-def _bytes(cell: dict[str, Any] | None) -> bytes:
-    if not cell or (not cell.get("bytes") and not cell.get("path")):
-        raise ValueError("it is missing")
-    return cell["bytes"] or Path(cell["path"]).read_bytes()
 
 
 def data_columns(rows: Dataset) -> dict[str, list[float]]:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -34,6 +37,13 @@ def decode(data: bytes) -> Image.Image:
     except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
     return to_rgb(ImageOps.exif_transpose(image))
+
+
+def picture_bytes(cell: Mapping[str, Any] | None) -> bytes:
+    """The file of an undecoded picture, from its row or from disk. Raises ValueError where it is missing, OSError where gone."""
+    if not cell or not (cell.get("bytes") or cell.get("path")):
+        raise ValueError("it is missing")
+    return cell["bytes"] or Path(cell["path"]).read_bytes()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

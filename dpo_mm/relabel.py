@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,9 +27,9 @@ from scipy.special import expit, logit
 
 from dpo_mm.config import RelabelConfig
 from dpo_mm.judges import better_of, is_pairwise, judge_card, load_judge, load_pairwise
-from dpo_mm.mining import same_plan, stoppable
-from dpo_mm.pictures import decode
+from dpo_mm.pictures import decode, picture_bytes
 from dpo_mm.progress import progress
+from dpo_mm.resumable import aside, left_of, same_plan, stoppable
 from dpo_mm.schema import load_pairs
 
 if TYPE_CHECKING:
@@ -193,17 +192,14 @@ def _judged(rows: Dataset, config: RelabelConfig, folder: Path) -> np.ndarray | 
     """Scores, (judges, pairs, 2), NaN where a picture does not decode; None while other processes' shards are missing."""
     starts = range(0, len(rows), config.shard_size)
     places = [folder / f"shard-{number:05}.npy" for number in range(len(starts))]
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    left = [n for n in range(rank, len(starts), world) if not places[n].exists()]
+    left = left_of(places)
     if left:
         with stoppable(), progress("judging", sum(_size(rows, starts[n], config) for n in left)) as advance:
             for number in left:
                 part = rows.select(range(starts[number], starts[number] + _size(rows, starts[number], config)))
                 found = _shard(part, config, first=starts[number])
-                aside = folder / f".{places[number].name}.{os.getpid()}"
-                with aside.open("wb") as file:
+                with aside(places[number]) as beside, beside.open("wb") as file:
                     np.save(file, found)
-                aside.replace(places[number])
                 advance(len(part))
     if not all(place.exists() for place in places):
         return None
@@ -254,10 +250,8 @@ def scored(name: str, a: list[Image.Image], b: list[Image.Image], prompts: list[
 
 
 def _picture(cell: dict[str, Any] | None) -> Image.Image:
-    if not cell or not (cell.get("bytes") or cell.get("path")):
-        raise ValueError("it is missing")
     try:
-        return decode(cell["bytes"] or Path(cell["path"]).read_bytes())
+        return decode(picture_bytes(cell))
     except OSError as error:
         raise ValueError(str(error)) from error
 
@@ -290,13 +284,11 @@ def _write(rows: Dataset, made: Made, config: RelabelConfig) -> None:
 
     schema = columns(rows).arrow_schema
     place = Path(config.out)
-    aside = place.with_name(f".{place.name}.{os.getpid()}")
     cells = enumerate(_cells(rows))
-    with pq.ParquetWriter(aside, schema) as writer:
+    with aside(place) as beside, pq.ParquetWriter(beside, schema) as writer:
         while batch := list(itertools.islice(cells, BATCH)):
             new = [_row(row, n, made, config) for n, row in batch if made.labels.kept[n]]
             writer.write_table(pa.Table.from_pylist(new, schema=schema))
-    aside.replace(place)
 
 
 def _row(row: dict[str, Any], n: int, made: Made, config: RelabelConfig) -> dict[str, Any]:

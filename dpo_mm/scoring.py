@@ -8,7 +8,6 @@ a reason. Finished shards are kept; a restarted run goes on after them. Processe
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,9 +16,10 @@ from PIL import Image
 
 from dpo_mm.config import JudgeConfig
 from dpo_mm.judges import judge_card, load_judge
-from dpo_mm.mining import combine, same_plan, stoppable
-from dpo_mm.pictures import decode
+from dpo_mm.mining import combine
+from dpo_mm.pictures import decode, picture_bytes
 from dpo_mm.progress import progress
+from dpo_mm.resumable import aside, left_of, same_plan, stoppable
 from dpo_mm.schema import load_pairs
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def score(config: JudgeConfig) -> Scored | None:
     same_plan(folder, plan, done="judged")
     shards = [pictures[i : i + config.shard_size] for i in range(0, len(pictures), config.shard_size)]
     places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    left = [n for n in range(rank, len(shards), world) if not places[n].exists()]
+    left = left_of(places)
     if left:
         with stoppable(), progress("judging", sum(len(shards[n]) for n in left)) as advance:
             for number in left:
@@ -150,9 +149,7 @@ def _bytes(one: Picture, rows: Dataset | None) -> bytes:
         return one.file.read_bytes()
     assert rows is not None
     cell = rows.with_format("arrow")[one.row : one.row + 1].column(f"image_{one.side}")[0].as_py()
-    if not cell or not (cell["bytes"] or cell["path"]):
-        raise ValueError("it is missing")
-    return cell["bytes"] or Path(cell["path"]).read_bytes()
+    return picture_bytes(cell)
 
 
 def _write(found: list[dict[str, Any]], path: Path) -> None:
@@ -161,9 +158,8 @@ def _write(found: list[dict[str, Any]], path: Path) -> None:
 
     text = pa.string()
     schema = pa.schema({"id": text, "prompt": text, "judge": text, "score": pa.float64(), "error": text})
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.Table.from_pylist(found, schema=schema), aside)
-    aside.replace(path)
+    with aside(path) as beside:
+        pq.write_table(pa.Table.from_pylist(found, schema=schema), beside)
 
 
 def _counted(path: Path) -> Scored:

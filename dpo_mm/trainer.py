@@ -385,9 +385,6 @@ def plan(config: TrainConfig) -> dict[str, str]:
     policy = opened(config, weights=False)
     pairs = load_responses(config.pairs) if policy.exact else decided(load_pairs(config.pairs))
     rows, _ = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
-    if policy.exact:
-        policy.prepare(config)
-        return describe(policy, config, len(rows))
     policy.prepare(config)
     said = describe(policy, config, len(rows))
-    return said | planned(policy, config, len(set(pairs["prompt"])), len(pairs))
+    return said if policy.exact else said | planned(policy, config, len(set(pairs["prompt"])), len(pairs))

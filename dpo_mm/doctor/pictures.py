@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dpo_mm.labels.sources import picture_bytes
-from dpo_mm.pictures import decode
+from dpo_mm.pictures import decode, picture_bytes
 
 FEATURES = ("resolution", "aspect", "bytes", "png", "jpeg", "webp", "brightness", "contrast", "saturation")
 """Of a side: logs of pixels, width over height and bytes; whether its format is that; light on 0 to 1."""
@@ -30,8 +29,6 @@ class Look(NamedTuple):
 
 def look(cell: Any) -> Look | str:
     """A picture as facts, or why it does not decode."""
-    if not cell or not (cell.get("bytes") or cell.get("path")):
-        return "it is missing"
     try:
         data = picture_bytes(cell)
         image = decode(data)

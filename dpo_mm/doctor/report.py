@@ -6,7 +6,6 @@ The page is one file: no script, a policy that forbids any, and everything from 
 from __future__ import annotations
 
 import base64
-import os
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,8 +15,8 @@ from dpo_mm.doctor.answer_sets import text
 from dpo_mm.doctor.findings import CHECKS, SEVERITIES, share
 from dpo_mm.doctor.pictures import look
 from dpo_mm.doctor.reading import open_set, rows_called
-from dpo_mm.labels.sources import picture_bytes
-from dpo_mm.pictures import decode, encode_png
+from dpo_mm.pictures import decode, encode_png, picture_bytes
+from dpo_mm.resumable import aside
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -125,10 +124,6 @@ def render(diagnosis: Diagnosis, shown: dict[str, Shown], *, command: str) -> st
 def write_report(path: Path, diagnosis: Diagnosis, *, command: str) -> Path:
     """Write the page, aside and then renamed. Raises OSError where it can't be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        aside.write_text(render(diagnosis, shown_rows(diagnosis), command=command), encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside(path) as beside:
+        beside.write_text(render(diagnosis, shown_rows(diagnosis), command=command), encoding="utf-8")
     return path

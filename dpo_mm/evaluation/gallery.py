@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -19,6 +18,7 @@ from typing import Any, overload
 from PIL import Image
 
 from dpo_mm.pictures import decode
+from dpo_mm.resumable import aside
 
 FOLDER, MANIFEST, SCORES = "pictures", "manifest.jsonl", "scores.jsonl"
 NAMES = ("model", "revision", "adapter")
@@ -96,16 +96,9 @@ class Gallery:
 def _save(image: Image.Image, path: Path) -> str:
     """Write a PNG aside and rename it; returns its hash. Raises OSError that names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        image.save(aside, "PNG", compress_level=QUICKLY)
-        digest = hashlib.sha256(aside.read_bytes()).hexdigest()
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise OSError(error.errno, f"could not write {path}: {reason}; free space and run the same again") from error
-    return digest
+    with aside(path, fix="free space and run the same again") as beside:
+        image.save(beside, "PNG", compress_level=QUICKLY)
+        return hashlib.sha256(beside.read_bytes()).hexdigest()
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -120,9 +113,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
-        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        aside.write_bytes(whole)
-        aside.replace(path)
+        with aside(path) as beside:
+            beside.write_bytes(whole)
     try:
         return [json.loads(line) for line in whole.decode().splitlines() if line]
     except ValueError as error:

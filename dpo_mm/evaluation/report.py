@@ -25,6 +25,7 @@ from dpo_mm.evaluation.rows import TONES, Row, is_rate, rows_of, terminal_table,
 from dpo_mm.evaluation.sheet import PIXELATED, Example, contact_sheet, exact, mark_of, rgb
 from dpo_mm.evaluation.statistics import LEVEL, Comparison
 from dpo_mm.evaluation.sweep import RULE, Point, advice
+from dpo_mm.resumable import aside
 
 __all__ = [
     "Example",
@@ -167,15 +168,10 @@ def _point(point: Point) -> dict[str, Any]:
 
 def _write(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
     """Write aside, then rename: the file is the old one or the new one, never half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside(path) as beside, beside.open("wb") as file:
+        fill(file)
+        file.flush()
+        os.fsync(file.fileno())
     return path
 
 

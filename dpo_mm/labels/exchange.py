@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.labels.sources import picture_bytes
+from dpo_mm.labels.sources import file_of
 from dpo_mm.labels.store import Vote
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def argilla(votes: Sequence[Vote], rows: Dataset) -> list[dict[str, Any]]:
 
 def uri(cell: dict[str, Any]) -> str:
     """An undecoded picture as a data URI, its bytes as they are."""
-    data = picture_bytes(cell)
+    data = file_of(cell)
     kinds = {
         b"\x89PNG": "png",
         b"\xff\xd8\xff": "jpeg",

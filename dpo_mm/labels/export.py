@@ -8,7 +8,6 @@ a tie, so that nothing undecided turns into a win.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from dpo_mm.config import nearest
 from dpo_mm.labels.arena import Rating, ratings
 from dpo_mm.labels.exchange import FORMS
-from dpo_mm.labels.sources import digest, open_pairs, picture_bytes
+from dpo_mm.labels.sources import digest, file_of, open_pairs
 from dpo_mm.labels.store import Vote, VoteStore, source_of
+from dpo_mm.resumable import aside
 from dpo_mm.schema import make_image_rows
 from dpo_mm.shipped import presets_folder
 
@@ -89,7 +89,7 @@ def labelled(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str]) -> D
             continue
         if digests.get(row["id"], digest(row)) != digest(row):
             raise ValueError(f"pair {row['id']!r} has other pictures or another prompt than when it was voted on")
-        pictures = {name: {"bytes": picture_bytes(row[name]), "path": None} for name in ("image_a", "image_b")}
+        pictures = {name: {"bytes": file_of(row[name]), "path": None} for name in ("image_a", "image_b")}
         known = {"axis": "people", "source": f"labelled by {people} {'person' if people == 1 else 'people'}"}
         kept.append({**row, **pictures, **known, **said[row["id"]]})
     if not kept:
@@ -110,12 +110,11 @@ def export(votes: str, output: str, *, pairs: str | None = None, form: str = "ro
     found = labelled(cast, rows, store.digests())
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    if form == "rows":
-        found.to_parquet(str(aside))
-    else:
-        aside.write_text(json.dumps(FORMS[form](cast, rows), ensure_ascii=False, indent=1))
-    aside.replace(target)
+    with aside(target) as beside:
+        if form == "rows":
+            found.to_parquet(str(beside))
+        else:
+            beside.write_text(json.dumps(FORMS[form](cast, rows), ensure_ascii=False, indent=1))
     return {"pairs": f"{len(found)} of {len(rows)}", **summary(cast)}
 
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dpo_mm.pictures import encode_png
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.progress import progress
 from dpo_mm.prompts import read_prompts, seeds_of
+from dpo_mm.resumable import aside, same_plan
 from dpo_mm.shipped import locate
 
 PLAN = "samples.json"
@@ -37,7 +37,9 @@ def draw_samples(
         )
     wanted = read_prompts(prompts, limit=limit)
     plan = {"models": list(models), "prompts": wanted, "steps": steps, "guidance": guidance, "seed": seed}
-    _same(folder, plan)
+    same_plan(folder, plan, done="drawn", file=PLAN)
+    for name in names:
+        (folder / name).mkdir(exist_ok=True)
     for number, prompt in enumerate(wanted, 1):
         (folder / f"{number:04}.txt").write_text(prompt)
     seeds = [seeds_of(prompt, 1, seed=seed)[0] for prompt in wanted]
@@ -48,9 +50,8 @@ def draw_samples(
             advance(len(wanted) - len(left))
             drawn = _draw(model, [wanted[n] for n in left], [seeds[n] for n in left], steps, guidance, precision)
             for n, image in zip(left, drawn, strict=True):
-                aside = places[n].with_suffix(".aside")
-                aside.write_bytes(encode_png(image))
-                aside.replace(places[n])
+                with aside(places[n]) as beside:
+                    beside.write_bytes(encode_png(image))
                 advance(1)
     return folder
 
@@ -69,15 +70,3 @@ def _draw(model: str, prompts: list[str], seeds: list[int], steps: int, guidance
         policy.attach(locate(adapter))
     for part in policy.sample(prompts, seeds, steps=steps, guidance=guidance, batch_size=BATCH):
         yield from part
-
-
-def _same(folder: Path, plan: dict[str, Any]) -> None:
-    """Note what a folder's samples are. Raises ValueError where it holds others."""
-    file = folder / PLAN
-    if file.exists() and json.loads(file.read_text()) != plan:
-        raise ValueError(
-            f"{folder} holds samples of other models, prompts or settings; choose another folder for --pairs"
-        )
-    for model in plan["models"]:
-        (folder / name_of(model)).mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(plan, indent=1))

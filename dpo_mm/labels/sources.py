@@ -13,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_mm.pictures import picture_bytes
 from dpo_mm.schema import image_preference, load_pairs
 from dpo_mm.shipped import locate
 
@@ -96,12 +97,12 @@ def _prompt(name: str, folders: tuple[Path, ...]) -> str:
     return name.replace("_", " ").replace("-", " ")
 
 
-def picture_bytes(cell: dict[str, Any]) -> bytes:
-    """The file of an undecoded picture. Raises OSError where it is gone."""
-    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+def file_of(cell: dict[str, Any]) -> bytes:
+    """The file of an undecoded picture, empty where that is all there is. Raises OSError where it is gone."""
+    return b"" if cell["bytes"] == b"" else picture_bytes(cell)
 
 
 def digest(row: dict[str, Any]) -> str:
     """A hash of what a labeller saw of a pair: prompt and both files, so that votes never meet other pictures."""
-    parts = (row["prompt"].encode(), picture_bytes(row["image_a"]), picture_bytes(row["image_b"]))
+    parts = (row["prompt"].encode(), file_of(row["image_a"]), file_of(row["image_b"]))
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_mm.resumable import aside
+
 if TYPE_CHECKING:
     from datasets import Features
 
@@ -45,9 +47,8 @@ class Progress:
     complete: bool = False
 
     def save(self, folder: Path) -> None:
-        aside = folder / f".{PROGRESS}.{os.getpid()}"
-        aside.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False))
-        aside.replace(folder / PROGRESS)
+        with aside(folder / PROGRESS) as beside:
+            beside.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
 
 def resume(folder: Path, settings: dict[str, Any]) -> Progress:

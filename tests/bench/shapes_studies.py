@@ -7,6 +7,7 @@ A run that OUTPUT.json has already is not done again. Times are CPU seconds of t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -14,8 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dpo_mm.cli import quietly
 from dpo_mm.recipe import read_recipe
@@ -34,29 +33,24 @@ LAST = 50
 """Steps at the end whose training errors are averaged."""
 
 
-def run(name: str, seed: int, folder: Path, bases: dict[str, Any]) -> dict[str, Any]:
+def run(name: str, seed: int, work: Path) -> dict[str, Any]:
     """One variation: what training showed at its end, and how often its pictures are wholly right.
 
-    bases: scores of the base by seed; drawn where they aren't there yet.
+    work: a folder that all variations share, so that the base's pictures are drawn once a seed.
     """
-    from dpo_mm.evaluation.compare import draw, opened, plan_of
-    from dpo_mm.evaluation.statistics import paired
+    from dpo_mm.recipe import compare
     from dpo_mm.trainer import train
 
-    given = {**STUDIES[name], "seed": str(seed), "output_dir": str(folder), "log_every": "1"}
-    with quietly():
+    given = {**STUDIES[name], "seed": str(seed), "output_dir": str(work), "log_every": "1"}
+    with quietly(), tempfile.TemporaryDirectory() as folder:
         recipe = read_recipe("faithfulness", "shapes", given)
         began = time.process_time()
-        trained = train(recipe.train)
+        trained = train(dataclasses.replace(recipe.train, output_dir=folder))
         spent = time.process_time() - began
-        plan, policy = plan_of(recipe.compare), opened(recipe.compare, str(trained.folder))
-        judge = recipe.compare.judges[0]
-        if str(seed) not in bases:
-            base = draw(policy, plan, recipe.compare, scale=0.0, title="drawing with the base")
-            bases[str(seed)] = [float(score) for score in base.scores[judge]]
-        tuned = draw(policy, plan, recipe.compare, scale=1.0, title="drawing with the tuned")
-    scores = np.array(bases[str(seed)]), np.array(tuned.scores[judge], dtype=float)
-    found = paired(*scores, clusters=np.array(plan.prompts), metric=name, judge=judge, seed=seed)
+        asked = dataclasses.replace(
+            recipe.compare, adapter=folder, judges=recipe.compare.judges[:1], scales=(), output_dir=f"{work}/{seed}"
+        )
+        found = next(one for one in compare(asked, title=name, command="").comparisons if one.headline)
     return {
         "name": name,
         "seed": seed,
@@ -78,16 +72,17 @@ def main(arguments: list[str]) -> None:
         seeds = [int(part) for part in arguments[place + 1].split(",")]
         del arguments[place : place + 2]
     out, names = Path(arguments[0]), arguments[1:] or list(STUDIES)
-    kept = json.loads(out.read_text()) if out.exists() else {"rows": [], "bases": {}}
-    for seed in seeds:
-        for name in names:
-            if (name, seed) in {(row["name"], row["seed"]) for row in kept["rows"]}:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                kept["rows"].append(run(name, seed, Path(folder), kept["bases"]))
-            command = "python -m tests.bench.shapes_studies OUTPUT.json NAME... --seeds SEEDS"
-            out.write_text(json.dumps({"command": command, **kept}, indent=1) + "\n")
-            print(json.dumps(kept["rows"][-1]), flush=True)
+    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    with tempfile.TemporaryDirectory() as work:
+        for seed in seeds:
+            for name in names:
+                if (name, seed) in {(row["name"], row["seed"]) for row in rows}:
+                    continue
+                rows.append(run(name, seed, Path(work)))
+                tried = " ".join(f'"{one}"' for one in dict.fromkeys(row["name"] for row in rows))
+                command = f"python -m tests.bench.shapes_studies docs/benchmarks/shapes_studies.json {tried}"
+                out.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+                print(json.dumps(rows[-1]), flush=True)
 
 
 if __name__ == "__main__":

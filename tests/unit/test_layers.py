@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
-    {"__init__", "objectives", "schema", "config", "pictures", "progress", "shipped"},
+    {"__init__", "objectives", "schema", "config", "pictures", "progress", "resumable", "shipped"},
     {"worlds", "sources", "doctor", "judges", "policies", "prompts", "provenance", "questions", "labels", "pages"},
     {"reference", "encoding", "pairs", "shards", "kept", "collate", "beta"},
     {

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import ast
+import importlib
+import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +44,24 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_what_scripts_take_from_the_package_is_there() -> None:
+    """Benches and makers are run by hand: what they import, also late, must not go without a word."""
+    root = Path(__file__).parents[2]
+    scripts = [
+        path for folder in ("tests/bench", "docs", "data", "demos", "recipes") for path in (root / folder).glob("*.py")
+    ]
+    assert len(scripts) > 25
+    gone = []
+    for path in scripts:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dpo_mm"):
+                module = importlib.import_module(str(node.module))
+                inside = {found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []))}
+                gone += [
+                    f"{path.name}: {node.module}.{n.name}"
+                    for n in node.names
+                    if not hasattr(module, n.name) and n.name not in inside
+                ]
+    assert not gone
