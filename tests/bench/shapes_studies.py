@@ -26,6 +26,12 @@ STUDIES: dict[str, dict[str, str]] = {
     "safe, slack 0.3": {"objective": "safe", "settings": "slack:0.3"},
     "safe, slack 0": {"objective": "safe", "settings": "slack:0"},
     "safe, slack 0.6, beta 2000": {"objective": "safe", "settings": "slack:0.6", "beta": "2000"},
+    **{
+        f"safe, slack {slack}, rate {rate}": {"objective": "safe", "settings": f"slack:{slack}", "learning_rate": rate}
+        for slack in ("0.9", "0.6")
+        for rate in ("2e-3", "4e-3")
+    },
+    **{f"sigmoid, rate {rate}": {"learning_rate": rate} for rate in ("1e-4", "2.5e-4", "5e-4")},
     **{f"K = {k}, kept": {"reference": "precomputed", "reference_draws": str(k)} for k in (1, 4, 16)},
     **{f"K = {k}, asked": {"reference_draws": str(k)} for k in (1, 4, 16)},
 }
