@@ -39,7 +39,7 @@ CONFIG = CompareConfig(
     guidance=1.5,
     batch_size=48,
 )
-APART = 1_000
+APART = 10_000
 """The first seed of the draws that share no picture."""
 
 
