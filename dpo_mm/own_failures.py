@@ -1,9 +1,9 @@
 """Preference pairs from a reader's or captioner's own failures: ask it, judge its answers, reject the worst.
 
-rejected is what the model itself said (a loop cut after three rounds, see `judges.text.cut_loop`), chosen is the truth,
-its own best, or the same answer corrected. Each row keeps why it was rejected and how it was drawn. Finished shards are
-kept; a restarted run goes on after them, and one that is asked to stop (SIGTERM) ends after its shard. Processes share
-the questions (RANK of WORLD_SIZE).
+rejected is what the model itself said (a loop cut three rounds after the truth's own, see `judges.text.cut_loop`),
+chosen is the truth, its own best, or the same answer corrected. Each row keeps why it was rejected and how it was
+drawn. Finished shards are kept; a restarted run goes on after them, and one that is asked to stop (SIGTERM) ends after
+its shard. Processes share the questions (RANK of WORLD_SIZE).
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def pair(
         (floor,) = badness(config.judge, [Answer(chosen, 0, hit_limit=False)], question.truth)
     if bad[worst] - floor <= config.min_gap or not chosen.strip() or rejected.text == chosen:
         return None
-    text = cut_loop(rejected.text) if rejected.hit_limit else rejected.text
+    text = cut_loop(rejected.text, question.truth) if rejected.hit_limit else rejected.text
     return {
         "id": f"{question.id}/{worst}",
         "images": [{"bytes": encode_png(image), "path": None} for image in question.images],

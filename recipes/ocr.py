@@ -5,9 +5,9 @@
     python recipes/ocr.py --preset qwen2_5_vl --questions my_pages.jsonl --compare.questions my_held_out_pages.jsonl
 
 What happens is `dpo_mm.recipe.run`: ask the model to read pages and keep those where it degenerates (rejected is what
-it said, its loop cut after three rounds; chosen is the right transcription), train a LoRA with DPO and an SFT term,
-read held-out pages with base and tuned, judge both, write a report. The settings are in recipes/presets/ocr-*.yaml;
-any of them is a flag.
+it said, its loop cut three rounds after the truth's own; chosen is the right transcription), train a LoRA with DPO and
+an SFT term, read held-out pages with base and tuned, judge both, write a report. The settings are in
+recipes/presets/ocr-*.yaml; any of them is a flag.
 
 The method is that of the article behind this project (own degenerate outputs as rejected, after fine-tuning); its beta,
 rate and rank are not public, so those here are our own, found on the shipped reader.

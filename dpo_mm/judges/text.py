@@ -52,14 +52,25 @@ def find_loop(text: str) -> Loop | None:
     return None
 
 
-def cut_loop(text: str) -> str:
-    """The text with the loop that it ends in cut after three rounds; any other text as it is.
+def cut_loop(text: str, truth: str = "") -> str:
+    """The text with the loop that it ends in cut three rounds after the longest that its truth has of it.
 
     A rejected answer that loops for thousands of tokens would weigh nothing but the loop's own continuation, which is
-    likely once it runs; what is to be unlearned is going into it.
+    likely once it runs; what is to be unlearned is going into it, or not coming out of it where the truth does: of a
+    dotted leader, three dots alone would be a beginning of the truth. Any other text is left as it is.
     """
     loop = find_loop(text)
-    return text[: loop.start + PERIODS * loop.period] if loop else text
+    if loop is None:
+        return text
+    unit = text[loop.start : loop.start + loop.period]
+    return text[: loop.start + (_rounds(unit, truth) + PERIODS) * loop.period]
+
+
+def _rounds(unit: str, text: str) -> int:
+    """How often a unit stands in a text in a row, at most, with whichever of its characters that begins."""
+    turned = {unit[n:] + unit[:n] for n in range(len(unit))}
+    runs = [run[0] for one in turned for run in re.finditer(f"(?:{re.escape(one)})+", text)]
+    return max(map(len, runs), default=0) // len(unit)
 
 
 def degeneration(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:

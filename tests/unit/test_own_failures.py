@@ -62,7 +62,8 @@ def test_a_corrected_answer_keeps_what_was_right_or_merely_misread() -> None:
     looping = Answer("Nines ....... 44\nRoads " + "." * 170, 200, True)
     row = pair(page, [looping], WAYS, config(chosen="corrected"))
     assert row is not None and row["chosen"] == "Nines ....... 44\nRoads ........ 75"
-    assert row["rejected"] == "Nines ....... 44\nRoads ..." and row["source"].endswith("chosen: corrected")
+    assert row["rejected"] == "Nines ....... 44\nRoads " + "." * 11, "past the 8 dots of the truth"
+    assert row["source"].endswith("chosen: corrected")
     caption = Answer("a blue star and a green cross.", 8, False)
     row = pair(SCENE, [caption], WAYS, config(judge="faults", chosen="corrected"))
     assert row is not None and row["chosen"] == "a blue star and a red circle."

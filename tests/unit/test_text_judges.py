@@ -43,6 +43,20 @@ def test_a_planted_loop_is_found_and_cut(before: str, unit: str, rounds: int) ->
     assert judges.cut_loop(text) == text[: loop.start + 3 * loop.period]
 
 
+@pytest.mark.parametrize(
+    ("text", "truth", "kept"),
+    [
+        ("Indox " + "." * 300, "Index .......... 41\nRoads .... 7", "Indox " + "." * 13),
+        ("1" + " 0.0" * 90, "Total 0.0 0.0 0.0 0.0 2.1", "1" + " 0.0" * 7),
+        ("never " * 60, "never never gone", "never " * 5),
+        ("a" * 60, "b" + "a" * 99, "a" * 60),
+        ("no loop at all", "no loop", "no loop at all"),
+    ],
+)
+def test_a_loop_that_the_truth_has_too_is_cut_where_it_has_outrun_the_truth(text: str, truth: str, kept: str) -> None:
+    assert judges.cut_loop(text, truth) == kept
+
+
 def test_degeneration_is_a_repeated_tail_at_the_limit_that_the_truth_does_not_have() -> None:
     loop, table = "0.0 " * 40, "Total " + "0.0 " * 40
     answers = [said(loop, cut=True), said(loop), said("a long and honest answer that never ends", cut=True)]
