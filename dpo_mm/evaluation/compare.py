@@ -22,7 +22,7 @@ from dpo_mm.evaluation.drawing import Drawn, Plan, Studio, plan_of
 from dpo_mm.evaluation.gallery import FOLDER, MANIFEST, Gallery
 from dpo_mm.evaluation.report import Example, Report, write_report
 from dpo_mm.evaluation.rows import within
-from dpo_mm.evaluation.statistics import LEVEL, Comparison, corrected, overall, paired
+from dpo_mm.evaluation.statistics import LEVEL, Comparison, corrected, overall, paired, settled
 from dpo_mm.evaluation.sweep import Point, advice, marked
 from dpo_mm.judges import metric_of
 from dpo_mm.policies.protocol import load_policy
@@ -115,7 +115,8 @@ def control(base: Drawn, judge: str, *, seed: int) -> Comparison | None:
     scores = base.scores[judge].reshape(-1, base.plan.samples)
     prompts = np.repeat(np.array(base.plan.prompts[:: base.plan.samples]), half)
     one, other = scores[:, :half].ravel(), scores[:, half : 2 * half].ravel()
-    return paired(one, other, clusters=prompts, metric=f"A/A control: {metric_of(judge)}", judge=judge, seed=seed)
+    found = paired(one, other, clusters=prompts, metric=f"A/A control: {metric_of(judge)}", judge=judge, seed=seed)
+    return dataclasses.replace(found, verdict=settled(found))
 
 
 def verdict(found: Sequence[Comparison]) -> str:
@@ -286,14 +287,17 @@ def remarks(found: Sequence[Comparison]) -> list[str]:
 
 
 def outlasted(found: Sequence[Comparison]) -> list[str]:
-    """Judges whose interval leaves out 0 but whose sign test does not outlast the correction for their number, in words."""
-    lost = [one for one in found if one.p_holm is not None and one.verdict != "no evidence" and one.p_holm > LEVEL]
-    return [
-        f"{one.metric} is {one.verdict} by its interval, but its sign test (p {one.p:.2g}) does not outlast Holm's "
-        f"correction for the number of judges (p {one.p_holm:.2g})."
-        for one in lost
-        if not within(one.metric)
-    ]
+    """Judges whose interval leaves out 0 but not their sign test, as it is or corrected for their number, in words."""
+    words = []
+    for one in found:
+        if one.p_holm is None or one.verdict == "no evidence" or within(one.metric):
+            continue
+        said = f"{one.metric} is {one.verdict} by its interval, but its sign test (p {one.p:.2g}) does not"
+        if one.headline and settled(one) != one.verdict:
+            words.append(f"{said} say so: the verdict wants both.")
+        elif one.p_holm > LEVEL:
+            words.append(f"{said} outlast Holm's correction for the number of judges (p {one.p_holm:.2g}).")
+    return words
 
 
 def narrowed(spread: Comparison) -> str:
@@ -312,7 +316,7 @@ def earned(against: Comparison) -> str:
         "changed": f"DPO and SFT differ, neither for better: {against.metric} {span}.",
         "no evidence": f"No evidence that DPO does better than SFT on the chosen here: {against.metric} {span}. SFT is cheaper.",
     }
-    return words[against.verdict]
+    return words[settled(against)]
 
 
 def _summary(headline: Comparison, word: str) -> str:

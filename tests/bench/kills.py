@@ -1,19 +1,21 @@
 """A run killed (SIGKILL) at random moments, saves included, and resumed: the same bits each time.
 
-    python -m tests.bench.kills OUTPUT.json MODEL PAIRS [--kills 25] [--seed 0]
+    python -m tests.bench.kills OUTPUT.json [--kills 30] [--seed 0] [--model MODEL --pairs PAIRS]
 
-MODEL and PAIRS as in a recipe; each run is a process of its own, forked from one that has imported everything. Every
-other one is killed in a save, after a random share of the time that the save before took. A line of the log is a kill: when it came, whether a save was under way, the newest
+MODEL and PAIRS as in a recipe; without them, a tiny Stable Diffusion pipeline and twelve pairs made here. Each run is a
+process of its own, forked from one that has imported everything. Every other one is killed in a save, after a random share of the time that the save before took. A line of the log is a kill: when it came, whether a save was under way, the newest
 whole checkpoint then, and whether the resumed run's weights and losses are those of the unbroken one.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -24,7 +26,10 @@ from typing import Any
 
 from dpo_mm.checkpoints import newest_whole
 from dpo_mm.config import TrainConfig
+from dpo_mm.schema import make_image_rows
 from dpo_mm.trainer import DPOTrainer, train
+from tests.conftest import rows as some_rows
+from tests.contracts.families import stable_diffusion
 
 STEPS = 6
 
@@ -98,16 +103,20 @@ def killed(config: TrainConfig, rng: random.Random, *, in_save: bool, lasts: flo
     return {"seconds": round(time.monotonic() - began, 2), "in a save": (Path(config.output_dir) / ".saving").exists()}
 
 
-def main(arguments: list[str]) -> None:
-    given = {"--kills": "25", "--seed": "0"}
-    for name in given:
-        if name in arguments:
-            place = arguments.index(name)
-            given[name] = arguments[place + 1]
-            del arguments[place : place + 2]
-    out, model, pairs = arguments
-    rng, rows = random.Random(int(given["--seed"])), []
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model")
+    parser.add_argument("--pairs")
+    given = parser.parse_args()
+    rng, rows = random.Random(given.seed), []
     with tempfile.TemporaryDirectory() as work:
+        model = given.model or str(stable_diffusion(Path(work, "tiny")))
+        pairs = given.pairs or f"{work}/pairs.parquet"
+        if not given.pairs:
+            make_image_rows(some_rows(12)).to_parquet(pairs)
         config = TrainConfig(
             model, pairs, f"{work}/whole", steps=STEPS, batch_size=2, save_every=1, log_every=1, learning_rate=1e-3,
             eval_fraction=0.0, lora_rank=4,
@@ -116,7 +125,7 @@ def main(arguments: list[str]) -> None:
         finished(config)
         lasts, whole = time.monotonic() - began, result(Path(config.output_dir))
         print(json.dumps({"unbroken": whole[0][:16], "seconds": round(lasts, 2)}), flush=True)
-        while len(rows) < int(given["--kills"]):
+        while len(rows) < given.kills:
             cut = dataclasses.replace(config, output_dir=f"{work}/cut")
             shutil.rmtree(cut.output_dir, ignore_errors=True)
             row = killed(cut, rng, in_save=len(rows) % 2 == 0, lasts=lasts)
@@ -127,9 +136,9 @@ def main(arguments: list[str]) -> None:
             same = result(Path(cut.output_dir)) == whole
             rows.append({"kill": len(rows) + 1, **row, "newest": newest.name if newest else None, "same bits": same})
             print(json.dumps(rows[-1]), flush=True)
-    command = f"python -m tests.bench.kills {' '.join(sys.argv[1:])}"
-    Path(out).write_text(json.dumps({"command": command, "steps": STEPS, "kills": rows}, indent=1) + "\n")
+    command = shlex.join(["python", "-m", "tests.bench.kills", *sys.argv[1:]])
+    given.out.write_text(json.dumps({"command": command, "steps": STEPS, "kills": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -26,19 +26,25 @@ def variance(kept: dict[str, Any]) -> str:
 
 
 def studies(kept: dict[str, Any]) -> str:
+    points = lambda found: f"{100 * found['difference']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
     rows = [
         [
-            row["name"],
-            str(row["seed"]),
-            f"{row['base']:.1%} → {row['tuned']:.1%} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})",
-            f"{row['error_chosen']:.3f}",
-            f"{row['error_rejected']:.3f}",
-            f"{row['train_cpu_seconds']:.0f}",
+            one["name"],
+            ", ".join(map(str, one["seeds"])),
+            f"{one['base']:.1%} → {one['tuned']:.1%}",
+            points(one),
+            points(one["against_sigmoid"]) if one["against_sigmoid"] else "",
+            f"{one['error_chosen']:.3f}",
+            f"{one['error_rejected']:.3f}",
+            f"{one['train_cpu_seconds']:.0f}",
         ]
-        for row in kept["rows"]
+        for one in kept["variations"]
     ]
-    head = "variation, seed, wholly right, error of chosen, error of rejected, CPU seconds"
-    return f"`{kept['command']}`\n\n" + table(head, rows)
+    head = (
+        "variation, seeds, wholly right, points, points over sigmoid, error of chosen, error of rejected, CPU seconds"
+    )
+    commands = "\n".join(f"- `{command}`" for command in kept["commands"])
+    return f"{commands}\n\n" + table(head, rows)
 
 
 def drift(kept: dict[str, Any]) -> str:

@@ -1,22 +1,26 @@
 """Variations of the shapes recipe, trained and compared: `safe` against `sigmoid`, K fixed draws against fresh ones.
 
-    python -m tests.bench.shapes_studies OUTPUT.json NAME... [--seeds 0,1,2]
+    python -m tests.bench.shapes_studies OUTPUT.json NAME... [--seeds 0,1,2] [--work runs/shapes-studies]
 
-A run that OUTPUT.json has already is not done again. Times are CPU seconds of this process.
+Each row: the pictures of base and tuned that are wholly right, the training errors of the end, and the same seed's sigmoid
+beside it, prompt by prompt; and for variations of several seeds, all of them together. A run that OUTPUT.json has already
+is not done again. Times are CPU seconds of this process.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import statistics
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo_mm.cli import quietly
+from dpo_mm.evaluation.statistics import Comparison, paired
 from dpo_mm.recipe import read_recipe
 
 STUDIES: dict[str, dict[str, str]] = {
@@ -26,6 +30,12 @@ STUDIES: dict[str, dict[str, str]] = {
     "safe, slack 0.3": {"objective": "safe", "settings": "slack:0.3"},
     "safe, slack 0": {"objective": "safe", "settings": "slack:0"},
     "safe, slack 0.6, beta 2000": {"objective": "safe", "settings": "slack:0.6", "beta": "2000"},
+    **{
+        f"safe, slack {slack}, rate {rate}": {"objective": "safe", "settings": f"slack:{slack}", "learning_rate": rate}
+        for slack in ("0.9", "0.6")
+        for rate in ("2e-3", "4e-3")
+    },
+    **{f"sigmoid, rate {rate}": {"learning_rate": rate} for rate in ("1e-4", "2.5e-4", "5e-4")},
     **{f"K = {k}, kept": {"reference": "precomputed", "reference_draws": str(k)} for k in (1, 4, 16)},
     **{f"K = {k}, asked": {"reference_draws": str(k)} for k in (1, 4, 16)},
 }
@@ -34,27 +44,34 @@ LAST = 50
 
 
 def run(name: str, seed: int, work: Path) -> dict[str, Any]:
-    """One variation: what training showed at its end, and how often its pictures are wholly right.
+    """One variation: what training showed at its end, and which of its pictures are wholly right.
 
     work: a folder that all variations share, so that the base's pictures are drawn once a seed.
     """
-    from dpo_mm.recipe import compare
+    from dpo_mm.evaluation.compare import opened
+    from dpo_mm.evaluation.drawing import Studio, plan_of
+    from dpo_mm.evaluation.gallery import Gallery
     from dpo_mm.trainer import train
 
+    folder = str(work / f"{name}, seed {seed}")
     given = {**STUDIES[name], "seed": str(seed), "output_dir": str(work), "log_every": "1"}
-    with quietly(), tempfile.TemporaryDirectory() as folder:
+    with quietly():
         recipe = read_recipe("faithfulness", "shapes", given)
         began = time.process_time()
         trained = train(dataclasses.replace(recipe.train, output_dir=folder))
         spent = time.process_time() - began
-        asked = dataclasses.replace(
-            recipe.compare, adapter=folder, judges=recipe.compare.judges[:1], scales=(), output_dir=f"{work}/{seed}"
-        )
-        found = next(one for one in compare(asked, title=name, command="").comparisons if one.headline)
+        asked = dataclasses.replace(recipe.compare, adapter=folder, judges=recipe.compare.judges[:1])
+        plan = plan_of(asked)
+        studio = Studio(opened(asked, folder), asked, Gallery(work / "pictures"), folder)
+        right = {
+            side: studio.draw(plan, scale=scale, label=side).scores[asked.judges[0]]
+            for side, scale in (("base", 0.0), ("tuned", 1.0))
+        }
     return {
         "name": name,
         "seed": seed,
-        **{key: getattr(found, key) for key in ("base", "tuned", "difference", "low", "high")},
+        "prompts": list(plan.prompts[:: plan.samples]),
+        **{f"right_{side}": "".join(str(int(score)) for score in scores) for side, scores in right.items()},
         **{key: _end(trained.history, key) for key in ("error_chosen", "error_rejected", "accuracy", "margin")},
         **{key: value for key, value in trained.history[-1].items() if key.startswith("eval_")},
         "train_cpu_seconds": round(spent, 1),
@@ -65,25 +82,69 @@ def _end(history: tuple[dict[str, float], ...], key: str) -> float:
     return statistics.mean([entry[key] for entry in history if key in entry][-LAST:])
 
 
-def main(arguments: list[str]) -> None:
-    seeds = [0]
-    if "--seeds" in arguments:
-        place = arguments.index("--seeds")
-        seeds = [int(part) for part in arguments[place + 1].split(",")]
-        del arguments[place : place + 2]
-    out, names = Path(arguments[0]), arguments[1:] or list(STUDIES)
-    rows = json.loads(out.read_text())["rows"] if out.exists() else []
-    with tempfile.TemporaryDirectory() as work:
-        for seed in seeds:
-            for name in names:
-                if (name, seed) in {(row["name"], row["seed"]) for row in rows}:
-                    continue
-                rows.append(run(name, seed, Path(work)))
-                tried = " ".join(f'"{one}"' for one in dict.fromkeys(row["name"] for row in rows))
-                command = f"python -m tests.bench.shapes_studies docs/benchmarks/shapes_studies.json {tried}"
-                out.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
-                print(json.dumps(rows[-1]), flush=True)
+def compared(pairs: list[tuple[dict[str, Any], str, dict[str, Any], str]]) -> dict[str, float]:
+    """One side's pictures against the other's, over rows and sides; prompts of a seed are the clusters."""
+    one, other, clusters = [], [], []
+    for row, side, beside, other_side in pairs:
+        one += [int(digit) for digit in row[side]]
+        other += [int(digit) for digit in beside[other_side]]
+        samples = len(row[side]) // len(row["prompts"])
+        clusters += [f"{row['seed']} {prompt}" for prompt in row["prompts"] for _ in range(samples)]
+    found: Comparison = paired(
+        one, other, clusters=np.array(clusters), metric="wholly right rate", judge="faithfulness"
+    )
+    return {key: float(getattr(found, key)) for key in ("base", "tuned", "difference", "low", "high", "detectable")}
+
+
+def summed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each variation over all of its seeds: tuned against base, and against sigmoid's tuned of the same seeds."""
+    plain = {row["seed"]: row for row in rows if row["name"] == "sigmoid"}
+    found = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [row for row in rows if row["name"] == name]
+        beside = [(plain[row["seed"]], "right_tuned", row, "right_tuned") for row in own if row["seed"] in plain]
+        found.append(
+            {
+                "name": name,
+                "seeds": [row["seed"] for row in own],
+                **compared([(row, "right_base", row, "right_tuned") for row in own]),
+                "against_sigmoid": compared(beside) if beside and name != "sigmoid" else None,
+                **{key: statistics.mean(row[key] for row in own) for key in ("error_chosen", "error_rejected")},
+                "train_cpu_seconds": statistics.mean(row["train_cpu_seconds"] for row in own),
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="; ".join(STUDIES))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--work", type=Path, default=Path("runs/shapes-studies"))
+    given = parser.parse_intermixed_args()
+    rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    for seed in map(int, given.seeds.split(",")):
+        for name in given.names or list(STUDIES):
+            if (name, seed) in {(row["name"], row["seed"]) for row in rows}:
+                continue
+            rows.append(run(name, seed, given.work))
+            kept = {"commands": commands(rows), "variations": summed(rows), "rows": rows}
+            given.out.write_text(json.dumps(kept, indent=1) + "\n")
+            print(json.dumps(kept["variations"], indent=1), flush=True)
+
+
+def commands(rows: list[dict[str, Any]]) -> list[str]:
+    """What measures these rows, a command for the variations of the same seeds."""
+    seeds: dict[str, list[str]] = {}
+    for row in rows:
+        seeds.setdefault(row["name"], []).append(str(row["seed"]))
+    groups: dict[str, list[str]] = {}
+    for name, of in seeds.items():
+        groups.setdefault(",".join(sorted(of)), []).append(f'"{name}"')
+    start = "python -m tests.bench.shapes_studies docs/benchmarks/shapes_studies.json"
+    return [f"{start} {' '.join(names)} --seeds {of}" for of, names in groups.items()]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
