@@ -3,8 +3,8 @@
     python -m tests.bench.sft_or_dpo docs/benchmarks/sft-or-dpo.json [--seeds 0,1,2] [--work FOLDER]
 
 A reader is made whose last transcriptions were all clean: the shipped one, fine-tuned whole on pages of three sizes.
-The larger ones are shrunk to what it sees, so that it can't make out where a dotted leader ends. Such large pages of the
-training side are mined for its own loops, and each arm trains on those pairs (one on the clean pages instead) and
+The larger ones are shrunk to what it sees, so that it can't make out where a dotted leader ends. Such large pages of
+the training side are mined for its own loops, and each arm trains on those pairs (one on the clean pages instead) and
 reads the same held-out large pages. The learning rate of each of DPO and SFT is the one with the lowest character
 error rate (loops count in it) on other held-out pages, at the first seed. About 40
 minutes on one core. A run that was cut goes on in --work.
