@@ -45,7 +45,7 @@ CLEAN, STEPS = 3_900, 500
 """Pages that the reader learns from, and its steps of 16."""
 TEST, VALIDATION, MINED, LIMIT = 400, 100, 300, 380
 """Held-out pages, of two kinds, pages asked in mining, and tokens of an answer at most."""
-TEST_SEED, VALIDATION_SEED, MINED_SEED, CLEAN_SEED = 0, 5, 1, 300
+TEST_SEED, VALIDATION_SEED, CONFIRM_SEED, MINED_SEED, CLEAN_SEED = 0, 5, 40, 1, 300
 RATES = (1e-3, 3e-3, 6e-3)
 JUDGES = ("degeneration", "runaway", "repetition", "cer", "valid_json", "tokens")
 BATCH = 8
@@ -170,8 +170,8 @@ def trained(arm: str, work: Path, seed: int, rate: float) -> tuple[str, float | 
     return str(folder), json.loads((folder / "nats.json").read_text())
 
 
-def asking(work: Path, *, validation: bool = False, temperature: float = 0.0) -> CompareAnswersConfig:
-    count, seed = (VALIDATION, VALIDATION_SEED) if validation else (TEST, TEST_SEED)
+def asking(work: Path, seed: int = TEST_SEED, *, count: int = TEST, temperature: float = 0.0) -> CompareAnswersConfig:
+    """How held-out large pages are asked; seed: of the pages."""
     return CompareAnswersConfig(
         reader(work),
         str(work),
@@ -200,7 +200,7 @@ def best_rates(work: Path, seed: int) -> tuple[dict[str, float], list[dict[str, 
     tried: list[dict[str, Any]] = []
     for arm, rate in itertools.product(("dpo", "sft"), RATES):
         folder, nats = trained(arm, work, seed, rate)
-        found = rates(asked(asking(work, validation=True), folder, work))
+        found = rates(asked(asking(work, VALIDATION_SEED, count=VALIDATION), folder, work))
         tried.append({"arm": arm, "learning_rate": rate, "chosen_nats": nats, **found})
         print(json.dumps(tried[-1]), flush=True)
     best = {
@@ -231,7 +231,21 @@ def study(work: Path, seeds: list[int]) -> Iterator[dict[str, Any]]:
         elif "three rounds" in arm:
             rows[-1]["dpo_against_it"] = _against(found, answers[seed, "dpo"], config)
         print(json.dumps(rows[-1]), flush=True)
-        yield {"pages": TEST, "mined_pairs": pairs, "best_rates": best, "rates_tried": tried, "rows": rows}
+        whole = {"pages": TEST, "mined_pairs": pairs, "best_rates": best, "rates_tried": tried, "rows": rows}
+        yield whole
+    yield {**whole, "other_pages": confirmed(work, seeds, best)}
+
+
+def confirmed(work: Path, seeds: list[int], best: dict[str, float]) -> list[dict[str, Any]]:
+    """Base, DPO and SFT on as many pages again, which nothing was chosen by."""
+    config = asking(work, CONFIRM_SEED)
+    rows: list[dict[str, Any]] = [{"arm": "base", **rates(asked(config, None, work))}]
+    for seed in seeds:
+        dpo, sft = (asked(config, trained(arm, work, seed, best[arm])[0], work) for arm in ARMS)
+        rows.append({"arm": "dpo", "seed": seed, **rates(dpo)})
+        rows.append({"arm": "sft", "seed": seed, **rates(sft), "dpo_against_it": _against(sft, dpo, config)})
+        print(json.dumps(rows[-2:]), flush=True)
+    return rows
 
 
 def _against(one: Answered, other: Answered, config: CompareAnswersConfig) -> dict[str, Any]:
