@@ -76,7 +76,7 @@ def relabel(config: RelabelConfig) -> Relabelled | None:
     same = {name: card.get("weights") or card.get("code_sha256") for name, card in cards.items()}
     told = hashlib.sha256("\0".join([*rows["id"], *rows["prompt"]]).encode()).hexdigest()
     plan = {"pairs": config.pairs, "ids and prompts": told, "judges": same, "shard_size": config.shard_size}
-    same_plan(folder, plan, done="judged")
+    same_plan(folder, plan, done="judged", flag="out")
     scores = _judged(rows, config, folder)
     if scores is None:
         return None

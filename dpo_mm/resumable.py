@@ -35,18 +35,23 @@ def aside(path: Path, *, fix: str | None = None) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def same_plan(folder: Path, plan: Mapping[str, Any], *, done: str, file: str = PLAN_FILE) -> None:
+def same_plan(
+    folder: Path, plan: Mapping[str, Any], *, done: str, flag: str = "output_dir", file: str = PLAN_FILE
+) -> None:
     """Note the settings that a folder is made with; where it goes and how much at once are free to change.
 
-    done: what was done to it, for the error. Raises ValueError where it was begun with other settings, and which.
+    done, flag: what was done to it and which setting names it, for the error.
+    Raises ValueError where it was begun with other settings, and which.
     """
     folder.mkdir(parents=True, exist_ok=True)
     now, kept = json.loads(json.dumps(plan)), folder / file
     before = json.loads(kept.read_text()) if kept.exists() else now
     free = ("output_dir", "batch_size")
-    changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in now.items() if k not in free and before.get(k) != v]
+    changed = [
+        f"{k}: {before.get(k)!r:.200} -> {v!r:.200}" for k, v in now.items() if k not in free and before.get(k) != v
+    ]
     if changed:
-        raise ValueError(f"{folder} was {done} with other settings ({'; '.join(changed)}); choose another output_dir")
+        raise ValueError(f"{folder} was {done} with other settings ({'; '.join(changed)}); choose another {flag}")
     with aside(kept) as beside:
         beside.write_text(json.dumps(now, indent=1))
 

@@ -57,7 +57,7 @@ def score(config: JudgeConfig) -> Scored | None:
     card, folder = judge_card(config.judge), Path(f"{config.out}.parts")
     plan = {"judge": config.judge, "images": config.images, "prompts": config.prompts, "pictures": len(pictures)}
     plan |= {"weights": card.get("weights") or card.get("code_sha256"), "shard_size": config.shard_size}
-    same_plan(folder, plan, done="judged")
+    same_plan(folder, plan, done="judged", flag="out")
     shards = [pictures[i : i + config.shard_size] for i in range(0, len(pictures), config.shard_size)]
     places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
     left = left_of(places)

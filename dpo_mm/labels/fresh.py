@@ -37,7 +37,7 @@ def draw_samples(
         )
     wanted = read_prompts(prompts, limit=limit)
     plan = {"models": list(models), "prompts": wanted, "steps": steps, "guidance": guidance, "seed": seed}
-    same_plan(folder, plan, done="drawn", file=PLAN)
+    same_plan(folder, plan, done="drawn", flag="folder for --pairs", file=PLAN)
     for name in names:
         (folder / name).mkdir(exist_ok=True)
     for number, prompt in enumerate(wanted, 1):

@@ -1,10 +1,11 @@
 """A run killed (SIGKILL) at random moments, saves included, and resumed: the same bits each time.
 
-    python -m tests.bench.kills OUTPUT.json [--kills 30] [--seed 0] [--model MODEL --pairs PAIRS]
+    python -m tests.bench.kills OUTPUT.json [--kills 30] [--seed 0]
 
-MODEL and PAIRS as in a recipe; without them, a tiny Stable Diffusion pipeline and twelve pairs made here. Each run is a
-process of its own, forked from one that has imported everything. Every other one is killed in a save, after a random share of the time that the save before took. A line of the log is a kill: when it came, whether a save was under way, the newest
-whole checkpoint then, and whether the resumed run's weights and losses are those of the unbroken one.
+A tiny Stable Diffusion pipeline and twelve pairs. Each run is a process of its own, forked from one that has imported
+everything. Every other one is killed in a save, after a random share of the time that the save before took. A line of the
+log is a kill: when it came, whether a save was under way, the newest whole checkpoint then, and whether the resumed run's
+weights and losses are those of the unbroken one.
 """
 
 from __future__ import annotations
@@ -108,15 +109,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model")
-    parser.add_argument("--pairs")
     given = parser.parse_args()
     rng, rows = random.Random(given.seed), []
     with tempfile.TemporaryDirectory() as work:
-        model = given.model or str(stable_diffusion(Path(work, "tiny")))
-        pairs = given.pairs or f"{work}/pairs.parquet"
-        if not given.pairs:
-            make_image_rows(some_rows(12)).to_parquet(pairs)
+        model, pairs = str(stable_diffusion(Path(work, "tiny"))), f"{work}/pairs.parquet"
+        make_image_rows(some_rows(12)).to_parquet(pairs)
         config = TrainConfig(
             model, pairs, f"{work}/whole", steps=STEPS, batch_size=2, save_every=1, log_every=1, learning_rate=1e-3,
             eval_fraction=0.0, lora_rank=4,

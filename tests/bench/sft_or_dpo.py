@@ -6,8 +6,8 @@ A reader is made whose last transcriptions were all clean: the shipped one, fine
 The larger ones are shrunk to what it sees, so that it can't make out where a dotted leader ends. Such large pages of
 the training side are mined for its own loops, and each arm trains on those pairs (one on the clean pages instead) and
 reads the same held-out large pages. The learning rate of each of DPO and SFT is the one with the lowest character
-error rate (loops count in it) on other held-out pages, at the first seed. About 40
-minutes on one core. A run that was cut goes on in --work.
+error rate (loops count in it) on other held-out pages, at the first seed. At
+the end DPO and SFT read as many pages again, which nothing was chosen by. A run that was cut goes on in --work.
 """
 
 from __future__ import annotations

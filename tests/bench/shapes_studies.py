@@ -17,10 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dpo_mm.cli import quietly
-from dpo_mm.evaluation.statistics import Comparison, paired
+from dpo_mm.evaluation.statistics import paired
 from dpo_mm.recipe import read_recipe
 
 STUDIES: dict[str, dict[str, str]] = {
@@ -30,12 +28,6 @@ STUDIES: dict[str, dict[str, str]] = {
     "safe, slack 0.3": {"objective": "safe", "settings": "slack:0.3"},
     "safe, slack 0": {"objective": "safe", "settings": "slack:0"},
     "safe, slack 0.6, beta 2000": {"objective": "safe", "settings": "slack:0.6", "beta": "2000"},
-    **{
-        f"safe, slack {slack}, rate {rate}": {"objective": "safe", "settings": f"slack:{slack}", "learning_rate": rate}
-        for slack in ("0.9", "0.6")
-        for rate in ("2e-3", "4e-3")
-    },
-    **{f"sigmoid, rate {rate}": {"learning_rate": rate} for rate in ("1e-4", "2.5e-4", "5e-4")},
     **{f"K = {k}, kept": {"reference": "precomputed", "reference_draws": str(k)} for k in (1, 4, 16)},
     **{f"K = {k}, asked": {"reference_draws": str(k)} for k in (1, 4, 16)},
 }
@@ -82,17 +74,17 @@ def _end(history: tuple[dict[str, float], ...], key: str) -> float:
     return statistics.mean([entry[key] for entry in history if key in entry][-LAST:])
 
 
-def compared(pairs: list[tuple[dict[str, Any], str, dict[str, Any], str]]) -> dict[str, float]:
-    """One side's pictures against the other's, over rows and sides; prompts of a seed are the clusters."""
-    one, other, clusters = [], [], []
-    for row, side, beside, other_side in pairs:
-        one += [int(digit) for digit in row[side]]
-        other += [int(digit) for digit in beside[other_side]]
-        samples = len(row[side]) // len(row["prompts"])
-        clusters += [f"{row['seed']} {prompt}" for prompt in row["prompts"] for _ in range(samples)]
-    found: Comparison = paired(
-        one, other, clusters=np.array(clusters), metric="wholly right rate", judge="faithfulness"
-    )
+def compared(pairs: list[tuple[dict[str, Any], str, str]]) -> dict[str, float]:
+    """What is right of two models, over rows of each their own seed; a seed's prompts are the clusters."""
+    one = [int(digit) for _, first, _ in pairs for digit in first]
+    other = [int(digit) for _, _, second in pairs for digit in second]
+    clusters = [
+        f"{row['seed']} {prompt}"
+        for row, first, _ in pairs
+        for prompt in row["prompts"]
+        for _ in range(len(first) // len(row["prompts"]))
+    ]
+    found = paired(one, other, clusters=clusters, metric="wholly right rate", judge="faithfulness")
     return {key: float(getattr(found, key)) for key in ("base", "tuned", "difference", "low", "high", "detectable")}
 
 
@@ -102,12 +94,12 @@ def summed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
-        beside = [(plain[row["seed"]], "right_tuned", row, "right_tuned") for row in own if row["seed"] in plain]
+        beside = [(row, plain[row["seed"]]["right_tuned"], row["right_tuned"]) for row in own if row["seed"] in plain]
         found.append(
             {
                 "name": name,
                 "seeds": [row["seed"] for row in own],
-                **compared([(row, "right_base", row, "right_tuned") for row in own]),
+                **compared([(row, row["right_base"], row["right_tuned"]) for row in own]),
                 "against_sigmoid": compared(beside) if beside and name != "sigmoid" else None,
                 **{key: statistics.mean(row[key] for row in own) for key in ("error_chosen", "error_rejected")},
                 "train_cpu_seconds": statistics.mean(row["train_cpu_seconds"] for row in own),

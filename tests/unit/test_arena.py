@@ -155,7 +155,9 @@ def test_fresh_samples_of_two_models(tiny_model: str, tmp_path: Path, monkeypatc
     kept = (folder / "other" / "0001.png").stat().st_mtime_ns
     draw_samples(models, str(tmp_path / "prompts.txt"), folder, **settings)
     assert (folder / "other" / "0002.png").exists() and (folder / "other" / "0001.png").stat().st_mtime_ns == kept
-    with pytest.raises(ValueError, match=r"was drawn with other settings \(steps: 2 -> 3\)"):
+    with pytest.raises(
+        ValueError, match=r"was drawn with other settings \(steps: 2 -> 3\); choose another folder for --pairs"
+    ):
         draw_samples(models, str(tmp_path / "prompts.txt"), folder, **settings | {"steps": 3})
     with pytest.raises(ValueError, match="expected two or more with different names"):
         draw_samples([tiny_model, tiny_model], str(tmp_path / "prompts.txt"), tmp_path / "x", **settings)
