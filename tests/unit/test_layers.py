@@ -7,30 +7,28 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
-    {"__init__", "objectives", "schema", "config", "pictures", "progress", "resumable", "shipped"},
-    {"worlds", "sources", "doctor", "judges", "policies", "prompts", "provenance", "questions", "labels", "pages"},
-    {"reference", "encoding", "pairs", "shards", "kept", "collate", "beta"},
-    {
-        "setup",
-        "checkpoints",
-        "guards",
-        "drift",
-        "card",
-        "memory",
-        "trainer",
-        "mining",
-        "own_failures",
-        "relabel",
-        "scoring",
-        "evaluation",
-    },
-    {"recipe", "verify", "terminal", "page_commands", "cli", "__main__"},
+    {"__init__", "worlds", "config", "errors", "progress", "resumable", "assets"},
+    {"objectives"},
+    {"data"},
+    {"policies", "judges", "sources", "doctor"},
+    {"training", "mining", "evaluation", "labels"},
+    {"recipe"},
+    {"cli", "demo_server", "__main__"},
 )
+MOVING = {
+    0: {"shipped"},
+    2: {"schema", "pictures", "pairs", "prompts", "questions"},
+    3: {"provenance"},
+    4: {"reference", "encoding", "shards", "kept", "collate", "beta", "setup", "checkpoints", "guards", "drift", "card"}
+    | {"memory", "trainer", "own_failures", "verify", "scoring", "relabel"},
+    6: {"terminal", "page_commands", "pages"},
+}
+"""Modules that still stand at the root, by the layer they belong to."""
 
 
 def layer(module: str) -> int:
     name = module.split(".")[1] if "." in module else "__init__"
-    return next(number for number, names in enumerate(LAYERS) if name in names)
+    return next(number for number, names in enumerate(LAYERS) if name in names | MOVING.get(number, set()))
 
 
 def imports(path: Path) -> set[str]:
