@@ -85,7 +85,7 @@ def quickstart(
 
     tasks = {"images": ("faithfulness", "shapes"), "captioner": ("captioner", "shapes"), "ocr": ("ocr", "pages")}
     if task not in tasks:
-        from dpo_mm.config import nearest
+        from dpo_mm.errors import nearest
 
         raise ValueError(f"task {task!r} is unknown; {nearest(task, tasks)}")
     given = {"output_dir": output_dir, "seed": str(seed), **({"baseline": baseline} if baseline else {})}
@@ -163,7 +163,8 @@ def train(context: typer.Context, config: str, dry_run: DryRun = False) -> None:
 
     settings = build(TrainConfig, _section(config, "train", flags(context.args)), where=config)
     with quietly():
-        from dpo_mm.trainer import Stopped, plan, train
+        from dpo_mm.errors import Stopped
+        from dpo_mm.trainer import plan, train
 
         if dry_run:
             print_rows(plan(settings))
@@ -213,9 +214,9 @@ def _of_its_kind(context: typer.Context, name: str, pictures: type[Any], answers
 
     A file of settings may come first: click would take the first flag for it, were it an argument of the command.
     """
+    from dpo_mm.assets import locate
     from dpo_mm.config import build
     from dpo_mm.policies.protocol import LANGUAGE, family_of
-    from dpo_mm.shipped import locate
 
     config = context.args[0] if context.args and not context.args[0].startswith("--") else None
     values = _section(config, name, flags(context.args[1:] if config else context.args))
@@ -234,8 +235,8 @@ def mine(context: typer.Context) -> None:
 
     settings = _of_its_kind(context, "mine", MineConfig, MineAnswersConfig)
     with quietly():
+        from dpo_mm.errors import Stopped
         from dpo_mm.recipe import mine
-        from dpo_mm.trainer import Stopped
 
         try:
             path = mine(settings)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from dpo_mm.errors import nearest
 
 T = TypeVar("T")
 
@@ -277,13 +278,6 @@ class MineAnswersConfig:
     seed: int = 0
     shard_size: int = 128
     """Questions a shard; a restarted run skips finished shards."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an error: the nearest known name, or all of them."""
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
 def build(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:

@@ -27,7 +27,7 @@ def demo_label(
     port: Port = None,
 ) -> None:
     """Label pairs blind, by keyboard, several people at once; ratings of the models behind them."""
-    from dpo_mm.pages import load_page
+    from dpo_mm.demo_server import load_page
 
     if models:
         from dpo_mm.labels.fresh import draw_samples
@@ -52,7 +52,7 @@ def demo_images(
     port: Port = None,
 ) -> None:
     """Draw base and tuned from the same seed, side by side."""
-    from dpo_mm.pages import load_page
+    from dpo_mm.demo_server import load_page
 
     with quietly():
         load_page("compare_images").run(model, adapter, judges, finished, precision=precision, port=port)
@@ -69,7 +69,7 @@ def demo_captions(
     port: Port = None,
 ) -> None:
     """Ask base and tuned about one picture, side by side."""
-    from dpo_mm.pages import load_page
+    from dpo_mm.demo_server import load_page
 
     with quietly():
         load_page("compare_captions").run(

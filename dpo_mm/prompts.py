@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo_mm.shipped import locate
+from dpo_mm.assets import locate
 from dpo_mm.worlds import shapes
 
 COMPBENCH = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from dpo_mm.assets import locate
 from dpo_mm.judges import JUDGES, load_judge, named
-from dpo_mm.shipped import locate
 
 MADE = re.compile(r"\b(?:(?:mined|relabelled|judged) (?:with|by)|guarded by) ([^,]+)")
 CARD_KEY = "pairs_made_by"

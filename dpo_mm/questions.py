@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from dpo_mm.config import nearest
+from dpo_mm.errors import nearest
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 0
 DEFAULT_COUNT = 400

@@ -8,17 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.config import (
-    CompareAnswersConfig,
-    CompareConfig,
-    MineAnswersConfig,
-    MineConfig,
-    TrainConfig,
-    build,
-    nearest,
-    read,
-)
-from dpo_mm.shipped import presets_folder
+from dpo_mm.assets import presets_folder
+from dpo_mm.config import CompareAnswersConfig, CompareConfig, MineAnswersConfig, MineConfig, TrainConfig, build, read
+from dpo_mm.errors import nearest
 
 if TYPE_CHECKING:
     from dpo_mm.evaluation.compare import Outcome

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from dpo_mm import kept
 from dpo_mm.collate import PairStream, groups_of
-from dpo_mm.config import TrainConfig, nearest
+from dpo_mm.config import TrainConfig
 from dpo_mm.encoding import cache_folder
+from dpo_mm.errors import nearest
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.progress import progress

@@ -112,7 +112,7 @@ def load_pairs(path: str, *, where: str | None = None) -> Dataset:
 
     Raises ValueError that names the set, the row and the fix where it is missing, empty or not valid.
     """
-    from dpo_mm.shipped import locate
+    from dpo_mm.assets import locate
 
     return validate(_open(locate(path)), where=where or path)
 
@@ -122,7 +122,7 @@ def load_responses(path: str) -> Dataset:
 
     Raises ValueError that names the set and the fix where it is missing, empty or lacks a column.
     """
-    from dpo_mm.shipped import locate
+    from dpo_mm.assets import locate
 
     rows = _open(locate(path))
     _require_columns(rows, ("prompt", "chosen", "rejected"), path)

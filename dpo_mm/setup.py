@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 
 from dpo_mm import objectives
 from dpo_mm.beta import AUTO
-from dpo_mm.config import TrainConfig, nearest
+from dpo_mm.config import TrainConfig
+from dpo_mm.errors import nearest
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.adapters import check_format
 from dpo_mm.policies.draws import LEVELS

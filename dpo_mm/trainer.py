@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_mm import objectives
+from dpo_mm.assets import locate
 from dpo_mm.beta import AUTO, measure_beta
 from dpo_mm.card import write_card
 from dpo_mm.checkpoints import CONFIG_FILE, mark_complete, newest_whole, publish, same_recipe, writing
@@ -30,6 +31,7 @@ from dpo_mm.collate import frozen_stream, training_stream
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.drift import Displacement, ErrorDrift
 from dpo_mm.encoding import encoded_sets
+from dpo_mm.errors import Stopped
 from dpo_mm.guards import FiniteSteps, Stop
 from dpo_mm.memory import planned
 from dpo_mm.objectives import LogProbs
@@ -38,7 +40,6 @@ from dpo_mm.progress import progress
 from dpo_mm.reference import Following, choose, choose_name, keep_reference
 from dpo_mm.schema import decided, load_pairs, load_responses, split_by_prompt
 from dpo_mm.setup import SLACK, check, loss_of, needs_of, opened, training_arguments
-from dpo_mm.shipped import locate
 
 
 def by_level(found: Mapping[str, Tensor], level: Tensor) -> dict[str, Tensor]:
@@ -275,10 +276,6 @@ class Trained:
     history: tuple[dict[str, float], ...]
     settings: dict[str, str]
     beta: float
-
-
-class Stopped(Exception):
-    """A run that ended early because it was asked to, with everything saved."""
 
 
 def train(config: TrainConfig) -> Trained:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_mm.assets import locate
 from dpo_mm.schema import REQUIRED, load_pairs, load_responses
-from dpo_mm.shipped import locate
 
 BATCH = 32
 Row = dict[str, Any]

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
-from dpo_mm.config import nearest
+from dpo_mm.errors import nearest
 from dpo_mm.schema import Answer
 
 Better = Literal["higher", "lower", "neither"]

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dpo_mm.config import nearest
+from dpo_mm.errors import nearest
 from dpo_mm.judges import Named, Opened
 from dpo_mm.judges.weights import Published, device, fill, find, in_batches, read_state, weights_card
 from dpo_mm.pictures import to_rgb

@@ -16,14 +16,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.config import nearest
+from dpo_mm.assets import presets_folder
+from dpo_mm.errors import nearest
 from dpo_mm.labels.arena import Rating, ratings
 from dpo_mm.labels.exchange import FORMS
 from dpo_mm.labels.sources import digest, file_of, open_pairs
 from dpo_mm.labels.store import Vote, VoteStore, source_of
 from dpo_mm.resumable import aside
 from dpo_mm.schema import make_image_rows
-from dpo_mm.shipped import presets_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_mm.assets import locate
 from dpo_mm.pictures import encode_png
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.progress import progress
 from dpo_mm.prompts import read_prompts, seeds_of
 from dpo_mm.resumable import aside, same_plan
-from dpo_mm.shipped import locate
 
 PLAN = "samples.json"
 BATCH = 8

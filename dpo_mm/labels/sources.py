@@ -13,9 +13,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_mm.assets import locate
 from dpo_mm.pictures import picture_bytes
 from dpo_mm.schema import image_preference, load_pairs
-from dpo_mm.shipped import locate
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -62,7 +62,7 @@ def scored(policy: LogProbs, reference: LogProbs, *, divergence: str, alpha: flo
     Source: f-DPO, Wang et al. 2023 (2309.16240) table 1.
     """
     if divergence not in DIVERGENCES:
-        from dpo_mm.config import nearest
+        from dpo_mm.errors import nearest
 
         raise ValueError(f"divergence {divergence!r} is unknown; {nearest(divergence, DIVERGENCES)}")
     require(math.isfinite(alpha), f"the divergence's alpha must be finite, got {alpha}")

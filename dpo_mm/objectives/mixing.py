@@ -37,7 +37,7 @@ FROM_BATCH = (
 def settings_of(name: str) -> dict[str, inspect.Parameter]:
     """The settings that an objective takes, by name. Raises ValueError for an unknown objective."""
     if name not in OBJECTIVES:
-        from dpo_mm.config import nearest
+        from dpo_mm.errors import nearest
 
         raise ValueError(f"objective {name!r} is unknown; {nearest(name, OBJECTIVES)}")
     parameters = inspect.signature(OBJECTIVES[name]).parameters
@@ -94,7 +94,7 @@ def _check_settings(known: Mapping[str, Mapping[str, inspect.Parameter]], settin
     every = {key for taken in known.values() for key in taken}
     unused = [key for key in settings if key not in every]
     if unused:
-        from dpo_mm.config import nearest
+        from dpo_mm.errors import nearest
 
         raise ValueError(f"{' and '.join(unused)}: not a setting of {' or '.join(known)}; {nearest(unused[0], every)}")
     for name, taken in known.items():

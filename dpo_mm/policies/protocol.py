@@ -131,7 +131,7 @@ def family_of(model: str, *, revision: str | None = None) -> str:
 
 def policy_class(model: str, *, revision: str | None = None) -> Any:
     """The class that makes a policy of a model. Raises ValueError as `family_of`."""
-    from dpo_mm.shipped import locate
+    from dpo_mm.assets import locate
 
     module, _, name = family_of(locate(model), revision=revision).partition(":")
     return getattr(importlib.import_module(module), name)
@@ -144,7 +144,7 @@ def load_policy(
 
     Raises ValueError where it is missing, incomplete or of an unknown family.
     """
-    from dpo_mm.shipped import locate
+    from dpo_mm.assets import locate
 
     kind = policy_class(model, revision=revision)
     return kind.load(locate(model), revision=revision, precision=precision, device=device, **options)

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.config import nearest
+from dpo_mm.errors import nearest
 from dpo_mm.progress import progress
 from dpo_mm.schema import image_preference, response_preference
 from dpo_mm.sources import SOURCES, Source

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dpo_mm.shipped import locate
+from dpo_mm.assets import locate
 from tests.demos.test_label_page import HOSTILE
 from tests.unit.test_finished import finished_run
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from dpo_mm.assets import locate
 from dpo_mm.evaluation.compare import plan_of
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.recipe import read_recipe
-from dpo_mm.shipped import locate
 
 ROOT = Path(__file__).parents[2]
 

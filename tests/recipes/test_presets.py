@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from transformers import SchedulerType
 
+from dpo_mm.assets import SHIPPED, presets_folder
 from dpo_mm.config import CompareAnswersConfig
 from dpo_mm.judges import named
 from dpo_mm.objectives import OBJECTIVES
@@ -15,7 +16,6 @@ from dpo_mm.policies.diffusion import DTYPES
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.policies.vlm import VisionLanguage
 from dpo_mm.recipe import Recipe, read_recipe
-from dpo_mm.shipped import SHIPPED, presets_folder
 from tests.contracts import tiny_vlms
 from tests.contracts.families import BUILDERS
 

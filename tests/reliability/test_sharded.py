@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
+from dpo_mm.assets import presets_folder
 from dpo_mm.config import TrainConfig
 from dpo_mm.memory import _row
 from dpo_mm.policies.protocol import load_policy
-from dpo_mm.shipped import presets_folder
 from tests.reliability.test_processes import TWO
 
 CONFIGS = presets_folder() / "accelerate"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_mm.shipped import locate
+from dpo_mm.assets import locate
 from dpo_mm.worlds import shapes
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from dpo_mm.shipped import demos_folder
+from dpo_mm.assets import demos_folder
 
 SMALL = 256
 """Pixels; a picture with no longer side is enlarged with its pixels sharp."""
