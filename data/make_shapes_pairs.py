@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from dpo_mm.cli import quietly
+from dpo_mm.cli.main import quietly
 from dpo_mm.config import MineConfig
 from dpo_mm.mining import mine
 from dpo_mm.worlds import shapes

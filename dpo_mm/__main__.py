@@ -1,5 +1,5 @@
 """`python -m dpo_mm` is `dpo-mm`."""
 
-from dpo_mm.cli import main
+from dpo_mm.cli.main import main
 
 main()

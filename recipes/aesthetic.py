@@ -12,7 +12,7 @@ aesthetic judge; the faithfulness judge stands guard, and a gain that costs obed
 import shlex
 import sys
 
-from dpo_mm.cli import flags, quietly
+from dpo_mm.cli.main import flags, quietly
 from dpo_mm.recipe import read_recipe, run
 
 

@@ -13,7 +13,7 @@ them is a flag. Recall stands guard: a captioner that says nothing invents nothi
 import shlex
 import sys
 
-from dpo_mm.cli import flags, quietly
+from dpo_mm.cli.main import flags, quietly
 from dpo_mm.recipe import read_recipe, run
 
 

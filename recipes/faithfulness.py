@@ -15,7 +15,7 @@ reference is the same weights with the adapter off, and a shorter run at a highe
 import shlex
 import sys
 
-from dpo_mm.cli import flags, quietly
+from dpo_mm.cli.main import flags, quietly
 from dpo_mm.recipe import read_recipe, run
 
 

@@ -16,7 +16,7 @@ rate and rank are not public, so those here are our own, found on the shipped re
 import shlex
 import sys
 
-from dpo_mm.cli import flags, quietly
+from dpo_mm.cli.main import flags, quietly
 from dpo_mm.recipe import read_recipe, run
 
 

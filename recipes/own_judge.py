@@ -19,7 +19,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from dpo_mm.cli import flags, quietly
+from dpo_mm.cli.main import flags, quietly
 from dpo_mm.judges import Share
 from dpo_mm.recipe import read_recipe, run
 from dpo_mm.schema import Answer

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from dpo_mm.beta import SHARE, measure_beta
-from dpo_mm.cli import quietly
+from dpo_mm.cli.main import quietly
 from dpo_mm.recipe import read_recipe
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dpo_mm.cli import quietly
+from dpo_mm.cli.main import quietly
 from dpo_mm.config import CompareConfig
 from dpo_mm.evaluation.compare import compare, comparisons, opened, verdict
 from dpo_mm.evaluation.drawing import Studio, plan_of

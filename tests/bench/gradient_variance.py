@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_mm.cli import quietly
+from dpo_mm.cli.main import quietly
 from dpo_mm.config import TrainConfig
 from dpo_mm.recipe import read_recipe
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.cli import quietly
+from dpo_mm.cli.main import quietly
 from dpo_mm.recipe import read_recipe
 
 ROUNDS = 7

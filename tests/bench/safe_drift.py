@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dpo_mm.cli import quietly
+from dpo_mm.cli.main import quietly
 from dpo_mm.recipe import read_recipe
 
 STEPS = 60

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_mm.cli import quietly
+from dpo_mm.cli.main import quietly
 from dpo_mm.config import CompareAnswersConfig, MineAnswersConfig, TrainConfig
 from dpo_mm.evaluation.asking import Answered, ask
 from dpo_mm.evaluation.compare_answers import comparisons

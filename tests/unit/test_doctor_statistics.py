@@ -145,7 +145,7 @@ def test_the_exit_status_is_for_scripts(
 ) -> None:
     from datasets import Dataset
 
-    from dpo_mm import cli
+    from dpo_mm.cli import main as cli
     from dpo_mm.schema import load_pairs
 
     rows = load_pairs("shapes-faithfulness").select(range(30))

@@ -40,7 +40,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
 
 
 def test_the_command_line_loads_nothing_heavy() -> None:
-    code = "import sys, dpo_mm.cli; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+    code = "import sys, dpo_mm.cli.main; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

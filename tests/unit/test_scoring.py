@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dpo_mm import scoring as module
-from dpo_mm.cli import app
+from dpo_mm.cli.main import app
 from dpo_mm.config import JudgeConfig
 from dpo_mm.judges.self_test import CLIP_PROBABILITIES, Check, clip_golden, self_test
 from dpo_mm.scoring import score

@@ -348,7 +348,7 @@ def test_an_imported_set_of_answers_trains(tmp_path: Path) -> None:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs dpo-mm and gives what it printed."""
-    from dpo_mm import cli
+    from dpo_mm.cli import main as cli
 
     def command(*arguments: str) -> str:
         monkeypatch.setattr("sys.argv", ["dpo-mm", *arguments])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_mm.cli import flags
+from dpo_mm.cli.main import flags
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

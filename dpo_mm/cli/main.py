@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo_mm import page_commands
+from dpo_mm.cli import demo, label
+from dpo_mm.cli.terminal import print_rows, quietly
 from dpo_mm.resumable import stoppable
-from dpo_mm.terminal import print_rows, quietly
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-app.add_typer(page_commands.demo, name="demo")
-app.add_typer(page_commands.label, name="label")
+app.add_typer(demo.demo, name="demo")
+app.add_typer(label.label, name="label")
 FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan (rows, steps, memory, effective beta) and stop.")

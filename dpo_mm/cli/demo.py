@@ -1,4 +1,4 @@
-"""The commands of pages and votes: dpo-mm demo label | images | captions, dpo-mm label export | ratings."""
+"""Commands that serve pages: `dpo-mm demo label`, `images` and `captions`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from dpo_mm.terminal import print_rows, quietly
+from dpo_mm.cli.terminal import quietly
 
 demo = typer.Typer(no_args_is_help=True, help="Pages for the browser, served to this machine alone.")
-label = typer.Typer(no_args_is_help=True, help="Votes that people cast on pairs.")
 Port = Annotated[int | None, typer.Option(help="Port on 127.0.0.1; the first free one from 7860 unless given.")]
 
 
@@ -74,39 +73,4 @@ def demo_captions(
     with quietly():
         load_page("compare_captions").run(
             model, adapter, questions, judge, max_new_tokens=max_new_tokens, precision=precision, port=port
-        )
-
-
-Moved = Annotated[str | None, typer.Option(help="The set that was labelled, where it has moved.")]
-Votes = Annotated[str, typer.Argument(help="SQLite file of the votes.")]
-
-
-@label.command("export")
-def label_export(
-    votes: Votes,
-    output: Annotated[str | None, typer.Option(help="File to write; labels.parquet or labels.json.")] = None,
-    form: Annotated[
-        str, typer.Option("--format", help="rows: preference rows, Parquet; label-studio or argilla: JSON.")
-    ] = "rows",
-    pairs: Moved = None,
-) -> None:
-    """Write the votes as preference rows, or for other tools."""
-    from datasets import disable_progress_bars
-
-    from dpo_mm.labels.export import export
-
-    disable_progress_bars()
-    output = output or ("labels.parquet" if form == "rows" else "labels.json")
-    print_rows(export(votes, output, pairs=pairs, form=form))
-    print(f"Exported: {output}" + (f"\nNext: dpo-mm train CONFIG.yaml --pairs {output}" if form == "rows" else ""))
-
-
-@label.command("ratings")
-def label_ratings(votes: Votes, pairs: Moved = None) -> None:
-    """How the models stand by the votes: Bradley-Terry ratings with 95 % intervals."""
-    from dpo_mm.labels.export import opened, standing
-
-    for one in standing(*opened(votes, pairs)):
-        print(
-            f"{one.rating:6.0f}  ({one.low:.0f} to {one.high:.0f})  {one.wins} won, {one.ties} tied, {one.losses} lost  {one.model}"
         )
