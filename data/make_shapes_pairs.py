@@ -33,7 +33,7 @@ license: apache-2.0
 
 Pictures that `shapes-sd` drew of its training prompts (16 a prompt for faithfulness, 8 for beauty; 15 steps, guidance 1.5, seeds in the rows), judged by
 `dpo_mm/judges/`, best against worst. Made by `python data/make_shapes_pairs.py`; rows are `ImagePreference`
-(`dpo_mm/schema.py`), pictures PNG.
+(`dpo_mm/data/schema.py`), pictures PNG.
 
 - `prompts-train.txt`, `prompts-held-out.txt`: disjoint in their combinations (`dpo_mm.worlds.shapes.split`).
 - `faithfulness.parquet`: chosen shows exactly what the prompt asks for, rejected does not.

@@ -14,14 +14,14 @@ import gradio as gr
 from PIL import Image
 
 from dpo_mm.assets import locate
+from dpo_mm.data.image_files import decode
+from dpo_mm.data.questions import Question, read_questions
+from dpo_mm.data.schema import Answer
 from dpo_mm.demo_server import Page, img, safe, serve
 from dpo_mm.evaluation.report import pieces
 from dpo_mm.judges import explain
-from dpo_mm.pictures import decode
 from dpo_mm.policies.answers import stream, token_log_probs
 from dpo_mm.policies.protocol import load_policy
-from dpo_mm.questions import Question, read_questions
-from dpo_mm.schema import Answer
 
 EXAMPLES = 12
 LARGEST_UPLOAD = 20_000_000

@@ -10,11 +10,11 @@ from typing import Any
 
 import gradio as gr
 
+from dpo_mm.data.image_files import decode, picture_bytes
 from dpo_mm.demo_server import Page, img, safe, serve
 from dpo_mm.labels.export import absolute, standing, summary, train_command
 from dpo_mm.labels.sources import digest, open_pairs
 from dpo_mm.labels.store import LONGEST_NAME, VoteStore, name_of
-from dpo_mm.pictures import decode, picture_bytes
 
 BUTTONS = {
     "left": ("Left", "←"),

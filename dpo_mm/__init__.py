@@ -18,7 +18,7 @@ _WHERE = {
     "LogProbs": "dpo_mm.objectives",
     "OBJECTIVES": "dpo_mm.objectives",
     "compare": "dpo_mm.evaluation.compare",
-    "load_pairs": "dpo_mm.schema",
+    "load_pairs": "dpo_mm.data.schema",
     "load_policy": "dpo_mm.policies.protocol",
     "mine": "dpo_mm.mining",
     "train": "dpo_mm.trainer",

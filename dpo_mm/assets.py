@@ -25,19 +25,19 @@ SHIPPED = {
 
 def data_folder() -> Path:
     """The folder of shipped data."""
-    inside = _PACKAGE / "data"
+    inside = _PACKAGE / "bundled"
     return inside if inside.is_dir() else _PACKAGE.parent / "data"
 
 
 def presets_folder() -> Path:
     """The folder of recipe presets."""
-    inside = _PACKAGE / "presets"
+    inside = _PACKAGE / "bundled" / "presets"
     return inside if inside.is_dir() else _PACKAGE.parent / "recipes" / "presets"
 
 
 def demos_folder() -> Path:
     """The folder of pages."""
-    inside = _PACKAGE / "demos"
+    inside = _PACKAGE / "bundled" / "demos"
     return inside if inside.is_dir() else _PACKAGE.parent / "demos"
 
 

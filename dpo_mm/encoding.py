@@ -23,11 +23,11 @@ from PIL import Image
 
 from dpo_mm import shards
 from dpo_mm.config import TrainConfig
-from dpo_mm.pairs import Pairs, check_sources, data_columns
+from dpo_mm.data.load_pairs import Pairs, check_sources, data_columns
+from dpo_mm.data.schema import decided, digest, load_pairs, load_responses, split_by_prompt
 from dpo_mm.policies.crops import bucket_for, buckets_of
 from dpo_mm.progress import progress
 from dpo_mm.resumable import aside
-from dpo_mm.schema import decided, digest, load_pairs, load_responses, split_by_prompt
 from dpo_mm.shards import Part, Shards
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ Finished shards are kept; a restarted run goes on after them. Processes share th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,17 @@ import numpy as np
 from PIL import Image
 
 from dpo_mm.config import MineConfig, as_dict
+from dpo_mm.data.image_files import encode_png
+from dpo_mm.data.parquet import combine, write_rows
+from dpo_mm.data.prompts import read_prompts, seeds_of
+from dpo_mm.data.schema import image_preference, make_image_rows
 from dpo_mm.judges import better_of, load_judge
-from dpo_mm.pictures import encode_png
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.progress import progress
-from dpo_mm.prompts import read_prompts, seeds_of
-from dpo_mm.resumable import aside, left_of, same_plan, stoppable
-from dpo_mm.schema import image_preference, make_image_rows
+from dpo_mm.resumable import left_of, same_plan, stoppable
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    pass
 
 
 def mine(config: MineConfig) -> Path:
@@ -148,27 +149,3 @@ def _row(
         "group_id": prompt,
         "source": f"mined with {'+'.join(names(config.judge))}" + (f", guarded by {guards}" if guards else ""),
     }
-
-
-def write_rows(rows: list[dict[str, Any]], path: Path, *, make: Callable[..., Dataset], features: Features) -> None:
-    """Rows as Parquet, written aside and renamed; a shard without pairs is an empty file of the same columns."""
-    from datasets import Dataset
-
-    found = make(rows) if rows else Dataset.from_dict({name: [] for name in features}, features=features)
-    with aside(path) as beside:
-        found.to_parquet(str(beside))
-
-
-def combine(places: list[Path], target: Path, *, nothing: str) -> Path:
-    """Shards as one file, once all are there. Raises ValueError with `nothing` where they hold no row."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not all(place.exists() for place in places):
-        return target
-    table = pa.concat_tables([pq.read_table(place) for place in places])
-    if table.num_rows == 0:
-        raise ValueError(nothing)
-    with aside(target) as beside:
-        pq.write_table(table, beside)
-    return target

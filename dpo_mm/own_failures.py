@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.config import MineAnswersConfig, as_dict
+from dpo_mm.data.image_files import encode_png
+from dpo_mm.data.parquet import combine, write_rows
+from dpo_mm.data.questions import Question, read_questions
+from dpo_mm.data.schema import Answer, make_response_rows, response_preference
 from dpo_mm.errors import Stopped
 from dpo_mm.guards import Stop
 from dpo_mm.judges import Share, better_of, correct, explain, load_judge
 from dpo_mm.judges.text import cut_loop
-from dpo_mm.mining import combine, write_rows
-from dpo_mm.pictures import encode_png
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.progress import progress
-from dpo_mm.questions import Question, read_questions
 from dpo_mm.resumable import left_of, same_plan
-from dpo_mm.schema import Answer, make_response_rows, response_preference
 
 
 def mine_answers(config: MineAnswersConfig) -> Path:

@@ -26,11 +26,11 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 
 from dpo_mm.config import RelabelConfig
+from dpo_mm.data.image_files import decode, picture_bytes
+from dpo_mm.data.schema import load_pairs
 from dpo_mm.judges import better_of, is_pairwise, judge_card, load_judge, load_pairwise
-from dpo_mm.pictures import decode, picture_bytes
 from dpo_mm.progress import progress
 from dpo_mm.resumable import aside, left_of, same_plan, stoppable
-from dpo_mm.schema import load_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

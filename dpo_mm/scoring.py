@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from dpo_mm.config import JudgeConfig
+from dpo_mm.data.image_files import decode, picture_bytes
+from dpo_mm.data.parquet import combine
+from dpo_mm.data.schema import load_pairs
 from dpo_mm.judges import judge_card, load_judge
-from dpo_mm.mining import combine
-from dpo_mm.pictures import decode, picture_bytes
 from dpo_mm.progress import progress
 from dpo_mm.resumable import aside, left_of, same_plan, stoppable
-from dpo_mm.schema import load_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset

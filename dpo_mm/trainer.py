@@ -29,6 +29,7 @@ from dpo_mm.card import write_card
 from dpo_mm.checkpoints import CONFIG_FILE, mark_complete, newest_whole, publish, same_recipe, writing
 from dpo_mm.collate import frozen_stream, training_stream
 from dpo_mm.config import TrainConfig, as_dict
+from dpo_mm.data.schema import decided, load_pairs, load_responses, split_by_prompt
 from dpo_mm.drift import Displacement, ErrorDrift
 from dpo_mm.encoding import encoded_sets
 from dpo_mm.errors import Stopped
@@ -38,7 +39,6 @@ from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.protocol import Batch, commit_of
 from dpo_mm.progress import progress
 from dpo_mm.reference import Following, choose, choose_name, keep_reference
-from dpo_mm.schema import decided, load_pairs, load_responses, split_by_prompt
 from dpo_mm.setup import SLACK, check, loss_of, needs_of, opened, training_arguments
 
 

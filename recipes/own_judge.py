@@ -20,9 +20,9 @@ import sys
 from collections.abc import Sequence
 
 from dpo_mm.cli.main import flags, quietly
+from dpo_mm.data.schema import Answer
 from dpo_mm.judges import Share
 from dpo_mm.recipe import read_recipe, run
-from dpo_mm.schema import Answer
 
 SIGNS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 PLAIN = re.compile(r"[0-9+\-*() ]{1,64}")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dpo_mm.pictures import encode_png
-from dpo_mm.schema import make_image_rows
+from dpo_mm.data.image_files import encode_png
+from dpo_mm.data.schema import make_image_rows
 from tests.contracts.families import WORDS, stable_diffusion
 
 pytest_plugins = ("tests.browser",)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_mm.assets import locate
+from dpo_mm.data.prompts import read_prompts
 from dpo_mm.doctor import answer_sets, image_sets
 from dpo_mm.doctor.copies import repeated_ids
 from dpo_mm.doctor.findings import CHECKS, Finding, by_severity
@@ -16,7 +17,6 @@ from dpo_mm.doctor.pictures import Look, look
 from dpo_mm.doctor.reading import batches, open_set
 from dpo_mm.doctor.seen import Seen, digest, lost, makers, plain
 from dpo_mm.progress import progress
-from dpo_mm.prompts import read_prompts
 
 KINDS = {"images": image_sets, "answers": answer_sets}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_mm.data.schema import PREFERENCES
 from dpo_mm.doctor.copies import alike, near, repeated
 from dpo_mm.doctor.findings import CHECKS, Finding, examples, share
 from dpo_mm.doctor.pictures import FEATURES, Look, look
@@ -15,7 +16,6 @@ from dpo_mm.doctor.reading import Opened, Row, batches
 from dpo_mm.doctor.seen import STRONG, Seen, digest, plain, shortcut
 from dpo_mm.doctor.shortcuts import LEAST, told_by, told_by_regression
 from dpo_mm.progress import progress
-from dpo_mm.schema import PREFERENCES
 
 SHORTCUTS = {
     "resolution-shortcut": ("resolution", "aspect"),

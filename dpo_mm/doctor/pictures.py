@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dpo_mm.pictures import decode, picture_bytes
+from dpo_mm.data.image_files import decode, picture_bytes
 
 FEATURES = ("resolution", "aspect", "bytes", "png", "jpeg", "webp", "brightness", "contrast", "saturation")
 """Of a side: logs of pixels, width over height and bytes; whether its format is that; light on 0 to 1."""

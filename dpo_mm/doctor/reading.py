@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_mm.assets import locate
-from dpo_mm.schema import REQUIRED, load_pairs, load_responses
+from dpo_mm.data.schema import REQUIRED, load_pairs, load_responses
 
 BATCH = 32
 Row = dict[str, Any]

@@ -10,12 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_mm.data.image_files import decode, encode_png, picture_bytes
 from dpo_mm.doctor import Diagnosis
 from dpo_mm.doctor.answer_sets import text
 from dpo_mm.doctor.findings import CHECKS, SEVERITIES, share
 from dpo_mm.doctor.pictures import look
 from dpo_mm.doctor.reading import open_set, rows_called
-from dpo_mm.pictures import decode, encode_png, picture_bytes
 from dpo_mm.resumable import aside
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_mm.data.prompts import category
 from dpo_mm.evaluation.gallery import FOLDER, MANIFEST, SCORES, read_lines
 from dpo_mm.judges import better_of
-from dpo_mm.prompts import category
 
 OUTCOMES = ("all", "better", "worse", "the same")
 

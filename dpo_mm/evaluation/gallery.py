@@ -17,7 +17,7 @@ from typing import Any, overload
 
 from PIL import Image
 
-from dpo_mm.pictures import decode
+from dpo_mm.data.image_files import decode
 from dpo_mm.resumable import aside
 
 FOLDER, MANIFEST, SCORES = "pictures", "manifest.jsonl", "scores.jsonl"

@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
+from dpo_mm.data.schema import Answer
 from dpo_mm.errors import nearest
-from dpo_mm.schema import Answer
 
 Better = Literal["higher", "lower", "neither"]
 

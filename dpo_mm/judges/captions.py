@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from dpo_mm.data.schema import Answer
 from dpo_mm.judges import Finding, Share
-from dpo_mm.schema import Answer
 from dpo_mm.worlds import captions
 
 Mentions = Callable[[str], list[str]]

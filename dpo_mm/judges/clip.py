@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dpo_mm.data.image_files import to_rgb
 from dpo_mm.errors import nearest
 from dpo_mm.judges import Named, Opened
 from dpo_mm.judges.weights import Published, device, fill, find, in_batches, read_state, weights_card
-from dpo_mm.pictures import to_rgb
 
 BATCH = 32
 HEAD = (0, 2, 4, 6, 7)

@@ -115,8 +115,8 @@ def golden(name: str, judge: Any, card: dict[str, Any], picture: str | None) -> 
         return Check(
             "golden values", None, "of OpenAI's ViT-B/32 for CLIP.png of github.com/openai/CLIP: --picture CLIP.png"
         )
+    from dpo_mm.data.image_files import decode
     from dpo_mm.judges.weights import sha256
-    from dpo_mm.pictures import decode
 
     if sha256(Path(picture)) != CLIP_PNG:
         return Check(

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jiwer
 from rapidfuzz.distance import Levenshtein
 
+from dpo_mm.data.schema import Answer
 from dpo_mm.judges import Finding, Share
-from dpo_mm.schema import Answer
 
 TAIL, TIMES = 15, 4
 """Characters at the end of an answer, and how often they must stand in it."""

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from dpo_mm.data.image_files import to_rgb
 from dpo_mm.judges import Named, Opened
 from dpo_mm.judges.weights import device, in_batches, sha256
-from dpo_mm.pictures import to_rgb
 
 BATCH = 8
 SHOWS = 'Does this figure show "{prompt}"? Please answer Yes or No.'

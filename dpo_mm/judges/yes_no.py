@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from dpo_mm.data.schema import Answer
 from dpo_mm.judges import Share
-from dpo_mm.schema import Answer
 
 EITHER = re.compile(
     r"\byes (or|and|/) ?no\b|\byes/no\b|\bnot (sure|certain)\b|\b(unsure|unclear|uncertain)\b|\bcan(no|')?t (tell|say)\b"

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_mm.assets import presets_folder
+from dpo_mm.data.schema import make_image_rows
 from dpo_mm.errors import nearest
 from dpo_mm.labels.arena import Rating, ratings
 from dpo_mm.labels.exchange import FORMS
 from dpo_mm.labels.sources import digest, file_of, open_pairs
 from dpo_mm.labels.store import Vote, VoteStore, source_of
 from dpo_mm.resumable import aside
-from dpo_mm.schema import make_image_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -151,7 +151,7 @@ def absolute(source: str) -> str:
 
 def train_command(votes: str, prompts: Sequence[str]) -> str:
     """One command line from votes to a trained adapter, for the folder that it is asked in."""
-    from dpo_mm.prompts import category
+    from dpo_mm.data.prompts import category
 
     preset = "sd15" if any(category(prompt) == "all" for prompt in prompts) else "shapes"
     recipe, output = presets_folder() / f"faithfulness-{preset}.yaml", Path(votes).with_suffix(".parquet")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.assets import locate
-from dpo_mm.pictures import encode_png
+from dpo_mm.data.image_files import encode_png
+from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.progress import progress
-from dpo_mm.prompts import read_prompts, seeds_of
 from dpo_mm.resumable import aside, same_plan
 
 PLAN = "samples.json"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_mm.assets import locate
-from dpo_mm.pictures import picture_bytes
-from dpo_mm.schema import image_preference, load_pairs
+from dpo_mm.data.image_files import picture_bytes
+from dpo_mm.data.schema import image_preference, load_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset

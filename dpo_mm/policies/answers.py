@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dpo_mm.data.schema import Answer
 from dpo_mm.policies.conversations import as_messages
-from dpo_mm.schema import Answer
 
 if TYPE_CHECKING:
     from dpo_mm.policies.vlm import VisionLanguage

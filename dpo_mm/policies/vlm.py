@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.data.schema import Answer
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies import conversations
 from dpo_mm.policies.adapters import refuse_pickle
@@ -38,7 +39,6 @@ from dpo_mm.policies.token_scores import (
     join_features,
     vision_features,
 )
-from dpo_mm.schema import Answer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER_FILE = "adapter_config.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dpo_mm.schema import PREFERENCES, image_preference, response_preference
+from dpo_mm.data.schema import PREFERENCES, image_preference, response_preference
 from dpo_mm.sources.answers import MISMATCH, answer_pair
 from dpo_mm.sources.messages import placed, turns
 from dpo_mm.sources.shards import Item, LeftOut, Row

@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dpo_mm.data.schema import image_preference, response_preference
 from dpo_mm.errors import nearest
 from dpo_mm.progress import progress
-from dpo_mm.schema import image_preference, response_preference
 from dpo_mm.sources import SOURCES, Source
 from dpo_mm.sources.files import Files
 from dpo_mm.sources.reading import Origin, find, raw_rows, total

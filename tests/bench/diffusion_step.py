@@ -50,12 +50,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dpo_mm.cli.main import quietly
 from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig
+from dpo_mm.data.image_files import encode_png
+from dpo_mm.data.schema import decided, make_image_rows
 from dpo_mm.encoding import encode
-from dpo_mm.pictures import encode_png
 from dpo_mm.policies.diffusion import DTYPES
 from dpo_mm.policies.stable_diffusion import StableDiffusion
 from dpo_mm.reference import keep_reference
-from dpo_mm.schema import decided, make_image_rows
 from dpo_mm.trainer import DPOTrainer
 from tests.contracts.families.words import WORDS, clip_tokenizer
 

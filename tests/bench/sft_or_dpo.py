@@ -26,16 +26,16 @@ import pyarrow.parquet as pq
 
 from dpo_mm.cli.main import quietly
 from dpo_mm.config import CompareAnswersConfig, MineAnswersConfig, TrainConfig
+from dpo_mm.data.image_files import encode_png
+from dpo_mm.data.parquet import write_rows
+from dpo_mm.data.questions import read_questions
+from dpo_mm.data.schema import make_response_rows, response_preference
 from dpo_mm.evaluation.asking import Answered, ask
 from dpo_mm.evaluation.compare_answers import comparisons
 from dpo_mm.judges.text import cut_loop
-from dpo_mm.mining import write_rows
 from dpo_mm.own_failures import mine_answers
-from dpo_mm.pictures import encode_png
 from dpo_mm.policies.protocol import load_policy
-from dpo_mm.questions import read_questions
 from dpo_mm.recipe import read_recipe, sft_of
-from dpo_mm.schema import make_response_rows, response_preference
 from dpo_mm.trainer import train
 from dpo_mm.worlds import documents
 

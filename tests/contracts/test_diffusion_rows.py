@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.data.image_files import encode_png
+from dpo_mm.data.schema import make_image_rows, split_by_prompt
 from dpo_mm.encoding import encode
-from dpo_mm.pictures import encode_png
 from dpo_mm.policies.adapters import check_format
 from dpo_mm.policies.protocol import load_policy
-from dpo_mm.schema import make_image_rows, split_by_prompt
 from tests.conftest import picture, rows
 from tests.contracts.families import BUILDERS, WORDS
 from tests.contracts.test_diffusion import config, stepped

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.pictures import encode_png
-from dpo_mm.schema import make_response_rows
+from dpo_mm.data.image_files import encode_png
+from dpo_mm.data.schema import make_response_rows
 from dpo_mm.trainer import train
 from tests.contracts.tiny_vlms import rows, save
 

@@ -15,8 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dpo_mm.assets import locate
+from dpo_mm.data.questions import read_questions
 from dpo_mm.policies.protocol import load_policy
-from dpo_mm.questions import read_questions
 
 TASKS = {"captioner": ("shapes-captioner", "scenes-held-out", 48), "ocr": ("page-reader", "pages-held-out", 200)}
 

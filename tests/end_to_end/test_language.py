@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.schema import response_preference
+from dpo_mm.data.schema import response_preference
 from dpo_mm.trainer import train
 from tests.contracts.tiny_vlms import rows, save
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from dpo_mm.data.image_files import MAX_PIXELS, decode
+from dpo_mm.data.schema import load_pairs, make_image_rows
 from dpo_mm.encoding import encode
-from dpo_mm.pictures import MAX_PIXELS, decode
 from dpo_mm.policies.protocol import load_policy
-from dpo_mm.schema import load_pairs, make_image_rows
 from tests.conftest import rows
 
 PICTURES, SETS = 10_000, 300

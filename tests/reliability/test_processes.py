@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from dpo_mm.config import TrainConfig, as_dict
-from dpo_mm.pictures import encode_png
+from dpo_mm.data.image_files import encode_png
 from dpo_mm.trainer import train
 from tests.conftest import picture, rows
 

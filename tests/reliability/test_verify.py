@@ -56,7 +56,7 @@ def test_a_run_that_does_not_repeat_itself_is_found(
 def test_a_reader_is_verified_too(tmp_path: Path) -> None:
     from datasets import Dataset
 
-    from dpo_mm.schema import response_preference
+    from dpo_mm.data.schema import response_preference
     from tests.contracts.tiny_vlms import rows
 
     model = save("llava", tmp_path / "model")

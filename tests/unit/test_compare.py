@@ -10,6 +10,7 @@ from PIL import Image
 
 from dpo_mm.assets import locate
 from dpo_mm.config import CompareConfig
+from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.evaluation.compare import (
     Drawn,
     Plan,
@@ -23,7 +24,6 @@ from dpo_mm.evaluation.compare import (
     verdict,
 )
 from dpo_mm.policies.protocol import load_policy
-from dpo_mm.prompts import read_prompts, seeds_of
 from tests.contracts.families import WORDS
 from tests.contracts.test_diffusion import disturbed
 

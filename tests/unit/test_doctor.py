@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpo_mm.data.schema import image_preference, response_preference
 from dpo_mm.doctor import Diagnosis, answer_sets, examine, image_sets
 from dpo_mm.doctor.findings import CHECKS
 from dpo_mm.doctor.pictures import look
 from dpo_mm.doctor.report import write_report
-from dpo_mm.schema import image_preference, response_preference
 
 ROWS = 210
 MODELS = ("red", "green", "blue", "grey")

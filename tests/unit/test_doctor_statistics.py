@@ -146,7 +146,7 @@ def test_the_exit_status_is_for_scripts(
     from datasets import Dataset
 
     from dpo_mm.cli import main as cli
-    from dpo_mm.schema import load_pairs
+    from dpo_mm.data.schema import load_pairs
 
     rows = load_pairs("shapes-faithfulness").select(range(30))
     assert isinstance(rows, Dataset)

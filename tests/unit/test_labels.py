@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from dpo_mm.data.schema import load_pairs
 from dpo_mm.labels.export import Agreement, agreement, export, tally, train_command
 from dpo_mm.labels.sources import open_pairs
 from dpo_mm.labels.store import BLOCK, Vote, VoteStore, source_of
-from dpo_mm.schema import load_pairs
 from tests.conftest import picture, rows
 
 IDS = [f"pair-{n}" for n in range(30)]

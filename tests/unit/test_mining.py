@@ -10,8 +10,8 @@ from PIL import Image
 
 from dpo_mm import mining
 from dpo_mm.config import MineConfig
+from dpo_mm.data.schema import load_pairs
 from dpo_mm.mining import choose_pairs, mine, names, together
-from dpo_mm.schema import load_pairs
 from tests.contracts.families import WORDS
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from dpo_mm import own_failures
 from dpo_mm.config import MineAnswersConfig
+from dpo_mm.data.questions import Question
+from dpo_mm.data.schema import Answer, load_responses
 from dpo_mm.errors import Stopped
 from dpo_mm.own_failures import mine_answers, pair
 from dpo_mm.policies.conversations import Conversations
-from dpo_mm.questions import Question
-from dpo_mm.schema import Answer, load_responses
 from tests.contracts.tiny_vlms import build, save
 
 RED = Image.new("RGB", (8, 8), "#ff0000")

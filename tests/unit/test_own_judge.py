@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_mm.schema import Answer
+from dpo_mm.data.schema import Answer
 from dpo_mm.worlds import sums
 
 PATH = Path(__file__).parents[2] / "recipes" / "own_judge.py"

@@ -12,9 +12,9 @@ import yaml
 
 from dpo_mm.card import write_card
 from dpo_mm.config import TrainConfig
+from dpo_mm.data.schema import make_response_rows
 from dpo_mm.judges import JUDGES
 from dpo_mm.provenance import by_rule, headline_first, judges_of, made_by
-from dpo_mm.schema import make_response_rows
 from tests.conftest import rows
 
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dpo_mm.pictures import decode
-from dpo_mm.schema import load_pairs, load_responses
+from dpo_mm.data.image_files import decode
+from dpo_mm.data.schema import load_pairs, load_responses
 from dpo_mm.sources import SOURCES
 from dpo_mm.sources.importing import Imported, import_set
 

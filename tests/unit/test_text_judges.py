@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_mm.data.schema import Answer
 from dpo_mm.judges import JUDGES, Share, better_of, explain, load_judge
 from dpo_mm.judges import captions as chair
 from dpo_mm.judges import text as judges
-from dpo_mm.schema import Answer
 
 
 def said(text: str, *, cut: bool = False) -> Answer:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dpo_mm.data.schema import Answer
 from dpo_mm.judges import better_of, load_judge
 from dpo_mm.judges.yes_no import said
-from dpo_mm.schema import Answer
 
 YES = (
     "Yes",

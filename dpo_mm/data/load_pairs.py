@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm import pictures
+from dpo_mm.data import image_files
 from dpo_mm.objectives import FROM_DATA
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Pairs:
             found: list[Any] = []
             for column in sides:
                 try:
-                    found.append(pictures.decode(pictures.picture_bytes(row[column])))
+                    found.append(image_files.decode(image_files.picture_bytes(row[column])))
                 except (ValueError, OSError) as error:
                     self._refuse(row["id"], column, error)
                     break

@@ -126,7 +126,7 @@ def _question(row: dict[str, Any], path: Path, number: int) -> Question:
 
 def _image(cell: Any, path: Path, number: int) -> Image.Image:
     """A picture from its bytes or its path, as `datasets` keeps them."""
-    from dpo_mm.pictures import decode
+    from dpo_mm.data.image_files import decode
 
     data, place = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, cell)
     try:

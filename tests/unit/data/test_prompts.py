@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_mm.prompts import Prompt, read_prompt_set, read_prompts
+from dpo_mm.data.prompts import Prompt, read_prompt_set, read_prompts
 
 TAGS = {"single_object": 3, "two_object": 2, "counting": 2, "colors": 2, "position": 2, "color_attr": 2}
 

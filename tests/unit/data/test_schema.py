@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from dpo_mm.schema import decided, load_pairs, make_image_rows, split_by_prompt
+from dpo_mm.data.schema import decided, load_pairs, make_image_rows, split_by_prompt
 from tests.conftest import rows
 
 

@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from dpo_mm.pictures import encode_png
-from dpo_mm.questions import read_questions
+from dpo_mm.data.image_files import encode_png
+from dpo_mm.data.questions import read_questions
 
 RED = Image.new("RGB", (8, 6), "#ff0000")
 

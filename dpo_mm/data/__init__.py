@@ -1,0 +1,1 @@
+"""Rows and files: row schemas, prompts, questions, image files, loading pairs."""
