@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_mm.doctor.findings import CHECKS
+from dpo_mm.doctor.checks import CHECKS
 from dpo_mm.sources import SOURCES
 
 PAGE = Path(__file__).parent / "sets.md"

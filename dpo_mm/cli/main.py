@@ -143,7 +143,7 @@ def doctor(
     from rich.console import Console
 
     from dpo_mm.doctor import examine
-    from dpo_mm.doctor.report import terminal, write_report
+    from dpo_mm.doctor.doctor_report import terminal, write_report
     from dpo_mm.sources import SOURCES
 
     disable_progress_bars()

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from dpo_mm.assets import locate
 from dpo_mm.data.prompts import read_prompts
-from dpo_mm.doctor import answer_sets, image_sets
-from dpo_mm.doctor.copies import repeated_ids
-from dpo_mm.doctor.findings import CHECKS, Finding, by_severity
-from dpo_mm.doctor.pictures import Look, look
-from dpo_mm.doctor.reading import batches, open_set
-from dpo_mm.doctor.seen import Seen, digest, lost, makers, plain
+from dpo_mm.doctor import image_checks, response_checks
+from dpo_mm.doctor.checks import CHECKS, Finding, by_severity
+from dpo_mm.doctor.dataset_statistics import Seen, digest, lost, makers, plain
+from dpo_mm.doctor.duplicates import repeated_ids
+from dpo_mm.doctor.image_features import Look, look
+from dpo_mm.doctor.loading import batches, open_set
 from dpo_mm.progress import progress
 
-KINDS = {"images": image_sets, "answers": answer_sets}
+KINDS = {"images": image_checks, "answers": response_checks}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def held_out_digests(name: str) -> tuple[set[int], set[int]]:
                 pictures |= {one.digest for one in looks}
                 of_answers = opened.kind == "answers"
                 prompts.add(
-                    answer_sets.prompt_digests(row, looks)[1] if of_answers else digest(plain(row["prompt"] or ""))
+                    response_checks.prompt_digests(row, looks)[1] if of_answers else digest(plain(row["prompt"] or ""))
                 )
             advance(len(rows))
     return prompts, pictures

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_mm.data.image_files import decode, encode_png, picture_bytes
 from dpo_mm.doctor import Diagnosis
-from dpo_mm.doctor.answer_sets import text
-from dpo_mm.doctor.findings import CHECKS, SEVERITIES, share
-from dpo_mm.doctor.pictures import look
-from dpo_mm.doctor.reading import open_set, rows_called
+from dpo_mm.doctor.checks import CHECKS, SEVERITIES, share
+from dpo_mm.doctor.image_features import look
+from dpo_mm.doctor.loading import open_set, rows_called
+from dpo_mm.doctor.response_checks import text
 from dpo_mm.resumable import aside
 
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ def render(diagnosis: Diagnosis, shown: dict[str, Shown], *, command: str) -> st
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(resources.files("dpo_mm.doctor").joinpath("report.html").read_text("utf-8"))
+    template = environment.from_string(
+        resources.files("dpo_mm.doctor").joinpath("doctor_report.html").read_text("utf-8")
+    )
     fine = [CHECKS[check].title for check in diagnosis.fine]
     counts = {severity: sum(f.severity == severity for f in diagnosis.findings) for severity in SEVERITIES}
     worst = next((severity for severity in SEVERITIES if counts[severity]), "none")

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from dpo_mm.data.schema import PREFERENCES
-from dpo_mm.doctor.copies import alike, near, repeated
-from dpo_mm.doctor.findings import CHECKS, Finding, examples, share
-from dpo_mm.doctor.pictures import FEATURES, Look, look
-from dpo_mm.doctor.reading import Opened, Row, batches
-from dpo_mm.doctor.seen import STRONG, Seen, digest, plain, shortcut
+from dpo_mm.doctor.checks import CHECKS, Finding, examples, share
+from dpo_mm.doctor.dataset_statistics import STRONG, Seen, digest, plain, shortcut
+from dpo_mm.doctor.duplicates import alike, near, repeated
+from dpo_mm.doctor.image_features import FEATURES, Look, look
+from dpo_mm.doctor.loading import Opened, Row, batches
 from dpo_mm.doctor.shortcuts import LEAST, told_by, told_by_regression
 from dpo_mm.progress import progress
 

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from dpo_mm.data.schema import image_preference, response_preference
-from dpo_mm.doctor import Diagnosis, answer_sets, examine, image_sets
-from dpo_mm.doctor.findings import CHECKS
-from dpo_mm.doctor.pictures import look
-from dpo_mm.doctor.report import write_report
+from dpo_mm.doctor import Diagnosis, examine, image_checks, response_checks
+from dpo_mm.doctor.checks import CHECKS
+from dpo_mm.doctor.doctor_report import write_report
+from dpo_mm.doctor.image_features import look
 
 ROWS = 210
 MODELS = ("red", "green", "blue", "grey")
@@ -301,7 +301,7 @@ def each_file_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             LOOKS[data] = look(cell)
         return LOOKS[data]
 
-    for module in (image_sets, answer_sets):
+    for module in (image_checks, response_checks):
         monkeypatch.setattr(module, "look", cached)
 
 

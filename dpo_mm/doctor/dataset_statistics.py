@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_mm.doctor.findings import CHECKS, Finding, Notes, examples, share
-from dpo_mm.doctor.reading import Row
+from dpo_mm.doctor.checks import CHECKS, Finding, Notes, examples, share
+from dpo_mm.doctor.loading import Row
 from dpo_mm.doctor.shortcuts import LEAST, Told
 
 NON_COMMERCIAL = re.compile(r"\bnc\b|non[- ]?commercial|research[- ]only", re.IGNORECASE)

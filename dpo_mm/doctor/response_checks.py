@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dpo_mm.doctor.copies import repeated
-from dpo_mm.doctor.findings import Finding
-from dpo_mm.doctor.image_sets import regression
-from dpo_mm.doctor.pictures import Look, look
-from dpo_mm.doctor.reading import Opened, Row, batches
-from dpo_mm.doctor.seen import Seen, digest, plain, shortcut
+from dpo_mm.doctor.checks import Finding
+from dpo_mm.doctor.dataset_statistics import Seen, digest, plain, shortcut
+from dpo_mm.doctor.duplicates import repeated
+from dpo_mm.doctor.image_checks import regression
+from dpo_mm.doctor.image_features import Look, look
+from dpo_mm.doctor.loading import Opened, Row, batches
 from dpo_mm.doctor.shortcuts import told_by
 from dpo_mm.progress import progress
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dpo_mm.doctor import Diagnosis
-from dpo_mm.doctor.copies import near, repeated
-from dpo_mm.doctor.findings import CHECKS, SEVERITIES, Finding
-from dpo_mm.doctor.report import Shown, cut, render, write_report
-from dpo_mm.doctor.seen import plain
+from dpo_mm.doctor.checks import CHECKS, SEVERITIES, Finding
+from dpo_mm.doctor.dataset_statistics import plain
+from dpo_mm.doctor.doctor_report import Shown, cut, render, write_report
+from dpo_mm.doctor.duplicates import near, repeated
 from dpo_mm.doctor.shortcuts import Z, told_by, told_by_regression
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from dpo_mm.doctor.findings import CHECKS, SHOWN, Finding, examples, share
+from dpo_mm.doctor.checks import CHECKS, SHOWN, Finding, examples, share
 
 ALIKE_BITS, ALIKE_LIGHT = 3, 3.0
 """Two pictures look the same: bits of 64 that differ, and mean difference of their 4x4 thumbnails, of 255."""
