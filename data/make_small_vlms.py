@@ -31,7 +31,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from dpo_mm.config import CompareAnswersConfig
 from dpo_mm.data.questions import read_questions
-from dpo_mm.evaluation.compare_answers import ask
+from dpo_mm.evaluation.compare_responses import ask
 from dpo_mm.judges import metric_of
 from dpo_mm.policies.protocol import load_policy
 from dpo_mm.worlds import captions, documents, shapes

@@ -15,7 +15,7 @@ from PIL import Image
 from dpo_mm.assets import locate
 from dpo_mm.data.image_files import decode
 from dpo_mm.demo_server import SMALL, Page, img, safe, serve
-from dpo_mm.evaluation.finished import OUTCOMES, Finished, Twins, read_finished
+from dpo_mm.evaluation.saved_comparison import OUTCOMES, Finished, Twins, read_finished
 from dpo_mm.judges import load_judge, metric_of
 from dpo_mm.policies.protocol import load_policy
 

@@ -17,7 +17,7 @@ _WHERE = {
     "DPOTrainer": "dpo_mm.trainer",
     "LogProbs": "dpo_mm.objectives",
     "OBJECTIVES": "dpo_mm.objectives",
-    "compare": "dpo_mm.evaluation.compare",
+    "compare": "dpo_mm.evaluation.compare_images",
     "load_pairs": "dpo_mm.data.schema",
     "load_policy": "dpo_mm.policies.protocol",
     "mine": "dpo_mm.mining",

@@ -54,7 +54,7 @@ def write_card(config: TrainConfig, settings: Mapping[str, str], *, text: bool, 
 
 def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdict: str, command: str) -> Path | None:
     """Put what a comparison showed into an adapter's card, in place of what stood there. None where it has no card."""
-    from dpo_mm.evaluation.rows import within
+    from dpo_mm.evaluation.tables import within
 
     path = Path(adapter) / CARD
     if not path.is_file():

@@ -13,7 +13,7 @@ from dpo_mm.config import CompareAnswersConfig, CompareConfig, MineAnswersConfig
 from dpo_mm.errors import nearest
 
 if TYPE_CHECKING:
-    from dpo_mm.evaluation.compare import Outcome
+    from dpo_mm.evaluation.verdict import Outcome
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,11 @@ def compare(config: CompareConfig | CompareAnswersConfig, *, beta: float | None 
 
     _know_judges(config.judges)
     if isinstance(config, CompareAnswersConfig):
-        from dpo_mm.evaluation.compare_answers import compare_answers
+        from dpo_mm.evaluation.compare_responses import compare_answers
 
         outcome = compare_answers(config, beta=beta, **about)
     else:
-        from dpo_mm.evaluation.compare import compare
+        from dpo_mm.evaluation.compare_images import compare
 
         outcome = compare(config, **about)
     if config.adapter:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_mm.evaluation.rows import is_rate
 from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.sweep import Point
+from dpo_mm.evaluation.tables import is_rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,11 +20,11 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from dpo_mm.evaluation.charts import history_charts, pareto_chart, scale_chart
-from dpo_mm.evaluation.readings import TextExample, pieces
-from dpo_mm.evaluation.rows import TONES, Row, is_rate, rows_of, terminal_table, within
-from dpo_mm.evaluation.sheet import PIXELATED, Example, contact_sheet, exact, mark_of, rgb
+from dpo_mm.evaluation.contact_sheet import PIXELATED, Example, contact_sheet, exact, mark_of, rgb
+from dpo_mm.evaluation.marked_text import TextExample, pieces
 from dpo_mm.evaluation.statistics import LEVEL, Comparison
 from dpo_mm.evaluation.sweep import RULE, Point, advice
+from dpo_mm.evaluation.tables import TONES, Row, is_rate, rows_of, terminal_table, within
 from dpo_mm.resumable import aside
 
 __all__ = [

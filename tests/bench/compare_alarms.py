@@ -23,10 +23,11 @@ import torch
 
 from dpo_mm.cli.main import quietly
 from dpo_mm.config import CompareConfig
-from dpo_mm.evaluation.compare import compare, comparisons, opened, verdict
-from dpo_mm.evaluation.drawing import Studio, plan_of
-from dpo_mm.evaluation.gallery import FOLDER, Gallery
+from dpo_mm.evaluation.compare_images import compare, comparisons, verdict
+from dpo_mm.evaluation.image_sampling import Studio, plan_of
+from dpo_mm.evaluation.image_store import FOLDER, Gallery
 from dpo_mm.evaluation.statistics import Comparison, rate_interval
+from dpo_mm.evaluation.verdict import opened
 
 TARGET = Path(__file__).parents[2] / "docs" / "benchmarks" / "compare-alarms.json"
 CONFIG = CompareConfig(

@@ -30,8 +30,8 @@ from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import write_rows
 from dpo_mm.data.questions import read_questions
 from dpo_mm.data.schema import make_response_rows, response_preference
-from dpo_mm.evaluation.asking import Answered, ask
-from dpo_mm.evaluation.compare_answers import comparisons
+from dpo_mm.evaluation.compare_responses import comparisons
+from dpo_mm.evaluation.response_sampling import Answered, ask
 from dpo_mm.judges.text import cut_loop
 from dpo_mm.own_failures import mine_answers
 from dpo_mm.policies.protocol import load_policy

@@ -40,9 +40,9 @@ def run(name: str, seed: int, work: Path) -> dict[str, Any]:
 
     work: a folder that all variations share, so that the base's pictures are drawn once a seed.
     """
-    from dpo_mm.evaluation.compare import opened
-    from dpo_mm.evaluation.drawing import Studio, plan_of
-    from dpo_mm.evaluation.gallery import Gallery
+    from dpo_mm.evaluation.image_sampling import Studio, plan_of
+    from dpo_mm.evaluation.image_store import Gallery
+    from dpo_mm.evaluation.verdict import opened
     from dpo_mm.trainer import train
 
     folder = str(work / f"{name}, seed {seed}")

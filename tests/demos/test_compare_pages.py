@@ -13,7 +13,7 @@ from PIL import Image
 
 from dpo_mm.assets import locate
 from tests.demos.test_label_page import HOSTILE
-from tests.unit.test_finished import finished_run
+from tests.unit.evaluation.test_saved_comparison import finished_run
 
 
 def wait_for(page: Any, what: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_mm.evaluation.appearance import LOOKS
+from dpo_mm.evaluation.image_statistics import LOOKS
 from dpo_mm.evaluation.statistics import Comparison
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from dpo_mm.config import CompareConfig
-from dpo_mm.evaluation import drawing
-from dpo_mm.evaluation.compare import compare
-from dpo_mm.evaluation.drawing import Plan, Studio
-from dpo_mm.evaluation.gallery import Gallery
+from dpo_mm.evaluation import image_sampling
+from dpo_mm.evaluation.compare_images import compare
+from dpo_mm.evaluation.image_sampling import Plan, Studio
+from dpo_mm.evaluation.image_store import Gallery
 from dpo_mm.policies.protocol import load_policy
 from tests.contracts.families import WORDS
 from tests.contracts.test_diffusion import config as train_config
@@ -24,7 +24,11 @@ from tests.contracts.test_diffusion import disturbed
 
 PLAN = Plan((WORDS[0], WORDS[0], WORDS[1], WORDS[1]), (1, 2, 3, 4), 2)
 CONFIG = CompareConfig(
-    model="-", output_dir="-", judges=("tests.unit.test_drawing:brightness",), sampling_steps=2, batch_size=3
+    model="-",
+    output_dir="-",
+    judges=("tests.unit.evaluation.test_image_sampling:brightness",),
+    sampling_steps=2,
+    batch_size=3,
 )
 asked: list[str] = []
 
@@ -108,7 +112,7 @@ def test_a_judge_whose_card_has_changed_is_asked_again(
     counted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Studio(counted, CONFIG, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
-    monkeypatch.setattr(drawing, "judge_card", lambda name: {"name": name, "code_sha256": "another"})
+    monkeypatch.setattr(image_sampling, "judge_card", lambda name: {"name": name, "code_sha256": "another"})
     Studio(counted, CONFIG, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
     assert len(counted.drawn) == 4 and len(asked) == 8
 
@@ -117,7 +121,7 @@ def test_a_judge_whose_card_has_changed_is_asked_again(
     ("judge", "message"), [("no_number", "says nan of a picture of"), ("too_few", "gave 1 scores for 4")]
 )
 def test_a_judge_that_gives_no_numbers_is_named(judge: str, message: str, counted: Any, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, judges=(f"tests.unit.test_drawing:{judge}",))
+    config = dataclasses.replace(CONFIG, judges=(f"tests.unit.evaluation.test_image_sampling:{judge}",))
     with pytest.raises(ValueError, match=message):
         Studio(counted, config, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
 

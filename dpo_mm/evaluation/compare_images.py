@@ -10,22 +10,19 @@ import dataclasses
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dpo_mm.config import CompareAnswersConfig, CompareConfig
-from dpo_mm.evaluation.appearance import LOOKS, MEASURES, spread
-from dpo_mm.evaluation.drawing import Drawn, Plan, Studio, plan_of
-from dpo_mm.evaluation.gallery import FOLDER, MANIFEST, Gallery
+from dpo_mm.config import CompareConfig
+from dpo_mm.evaluation.image_sampling import Drawn, Plan, Studio, plan_of
+from dpo_mm.evaluation.image_statistics import LOOKS, MEASURES, spread
+from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, Gallery
 from dpo_mm.evaluation.report import Example, Report, write_report
-from dpo_mm.evaluation.rows import within
-from dpo_mm.evaluation.statistics import LEVEL, Comparison, corrected, overall, paired, settled
+from dpo_mm.evaluation.statistics import Comparison, corrected, overall, paired, settled
 from dpo_mm.evaluation.sweep import Point, advice, marked
+from dpo_mm.evaluation.verdict import Outcome, earned, opened, outlasted, taught
 from dpo_mm.judges import metric_of
-from dpo_mm.policies.protocol import load_policy
 from dpo_mm.provenance import headline_first, made_by
 
 __all__ = ["Drawn", "Outcome", "Plan", "compare", "plan_of"]
@@ -151,16 +148,6 @@ def examples(base: Drawn, tuned: Drawn, judge: str, *, count: int) -> list[Examp
     return shown
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a comparison found, and the folder that its report is in."""
-
-    verdict: str
-    comparisons: tuple[Comparison, ...]
-    notes: tuple[str, ...]
-    report: Path
-
-
 def compare(
     config: CompareConfig,
     *,
@@ -214,14 +201,6 @@ def compare(
     return Outcome(word, tuple(found), tuple(notes), written)
 
 
-def opened(config: CompareConfig | CompareAnswersConfig, adapter: str | None) -> Any:
-    """The policy of a config with an adapter. Raises ValueError as loading does."""
-    policy = load_policy(config.model, revision=config.revision, precision=config.precision)
-    if adapter:
-        policy.attach(adapter)
-    return policy
-
-
 def swept(studio: Studio, base: Drawn, tuned: Drawn) -> Iterator[Point]:
     """The base, the adapter at each scale and each checkpoint of it, on one picture a prompt; nothing where none is asked for."""
     config = studio.config
@@ -258,21 +237,6 @@ def checkpoints_of(config: CompareConfig) -> list[tuple[int, str]]:
     return sorted((int(path.name.rpartition("-")[2]), str(path)) for path in found)
 
 
-def taught(found: Sequence[Comparison]) -> list[str]:
-    """That judges made the training pairs, in words; whether one of them stands at the head."""
-    named = [one.judge for one in found if one.made_pairs]
-    if not named:
-        return []
-    head = next(one for one in found if one.headline)
-    words = f"{' and '.join(named)} made the training pairs: the model was taught what pleases them."
-    if head.made_pairs:
-        words += (
-            f" {head.judge} may stand at the head all the same: it judges by rule, with nothing learned that could be "
-            "fooled, and of other prompts. What its rule does not look at, this report does not see."
-        )
-    return [words]
-
-
 def remarks(found: Sequence[Comparison]) -> list[str]:
     """What is to be read with the numbers: lost diversity, looks that drifted, judges that Holm's correction leaves out."""
     words = [narrowed(one) for one in found if one.judge == PIXELS and one.verdict == "worse"]
@@ -286,37 +250,11 @@ def remarks(found: Sequence[Comparison]) -> list[str]:
     return words + outlasted(found)
 
 
-def outlasted(found: Sequence[Comparison]) -> list[str]:
-    """Judges whose interval leaves out 0 but not their sign test, as it is or corrected for their number, in words."""
-    words = []
-    for one in found:
-        if one.p_holm is None or one.verdict == "no evidence" or within(one.metric):
-            continue
-        said = f"{one.metric} is {one.verdict} by its interval, but its sign test (p {one.p:.2g}) does not"
-        if one.headline and settled(one) != one.verdict:
-            words.append(f"{said} say so: the verdict wants both.")
-        elif one.p_holm > LEVEL:
-            words.append(f"{said} outlast Holm's correction for the number of judges (p {one.p_holm:.2g}).")
-    return words
-
-
 def narrowed(spread: Comparison) -> str:
     """What a significant loss of diversity means, in words."""
     kept = spread.tuned / spread.base
     meaning = "a collapse" if kept < COLLAPSE else f"not a collapse, which would be less than {COLLAPSE:.0%}"
     return f"Pictures of one prompt differ less than the base's: {kept:.1%} of its diversity is left, {meaning}."
-
-
-def earned(against: Comparison) -> str:
-    """Whether DPO earned its keep over SFT on the same chosen pictures at equal steps, in words."""
-    span = f"{against.difference:+.3f}, 95 % interval {against.low:+.3f} to {against.high:+.3f}"
-    words = {
-        "better": f"DPO earned its keep: {against.metric} {span}.",
-        "worse": f"SFT on the chosen would have done better: {against.metric} {span}. Prefer it here.",
-        "changed": f"DPO and SFT differ, neither for better: {against.metric} {span}.",
-        "no evidence": f"No evidence that DPO does better than SFT on the chosen here: {against.metric} {span}. SFT is cheaper.",
-    }
-    return words[settled(against)]
 
 
 def _summary(headline: Comparison, word: str) -> str:

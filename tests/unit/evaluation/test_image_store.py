@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dpo_mm.evaluation import gallery as module
-from dpo_mm.evaluation.gallery import Gallery, Pictures
+from dpo_mm.evaluation import image_store as module
+from dpo_mm.evaluation.image_store import Gallery, Pictures
 
 HOW: dict[str, Any] = {"model": "m", "revision": None, "adapter": None, "weights": "w", "scale": 1.0, "steps": 4}
 RED, BLUE = Image.new("RGB", (8, 8), "#ff0000"), Image.new("RGB", (8, 8), "#0000ff")

@@ -13,8 +13,8 @@ from PIL import Image
 from dpo_mm.config import CompareAnswersConfig
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Answer
-from dpo_mm.evaluation import compare_answers as module
-from dpo_mm.evaluation.compare_answers import Answered, compare_answers, comparisons, cost, counted, examples, judged
+from dpo_mm.evaluation import compare_responses as module
+from dpo_mm.evaluation.compare_responses import Answered, compare_answers, comparisons, cost, counted, examples, judged
 from dpo_mm.evaluation.statistics import paired_shares
 from dpo_mm.policies.protocol import load_policy
 from tests.contracts.tiny_vlms import save

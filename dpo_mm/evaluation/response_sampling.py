@@ -17,7 +17,7 @@ import torch
 from dpo_mm.config import CompareAnswersConfig
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Answer
-from dpo_mm.evaluation.gallery import append, read_lines
+from dpo_mm.evaluation.image_store import append, read_lines
 from dpo_mm.judges import Share, load_judge
 from dpo_mm.progress import progress
 

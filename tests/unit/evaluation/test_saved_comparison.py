@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_mm.evaluation.finished import read_finished
-from dpo_mm.evaluation.gallery import Gallery
+from dpo_mm.evaluation.image_store import Gallery
+from dpo_mm.evaluation.saved_comparison import read_finished
 from tests.conftest import picture
 
 PROMPTS = ("a red circle", "two blue squares", "a photo of <b>a dog</b>")

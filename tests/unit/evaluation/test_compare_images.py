@@ -11,7 +11,7 @@ from PIL import Image
 from dpo_mm.assets import locate
 from dpo_mm.config import CompareConfig
 from dpo_mm.data.prompts import read_prompts, seeds_of
-from dpo_mm.evaluation.compare import (
+from dpo_mm.evaluation.compare_images import (
     Drawn,
     Plan,
     by_category,
@@ -19,10 +19,10 @@ from dpo_mm.evaluation.compare import (
     comparisons,
     control,
     diversity,
-    earned,
     plan_of,
     verdict,
 )
+from dpo_mm.evaluation.verdict import earned
 from dpo_mm.policies.protocol import load_policy
 from tests.contracts.families import WORDS
 from tests.contracts.test_diffusion import disturbed
@@ -132,7 +132,7 @@ def test_a_comparison_writes_its_report(tiny_model: str, tmp_path: Path) -> None
         adapter=str(tmp_path / "adapter"),
         prompts=str(tmp_path / "prompts.txt"),
         samples=2,
-        judges=("tests.unit.test_compare:brightness",),
+        judges=("tests.unit.evaluation.test_compare_images:brightness",),
         sampling_steps=2,
         scales=(0.5,),
     )

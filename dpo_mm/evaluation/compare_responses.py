@@ -11,10 +11,10 @@ import numpy as np
 
 from dpo_mm.config import CompareAnswersConfig
 from dpo_mm.data.questions import Question, read_questions
-from dpo_mm.evaluation.asking import ANSWERS, Answered, ask, judged
-from dpo_mm.evaluation.compare import Outcome, earned, opened, outlasted, taught
 from dpo_mm.evaluation.report import Report, TextExample, write_report
+from dpo_mm.evaluation.response_sampling import ANSWERS, Answered, ask, judged
 from dpo_mm.evaluation.statistics import Comparison, corrected, mcnemar, overall, paired_shares, rate_interval
+from dpo_mm.evaluation.verdict import Outcome, earned, opened, outlasted, taught
 from dpo_mm.judges import better_of, explain, metric_of
 from dpo_mm.provenance import headline_first, made_by
 

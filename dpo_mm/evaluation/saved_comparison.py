@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.data.prompts import category
-from dpo_mm.evaluation.gallery import FOLDER, MANIFEST, SCORES, read_lines
+from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, SCORES, read_lines
 from dpo_mm.judges import better_of
 
 OUTCOMES = ("all", "better", "worse", "the same")

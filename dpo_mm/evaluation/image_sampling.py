@@ -18,8 +18,8 @@ from PIL import Image
 import dpo_mm
 from dpo_mm.config import CompareConfig
 from dpo_mm.data.prompts import category, read_prompt_set, seeds_of
-from dpo_mm.evaluation.appearance import Looks, looks
-from dpo_mm.evaluation.gallery import Gallery, Pictures
+from dpo_mm.evaluation.image_statistics import Looks, looks
+from dpo_mm.evaluation.image_store import Gallery, Pictures
 from dpo_mm.judges import judge_card, load_judge
 from dpo_mm.progress import progress
 

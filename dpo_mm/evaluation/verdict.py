@@ -1,0 +1,72 @@
+"""The result of a comparison and the notes beside its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_mm.config import CompareAnswersConfig, CompareConfig
+from dpo_mm.evaluation.statistics import LEVEL, Comparison, settled
+from dpo_mm.evaluation.tables import within
+from dpo_mm.policies.protocol import load_policy
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison found, and the folder that its report is in."""
+
+    verdict: str
+    comparisons: tuple[Comparison, ...]
+    notes: tuple[str, ...]
+    report: Path
+
+
+def opened(config: CompareConfig | CompareAnswersConfig, adapter: str | None) -> Any:
+    """The policy of a config with an adapter. Raises ValueError as loading does."""
+    policy = load_policy(config.model, revision=config.revision, precision=config.precision)
+    if adapter:
+        policy.attach(adapter)
+    return policy
+
+
+def taught(found: Sequence[Comparison]) -> list[str]:
+    """That judges made the training pairs, in words; whether one of them stands at the head."""
+    named = [one.judge for one in found if one.made_pairs]
+    if not named:
+        return []
+    head = next(one for one in found if one.headline)
+    words = f"{' and '.join(named)} made the training pairs: the model was taught what pleases them."
+    if head.made_pairs:
+        words += (
+            f" {head.judge} may stand at the head all the same: it judges by rule, with nothing learned that could be "
+            "fooled, and of other prompts. What its rule does not look at, this report does not see."
+        )
+    return [words]
+
+
+def outlasted(found: Sequence[Comparison]) -> list[str]:
+    """Judges whose interval leaves out 0 but not their sign test, as it is or corrected for their number, in words."""
+    words = []
+    for one in found:
+        if one.p_holm is None or one.verdict == "no evidence" or within(one.metric):
+            continue
+        said = f"{one.metric} is {one.verdict} by its interval, but its sign test (p {one.p:.2g}) does not"
+        if one.headline and settled(one) != one.verdict:
+            words.append(f"{said} say so: the verdict wants both.")
+        elif one.p_holm > LEVEL:
+            words.append(f"{said} outlast Holm's correction for the number of judges (p {one.p_holm:.2g}).")
+    return words
+
+
+def earned(against: Comparison) -> str:
+    """Whether DPO earned its keep over SFT on the same chosen pictures at equal steps, in words."""
+    span = f"{against.difference:+.3f}, 95 % interval {against.low:+.3f} to {against.high:+.3f}"
+    words = {
+        "better": f"DPO earned its keep: {against.metric} {span}.",
+        "worse": f"SFT on the chosen would have done better: {against.metric} {span}. Prefer it here.",
+        "changed": f"DPO and SFT differ, neither for better: {against.metric} {span}.",
+        "no evidence": f"No evidence that DPO does better than SFT on the chosen here: {against.metric} {span}. SFT is cheaper.",
+    }
+    return words[settled(against)]
