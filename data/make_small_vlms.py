@@ -34,7 +34,7 @@ from dpo_mm.data.questions import read_questions
 from dpo_mm.evaluation.compare_responses import ask
 from dpo_mm.judges import metric_of
 from dpo_mm.policies.protocol import load_policy
-from dpo_mm.worlds import captions, documents, shapes
+from dpo_mm.worlds import caption_scenes, documents, shapes
 
 HERE = Path(__file__).parent
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
@@ -77,7 +77,7 @@ def captioner_tokenizer() -> Any:
     words = [*shapes.COLOURS, *shapes.SHAPES, "and", "a", "an"]
     return tokenizer(
         rf"{captions.PROMPT[:-1]}\.| ?[a-z]+|[\s\S]",
-        [captions.PROMPT, *(f" {w}" for w in words), "a", "an", ",", ".", "\n"],
+        [caption_scenes.PROMPT, *(f" {w}" for w in words), "a", "an", ",", ".", "\n"],
     )
 
 
@@ -162,8 +162,8 @@ def places(page: documents.Page) -> Places:
 def caption_samples(count: int, seed: int) -> Iterator[Sample]:
     """Scenes of the training side with their web captions."""
     rng = np.random.default_rng((seed, 1))
-    for scene in captions.scenes(count, seed):
-        yield np.asarray(shapes.render(scene)), captions.PROMPT, captions.web_caption(scene, rng), []
+    for scene in caption_scenes.scenes(count, seed):
+        yield np.asarray(shapes.render(scene)), caption_scenes.PROMPT, caption_scenes.web_caption(scene, rng), []
 
 
 @dataclasses.dataclass
@@ -225,7 +225,7 @@ def labelled_scenes(count: int, seed: int) -> Iterator[Labelled]:
     """Scenes, and of each patch the shape and colour of the thing there (0: none)."""
     side = shapes.SIZE // PATCH
     middles = (np.arange(side) + 0.5) * PATCH
-    for scene in captions.scenes(count, seed):
+    for scene in caption_scenes.scenes(count, seed):
         found = np.zeros((side, side, 2), np.int64)
         for thing in scene.things:
             across, down = (np.abs(middles - middle) <= thing.size / 2 for middle in (thing.x, thing.y))

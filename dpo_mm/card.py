@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.provenance import CARD_KEY, judges_of
+from dpo_mm.judges.provenance import CARD_KEY, judges_of
 from dpo_mm.resumable import aside
 
 if TYPE_CHECKING:

@@ -87,7 +87,7 @@ def run(recipe: Recipe, *, command: str) -> Outcome:
 
     Raises ValueError for an unknown judge, or where none may be the headline, before anything runs.
     """
-    from dpo_mm.provenance import headline_first
+    from dpo_mm.judges.provenance import headline_first
     from dpo_mm.trainer import train
 
     _know_judges(recipe.compare.judges)
@@ -111,8 +111,8 @@ def run(recipe: Recipe, *, command: str) -> Outcome:
 
 def _made(recipe: Recipe) -> tuple[str, ...]:
     """The judges that make, or made, the pairs of a recipe."""
+    from dpo_mm.judges.provenance import judges_of
     from dpo_mm.mining import names
-    from dpo_mm.provenance import judges_of
 
     if recipe.mine is None:
         return judges_of(recipe.train.pairs)

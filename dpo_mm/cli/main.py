@@ -272,7 +272,7 @@ def judge(
             if _printed(checks(judge, picture)):
                 sys.exit(1)
             return
-        from dpo_mm.scoring import score
+        from dpo_mm.judges.scoring import score
 
         found = score(JudgeConfig(judge, str(images), out, prompts))
     if found:
@@ -287,7 +287,7 @@ def relabel(context: typer.Context, pairs: str) -> None:
 
     settings = build(RelabelConfig, {"pairs": pairs, **flags(context.args)}, where="flags")
     with quietly():
-        from dpo_mm.relabel import relabel
+        from dpo_mm.judges.relabel import relabel
 
         done = relabel(settings)
     if done:

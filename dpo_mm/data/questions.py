@@ -61,12 +61,14 @@ def _pages(count: int, *, held_out: bool) -> Iterator[Question]:
 
 
 def _scenes(count: int, *, held_out: bool) -> Iterator[Question]:
-    from dpo_mm.worlds import captions, shapes
+    from dpo_mm.worlds import caption_scenes, shapes
 
     seed = HELD_OUT_SEED if held_out else TRAIN_SEED
-    for number, scene in enumerate(captions.scenes(count, seed, held_out=held_out)):
+    for number, scene in enumerate(caption_scenes.scenes(count, seed, held_out=held_out)):
         things = f"{len(scene.things)} thing{'s' * (len(scene.things) > 1)}"
-        yield Question(f"scene-{number}", (shapes.render(scene),), captions.PROMPT, captions.caption(scene), things)
+        yield Question(
+            f"scene-{number}", (shapes.render(scene),), caption_scenes.PROMPT, caption_scenes.caption(scene), things
+        )
 
 
 def _sums(count: int, *, held_out: bool) -> Iterator[Question]:

@@ -23,7 +23,7 @@ from dpo_mm.evaluation.statistics import Comparison, corrected, overall, paired,
 from dpo_mm.evaluation.sweep import Point, advice, marked
 from dpo_mm.evaluation.verdict import Outcome, earned, opened, outlasted, taught
 from dpo_mm.judges import metric_of
-from dpo_mm.provenance import headline_first, made_by
+from dpo_mm.judges.provenance import headline_first, made_by
 
 __all__ = ["Drawn", "Outcome", "Plan", "compare", "plan_of"]
 

@@ -16,7 +16,7 @@ from dpo_mm.evaluation.response_sampling import ANSWERS, Answered, ask, judged
 from dpo_mm.evaluation.statistics import Comparison, corrected, mcnemar, overall, paired_shares, rate_interval
 from dpo_mm.evaluation.verdict import Outcome, earned, opened, outlasted, taught
 from dpo_mm.judges import better_of, explain, metric_of
-from dpo_mm.provenance import headline_first, made_by
+from dpo_mm.judges.provenance import headline_first, made_by
 
 __all__ = ["Answered", "ask", "compare_answers", "judged"]
 

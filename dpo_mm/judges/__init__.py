@@ -84,8 +84,8 @@ class Judge:
 
 
 _TEXT, _CAPTION = "dpo_mm.judges.text", "dpo_mm.judges.captions"
-_CLIP, _VQA, _ATOMS = "dpo_mm.judges.clip", "dpo_mm.judges.vqa", "dpo_mm.judges.atoms"
-_YES_NO = "dpo_mm.judges.yes_no"
+_CLIP, _VQA, _ATOMS = "dpo_mm.judges.clip", "dpo_mm.judges.vqa", "dpo_mm.judges.soft_tifa"
+_YES_NO = "dpo_mm.judges.pope"
 JUDGES: dict[str, Judge] = {
     "faithfulness": Judge("wholly right rate", "dpo_mm.judges.scene:faithfulness"),
     "aesthetic": Judge("aesthetic score", "dpo_mm.judges.aesthetic:aesthetic", reads=False),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from dpo_mm.data.schema import Answer
 from dpo_mm.judges import Finding, Share
-from dpo_mm.worlds import captions
+from dpo_mm.worlds import caption_scenes
 
 Mentions = Callable[[str], list[str]]
 
@@ -30,7 +30,9 @@ class Counts(NamedTuple):
     found: int
 
 
-def counts(answers: Sequence[Answer], truths: Sequence[str], mentions: Mentions = captions.mentions) -> list[Counts]:
+def counts(
+    answers: Sequence[Answer], truths: Sequence[str], mentions: Mentions = caption_scenes.mentions
+) -> list[Counts]:
     """What each caption mentions against what its truth mentions; an object is one, however often it is named."""
     found = []
     for answer, truth in zip(answers, truths, strict=True):
@@ -61,7 +63,7 @@ def faults(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
 
 def explain(answer: Answer, truth: str) -> Finding:
     """What a caption names that isn't there, with where, and what it leaves out."""
-    there, spans = captions.mentions(truth), captions.spans(answer.text)
+    there, spans = caption_scenes.mentions(truth), caption_scenes.spans(answer.text)
     invented = [span for span in spans if span[0] not in there]
     named = {
         "invented": [kind for kind, _, _ in invented],
@@ -73,7 +75,7 @@ def explain(answer: Answer, truth: str) -> Finding:
 
 def correct(answer: Answer, truth: str) -> str:
     """The caption without what isn't there, and with what it left out after the rest; in the words of the world."""
-    there = captions.mentions(truth)
-    kept = [kind for kind in dict.fromkeys(captions.mentions(answer.text)) if kind in there]
+    there = caption_scenes.mentions(truth)
+    kept = [kind for kind in dict.fromkeys(caption_scenes.mentions(answer.text)) if kind in there]
     named = [*kept, *(kind for kind in dict.fromkeys(there) if kind not in kept)]
-    return captions.in_words(named) if named else truth
+    return caption_scenes.in_words(named) if named else truth

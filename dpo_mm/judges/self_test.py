@@ -80,7 +80,7 @@ def pictures(questions: str | None) -> tuple[list[Image.Image], list[str]]:
     images = [shapes.render(scene) for scene in drawn]
     if questions is None:
         return images, list(CAPTIONS)
-    from dpo_mm.judges.atoms import read_atoms
+    from dpo_mm.judges.soft_tifa import read_atoms
 
     known = itertools.cycle(read_atoms(Path(questions).expanduser()))
     return images, [next(known) for _ in images]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dpo_mm.judges import judge_card, load_judge, load_pairwise, metric_of
-from dpo_mm.judges.atoms import Atom, ask, mean_of, of_geneval, plural, read_atoms, spellings
 from dpo_mm.judges.self_test import self_test
+from dpo_mm.judges.soft_tifa import Atom, ask, mean_of, of_geneval, plural, read_atoms, spellings
 from dpo_mm.judges.vqa import PREFERS, SHOWS, Asked, Vlm, in_both_orders, open_vlm, place, token_ids, wrap
 from tests.contracts import tiny_vlms
 

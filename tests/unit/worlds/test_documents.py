@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_mm.judges import text
-from dpo_mm.worlds import captions, documents
+from dpo_mm.worlds import caption_scenes, documents
 
 
 def test_a_page_depends_on_its_seed_side_and_number_alone() -> None:
@@ -61,15 +61,15 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_a_caption_names_all_that_is_there_and_a_web_caption_adds_habits_and_leaves_out() -> None:
     rng = np.random.default_rng(0)
-    scenes = list(captions.scenes(400, 0))
+    scenes = list(caption_scenes.scenes(400, 0))
     invented = left_out = 0
     for scene in scenes:
         there = {f"{thing.colour} {thing.shape}" for thing in scene.things}
-        assert set(captions.mentions(captions.caption(scene))) == there
-        said = captions.mentions(captions.web_caption(scene, rng))
+        assert set(caption_scenes.mentions(caption_scenes.caption(scene))) == there
+        said = caption_scenes.mentions(caption_scenes.web_caption(scene, rng))
         extra, missing = set(said) - there, there - set(said)
         assert len(missing) <= 1 < len(there) + (not missing)
-        assert extra <= {captions.HABITS[kind] for kind in there if kind in captions.HABITS}
+        assert extra <= {caption_scenes.HABITS[kind] for kind in there if kind in caption_scenes.HABITS}
         invented += bool(extra)
         left_out += bool(missing)
     assert 0.2 < invented / len(scenes) < 0.4 and 0.1 < left_out / len(scenes) < 0.2
@@ -89,13 +89,16 @@ def test_a_silver_transcription_is_right_or_lost_in_a_run_of_the_page() -> None:
 
 def test_mentions_are_where_spans_say() -> None:
     text = "an orange star, a red circle and a purple cross."
-    assert [text[a:b] for _, a, b in captions.spans(text)] == captions.mentions(text)
-    assert captions.in_words(["orange star", "red circle", "purple cross"]) == text
+    assert [text[a:b] for _, a, b in caption_scenes.spans(text)] == caption_scenes.mentions(text)
+    assert caption_scenes.in_words(["orange star", "red circle", "purple cross"]) == text
 
 
 def test_kinds_that_stand_together_are_of_one_side() -> None:
     sides = [
-        {tuple(sorted(captions.mentions(captions.caption(s)))) for s in captions.scenes(300, 0, held_out=side)}
+        {
+            tuple(sorted(caption_scenes.mentions(caption_scenes.caption(s))))
+            for s in caption_scenes.scenes(300, 0, held_out=side)
+        }
         for side in (False, True)
     ]
     together = [{kinds for kinds in side if len(kinds) > 1} for side in sides]
@@ -103,6 +106,6 @@ def test_kinds_that_stand_together_are_of_one_side() -> None:
 
 
 def test_habits_are_of_different_kinds() -> None:
-    assert all(kind != other for kind, other in captions.HABITS.items())
-    assert not set(captions.HABITS) & set(captions.HABITS.values())
-    assert len(set(itertools.chain(captions.HABITS.values()))) == len(captions.HABITS)
+    assert all(kind != other for kind, other in caption_scenes.HABITS.items())
+    assert not set(caption_scenes.HABITS) & set(caption_scenes.HABITS.values())
+    assert len(set(itertools.chain(caption_scenes.HABITS.values()))) == len(caption_scenes.HABITS)

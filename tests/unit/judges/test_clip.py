@@ -20,9 +20,9 @@ from dpo_mm.data.schema import load_pairs
 from dpo_mm.judges import JUDGES, Named, better_of, judge_card, load_judge, metric_of, named, self_test, weights
 from dpo_mm.judges import clip as clip_judges
 from dpo_mm.judges.clip import OPENAI, Preprocessing, head, pooled, prepare
+from dpo_mm.judges.relabel import relabel
 from dpo_mm.judges.weights import fill, in_batches, read_state
 from dpo_mm.mining import mine
-from dpo_mm.relabel import relabel
 from tests.contracts.families.words import clip_tokenizer as tokenizer
 
 SIDE, WIDTH = 32, 24

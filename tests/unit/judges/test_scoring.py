@@ -16,14 +16,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dpo_mm import scoring as module
 from dpo_mm.cli.main import app
 from dpo_mm.config import JudgeConfig
+from dpo_mm.judges import scoring as module
+from dpo_mm.judges.scoring import score
 from dpo_mm.judges.self_test import CLIP_PROBABILITIES, Check, clip_golden, self_test
-from dpo_mm.scoring import score
 from tests.conftest import picture
 
-HERE = "tests.unit.test_scoring"
+HERE = "tests.unit.judges.test_scoring"
 
 
 def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
@@ -100,7 +100,7 @@ def test_scoring_goes_on_after_finished_shards(config: JudgeConfig, monkeypatch:
 
 def test_sigterm_ends_it_well_and_it_goes_on(config: JudgeConfig) -> None:
     config = dataclasses.replace(config, judge=f"{HERE}:slow", shard_size=1)
-    code = f"from dpo_mm.config import JudgeConfig; from dpo_mm.scoring import score; score({config!r})"
+    code = f"from dpo_mm.config import JudgeConfig; from dpo_mm.judges.scoring import score; score({config!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while (
@@ -146,7 +146,7 @@ def test_a_judge_is_tested_by_what_any_judge_must_do() -> None:
 
 
 def test_a_judge_of_pairs_is_tested_by_swapping() -> None:
-    found = checks("tests.unit.test_relabel:brighter")
+    found = checks("tests.unit.judges.test_relabel:brighter")
     assert found["swapped pairs"].passed
     assert not checks(f"{HERE}:partial_to_a")["swapped pairs"].passed
 

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_mm.data.schema import Answer
 from dpo_mm.judges import better_of, load_judge
-from dpo_mm.judges.yes_no import said
+from dpo_mm.judges.pope import said
 
 YES = (
     "Yes",

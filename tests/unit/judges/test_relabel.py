@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 from scipy.optimize import minimize_scalar
 
-from dpo_mm import relabel as module
 from dpo_mm.config import RelabelConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import decided, load_pairs
-from dpo_mm.relabel import given_probability, labels, likeliest, relabel, spread
+from dpo_mm.judges import relabel as module
+from dpo_mm.judges.relabel import given_probability, labels, likeliest, relabel, spread
 
-HERE = "tests.unit.test_relabel"
+HERE = "tests.unit.judges.test_relabel"
 EQUAL, LIGHT, DARK = (90, 90), (200, 100), (40, 160)
 """Grey of a and of b."""
 

@@ -14,7 +14,7 @@ from dpo_mm.card import write_card
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_response_rows
 from dpo_mm.judges import JUDGES
-from dpo_mm.provenance import by_rule, headline_first, judges_of, made_by
+from dpo_mm.judges.provenance import by_rule, headline_first, judges_of, made_by
 from tests.conftest import rows
 
 
@@ -27,7 +27,7 @@ def counting(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
 
 
 counting.by_rule = True  # type: ignore[attr-defined]
-HERE = "tests.unit.test_provenance"
+HERE = "tests.unit.judges.test_provenance"
 
 
 @pytest.mark.parametrize(
