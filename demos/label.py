@@ -13,7 +13,7 @@ import gradio as gr
 from dpo_mm.data.image_files import decode, picture_bytes
 from dpo_mm.demo_server import Page, img, safe, serve
 from dpo_mm.labels.export import absolute, standing, summary, train_command
-from dpo_mm.labels.sources import digest, open_pairs
+from dpo_mm.labels.pairs import digest, open_pairs
 from dpo_mm.labels.store import LONGEST_NAME, VoteStore, name_of
 
 BUTTONS = {

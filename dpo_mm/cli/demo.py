@@ -29,7 +29,7 @@ def demo_label(
     from dpo_mm.demo_server import load_page
 
     if models:
-        from dpo_mm.labels.fresh import draw_samples
+        from dpo_mm.labels.fresh_samples import draw_samples
 
         pairs = "samples" if pairs == "shapes-faithfulness" else pairs
         with quietly():

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from dpo_mm.assets import presets_folder
 from dpo_mm.data.schema import make_image_rows
 from dpo_mm.errors import nearest
-from dpo_mm.labels.arena import Rating, ratings
-from dpo_mm.labels.exchange import FORMS
-from dpo_mm.labels.sources import digest, file_of, open_pairs
+from dpo_mm.labels.pairs import digest, file_of, open_pairs
+from dpo_mm.labels.ratings import Rating, ratings
 from dpo_mm.labels.store import Vote, VoteStore, source_of
+from dpo_mm.labels.vote_formats import FORMS
 from dpo_mm.resumable import aside
 
 if TYPE_CHECKING:

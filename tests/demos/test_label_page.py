@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dpo_mm.labels.sources import open_pairs
+from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.store import VoteStore
 from tests.conftest import picture
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from dpo_mm.labels.sources import open_pairs
+from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.store import VoteStore
 from tests.demos.test_label_page import begin, press
 

@@ -14,7 +14,7 @@ import pytest
 
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.labels.export import Agreement, agreement, export, tally, train_command
-from dpo_mm.labels.sources import open_pairs
+from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.store import BLOCK, Vote, VoteStore, source_of
 from tests.conftest import picture, rows
 
@@ -243,7 +243,7 @@ def test_votes_become_rows(pairs: str, tmp_path: Path) -> None:
 
 
 def test_changed_pictures_are_not_exported(write_pairs: Callable[..., str], tmp_path: Path) -> None:
-    from dpo_mm.labels.sources import digest
+    from dpo_mm.labels.pairs import digest
 
     path, given = tmp_path / "votes.sqlite", open_pairs(write_pairs(rows(3)))
     store = VoteStore(path, given["id"], source="here")

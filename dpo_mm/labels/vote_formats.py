@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.labels.sources import file_of
+from dpo_mm.labels.pairs import file_of
 from dpo_mm.labels.store import Vote
 
 if TYPE_CHECKING:

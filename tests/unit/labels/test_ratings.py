@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_mm.labels.arena import MEAN, POINTS, PRIOR, fit, ratings
 from dpo_mm.labels.export import export, opened, standing
-from dpo_mm.labels.fresh import draw_samples
-from dpo_mm.labels.sources import open_pairs
+from dpo_mm.labels.fresh_samples import draw_samples
+from dpo_mm.labels.pairs import open_pairs
+from dpo_mm.labels.ratings import MEAN, POINTS, PRIOR, fit, ratings
 from dpo_mm.labels.store import Vote, VoteStore
 from tests.conftest import picture
 
