@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from dpo_mm.cli.main import quietly
 from dpo_mm.config import MineConfig
-from dpo_mm.mining import mine
+from dpo_mm.mining.mine_images import mine
 from dpo_mm.worlds import shapes
 
 HERE = Path(__file__).parent

@@ -76,7 +76,7 @@ def captioner_tokenizer() -> Any:
     """Words with the space before them."""
     words = [*shapes.COLOURS, *shapes.SHAPES, "and", "a", "an"]
     return tokenizer(
-        rf"{captions.PROMPT[:-1]}\.| ?[a-z]+|[\s\S]",
+        rf"{caption_scenes.PROMPT[:-1]}\.| ?[a-z]+|[\s\S]",
         [caption_scenes.PROMPT, *(f" {w}" for w in words), "a", "an", ",", ".", "\n"],
     )
 

@@ -20,7 +20,7 @@ _WHERE = {
     "compare": "dpo_mm.evaluation.compare_images",
     "load_pairs": "dpo_mm.data.schema",
     "load_policy": "dpo_mm.policies.protocol",
-    "mine": "dpo_mm.mining",
+    "mine": "dpo_mm.mining.mine_images",
     "train": "dpo_mm.trainer",
 }
 

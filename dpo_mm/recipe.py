@@ -112,7 +112,7 @@ def run(recipe: Recipe, *, command: str) -> Outcome:
 def _made(recipe: Recipe) -> tuple[str, ...]:
     """The judges that make, or made, the pairs of a recipe."""
     from dpo_mm.judges.provenance import judges_of
-    from dpo_mm.mining import names
+    from dpo_mm.mining.mine_images import names
 
     if recipe.mine is None:
         return judges_of(recipe.train.pairs)
@@ -122,11 +122,11 @@ def _made(recipe: Recipe) -> tuple[str, ...]:
 def mine(config: MineConfig | MineAnswersConfig) -> Path:
     """Pairs from a model's own pictures or answers, as the kind of config says."""
     if isinstance(config, MineAnswersConfig):
-        from dpo_mm.own_failures import mine_answers
+        from dpo_mm.mining.mine_responses import mine_answers
 
         _know_judges([config.judge])
         return mine_answers(config)
-    from dpo_mm.mining import mine, names
+    from dpo_mm.mining.mine_images import mine, names
 
     _know_judges([*names(config.judge), *names(config.guard)])
     return mine(config)

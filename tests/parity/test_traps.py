@@ -21,7 +21,7 @@ TRAPS = {
     "ms-swift, LLaMA-Factory: LD-DPO on the policy alone": "parity/test_trl.py::test_their_length_desensitising_acts_on_policy_and_reference",
     "diffusers: no 1/2 for SD": "parity/test_diffusion_formulas.py::test_the_half_matters",
     "diffusers: an ipo that can't run": "unit/test_objectives.py::test_by_hand",
-    "diffusers: ties are wins of the first image": "unit/test_schema.py::test_ties_never_become_wins",
+    "diffusers: ties are wins of the first image": "unit/data/test_schema.py::test_ties_never_become_wins",
     "diffusers: the ratio's sign in ORPO": "unit/test_objectives.py::test_by_hand",
     "Salesforce, diffusers: sides flipped independently": "parity/test_traps.py::test_one_picture_on_both_sides_is_a_tie",
     "DiffSynth: uniform noise": "unit/test_draws.py::test_noise_is_gaussian_and_timesteps_uniform",
@@ -36,7 +36,7 @@ TRAPS = {
     "Diffusion-SDPO: one scale a micro-batch": "unit/test_objectives.py::test_the_safe_scale_by_hand_and_a_pair_at_a_time",
     "half-precision errors drown the margin": "parity/test_traps.py::test_errors_of_a_half_precision_model_are_taken_in_float32",
     "one sample of the posterior kept for good": "unit/test_encoding.py::test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives",
-    "a mined loop dominates the margin": "unit/test_own_failures.py::test_a_loop_is_rejected_cut_and_left_open_with_its_reason",
+    "a mined loop dominates the margin": "unit/mining/test_mine_responses.py::test_a_loop_is_rejected_cut_and_left_open_with_its_reason",
 }
 
 

@@ -26,7 +26,7 @@ cli.main()
 """
 MINE = """
 import os, signal
-import dpo_mm.mining as mining
+import dpo_mm.mining.mine_images
 from dpo_mm import cli
 calls = []
 def judge(images, prompts):

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_mm.config import CompareConfig, MineConfig, TrainConfig, build, read
 from dpo_mm.judges import named
-from dpo_mm.mining import names
+from dpo_mm.mining.mine_images import names
 from dpo_mm.recipe import presets, read_recipe, run
 
 PLAIN: dict[str, Any] = {"model": "m", "pairs": "p", "output_dir": "o"}

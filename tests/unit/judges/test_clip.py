@@ -22,7 +22,7 @@ from dpo_mm.judges import clip as clip_judges
 from dpo_mm.judges.clip import OPENAI, Preprocessing, head, pooled, prepare
 from dpo_mm.judges.relabel import relabel
 from dpo_mm.judges.weights import fill, in_batches, read_state
-from dpo_mm.mining import mine
+from dpo_mm.mining.mine_images import mine
 from tests.contracts.families.words import clip_tokenizer as tokenizer
 
 SIDE, WIDTH = 32, 24

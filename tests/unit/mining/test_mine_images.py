@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_mm import mining
 from dpo_mm.config import MineConfig
 from dpo_mm.data.schema import load_pairs
-from dpo_mm.mining import choose_pairs, mine, names, together
+from dpo_mm.mining import mine_images
+from dpo_mm.mining.mine_images import choose_pairs, mine, names, together
 from tests.contracts.families import WORDS
 
 
@@ -81,7 +81,7 @@ def config(tiny_model: str, tmp_path: Path) -> MineConfig:
         model=tiny_model,
         prompts=str(tmp_path / "prompts.txt"),
         output_dir=str(tmp_path / "mined"),
-        judge="tests.unit.test_mining:brightness",
+        judge="tests.unit.mining.test_mine_images:brightness",
         samples=3,
         sampling_steps=2,
         shard_size=2,
@@ -99,7 +99,7 @@ def test_mined_rows_say_how_they_came_about(config: MineConfig) -> None:
 
 
 def test_an_ensemble_with_guards_mines(config: MineConfig) -> None:
-    here = "tests.unit.test_mining"
+    here = "tests.unit.mining.test_mine_images"
     judges = (f"{here}:brightness", f"{here}:darkness", f"{here}:redness")
     alone = mine(dataclasses.replace(config, judge=f"{here}:redness", output_dir=config.output_dir + "-1"))
     both = mine(dataclasses.replace(config, judge=judges, guard=f"{here}:nothing"))
@@ -115,7 +115,7 @@ def test_an_ensemble_with_guards_mines(config: MineConfig) -> None:
 
 
 def test_mining_goes_on_after_finished_shards(config: MineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = mining._mine_shard, []
+    real, calls = mine_images._mine_shard, []
 
     def cut(*arguments: object) -> object:
         calls.append(arguments[1])
@@ -123,7 +123,7 @@ def test_mining_goes_on_after_finished_shards(config: MineConfig, monkeypatch: p
             raise KeyboardInterrupt
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(mining, "_mine_shard", cut)
+    monkeypatch.setattr(mine_images, "_mine_shard", cut)
     with pytest.raises(KeyboardInterrupt):
         mine(config)
     path = mine(config)
@@ -135,7 +135,7 @@ def test_mining_goes_on_after_finished_shards(config: MineConfig, monkeypatch: p
 
 def test_what_cannot_be_mined_is_said(config: MineConfig) -> None:
     with pytest.raises(ValueError, match="draw more samples or lower min_gap"):
-        mine(dataclasses.replace(config, judge="tests.unit.test_mining:nothing"))
+        mine(dataclasses.replace(config, judge="tests.unit.mining.test_mine_images:nothing"))
     with pytest.raises(ValueError, match=r"mined with other settings \(judge"):
         mine(config)
     with pytest.raises(ValueError, match="at least 2 pictures"):

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dpo_mm import own_failures
 from dpo_mm.config import MineAnswersConfig
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Answer, load_responses
 from dpo_mm.errors import Stopped
-from dpo_mm.own_failures import mine_answers, pair
+from dpo_mm.mining import mine_responses
+from dpo_mm.mining.mine_responses import mine_answers, pair
 from dpo_mm.policies.conversations import Conversations
 from tests.contracts.tiny_vlms import build, save
 
@@ -107,7 +107,7 @@ def test_mined_rows_are_a_preference_set(asked: MineAnswersConfig) -> None:
 
 
 def test_mining_goes_on_after_finished_shards(asked: MineAnswersConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = own_failures._mine_shard, []
+    real, calls = mine_responses._mine_shard, []
 
     def cut(*arguments: object) -> object:
         calls.append(arguments[1])
@@ -115,7 +115,7 @@ def test_mining_goes_on_after_finished_shards(asked: MineAnswersConfig, monkeypa
             raise KeyboardInterrupt
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(own_failures, "_mine_shard", cut)
+    monkeypatch.setattr(mine_responses, "_mine_shard", cut)
     with pytest.raises(KeyboardInterrupt):
         mine_answers(asked)
     again = mine_answers(asked)
@@ -127,7 +127,7 @@ def test_mining_goes_on_after_finished_shards(asked: MineAnswersConfig, monkeypa
 def test_asked_to_stop_it_ends_after_its_shard_and_goes_on(
     asked: MineAnswersConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = own_failures._mine_shard, []
+    real, calls = mine_responses._mine_shard, []
 
     def signalled(*arguments: object) -> object:
         calls.append(arguments[1])
@@ -136,7 +136,7 @@ def test_asked_to_stop_it_ends_after_its_shard_and_goes_on(
         return real(*arguments)  # type: ignore[arg-type]
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(own_failures, "_mine_shard", signalled)
+    monkeypatch.setattr(mine_responses, "_mine_shard", signalled)
     with pytest.raises(Stopped, match=r"2 of 3 shards in .*mined; run it again"):
         mine_answers(asked)
     assert signal.getsignal(signal.SIGTERM) is before
