@@ -33,7 +33,7 @@ from dpo_mm.config import CompareAnswersConfig
 from dpo_mm.data.questions import read_questions
 from dpo_mm.evaluation.compare_responses import ask
 from dpo_mm.judges import metric_of
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from dpo_mm.worlds import caption_scenes, documents, shapes
 
 HERE = Path(__file__).parent

@@ -21,7 +21,7 @@ from dpo_mm.demo_server import Page, img, safe, serve
 from dpo_mm.evaluation.report import pieces
 from dpo_mm.judges import explain
 from dpo_mm.policies.answers import stream, token_log_probs
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 
 EXAMPLES = 12
 LARGEST_UPLOAD = 20_000_000

@@ -17,7 +17,7 @@ from dpo_mm.data.image_files import decode
 from dpo_mm.demo_server import SMALL, Page, img, safe, serve
 from dpo_mm.evaluation.saved_comparison import OUTCOMES, Finished, Twins, read_finished
 from dpo_mm.judges import load_judge, metric_of
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 
 SHIPPED_MODEL, SHIPPED_ADAPTER = "shapes-sd", "shapes-sd-faithful"
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo_mm.policies.protocol import FAMILIES, LANGUAGE
+from dpo_mm.policies.families import FAMILIES, LANGUAGE
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("families.md")

@@ -19,7 +19,7 @@ _WHERE = {
     "OBJECTIVES": "dpo_mm.objectives",
     "compare": "dpo_mm.evaluation.compare_images",
     "load_pairs": "dpo_mm.data.schema",
-    "load_policy": "dpo_mm.policies.protocol",
+    "load_policy": "dpo_mm.policies.families",
     "mine": "dpo_mm.mining.mine_images",
     "train": "dpo_mm.trainer",
 }

@@ -17,7 +17,7 @@ from dpo_mm.errors import nearest
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.adapters import check_format
 from dpo_mm.policies.draws import LEVELS
-from dpo_mm.policies.protocol import load_policy, policy_class
+from dpo_mm.policies.families import load_policy, policy_class
 from dpo_mm.reference import choose_name
 
 NEEDED = ("reference", "z", "reward_shift", "corrupted_ratio", "loser_scale")

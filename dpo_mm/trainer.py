@@ -36,7 +36,8 @@ from dpo_mm.errors import Stopped
 from dpo_mm.guards import FiniteSteps, Stop
 from dpo_mm.memory import planned
 from dpo_mm.objectives import LogProbs
-from dpo_mm.policies.protocol import Batch, commit_of
+from dpo_mm.policies.families import commit_of
+from dpo_mm.policies.protocol import Batch
 from dpo_mm.progress import progress
 from dpo_mm.reference import Following, choose, choose_name, keep_reference
 from dpo_mm.setup import SLACK, check, loss_of, needs_of, opened, training_arguments

@@ -216,7 +216,7 @@ def _of_its_kind(context: typer.Context, name: str, pictures: type[Any], answers
     """
     from dpo_mm.assets import locate
     from dpo_mm.config import build
-    from dpo_mm.policies.protocol import LANGUAGE, family_of
+    from dpo_mm.policies.families import LANGUAGE, family_of
 
     config = context.args[0] if context.args and not context.args[0].startswith("--") else None
     values = _section(config, name, flags(context.args[1:] if config else context.args))

@@ -10,7 +10,7 @@ from typing import Any
 from dpo_mm.config import CompareAnswersConfig, CompareConfig
 from dpo_mm.evaluation.statistics import LEVEL, Comparison, settled
 from dpo_mm.evaluation.tables import within
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from dpo_mm.assets import locate
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.prompts import read_prompts, seeds_of
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from dpo_mm.progress import progress
 from dpo_mm.resumable import aside, same_plan
 

@@ -21,7 +21,7 @@ from dpo_mm.data.parquet import combine, write_rows
 from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.data.schema import image_preference, make_image_rows
 from dpo_mm.judges import better_of, load_judge
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from dpo_mm.progress import progress
 from dpo_mm.resumable import left_of, same_plan, stoppable
 

@@ -21,7 +21,7 @@ from dpo_mm.errors import Stopped
 from dpo_mm.guards import Stop
 from dpo_mm.judges import Share, better_of, correct, explain, load_judge
 from dpo_mm.judges.text import cut_loop
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from dpo_mm.progress import progress
 from dpo_mm.resumable import left_of, same_plan
 

@@ -28,7 +28,7 @@ from dpo_mm.data.schema import load_pairs
 from dpo_mm.evaluation.statistics import paired
 from dpo_mm.judges.relabel import relabel
 from dpo_mm.judges.scene import faithfulness
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from dpo_mm.recipe import read_recipe
 from dpo_mm.trainer import train
 

@@ -23,8 +23,8 @@ from dpo_mm.encoding import encode
 from dpo_mm.objectives import margins, sigmoid
 from dpo_mm.policies import draws
 from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_format
+from dpo_mm.policies.families import load_policy
 from dpo_mm.policies.latents import posterior
-from dpo_mm.policies.protocol import load_policy
 from dpo_mm.reference import adapter_off, frozen_copy
 from tests.conftest import picture, rows
 from tests.contracts.families import BUILDERS, WORDS, Family

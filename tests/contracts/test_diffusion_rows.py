@@ -16,7 +16,7 @@ from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import make_image_rows, split_by_prompt
 from dpo_mm.encoding import encode
 from dpo_mm.policies.adapters import check_format
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from tests.conftest import picture, rows
 from tests.contracts.families import BUILDERS, WORDS
 from tests.contracts.test_diffusion import config, stepped

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dpo_mm.assets import locate
 from dpo_mm.data.questions import read_questions
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 
 TASKS = {"captioner": ("shapes-captioner", "scenes-held-out", 48), "ocr": ("page-reader", "pages-held-out", 200)}
 

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 
 from dpo_mm.assets import locate
 from dpo_mm.evaluation.compare_images import plan_of
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from dpo_mm.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]

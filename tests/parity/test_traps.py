@@ -10,7 +10,7 @@ import torch
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.encoding import encoded_sets
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 
 TESTS = Path(__file__).parents[1]
 TRAPS = {

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from dpo_mm.config import TrainConfig
 from dpo_mm.guards import FiniteSteps
 from dpo_mm.memory import _row
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from dpo_mm.reference import choose
 
 

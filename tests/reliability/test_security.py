@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.policies.protocol import commit_of, load_policy
+from dpo_mm.policies.families import commit_of, load_policy
 from dpo_mm.trainer import train
 from tests.contracts.families import stable_diffusion
 from tests.contracts.tiny_vlms import save

@@ -13,7 +13,7 @@ import yaml
 from dpo_mm.assets import presets_folder
 from dpo_mm.config import TrainConfig
 from dpo_mm.memory import _row
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from tests.reliability.test_processes import TWO
 
 CONFIGS = presets_folder() / "accelerate"

@@ -15,7 +15,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import decided, load_pairs
 from dpo_mm.encoding import encode
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from tests.conftest import picture, rows
 
 

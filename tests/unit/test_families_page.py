@@ -7,7 +7,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from dpo_mm.policies.protocol import FAMILIES
+from dpo_mm.policies.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("draw_families", ROOT / "docs" / "draw_families.py")

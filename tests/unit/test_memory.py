@@ -13,7 +13,7 @@ from torch import nn
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.memory import Alive, counted, state_bytes
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from dpo_mm.setup import opened, training_arguments
 from dpo_mm.trainer import plan, train
 from tests.contracts.families import BUILDERS

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig
 from dpo_mm.encoding import encoded_sets
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from dpo_mm.reference import FILE, Following, adapter_off, choose, keep_reference
 from dpo_mm.trainer import train
 

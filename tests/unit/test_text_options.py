@@ -15,7 +15,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import load_responses, make_response_rows
 from dpo_mm.objectives import OBJECTIVES
 from dpo_mm.policies.conversations import corrupted, edits
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from dpo_mm.policies.vlm import VisionLanguage
 from dpo_mm.reference import keep_reference
 from dpo_mm.trainer import DPOTrainer, check, opened, plan, train

@@ -23,7 +23,7 @@ from dpo_mm.evaluation.compare_images import (
     verdict,
 )
 from dpo_mm.evaluation.verdict import earned
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from tests.contracts.families import WORDS
 from tests.contracts.test_diffusion import disturbed
 

@@ -16,7 +16,7 @@ from dpo_mm.data.schema import Answer
 from dpo_mm.evaluation import compare_responses as module
 from dpo_mm.evaluation.compare_responses import Answered, compare_answers, comparisons, cost, counted, examples, judged
 from dpo_mm.evaluation.statistics import paired_shares
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from tests.contracts.tiny_vlms import save
 
 RED = Image.new("RGB", (8, 8), "#ff0000")

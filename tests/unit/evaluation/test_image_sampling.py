@@ -17,7 +17,7 @@ from dpo_mm.evaluation import image_sampling
 from dpo_mm.evaluation.compare_images import compare
 from dpo_mm.evaluation.image_sampling import Plan, Studio
 from dpo_mm.evaluation.image_store import Gallery
-from dpo_mm.policies.protocol import load_policy
+from dpo_mm.policies.families import load_policy
 from tests.contracts.families import WORDS
 from tests.contracts.test_diffusion import config as train_config
 from tests.contracts.test_diffusion import disturbed

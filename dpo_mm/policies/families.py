@@ -1,0 +1,93 @@
+"""Which file makes a policy of a model: one row per model family."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+FAMILIES: dict[str, str] = {
+    "StableDiffusionPipeline": "dpo_mm.policies.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "dpo_mm.policies.sdxl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "dpo_mm.policies.sd3:StableDiffusion3",
+    "FluxPipeline": "dpo_mm.policies.flux:Flux",
+    "FluxKontextPipeline": "dpo_mm.policies.flux_kontext:FluxKontext",
+    "PixArtSigmaPipeline": "dpo_mm.policies.pixart_sigma:PixArtSigma",
+    "SanaPipeline": "dpo_mm.policies.sana:Sana",
+    "QwenImagePipeline": "dpo_mm.policies.qwen_image:QwenImage",
+    "ZImagePipeline": "dpo_mm.policies.z_image:ZImage",
+    "Flux2KleinPipeline": "dpo_mm.policies.flux2:Flux2Klein",
+}
+"""Pipeline class, as its model_index.json names it, to the class that makes it a policy."""
+
+
+LANGUAGE = "dpo_mm.policies.vlm:VisionLanguage"
+"""What makes a policy of a transformers model: a folder or hub id with a config.json and no model_index.json."""
+
+
+def _index(model: str, file: str, revision: str | None) -> Path | None:
+    """A model's index file, from its folder or the hub; None where it has none."""
+    if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/")):
+        path = Path(model) / file
+        return path if path.exists() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model, file, revision=revision))
+    except EntryNotFoundError:
+        return None
+    except Exception as error:
+        raise ValueError(
+            f"model {model!r}: neither a folder nor reachable on the hub ({type(error).__name__})"
+        ) from error
+
+
+def commit_of(model: str, *, revision: str | None = None) -> str | None:
+    """The commit of a hub model that is read where `revision` is asked for; None for a folder."""
+    index = _index(model, "model_index.json", revision) or _index(model, "config.json", revision)
+    parts = index.parts if index else ()
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+def family_of(model: str, *, revision: str | None = None) -> str:
+    """Where the class stands that makes a policy of a model, as module:class, by the model's own index.
+
+    Raises ValueError where there is no index or the family is unknown.
+    """
+    index = _index(model, "model_index.json", revision)
+    if index is None:
+        if _index(model, "config.json", revision):
+            return LANGUAGE
+        raise ValueError(
+            f"model {model!r}: neither model_index.json (a diffusers pipeline) nor config.json (a transformers model) there"
+        )
+    name = json.loads(index.read_text()).get("_class_name")
+    if name not in FAMILIES:
+        raise ValueError(
+            f"model {model!r} is a {name}, which no family handles yet; known: {', '.join(FAMILIES)}. "
+            "A family is one file, see dpo_mm/policies/README.md"
+        )
+    return FAMILIES[name]
+
+
+def policy_class(model: str, *, revision: str | None = None) -> Any:
+    """The class that makes a policy of a model. Raises ValueError as `family_of`."""
+    from dpo_mm.assets import locate
+
+    module, _, name = family_of(locate(model), revision=revision).partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def load_policy(
+    model: str, *, revision: str | None = None, precision: str = "fp32", device: str | None = None, **options: Any
+) -> Any:
+    """The policy of a model: a folder, a hub id, or the name of a shipped one; options as its class takes them.
+
+    Raises ValueError where it is missing, incomplete or of an unknown family.
+    """
+    from dpo_mm.assets import locate
+
+    kind = policy_class(model, revision=revision)
+    return kind.load(locate(model), revision=revision, precision=precision, device=device, **options)
