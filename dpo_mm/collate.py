@@ -19,7 +19,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.policies import draws as drawing
+from dpo_mm.policies.diffusion import random_draws
 
 EVAL_DRAWS = 4
 """Frozen (noise, timestep) draws of each watched row, one from each quarter of the schedule."""
@@ -82,7 +82,7 @@ class PairStream(Dataset[dict[str, Any]]):
     def _stratum(self, row: str, visit: int, number: int) -> tuple[int, int]:
         """Which part of the schedule, of how many."""
         if self.draws:
-            return int(drawing.strata(self.seed, row, self.draws)[visit]), self.draws
+            return int(random_draws.strata(self.seed, row, self.draws)[visit]), self.draws
         count = max(self.strata // 2, 1) if self.mirrored else self.strata
         step, place = divmod(number, count)
         return int(_order((self.seed, 1 + step, 1), count)[place]), count

@@ -25,7 +25,7 @@ from dpo_mm import shards
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.load_pairs import Pairs, check_sources, data_columns
 from dpo_mm.data.schema import decided, digest, load_pairs, load_responses, split_by_prompt
-from dpo_mm.policies.crops import bucket_for, buckets_of
+from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.progress import progress
 from dpo_mm.resumable import aside
 from dpo_mm.shards import Part, Shards
@@ -211,7 +211,7 @@ def _own(task: Task, kind: str, total: int) -> Iterator[tuple[Path, range]]:
 
 
 def _encode_prompts(task: Task, names: Sequence[str], advance: Any) -> None:
-    from dpo_mm.policies.batches import padded
+    from dpo_mm.policies.diffusion.collate import padded
 
     for place, part in _own(task, "prompts", len(names)):
         first = task.policy.encode_prompts([names[part.start]])

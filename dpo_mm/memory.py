@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.encoding import at_once, sample_bytes
-from dpo_mm.policies.hollow import fake
+from dpo_mm.policies.diffusion.meta_pipeline import fake
 from dpo_mm.reference import choose_name
 from dpo_mm.shards import gib
 

@@ -16,7 +16,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.errors import nearest
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.adapters import check_format
-from dpo_mm.policies.draws import LEVELS
+from dpo_mm.policies.diffusion.random_draws import LEVELS
 from dpo_mm.policies.families import load_policy, policy_class
 from dpo_mm.reference import choose_name
 

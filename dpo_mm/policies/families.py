@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES: dict[str, str] = {
-    "StableDiffusionPipeline": "dpo_mm.policies.stable_diffusion:StableDiffusion",
-    "StableDiffusionXLPipeline": "dpo_mm.policies.sdxl:StableDiffusionXL",
-    "StableDiffusion3Pipeline": "dpo_mm.policies.sd3:StableDiffusion3",
-    "FluxPipeline": "dpo_mm.policies.flux:Flux",
-    "FluxKontextPipeline": "dpo_mm.policies.flux_kontext:FluxKontext",
-    "PixArtSigmaPipeline": "dpo_mm.policies.pixart_sigma:PixArtSigma",
-    "SanaPipeline": "dpo_mm.policies.sana:Sana",
-    "QwenImagePipeline": "dpo_mm.policies.qwen_image:QwenImage",
-    "ZImagePipeline": "dpo_mm.policies.z_image:ZImage",
-    "Flux2KleinPipeline": "dpo_mm.policies.flux2:Flux2Klein",
+    "StableDiffusionPipeline": "dpo_mm.policies.diffusion.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "dpo_mm.policies.diffusion.sdxl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "dpo_mm.policies.diffusion.sd3:StableDiffusion3",
+    "FluxPipeline": "dpo_mm.policies.diffusion.flux:Flux",
+    "FluxKontextPipeline": "dpo_mm.policies.diffusion.flux_kontext:FluxKontext",
+    "PixArtSigmaPipeline": "dpo_mm.policies.diffusion.pixart_sigma:PixArtSigma",
+    "SanaPipeline": "dpo_mm.policies.diffusion.sana:Sana",
+    "QwenImagePipeline": "dpo_mm.policies.diffusion.qwen_image:QwenImage",
+    "ZImagePipeline": "dpo_mm.policies.diffusion.z_image:ZImage",
+    "Flux2KleinPipeline": "dpo_mm.policies.diffusion.flux2:Flux2Klein",
 }
 """Pipeline class, as its model_index.json names it, to the class that makes it a policy."""
 

@@ -53,8 +53,9 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import decided, make_image_rows
 from dpo_mm.encoding import encode
-from dpo_mm.policies.diffusion import DTYPES
-from dpo_mm.policies.stable_diffusion import StableDiffusion
+from dpo_mm.policies.diffusion import random_draws
+from dpo_mm.policies.diffusion.diffusion_policy import DTYPES
+from dpo_mm.policies.diffusion.stable_diffusion import StableDiffusion
 from dpo_mm.reference import keep_reference
 from dpo_mm.trainer import DPOTrainer
 from tests.contracts.families.words import WORDS, clip_tokenizer
@@ -137,7 +138,7 @@ def build(size: Size, *, device: str, precision: str) -> Any:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
     if len(texts) == 2:
-        from dpo_mm.policies.sdxl import StableDiffusionXL
+        from dpo_mm.policies.diffusion.sdxl import StableDiffusionXL
 
         pipe = diffusers.StableDiffusionXLPipeline(vae, *texts, words, words, unet, scheduler)
         return StableDiffusionXL(pipe.to(device), "bench")
@@ -288,10 +289,10 @@ def ours(policy: Any, config: TrainConfig, rows: Any, parts: Parts) -> Step:
     """Our step: rows from disk, the trainer's own loss."""
     draws = config.reference_draws
     if config.reference == "precomputed":
-        rows = keep_reference(policy, PairStream(rows, seed=0, length=len(rows), draws=draws), config)
+        rows = keep_reference(policy, PairStream(rows, seed=0, length=len(rows), draws=random_draws), config)
     trainer = DPOTrainer(policy, config, rows)
     policy.model.train()
-    stream = PairStream(rows, seed=0, length=10**9, draws=draws, shuffle=False)
+    stream = PairStream(rows, seed=0, length=10**9, draws=random_draws, shuffle=False)
     asked, asks = trainer.reference, policy.log_probs
     visit = 0
 
@@ -381,11 +382,11 @@ def prepared(given: argparse.Namespace, folder: Path) -> Bench:
 
 def _posterior(config: TrainConfig, batch: dict[str, Any]) -> Tensor:
     """The posterior's noise that our collator drew at visit 0."""
-    from dpo_mm.policies import draws
+    from dpo_mm.policies.diffusion import random_draws
 
     shape = tuple(batch["noise"].shape[1:])
     return torch.stack(
-        [torch.from_numpy(draws.noise(config.seed, id, 0, shape, what="posterior")) for id in batch["id"]]
+        [torch.from_numpy(random_draws.noise(config.seed, id, 0, shape, what="posterior")) for id in batch["id"]]
     )
 
 

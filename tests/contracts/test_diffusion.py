@@ -21,10 +21,10 @@ from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.encoding import encode
 from dpo_mm.objectives import margins, sigmoid
-from dpo_mm.policies import draws
 from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_format
+from dpo_mm.policies.diffusion import random_draws
+from dpo_mm.policies.diffusion.latents import posterior
 from dpo_mm.policies.families import load_policy
-from dpo_mm.policies.latents import posterior
 from dpo_mm.reference import adapter_off, frozen_copy
 from tests.conftest import picture, rows
 from tests.contracts.families import BUILDERS, WORDS, Family
@@ -220,8 +220,8 @@ def test_the_log_prob_is_the_papers_arithmetic(family: str, visit: int, ready: C
     """-1/2 mean (prediction - target)^2 in float64, from the level that the row's draw is."""
     policy = ready(family)
     batch = policy.collate([{**encoded(policy, 1)[0], "visit": visit}])
-    level, shape = draws.level(0, "row-0", visit), tuple(batch["chosen"].shape[1:])
-    x0, noise = batch["chosen"].double().numpy(), draws.noise(0, "row-0", visit, shape).astype(float)[None]
+    level, shape = random_draws.level(0, "row-0", visit), tuple(batch["chosen"].shape[1:])
+    x0, noise = batch["chosen"].double().numpy(), random_draws.noise(0, "row-0", visit, shape).astype(float)[None]
     noisy, target, timestep = by_hand(BUILDERS[family], level, x0, noise)
     assert batch["timestep"].item() == pytest.approx(timestep, rel=1e-5)
     prompt = told(policy, batch, "chosen")

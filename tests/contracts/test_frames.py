@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.policies.crops import buckets_of
+from dpo_mm.policies.diffusion.buckets import buckets_of
 from dpo_mm.policies.families import load_policy
 from dpo_mm.reference import adapter_off
 from tests.conftest import picture

@@ -12,7 +12,7 @@ from dpo_mm.assets import SHIPPED, presets_folder
 from dpo_mm.config import CompareAnswersConfig
 from dpo_mm.judges import named
 from dpo_mm.objectives import OBJECTIVES
-from dpo_mm.policies.diffusion import DTYPES
+from dpo_mm.policies.diffusion.diffusion_policy import DTYPES
 from dpo_mm.policies.families import load_policy
 from dpo_mm.policies.vlm import VisionLanguage
 from dpo_mm.recipe import Recipe, read_recipe

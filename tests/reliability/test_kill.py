@@ -38,7 +38,7 @@ def test_a_save_that_fails_keeps_the_one_before(tiny_model: str, pairs: str, tmp
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {tiny_model}\npairs: {pairs}\n")
     code = (
-        "import errno, dpo_mm.policies.diffusion as d, dpo_mm.cli.main as c, sys\n"
+        "import errno, dpo_mm.policies.diffusion.diffusion_policy as d, dpo_mm.cli.main as c, sys\n"
         "real, calls = d.DiffusionPolicy.save, []\n"
         "def save(self, folder, weights=None):\n"
         "    calls.append(folder)\n"

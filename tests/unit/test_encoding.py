@@ -105,14 +105,14 @@ def test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives(
     tiny_model: str, pairs: str, tmp_path: Path
 ) -> None:
     """The kept posterior with a visit's noise is the autoencoder's own sample with that noise, to float32's rounding."""
-    from dpo_mm.policies import draws
+    from dpo_mm.policies.diffusion import random_draws
 
     policy = load_policy(tiny_model)
     policy.prepare(TrainConfig(model="-", pairs="-", output_dir="-", seed=7))
     row = encode(policy, decided(load_pairs(pairs)), where="pairs", cache=tmp_path)[0]
     batches = [policy.collate([{**row, "visit": visit}]) for visit in (0, 1, 0)]
     for batch, visit in zip(batches, (0, 1, 0), strict=True):
-        noise = torch.from_numpy(draws.noise(7, "row-0", visit, (4, 16, 16), what="posterior"))
+        noise = torch.from_numpy(random_draws.noise(7, "row-0", visit, (4, 16, 16), what="posterior"))
         for side, place in (("chosen", 0), ("rejected", 1)):
             with torch.no_grad():
                 own = policy.vae.encode(policy.pixels(picture(place))[None]).latent_dist

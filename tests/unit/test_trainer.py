@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_image_rows
 from dpo_mm.objectives import OBJECTIVES, LogProbs
-from dpo_mm.policies.diffusion import LORA_FILE
+from dpo_mm.policies.diffusion.diffusion_policy import LORA_FILE
 from dpo_mm.trainer import by_level, loss_of, measures, plan, train
 from tests.conftest import rows
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpo_mm.policies.diffusion import DiffusionPolicy, Prompt
-from dpo_mm.policies.latents import LatentScale
+from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
+from dpo_mm.policies.diffusion.latents import LatentScale
 
 
 class Flux2Klein(DiffusionPolicy):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.policies.adapters import Weights, has_lora
-from dpo_mm.policies.diffusion import DiffusionPolicy, Prompt
+from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 PREFIX = "base_model.model."
 """What PEFT's files put before the names of a wrapped model's weights."""

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpo_mm.policies.diffusion import DiffusionPolicy, Prompt
+from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 TOKENS = 512
 """Of a prompt, as the pipeline cuts it when it draws."""

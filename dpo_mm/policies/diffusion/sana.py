@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpo_mm.policies.diffusion import DiffusionPolicy, Prompt
+from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 
 class Sana(DiffusionPolicy):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_mm.policies.crops import bucket_for, buckets_of, covering
+from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of, covering
 
 
 def test_buckets_are_those_of_sdxl_that_keep_its_area() -> None:

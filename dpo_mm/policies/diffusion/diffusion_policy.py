@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs, safe_scale
-from dpo_mm.policies import drawing
 from dpo_mm.policies.adapters import (
     LORA_FILE,
     Weights,
@@ -38,11 +37,12 @@ from dpo_mm.policies.adapters import (
     save_lora,
     save_whole,
 )
-from dpo_mm.policies.batches import collate
-from dpo_mm.policies.crops import Crop, Size, covering
-from dpo_mm.policies.hollow import hollow
-from dpo_mm.policies.latents import latent_scale, posterior
-from dpo_mm.policies.noising import noising_of
+from dpo_mm.policies.diffusion import sampling
+from dpo_mm.policies.diffusion.buckets import Crop, Size, covering
+from dpo_mm.policies.diffusion.collate import collate
+from dpo_mm.policies.diffusion.latents import latent_scale, posterior
+from dpo_mm.policies.diffusion.meta_pipeline import hollow
+from dpo_mm.policies.diffusion.noise_process import noising_of
 from dpo_mm.policies.protocol import Batch
 
 Prompt = dict[str, Tensor]
@@ -320,11 +320,11 @@ class DiffusionPolicy:
 
     def attach(self, folder: str | Path) -> None:
         """Load a tuned adapter or denoiser with the stock library, for drawing. Raises ValueError where there is none."""
-        drawing.attach(self, Path(folder))
+        sampling.attach(self, Path(folder))
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> Iterator[list[Image.Image]]:
         """Pictures of each prompt from its own seed, a batch at a time, see `drawing.sample`."""
-        return drawing.sample(self, prompts, seeds, **settings)
+        return sampling.sample(self, prompts, seeds, **settings)
 
     # What the run says of itself
 

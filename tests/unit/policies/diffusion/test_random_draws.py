@@ -9,24 +9,24 @@ import pytest
 from scipy import stats
 
 from dpo_mm.collate import PairStream
-from dpo_mm.policies import draws
+from dpo_mm.policies.diffusion import random_draws
 
 
 def test_draws_are_a_function_of_seed_row_and_visit() -> None:
-    one = draws.noise(0, "row", 3, (4, 8, 8))
-    assert np.array_equal(one, draws.noise(0, "row", 3, (4, 8, 8))) and one.dtype == np.float32
-    others = [draws.noise(*key, (4, 8, 8)) for key in ((1, "row", 3), (0, "wor", 3), (0, "row", 4))]
-    others.append(draws.noise(0, "row", 3, (4, 8, 8), what="posterior"))
+    one = random_draws.noise(0, "row", 3, (4, 8, 8))
+    assert np.array_equal(one, random_draws.noise(0, "row", 3, (4, 8, 8))) and one.dtype == np.float32
+    others = [random_draws.noise(*key, (4, 8, 8)) for key in ((1, "row", 3), (0, "wor", 3), (0, "row", 4))]
+    others.append(random_draws.noise(0, "row", 3, (4, 8, 8), what="posterior"))
     assert not any(np.array_equal(one, other) for other in others)
-    assert draws.level(0, "row", 3) == draws.level(0, "row", 3) != draws.level(0, "row", 4)
+    assert random_draws.level(0, "row", 3) == random_draws.level(0, "row", 3) != random_draws.level(0, "row", 4)
 
 
 def levels(count: int, **how: Any) -> list[float]:
-    return [draws.level(0, str(n), 0, **how) for n in range(count)]
+    return [random_draws.level(0, str(n), 0, **how) for n in range(count)]
 
 
 def test_noise_is_gaussian_and_timesteps_uniform() -> None:
-    noise = np.concatenate([draws.noise(0, str(n), 0, (4, 8, 8)).ravel() for n in range(40)])
+    noise = np.concatenate([random_draws.noise(0, str(n), 0, (4, 8, 8)).ravel() for n in range(40)])
     assert stats.kstest(noise, "norm").pvalue > 0.001
     found = levels(2000, within=(0.2, 0.7))
     assert stats.kstest(found, "uniform", args=(0.2, 0.5)).pvalue > 0.001
@@ -43,13 +43,13 @@ def test_logit_normal_levels_are_those_of_a_normal_cut_to_the_range() -> None:
     assert cut.min() >= 0.3 and cut.max() < 0.9
 
 
-@pytest.mark.parametrize("kind", draws.LEVELS)
+@pytest.mark.parametrize("kind", random_draws.LEVELS)
 def test_a_stratum_is_its_part_of_the_distribution(kind: str) -> None:
-    edges = [draws.LEVELS[kind](n / 8, 0.1, 0.9) for n in range(9)]
+    edges = [random_draws.LEVELS[kind](n / 8, 0.1, 0.9) for n in range(9)]
     for which in range(8):
         found = levels(50, kind=kind, within=(0.1, 0.9), stratum=(which, 8))
         assert all(edges[which] <= level < edges[which + 1] for level in found)
-    assert [draws.LEVELS[kind](share, 0.1, 0.9) for share in (0.0, 1.0)] == pytest.approx([0.1, 0.9])
+    assert [random_draws.LEVELS[kind](share, 0.1, 0.9) for share in (0.0, 1.0)] == pytest.approx([0.1, 0.9])
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -92,8 +92,8 @@ def test_mirrored_visits_stand_next_to_each_other() -> None:
 
 def test_a_known_draw_never_changes() -> None:
     """A golden value: a resumed run on another machine or version must see the same draws."""
-    assert draws.level(0, "row-0", 0) == pytest.approx(GOLDEN_LEVEL, abs=1e-12)
-    assert draws.noise(0, "row-0", 0, (3,)).tolist() == pytest.approx(GOLDEN_NOISE, abs=1e-6)
+    assert random_draws.level(0, "row-0", 0) == pytest.approx(GOLDEN_LEVEL, abs=1e-12)
+    assert random_draws.noise(0, "row-0", 0, (3,)).tolist() == pytest.approx(GOLDEN_NOISE, abs=1e-6)
     stream = PairStream(rows(3), seed=0, length=10, strata=5)
     assert [stream[n]["stratum"][0] for n in range(10)] == GOLDEN_STRATA
 

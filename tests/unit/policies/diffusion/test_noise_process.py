@@ -14,9 +14,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from dpo_mm.policies.batches import padded
-from dpo_mm.policies.latents import latent_scale
-from dpo_mm.policies.noising import noising_of
+from dpo_mm.policies.diffusion.collate import padded
+from dpo_mm.policies.diffusion.latents import latent_scale
+from dpo_mm.policies.diffusion.noise_process import noising_of
 
 LEVELS = torch.tensor([0.001, 0.25, 0.5, 0.999])
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_mm.objectives import FROM_DATA
-from dpo_mm.policies import draws
+from dpo_mm.policies.diffusion import random_draws
 from dpo_mm.policies.protocol import Batch
 
 
@@ -27,12 +27,12 @@ def collate(policy: Any, rows: list[dict[str, Any]]) -> Batch:
     kind, within = policy.config.timesteps, policy.config.timestep_range
     keys = [(policy.config.seed, row["id"], row["visit"]) for row in rows]
     shape = tuple(rows[0]["chosen_mean"].shape)
-    sample = _stack([draws.noise(*key, shape, what="posterior") for key in keys])
+    sample = _stack([random_draws.noise(*key, shape, what="posterior") for key in keys])
     drawn = [
-        draws.level(*key, kind=kind, within=within, stratum=row.get("stratum", (0, 1)))
+        random_draws.level(*key, kind=kind, within=within, stratum=row.get("stratum", (0, 1)))
         for key, row in zip(keys, rows, strict=True)
     ]
-    noise = [row.get("sign", 1) * draws.noise(*key, shape) for key, row in zip(keys, rows, strict=True)]
+    noise = [row.get("sign", 1) * random_draws.noise(*key, shape) for key, row in zip(keys, rows, strict=True)]
     levels = torch.tensor(drawn)
     batch: Batch = {
         "id": [row["id"] for row in rows],

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor, nn
 
-from dpo_mm.policies import flux
-from dpo_mm.policies.diffusion import DiffusionPolicy, Prompt
+from dpo_mm.policies.diffusion import flux
+from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 
 class FluxKontext(DiffusionPolicy):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dpo_mm.policies.diffusion import DiffusionPolicy, Prompt
+from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 TOKENS = 512
 """Of a prompt, as the pipeline cuts it."""
