@@ -20,8 +20,8 @@ from dpo_mm.data.schema import Answer
 from dpo_mm.demo_server import Page, img, safe, serve
 from dpo_mm.evaluation.report import pieces
 from dpo_mm.judges import explain
-from dpo_mm.policies.answers import stream, token_log_probs
 from dpo_mm.policies.families import load_policy
+from dpo_mm.policies.vlm.generation import stream, token_log_probs
 
 EXAMPLES = 12
 LARGEST_UPLOAD = 20_000_000

@@ -22,7 +22,7 @@ FAMILIES: dict[str, str] = {
 """Pipeline class, as its model_index.json names it, to the class that makes it a policy."""
 
 
-LANGUAGE = "dpo_mm.policies.vlm:VisionLanguage"
+LANGUAGE = "dpo_mm.policies.vlm.vlm_policy:VisionLanguage"
 """What makes a policy of a transformers model: a folder or hub id with a config.json and no model_index.json."""
 
 

@@ -53,7 +53,6 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import decided, make_image_rows
 from dpo_mm.encoding import encode
-from dpo_mm.policies.diffusion import random_draws
 from dpo_mm.policies.diffusion.diffusion_policy import DTYPES
 from dpo_mm.policies.diffusion.stable_diffusion import StableDiffusion
 from dpo_mm.reference import keep_reference
@@ -289,10 +288,10 @@ def ours(policy: Any, config: TrainConfig, rows: Any, parts: Parts) -> Step:
     """Our step: rows from disk, the trainer's own loss."""
     draws = config.reference_draws
     if config.reference == "precomputed":
-        rows = keep_reference(policy, PairStream(rows, seed=0, length=len(rows), draws=random_draws), config)
+        rows = keep_reference(policy, PairStream(rows, seed=0, length=len(rows), draws=draws), config)
     trainer = DPOTrainer(policy, config, rows)
     policy.model.train()
-    stream = PairStream(rows, seed=0, length=10**9, draws=random_draws, shuffle=False)
+    stream = PairStream(rows, seed=0, length=10**9, draws=draws, shuffle=False)
     asked, asks = trainer.reference, policy.log_probs
     visit = 0
 

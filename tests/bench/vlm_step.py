@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig
-from dpo_mm.policies.vlm import VisionLanguage
+from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.reference import keep_reference
 from dpo_mm.trainer import DPOTrainer
 from tests.bench.vlm_shapes import PUBLISHED, RANK, SHAPES, Shape, allowed, build, ratios, rows_of, texts

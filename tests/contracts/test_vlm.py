@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs, margins, sigmoid
-from dpo_mm.policies import shared_prefix, token_scores
-from dpo_mm.policies.answers import answer_of
-from dpo_mm.policies.token_scores import plain_scores
-from dpo_mm.policies.vlm import VisionLanguage, lora_targets
+from dpo_mm.policies.vlm import shared_prefix
+from dpo_mm.policies.vlm import token_log_probs as token_scores
+from dpo_mm.policies.vlm.chat import answer_of
+from dpo_mm.policies.vlm.token_log_probs import plain_scores
+from dpo_mm.policies.vlm.vlm_policy import VisionLanguage, lora_targets
 from dpo_mm.reference import adapter_off, frozen_copy
 from tests.contracts import tiny_vlms
 from tests.contracts.tiny_vlms import IMAGES, build, rows, save

@@ -14,7 +14,7 @@ from dpo_mm.judges import named
 from dpo_mm.objectives import OBJECTIVES
 from dpo_mm.policies.diffusion.diffusion_policy import DTYPES
 from dpo_mm.policies.families import load_policy
-from dpo_mm.policies.vlm import VisionLanguage
+from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.recipe import Recipe, read_recipe
 from tests.contracts import tiny_vlms
 from tests.contracts.families import BUILDERS

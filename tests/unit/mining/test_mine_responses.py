@@ -17,7 +17,7 @@ from dpo_mm.data.schema import Answer, load_responses
 from dpo_mm.errors import Stopped
 from dpo_mm.mining import mine_responses
 from dpo_mm.mining.mine_responses import mine_answers, pair
-from dpo_mm.policies.conversations import Conversations
+from dpo_mm.policies.vlm.chat import Conversations
 from tests.contracts.tiny_vlms import build, save
 
 RED = Image.new("RGB", (8, 8), "#ff0000")

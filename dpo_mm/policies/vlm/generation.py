@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpo_mm.data.schema import Answer
-from dpo_mm.policies.conversations import as_messages
+from dpo_mm.policies.vlm.chat import as_messages
 
 if TYPE_CHECKING:
-    from dpo_mm.policies.vlm import VisionLanguage
+    from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 
 
 def stream(policy: VisionLanguage, images: Sequence[Any], message: Any, *, max_new_tokens: int) -> Iterator[str]:
@@ -75,11 +74,3 @@ def _inputs(policy: VisionLanguage, images: Sequence[Any], message: Any) -> dict
     found |= {name: value[None] for name, value in prompt["types"].items()} | prompt["images"]
     moved = {name: value.to(policy.device) for name, value in found.items()}
     return {k: v.to(policy.core.dtype) if v.is_floating_point() else v for k, v in moved.items()}
-
-
-def answer_of(tokens: list[int], tokenizer: Any, ends: int | list[int] | None) -> Answer:
-    """What was generated, up to the first token that ends a turn. ends: those; None: the tokenizer's own."""
-    stops = {tokenizer.eos_token_id} if ends is None else {ends} if isinstance(ends, int) else set(ends)
-    end = next((n + 1 for n, token in enumerate(tokens) if token in stops), None)
-    kept = tokens[:end]
-    return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept), hit_limit=end is None)

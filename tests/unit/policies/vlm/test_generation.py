@@ -10,9 +10,9 @@ import torch
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import make_response_rows
-from dpo_mm.policies.answers import stream, token_log_probs
 from dpo_mm.policies.families import load_policy
-from dpo_mm.policies.vlm import VisionLanguage
+from dpo_mm.policies.vlm.generation import stream, token_log_probs
+from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 
 
 @pytest.fixture(scope="module")

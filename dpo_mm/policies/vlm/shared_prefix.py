@@ -6,7 +6,7 @@ that of two plain forwards while images and prompt go through the model once. Th
 (`transformers.AttentionInterface`): no score matrix of the whole sequence, nothing a family of models has to write.
 
 Not every model can be asked this way: linear attention carries chosen's state into rejected. `install` refuses the
-layers it knows of, and `dpo_mm.policies.token_scores` checks the rest before it trusts this.
+layers it knows of, and `dpo_mm.policies.vlm.token_log_probs` checks the rest before it trusts this.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Any `AutoModelForImageTextToText` with its `AutoProcessor`, zero, one or many images a row, and any
 `AutoModelForCausalLM` with its tokenizer: the case of no image. A LoRA adapts the language model; vision tower and
 projector stay frozen unless asked otherwise. Chosen and rejected are one sequence where that is exact, see
-`dpo_mm.policies.shared_prefix`.
+`dpo_mm.policies.vlm.shared_prefix`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from torch import nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import Answer
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
-from dpo_mm.policies import conversations
 from dpo_mm.policies.adapters import refuse_pickle
-from dpo_mm.policies.anatomy import classes_of, lora_targets, outside_language, without_dropout
-from dpo_mm.policies.answers import answer_of
-from dpo_mm.policies.conversations import Conversations
 from dpo_mm.policies.protocol import Batch
-from dpo_mm.policies.shared_prefix import unwrap
-from dpo_mm.policies.token_scores import (
+from dpo_mm.policies.vlm import chat
+from dpo_mm.policies.vlm.architecture import classes_of, lora_targets, outside_language, without_dropout
+from dpo_mm.policies.vlm.chat import Conversations, answer_of
+from dpo_mm.policies.vlm.shared_prefix import unwrap
+from dpo_mm.policies.vlm.token_log_probs import (
     Scorer,
     answers_scale,
     evaluating,
@@ -212,7 +211,7 @@ class VisionLanguage:
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """One batch from encoded rows. Raises ValueError where only some rows with images have their features kept."""
-        batch = conversations.collate(rows, self.pad)
+        batch = chat.collate(rows, self.pad)
         features = [row["features"] for row in rows if "features" in row]
         if features and "pixel_values" in batch["images"]:
             raise ValueError("some rows of a batch have their vision features kept and some don't; keep all or none")
@@ -351,7 +350,7 @@ class VisionLanguage:
     ) -> list[Answer]:
         """An answer to each conversation, a batch at a time; sampled ones from `seed` and the batch's place."""
         prompts = [
-            self.rows.prompt(pictures, conversations.as_messages(conversation, "user"), where=f"conversation {n}")
+            self.rows.prompt(pictures, chat.as_messages(conversation, "user"), where=f"conversation {n}")
             for n, (pictures, conversation) in enumerate(zip(images, messages, strict=True))
         ]
         sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
@@ -365,12 +364,10 @@ class VisionLanguage:
 
     def _answers(self, prompts: list[dict[str, Any]], limits: dict[str, Any]) -> list[Answer]:
         width = max(len(prompt["ids"]) for prompt in prompts)
-        ids = conversations.padded([p["ids"] for p in prompts], width, left=True, value=self.pad)
-        mask = conversations.padded([torch.ones_like(p["ids"]) for p in prompts], width, left=True)
-        types = {
-            k: conversations.padded([p["types"][k] for p in prompts], width, left=True) for k in prompts[0]["types"]
-        }
-        images = conversations.join_images([prompt["images"] for prompt in prompts])
+        ids = chat.padded([p["ids"] for p in prompts], width, left=True, value=self.pad)
+        mask = chat.padded([torch.ones_like(p["ids"]) for p in prompts], width, left=True)
+        types = {k: chat.padded([p["types"][k] for p in prompts], width, left=True) for k in prompts[0]["types"]}
+        images = chat.join_images([prompt["images"] for prompt in prompts])
         inputs = {
             k: v.to(self.device) for k, v in {"input_ids": ids, "attention_mask": mask, **types, **images}.items()
         }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo_mm.objectives import preserving_scale
-from dpo_mm.policies.shared_prefix import Layout, install, masks_of, plain_inputs, shared_inputs, twice, unwrap
+from dpo_mm.policies.vlm.shared_prefix import Layout, install, masks_of, plain_inputs, shared_inputs, twice, unwrap
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_mm.data.schema import Answer
 from dpo_mm.objectives import FROM_DATA
-from dpo_mm.policies.shared_prefix import Layout
+from dpo_mm.policies.vlm.shared_prefix import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -316,3 +317,11 @@ def _grown(part: Tensor, shape: list[int]) -> Tensor:
     out = part.new_zeros((part.shape[0], *shape))
     out[tuple(slice(size) for size in part.shape)] = part
     return out
+
+
+def answer_of(tokens: list[int], tokenizer: Any, ends: int | list[int] | None) -> Answer:
+    """What was generated, up to the first token that ends a turn. ends: those; None: the tokenizer's own."""
+    stops = {tokenizer.eos_token_id} if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    end = next((n + 1 for n, token in enumerate(tokens) if token in stops), None)
+    kept = tokens[:end]
+    return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept), hit_limit=end is None)
