@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from dpo_mm.sources import answers, forms, pairs, rankings
-from dpo_mm.sources.shards import Item, Row
+from dpo_mm.sources import image_pair_sets as pairs
+from dpo_mm.sources import rankings
+from dpo_mm.sources import response_pair_sets as answers
+from dpo_mm.sources import row_formats as forms
+from dpo_mm.sources.parquet_writer import Item, Row
 
 Converter = Callable[[Iterable[Row], str | None], Iterator[Item]]
 

@@ -16,9 +16,9 @@ from dpo_mm.data.schema import image_preference, response_preference
 from dpo_mm.errors import nearest
 from dpo_mm.progress import progress
 from dpo_mm.sources import SOURCES, Source
-from dpo_mm.sources.files import Files
-from dpo_mm.sources.reading import Origin, find, raw_rows, total
-from dpo_mm.sources.shards import Item, LeftOut, Row, resume, write
+from dpo_mm.sources.archives import Files
+from dpo_mm.sources.parquet_writer import Item, LeftOut, Row, resume, write
+from dpo_mm.sources.raw_rows import Origin, find, raw_rows, total
 
 SCRATCH = ".unpacked"
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
-from dpo_mm.sources.pairs import group_of
-from dpo_mm.sources.shards import Item, LeftOut, Row
+from dpo_mm.sources.image_pair_sets import group_of
+from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
 
 
 def hpdv2(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dpo_mm.data.schema import PREFERENCES, image_preference, response_preference
-from dpo_mm.sources.answers import MISMATCH, answer_pair
 from dpo_mm.sources.messages import placed, turns
-from dpo_mm.sources.shards import Item, LeftOut, Row
+from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
+from dpo_mm.sources.response_pair_sets import MISMATCH, answer_pair
 
 
 def llama_factory(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:

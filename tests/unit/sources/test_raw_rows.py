@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.sources import reading, shards
-from dpo_mm.sources.files import Files, Joined
+from dpo_mm.sources import parquet_writer as shards
+from dpo_mm.sources import raw_rows as reading
+from dpo_mm.sources.archives import Files, Joined
 from dpo_mm.sources.importing import import_set
-from dpo_mm.sources.reading import Origin, raw_rows
-from tests.unit.test_sources import CELL, cell, file_of, parquet, pick, pictures
+from dpo_mm.sources.raw_rows import Origin, raw_rows
+from tests.unit.sources.test_sources import CELL, cell, file_of, parquet, pick, pictures
 
 
 def tar(path: Path, *members: tuple[tarfile.TarInfo, bytes], mode: str = "w") -> Path:
@@ -71,7 +72,7 @@ def test_harmful_zips_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_member_as_large_as_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_mm.sources.files.MAX_BYTES", 1000)
+    monkeypatch.setattr("dpo_mm.sources.archives.MAX_BYTES", 1000)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("big.jpg", b"0" * 1001)
     with pytest.raises(ValueError, match=r"'big\.jpg' is of 1,001 bytes, more than 1,000"):
@@ -161,7 +162,7 @@ class Cut(Exception):
 
 @pytest.mark.parametrize("source", ["pickapic", "vision-reward-db"])
 def test_a_cut_import_goes_on_and_gives_the_same(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.unit.test_sources import vision
+    from tests.unit.sources.test_sources import vision
 
     monkeypatch.setattr(shards, "SHARD_ROWS", 4)
     if source == "pickapic":

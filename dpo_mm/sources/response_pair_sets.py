@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from dpo_mm.sources.messages import asked, placed, said, turns
-from dpo_mm.sources.shards import Item, LeftOut, Row
+from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
 
 MISMATCH = LeftOut("its images and their places in the question don't match")
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
-from dpo_mm.sources.shards import Item, LeftOut, Row
+from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
 
 
 def group_of(prompt: str) -> str:
