@@ -14,14 +14,14 @@ _WHERE = {
     "CompareConfig": "dpo_mm.config",
     "MineConfig": "dpo_mm.config",
     "TrainConfig": "dpo_mm.config",
-    "DPOTrainer": "dpo_mm.trainer",
+    "DPOTrainer": "dpo_mm.training.trainer",
     "LogProbs": "dpo_mm.objectives",
     "OBJECTIVES": "dpo_mm.objectives",
     "compare": "dpo_mm.evaluation.compare_images",
     "load_pairs": "dpo_mm.data.schema",
     "load_policy": "dpo_mm.policies.families",
     "mine": "dpo_mm.mining.mine_images",
-    "train": "dpo_mm.trainer",
+    "train": "dpo_mm.training.trainer",
 }
 
 __all__ = [*_WHERE, "__version__"]

@@ -34,7 +34,7 @@ class TrainConfig:
     objective: str | dict[str, float] = "sigmoid"
     """A name in dpo_mm.objectives.OBJECTIVES, or several with weights."""
     beta: float | str = 5000.0
-    """1/nats, or auto (see dpo_mm/beta.py), with the authors' 1/2 in the log-ratio and the error's mean over elements (Wallace et al. 2023: SD1.5
+    """1/nats, or auto (see dpo_mm/training/auto_beta.py), with the authors' 1/2 in the log-ratio and the error's mean over elements (Wallace et al. 2023: SD1.5
     2000, SDXL 5000; diffusers' script calls half of this number beta_dpo)."""
     settings: dict[str, float] = field(default_factory=dict)
     """Further settings of the objective, such as smoothing."""

@@ -88,7 +88,7 @@ def run(recipe: Recipe, *, command: str) -> Outcome:
     Raises ValueError for an unknown judge, or where none may be the headline, before anything runs.
     """
     from dpo_mm.judges.provenance import headline_first
-    from dpo_mm.trainer import train
+    from dpo_mm.training.trainer import train
 
     _know_judges(recipe.compare.judges)
     headline_first(recipe.compare.judges, _made(recipe))
@@ -137,7 +137,7 @@ def compare(config: CompareConfig | CompareAnswersConfig, *, beta: float | None 
 
     beta: of the training.
     """
-    from dpo_mm.card import add_results
+    from dpo_mm.training.model_card import add_results
 
     _know_judges(config.judges)
     if isinstance(config, CompareAnswersConfig):

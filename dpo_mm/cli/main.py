@@ -164,7 +164,7 @@ def train(context: typer.Context, config: str, dry_run: DryRun = False) -> None:
     settings = build(TrainConfig, _section(config, "train", flags(context.args)), where=config)
     with quietly():
         from dpo_mm.errors import Stopped
-        from dpo_mm.trainer import plan, train
+        from dpo_mm.training.trainer import plan, train
 
         if dry_run:
             print_rows(plan(settings))
@@ -193,7 +193,7 @@ def verify(context: typer.Context, config: str) -> None:
     values = {"output_dir": "", **_section(config, "train", flags(context.args))}
     settings = build(TrainConfig, values, where=config)
     with tempfile.TemporaryDirectory(prefix="dpo-mm-verify-") as folder, quietly():
-        from dpo_mm.verify import verify
+        from dpo_mm.training.verify import verify
 
         if _printed(verify(settings, Path(folder))):
             sys.exit(1)

@@ -18,12 +18,12 @@ from dpo_mm.data.parquet import combine, write_rows
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Answer, make_response_rows, response_preference
 from dpo_mm.errors import Stopped
-from dpo_mm.guards import Stop
 from dpo_mm.judges import Share, better_of, correct, explain, load_judge
 from dpo_mm.judges.text import cut_loop
 from dpo_mm.policies.families import load_policy
 from dpo_mm.progress import progress
 from dpo_mm.resumable import left_of, same_plan
+from dpo_mm.training.callbacks import Stop
 
 
 def mine_answers(config: MineAnswersConfig) -> Path:

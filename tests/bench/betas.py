@@ -6,15 +6,15 @@ import json
 import sys
 from pathlib import Path
 
-from dpo_mm.beta import SHARE, measure_beta
 from dpo_mm.cli.main import quietly
 from dpo_mm.recipe import read_recipe
+from dpo_mm.training.auto_beta import SHARE, measure_beta
 
 
 def main(out: Path) -> None:
-    from dpo_mm.collate import training_stream
-    from dpo_mm.encoding import encoded_sets
-    from dpo_mm.setup import opened
+    from dpo_mm.training.builders import opened
+    from dpo_mm.training.encoding import encoded_sets
+    from dpo_mm.training.pair_stream import training_stream
 
     table = []
     with quietly():

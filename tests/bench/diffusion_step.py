@@ -48,15 +48,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dpo_mm.cli.main import quietly
-from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import decided, make_image_rows
-from dpo_mm.encoding import encode
 from dpo_mm.policies.diffusion.diffusion_policy import DTYPES
 from dpo_mm.policies.diffusion.stable_diffusion import StableDiffusion
-from dpo_mm.reference import keep_reference
-from dpo_mm.trainer import DPOTrainer
+from dpo_mm.training.encoding import encode
+from dpo_mm.training.pair_stream import PairStream
+from dpo_mm.training.reference import keep_reference
+from dpo_mm.training.trainer import DPOTrainer
 from tests.contracts.families.words import WORDS, clip_tokenizer
 
 TOKENS = 77

@@ -40,7 +40,7 @@ WARM = 60
 
 def gradients(policy: Any, config: TrainConfig, rows: Any, batches: int) -> Tensor:
     """The gradient of each batch's mean loss, (batches, parameters), float32."""
-    from dpo_mm.trainer import DPOTrainer
+    from dpo_mm.training.trainer import DPOTrainer
 
     policy.config = config
     trainer = DPOTrainer(policy, dataclasses.replace(config, steps=batches), rows)
@@ -68,10 +68,10 @@ def summary(found: Tensor, uniform: Tensor) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    from dpo_mm.encoding import encoded_sets
     from dpo_mm.policies.adapters import LORA_FILE
-    from dpo_mm.setup import opened
-    from dpo_mm.trainer import train
+    from dpo_mm.training.builders import opened
+    from dpo_mm.training.encoding import encoded_sets
+    from dpo_mm.training.trainer import train
 
     out, moved = Path(arguments[0]), "--moved" in arguments
     batches = int(arguments[arguments.index("--batches") + 1]) if "--batches" in arguments else 40

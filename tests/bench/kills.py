@@ -25,10 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.checkpoints import newest_whole
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_image_rows
-from dpo_mm.trainer import DPOTrainer, train
+from dpo_mm.training.checkpoints import newest_whole
+from dpo_mm.training.trainer import DPOTrainer, train
 from tests.conftest import rows as some_rows
 from tests.contracts.families import stable_diffusion
 

@@ -29,10 +29,10 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.memory import counted
 from dpo_mm.policies.diffusion.diffusion_policy import DTYPES
 from dpo_mm.policies.diffusion.sd3 import StableDiffusion3
-from dpo_mm.reference import choose
+from dpo_mm.training.memory_estimate import counted
+from dpo_mm.training.reference import choose
 from tests.bench.diffusion_step import SIZES, build, status
 from tests.contracts.families.words import clip_tokenizer
 

@@ -21,11 +21,11 @@ ROUNDS = 7
 
 
 def main(out: Path) -> None:
-    from dpo_mm.collate import training_stream
-    from dpo_mm.encoding import encoded_sets
-    from dpo_mm.reference import keep_reference
-    from dpo_mm.setup import opened
-    from dpo_mm.trainer import DPOTrainer
+    from dpo_mm.training.builders import opened
+    from dpo_mm.training.encoding import encoded_sets
+    from dpo_mm.training.pair_stream import training_stream
+    from dpo_mm.training.reference import keep_reference
+    from dpo_mm.training.trainer import DPOTrainer
 
     with quietly(), tempfile.TemporaryDirectory() as folder:
         config = read_recipe("faithfulness", "shapes", {"output_dir": folder}).train

@@ -37,11 +37,11 @@ from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
-from dpo_mm.reference import keep_reference
-from dpo_mm.trainer import DPOTrainer
+from dpo_mm.training.pair_stream import PairStream
+from dpo_mm.training.reference import keep_reference
+from dpo_mm.training.trainer import DPOTrainer
 from tests.bench.vlm_shapes import PUBLISHED, RANK, SHAPES, Shape, allowed, build, ratios, rows_of, texts
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

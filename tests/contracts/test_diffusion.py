@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import load_pairs
-from dpo_mm.encoding import encode
 from dpo_mm.objectives import margins, sigmoid
 from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_format
 from dpo_mm.policies.diffusion import random_draws
 from dpo_mm.policies.diffusion.latents import posterior
 from dpo_mm.policies.families import load_policy
-from dpo_mm.reference import adapter_off, frozen_copy
+from dpo_mm.training.encoding import encode
+from dpo_mm.training.reference import adapter_off, frozen_copy
 from tests.conftest import picture, rows
 from tests.contracts.families import BUILDERS, WORDS, Family
 

@@ -14,9 +14,9 @@ from PIL import Image
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import make_image_rows, split_by_prompt
-from dpo_mm.encoding import encode
 from dpo_mm.policies.adapters import check_format
 from dpo_mm.policies.families import load_policy
+from dpo_mm.training.encoding import encode
 from tests.conftest import picture, rows
 from tests.contracts.families import BUILDERS, WORDS
 from tests.contracts.test_diffusion import config, stepped
@@ -145,7 +145,7 @@ def test_a_format_that_cannot_be_written_is_refused(changes: dict[str, Any], pre
 def test_a_whole_run_on_edits_writes_an_adapter(
     kontext: str, write_pairs: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_mm import trainer
+    from dpo_mm.training import trainer
 
     monkeypatch.setattr(trainer, "opened", lambda config: load_policy(kontext, resolution=32))
     out = tmp_path / "out"

@@ -11,7 +11,7 @@ import torch
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion.buckets import buckets_of
 from dpo_mm.policies.families import load_policy
-from dpo_mm.reference import adapter_off
+from dpo_mm.training.reference import adapter_off
 from tests.conftest import picture
 from tests.contracts.families import BUILDERS, WORDS
 

@@ -20,7 +20,7 @@ from dpo_mm.policies.vlm import token_log_probs as token_scores
 from dpo_mm.policies.vlm.chat import answer_of
 from dpo_mm.policies.vlm.token_log_probs import plain_scores
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage, lora_targets
-from dpo_mm.reference import adapter_off, frozen_copy
+from dpo_mm.training.reference import adapter_off, frozen_copy
 from tests.contracts import tiny_vlms
 from tests.contracts.tiny_vlms import IMAGES, build, rows, save
 

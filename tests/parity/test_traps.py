@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.encoding import encoded_sets
 from dpo_mm.policies.families import load_policy
+from dpo_mm.training.encoding import encoded_sets
 
 TESTS = Path(__file__).parents[1]
 TRAPS = {
@@ -24,18 +24,18 @@ TRAPS = {
     "diffusers: ties are wins of the first image": "unit/data/test_schema.py::test_ties_never_become_wins",
     "diffusers: the ratio's sign in ORPO": "unit/test_objectives.py::test_by_hand",
     "Salesforce, diffusers: sides flipped independently": "parity/test_traps.py::test_one_picture_on_both_sides_is_a_tie",
-    "DiffSynth: uniform noise": "unit/test_draws.py::test_noise_is_gaussian_and_timesteps_uniform",
+    "DiffSynth: uniform noise": "unit/policies/diffusion/test_random_draws.py::test_noise_is_gaussian_and_timesteps_uniform",
     "InPO, SmPO: one timestep a micro-batch": "parity/test_traps.py::test_each_pair_has_a_timestep_of_its_own",
     "VideoDPO: noise not shared within a pair": "parity/test_traps.py::test_one_picture_on_both_sides_is_a_tie",
     "invoke-training: mean before the sigmoid": "unit/test_objectives.py::test_a_pairs_loss_is_its_own",
     "LongCat: gradients zeroed within accumulation": "parity/test_traps.py::test_accumulated_halves_are_the_whole_batch",
-    "SimpleTuner: automatic beta not in the checkpoint": "unit/test_beta.py::test_a_measured_beta_is_said_kept_and_taken_up_again",
+    "SimpleTuner: automatic beta not in the checkpoint": "unit/training/test_auto_beta.py::test_a_measured_beta_is_said_kept_and_taken_up_again",
     "SimpleTuner: Flow-DPO on summed errors": "parity/test_diffusion_formulas.py::test_beta_in_the_authors_units",
-    "raw v errors re-weigh time": "unit/test_beta.py::test_weighting_epsilon_is_the_error_of_the_noise",
+    "raw v errors re-weigh time": "unit/training/test_auto_beta.py::test_weighting_epsilon_is_the_error_of_the_noise",
     "a save by the main process alone hangs": "reliability/test_processes.py::test_one_of_two_processes_asked_to_stop_stops_both_and_one_process_goes_on",
     "Diffusion-SDPO: one scale a micro-batch": "unit/test_objectives.py::test_the_safe_scale_by_hand_and_a_pair_at_a_time",
     "half-precision errors drown the margin": "parity/test_traps.py::test_errors_of_a_half_precision_model_are_taken_in_float32",
-    "one sample of the posterior kept for good": "unit/test_encoding.py::test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives",
+    "one sample of the posterior kept for good": "unit/training/test_encoding.py::test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives",
     "a mined loop dominates the margin": "unit/mining/test_mine_responses.py::test_a_loop_is_rejected_cut_and_left_open_with_its_reason",
 }
 
@@ -101,7 +101,7 @@ def test_accumulated_halves_are_the_whole_batch(tiny_model: str, pairs: str, tmp
 
 
 def _trainer(given: TrainConfig) -> tuple[Any, Any]:
-    from dpo_mm.trainer import DPOTrainer
+    from dpo_mm.training.trainer import DPOTrainer
 
     policy = load_policy(given.model)
     rows = encoded_sets(policy, given).rows

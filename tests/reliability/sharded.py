@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.guards import FiniteSteps
-from dpo_mm.memory import _row
 from dpo_mm.policies.families import load_policy
-from dpo_mm.reference import choose
+from dpo_mm.training.callbacks import FiniteSteps
+from dpo_mm.training.memory_estimate import _row
+from dpo_mm.training.reference import choose
 
 
 def shard(model: Any) -> None:

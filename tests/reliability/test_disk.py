@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_mm.checkpoints import publish, what_is_wrong, writing
 from dpo_mm.config import TrainConfig
-from dpo_mm.trainer import train
+from dpo_mm.training.checkpoints import publish, what_is_wrong, writing
+from dpo_mm.training.trainer import train
 
 RUN = ["--batch-size", "2", "--save-every", "2", "--log-every", "1", "--eval-fraction", "0", "--learning-rate", "1e-3"]
 
@@ -73,7 +73,7 @@ def test_each_librarys_error_is_one_that_names_the_place(tmp_path: Path) -> None
     code = (
         "import sys, pathlib, torch\n"
         "from safetensors.torch import save_file\n"
-        "from dpo_mm.checkpoints import writing\n"
+        "from dpo_mm.training.checkpoints import writing\n"
         "place, many = pathlib.Path(sys.argv[1]), torch.zeros(2**16)\n"
         "for write in (lambda: torch.save(many, place), lambda: save_file({'many': many}, place),\n"
         "              lambda: place.write_bytes(bytes(2**16))):\n"

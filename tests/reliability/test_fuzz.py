@@ -15,8 +15,8 @@ from PIL import Image, features
 
 from dpo_mm.data.image_files import MAX_PIXELS, decode
 from dpo_mm.data.schema import load_pairs, make_image_rows
-from dpo_mm.encoding import encode
 from dpo_mm.policies.families import load_policy
+from dpo_mm.training.encoding import encode
 from tests.conftest import rows
 
 PICTURES, SETS = 10_000, 300

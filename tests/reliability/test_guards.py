@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_mm import trainer as module
-from dpo_mm.checkpoints import newest_whole, what_is_wrong
 from dpo_mm.config import TrainConfig
-from dpo_mm.guards import IN_A_ROW, FiniteSteps
-from dpo_mm.trainer import DPOTrainer, train
+from dpo_mm.training import trainer as module
+from dpo_mm.training.callbacks import IN_A_ROW, FiniteSteps
+from dpo_mm.training.checkpoints import newest_whole, what_is_wrong
+from dpo_mm.training.trainer import DPOTrainer, train
 
 
 def config(model: str, pairs: str, out: Path, **more: Any) -> TrainConfig:
@@ -124,7 +124,7 @@ def test_a_broken_checkpoint_is_passed_over_and_named(
     else:
         (newest / "complete.json").unlink()
     assert what_is_wrong(tmp_path / "checkpoint-4") is None
-    with caplog.at_level(logging.WARNING, logger="dpo_mm.checkpoints"):
+    with caplog.at_level(logging.WARNING, logger="dpo_mm.training.checkpoints"):
         assert newest_whole(tmp_path) == tmp_path / "checkpoint-4"
     assert "checkpoint-8" in caplog.text and "taking the one before" in caplog.text
     before = weights(tmp_path)

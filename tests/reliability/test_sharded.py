@@ -12,8 +12,8 @@ import yaml
 
 from dpo_mm.assets import presets_folder
 from dpo_mm.config import TrainConfig
-from dpo_mm.memory import _row
 from dpo_mm.policies.families import load_policy
+from dpo_mm.training.memory_estimate import _row
 from tests.reliability.test_processes import TWO
 
 CONFIGS = presets_folder() / "accelerate"

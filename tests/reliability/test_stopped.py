@@ -12,7 +12,7 @@ from datasets import load_from_disk
 
 ENCODE = """
 import os, signal, sys
-import dpo_mm.encoding as encoding
+import dpo_mm.training.encoding as encoding
 from dpo_mm import cli, shards
 real, calls = shards.keep, []
 encoding.SHARD = 4

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_mm import trainer as module
 from dpo_mm.config import TrainConfig
-from dpo_mm.trainer import DPOTrainer
-from dpo_mm.verify import verify
+from dpo_mm.training import trainer as module
+from dpo_mm.training.trainer import DPOTrainer
+from dpo_mm.training.verify import verify
 from tests.contracts.tiny_vlms import save
 
 

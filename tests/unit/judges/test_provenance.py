@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo_mm.card import write_card
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_response_rows
 from dpo_mm.judges import JUDGES
 from dpo_mm.judges.provenance import by_rule, headline_first, judges_of, made_by
+from dpo_mm.training.model_card import write_card
 from tests.conftest import rows
 
 

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.sources import parquet_writer as shards
-from dpo_mm.sources import raw_rows as reading
+from dpo_mm.sources import parquet_writer, raw_rows
 from dpo_mm.sources.archives import Files, Joined
 from dpo_mm.sources.importing import import_set
 from dpo_mm.sources.raw_rows import Origin, raw_rows
@@ -126,7 +125,7 @@ def test_the_disk_itself_is_out_of_reach(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["list", "lines"])
 def test_json_is_read_a_row_at_a_time(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "CHUNK", 7)
+    monkeypatch.setattr(raw_rows, "CHUNK", 7)
     rows: list[dict[str, Any]] = [{"n": n, "text": 'a ] , "[{ \\ ü\n' * n, "none": None} for n in range(20)]
     text = json.dumps(rows, indent=1) if form == "list" else "\n".join(json.dumps(row) for row in rows) + "\n\n"
     file = tmp_path / "rows.json"
@@ -164,7 +163,7 @@ class Cut(Exception):
 def test_a_cut_import_goes_on_and_gives_the_same(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.unit.sources.test_sources import vision
 
-    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
+    monkeypatch.setattr(parquet_writer, "SHARD_ROWS", 4)
     if source == "pickapic":
         rows = [pick(n, (1.0, 0.0, 0.5)[n % 3], has_label=n % 5 != 4) for n in range(20)]
         parquet(tmp_path / "set" / "train.parquet", rows)
@@ -173,7 +172,7 @@ def test_a_cut_import_goes_on_and_gives_the_same(source: str, tmp_path: Path, mo
         parquet(tmp_path / "set" / "train.parquet", rows, image=CELL)
     whole = import_set(source, str(tmp_path / "set"), str(tmp_path / "whole"))
     calls = 0
-    end = shards._Shard.end_unit
+    end = parquet_writer._Shard.end_unit
 
     def cut(shard: Any) -> None:
         nonlocal calls
@@ -182,7 +181,7 @@ def test_a_cut_import_goes_on_and_gives_the_same(source: str, tmp_path: Path, mo
             raise Cut
         end(shard)
 
-    monkeypatch.setattr(shards._Shard, "end_unit", cut)
+    monkeypatch.setattr(parquet_writer._Shard, "end_unit", cut)
     for _ in range(2):
         with pytest.raises(Cut):
             import_set(source, str(tmp_path / "set"), str(tmp_path / "cut"))
@@ -289,7 +288,7 @@ def test_a_set_on_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.Monkey
         return load("parquet", data_files={**files, "test": files["train_0000"]}, streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    monkeypatch.setattr(shards, "SHARD_ROWS", 3)
+    monkeypatch.setattr(parquet_writer, "SHARD_ROWS", 3)
     found = import_set("rapidata", "Rapidata/some", str(tmp_path / "out"))
     assert found.rows == 8 and asked == [("Rapidata/some", True)]
     rows = [row for n in range(3) for row in pq.read_table(found.folder / f"part-{n:05}.parquet").to_pylist()]
@@ -313,7 +312,7 @@ def test_a_set_of_files_on_the_hub_is_downloaded(tmp_path: Path, monkeypatch: py
 
 
 def test_an_imported_set_of_pairs_trains(tiny_model: str, tmp_path: Path) -> None:
-    from dpo_mm.trainer import train
+    from dpo_mm.training.trainer import train
 
     rows = [pick(n, (1.0, 0.0, 0.5)[n % 3]) for n in range(6)]
     parquet(tmp_path / "set" / "train.parquet", rows)
@@ -326,7 +325,7 @@ def test_an_imported_set_of_pairs_trains(tiny_model: str, tmp_path: Path) -> Non
 
 
 def test_an_imported_set_of_answers_trains(tmp_path: Path) -> None:
-    from dpo_mm.trainer import train
+    from dpo_mm.training.trainer import train
     from tests.contracts.tiny_vlms import save
 
     ask = {"question": "a red circle", "chosen": "a red circle", "rejected": "a blue square"}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo_mm.collate import PairStream
 from dpo_mm.policies.diffusion import random_draws
+from dpo_mm.training.pair_stream import PairStream
 
 
 def test_draws_are_a_function_of_seed_row_and_visit() -> None:

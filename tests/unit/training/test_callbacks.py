@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo_mm.drift import DISPLACED, DRIFTED, WINDOW, Displacement, ErrorDrift
+from dpo_mm.training.drift import DISPLACED, DRIFTED, WINDOW, Displacement, ErrorDrift
 
 
 def fed(watch: Displacement | ErrorDrift, values: list[float]) -> None:
@@ -24,7 +24,7 @@ def test_a_drift_is_warned_of_once_with_what_to_do(
     watch: type[Displacement | ErrorDrift], limit: float, worse: float, advice: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Mutations that it catches: the sign of the limit, one value for a mean, a warning at every log."""
-    with caplog.at_level(logging.WARNING, logger="dpo_mm.drift"):
+    with caplog.at_level(logging.WARNING, logger="dpo_mm.training.drift"):
         fed(watch(), [limit - worse] * 3 * WINDOW)
         fed(watch(), [limit - worse] * (WINDOW - 1) + [limit + worse])
         fed(watch(), [limit + 100 * worse] * (WINDOW - 1))

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig
+from dpo_mm.training.pair_stream import PairStream
 
 AUTO = "auto"
 PAIRS = 64

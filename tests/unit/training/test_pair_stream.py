@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo_mm.collate import PairStream
+from dpo_mm.training.pair_stream import PairStream
 
 
 class Rows(list[dict[str, Any]]):

@@ -24,23 +24,23 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_mm import objectives
 from dpo_mm.assets import locate
-from dpo_mm.beta import AUTO, measure_beta
-from dpo_mm.card import write_card
-from dpo_mm.checkpoints import CONFIG_FILE, mark_complete, newest_whole, publish, same_recipe, writing
-from dpo_mm.collate import frozen_stream, training_stream
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.data.schema import decided, load_pairs, load_responses, split_by_prompt
-from dpo_mm.drift import Displacement, ErrorDrift
-from dpo_mm.encoding import encoded_sets
 from dpo_mm.errors import Stopped
-from dpo_mm.guards import FiniteSteps, Stop
-from dpo_mm.memory import planned
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.families import commit_of
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.progress import progress
-from dpo_mm.reference import Following, choose, choose_name, keep_reference
-from dpo_mm.setup import SLACK, check, loss_of, needs_of, opened, training_arguments
+from dpo_mm.training.auto_beta import AUTO, measure_beta
+from dpo_mm.training.builders import SLACK, check, loss_of, needs_of, opened, training_arguments
+from dpo_mm.training.callbacks import FiniteSteps, Stop
+from dpo_mm.training.checkpoints import CONFIG_FILE, mark_complete, newest_whole, publish, same_recipe, writing
+from dpo_mm.training.drift import Displacement, ErrorDrift
+from dpo_mm.training.encoding import encoded_sets
+from dpo_mm.training.memory_estimate import planned
+from dpo_mm.training.model_card import write_card
+from dpo_mm.training.pair_stream import frozen_stream, training_stream
+from dpo_mm.training.reference import Following, choose, choose_name, keep_reference
 
 
 def by_level(found: Mapping[str, Tensor], level: Tensor) -> dict[str, Tensor]:

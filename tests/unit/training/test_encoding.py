@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_mm import encoding, shards
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import decided, load_pairs
-from dpo_mm.encoding import encode
 from dpo_mm.policies.families import load_policy
+from dpo_mm.training import arrow_shards, encoding
+from dpo_mm.training.encoding import encode
 from tests.conftest import picture, rows
 
 
@@ -168,7 +168,7 @@ def test_without_buckets_all_are_cropped_to_one_square(several: str, tiny_model:
 
 
 def test_a_run_trains_on_frames_of_its_own(several: str, tiny_model: str, tmp_path: Path) -> None:
-    from dpo_mm.trainer import train
+    from dpo_mm.training.trainer import train
 
     config = TrainConfig(
         tiny_model, several, str(tmp_path / "out"), steps=5, batch_size=2, log_every=1, buckets=True, eval_fraction=0.34,
@@ -196,13 +196,13 @@ def test_halves_are_as_near_as_their_bits(
 
 def test_what_fp16_cannot_hold_is_said() -> None:
     with pytest.raises(ValueError, match=r"set: embeds is too large for fp16 \(7e\+04\); take cache_precision bf16"):
-        shards.halved({"embeds": torch.full((1, 2), 7e4)}, "fp16", where="set")
+        arrow_shards.halved({"embeds": torch.full((1, 2), 7e4)}, "fp16", where="set")
 
 
 def test_ids_and_masks_stay_whole(tmp_path: Path) -> None:
     kept = {"id": ["a", "b"], "mask": torch.tensor([[1, 0], [1, 1]]), "x": torch.tensor([[0.1], [70000.0]])}
-    shards.keep(tmp_path / "pairs-00000", {"1x1": shards.halved(kept, "bf16", where="-")})
-    found = shards.Shards(tmp_path, list(shards.parts_of(tmp_path, "pairs")))
+    arrow_shards.keep(tmp_path / "pairs-00000", {"1x1": arrow_shards.halved(kept, "bf16", where="-")})
+    found = arrow_shards.Shards(tmp_path, list(arrow_shards.parts_of(tmp_path, "pairs")))
     assert found[1]["mask"].dtype == torch.int64 and found[1]["mask"].tolist() == [1, 1]
     assert found[0]["id"] == "a" and found[1]["x"].item() == pytest.approx(70000, rel=2**-8)
 
@@ -263,9 +263,9 @@ def test_two_processes_share_the_shards_out(
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         made: list[str] = []
-        keep = shards.keep
+        keep = arrow_shards.keep
         monkeypatch.setattr(
-            shards, "keep", lambda place, sets, made=made, keep=keep: made.append(place.name) or keep(place, sets)
+            arrow_shards, "keep", lambda place, sets, made=made, keep=keep: made.append(place.name) or keep(place, sets)
         )
         if rank == "1":
             with pytest.raises(ValueError, match=r"complete\.json has not come .*on a shared disk"):
@@ -274,7 +274,7 @@ def test_two_processes_share_the_shards_out(
         else:
             shared = encode(policy, given, where="pairs", cache=tmp_path / "shared")
             assert made == ["prompts-00000", "pairs-00000", "pairs-00002", "pairs-00004"]
-        monkeypatch.setattr(shards, "keep", keep)
+        monkeypatch.setattr(arrow_shards, "keep", keep)
     assert shared.ids() == whole.ids()
     assert all(torch.equal(shared[n]["chosen_mean"], whole[n]["chosen_mean"]) for n in range(12))
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from dpo_mm import objectives
-from dpo_mm.beta import AUTO
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import nearest
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.adapters import check_format
 from dpo_mm.policies.diffusion.random_draws import LEVELS
 from dpo_mm.policies.families import load_policy, policy_class
-from dpo_mm.reference import choose_name
+from dpo_mm.training.auto_beta import AUTO
+from dpo_mm.training.reference import choose_name
 
 NEEDED = ("reference", "z", "reward_shift", "corrupted_ratio", "loser_scale")
 SLACK = 0.9

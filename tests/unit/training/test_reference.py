@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig
-from dpo_mm.encoding import encoded_sets
 from dpo_mm.policies.families import load_policy
-from dpo_mm.reference import FILE, Following, adapter_off, choose, keep_reference
-from dpo_mm.trainer import train
+from dpo_mm.training.encoding import encoded_sets
+from dpo_mm.training.pair_stream import PairStream
+from dpo_mm.training.reference import FILE, Following, adapter_off, choose, keep_reference
+from dpo_mm.training.trainer import train
 
 
 def config(model: str, pairs: str, out: Path, **more: Any) -> TrainConfig:

@@ -15,7 +15,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_image_rows
 from dpo_mm.objectives import OBJECTIVES, LogProbs
 from dpo_mm.policies.diffusion.diffusion_policy import LORA_FILE
-from dpo_mm.trainer import by_level, loss_of, measures, plan, train
+from dpo_mm.training.trainer import by_level, loss_of, measures, plan, train
 from tests.conftest import rows
 
 
@@ -117,7 +117,7 @@ def test_precomputed_references_equal_those_asked_online(tiny_model: str, pairs:
 
 
 def test_fixed_draws_repeat_and_fresh_ones_do_not() -> None:
-    from dpo_mm.collate import PairStream
+    from dpo_mm.training.pair_stream import PairStream
 
     rows = [{"id": str(n)} for n in range(3)]
     fixed = PairStream(rows, seed=0, length=12, draws=2)

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dpo_mm.collate import PairStream
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import load_responses, make_response_rows
 from dpo_mm.objectives import OBJECTIVES
 from dpo_mm.policies.families import load_policy
 from dpo_mm.policies.vlm.chat import corrupted, edits
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
-from dpo_mm.reference import keep_reference
-from dpo_mm.trainer import DPOTrainer, check, opened, plan, train
+from dpo_mm.training.pair_stream import PairStream
+from dpo_mm.training.reference import keep_reference
+from dpo_mm.training.trainer import DPOTrainer, check, opened, plan, train
 from tests.contracts.tiny_vlms import picture, save
 
 

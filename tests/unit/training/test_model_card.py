@@ -6,9 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from dpo_mm.card import add_results, write_card
 from dpo_mm.config import TrainConfig
 from dpo_mm.evaluation.statistics import Comparison
+from dpo_mm.training.model_card import add_results, write_card
 
 
 def one(metric: str, tuned: float) -> Comparison:

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.encoding import at_once, sample_bytes
 from dpo_mm.policies.diffusion.meta_pipeline import fake
-from dpo_mm.reference import choose_name
-from dpo_mm.shards import gib
+from dpo_mm.training.arrow_shards import gib
+from dpo_mm.training.encoding import at_once, sample_bytes
+from dpo_mm.training.reference import choose_name
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

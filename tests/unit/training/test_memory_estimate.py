@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.memory import Alive, counted, state_bytes
 from dpo_mm.policies.families import load_policy
-from dpo_mm.setup import opened, training_arguments
-from dpo_mm.trainer import plan, train
+from dpo_mm.training.builders import opened, training_arguments
+from dpo_mm.training.memory_estimate import Alive, counted, state_bytes
+from dpo_mm.training.trainer import plan, train
 from tests.contracts.families import BUILDERS
 
 
@@ -47,15 +47,15 @@ def test_what_is_alive_is_counted_as_it_comes_and_goes() -> None:
 
 def test_a_step_on_fake_tensors_lives_as_the_real_one(tiny_model: str) -> None:
     """The same counting on the real step gives the same peak."""
-    from dpo_mm import memory
+    from dpo_mm.training import memory_estimate
 
     policy = load_policy(tiny_model)
     policy.prepare(config(tiny_model))
-    rows = [memory._row(policy)] * 2
+    rows = [memory_estimate._row(policy)] * 2
     policy.drop_encoders()
     batch = policy.collate(rows)
     with Alive() as real:
-        memory._step(policy, config(tiny_model), batch)
+        memory_estimate._step(policy, config(tiny_model), batch)
     assert of(tiny_model).step == pytest.approx(real.peak, rel=0.02)
 
 
@@ -76,8 +76,8 @@ def test_every_family_is_counted_without_its_weights(family: str, tmp_path: Path
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
     memory = of(str(folder), resolution=BUILDERS[family].size)
-    assert min(memory.weights, memory.optimizer, memory.step, memory.encoding) > 0
-    assert memory.reference == 0 and memory.encoding > memory.weights
+    assert min(memory_estimate.weights, memory_estimate.optimizer, memory_estimate.step, memory_estimate.encoding) > 0
+    assert memory_estimate.reference == 0 and memory_estimate.encoding > memory_estimate.weights
 
 
 def test_what_is_chosen_shows_in_the_count(tiny_model: str) -> None:

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dpo_mm import shards
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.load_pairs import Pairs, check_sources, data_columns
 from dpo_mm.data.schema import decided, digest, load_pairs, load_responses, split_by_prompt
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.progress import progress
 from dpo_mm.resumable import aside
-from dpo_mm.shards import Part, Shards
+from dpo_mm.training import arrow_shards
+from dpo_mm.training.arrow_shards import Part, Shards
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -115,7 +115,7 @@ def encode(
     """
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f"on_bad_image {on_bad_image!r} is unknown; expected 'raise' or 'skip'")
-    if precision not in shards.KEPT:
+    if precision not in arrow_shards.KEPT:
         raise ValueError(f"cache_precision {precision!r} is unknown; expected one of {', '.join(shards.KEPT)}")
     unit = policy.patch * policy.pipe.vae_scale_factor
     frames = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
@@ -142,7 +142,7 @@ def _encode(task: Task) -> None:
     missing = sum(not place.exists() for place in expected) / len(expected)
     a_prompt, a_pair = sample_bytes(task.policy, task.precision)
     size = a_prompt * len(names) + a_pair * len(task.pairs.rows)
-    shards.check_disk(task.folder, int(size * missing))
+    arrow_shards.check_disk(task.folder, int(size * missing))
     with progress(f"encoding prompts, {shards.gib(a_prompt * len(names))}", len(names)) as advance:
         _encode_prompts(task, names, advance)
     with progress(f"encoding pictures, {shards.gib(a_pair * len(task.pairs.rows))}", len(task.pairs.rows)) as advance:
@@ -157,18 +157,20 @@ def sample_bytes(policy: Any, precision: str) -> tuple[int, int]:
     """Bytes on disk of one prompt and of one pair, about, from encoding one of each."""
     prompt = policy.encode_prompts(["a picture"])
     mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
-    source = policy.edits * shards.row_bytes({"mean": mean}, precision)
-    return shards.row_bytes(prompt, precision), source + 2 * shards.row_bytes({"mean": mean, "std": std}, precision)
+    source = policy.edits * arrow_shards.row_bytes({"mean": mean}, precision)
+    return arrow_shards.row_bytes(prompt, precision), source + 2 * arrow_shards.row_bytes(
+        {"mean": mean, "std": std}, precision
+    )
 
 
 def _complete(task: Task) -> None:
-    pairs = list(shards.parts_of(task.folder, "pairs"))
+    pairs = list(arrow_shards.parts_of(task.folder, "pairs"))
     if not pairs:
         raise ValueError(
             f"{task.pairs.where}: no pair is left; every row has a picture that does not decode, see "
             f"{task.folder / QUARANTINE}"
         )
-    kept = {"pairs": pairs, "prompts": list(shards.parts_of(task.folder, "prompts"))}
+    kept = {"pairs": pairs, "prompts": list(arrow_shards.parts_of(task.folder, "prompts"))}
     about = {
         "source": task.pairs.where,
         "model": task.policy.source,
@@ -222,7 +224,7 @@ def _encode_prompts(task: Task, names: Sequence[str], advance: Any) -> None:
             for start in range(0, len(part), at_once)
         ]
         columns = {name: padded([row for each in found for row in each[name]]) for name in found[0]}
-        shards.keep(place, {"all": shards.halved(columns, task.precision, where=task.pairs.where)})
+        arrow_shards.keep(place, {"all": arrow_shards.halved(columns, task.precision, where=task.pairs.where)})
         advance(len(part))
 
 
@@ -236,8 +238,8 @@ def _encode_pairs(task: Task, names: Sequence[str], advance: Any) -> None:
         sets = {}
         for frame, some in sorted(good.items()):
             columns = _columns(task.policy, some, frame, index, optional)
-            sets[f"{frame[0]}x{frame[1]}"] = shards.halved(columns, task.precision, where=task.pairs.where)
-        shards.keep(place, sets)
+            sets[f"{frame[0]}x{frame[1]}"] = arrow_shards.halved(columns, task.precision, where=task.pairs.where)
+        arrow_shards.keep(place, sets)
         advance(len(part))
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_mm import kept
-from dpo_mm.collate import PairStream, groups_of
 from dpo_mm.config import TrainConfig
-from dpo_mm.encoding import cache_folder
 from dpo_mm.errors import nearest
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.progress import progress
+from dpo_mm.training import reference_cache
+from dpo_mm.training.encoding import cache_folder
+from dpo_mm.training.pair_stream import PairStream, groups_of
 
 Reference = Callable[[nn.Module, Batch], LogProbs]
 Shard = Callable[[nn.Module], Any] | None
@@ -180,10 +180,14 @@ def keep_reference(policy: Any, stream: PairStream, config: TrainConfig) -> With
 
     Asked in batches of training's size, the last one of a group filled up with rows that were asked already: a row's
     numbers are then those that a reference asked in the step would give, bit for bit where arithmetic doesn't depend on
-    the place in a batch. Of answers, which have no draws, once for all runs, see `dpo_mm.kept`.
+    the place in a batch. Of answers, which have no draws, once for all runs, see `dpo_mm.training.reference_cache`.
     """
-    place = kept.place_of(policy, stream.rows, cache_folder(), precision=config.precision) if policy.exact else None
-    if place and (before := kept.read(place)):
+    place = (
+        reference_cache.place_of(policy, stream.rows, cache_folder(), precision=config.precision)
+        if policy.exact
+        else None
+    )
+    if place and (before := reference_cache.read(place)):
         return WithReference(stream.rows, **before)
     device = next(policy.model.parameters()).device
     rows = stream.rows
@@ -200,7 +204,7 @@ def keep_reference(policy: Any, stream: PairStream, config: TrainConfig) -> With
                     side[torch.tensor(numbers), visit] = values.float().cpu()
                 advance(fresh)
     if place:
-        kept.write(place, chosen=sides[0].clone(), rejected=sides[1].clone())
+        reference_cache.write(place, chosen=sides[0].clone(), rejected=sides[1].clone())
     return WithReference(rows, sides[0], sides[1])
 
 
