@@ -21,7 +21,7 @@ _WHERE = {
     "load_pairs": "dpo_mm.data.schema",
     "load_policy": "dpo_mm.policies.families",
     "mine": "dpo_mm.mining.mine_images",
-    "train": "dpo_mm.training.trainer",
+    "train": "dpo_mm.training.run",
 }
 
 __all__ = [*_WHERE, "__version__"]

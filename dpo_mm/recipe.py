@@ -88,7 +88,7 @@ def run(recipe: Recipe, *, command: str) -> Outcome:
     Raises ValueError for an unknown judge, or where none may be the headline, before anything runs.
     """
     from dpo_mm.judges.provenance import headline_first
-    from dpo_mm.training.trainer import train
+    from dpo_mm.training.run import train
 
     _know_judges(recipe.compare.judges)
     headline_first(recipe.compare.judges, _made(recipe))

@@ -79,3 +79,31 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class StopRequest:
+    """A request to stop that SIGTERM sets, for work that finishes a part and saves before it ends."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextlib.contextmanager
+    def on_sigterm(self) -> Iterator[None]:
+        """Context manager in which the first SIGTERM sets `requested` and the second ends the process at once.
+
+        It does nothing outside the main thread, which alone can handle signals.
+        """
+
+        def request(number: int, frame: Any) -> None:
+            self.requested = True
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+        try:
+            before = signal.signal(signal.SIGTERM, request)
+        except ValueError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

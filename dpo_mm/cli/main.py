@@ -164,7 +164,7 @@ def train(context: typer.Context, config: str, dry_run: DryRun = False) -> None:
     settings = build(TrainConfig, _section(config, "train", flags(context.args)), where=config)
     with quietly():
         from dpo_mm.errors import Stopped
-        from dpo_mm.training.trainer import plan, train
+        from dpo_mm.training.run import plan, train
 
         if dry_run:
             print_rows(plan(settings))

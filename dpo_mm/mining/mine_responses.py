@@ -22,8 +22,7 @@ from dpo_mm.judges import Share, better_of, correct, explain, load_judge
 from dpo_mm.judges.text import cut_loop
 from dpo_mm.policies.families import load_policy
 from dpo_mm.progress import progress
-from dpo_mm.resumable import left_of, same_plan
-from dpo_mm.training.callbacks import Stop
+from dpo_mm.resumable import StopRequest, left_of, same_plan
 
 
 def mine_answers(config: MineAnswersConfig) -> Path:
@@ -60,14 +59,14 @@ def _mine_shards(shards: Sequence[Sequence[Question]], places: Sequence[Path], c
     left = left_of(places)
     if not left:
         return
-    stop = Stop()
+    stop = StopRequest()
     policy = load_policy(config.model, revision=config.revision, precision=config.precision)
     if config.adapter:
         policy.attach(config.adapter)
     total = sum(len(shards[n]) for n in left) * (1 + config.samples)
-    with progress("asking and judging", total) as advance, stop.listening():
+    with progress("asking and judging", total) as advance, stop.on_sigterm():
         for number in left:
-            if stop.asked:
+            if stop.requested:
                 there = sum(place.exists() for place in places)
                 raise Stopped(f"stopped as asked, {there} of {len(places)} shards in {config.output_dir}; run it again")
             rows = _mine_shard(policy, shards[number], config, advance)

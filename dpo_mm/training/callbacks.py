@@ -1,16 +1,18 @@
-"""What stands between a run and harm: steps that aren't numbers, and a request to stop."""
+"""Callbacks of a run: skip non-finite steps, stop on request, warn of drift, follow the policy, move the bar."""
 
 from __future__ import annotations
 
 import logging
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+
+from dpo_mm.resumable import StopRequest
+from dpo_mm.training.reference import Following
 
 logger = logging.getLogger(__name__)
 
@@ -89,37 +91,96 @@ def _norm(gradient: torch.Tensor) -> torch.Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-class Stop(TrainerCallback):
-    """Asked to stop (SIGTERM), a run finishes its step, saves and ends; the second time it ends at once.
+class GracefulStopCallback(TrainerCallback):
+    """Ends a run after its step, with a checkpoint, once a stop is requested.
 
-    Of several processes all stop after the same step, whichever was asked, since a save waits for all.
+    With several processes, all stop after the same step, whichever received the request, because a save needs all.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:
-            asked = torch.tensor(float(self.asked), device=args.device)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-            self.asked = bool(asked)
-        if self.asked:
+            requested = torch.tensor(float(self.stop.requested), device=args.device)
+            torch.distributed.all_reduce(requested, torch.distributed.ReduceOp.MAX)
+            self.stop.requested = bool(requested)
+        if self.stop.requested:
             control.should_save = control.should_training_stop = True
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within it SIGTERM asks for a stop. Outside the main thread, where signals can't be had, nothing changes."""
 
-        def ask(number: int, frame: Any) -> None:
-            self.asked = True
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+class Bar(TrainerCallback):
+    """Moves a progress bar a step at a time."""
 
-        try:
-            before = signal.signal(signal.SIGTERM, ask)
-        except ValueError:
-            yield
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.advance = advance
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(1)
+
+
+class Follow(TrainerCallback):
+    """Lets a reference follow the policy after each step."""
+
+    def __init__(self, reference: Following) -> None:
+        self.reference = reference
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.reference.follow(state.global_step)
+
+
+WINDOW = 10
+"""Logs that are averaged."""
+
+
+DISPLACED = -1.0
+"""Implicit reward of the chosen side, beta * log-ratio, below which text is warned of."""
+
+
+DRIFTED = 1.1
+"""Denoising error of the chosen side relative to the reference's, above which an image generator is warned of."""
+
+
+class _Watch(TrainerCallback):
+    """Says `advice` once when the mean of a logged number over the last WINDOW logs passes `limit`."""
+
+    name: str
+    limit: float
+    above: bool
+    advice: str
+
+    def __init__(self) -> None:
+        self.seen: deque[float] = deque(maxlen=WINDOW)
+        self.warned = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.warned or not logs or self.name not in logs:
             return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        self.seen.append(logs[self.name])
+        mean = sum(self.seen) / len(self.seen)
+        if len(self.seen) == WINDOW and (mean > self.limit if self.above else mean < self.limit):
+            self.warned = True
+            logger.warning("step %d: %s", state.global_step, self.advice.format(mean=mean, window=WINDOW))
+
+
+class Displacement(_Watch):
+    """Text: the chosen answer itself becomes unlikely. Source: Razin et al. 2024 (2410.08847); Pal et al. 2402.13228."""
+
+    name, limit, above = "reward_chosen", DISPLACED, False
+    advice = (
+        "chosen answers are less likely than under the reference (implicit reward {mean:.2f} over the last {window} "
+        "logs), only less so than rejected ones; give sft_weight (1), or take objective dpop, a higher beta or fewer steps"
+    )
+
+
+class ErrorDrift(_Watch):
+    """Images: the denoising error of the chosen picture itself rises. Source: Diffusion-SDPO (2511.03317) section 3."""
+
+    name, limit, above = "error_chosen", DRIFTED, True
+    advice = (
+        "the denoising error of chosen pictures is {mean:.2f} times the reference's over the last {window} logs; look at "
+        "pictures, not at the loss. If they get worse: objective safe, a higher beta, a lower learning_rate or fewer steps"
+    )

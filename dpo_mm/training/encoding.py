@@ -116,7 +116,7 @@ def encode(
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f"on_bad_image {on_bad_image!r} is unknown; expected 'raise' or 'skip'")
     if precision not in arrow_shards.KEPT:
-        raise ValueError(f"cache_precision {precision!r} is unknown; expected one of {', '.join(shards.KEPT)}")
+        raise ValueError(f"cache_precision {precision!r} is unknown; expected one of {', '.join(arrow_shards.KEPT)}")
     unit = policy.patch * policy.pipe.vae_scale_factor
     frames = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
     folder = (cache or cache_folder()) / "encoded" / _key(policy, rows, frames, precision)
@@ -143,9 +143,11 @@ def _encode(task: Task) -> None:
     a_prompt, a_pair = sample_bytes(task.policy, task.precision)
     size = a_prompt * len(names) + a_pair * len(task.pairs.rows)
     arrow_shards.check_disk(task.folder, int(size * missing))
-    with progress(f"encoding prompts, {shards.gib(a_prompt * len(names))}", len(names)) as advance:
+    with progress(f"encoding prompts, {arrow_shards.gib(a_prompt * len(names))}", len(names)) as advance:
         _encode_prompts(task, names, advance)
-    with progress(f"encoding pictures, {shards.gib(a_pair * len(task.pairs.rows))}", len(task.pairs.rows)) as advance:
+    with progress(
+        f"encoding pictures, {arrow_shards.gib(a_pair * len(task.pairs.rows))}", len(task.pairs.rows)
+    ) as advance:
         _encode_pairs(task, names, advance)
     if task.share.number == 0:
         _wait(expected, task.folder)

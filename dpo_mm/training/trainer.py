@@ -6,81 +6,29 @@ measured beside it, and how checkpoints are written (aside, then renamed) and re
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_mm import objectives
-from dpo_mm.assets import locate
 from dpo_mm.config import TrainConfig, as_dict
-from dpo_mm.data.schema import decided, load_pairs, load_responses, split_by_prompt
-from dpo_mm.errors import Stopped
 from dpo_mm.objectives import LogProbs
-from dpo_mm.policies.families import commit_of
 from dpo_mm.policies.protocol import Batch
-from dpo_mm.progress import progress
-from dpo_mm.training.auto_beta import AUTO, measure_beta
-from dpo_mm.training.builders import SLACK, check, loss_of, needs_of, opened, training_arguments
-from dpo_mm.training.callbacks import FiniteSteps, Stop
-from dpo_mm.training.checkpoints import CONFIG_FILE, mark_complete, newest_whole, publish, same_recipe, writing
-from dpo_mm.training.drift import Displacement, ErrorDrift
-from dpo_mm.training.encoding import encoded_sets
-from dpo_mm.training.memory_estimate import planned
-from dpo_mm.training.model_card import write_card
+from dpo_mm.training.builders import SLACK, loss_of, needs_of, training_arguments
+from dpo_mm.training.callbacks import Displacement, ErrorDrift, FiniteSteps, Follow
+from dpo_mm.training.checkpoints import CONFIG_FILE, mark_complete, publish, writing
+from dpo_mm.training.metrics import by_level, image_reliance, measures
 from dpo_mm.training.pair_stream import frozen_stream, training_stream
-from dpo_mm.training.reference import Following, choose, choose_name, keep_reference
-
-
-def by_level(found: Mapping[str, Tensor], level: Tensor) -> dict[str, Tensor]:
-    """Accuracy and margin again, by quarter of the noise schedule, NaN for pairs of another quarter; (pairs,) each.
-
-    level: where in the schedule each pair was drawn, [0, 1), (pairs,); the first quarter is the cleanest.
-    """
-    quarter = (level * 4).long()
-    return {
-        f"{name}_quarter{n + 1}": found[name].masked_fill(quarter != n, torch.nan)
-        for name in ("accuracy", "margin")
-        for n in range(4)
-    }
-
-
-def measures(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str, Tensor]:
-    """What is watched beside the loss, each (pairs,).
-
-    accuracy: 1 where the implicit reward prefers the chosen side, 1/2 at a tie. reward_*, margin: beta * log-ratio;
-    margin_size: its absolute value.
-    error_* (surrogates alone): denoising error relative to the reference's, 1 where it is the same.
-    """
-    chosen, rejected = objectives.log_ratios(policy, reference)
-    delta = objectives.margins(policy, reference)
-    found = {
-        "accuracy": (delta > 0).float() + 0.5 * (delta == 0).float(),
-        "margin": beta * delta,
-        "margin_size": (beta * delta).abs(),
-        "reward_chosen": beta * chosen,
-        "reward_rejected": beta * rejected,
-    }
-    if not policy.exact:
-        found["error_chosen"] = policy.chosen / reference.chosen
-        found["error_rejected"] = policy.rejected / reference.rejected
-    return {name: value.detach() for name, value in found.items()}
-
-
-def image_reliance(policy: LogProbs, reference: LogProbs, corrupted_ratio: Tensor) -> Tensor:
-    """1 where the chosen answer's implicit reward is higher with its image than with what is left of it, (pairs,)."""
-    return (objectives.log_ratios(policy, reference)[0] > corrupted_ratio).float().detach()
+from dpo_mm.training.reference import Following, choose
 
 
 class DPOTrainer(Trainer):
@@ -267,122 +215,3 @@ class DPOTrainer(Trainer):
         if isinstance(self.reference, Following):
             self.reference.load(folder)
         self.kept["rewards"] = json.loads((folder / CONFIG_FILE).read_text())["rewards"]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished run: the adapter's folder, the log, and what the run said of itself."""
-
-    folder: Path
-    history: tuple[dict[str, float], ...]
-    settings: dict[str, str]
-    beta: float
-
-
-def train(config: TrainConfig) -> Trained:
-    """Train as the config says and write the result to its output_dir.
-
-    Raises ValueError that names the setting, file or row at fault, before anything is trained; Stopped after a SIGTERM.
-    """
-    check(config)
-    step = config.batch_size * config.accumulate * training_arguments(config).world_size
-    checkpoint = newest_whole(Path(config.output_dir)) if config.resume else None
-    before = same_recipe(checkpoint, config, pairs_a_step=step) if checkpoint else {}
-    policy = opened(config)
-    together = training_arguments(config).main_process_first(desc="encoding") if policy.exact else nullcontext()
-    with together:
-        rows, watched, digest = encoded_sets(policy, config)
-    if checkpoint and before["pairs_digest"] != digest:
-        raise ValueError(
-            f"{config.pairs} has changed since {checkpoint} was made; put it back, or choose another output_dir"
-        )
-    policy.drop_encoders()
-    policy.prepare(config)
-    if config.keep_features:
-        rows, watched = policy.keep_features(rows), watched and policy.keep_features(watched)
-    if config.reference == "precomputed":
-        draws = 1 if policy.exact else config.reference_draws
-        rows = keep_reference(policy, dataclasses.replace(training_stream(config, rows, 1), draws=draws), config)
-        watched = watched and keep_reference(policy, frozen_stream(watched, config, exact=policy.exact), config)
-    kept = {"beta": config.beta, "measured_beta": None, "pairs_digest": digest, "pairs_a_step": step}
-    if config.beta == AUTO:
-        stream = training_stream(config, rows, 1)
-        kept["measured_beta"] = before.get("measured_beta") or measure_beta(policy, stream, config)
-        config = dataclasses.replace(config, beta=kept["measured_beta"])
-    settings = describe(policy, config, len(rows))
-    stop = Stop()
-    with progress("training", config.steps) as advance, stop.listening():
-        trainer = DPOTrainer(policy, config, rows, watched, kept=kept, callbacks=[Bar(advance), stop])
-        trainer.remove_callback(PrinterCallback)
-        if trainer.args.should_save:
-            shutil.rmtree(Path(config.output_dir) / ".saving", ignore_errors=True)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        history = trainer.state.log_history
-        if stop.asked and trainer.state.global_step < config.steps:
-            at = f"{config.output_dir}/checkpoint-{trainer.state.global_step}"
-            raise Stopped(f"stopped as asked at step {trainer.state.global_step}, saved in {at}; go on with --resume")
-        if watched is not None and not any("eval_loss" in e and e["step"] == config.steps for e in history):
-            trainer.evaluate()
-    trainer.save_result()
-    if trainer.is_world_process_zero():
-        name = Path(config.output_dir).name
-        stock = None if policy.exact else "\n".join(policy.loading(config.model, name))
-        write_card(config, settings, text=policy.exact, stock=stock)
-    return Trained(Path(config.output_dir), tuple(trainer.state.log_history), settings, float(config.beta))
-
-
-def describe(policy: Any, config: TrainConfig, rows: int) -> dict[str, str]:
-    """What the run says of itself before it starts."""
-    trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
-    every = sum(tensor.numel() * tensor.element_size() for tensor in policy.model.parameters())
-    copies = 2 if choose_name(config) == "frozen_copy" else 1
-    commit = commit_of(locate(config.model), revision=config.revision)
-    unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
-    return {
-        **({"revision": commit} if commit else {}),
-        "pairs": f"{config.pairs}, {rows} to train on",
-        "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} pairs a process",
-        "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
-        "reference": choose_name(config),
-        "tuning": f"{config.tuning}, {trained:,} parameters train",
-        "memory": f"about {(copies * every + 12 * trained) / 2**20:,.0f} MiB for weights, gradients and Adam, activations beside it",
-        **policy.describe(config),
-        **unknown,
-    }
-
-
-class Bar(TrainerCallback):
-    """Moves a progress bar a step at a time."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self.advance = advance
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.advance(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.advance(1)
-
-
-class Follow(TrainerCallback):
-    """Lets a reference follow the policy after each step."""
-
-    def __init__(self, reference: Following) -> None:
-        self.reference = reference
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.reference.follow(state.global_step)
-
-
-def plan(config: TrainConfig) -> dict[str, str]:
-    """What `train` would do, without training: the same lines that a run says of itself.
-
-    Raises ValueError for everything that `train` would refuse but a picture that does not decode.
-    """
-    check(config)
-    policy = opened(config, weights=False)
-    pairs = load_responses(config.pairs) if policy.exact else decided(load_pairs(config.pairs))
-    rows, _ = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
-    policy.prepare(config)
-    said = describe(policy, config, len(rows))
-    return said if policy.exact else said | planned(policy, config, len(set(pairs["prompt"])), len(pairs))

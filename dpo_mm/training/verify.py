@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.training.builders import opened
-from dpo_mm.training.trainer import Trained, train
+from dpo_mm.training.run import Trained, train
 
 STEPS, CUT = 4, 2
 """Steps of the short runs, and after which one of them is cut."""

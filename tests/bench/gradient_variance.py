@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
     from dpo_mm.policies.adapters import LORA_FILE
     from dpo_mm.training.builders import opened
     from dpo_mm.training.encoding import encoded_sets
-    from dpo_mm.training.trainer import train
+    from dpo_mm.training.run import train
 
     out, moved = Path(arguments[0]), "--moved" in arguments
     batches = int(arguments[arguments.index("--batches") + 1]) if "--batches" in arguments else 40

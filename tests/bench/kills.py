@@ -28,7 +28,8 @@ from typing import Any
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_image_rows
 from dpo_mm.training.checkpoints import newest_whole
-from dpo_mm.training.trainer import DPOTrainer, train
+from dpo_mm.training.run import train
+from dpo_mm.training.trainer import DPOTrainer
 from tests.conftest import rows as some_rows
 from tests.contracts.families import stable_diffusion
 

@@ -30,7 +30,7 @@ from dpo_mm.judges.relabel import relabel
 from dpo_mm.judges.scene import faithfulness
 from dpo_mm.policies.families import load_policy
 from dpo_mm.recipe import read_recipe
-from dpo_mm.training.trainer import train
+from dpo_mm.training.run import train
 
 WRONG, WEAK = 0.25, 0.25
 """Share of labels turned round; share of pictures that a weak judge gets wrong."""

@@ -24,7 +24,7 @@ VARIATIONS: dict[str, dict[str, str]] = {
 
 def errors(name: str) -> dict[str, list[float]]:
     """Mean errors of each ten steps, by side."""
-    from dpo_mm.training.trainer import train
+    from dpo_mm.training.run import train
 
     with quietly(), tempfile.TemporaryDirectory() as folder:
         given = {**VARIATIONS[name], "output_dir": folder, "log_every": "10", "steps": str(STEPS), "eval_fraction": "0"}

@@ -36,7 +36,7 @@ from dpo_mm.judges.text import cut_loop
 from dpo_mm.mining.mine_responses import mine_answers
 from dpo_mm.policies.families import load_policy
 from dpo_mm.recipe import read_recipe, sft_of
-from dpo_mm.training.trainer import train
+from dpo_mm.training.run import train
 from dpo_mm.worlds import documents
 
 ALL, LARGE = (80, 112, 144), (112, 144)

@@ -43,7 +43,7 @@ def run(name: str, seed: int, work: Path) -> dict[str, Any]:
     from dpo_mm.evaluation.image_sampling import Studio, plan_of
     from dpo_mm.evaluation.image_store import Gallery
     from dpo_mm.evaluation.verdict import opened
-    from dpo_mm.training.trainer import train
+    from dpo_mm.training.run import train
 
     folder = str(work / f"{name}, seed {seed}")
     given = {**STUDIES[name], "seed": str(seed), "output_dir": str(work), "log_every": "1"}

@@ -145,11 +145,11 @@ def test_a_format_that_cannot_be_written_is_refused(changes: dict[str, Any], pre
 def test_a_whole_run_on_edits_writes_an_adapter(
     kontext: str, write_pairs: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_mm.training import trainer
+    from dpo_mm.training import run
 
-    monkeypatch.setattr(trainer, "opened", lambda config: load_policy(kontext, resolution=32))
+    monkeypatch.setattr(run, "opened", lambda config: load_policy(kontext, resolution=32))
     out = tmp_path / "out"
-    trained = trainer.train(
+    trained = run.train(
         TrainConfig(
             model=kontext, pairs=write_pairs(edits(4)), output_dir=str(out), steps=2, batch_size=2, eval_fraction=0.0
         )

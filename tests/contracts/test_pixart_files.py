@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
-from dpo_mm.training.trainer import train
+from dpo_mm.training.run import train
 from tests.conftest import rows
 from tests.contracts.families import BUILDERS, WORDS
 

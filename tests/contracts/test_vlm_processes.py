@@ -15,7 +15,7 @@ import yaml
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import make_response_rows
-from dpo_mm.training.trainer import train
+from dpo_mm.training.run import train
 from tests.contracts.tiny_vlms import rows, save
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import response_preference
-from dpo_mm.training.trainer import train
+from dpo_mm.training.run import train
 from tests.contracts.tiny_vlms import rows, save
 
 

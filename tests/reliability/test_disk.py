@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.training.checkpoints import publish, what_is_wrong, writing
-from dpo_mm.training.trainer import train
+from dpo_mm.training.run import train
 
 RUN = ["--batch-size", "2", "--save-every", "2", "--log-every", "1", "--eval-fraction", "0", "--learning-rate", "1e-3"]
 

@@ -21,7 +21,8 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.training import trainer as module
 from dpo_mm.training.callbacks import IN_A_ROW, FiniteSteps
 from dpo_mm.training.checkpoints import newest_whole, what_is_wrong
-from dpo_mm.training.trainer import DPOTrainer, train
+from dpo_mm.training.run import train
+from dpo_mm.training.trainer import DPOTrainer
 
 
 def config(model: str, pairs: str, out: Path, **more: Any) -> TrainConfig:

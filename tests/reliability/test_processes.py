@@ -18,7 +18,7 @@ import yaml
 
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.data.image_files import encode_png
-from dpo_mm.training.trainer import train
+from dpo_mm.training.run import train
 from tests.conftest import picture, rows
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

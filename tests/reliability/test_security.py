@@ -13,7 +13,7 @@ import torch
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import commit_of, load_policy
-from dpo_mm.training.trainer import train
+from dpo_mm.training.run import train
 from tests.contracts.families import stable_diffusion
 from tests.contracts.tiny_vlms import save
 

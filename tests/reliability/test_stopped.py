@@ -13,7 +13,8 @@ from datasets import load_from_disk
 ENCODE = """
 import os, signal, sys
 import dpo_mm.training.encoding as encoding
-from dpo_mm import cli, shards
+from dpo_mm.cli import main as cli
+from dpo_mm.training import arrow_shards as shards
 real, calls = shards.keep, []
 encoding.SHARD = 4
 def keep(place, sets):
@@ -26,8 +27,8 @@ cli.main()
 """
 MINE = """
 import os, signal
-import dpo_mm.mining.mine_images
-from dpo_mm import cli
+import dpo_mm.mining.mine_images as mining
+from dpo_mm.cli import main as cli
 calls = []
 def judge(images, prompts):
     calls.append(prompts)

@@ -253,7 +253,7 @@ def test_what_cannot_be_relabelled_is_said(
 
 def test_a_relabelled_set_trains(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     from dpo_mm.config import TrainConfig
-    from dpo_mm.training.trainer import train
+    from dpo_mm.training.run import train
 
     done = relabel(RelabelConfig(pairs, (f"{HERE}:brightness",), str(tmp_path / "new.parquet")))
     assert done is not None

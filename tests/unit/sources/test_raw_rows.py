@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.sources import parquet_writer, raw_rows
+from dpo_mm.sources import parquet_writer
+from dpo_mm.sources import raw_rows as reading
 from dpo_mm.sources.archives import Files, Joined
 from dpo_mm.sources.importing import import_set
 from dpo_mm.sources.raw_rows import Origin, raw_rows
@@ -125,7 +126,7 @@ def test_the_disk_itself_is_out_of_reach(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["list", "lines"])
 def test_json_is_read_a_row_at_a_time(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raw_rows, "CHUNK", 7)
+    monkeypatch.setattr(reading, "CHUNK", 7)
     rows: list[dict[str, Any]] = [{"n": n, "text": 'a ] , "[{ \\ ü\n' * n, "none": None} for n in range(20)]
     text = json.dumps(rows, indent=1) if form == "list" else "\n".join(json.dumps(row) for row in rows) + "\n\n"
     file = tmp_path / "rows.json"
@@ -312,7 +313,7 @@ def test_a_set_of_files_on_the_hub_is_downloaded(tmp_path: Path, monkeypatch: py
 
 
 def test_an_imported_set_of_pairs_trains(tiny_model: str, tmp_path: Path) -> None:
-    from dpo_mm.training.trainer import train
+    from dpo_mm.training.run import train
 
     rows = [pick(n, (1.0, 0.0, 0.5)[n % 3]) for n in range(6)]
     parquet(tmp_path / "set" / "train.parquet", rows)
@@ -325,7 +326,7 @@ def test_an_imported_set_of_pairs_trains(tiny_model: str, tmp_path: Path) -> Non
 
 
 def test_an_imported_set_of_answers_trains(tmp_path: Path) -> None:
-    from dpo_mm.training.trainer import train
+    from dpo_mm.training.run import train
     from tests.contracts.tiny_vlms import save
 
     ask = {"question": "a red circle", "chosen": "a red circle", "rejected": "a blue square"}

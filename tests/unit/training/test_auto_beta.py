@@ -15,10 +15,10 @@ from dpo_mm.config import TrainConfig, build
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.diffusion.noise_process import RectifiedFlow
 from dpo_mm.policies.families import load_policy
-from dpo_mm.training import trainer as module
+from dpo_mm.training import run as module
 from dpo_mm.training.auto_beta import PAIRS, measure_beta
 from dpo_mm.training.pair_stream import PairStream
-from dpo_mm.training.trainer import plan, train
+from dpo_mm.training.run import plan, train
 from tests.contracts.families.stable_diffusion import stable_diffusion_v
 
 

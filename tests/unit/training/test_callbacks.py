@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo_mm.training.drift import DISPLACED, DRIFTED, WINDOW, Displacement, ErrorDrift
+from dpo_mm.training.callbacks import DISPLACED, DRIFTED, WINDOW, Displacement, ErrorDrift
 
 
 def fed(watch: Displacement | ErrorDrift, values: list[float]) -> None:

@@ -168,7 +168,7 @@ def test_without_buckets_all_are_cropped_to_one_square(several: str, tiny_model:
 
 
 def test_a_run_trains_on_frames_of_its_own(several: str, tiny_model: str, tmp_path: Path) -> None:
-    from dpo_mm.training.trainer import train
+    from dpo_mm.training.run import train
 
     config = TrainConfig(
         tiny_model, several, str(tmp_path / "out"), steps=5, batch_size=2, log_every=1, buckets=True, eval_fraction=0.34,

@@ -15,7 +15,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.builders import opened, training_arguments
 from dpo_mm.training.memory_estimate import Alive, counted, state_bytes
-from dpo_mm.training.trainer import plan, train
+from dpo_mm.training.run import plan, train
 from tests.contracts.families import BUILDERS
 
 
@@ -76,8 +76,8 @@ def test_every_family_is_counted_without_its_weights(family: str, tmp_path: Path
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
     memory = of(str(folder), resolution=BUILDERS[family].size)
-    assert min(memory_estimate.weights, memory_estimate.optimizer, memory_estimate.step, memory_estimate.encoding) > 0
-    assert memory_estimate.reference == 0 and memory_estimate.encoding > memory_estimate.weights
+    assert min(memory.weights, memory.optimizer, memory.step, memory.encoding) > 0
+    assert memory.reference == 0 and memory.encoding > memory.weights
 
 
 def test_what_is_chosen_shows_in_the_count(tiny_model: str) -> None:

@@ -15,7 +15,7 @@ from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encoded_sets
 from dpo_mm.training.pair_stream import PairStream
 from dpo_mm.training.reference import FILE, Following, adapter_off, choose, keep_reference
-from dpo_mm.training.trainer import train
+from dpo_mm.training.run import train
 
 
 def config(model: str, pairs: str, out: Path, **more: Any) -> TrainConfig:

@@ -16,9 +16,11 @@ from dpo_mm.objectives import OBJECTIVES
 from dpo_mm.policies.families import load_policy
 from dpo_mm.policies.vlm.chat import corrupted, edits
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
+from dpo_mm.training.builders import check, opened
 from dpo_mm.training.pair_stream import PairStream
 from dpo_mm.training.reference import keep_reference
-from dpo_mm.training.trainer import DPOTrainer, check, opened, plan, train
+from dpo_mm.training.run import plan, train
+from dpo_mm.training.trainer import DPOTrainer
 from tests.contracts.tiny_vlms import picture, save
 
 

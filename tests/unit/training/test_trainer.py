@@ -15,7 +15,9 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_image_rows
 from dpo_mm.objectives import OBJECTIVES, LogProbs
 from dpo_mm.policies.diffusion.diffusion_policy import LORA_FILE
-from dpo_mm.training.trainer import by_level, loss_of, measures, plan, train
+from dpo_mm.training.builders import loss_of
+from dpo_mm.training.metrics import by_level, measures
+from dpo_mm.training.run import plan, train
 from tests.conftest import rows
 
 

@@ -1,0 +1,128 @@
+"""A training run from its settings to its files: what `dpo_mm.train` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback
+
+from dpo_mm.assets import locate
+from dpo_mm.config import TrainConfig
+from dpo_mm.data.schema import decided, load_pairs, load_responses, split_by_prompt
+from dpo_mm.errors import Stopped
+from dpo_mm.policies.families import commit_of
+from dpo_mm.progress import progress
+from dpo_mm.resumable import StopRequest
+from dpo_mm.training.auto_beta import AUTO, measure_beta
+from dpo_mm.training.builders import check, opened, training_arguments
+from dpo_mm.training.callbacks import Bar, GracefulStopCallback
+from dpo_mm.training.checkpoints import newest_whole, same_recipe
+from dpo_mm.training.encoding import encoded_sets
+from dpo_mm.training.memory_estimate import planned
+from dpo_mm.training.model_card import write_card
+from dpo_mm.training.pair_stream import frozen_stream, training_stream
+from dpo_mm.training.reference import choose_name, keep_reference
+from dpo_mm.training.trainer import DPOTrainer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: the adapter's folder, the log, and what the run said of itself."""
+
+    folder: Path
+    history: tuple[dict[str, float], ...]
+    settings: dict[str, str]
+    beta: float
+
+
+def train(config: TrainConfig) -> Trained:
+    """Train as the config says and write the result to its output_dir.
+
+    Raises ValueError that names the setting, file or row at fault, before anything is trained; Stopped after a SIGTERM.
+    """
+    check(config)
+    step = config.batch_size * config.accumulate * training_arguments(config).world_size
+    checkpoint = newest_whole(Path(config.output_dir)) if config.resume else None
+    before = same_recipe(checkpoint, config, pairs_a_step=step) if checkpoint else {}
+    policy = opened(config)
+    together = training_arguments(config).main_process_first(desc="encoding") if policy.exact else nullcontext()
+    with together:
+        rows, watched, digest = encoded_sets(policy, config)
+    if checkpoint and before["pairs_digest"] != digest:
+        raise ValueError(
+            f"{config.pairs} has changed since {checkpoint} was made; put it back, or choose another output_dir"
+        )
+    policy.drop_encoders()
+    policy.prepare(config)
+    if config.keep_features:
+        rows, watched = policy.keep_features(rows), watched and policy.keep_features(watched)
+    if config.reference == "precomputed":
+        draws = 1 if policy.exact else config.reference_draws
+        rows = keep_reference(policy, dataclasses.replace(training_stream(config, rows, 1), draws=draws), config)
+        watched = watched and keep_reference(policy, frozen_stream(watched, config, exact=policy.exact), config)
+    kept = {"beta": config.beta, "measured_beta": None, "pairs_digest": digest, "pairs_a_step": step}
+    if config.beta == AUTO:
+        stream = training_stream(config, rows, 1)
+        kept["measured_beta"] = before.get("measured_beta") or measure_beta(policy, stream, config)
+        config = dataclasses.replace(config, beta=kept["measured_beta"])
+    settings = describe(policy, config, len(rows))
+    stop = StopRequest()
+    with progress("training", config.steps) as advance, stop.on_sigterm():
+        trainer = DPOTrainer(
+            policy, config, rows, watched, kept=kept, callbacks=[Bar(advance), GracefulStopCallback(stop)]
+        )
+        trainer.remove_callback(PrinterCallback)
+        if trainer.args.should_save:
+            shutil.rmtree(Path(config.output_dir) / ".saving", ignore_errors=True)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        history = trainer.state.log_history
+        if stop.requested and trainer.state.global_step < config.steps:
+            at = f"{config.output_dir}/checkpoint-{trainer.state.global_step}"
+            raise Stopped(f"stopped as asked at step {trainer.state.global_step}, saved in {at}; go on with --resume")
+        if watched is not None and not any("eval_loss" in e and e["step"] == config.steps for e in history):
+            trainer.evaluate()
+    trainer.save_result()
+    if trainer.is_world_process_zero():
+        name = Path(config.output_dir).name
+        stock = None if policy.exact else "\n".join(policy.loading(config.model, name))
+        write_card(config, settings, text=policy.exact, stock=stock)
+    return Trained(Path(config.output_dir), tuple(trainer.state.log_history), settings, float(config.beta))
+
+
+def describe(policy: Any, config: TrainConfig, rows: int) -> dict[str, str]:
+    """What the run says of itself before it starts."""
+    trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
+    every = sum(tensor.numel() * tensor.element_size() for tensor in policy.model.parameters())
+    copies = 2 if choose_name(config) == "frozen_copy" else 1
+    commit = commit_of(locate(config.model), revision=config.revision)
+    unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
+    return {
+        **({"revision": commit} if commit else {}),
+        "pairs": f"{config.pairs}, {rows} to train on",
+        "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} pairs a process",
+        "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
+        "reference": choose_name(config),
+        "tuning": f"{config.tuning}, {trained:,} parameters train",
+        "memory": f"about {(copies * every + 12 * trained) / 2**20:,.0f} MiB for weights, gradients and Adam, activations beside it",
+        **policy.describe(config),
+        **unknown,
+    }
+
+
+def plan(config: TrainConfig) -> dict[str, str]:
+    """What `train` would do, without training: the same lines that a run says of itself.
+
+    Raises ValueError for everything that `train` would refuse but a picture that does not decode.
+    """
+    check(config)
+    policy = opened(config, weights=False)
+    pairs = load_responses(config.pairs) if policy.exact else decided(load_pairs(config.pairs))
+    rows, _ = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
+    policy.prepare(config)
+    said = describe(policy, config, len(rows))
+    return said if policy.exact else said | planned(policy, config, len(set(pairs["prompt"])), len(pairs))
