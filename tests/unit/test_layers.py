@@ -15,20 +15,11 @@ LAYERS = (
     {"recipe"},
     {"cli", "demo_server", "__main__"},
 )
-MOVING = {
-    0: {"shipped"},
-    2: {"schema", "pictures", "pairs", "prompts", "questions"},
-    3: {"provenance"},
-    4: {"reference", "encoding", "shards", "kept", "collate", "beta", "setup", "checkpoints", "guards", "drift", "card"}
-    | {"memory", "trainer", "own_failures", "verify", "scoring", "relabel"},
-    6: {"terminal", "page_commands", "pages"},
-}
-"""Modules that still stand at the root, by the layer they belong to."""
 
 
 def layer(module: str) -> int:
     name = module.split(".")[1] if "." in module else "__init__"
-    return next(number for number, names in enumerate(LAYERS) if name in names | MOVING.get(number, set()))
+    return next(number for number, names in enumerate(LAYERS) if name in names)
 
 
 def imports(path: Path) -> set[str]:
@@ -40,6 +31,21 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {name.name for name in node.names if name.name.startswith("dpo_mm")}
     return found
+
+
+def imports_at_load(path: Path) -> set[str]:
+    """Modules that importing this one imports, type checking and function bodies included in neither."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dpo_mm"):
+            base = node.module or ""
+            found |= {f"{base}.{n.name}" if is_module(f"{base}.{n.name}") else base for n in node.names}
+    return found
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
 def test_imports_point_up() -> None:
@@ -55,6 +61,31 @@ def test_imports_point_up() -> None:
 def test_judges_see_no_policy() -> None:
     wrong = [path.name for path in (PACKAGE / "judges").glob("*.py") if any("policies" in i for i in imports(path))]
     assert not wrong
+
+
+def test_no_two_modules_share_a_file_name() -> None:
+    names = [path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    assert len(names) > 100
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        graph[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = imports_at_load(path)
+    done: set[str] = set()
+
+    def visit(module: str, chain: tuple[str, ...]) -> None:
+        assert module not in chain, " -> ".join((*chain, module))
+        if module not in done:
+            for name in graph.get(module, set()) - {module}:
+                visit(name, (*chain, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+    assert len(done) > 100
 
 
 def test_files_keep_their_size() -> None:
