@@ -1,4 +1,4 @@
-"""Writes the tables of docs/families.md from the contract tests' own results; nothing in them is written by hand.
+"""Write the tables of docs/reference/models.md from the contract tests' own results; nothing in them is written by hand.
 
 python docs/draw_families.py
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from dpo_mm.policies.families import FAMILIES, LANGUAGE
 
 ROOT = Path(__file__).parents[1]
-PAGE = Path(__file__).with_name("families.md")
+PAGE = Path(__file__).parent / "reference" / "models.md"
 GREEN, RED = "✓", "**fails**"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
@@ -42,12 +42,12 @@ KINDS = {
             "3 batch": "test_a_pair_does_not_depend_on_its_batch",
             "4 first step": "test_denoise_is_the_stock_pipelines_first_step",
             "4 decodes": "test_our_latents_decode_as_the_stock_pipeline_decodes",
-            "6 stock": "test_a_saved_adapter_draws_the_same_pixels_in_the_stock_library",
+            "6 upstream": "test_a_saved_adapter_draws_the_same_pixels_in_the_stock_library",
             "7 learns": "test_ten_steps_on_one_pair_raise_its_margin",
         },
         files=True,
     ),
-    "answers": Kind(
+    "responses": Kind(
         "tiny model",
         "tests/contracts/test_vlm.py",
         {
@@ -58,8 +58,8 @@ KINDS = {
             "5 all weights": "test_all_parameters_get_the_gradients_of_plain_forwards",
             "5 padding": "test_plain_sequences_agree_padded_on_either_side",
             "5 bf16": "test_bf16_autocast_is_close",
-            "features kept": "test_kept_features_answer_as_pixels_and_the_tower_is_asked_once",
-            "6 stock": "test_the_saved_adapter_answers_in_stock_classes_as_in_memory",
+            "cached features": "test_kept_features_answer_as_pixels_and_the_tower_is_asked_once",
+            "6 upstream": "test_the_saved_adapter_answers_in_stock_classes_as_in_memory",
             "7 learns": "test_ten_steps_raise_the_margin_with_and_without_checkpointing",
         },
         files=False,

@@ -1,4 +1,4 @@
-"""Draws docs/objectives.png, the loss curves, from the objectives themselves.
+"""Draw docs/reference/objectives.png, the loss curves, from the objectives themselves.
 
 python docs/draw_objectives.py
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_mm.objectives import OBJECTIVES, LogProbs, takes
 
-OUT = Path(__file__).with_name("objectives.png")
+OUT = Path(__file__).parent / "reference" / "objectives.png"
 REWARD = torch.linspace(-4, 4, 401)
 STYLES = ("-", "-", "-", "-", "-", "--", "--")
 COLOURS = ("#1b6ca8", "#d1495b", "#2a9d6f", "#e09f3e", "#6a4c93", "#444444", "#8d6e63")

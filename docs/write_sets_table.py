@@ -1,4 +1,4 @@
-"""Write the table of sources and the list of the doctor's checks into docs/sets.md, from the code's own tables.
+"""Write the table of sources and the list of the doctor's checks into docs/reference/datasets.md, from the code's own tables.
 
 python docs/write_sets_table.py
 """
@@ -10,13 +10,13 @@ from pathlib import Path
 from dpo_mm.doctor.checks import CHECKS
 from dpo_mm.sources import SOURCES
 
-PAGE = Path(__file__).parent / "sets.md"
+PAGE = Path(__file__).parent / "reference" / "datasets.md"
 
 
 def sources() -> str:
     lines = ["| source | gives | on the hub | licence | axes | notes |", "|---|---|---|---|---|---|"]
     for name, one in SOURCES.items():
-        kind = {"images": "pairs of images", "answers": "pairs of answers"}[one.kind]
+        kind = {"images": "pairs of images", "answers": "pairs of responses"}[one.kind]
         axes = ", ".join(one.axes) if len(one.axes) < 6 else f"{one.axes[0]}, or one of {len(one.axes) - 1} aspects"
         hub = f"`{one.hub}`" if one.hub else ""
         lines.append(f"| `{name}` | {kind} | {hub} | {one.license or ''} | {axes} | {one.notes} |")

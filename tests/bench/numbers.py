@@ -1,4 +1,4 @@
-"""Writes docs/numbers.md from the measurements in docs/benchmarks/: python -m tests.bench.numbers"""
+"""Write docs/background/experiments.md from the measurements in docs/benchmarks/: python -m tests.bench.numbers"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = DOCS / "numbers.md"
+PAGE = DOCS / "background" / "experiments.md"
 MEASURED = ("gradient_variance", "safe_drift", "shapes_studies", "reference_time", "beta", "kills")
 
 
@@ -22,7 +22,7 @@ def variance(kept: dict[str, Any]) -> str:
         [row["draws"], f"{row['variance']:.2f} ± {row['standard_error']:.2f}", f"{row['noise_to_signal']:.0f}"]
         for row in kept["rows"]
     ]
-    return f"`{kept['command']}`\n\n" + table("draws, variance of a step's gradient, variance to signal", rows)
+    return f"`{kept['command']}`\n\n" + table("sampling, variance of a step's gradient, variance / signal", rows)
 
 
 def studies(kept: dict[str, Any]) -> str:
@@ -41,7 +41,7 @@ def studies(kept: dict[str, Any]) -> str:
         for one in kept["variations"]
     ]
     head = (
-        "variation, seeds, wholly right, points, points over sigmoid, error of chosen, error of rejected, CPU seconds"
+        "variation, seeds, exactly right, points, points over sigmoid, error of chosen, error of rejected, CPU seconds"
     )
     commands = "\n".join(f"- `{command}`" for command in kept["commands"])
     return f"{commands}\n\n" + table(head, rows)
@@ -59,7 +59,7 @@ def drift(kept: dict[str, Any]) -> str:
 
 def reference_time(kept: dict[str, Any]) -> str:
     rows = [[row["reference"], f"{row['step_ms']:.0f}", f"{row['before_s']:.1f}"] for row in kept["rows"]]
-    head = "reference, CPU ms a step, CPU seconds before the first step"
+    head = "reference, CPU ms per step, CPU seconds before the first step"
     return f"`{kept['command']}`\n\n" + table(head, rows)
 
 
@@ -79,7 +79,7 @@ def kills(kept: dict[str, Any]) -> str:
         ]
         for row in kept["kills"]
     ]
-    return f"`{kept['command']}`\n\n" + table("kill, seconds in, in a save, newest whole checkpoint, same bits", rows)
+    return f"`{kept['command']}`\n\n" + table("kill, seconds in, in a save, newest complete checkpoint, bit-identical", rows)
 
 
 TABLES = {

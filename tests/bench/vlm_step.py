@@ -1,6 +1,6 @@
 """One full training step on a vision-language pair, ours beside TRL's DPOTrainer: time, memory, loss, and what FLOPs allow.
 
-    python -m tests.bench.vlm_step --out docs/benchmarks/vlm-step.json --page docs/vlm_step.md   # needs the extra `bench`
+    python -m tests.bench.vlm_step --out docs/benchmarks/vlm-step.json --page docs/background/benchmarks.md   # needs the extra `bench`
     python -m tests.bench.vlm_step --shapes llava --images 128 --completions 32   # a cell
 
 The same model (random weights, see `vlm_shapes`), rows and batch on all sides; LoRA of rank 16 on the language model, the
@@ -224,7 +224,13 @@ def told(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-COLUMNS = ("plain", "prefix", "reference kept", "vision kept")
+COLUMNS = {
+    "plain": "separate",
+    "prefix": "shared prefix",
+    "reference kept": "precomputed reference",
+    "vision kept": "cached vision features",
+}
+"""A cell's names of the variants, and the page's."""
 
 
 def page(cells: list[dict[str, Any]]) -> str:
@@ -239,12 +245,12 @@ def page(cells: list[dict[str, Any]]) -> str:
         lines += [
             f"### {like}",
             "",
-            f"Vision an image token {own[0]:.2f} and head {own[1]:.3f} of the body's multiply-adds (published: {vision:.2f}, "
+            f"Multiply-adds relative to the body: {own[0]:.2f} for vision per image token, {own[1]:.3f} for the head (published: {vision:.2f}, "
             f"{head:.3f}).",
             "",
             "| image tokens x completion (pairs) | TRL | "
-            + " | ".join(COLUMNS)
-            + " | memory: TRL, prefix, vision kept |",
+            + " | ".join(COLUMNS.values())
+            + " | memory: TRL, shared prefix, cached vision features |",
             "|---|---|" + "---|" * (len(COLUMNS) + 1),
         ]
         for c in found:

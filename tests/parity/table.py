@@ -1,6 +1,4 @@
-"""Prints objective x peer x largest difference; writes docs/benchmarks/parity.json, docs/parity.md and a summary.
-
-The summary stands in docs/objectives.md.
+"""Print objective x peer x largest difference; write docs/benchmarks/parity.json and the tables of docs/background/parity.md.
 
 python -m tests.parity.table
 """
@@ -18,7 +16,7 @@ from tests.parity.test_diffusion_formulas import FORMULAS, difference
 from tests.parity.trl_peer import Peer, compare, comparisons
 
 DOCS = Path(__file__).parents[2] / "docs"
-OUT, PAGE, WHOLE = DOCS / "benchmarks" / "parity.json", DOCS / "objectives.md", DOCS / "parity.md"
+OUT, PAGE = DOCS / "benchmarks" / "parity.json", DOCS / "background" / "parity.md"
 HEAD = "| peer | comparisons | largest difference of a value | of a gradient, relative |\n|---|---|---|---|\n"
 
 
@@ -50,7 +48,7 @@ def kind(peer: str) -> str:
     return f"TRL DPOTrainer, {'LD-DPO, WPO, mixture' if special else 'loss types and smoothing'}"
 
 
-def summary(found: list[dict[str, str | float]]) -> str:
+def summary(found: list[dict[str, Any]]) -> str:
     """The rows by kind of peer, as a table in Markdown."""
     lines = []
     for name in dict.fromkeys(kind(str(row["peer"])) for row in found):
@@ -60,20 +58,29 @@ def summary(found: list[dict[str, str | float]]) -> str:
     return HEAD + "\n".join(lines)
 
 
-def page(kept: dict[str, Any]) -> str:
-    """docs/parity.md: every comparison that docs/benchmarks/parity.json holds."""
-    versions = ", ".join(f"{name} {version}" for name, version in kept["versions"].items())
+def every(measured: dict[str, Any]) -> str:
+    """Every comparison that docs/benchmarks/parity.json holds, as a table in Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     lines = [
         f"| {row['objective'].replace('|', ' ')} | {row['peer']} | {row['adapted']} | {row['value']:.1e} | {row['gradient']:.1e} |"
-        for row in kept["rows"]
+        for row in measured["rows"]
     ]
     return (
-        "# Objective by objective against its peers\n\n"
-        f"`{kept['command']}` made this page and [benchmarks/parity.json](benchmarks/parity.json): {kept['precision']}, "
-        f"{versions}.\nA value's difference is relative above 1, a gradient's relative to its norm; `tests/parity` fails "
-        "past 1e-5 and 1e-4.\nWhat the peers do otherwise is in [objectives.md](objectives.md#proof).\n\n"
-        "| objective | peer | adapted | value | gradient |\n|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
+        f"`{measured['command']}` wrote this table and [parity.json](../benchmarks/parity.json): {measured['precision']}, "
+        f"{versions}. The difference of a value is relative above 1, that of a gradient relative to its norm.\n\n"
+        "| objective | peer | adapted | value | gradient |\n|---|---|---|---|---|\n" + "\n".join(lines)
     )
+
+
+def written(page: str, measured: dict[str, Any]) -> str:
+    """The page with both tables as they were measured."""
+    for name, table in (("summary", summary(measured["rows"])), ("comparisons", every(measured))):
+        before, _, rest = page.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        if not end:
+            raise ValueError(f"{PAGE}: no markers for {name}")
+        page = f"{before}<!-- {name} -->\n{table}\n{end}{after}"
+    return page
 
 
 def main() -> None:
@@ -95,9 +102,7 @@ def main() -> None:
     }
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(kept, indent=1) + "\n")
-    WHOLE.write_text(page(kept))
-    before, rest = PAGE.read_text().split(HEAD)
-    PAGE.write_text(before + summary(found) + "\n\n" + rest.split("\n\n", 1)[1])
+    PAGE.write_text(written(PAGE.read_text(), kept))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/families.md holds what the contract tests gave: every family, every cell green, reasons where one has any."""
+"""docs/reference/models.md holds what the contract tests gave: every family, every cell green, reasons where one has any."""
 
 from __future__ import annotations
 
