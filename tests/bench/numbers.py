@@ -79,7 +79,9 @@ def kills(kept: dict[str, Any]) -> str:
         ]
         for row in kept["kills"]
     ]
-    return f"`{kept['command']}`\n\n" + table("kill, seconds in, in a save, newest complete checkpoint, bit-identical", rows)
+    return f"`{kept['command']}`\n\n" + table(
+        "kill, seconds in, in a save, newest complete checkpoint, bit-identical", rows
+    )
 
 
 TABLES = {

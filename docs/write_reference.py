@@ -1,0 +1,300 @@
+"""Write docs/reference/settings.md, cli.md and api.md from the code: dataclasses, `--help` and public names.
+
+python docs/write_reference.py            # write the pages
+python docs/write_reference.py --check    # exit with 1 if a page differs from the code
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PACKAGE = Path(__file__).parents[1] / "dpo_mm"
+FOLDER = Path(__file__).parent / "reference"
+COLUMNS = "100"
+"""Width of the help text."""
+
+SECTIONS = {
+    "TrainConfig": "`dpo-mm train`, `dpo-mm verify`, `dpo_mm.train`, section `train` of a recipe.",
+    "CompareConfig": "`dpo-mm compare` with `--prompts`, section `compare` of a recipe. Image generators.",
+    "CompareResponsesConfig": "`dpo-mm compare` with `--questions`, section `compare` of a recipe. Vision-language and text models.",
+    "MineConfig": "`dpo-mm mine` with `--prompts`, section `mine` of a recipe. Image generators.",
+    "MineResponsesConfig": "`dpo-mm mine` with `--questions`, section `mine` of a recipe. Vision-language and text models.",
+    "JudgeConfig": "`dpo-mm judge`.",
+    "RelabelConfig": "`dpo-mm relabel`.",
+}
+"""Where each dataclass is used; a dataclass that is not listed gets no sentence."""
+
+PEERS = {
+    "model": "TRL `model`",
+    "revision": "TRL `model_revision`",
+    "objective": "TRL `loss_type`",
+    "beta": "TRL `beta`",
+    "sft_weight": "TRL `rpo_alpha`",
+    "label_smoothing": "TRL `label_smoothing`",
+    "ld_alpha": "TRL `ld_alpha`",
+    "reference_ema_decay": "TRL `ref_model_mixup_alpha` (1 minus it)",
+    "reference_sync_steps": "TRL `ref_model_sync_steps`",
+    "lora_rank": "PEFT `r`",
+    "lora_alpha": "PEFT `lora_alpha`",
+    "lora_targets": "PEFT `target_modules`",
+    "max_length": "TRL `max_length`",
+    "steps": "Trainer `max_steps`",
+    "batch_size": "Trainer `per_device_train_batch_size`",
+    "accumulate": "Trainer `gradient_accumulation_steps`",
+    "learning_rate": "Trainer `learning_rate`",
+    "warmup_steps": "Trainer `warmup_steps`",
+    "optimizer": "Trainer `optim`",
+    "schedule": "Trainer `lr_scheduler_type`",
+    "max_grad_norm": "Trainer `max_grad_norm`",
+    "weight_decay": "Trainer `weight_decay`",
+    "precision": "Trainer `bf16`, `fp16`",
+    "gradient_checkpointing": "Trainer `gradient_checkpointing`",
+    "seed": "Trainer `seed`",
+    "output_dir": "Trainer `output_dir`",
+    "eval_every": "Trainer `eval_steps`",
+    "save_every": "Trainer `save_steps`",
+    "save_total_limit": "Trainer `save_total_limit`",
+    "log_every": "Trainer `logging_steps`",
+    "workers": "Trainer `dataloader_num_workers`",
+    "resume": "Trainer `resume_from_checkpoint`",
+}
+"""Names of the same setting of a training run in transformers' Trainer, TRL or PEFT."""
+
+ONLY = {
+    "images": ("IMAGE_ONLY_SETTINGS", "OF_IMAGES"),
+    "text": ("TEXT_ONLY_SETTINGS", "OF_TEXT"),
+}
+"""Modality, and the names that its tuple of settings may have in dpo_mm/training/builders.py."""
+
+
+class Setting(NamedTuple):
+    """One field of a settings dataclass, as its source has it."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def config_files() -> list[Path]:
+    """The files that define settings: dpo_mm/config.py, or the files of the folder dpo_mm/config/."""
+    single = PACKAGE / "config.py"
+    return [single] if single.exists() else sorted((PACKAGE / "config").glob("*.py"))
+
+
+def dataclasses_of(source: str) -> Iterator[tuple[str, str, list[Setting]]]:
+    """Name, docstring and fields of each dataclass of a module whose name ends in Config."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+            yield node.name, " ".join((ast.get_docstring(node) or "").split()), list(_fields(node))
+
+
+def _fields(node: ast.ClassDef) -> Iterator[Setting]:
+    for field, following in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+            continue
+        text = following.value.value if isinstance(following, ast.Expr) and _is_text(following.value) else ""
+        yield Setting(field.target.id, ast.unparse(field.annotation), _default(field.value), " ".join(text.split()))
+
+
+def _is_text(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def _default(value: ast.expr | None) -> str:
+    """The default as it is written in YAML, or "required"."""
+    if value is None:
+        return "required"
+    if isinstance(value, ast.Call):
+        factory = next((ast.unparse(word.value) for word in value.keywords if word.arg == "default_factory"), "")
+        return {"dict": "`{}`", "list": "`[]`", "tuple": "`[]`"}.get(factory, "")
+    default = ast.literal_eval(value)
+    if isinstance(default, bool) or default is None:
+        return f"`{str(default).lower().replace('none', 'null')}`"
+    if isinstance(default, tuple):
+        return f"`[{', '.join(map(str, default))}]`"
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+def applies_to() -> dict[str, str]:
+    """The modality of each training setting that only one modality has."""
+    tree = ast.parse((PACKAGE / "training" / "builders.py").read_text())
+    tuples = {
+        target.id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+        for target in node.targets
+        if isinstance(target, ast.Name) and all(_is_text(part) for part in node.value.elts)
+    }
+    known = {kind: next((tuples[name] for name in names if name in tuples), None) for kind, names in ONLY.items()}
+    missing = [kind for kind, names in known.items() if names is None]
+    if missing:
+        raise ValueError(f"builders.py has no tuple of the settings of {missing[0]}; expected {ONLY[missing[0]]}")
+    return {name: kind for kind, names in known.items() for name in names or ()}
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _type(text: str) -> str:
+    return _cell(f"`{text}`".replace(" | None`", "` or null").replace(" | ", "` or `"))
+
+
+def settings_page() -> str:
+    """One section per dataclass, one row per setting."""
+    only = applies_to()
+    parts = [
+        "# Settings",
+        "",
+        "Every setting of every command, generated from the dataclasses in `dpo_mm/config.py` by "
+        "`python docs/write_reference.py`. In a YAML file a setting has the name below. On the command line it is a flag, "
+        "with dashes instead of underscores. An unknown setting is refused, and the error names the nearest known one.",
+    ]
+    for file in config_files():
+        for name, text, fields in dataclasses_of(file.read_text()):
+            parts += ["", f"## {name}", "", text, "", SECTIONS.get(name, ""), ""]
+            train = name == "TrainConfig"
+            head = ["setting", "type", "default", "meaning", *(["applies to", "elsewhere"] if train else [])]
+            parts += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+            for one in fields:
+                row = [f"`{one.name}`", _type(one.type), one.default, _cell(one.meaning)]
+                row += [only.get(one.name, "both"), PEERS.get(one.name, "")] if train else []
+                parts.append(f"| {' | '.join(row)} |")
+    return "\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
+
+
+def cli_page() -> str:
+    """The help text of every command."""
+    os.environ.update({"COLUMNS": COLUMNS, "TERMINAL_WIDTH": COLUMNS, "NO_COLOR": "1"})
+    import typer
+    from typer.testing import CliRunner
+
+    from dpo_mm.cli.main import app
+
+    runner = CliRunner()
+
+    def section(words: list[str], command: Any) -> list[str]:
+        result = runner.invoke(app, [*words, "--help"], prog_name="dpo-mm", env={"COLUMNS": COLUMNS})
+        if result.exit_code:
+            raise ValueError(f"dpo-mm {' '.join(words)} --help failed: {result.output}")
+        text = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
+        title = " ".join(["dpo-mm", *words])
+        lines = ["", f"{'#' * min(2 + max(len(words) - 1, 0), 3)} {title}", "", "```text", text, "```"]
+        for name, inner in getattr(command, "commands", {}).items():
+            lines += section([*words, name], inner)
+        return lines
+
+    head = [
+        "# Command line",
+        "",
+        "The help text of every command, generated by `python docs/write_reference.py`. `python -m dpo_mm` is the same as "
+        "`dpo-mm`.",
+        "",
+        "The commands `train`, `verify`, `mine`, `compare` and `relabel` also accept every [setting](settings.md) as a flag: "
+        "`--learning-rate 1e-5` sets `learning_rate`. A flag overrides the YAML file.",
+        "",
+        "The exit status is 0 if a command succeeds and 2 if it reports an error. `doctor`, `verify` and `judge --self-test` exit "
+        "with 1 if a check fails. A command that SIGTERM interrupts exits with 143.",
+    ]
+    return "\n".join(head + section([], typer.main.get_command(app))) + f"\n\n<!-- typer {version('typer')} -->\n"
+
+
+API = """# Python API
+
+Everything under "Functions" and "Results and classes" is importable from `dpo_mm`. Importing `dpo_mm` loads no heavy library: each name
+loads when it is first used.
+
+```python
+from dpo_mm import TrainConfig, train
+
+result = train(TrainConfig(model="shapes-sd", pairs="shapes-faithfulness", output_dir="runs/mine", beta=500, steps=100))
+```
+
+The settings classes ({configs}) are described field by field in [Settings](settings.md).
+"""
+
+
+def api_page() -> str:
+    """mkdocstrings blocks for the public names, the interfaces of models, and the objectives."""
+    import dpo_mm
+
+    protocol = importlib.import_module("dpo_mm.policies.protocol")
+    table = importlib.import_module("dpo_mm.objectives").OBJECTIVES
+    public = {name: getattr(dpo_mm, name) for name in dpo_mm.__all__}
+    blocks = [
+        ("Functions", [_path(one) for one in public.values() if inspect.isfunction(one)]),
+        (
+            "Results and classes",
+            [_path(one) for name, one in public.items() if inspect.isclass(one) and not name.endswith("Config")],
+        ),
+        (
+            "Interfaces of models",
+            [_path(o) for _, o in inspect.getmembers(protocol, inspect.isclass) if o.__module__ == protocol.__name__],
+        ),
+        ("Objectives", sorted({_path(one) for one in table.values() if inspect.isfunction(one)})),
+    ]
+    configs = ", ".join(f"`{name}`" for name in dpo_mm.__all__ if name.endswith("Config"))
+    seen: set[str] = set()
+    text = API.format(configs=configs)
+    for title, paths in blocks:
+        text += f"\n## {title}\n"
+        for path in paths:
+            if path not in seen:
+                text += f"\n::: {path}\n"
+            seen.add(path)
+    return text
+
+
+def _path(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+PAGES = {"settings.md": settings_page, "cli.md": cli_page, "api.md": api_page}
+
+
+def stale() -> list[str]:
+    """Names of the pages that differ from what the code gives.
+
+    Another version of typer may wrap lines in another way: then only the commands and flags of cli.md are compared.
+    """
+    names = []
+    for name, page in PAGES.items():
+        path, now = FOLDER / name, page()
+        written = path.read_text(encoding="utf-8") if path.exists() else ""
+        if _typer(written) != _typer(now):
+            written, now = _commands(written), _commands(now)
+        if written != now:
+            names.append(name)
+    return names
+
+
+def _typer(page: str) -> str:
+    return page.rpartition("<!-- typer ")[2] if "<!-- typer " in page else ""
+
+
+def _commands(page: str) -> str:
+    return "\n".join(re.findall(r"^##+ .*|--[a-z][a-z-]+", page, re.MULTILINE))
+
+
+def main(arguments: list[str]) -> None:
+    if arguments == ["--check"]:
+        if names := stale():
+            print(f"differ from the code: {', '.join(names)}. Run python docs/write_reference.py", file=sys.stderr)
+            sys.exit(1)
+        return
+    for name, page in PAGES.items():
+        (FOLDER / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,95 @@
+"""Pages of the documentation that are generated from the code equal what the generators give now."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def script(name: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_reference_pages_equal_the_code() -> None:
+    assert script("write_reference").stale() == []
+
+
+def test_a_page_with_another_default_is_stale(tmp_path: Path) -> None:
+    write = script("write_reference")
+    for name, page in write.PAGES.items():
+        (tmp_path / name).write_text(page())
+    write.FOLDER = tmp_path
+    assert write.stale() == []
+    page = tmp_path / "settings.md"
+    page.write_text(page.read_text().replace("| `constant_with_warmup` |", "| `cosine` |"))
+    assert write.stale() == ["settings.md"]
+    (tmp_path / "cli.md").unlink()
+    assert write.stale() == ["settings.md", "cli.md"]
+    with pytest.raises(SystemExit):
+        write.main(["--check"])
+
+
+def test_a_setting_is_read_with_type_default_and_docstring() -> None:
+    source = (
+        'class AConfig:\n    """Two\n    lines."""\n\n    model: str\n    """Which."""\n    rate: float | None = None\n'
+        '    names: tuple[str, ...] = ("a", "b")\n    """Several,\n    in order."""\n'
+    )
+    (found,) = script("write_reference").dataclasses_of(source)
+    assert found == (
+        "AConfig",
+        "Two lines.",
+        [
+            ("model", "str", "required", "Which."),
+            ("rate", "float | None", "`null`", ""),
+            ("names", "tuple[str, ...]", "`[a, b]`", "Several, in order."),
+        ],
+    )
+
+
+def test_every_setting_and_command_has_its_row() -> None:
+    import dataclasses
+
+    from dpo_mm import config
+
+    settings = (ROOT / "docs" / "reference" / "settings.md").read_text()
+    kinds = [kind for name, kind in vars(config).items() if name.endswith("Config") and dataclasses.is_dataclass(kind)]
+    assert len(kinds) == 7
+    for kind in kinds:
+        section = settings.partition(f"## {kind.__name__}\n")[2].partition("\n## ")[0]
+        assert [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")] == [
+            field.name for field in dataclasses.fields(kind)
+        ]
+
+
+def test_the_page_of_parity_has_the_measured_tables() -> None:
+    page = (ROOT / "docs" / "background" / "parity.md").read_text()
+    measured = json.loads((ROOT / "docs" / "benchmarks" / "parity.json").read_text())
+    block = page.partition("<!-- comparisons -->")[2].partition("<!-- /comparisons -->")[0]
+    lines = [line for line in block.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + len(measured["rows"]) > 60
+    for line, row in zip(lines[1:], measured["rows"], strict=True):
+        assert f"| {row['value']:.1e} | {row['gradient']:.1e} |" in line and row["peer"] in line
+
+
+def test_figures_draw_the_same_bytes_again(tmp_path: Path) -> None:
+    draw = script("draw_figures")
+    draw.FOLDER = tmp_path
+    (tmp_path / "concepts").mkdir()
+    (tmp_path / "background").mkdir()
+    draw.main()
+    first = (tmp_path / "concepts" / "preference-learning.svg").read_bytes()
+    draw.main()
+    assert (tmp_path / "concepts" / "preference-learning.svg").read_bytes() == first
+    assert draw.optimal_policy(draw.REFERENCE, draw.REWARDS, 0.5).sum() == pytest.approx(1)
+    assert draw.optimal_policy(draw.REFERENCE, draw.REWARDS, 1e9) == pytest.approx(draw.REFERENCE)
