@@ -147,13 +147,15 @@ def _cell(text: str) -> str:
 
 
 def _type(text: str) -> str:
-    return _cell(f"`{text}`".replace(" | None`", "` or null").replace(" | ", "` or `"))
+    """A type in words: float or null."""
+    return _cell(text.replace(" | None", " or null").replace(" | ", " or "))
 
 
 def settings_page() -> str:
     """One section per dataclass, one row per setting."""
     only = applies_to()
     parts = [
+        "---\nhide:\n  - toc\n---\n",
         "# Settings",
         "",
         "Every setting of every command, generated from the dataclasses in `dpo_mm/config.py` by "
@@ -164,12 +166,14 @@ def settings_page() -> str:
         for name, text, fields in dataclasses_of(file.read_text()):
             parts += ["", f"## {name}", "", text, "", SECTIONS.get(name, ""), ""]
             train = name == "TrainConfig"
-            head = ["setting", "type", "default", "meaning", *(["applies to", "elsewhere"] if train else [])]
+            parts += ['<div class="settings" markdown>', ""]
+            head = ["setting, type", "default", "meaning", *(["applies to", "elsewhere"] if train else [])]
             parts += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
             for one in fields:
-                row = [f"`{one.name}`", _type(one.type), one.default, _cell(one.meaning)]
+                row = [f"**`{one.name}`**<br>{_type(one.type)}", one.default, _cell(one.meaning)]
                 row += [only.get(one.name, "both"), PEERS.get(one.name, "")] if train else []
                 parts.append(f"| {' | '.join(row)} |")
+            parts += ["", "</div>"]
     return "\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
 
 
@@ -217,7 +221,8 @@ loads when it is first used.
 ```python
 from dpo_mm import TrainConfig, train
 
-result = train(TrainConfig(model="shapes-sd", pairs="shapes-faithfulness", output_dir="runs/mine", beta=500, steps=100))
+settings = TrainConfig(model="shapes-sd", pairs="shapes-faithfulness", output_dir="runs/mine", beta=500, steps=100)
+result = train(settings)
 ```
 
 The settings classes ({configs}) are described field by field in [Settings](settings.md).

@@ -67,7 +67,7 @@ def test_every_setting_and_command_has_its_row() -> None:
     assert len(kinds) == 7
     for kind in kinds:
         section = settings.partition(f"## {kind.__name__}\n")[2].partition("\n## ")[0]
-        assert [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")] == [
+        assert [line.split("`")[1] for line in section.splitlines() if line.startswith("| **`")] == [
             field.name for field in dataclasses.fields(kind)
         ]
 
@@ -88,8 +88,8 @@ def test_figures_draw_the_same_bytes_again(tmp_path: Path) -> None:
     (tmp_path / "concepts").mkdir()
     (tmp_path / "background").mkdir()
     draw.main()
-    first = (tmp_path / "concepts" / "preference-learning.svg").read_bytes()
+    first = (tmp_path / "concepts" / "preference-loss.svg").read_bytes()
     draw.main()
-    assert (tmp_path / "concepts" / "preference-learning.svg").read_bytes() == first
+    assert (tmp_path / "concepts" / "preference-loss.svg").read_bytes() == first
     assert draw.optimal_policy(draw.REFERENCE, draw.REWARDS, 0.5).sum() == pytest.approx(1)
     assert draw.optimal_policy(draw.REFERENCE, draw.REWARDS, 1e9) == pytest.approx(draw.REFERENCE)
