@@ -164,7 +164,7 @@ def test_the_exit_status_is_for_scripts(
 def test_the_page_on_sets_has_the_tables_of_the_code() -> None:
     import importlib.util
 
-    file = Path(__file__).parents[2] / "docs" / "write_sets_table.py"
+    file = Path(__file__).parents[3] / "docs" / "write_sets_table.py"
     spec = importlib.util.spec_from_file_location("write_sets_table", file)
     assert spec and spec.loader
     script = importlib.util.module_from_spec(spec)
