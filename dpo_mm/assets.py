@@ -35,6 +35,12 @@ def presets_folder() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / "recipes" / "presets"
 
 
+def recipes_folder() -> Path:
+    """The folder of recipe scripts; a wheel has the one that a preset names a judge of."""
+    inside = _PACKAGE / "bundled" / "recipes"
+    return inside if inside.is_dir() else _PACKAGE.parent / "recipes"
+
+
 def demos_folder() -> Path:
     """The folder of pages."""
     inside = _PACKAGE / "bundled" / "demos"

@@ -14,15 +14,19 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
+from dpo_mm.assets import recipes_folder
 from dpo_mm.data.schema import Answer
 from dpo_mm.errors import nearest
 
@@ -170,9 +174,26 @@ def _import(name: str, target: str) -> Any:
     if not colon:
         raise ValueError(f"judge {name!r} is unknown; {nearest(name, JUDGES)}, or give your own as module:function")
     try:
-        return getattr(importlib.import_module(module), function)
+        return getattr(_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"judge {name!r} can't be loaded ({error}); expected an importable module:function") from error
+
+
+def _module(name: str) -> ModuleType:
+    """Import a module. A bundled recipe is one too, wherever Python was started: `custom_judge` is in its preset.
+
+    Raises ImportError if neither exists.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        script = recipes_folder() / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, script) if error.name == name else None
+        if spec is None or spec.loader is None or not script.is_file():
+            raise
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
 
 
 def metric_of(name: str) -> str:

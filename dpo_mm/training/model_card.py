@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from dpo_mm.assets import SHIPPED, locate
 from dpo_mm.config import TrainConfig
 from dpo_mm.judges.provenance import CARD_KEY, judges_of
 from dpo_mm.resumable import aside
@@ -18,18 +19,57 @@ if TYPE_CHECKING:
 CARD = "README.md"
 RESULTS = "## Compared with its base"
 LOADING = {
-    ("lora", False): 'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{folder}")',
-    ("lora", True): 'model = AutoModelForImageTextToText.from_pretrained("{base}")\n'
+    "lora": 'processor = AutoProcessor.from_pretrained("{base}")\n'
+    'model = AutoModelForImageTextToText.from_pretrained("{base}", dtype={dtype})\n'
     'model = PeftModel.from_pretrained(model, "{folder}")',
-    ("full", False): "pipe.unet = type(pipe.unet).from_pretrained(\"{folder}\", subfolder=\"unet\")",
-    ("full", True): 'model = AutoModelForImageTextToText.from_pretrained("{folder}")',
-}  # fmt: skip
+    "full": 'processor = AutoProcessor.from_pretrained("{base}")\n'
+    'model = AutoModelForImageTextToText.from_pretrained("{folder}", dtype={dtype})',
+}
+"""Python that loads a tuned text model, by tuning."""
+GENERATING = 'image = pipe({arguments}"a red star", generator=torch.Generator().manual_seed(0)).images[0]\nimage.save("image.png")'
+IMPORTS = {
+    "PeftModel": "from peft import PeftModel",
+    "AutoModelForImageTextToText": "from transformers import AutoModelForImageTextToText, AutoProcessor",
+    "AutoModelForCausalLM": "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "DiffusionPipeline": "from diffusers import DiffusionPipeline",
+    "load_image": "from diffusers.utils import load_image",
+}
 
 
-def write_card(config: TrainConfig, settings: Mapping[str, str], *, text: bool, stock: str | None = None) -> Path:
-    """Write the card of what a run trained into its output_dir. text: whether it answers rather than draws.
+def usage_code(config: TrainConfig, *, family: str = "", image_lines: Sequence[str] | None = None) -> str:
+    """Python that runs a tuned model with diffusers, transformers and peft only.
 
-    stock: Python that loads it in stock classes; None: as most models are loaded.
+    It expects the folder above output_dir as the working folder. A bundled base is given by its path on this machine,
+    since its name is known to dpo-mm only. The dtype is the training's: weights on disk may be in half precision.
+
+    Args:
+        config: settings of the training.
+        family: the family that the run's summary prints, which tells a text-only model from a VLM.
+        image_lines: Python that loads an image pipeline as `pipe`. None for a text model.
+    """
+    base, folder = locate(config.model), Path(config.output_dir).name
+    if image_lines is not None:
+        source = 'image=load_image("source.png"), prompt=' if "Kontext" in family else ""
+        lines = "\n".join([*image_lines, GENERATING.format(arguments=source)])
+    else:
+        dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}.get(config.precision, "torch.float32")
+        lines = LOADING[config.tuning].format(base=base, folder=folder, dtype=dtype)
+        if "ForCausalLM" in family:
+            lines = lines.replace("AutoModelForImageTextToText", "AutoModelForCausalLM")
+            lines = lines.replace("AutoProcessor", "AutoTokenizer").replace("processor =", "tokenizer =")
+    imports = [line for name, line in IMPORTS.items() if name in lines]
+    return "\n".join(["import torch", *sorted(imports), "", lines])
+
+
+def write_card(
+    config: TrainConfig, settings: Mapping[str, str], *, text: bool, image_lines: Sequence[str] | None = None
+) -> Path:
+    """Write the model card of a run into its output_dir.
+
+    Args:
+        config, settings: settings of the training, and its summary as printed.
+        text: whether the model generates text rather than images.
+        image_lines: Python that loads the pipeline as `pipe`, for an image model.
     """
     folder = Path(config.output_dir)
     library = "transformers" if config.tuning == "full" else "peft"
@@ -40,13 +80,14 @@ def write_card(config: TrainConfig, settings: Mapping[str, str], *, text: bool, 
     }
     if made := judges_of(config.pairs):
         front[CARD_KEY] = list(made)
-    loading = LOADING[config.tuning, text].format(base=config.model, folder=folder.name)
-    if "ForCausalLM" in settings.get("family", ""):
-        loading = loading.replace("AutoModelForImageTextToText", "AutoModelForCausalLM")
+    code = usage_code(config, family=settings.get("family", ""), image_lines=image_lines)
+    bundled = f" `{_cell(config.model)}` is bundled with dpo-mm. The path is the one at training time."
+    where = f"Run this in the folder that contains `{_cell(folder.name)}`.{bundled if config.model in SHIPPED else ''}"
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items())
     card = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_cell(folder.name)}\n\n"
-        f"`{_cell(config.model)}` tuned on preferences with dpo-mm.\n\n```python\n{stock or loading}\n```\n\n"
+        f"`{_cell(config.model)}` tuned on preferences with dpo-mm.\n\n"
+        f"## How to use it\n\n{where}\n\n```python\n{code}\n```\n\n"
         f"## How it was trained\n\n| | |\n|---|---|\n{rows}\n\nEvery setting is in `dpo_mm.json`.\n"
     )
     return _write(folder / CARD, card)

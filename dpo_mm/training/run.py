@@ -89,8 +89,8 @@ def train(config: TrainConfig) -> Trained:
     trainer.save_result()
     if trainer.is_world_process_zero():
         name = Path(config.output_dir).name
-        stock = None if policy.exact else "\n".join(policy.loading(config.model, name))
-        write_card(config, settings, text=policy.exact, stock=stock)
+        image_lines = None if policy.exact else policy.loading(locate(config.model), name)
+        write_card(config, settings, text=policy.exact, image_lines=image_lines)
     return Trained(Path(config.output_dir), tuple(trainer.state.log_history), settings, float(config.beta))
 
 

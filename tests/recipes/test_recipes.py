@@ -17,7 +17,7 @@ RECIPES = {
     "captioner": (ANSWERS, "chair_i", "adapter_model.safetensors"),
     "faithfulness": (PICTURES, "faithfulness", "pytorch_lora_weights.safetensors"),
     "ocr": ([*ANSWERS, "--mine.judge", "cer"], "degeneration", "adapter_model.safetensors"),
-    "own_judge": (["--mine.limit", "40", "--compare.limit", "8"], "own_judge:right", "adapter_model.safetensors"),
+    "custom_judge": (["--mine.limit", "40", "--compare.limit", "8"], "custom_judge:right", "adapter_model.safetensors"),
 }
 
 

@@ -80,7 +80,7 @@ def test_flags_reach_the_parts_that_have_them(tmp_path: Path) -> None:
 def test_every_preset_loads() -> None:
     found = [
         (task, name)
-        for task in ("faithfulness", "aesthetic", "captioner", "ocr", "own_judge")
+        for task in ("faithfulness", "aesthetic", "captioner", "ocr", "custom_judge")
         for name in presets(task)
     ]
     assert len(found) == 23
@@ -90,7 +90,7 @@ def test_every_preset_loads() -> None:
 
 @pytest.mark.parametrize("task", ["aesthetic", "faithfulness"])
 def test_what_a_model_makes_of_itself_is_judged_by_others(task: str) -> None:
-    recipe = read_recipe(task, "sd15-own", {})
+    recipe = read_recipe(task, "sd15-mined", {})
     assert isinstance(recipe.mine, MineConfig) and isinstance(recipe.compare, CompareConfig)
     mined, compared = {*names(recipe.mine.judge), *names(recipe.mine.guard)}, set(recipe.compare.judges)
     assert len(mined) == 3 and len(compared) == 2 and not mined & compared
@@ -99,7 +99,7 @@ def test_what_a_model_makes_of_itself_is_judged_by_others(task: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["mine.judge", "compare.judges"])
-def test_an_unknown_judge_is_refused_before_anything_runs(flag: str, tmp_path: Path) -> None:
+def test_an_unkncustom_judge_is_refused_before_anything_runs(flag: str, tmp_path: Path) -> None:
     recipe = read_recipe("ocr", "pages", {flag: "degenerate", "output_dir": str(tmp_path / "out")})
     with pytest.raises(ValueError, match="judge 'degenerate' is unknown; did you mean 'degeneration'"):
         run(recipe, command="")

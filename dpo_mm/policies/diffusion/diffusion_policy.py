@@ -310,7 +310,7 @@ class DiffusionPolicy:
 
     def loading(self, base: str, folder: str) -> list[str]:
         """Python that draws with what `save` wrote in stock classes, a line at a time; for its card."""
-        opened = f'pipe = DiffusionPipeline.from_pretrained("{base}")'
+        opened = f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype={self.dtype})'
         if self.config.tuning == "lora":
             return [opened, f'pipe.load_lora_weights("{folder}")']
         part = f"pipe.{self.denoiser}"

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import yaml
+from PIL import Image
 
+from dpo_mm.assets import data_folder
 from dpo_mm.config import TrainConfig
 from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.training.model_card import add_results, write_card
+from dpo_mm.training.run import train
 
 
 def one(metric: str, tuned: float) -> Comparison:
@@ -46,3 +54,41 @@ def test_results_are_replaced(tmp_path: Path) -> None:
 def test_a_folder_without_a_card_is_left_alone(tmp_path: Path) -> None:
     assert add_results(tmp_path, [one("x", 0.1)], verdict="better", command="") is None
     assert list(tmp_path.iterdir()) == []
+
+
+def run_code_of(card: Path, folder: Path) -> str:
+    """Run the Python of a card as its reader would: in the folder above, with dpo-mm out of reach."""
+    (code,) = re.findall(r"```python\n(.*?)\n```", card.read_text(), re.DOTALL)
+    assert "dpo_mm" not in code
+    blocked = "import sys; sys.modules['dpo_mm'] = None\n"
+    done = subprocess.run([sys.executable, "-c", blocked + code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return code
+
+
+@pytest.mark.parametrize("base", ["tiny", "shapes-sd"])
+def test_the_code_of_an_image_card_draws(base: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    """A bundled base has its weights in half precision and a name that diffusers does not know."""
+    bundled = base != "tiny"
+    train(
+        TrainConfig(
+            model=base if bundled else tiny_model, pairs=pairs,
+            output_dir=str(tmp_path / "adapter"), steps=1, batch_size=2,
+        )
+    )  # fmt: skip
+    code = run_code_of(tmp_path / "adapter" / "README.md", tmp_path)
+    assert "load_lora_weights" in code and "dtype=torch.float32" in code
+    with Image.open(tmp_path / "image.png") as image:
+        assert image.size == ((64, 64) if bundled else (32, 32)) and len(image.getcolors(10**6) or []) > 100
+
+
+@pytest.mark.parametrize(
+    ("base", "family"), [("page-reader", "VisionLanguage"), ("sums-writer", "VisionLanguage, Qwen2ForCausalLM")]
+)
+def test_the_code_of_a_text_card_loads_what_was_saved(base: str, family: str, tmp_path: Path) -> None:
+    full = family.endswith("CausalLM")
+    folder = tmp_path / "tuned"
+    shutil.copytree(data_folder() / "models" / (base if full else f"{base}-tuned"), folder)
+    config = TrainConfig(model=base, pairs="p", output_dir=str(folder), tuning="full" if full else "lora")
+    code = run_code_of(write_card(config, {"family": family}, text=True), tmp_path)
+    assert ("AutoModelForCausalLM" in code) == full and ("PeftModel" in code) != full

@@ -12,12 +12,12 @@ import pytest
 from dpo_mm.data.schema import Answer
 from dpo_mm.worlds import sums
 
-PATH = Path(__file__).parents[2] / "recipes" / "own_judge.py"
+PATH = Path(__file__).parents[2] / "recipes" / "custom_judge.py"
 
 
 @pytest.fixture(scope="module")
 def judge() -> Any:
-    spec = importlib.util.spec_from_file_location("own_judge_under_test", PATH)
+    spec = importlib.util.spec_from_file_location("custom_judge_under_test", PATH)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,15 +1,15 @@
 """Teach a writer of text with a judge of your own: here, one that runs what was written.
 
-    python recipes/own_judge.py                           # shipped writer of sums, a minute on 2 CPU cores
-    python recipes/own_judge.py --baseline sft            # SFT on the same right answers beside it
-    PYTHONPATH=. python recipes/own_judge.py --model my/model --questions tasks.jsonl --judge my_judge:passes \\
+    python recipes/custom_judge.py                           # shipped writer of sums, a minute on 2 CPU cores
+    python recipes/custom_judge.py --baseline sft            # SFT on the same right answers beside it
+    PYTHONPATH=. python recipes/custom_judge.py --model my/model --questions tasks.jsonl --judge my_judge:passes \\
         --compare.questions held_out.jsonl --judges my_judge:passes --guards none
 
 A judge is any function of answers and truths that says so many hits of so many of each. This one is asked whether an
 expression reaches the number: the answer is parsed and worked out, never executed. A judge that runs a program against
 its tests, or compares a summary with its source, has the same form. What happens is `dpo_mm.recipe.run`: answers are
 drawn, the model's own best is chosen over its own worst, a LoRA learns from them, base and tuned are compared on
-held-out numbers. The settings are in recipes/presets/own_judge-*.yaml; any of them is a flag.
+held-out numbers. The settings are in recipes/presets/custom_judge-*.yaml; any of them is a flag.
 """
 
 import ast
@@ -66,8 +66,8 @@ right.by_rule = runs.by_rule = True  # nothing in them is learned: they may stan
 def main(arguments: list[str]) -> None:
     given = flags(arguments)
     with quietly():
-        recipe = read_recipe("own_judge", given.pop("preset", "sums"), given)
-        run(recipe, command=shlex.join(["python", "recipes/own_judge.py", *arguments]))
+        recipe = read_recipe("custom_judge", given.pop("preset", "sums"), given)
+        run(recipe, command=shlex.join(["python", "recipes/custom_judge.py", *arguments]))
 
 
 if __name__ == "__main__":
