@@ -21,10 +21,16 @@ from dpo_mm.mining.mine_images import mine
 from dpo_mm.worlds import shapes
 
 HERE = Path(__file__).parent
-SAMPLER = {"sampling_steps": 15, "guidance": 1.5, "batch_size": 48}
+SAMPLER = {"num_inference_steps": 15, "guidance": 1.5, "batch_size": 48}
 SETS = {
-    "faithfulness": {"judge": "faithfulness", "limit": 260, "samples": 16, "pairs_per_prompt": 3},
-    "aesthetic": {"judge": "aesthetic", "guard": "faithfulness", "limit": 360, "samples": 8, "min_gap": 0.1},
+    "faithfulness": {"judges": "faithfulness", "max_prompts": 260, "images_per_prompt": 16, "pairs_per_prompt": 3},
+    "aesthetic": {
+        "judges": "aesthetic",
+        "guards": "faithfulness",
+        "max_prompts": 360,
+        "images_per_prompt": 8,
+        "min_score_gap": 0.1,
+    },
 }
 CARD = """---
 license: apache-2.0

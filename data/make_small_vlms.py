@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import transformers as hf
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from dpo_mm.config import CompareAnswersConfig
+from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import read_questions
 from dpo_mm.evaluation.compare_responses import ask
 from dpo_mm.judges import metric_of
@@ -331,7 +331,7 @@ def save(model: Any, processor: Any, folder: Path) -> None:
 
 def card(kind: str, given: dict[str, Any], folder: Path, batch: int) -> str:
     """The model's card, with what it does on 400 held-out questions at greedy decoding."""
-    config = CompareAnswersConfig(
+    config = CompareResponsesConfig(
         str(folder), "", given["questions"], judges=given["judges"], max_new_tokens=given["limit"]
     )
     policy, questions = load_policy(str(folder)), read_questions(config.questions)
@@ -384,7 +384,7 @@ KINDS: dict[str, dict[str, Any]] = {
         ),
         "size": {"width": 128, "layers": 4},
         "questions": "pages-held-out",
-        "judges": ("degeneration", "runaway", "repetition", "cer", "valid_json", "tokens"),
+        "judges": ("degeneration", "trailing_repetition", "repetition", "cer", "valid_json", "num_tokens"),
         "limit": LIMIT,
         "texts": "; the pages' prose is from books in the public domain",
         "what": "A reader of small pages of printed text, as text or as JSON of header, body and footer.",
@@ -402,7 +402,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "courses": ((1.2e-3, (("scenes with web captions", {}, 20_000, 2_500),)),),
         "size": {"width": 128, "layers": 4},
         "questions": "scenes-held-out",
-        "judges": ("chair_i", "chair_s", "recall", "words"),
+        "judges": ("chair_i", "chair_s", "recall", "num_words"),
         "limit": 48,
         "texts": "; no picture of anyone's",
         "what": "A captioner of coloured shapes: it names each thing with its colour, left to right.",

@@ -72,7 +72,7 @@ class Subject:
 
 
 SHIPPED = {
-    "Captioner": ("shapes-captioner", "shapes-captioner-tuned", "scenes-held-out", "faults", 48),
+    "Captioner": ("shapes-captioner", "shapes-captioner-tuned", "scenes-held-out", "hallucination_f1_error", 48),
     "Reader": ("page-reader", "page-reader-tuned", "pages-held-out", "degeneration", 200),
 }
 

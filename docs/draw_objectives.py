@@ -25,11 +25,11 @@ COLOURS = ("#1b6ca8", "#d1495b", "#2a9d6f", "#e09f3e", "#6a4c93", "#444444", "#8
 
 MARGIN: tuple[tuple[str, str, dict[str, float]], ...] = (
     ("sigmoid", "sigmoid", {}),
-    ("sigmoid, smoothing 0.1", "sigmoid", {"smoothing": 0.1}),
-    ("robust, smoothing 0.1", "robust", {"smoothing": 0.1}),
+    ("sigmoid, label_smoothing 0.1", "sigmoid", {"label_smoothing": 0.1}),
+    ("robust, label_smoothing 0.1", "robust", {"label_smoothing": 0.1}),
     ("hinge", "hinge", {}),
     ("ipo", "ipo", {}),
-    ("exo_pair, smoothing 0.01", "exo_pair", {"smoothing": 0.01}),
+    ("exo_pair, label_smoothing 0.01", "exo_pair", {"label_smoothing": 0.01}),
     ("discopop", "discopop", {}),
 )
 SIDES: tuple[tuple[str, str, dict[str, float]], ...] = (

@@ -36,19 +36,19 @@ class TrainConfig:
     beta: float | str = 5000.0
     """1/nats, or auto (see dpo_mm/training/auto_beta.py), with the authors' 1/2 in the log-ratio and the error's mean over elements (Wallace et al. 2023: SD1.5
     2000, SDXL 5000; diffusers' script calls half of this number beta_dpo)."""
-    settings: dict[str, float] = field(default_factory=dict)
-    """Further settings of the objective, such as smoothing."""
+    objective_kwargs: dict[str, float] = field(default_factory=dict)
+    """Further settings of the objective, such as label_smoothing."""
     sft_weight: float = 0.0
     """Weight of the SFT term on the chosen side."""
 
     reference: str = "auto"
     """auto | adapter_off | frozen_copy | precomputed | moving_average | synced. auto: adapter_off with a LoRA, else
     frozen_copy."""
-    reference_draws: int = 0
+    fixed_draws_per_row: int = 0
     """K fixed (noise, timestep) draws a row instead of fresh ones; precomputed references need at least 1."""
-    reference_decay: float = 0.99
+    reference_ema_decay: float = 0.99
     """Share of itself that a moving average keeps at each step, [0, 1)."""
-    reference_every: int = 512
+    reference_sync_steps: int = 512
     """Steps between two copies of the policy into a synced reference (TR-DPO's tau, 2404.09656)."""
 
     tuning: str = "lora"
@@ -75,30 +75,30 @@ class TrainConfig:
     """fp32 | bf16 | fp16. Errors and losses are float32 always."""
     gradient_checkpointing: bool = False
     seed: int = 0
-    timesteps: str = "uniform"
+    timestep_sampling: str = "uniform"
     """uniform | logit_normal: how timesteps are drawn from the schedule."""
     timestep_range: tuple[float, float] = (0.0, 1.0)
     """Part of the schedule to draw timesteps from; 0 is clean, 1 pure noise."""
-    weighting: str = "target"
+    loss_weighting: str = "target"
     """target | epsilon: what beta is constant on where the network predicts v or a velocity."""
-    stratified: bool = False
+    stratified_timesteps: bool = False
     """A step's pairs take their timesteps from as many parts of the schedule, one each; of K fixed draws, a row's do."""
-    antithetic: bool = False
+    antithetic_noise: bool = False
     """Each pair comes twice in a row, the second time with its noise negated; batch_size counts both."""
 
-    include_vision: bool = False
+    train_vision_tower: bool = False
     """Adapt (or train) the vision tower and projector of a vision-language model too."""
     max_length: int | None = None
     """Tokens of a row of text, images and prompt included; None: what the model was made for."""
-    on_too_long: str = "raise"
+    overlong_rows: str = "raise"
     """raise | drop. Image tokens are never cut."""
-    layout: str = "auto"
-    """auto | shared | plain: chosen and rejected behind one prompt where that is exact, see policies/shared_prefix.py."""
-    keep_features: bool = False
+    pair_layout: str = "auto"
+    """auto | shared_prefix | separate: chosen and rejected behind one prompt where that is exact, see policies/shared_prefix.py."""
+    cache_vision_features: bool = False
     """Compute the features of a frozen vision tower once and keep them in memory."""
-    tail_weight: float = 1.0
+    ld_alpha: float = 1.0
     """Weight of tokens past the shorter answer's length, [0, 1] (LD-DPO's alpha; 1: all count alike)."""
-    edited_weight: float = 1.0
+    edited_token_weight: float = 1.0
     """Weight of tokens that differ between chosen and rejected (RLHF-V's gamma, 5 there); other than 1, log-probs become
     weighted means a token."""
 
@@ -108,14 +108,14 @@ class TrainConfig:
     """Steps between evaluations; 0: at the end alone."""
     save_every: int = 0
     """Steps between checkpoints; 0: none but the result."""
-    keep_checkpoints: int = 2
+    save_total_limit: int = 2
     log_every: int = 10
     workers: int = 0
     """Loader processes."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
-    on_bad_image: str = "raise"
-    """raise | skip."""
+    undecodable_images: str = "raise"
+    """raise | drop."""
 
     resolution: int | None = None
     """Pixels on a side of what an image generator is trained on; None: the pipeline's own."""
@@ -137,21 +137,21 @@ class CompareConfig:
     prompts: str = "shapes-held-out"
     """A text file with a prompt a line, a published set's own file or folder (GenEval, PartiPrompts, T2I-CompBench,
     DPG-Bench), or the name of a shipped list."""
-    limit: int | None = None
+    max_prompts: int | None = None
     """Prompts, spread over the categories; None: all."""
-    samples: int = 4
+    images_per_prompt: int = 4
     """Seeds a prompt."""
     judges: tuple[str, ...] = ("faithfulness",)
     """Names of judges or module:function; the first one is the headline, but for a learned one that made the pairs."""
-    sampling_steps: int = 50
-    guidance: float = 7.5
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
     batch_size: int = 16
     precision: str = "fp32"
     scales: tuple[float, ...] = ()
     """LoRA scales to sweep beside 0 and 1."""
     checkpoints: bool = False
     """Sweep the checkpoints in the adapter's folder too."""
-    keep_pictures: bool = True
+    save_images: bool = True
     """Leave the pictures in output_dir, as PNG with a manifest; else they are removed once the report is there."""
     seed: int = 0
 
@@ -163,19 +163,19 @@ class MineConfig:
     model: str
     prompts: str
     output_dir: str
-    judge: tuple[str, ...] | str
+    judges: tuple[str, ...] | str
     """Ranks a prompt's pictures. Several (a list, or with commas) rank by the mean of their z-scores within the prompt."""
     adapter: str | None = None
     revision: str | None = None
-    guard: tuple[str, ...] | str | None = None
+    guards: tuple[str, ...] | str | None = None
     """Judges on each of which the chosen side must not be worse, so that one axis isn't bought with the other."""
-    samples: int = 8
-    min_gap: float = 0.0
+    images_per_prompt: int = 8
+    min_score_gap: float = 0.0
     """Least difference between chosen and rejected, exclusive: of the judge's scores, or of several judges' mean z-score."""
     pairs_per_prompt: int = 1
-    limit: int | None = None
-    sampling_steps: int = 50
-    guidance: float = 7.5
+    max_prompts: int | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
     batch_size: int = 16
     precision: str = "fp32"
     seed: int = 0
@@ -190,7 +190,7 @@ class JudgeConfig:
     judge: str
     images: str
     """Folder of pictures, or a preference set."""
-    out: str
+    output: str
     """Parquet file to write."""
     prompts: str | None = None
     """A prompt a line, in the order of the pictures' names; None: metadata.jsonl in the folder, or a text file each."""
@@ -206,7 +206,7 @@ class RelabelConfig:
     """Parquet file, a folder of them, a set on the hub, or the name of a shipped set."""
     judges: tuple[str, ...]
     """Names of judges or module:function; of single pictures or of pairs."""
-    out: str
+    output: str
     """Parquet file to write."""
     scale: str = "spread"
     """spread | labels. What difference counts as one unit of log-odds: the root mean square of the judge's differences on
@@ -220,14 +220,14 @@ class RelabelConfig:
     """Least share of judges on one side, a tie counting for both by halves; other pairs are left out. 1: all agree."""
     tie: float = 0.0
     """Probabilities no further from 1/2 than this are ties."""
-    on_bad_image: str = "raise"
-    """raise | skip."""
+    undecodable_images: str = "raise"
+    """raise | drop."""
     shard_size: int = 256
     """Pairs a shard; a restarted run skips finished shards."""
 
 
 @dataclass(frozen=True)
-class CompareAnswersConfig:
+class CompareResponsesConfig:
     """Base and tuned vision-language model on the same held-out questions."""
 
     model: str
@@ -237,9 +237,9 @@ class CompareAnswersConfig:
     adapter: str | None = None
     """Folder of a LoRA in PEFT's format, or of a fully tuned model; None compares the base with itself."""
     revision: str | None = None
-    limit: int | None = None
+    max_questions: int | None = None
     """Questions; None: all of a file, 400 of a world."""
-    judges: tuple[str, ...] = ("degeneration", "cer", "tokens")
+    judges: tuple[str, ...] = ("degeneration", "cer", "num_tokens")
     """Names of judges of answers or module:function; the first one is the headline."""
     guards: tuple[str, ...] = ()
     """Judges of these that must not be significantly worse."""
@@ -252,32 +252,41 @@ class CompareAnswersConfig:
 
 
 @dataclass(frozen=True)
-class MineAnswersConfig:
+class MineResponsesConfig:
     """Preference pairs from a model's own failures: the worst of its answers against the truth, or its own best."""
 
     model: str
     questions: str
     output_dir: str
-    judge: str
+    judges: tuple[str, ...] | str
+    """The judge that finds failures. Exactly one."""
     adapter: str | None = None
     revision: str | None = None
-    chosen: str = "truth"
-    """truth | best: the model's own best answer, by the judge and then by `tie_break` | corrected: the rejected answer
+    chosen: str = "ground_truth"
+    """ground_truth | best: the model's own best answer, by the judge and then by `tie_break` | corrected: the rejected answer
     with what the judge found wrong mended and nothing else."""
     tie_break: str = "recall"
     """Judge that decides between own answers that the first finds equal, where chosen is best."""
-    samples: int = 0
-    """Answers drawn beside the greedy one."""
+    responses_per_question: int = 1
+    """Responses generated per question: one greedy, the others sampled."""
     temperature: float = 1.0
-    min_gap: float = 0.0
+    min_score_gap: float = 0.0
     """Least difference between chosen and rejected by the judge, exclusive."""
     max_new_tokens: int = 512
-    limit: int | None = None
+    max_questions: int | None = None
     batch_size: int = 16
     precision: str = "fp32"
     seed: int = 0
     shard_size: int = 128
     """Questions a shard; a restarted run skips finished shards."""
+
+    @property
+    def judge(self) -> str:
+        """Name of the one judge. Raises ValueError if `judges` names several or none."""
+        names = self.judges.split(",") if isinstance(self.judges, str) else list(self.judges)
+        if len(names) != 1:
+            raise ValueError(f"judges {', '.join(names)!r}: responses are mined with exactly one judge")
+        return names[0]
 
 
 def build(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:

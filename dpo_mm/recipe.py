@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_mm.assets import presets_folder
-from dpo_mm.config import CompareAnswersConfig, CompareConfig, MineAnswersConfig, MineConfig, TrainConfig, build, read
+from dpo_mm.config import (
+    CompareConfig,
+    CompareResponsesConfig,
+    MineConfig,
+    MineResponsesConfig,
+    TrainConfig,
+    build,
+    read,
+)
 from dpo_mm.errors import nearest
 
 if TYPE_CHECKING:
@@ -22,8 +30,8 @@ class Recipe:
 
     title: str
     train: TrainConfig
-    compare: CompareConfig | CompareAnswersConfig
-    mine: MineConfig | MineAnswersConfig | None = None
+    compare: CompareConfig | CompareResponsesConfig
+    mine: MineConfig | MineResponsesConfig | None = None
     baseline: str | None = None
 
 
@@ -48,8 +56,8 @@ def read_recipe(task: str, preset: str, given: Mapping[str, str]) -> Recipe:
     answers = "questions" in values.get("compare", {})
     kinds: dict[str, Any] = {
         "train": TrainConfig,
-        "compare": CompareAnswersConfig if answers else CompareConfig,
-        "mine": MineAnswersConfig if answers else MineConfig,
+        "compare": CompareResponsesConfig if answers else CompareConfig,
+        "mine": MineResponsesConfig if answers else MineConfig,
     }
     places = {"train": output / "adapter", "compare": output, "mine": output / "mined"}
     flags = {key: value for key, value in given.items() if key not in ("output_dir", "baseline")}
@@ -116,23 +124,23 @@ def _made(recipe: Recipe) -> tuple[str, ...]:
 
     if recipe.mine is None:
         return judges_of(recipe.train.pairs)
-    return (*names(recipe.mine.judge), *names(getattr(recipe.mine, "guard", None)))
+    return (*names(recipe.mine.judges), *names(getattr(recipe.mine, "guards", None)))
 
 
-def mine(config: MineConfig | MineAnswersConfig) -> Path:
+def mine(config: MineConfig | MineResponsesConfig) -> Path:
     """Pairs from a model's own pictures or answers, as the kind of config says."""
-    if isinstance(config, MineAnswersConfig):
+    if isinstance(config, MineResponsesConfig):
         from dpo_mm.mining.mine_responses import mine_answers
 
         _know_judges([config.judge])
         return mine_answers(config)
     from dpo_mm.mining.mine_images import mine, names
 
-    _know_judges([*names(config.judge), *names(config.guard)])
+    _know_judges([*names(config.judges), *names(config.guards)])
     return mine(config)
 
 
-def compare(config: CompareConfig | CompareAnswersConfig, *, beta: float | None = None, **about: Any) -> Outcome:
+def compare(config: CompareConfig | CompareResponsesConfig, *, beta: float | None = None, **about: Any) -> Outcome:
     """Base against tuned, pictures or answers, as the kind of config says; into the adapter's card too.
 
     beta: of the training.
@@ -140,7 +148,7 @@ def compare(config: CompareConfig | CompareAnswersConfig, *, beta: float | None 
     from dpo_mm.training.model_card import add_results
 
     _know_judges(config.judges)
-    if isinstance(config, CompareAnswersConfig):
+    if isinstance(config, CompareResponsesConfig):
         from dpo_mm.evaluation.compare_responses import compare_answers
 
         outcome = compare_answers(config, beta=beta, **about)
@@ -166,10 +174,10 @@ def sft_of(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         objective="sft",
-        settings={},
+        objective_kwargs={},
         sft_weight=0.0,
         reference="auto",
-        reference_draws=0,
+        fixed_draws_per_row=0,
         output_dir=f"{config.output_dir}-sft",
     )
 

@@ -20,9 +20,9 @@ def demo_label(
         str | None, typer.Option(help="MODEL,MODEL+ADAPTER,...: draw fresh samples of these into the folder --pairs.")
     ] = None,
     prompts: Annotated[str, typer.Option(help="Prompts of the fresh samples.")] = "shapes-held-out",
-    limit: Annotated[int, typer.Option(help="So many prompts of them.")] = 50,
-    sampling_steps: Annotated[int, typer.Option(help="Steps of the fresh samples.")] = 15,
-    guidance: Annotated[float, typer.Option(help="Guidance of the fresh samples.")] = 1.5,
+    max_prompts: Annotated[int, typer.Option(help="So many prompts of them.")] = 50,
+    num_inference_steps: Annotated[int, typer.Option(help="Steps of the fresh samples.")] = 15,
+    guidance_scale: Annotated[float, typer.Option(help="Guidance of the fresh samples.")] = 1.5,
     port: Port = None,
 ) -> None:
     """Label pairs blind, by keyboard, several people at once; ratings of the models behind them."""
@@ -33,7 +33,9 @@ def demo_label(
 
         pairs = "samples" if pairs == "shapes-faithfulness" else pairs
         with quietly():
-            draw_samples(models.split(","), prompts, pairs, limit=limit, steps=sampling_steps, guidance=guidance)
+            draw_samples(
+                models.split(","), prompts, pairs, limit=max_prompts, steps=num_inference_steps, guidance=guidance_scale
+            )
     load_page("label").run(pairs, votes, port=port)
 
 
@@ -44,7 +46,7 @@ def demo_images(
         str | None, typer.Option(help="Tuned adapter or denoiser; the shipped model has its own.")
     ] = None,
     judges: Annotated[str | None, typer.Option(help="Names or module:function, with commas.")] = None,
-    finished: Annotated[
+    comparison: Annotated[
         str | None, typer.Option(help="Folder of a finished comparison: its pictures too, with filters.")
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
@@ -54,7 +56,7 @@ def demo_images(
     from dpo_mm.demo_server import load_page
 
     with quietly():
-        load_page("compare_images").run(model, adapter, judges, finished, precision=precision, port=port)
+        load_page("compare_images").run(model, adapter, judges, comparison, precision=precision, port=port)
 
 
 @demo.command("captions")

@@ -80,7 +80,7 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Seed of training and sampling.")] = 0,
 ) -> None:
     """Tune a shipped model, compare it with its base, write a report."""
-    from dpo_mm.config import CompareAnswersConfig
+    from dpo_mm.config import CompareResponsesConfig
     from dpo_mm.recipe import read_recipe, run
 
     tasks = {"images": ("faithfulness", "shapes"), "captioner": ("captioner", "shapes"), "ocr": ("ocr", "pages")}
@@ -94,10 +94,10 @@ def quickstart(
         run(recipe, command=command_line())
     config = recipe.compare
     again = f"dpo-mm compare --model {config.model} --adapter {config.adapter} --output-dir {output_dir}-again"
-    if isinstance(config, CompareAnswersConfig):
+    if isinstance(config, CompareResponsesConfig):
         print(f"Next, sampled instead of greedy: {again} --questions {config.questions} --temperature 1")
     else:
-        sampling = f"--sampling-steps {config.sampling_steps} --guidance {config.guidance:g} --seed {seed + 1}"
+        sampling = f"--num-inference-steps {config.num_inference_steps} --guidance-scale {config.guidance_scale:g} --seed {seed + 1}"
         print(f"Next, on other seeds: {again} {sampling}")
 
 
@@ -108,8 +108,8 @@ def import_(
     output: Annotated[str, typer.Argument(help="Folder of Parquet to write; one that was cut is gone on with.")],
     split: Annotated[str, typer.Option(help="The set's split.")] = "train",
     axis: Annotated[str | None, typer.Option(help="What was judged, where the set says it for several axes.")] = None,
-    min_margin: Annotated[float | None, typer.Option(help="Leave out pairs that are less apart, ties too.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Rows to write, at most.")] = None,
+    min_score_gap: Annotated[float | None, typer.Option(help="Leave out pairs that are less apart, ties too.")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Rows to write, at most.")] = None,
     license: Annotated[str | None, typer.Option(help="The set's licence, where its source names none.")] = None,
 ) -> None:
     """Bring a preference set into the form that train takes, streamed; ties, votes, scores and licences are kept."""
@@ -119,7 +119,7 @@ def import_(
 
     disable_progress_bars()
     found = import_set(
-        source, path, output, split=split, axis=axis, min_margin=min_margin, limit=limit, license=license
+        source, path, output, split=split, axis=axis, min_score_gap=min_score_gap, limit=max_rows, license=license
     )
     counted = {name: f"{count:,}" for name, count in sorted(found.preferences.items())}
     left_out = {
@@ -135,7 +135,7 @@ def import_(
 def doctor(
     pairs: Annotated[str, typer.Argument(help="Parquet, a folder of it, a hub set, or a shipped one.")],
     held_out: Annotated[str | None, typer.Option(help="A set, or a list of prompts, that must not be in it.")] = None,
-    report: Annotated[str | None, typer.Option(help="HTML file to write as well.")] = None,
+    output: Annotated[str | None, typer.Option(help="HTML file to write as well.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
 ) -> None:
     """Look for what is wrong with a preference set. Exit status: 0 no errors, 1 errors found, 2 it can't be read."""
@@ -150,8 +150,8 @@ def doctor(
     uncertain = frozenset(name for name, source in SOURCES.items() if source.uncertain)
     diagnosis = examine(pairs, held_out=held_out, uncertain=uncertain)
     Console().print(terminal(diagnosis), highlight=False, markup=False)
-    if report:
-        print(f"Report: {write_report(Path(report), diagnosis, command=command_line())}")
+    if output:
+        print(f"Report: {write_report(Path(output), diagnosis, command=command_line())}")
     if diagnosis.failed(strict=strict):
         sys.exit(1)
 
@@ -231,9 +231,9 @@ def _of_its_kind(context: typer.Context, name: str, pictures: type[Any], answers
 @app.command(context_settings=FLAGS)
 def mine(context: typer.Context) -> None:
     """Pairs from a model's own pictures (best against worst) or its own wrong answers: mine [FILE.yaml] --key value ..."""
-    from dpo_mm.config import MineAnswersConfig, MineConfig
+    from dpo_mm.config import MineConfig, MineResponsesConfig
 
-    settings = _of_its_kind(context, "mine", MineConfig, MineAnswersConfig)
+    settings = _of_its_kind(context, "mine", MineConfig, MineResponsesConfig)
     with quietly():
         from dpo_mm.errors import Stopped
         from dpo_mm.recipe import mine
@@ -250,13 +250,15 @@ def mine(context: typer.Context) -> None:
 def judge(
     judge: Annotated[str, typer.Argument(help="A name, a name with its model (NAME:MODEL@WHERE), or module:function.")],
     images: Annotated[str | None, typer.Option(help="Folder of pictures, or a preference set.")] = None,
-    out: Annotated[
+    output: Annotated[
         str, typer.Option(help="Parquet file to write; the judge's card goes beside it.")
     ] = "scores.parquet",
     prompts: Annotated[str | None, typer.Option(help="A prompt a line, in the order of the pictures' names.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU where there is one.")] = None,
     self_test: Annotated[bool, typer.Option("--self-test", help="Check the judge itself and stop.")] = False,
-    picture: Annotated[str | None, typer.Option(help="With --self-test: CLIP.png of github.com/openai/CLIP.")] = None,
+    reference_image: Annotated[
+        str | None, typer.Option(help="With --self-test: CLIP.png of github.com/openai/CLIP.")
+    ] = None,
 ) -> None:
     """Score pictures, or check that a judge is the one it is named after."""
     from dpo_mm.config import JudgeConfig
@@ -269,12 +271,12 @@ def judge(
         if self_test:
             from dpo_mm.judges.self_test import self_test as checks
 
-            if _printed(checks(judge, picture)):
+            if _printed(checks(judge, reference_image)):
                 sys.exit(1)
             return
         from dpo_mm.judges.scoring import score
 
-        found = score(JudgeConfig(judge, str(images), out, prompts))
+        found = score(JudgeConfig(judge, str(images), output, prompts))
     if found:
         broken = f", {found.broken} without a score (column error says why)" * bool(found.broken)
         print(f"Scored: {found.path} ({found.scored} pictures, mean {found.mean:.4f}{broken})")
@@ -282,7 +284,7 @@ def judge(
 
 @app.command(context_settings=FLAGS)
 def relabel(context: typer.Context, pairs: str) -> None:
-    """New labels of a set's pairs by several judges: relabel SET --judges a,b,c --out FILE.parquet --key value ..."""
+    """New labels of a set's pairs by several judges: relabel SET --judges a,b,c --output FILE.parquet --key value ..."""
     from dpo_mm.config import RelabelConfig, build
 
     settings = build(RelabelConfig, {"pairs": pairs, **flags(context.args)}, where="flags")
@@ -298,9 +300,9 @@ def relabel(context: typer.Context, pairs: str) -> None:
 @app.command(context_settings=FLAGS)
 def compare(context: typer.Context) -> None:
     """Base and tuned on the same seeds or questions, judged, with a report: compare [FILE.yaml] --key value ..."""
-    from dpo_mm.config import CompareAnswersConfig, CompareConfig
+    from dpo_mm.config import CompareConfig, CompareResponsesConfig
 
-    settings = _of_its_kind(context, "compare", CompareConfig, CompareAnswersConfig)
+    settings = _of_its_kind(context, "compare", CompareConfig, CompareResponsesConfig)
     with quietly():
         from dpo_mm.recipe import compare, show
 

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Decided rows of `image_preference`. on_bad_image: raise | skip, then noted in the quarantine file.
+    """Decided rows of `image_preference`. undecodable_images: raise | skip, then noted in the quarantine file.
 
     edits: whether the picture to edit is wanted too.
     """
 
     rows: Dataset
     where: str
-    on_bad_image: str
+    undecodable_images: str
     quarantine: Path
     edits: bool = False
 
@@ -47,9 +47,9 @@ class Pairs:
                 yield {**row, "pictures": found}
 
     def _refuse(self, row: str, column: str, error: Exception) -> None:
-        if self.on_bad_image == "raise":
+        if self.undecodable_images == "raise":
             reason = f"row {row} of {self.where}: {column} does not decode ({error})"
-            raise ValueError(f"{reason}; drop it with --on-bad-image skip") from None
+            raise ValueError(f"{reason}; drop it with --undecodable-images skip") from None
         with self.quarantine.open("a") as file:
             file.write(json.dumps({"row": row, "column": column, "reason": str(error)}) + "\n")
 

@@ -42,7 +42,7 @@ def read_questions(name: str, *, limit: int | None = None) -> list[Question]:
     if not path.is_file():
         raise ValueError(
             f"questions {name!r}: no such file; {nearest(name, WORLDS)}, or give Parquet or JSON lines with columns "
-            "images, prompt and truth"
+            "images, prompt and ground_truth"
         )
     found = [_question(row, path, number) for number, row in enumerate(_rows(path, limit))]
     if not found:
@@ -115,13 +115,13 @@ def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
 
 def _question(row: dict[str, Any], path: Path, number: int) -> Question:
     if not row.get("prompt"):
-        raise ValueError(f"{path}, row {number}: no prompt; columns are images (or image), prompt and truth")
+        raise ValueError(f"{path}, row {number}: no prompt; columns are images (or image), prompt and ground_truth")
     cells = row.get("images") or ([row["image"]] if row.get("image") else [])
     return Question(
         str(row.get("id") or number),
         tuple(_image(cell, path, number) for cell in cells),
         row["prompt"],
-        str(row.get("truth") or ""),
+        str(row.get("ground_truth") or ""),
         str(row.get("category") or "all"),
     )
 

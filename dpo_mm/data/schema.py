@@ -64,8 +64,8 @@ def image_preference() -> Features:
 def response_preference() -> Features:
     """Features of `ResponsePreference`, TRL's conversational preference with images, and where a row comes from.
 
-    rejected_open: the rejected answer was cut, so that no end of turn belongs after it. reason: why it was rejected.
-    probability: that chosen is the better one, [0, 1]. margin: by how much, in the judge's unit.
+    rejected_truncated: the rejected answer was cut, so that no end of turn belongs after it. reason: why it was rejected.
+    probability: that chosen is the better one, [0, 1]. score_gap: by how much, in the judge's unit.
     """
     from datasets import Features, Image, List, Value
 
@@ -79,9 +79,9 @@ def response_preference() -> Features:
             "prompt": messages,
             "chosen": messages,
             "rejected": messages,
-            "rejected_open": Value("bool"),
+            "rejected_truncated": Value("bool"),
             "probability": Value("float64"),
-            "margin": Value("float64"),
+            "score_gap": Value("float64"),
             "axis": text,
             "reason": text,
             "model": text,

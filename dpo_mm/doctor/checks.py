@@ -63,7 +63,7 @@ CHECKS: dict[str, Check] = {
     ),
     "pictures-broken": Check(
         "Pictures that do not decode",
-        "Train with on_bad_image skip, or get the files again; the reasons stand with the examples.",
+        "Train with undecodable_images drop, or get the files again; the reasons stand with the examples.",
     ),
     "held-out-prompts": Check(
         "Prompts that are in the held-out set too",

@@ -93,11 +93,11 @@ def _row(seen: Seen, row: Row, prompts: set[int], pictures: set[int]) -> None:
     values |= {"winners": np.int64(digest(chosen)), "losers": np.int64(digest(rejected))}
     values |= {"groups": np.int64(digest(row.get("group_id") or whole)), "margins": _margin(row)}
     seen.pair(row, row.get("chosen_model"), row.get("rejected_model"), **values)
-    seen.uncertain += row.get("margin") is not None or row.get("probability") is not None
+    seen.uncertain += row.get("score_gap") is not None or row.get("probability") is not None
 
 
 def _margin(row: Row) -> np.float64:
-    return np.float64(np.nan if row.get("margin") is None else row["margin"])
+    return np.float64(np.nan if row.get("score_gap") is None else row["score_gap"])
 
 
 def _texts(seen: Seen, row: Row, images: int) -> None:
@@ -119,8 +119,8 @@ def _texts(seen: Seen, row: Row, images: int) -> None:
     if places not in (0, images):
         seen.note("images-misplaced", row, f"{images} images, {places} places")
     probability = row.get("probability")
-    if (row.get("margin") or 0) < 0 or (probability is not None and probability <= 0.5):
-        what = f"margin {row['margin']:g}" if (row.get("margin") or 0) < 0 else f"probability {probability:g}"
+    if (row.get("score_gap") or 0) < 0 or (probability is not None and probability <= 0.5):
+        what = f"score_gap {row['score_gap']:g}" if (row.get("score_gap") or 0) < 0 else f"probability {probability:g}"
         seen.note("labels-against-evidence", row, f"chosen is called the better one, {what}")
 
 

@@ -36,16 +36,26 @@ class Panel:
 
 PANELS = (
     Panel("Loss", (("loss", "training"), ("eval_loss", "held out")), math.log(2), "ln 2, where it starts"),
-    Panel("Implicit accuracy", (("accuracy", "training"), ("eval_accuracy", "held out")), 0.5, "chance"),
-    Panel("Margin of chosen over rejected", (("margin", "training"), ("eval_margin", "held out")), 0.0, "none"),
-    Panel("Implicit reward", (("reward_chosen", "chosen"), ("reward_rejected", "rejected")), 0.0, "the reference"),
-    Panel("Denoising error", (("error_chosen", "chosen"), ("error_rejected", "rejected")), 1.0, "the reference"),
+    Panel(
+        "Implicit accuracy",
+        (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out")),
+        0.5,
+        "chance",
+    ),
+    Panel(
+        "Margin of chosen over rejected",
+        (("rewards/margins", "training"), ("eval_rewards/margins", "held out")),
+        0.0,
+        "none",
+    ),
+    Panel("Implicit reward", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), 0.0, "the reference"),
+    Panel("Denoising error", (("errors/chosen", "chosen"), ("errors/rejected", "rejected")), 1.0, "the reference"),
 )
 
 
 BY_NOISE = (
-    ("eval_accuracy", "Implicit accuracy by noise", 0.5),
-    ("eval_margin", "Margin by noise", 0.0),
+    ("eval_rewards/accuracies", "Implicit accuracy by noise", 0.5),
+    ("eval_rewards/margins", "Margin by noise", 0.0),
 )
 """What evaluations split by quarter of the noise schedule: name in the log, title, value where nothing was learned."""
 
@@ -129,7 +139,7 @@ def _drawn(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
 def _by_noise(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
     """Held-out accuracy and margin of the last evaluation, a bar for each quarter of the noise schedule."""
     for name, title, guide in BY_NOISE:
-        keys = [f"{name}_quarter{n}" for n in range(1, 5)]
+        keys = [f"{name}_quartile{n}" for n in range(1, 5)]
         last = next((entry for entry in reversed(history) if all(key in entry for key in keys)), None)
         if last is None or not all(math.isfinite(last[key]) for key in keys):
             continue

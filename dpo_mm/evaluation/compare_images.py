@@ -47,7 +47,7 @@ def comparisons(
         dataclasses.replace(
             judged(base, tuned, judge, metric=metric_of(judge) + suffix, seed=config.seed),
             headline=judge == config.judges[0] and not suffix,
-            made_pairs=judge in made,
+            built_training_pairs=judge in made,
         )
         for judge in config.judges
     ]
@@ -196,7 +196,7 @@ def compare(
         notes=tuple(notes),
     )
     written = write_report(Path(config.output_dir), report)
-    if not config.keep_pictures:
+    if not config.save_images:
         shutil.rmtree(gallery.folder)
     return Outcome(word, tuple(found), tuple(notes), written)
 
@@ -233,7 +233,7 @@ def checkpoints_of(config: CompareConfig) -> list[tuple[int, str]]:
         return []
     found = [path for path in Path(config.adapter).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     if not found:
-        raise ValueError(f"checkpoints: none in {config.adapter}; train with save_every, and keep_checkpoints as many")
+        raise ValueError(f"checkpoints: none in {config.adapter}; train with save_every, and save_total_limit as many")
     return sorted((int(path.name.rpartition("-")[2]), str(path)) for path in found)
 
 
@@ -272,9 +272,9 @@ def _sampling(config: CompareConfig, plan: Plan, studio: Studio) -> dict[str, st
     return {
         "model": config.model,
         "adapter": config.adapter or "none",
-        "prompts": f"{config.prompts}, {len(plan.prompts) // plan.samples} of them, {config.samples} seeds each{score}",
-        "sampler": f"{how['scheduler'].split()[0]}, {config.sampling_steps} steps, guidance {config.guidance:g}, {how['dtype']}",
+        "prompts": f"{config.prompts}, {len(plan.prompts) // plan.samples} of them, {config.images_per_prompt} seeds each{score}",
+        "sampler": f"{how['scheduler'].split()[0]}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {how['dtype']}",
         "seed": str(config.seed),
         "libraries": ", ".join(f"{name} {version}" for name, version in how["versions"].items()),
-        "pictures": kept if config.keep_pictures else "not kept",
+        "pictures": kept if config.save_images else "not kept",
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_mm.config import CompareAnswersConfig
+from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.evaluation.report import Report, TextExample, write_report
 from dpo_mm.evaluation.response_sampling import ANSWERS, Answered, ask, judged
@@ -25,7 +25,7 @@ SHOWN = 18
 
 
 def comparisons(
-    base: Answered, tuned: Answered, config: CompareAnswersConfig, *, suffix: str = "", made: Sequence[str] = ()
+    base: Answered, tuned: Answered, config: CompareResponsesConfig, *, suffix: str = "", made: Sequence[str] = ()
 ) -> list[Comparison]:
     """Each judge, tuned against base; the first is the headline, unless a suffix says that something else is compared.
 
@@ -44,7 +44,7 @@ def comparisons(
         )
         for judge in config.judges
     ]
-    found = [dataclasses.replace(one, made_pairs=one.judge in made) for one in found]
+    found = [dataclasses.replace(one, built_training_pairs=one.judge in made) for one in found]
     tested = iter(corrected([one for one in found if better_of(one.judge) != "neither"]))
     return [one if better_of(one.judge) == "neither" else next(tested) for one in found]
 
@@ -129,20 +129,20 @@ def cost(base: Answered, tuned: Answered) -> str:
 
 def chosen_kept(history: Sequence[dict[str, float]], beta: float) -> str | None:
     """How far the chosen answers' log-prob has moved from the reference's: the guard against falling likelihood."""
-    entries = [entry for entry in history if "eval_reward_chosen" in entry] or [
-        e for e in history if "reward_chosen" in e
+    entries = [entry for entry in history if "eval_rewards/chosen" in entry] or [
+        e for e in history if "rewards/chosen" in e
     ]
     if not entries:
         return None
     last = entries[-1]
-    nats = (last.get("eval_reward_chosen", last.get("reward_chosen", 0.0))) / beta
-    where = "watched" if "eval_reward_chosen" in last else "training"
+    nats = (last.get("eval_rewards/chosen", last.get("rewards/chosen", 0.0))) / beta
+    where = "watched" if "eval_rewards/chosen" in last else "training"
     word = "kept" if nats >= 0 else "FALLEN, which tends to cost quality: raise sft_weight"
     return f"The chosen answers' log-prob is {nats:+.2f} nats from the reference's on {where} pairs: {word}."
 
 
 def compare_answers(
-    config: CompareAnswersConfig,
+    config: CompareResponsesConfig,
     *,
     title: str,
     command: str,
@@ -161,7 +161,7 @@ def compare_answers(
         raise ValueError(f"guards: {strangers[0]!r} is not among the judges {', '.join(config.judges)}; add it there")
     made = made_by(config.adapter)
     config = dataclasses.replace(config, judges=headline_first(config.judges, made))
-    questions, keep = read_questions(config.questions, limit=config.limit), Path(config.output_dir)
+    questions, keep = read_questions(config.questions, limit=config.max_questions), Path(config.output_dir)
     policy = opened(config, config.adapter)
     base = ask(policy, questions, config, base=True, title="asking the base", keep=keep)
     tuned = ask(policy, questions, config, base=False, title="asking the tuned", keep=keep)
@@ -200,7 +200,7 @@ def _summary(headline: Comparison, word: str) -> str:
     )
 
 
-def _asking(config: CompareAnswersConfig, count: int) -> dict[str, str]:
+def _asking(config: CompareResponsesConfig, count: int) -> dict[str, str]:
     way = f"sampled at temperature {config.temperature:g}" if config.temperature else "greedy"
     return {
         "model": config.model,

@@ -90,13 +90,13 @@ class Drawn:
 
 def plan_of(config: CompareConfig) -> Plan:
     """The prompts and seeds of a config. Raises ValueError where prompts or samples won't do."""
-    if config.samples < 1:
-        raise ValueError(f"samples is {config.samples}; expected at least 1 picture a prompt")
-    found = read_prompt_set(config.prompts, limit=config.limit)
-    prompts = [prompt for prompt in found.prompts for _ in range(config.samples)]
-    seeds = [seed for one in found.prompts for seed in seeds_of(one.text, config.samples, seed=config.seed)]
+    if config.images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt is {config.images_per_prompt}; expected at least 1 picture a prompt")
+    found = read_prompt_set(config.prompts, limit=config.max_prompts)
+    prompts = [prompt for prompt in found.prompts for _ in range(config.images_per_prompt)]
+    seeds = [seed for one in found.prompts for seed in seeds_of(one.text, config.images_per_prompt, seed=config.seed)]
     texts, kinds = zip(*prompts, strict=True)
-    return Plan(texts, tuple(seeds), config.samples, kinds, found.balanced)
+    return Plan(texts, tuple(seeds), config.images_per_prompt, kinds, found.balanced)
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class Studio:
         for images in self.policy.sample(
             [prompt for prompt, _ in pairs],
             [seed for _, seed in pairs],
-            steps=config.sampling_steps,
-            guidance=config.guidance,
+            steps=config.num_inference_steps,
+            guidance=config.guidance_scale,
             batch_size=config.batch_size,
             scale=scale,
         ):
@@ -150,8 +150,8 @@ class Studio:
             "weights": self._tuned_digest if scale else self._base_digest,
             "scale": scale,
             "scheduler": f"{type(policy.scheduler).__name__} {hashlib.sha256(options.encode()).hexdigest()[:12]}",
-            "steps": config.sampling_steps,
-            "guidance": config.guidance,
+            "steps": config.num_inference_steps,
+            "guidance": config.guidance_scale,
             "size": policy.resolution,
             "dtype": str(policy.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_mm.config import CompareAnswersConfig
+from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Answer
 from dpo_mm.evaluation.image_store import append, read_lines
@@ -36,7 +36,7 @@ class Answered:
 def ask(
     policy: Any,
     questions: Sequence[Question],
-    config: CompareAnswersConfig,
+    config: CompareResponsesConfig,
     *,
     base: bool,
     title: str,
@@ -68,7 +68,7 @@ def ask(
     return judged(answers, questions, config)
 
 
-def _asked(policy: Any, part: Sequence[Question], config: CompareAnswersConfig, *, seed: int) -> list[Answer]:
+def _asked(policy: Any, part: Sequence[Question], config: CompareResponsesConfig, *, seed: int) -> list[Answer]:
     found: list[Answer] = policy.generate(
         [question.images for question in part],
         [question.prompt for question in part],
@@ -81,7 +81,7 @@ def _asked(policy: Any, part: Sequence[Question], config: CompareAnswersConfig, 
     return found
 
 
-def asking(policy: Any, config: CompareAnswersConfig, *, base: bool) -> dict[str, Any]:
+def asking(policy: Any, config: CompareResponsesConfig, *, base: bool) -> dict[str, Any]:
     """All that decides an answer beside its batch, as plain values; called where the policy is as it will answer."""
     digest = hashlib.sha256()
     for name, tensor in sorted(policy.model.state_dict().items()):
@@ -111,7 +111,7 @@ def _key(how: dict[str, Any], part: Sequence[Question], number: int) -> str:
     return hashlib.sha256(json.dumps([decides, batch, number], sort_keys=True).encode()).hexdigest()
 
 
-def judged(answers: list[Answer], questions: Sequence[Question], config: CompareAnswersConfig) -> Answered:
+def judged(answers: list[Answer], questions: Sequence[Question], config: CompareResponsesConfig) -> Answered:
     """Answers with what each judge says of them. Raises ValueError where a judge returns something else."""
     truths = [question.truth for question in questions]
     found = {}

@@ -58,7 +58,7 @@ def read_finished(folder: str | Path) -> Finished:
     if not (pictures / MANIFEST).is_file() or not metrics.is_file():
         raise ValueError(
             f"{folder}: no pictures of a finished comparison; expected metrics.json and {FOLDER}/{MANIFEST}, which "
-            "`dpo-mm compare` writes with --keep-pictures true"
+            "`dpo-mm compare` writes with --save-images true"
         )
     said = {(row["sha256"], row["prompt"], row["judge"]): row["score"] for row in read_lines(pictures / SCORES)}
     known = json.loads(metrics.read_text())

@@ -34,7 +34,7 @@ class Comparison:
     base, tuned: means over items. difference: tuned - base, low to high its 95 % interval. n: items.
     wins, ties, losses: prompts (clusters) where tuned is better, the same, worse; p: their exact sign test.
     p_holm: the same corrected for the judges (or categories) that stand beside it; None where it stands alone.
-    detectable: the smallest true difference found with 80 % power here. made_pairs: this judge made the training pairs.
+    detectable: the smallest true difference found with 80 % power here. built_training_pairs: this judge made the training pairs.
     """
 
     metric: str
@@ -54,7 +54,7 @@ class Comparison:
     clusters: int
     p_holm: float | None = None
     detectable: float | None = None
-    made_pairs: bool = False
+    built_training_pairs: bool = False
 
     @property
     def win_rate(self) -> float:

@@ -29,7 +29,7 @@ class Row:
     """A comparison as words, and its interval on a track with 0 in the middle: left, width and dot in per cent.
 
     tests: p of the sign test, and corrected by Holm where it stands beside others. detectable: the smallest true
-    difference that would be found. made_pairs: the judge made the training pairs.
+    difference that would be found. built_training_pairs: the judge made the training pairs.
     """
 
     metric: str
@@ -44,7 +44,7 @@ class Row:
     votes: str
     tests: str
     detectable: str
-    made_pairs: bool
+    built_training_pairs: bool
     n: int
     clusters: int
     left: float
@@ -113,7 +113,7 @@ def _row(one: Comparison, percent: bool, reach: float) -> Row:
         detectable=_signed(one.detectable, percent, places).lstrip("+") + (" pts" if percent else "")
         if one.detectable
         else "",
-        made_pairs=one.made_pairs,
+        built_training_pairs=one.built_training_pairs,
         n=one.n,
         clusters=one.clusters,
         left=round(left, 2),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.config import CompareAnswersConfig, CompareConfig
+from dpo_mm.config import CompareConfig, CompareResponsesConfig
 from dpo_mm.evaluation.statistics import LEVEL, Comparison, settled
 from dpo_mm.evaluation.tables import within
 from dpo_mm.policies.families import load_policy
@@ -23,7 +23,7 @@ class Outcome:
     report: Path
 
 
-def opened(config: CompareConfig | CompareAnswersConfig, adapter: str | None) -> Any:
+def opened(config: CompareConfig | CompareResponsesConfig, adapter: str | None) -> Any:
     """The policy of a config with an adapter. Raises ValueError as loading does."""
     policy = load_policy(config.model, revision=config.revision, precision=config.precision)
     if adapter:
@@ -33,12 +33,12 @@ def opened(config: CompareConfig | CompareAnswersConfig, adapter: str | None) ->
 
 def taught(found: Sequence[Comparison]) -> list[str]:
     """That judges made the training pairs, in words; whether one of them stands at the head."""
-    named = [one.judge for one in found if one.made_pairs]
+    named = [one.judge for one in found if one.built_training_pairs]
     if not named:
         return []
     head = next(one for one in found if one.headline)
     words = f"{' and '.join(named)} made the training pairs: the model was taught what pleases them."
-    if head.made_pairs:
+    if head.built_training_pairs:
         words += (
             f" {head.judge} may stand at the head all the same: it judges by rule, with nothing learned that could be "
             "fooled, and of other prompts. What its rule does not look at, this report does not see."

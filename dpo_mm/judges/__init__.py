@@ -103,18 +103,18 @@ JUDGES: dict[str, Judge] = {
     "soft_tifa_gm": Judge("Soft-TIFA GM", f"{_ATOMS}:soft_tifa_gm", opens=True),
     "soft_tifa_am": Judge("Soft-TIFA AM", f"{_ATOMS}:soft_tifa_am", opens=True),
     "degeneration": Judge("degeneration rate", f"{_TEXT}:degeneration", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
-    "runaway": Judge("runaway rate", f"{_TEXT}:runaway", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
+    "trailing_repetition": Judge("runaway rate", f"{_TEXT}:runaway", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
     "repetition": Judge("excess repetition, share", f"{_TEXT}:repetition", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
     "cer": Judge("character error rate", f"{_TEXT}:cer", "lower"),
     "wer": Judge("word error rate", f"{_TEXT}:wer", "lower"),
     "anls": Judge("ANLS", f"{_TEXT}:anls"),
     "valid_json": Judge("valid JSON rate", f"{_TEXT}:valid_json"),
-    "cap_hit": Judge("cut at the limit, rate", f"{_TEXT}:cap_hit", "lower"),
-    "tokens": Judge("tokens an answer", f"{_TEXT}:tokens", "lower"),
-    "words": Judge("words an answer", f"{_TEXT}:words", "neither"),
+    "truncated": Judge("cut at the limit, rate", f"{_TEXT}:truncated", "lower"),
+    "num_tokens": Judge("tokens an answer", f"{_TEXT}:tokens", "lower"),
+    "num_words": Judge("words an answer", f"{_TEXT}:words", "neither"),
     "chair_i": Judge("CHAIR_i", f"{_CAPTION}:chair_i", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
     "chair_s": Judge("CHAIR_s", f"{_CAPTION}:chair_s", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
-    "faults": Judge("inventions and omissions", f"{_CAPTION}:faults", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
+    "hallucination_f1_error": Judge("inventions and omissions", f"{_CAPTION}:faults", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
     "recall": Judge("object recall", f"{_CAPTION}:recall"),
     "pope_accuracy": Judge("yes or no, accuracy", f"{_YES_NO}:accuracy"),
     "pope_precision": Judge("yes, precision", f"{_YES_NO}:precision"),
@@ -268,6 +268,8 @@ def correct(name: str, answer: Answer, truth: str) -> str:
     where = JUDGES[name].correct if name in JUDGES else None
     if where is None:
         able = ", ".join(one for one, judge in JUDGES.items() if judge.correct)
-        raise ValueError(f"judge {name!r} does not say how to correct an answer; take chosen: truth, or one of {able}")
+        raise ValueError(
+            f"judge {name!r} does not say how to correct an answer; take chosen: ground_truth, or one of {able}"
+        )
     text: str = load_judge(where)(answer, truth)
     return text

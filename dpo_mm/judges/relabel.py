@@ -71,12 +71,12 @@ def relabel(config: RelabelConfig) -> Relabelled | None:
     Raises ValueError for a setting out of range, an unknown judge, a picture that does not decode, or no pair left.
     """
     _check(config)
-    rows, folder = load_pairs(config.pairs), Path(f"{config.out}.parts")
+    rows, folder = load_pairs(config.pairs), Path(f"{config.output}.parts")
     cards = {name: judge_card(name) for name in config.judges}
     same = {name: card.get("weights") or card.get("code_sha256") for name, card in cards.items()}
     told = hashlib.sha256("\0".join([*rows["id"], *rows["prompt"]]).encode()).hexdigest()
     plan = {"pairs": config.pairs, "ids and prompts": told, "judges": same, "shard_size": config.shard_size}
-    same_plan(folder, plan, done="judged", flag="out")
+    same_plan(folder, plan, done="judged", flag="output")
     scores = _judged(rows, config, folder)
     if scores is None:
         return None
@@ -90,8 +90,8 @@ def relabel(config: RelabelConfig) -> Relabelled | None:
     made = Made(scores, units, found, new)
     _write(rows, made, config)
     summary = _summary(list(rows["preference"]), given, made, config, cards)
-    Path(config.out).with_suffix(".json").write_text(json.dumps(summary, indent=1))
-    return Relabelled(Path(config.out), summary)
+    Path(config.output).with_suffix(".json").write_text(json.dumps(summary, indent=1))
+    return Relabelled(Path(config.output), summary)
 
 
 def _check(config: RelabelConfig) -> None:
@@ -105,10 +105,10 @@ def _check(config: RelabelConfig) -> None:
         raise ValueError(f"trust is {config.trust:g}; expected a probability in [0.5, 1)")
     if not 0.5 <= config.agreement <= 1 or not 0 <= config.tie < 0.5:
         raise ValueError("expected agreement in [0.5, 1] and tie in [0, 0.5)")
-    if config.on_bad_image not in ("raise", "skip"):
-        raise ValueError(f"on_bad_image {config.on_bad_image!r} is unknown; expected 'raise' or 'skip'")
-    if not config.out.endswith(".parquet"):
-        raise ValueError(f"out {config.out!r}: expected the name of a file that ends in .parquet")
+    if config.undecodable_images not in ("raise", "drop"):
+        raise ValueError(f"undecodable_images {config.undecodable_images!r} is unknown; expected 'raise' or 'drop'")
+    if not config.output.endswith(".parquet"):
+        raise ValueError(f"output {config.output!r}: expected the name of a file that ends in .parquet")
     for name in config.judges:
         load_pairwise(name) if is_pairwise(name) else load_judge(name)
 
@@ -217,10 +217,10 @@ def _shard(part: Dataset, config: RelabelConfig, *, first: int) -> np.ndarray:
             pictures.append([_picture(row[f"image_{side}"]) for side in "ab"])
             whole.append(number)
         except ValueError as error:
-            if config.on_bad_image == "raise":
+            if config.undecodable_images == "raise":
                 where = f"{config.pairs}, row {first + number}"
                 raise ValueError(
-                    f"{where}: a picture does not decode ({error}); drop such rows with --on-bad-image skip"
+                    f"{where}: a picture does not decode ({error}); drop such rows with --undecodable-images drop"
                 ) from error
     found = np.full((len(config.judges), len(part), 2), np.nan)
     if whole:
@@ -283,7 +283,7 @@ def _write(rows: Dataset, made: Made, config: RelabelConfig) -> None:
     import pyarrow.parquet as pq
 
     schema = columns(rows).arrow_schema
-    place = Path(config.out)
+    place = Path(config.output)
     cells = enumerate(_cells(rows))
     with aside(place) as beside, pq.ParquetWriter(beside, schema) as writer:
         while batch := list(itertools.islice(cells, BATCH)):

@@ -54,10 +54,10 @@ def score(config: JudgeConfig) -> Scored | None:
     """
     load_judge(config.judge)
     pictures, rows = read_pictures(config.images, config.prompts)
-    card, folder = judge_card(config.judge), Path(f"{config.out}.parts")
+    card, folder = judge_card(config.judge), Path(f"{config.output}.parts")
     plan = {"judge": config.judge, "images": config.images, "prompts": config.prompts, "pictures": len(pictures)}
     plan |= {"weights": card.get("weights") or card.get("code_sha256"), "shard_size": config.shard_size}
-    same_plan(folder, plan, done="judged", flag="out")
+    same_plan(folder, plan, done="judged", flag="output")
     shards = [pictures[i : i + config.shard_size] for i in range(0, len(pictures), config.shard_size)]
     places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
     left = left_of(places)
@@ -68,7 +68,7 @@ def score(config: JudgeConfig) -> Scored | None:
                 advance(len(shards[number]))
     if not all(place.exists() for place in places):
         return None
-    path = combine(places, Path(config.out), nothing="")
+    path = combine(places, Path(config.output), nothing="")
     path.with_suffix(".json").write_text(json.dumps(card, indent=1))
     return _counted(path)
 

@@ -137,7 +137,7 @@ def _object(text: str) -> dict[str, object] | None:
     return found if isinstance(found, dict) else None
 
 
-def cap_hit(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+def truncated(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
     """Whether the answer was cut at the token limit."""
     return _rate([answer.hit_limit for answer in answers])
 

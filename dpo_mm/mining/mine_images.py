@@ -34,10 +34,12 @@ def mine(config: MineConfig) -> Path:
 
     Raises ValueError where the folder was mined with other settings, or where no pair reaches the gap.
     """
-    if config.samples < 2:
-        raise ValueError(f"samples is {config.samples}; a pair needs at least 2 pictures of a prompt")
+    if config.images_per_prompt < 2:
+        raise ValueError(
+            f"images_per_prompt is {config.images_per_prompt}; a pair needs at least 2 pictures of a prompt"
+        )
     folder = Path(config.output_dir)
-    prompts = read_prompts(config.prompts, limit=config.limit)
+    prompts = read_prompts(config.prompts, limit=config.max_prompts)
     same_plan(folder, as_dict(config), done="mined")
     shards = [prompts[i : i + config.shard_size] for i in range(0, len(prompts), config.shard_size)]
     places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
@@ -46,14 +48,14 @@ def mine(config: MineConfig) -> Path:
         policy = load_policy(config.model, revision=config.revision, precision=config.precision)
         if config.adapter:
             policy.attach(config.adapter)
-        total = sum(len(shards[n]) for n in left) * config.samples
+        total = sum(len(shards[n]) for n in left) * config.images_per_prompt
         with stoppable(), progress("drawing and judging", total) as advance:
             for number in left:
                 rows = _mine_shard(policy, shards[number], config, advance)
                 write_rows(rows, places[number], make=make_image_rows, features=image_preference())
     nothing = (
-        f"{config.output_dir}: no two of {config.samples} samples of any prompt differ by more than {config.min_gap:g} "
-        f"on {'+'.join(names(config.judge))}; draw more samples or lower min_gap"
+        f"{config.output_dir}: no two of {config.images_per_prompt} samples of any prompt differ by more than {config.min_score_gap:g} "
+        f"on {'+'.join(names(config.judges))}; draw more samples or lower min_score_gap"
     )
     return combine(places, folder / "pairs.parquet", nothing=nothing)
 
@@ -64,21 +66,21 @@ def names(judges: tuple[str, ...] | str | None) -> tuple[str, ...]:
 
 
 def _mine_shard(policy: Any, prompts: Sequence[str], config: MineConfig, advance: Any) -> list[dict[str, Any]]:
-    judges, guards = names(config.judge), names(config.guard)
-    named = [prompt for prompt in prompts for _ in range(config.samples)]
-    seeds = [seed for prompt in prompts for seed in seeds_of(prompt, config.samples, seed=config.seed)]
+    judges, guards = names(config.judges), names(config.guards)
+    named = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
+    seeds = [seed for prompt in prompts for seed in seeds_of(prompt, config.images_per_prompt, seed=config.seed)]
     images: list[Image.Image] = []
     for drawn in policy.sample(
-        named, seeds, steps=config.sampling_steps, guidance=config.guidance, batch_size=config.batch_size
+        named, seeds, steps=config.num_inference_steps, guidance=config.guidance_scale, batch_size=config.batch_size
     ):
         images += drawn
         advance(len(drawn))
-    ranking = together([oriented(name, images, named) for name in judges], config.samples)
+    ranking = together([oriented(name, images, named) for name in judges], config.images_per_prompt)
     scores = np.array([ranking, *(oriented(name, images, named) for name in guards)])
     rows = []
     for number in range(len(prompts)):
-        part = slice(number * config.samples, (number + 1) * config.samples)
-        for best, worst in choose_pairs(scores[:, part], config.min_gap, config.pairs_per_prompt):
+        part = slice(number * config.images_per_prompt, (number + 1) * config.images_per_prompt)
+        for best, worst in choose_pairs(scores[:, part], config.min_score_gap, config.pairs_per_prompt):
             rows.append(_row(named[part][0], images[part], seeds[part], scores[0, part], best, worst, config))
     return rows
 
@@ -102,17 +104,17 @@ def together(scores: Sequence[np.ndarray], samples: int) -> np.ndarray:
     return np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 1e-12).mean(0).ravel()
 
 
-def choose_pairs(scores: np.ndarray, min_gap: float, count: int) -> list[tuple[int, int]]:
+def choose_pairs(scores: np.ndarray, min_score_gap: float, count: int) -> list[tuple[int, int]]:
     """(chosen, rejected) of one prompt's samples: best with worst, second with second to last, and so on.
 
-    scores: (1 + guards, samples); the first row ranks, by more than `min_gap`; on each other, chosen must not be lower.
+    scores: (1 + guards, samples); the first row ranks, by more than `min_score_gap`; on each other, chosen must not be lower.
     """
     order = np.argsort(-scores[0], kind="stable")
     pairs: list[tuple[int, int]] = []
     used: set[int] = set()
     for best in order:
         for worst in order[::-1]:
-            if len(pairs) == count or scores[0, best] - scores[0, worst] <= min_gap:
+            if len(pairs) == count or scores[0, best] - scores[0, worst] <= min_score_gap:
                 break
             if not used & {int(best), int(worst)} and (scores[1:, best] >= scores[1:, worst]).all():
                 pairs.append((int(best), int(worst)))
@@ -132,7 +134,7 @@ def _row(
 ) -> dict[str, Any]:
     """A row whose winner stands on the side that its seed decides, so that the side says nothing."""
     first, second, preference = (best, worst, "a") if seeds[best] % 2 else (worst, best, "b")
-    guards = "+".join(names(config.guard))
+    guards = "+".join(names(config.guards))
     return {
         "id": f"{prompt}/{seeds[best]}-{seeds[worst]}",
         "prompt": prompt,
@@ -143,9 +145,9 @@ def _row(
         "score_b": float(scores[second]),
         "seed_a": seeds[first],
         "seed_b": seeds[second],
-        "axis": "+".join(names(config.judge)),
+        "axis": "+".join(names(config.judges)),
         "model_a": config.model,
         "model_b": config.model,
         "group_id": prompt,
-        "source": f"mined with {'+'.join(names(config.judge))}" + (f", guarded by {guards}" if guards else ""),
+        "source": f"mined with {'+'.join(names(config.judges))}" + (f", guarded by {guards}" if guards else ""),
     }

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.config import MineAnswersConfig, as_dict
+from dpo_mm.config import MineResponsesConfig, as_dict
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import combine, write_rows
 from dpo_mm.data.questions import Question, read_questions
@@ -25,7 +25,7 @@ from dpo_mm.progress import progress
 from dpo_mm.resumable import StopRequest, left_of, same_plan
 
 
-def mine_answers(config: MineAnswersConfig) -> Path:
+def mine_answers(config: MineResponsesConfig) -> Path:
     """Mine pairs as the config says; returns the Parquet file of `ResponsePreference` rows.
 
     Raises ValueError where the folder was mined with other settings, a question has no truth, or nothing failed; Stopped
@@ -33,7 +33,7 @@ def mine_answers(config: MineAnswersConfig) -> Path:
     """
     _check(config)
     folder = Path(config.output_dir)
-    questions = read_questions(config.questions, limit=config.limit)
+    questions = read_questions(config.questions, limit=config.max_questions)
     blank = next((question.id for question in questions if not question.truth), None)
     if blank is not None:
         raise ValueError(f"{config.questions}: question {blank} has no truth, which judges compare answers with")
@@ -45,16 +45,18 @@ def mine_answers(config: MineAnswersConfig) -> Path:
     return combine(places, folder / "pairs.parquet", nothing=f"{config.output_dir}: {nothing}")
 
 
-def _check(config: MineAnswersConfig) -> None:
-    if config.chosen not in ("truth", "best", "corrected"):
-        raise ValueError(f"chosen {config.chosen!r} is unknown; expected 'truth', 'best' or 'corrected'")
+def _check(config: MineResponsesConfig) -> None:
+    if config.chosen not in ("ground_truth", "best", "corrected"):
+        raise ValueError(f"chosen {config.chosen!r} is unknown; expected 'ground_truth', 'best' or 'corrected'")
     if config.chosen == "corrected":
         correct(config.judge, Answer("", 0, hit_limit=False), "")
-    if config.chosen == "best" and config.samples < 1:
-        raise ValueError("samples is 0; to choose the model's own best takes at least 1 answer beside the greedy one")
+    if config.chosen == "best" and config.responses_per_question < 2:
+        raise ValueError(
+            "responses_per_question is 1; to choose the model's own best takes at least 1 answer beside the greedy one"
+        )
 
 
-def _mine_shards(shards: Sequence[Sequence[Question]], places: Sequence[Path], config: MineAnswersConfig) -> None:
+def _mine_shards(shards: Sequence[Sequence[Question]], places: Sequence[Path], config: MineResponsesConfig) -> None:
     """Write the shards of this process that are not there yet."""
     left = left_of(places)
     if not left:
@@ -63,7 +65,7 @@ def _mine_shards(shards: Sequence[Sequence[Question]], places: Sequence[Path], c
     policy = load_policy(config.model, revision=config.revision, precision=config.precision)
     if config.adapter:
         policy.attach(config.adapter)
-    total = sum(len(shards[n]) for n in left) * (1 + config.samples)
+    total = sum(len(shards[n]) for n in left) * config.responses_per_question
     with progress("asking and judging", total) as advance, stop.on_sigterm():
         for number in left:
             if stop.requested:
@@ -74,9 +76,15 @@ def _mine_shards(shards: Sequence[Sequence[Question]], places: Sequence[Path], c
 
 
 def _mine_shard(
-    policy: Any, questions: Sequence[Question], config: MineAnswersConfig, advance: Any
+    policy: Any, questions: Sequence[Question], config: MineResponsesConfig, advance: Any
 ) -> list[dict[str, Any]]:
-    ways = ["greedy", *(f"sampled at {config.temperature:g}, seed {config.seed + n}" for n in range(config.samples))]
+    ways = [
+        "greedy",
+        *(
+            f"sampled at {config.temperature:g}, seed {config.seed + n}"
+            for n in range(config.responses_per_question - 1)
+        ),
+    ]
     answers: list[list[Answer]] = [[] for _ in questions]
     for place in range(len(ways)):
         drawn = policy.generate(
@@ -103,7 +111,7 @@ def badness(judge: str, answers: Sequence[Answer], truth: str) -> list[float]:
 
 
 def pair(
-    question: Question, answers: Sequence[Answer], ways: Sequence[str], config: MineAnswersConfig
+    question: Question, answers: Sequence[Answer], ways: Sequence[str], config: MineResponsesConfig
 ) -> dict[str, Any] | None:
     """The row of one question: its worst answer rejected, the truth or its own best chosen; None where none failed."""
     whole = Answer(question.truth, 0, hit_limit=False)
@@ -118,7 +126,7 @@ def pair(
     if config.chosen == "corrected":
         chosen = correct(config.judge, rejected, question.truth)
         (floor,) = badness(config.judge, [Answer(chosen, 0, hit_limit=False)], question.truth)
-    if bad[worst] - floor <= config.min_gap or not chosen.strip() or rejected.text == chosen:
+    if bad[worst] - floor <= config.min_score_gap or not chosen.strip() or rejected.text == chosen:
         return None
     text = cut_loop(rejected.text, question.truth) if rejected.hit_limit else rejected.text
     return {
@@ -127,8 +135,8 @@ def pair(
         "prompt": question.prompt,
         "chosen": chosen,
         "rejected": text,
-        "rejected_open": rejected.hit_limit,
-        "margin": bad[worst] - floor,
+        "rejected_truncated": rejected.hit_limit,
+        "score_gap": bad[worst] - floor,
         "axis": config.judge,
         "reason": explain(config.judge, rejected, question.truth).reason or f"worse by {config.judge}",
         "model": config.model,

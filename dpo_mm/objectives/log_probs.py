@@ -55,10 +55,10 @@ def denoising_errors(policy: LogProbs) -> tuple[Tensor, Tensor]:
     return -2 * policy.chosen, -2 * policy.rejected
 
 
-def smoothed_logistic(logit: Tensor, smoothing: float) -> Tensor:
-    """-(1 - e) log sigmoid(logit) - e log sigmoid(-logit), with e the smoothing; any shape."""
+def smoothed_logistic(logit: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) log sigmoid(logit) - e log sigmoid(-logit), with e the label_smoothing; any shape."""
     loss = -F.logsigmoid(logit)
-    return loss if smoothing == 0 else (1 - smoothing) * loss - smoothing * F.logsigmoid(-logit)
+    return loss if label_smoothing == 0 else (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-logit)
 
 
 def preserving_share(square: Tensor, inner: Tensor, *, slack: float) -> Tensor:
@@ -81,8 +81,11 @@ def check_beta(beta: float) -> None:
     require(beta > 0, f"beta must be above 0, got {beta}; text models use about 0.1, image models 2000 to 5000")
 
 
-def check_smoothing(smoothing: float) -> None:
-    require(0 <= smoothing < 0.5, f"smoothing must be in [0, 0.5), got {smoothing}; it is the share of flipped labels")
+def check_smoothing(label_smoothing: float) -> None:
+    require(
+        0 <= label_smoothing < 0.5,
+        f"label_smoothing must be in [0, 0.5), got {label_smoothing}; it is the share of flipped labels",
+    )
 
 
 def check_at_least_zero(**settings: float) -> None:

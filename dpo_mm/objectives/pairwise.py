@@ -27,16 +27,16 @@ from dpo_mm.objectives.log_probs import (
 )
 
 
-def sigmoid(policy: LogProbs, reference: LogProbs, *, beta: float, smoothing: float = 0.0) -> Tensor:
+def sigmoid(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Logistic loss on the implicit-reward margin: DPO, or cDPO where labels are noisy.
 
-    policy, reference: nats, (pairs,). beta: 1/nats, > 0. smoothing: share of flipped labels, [0, 0.5).
+    policy, reference: nats, (pairs,). beta: 1/nats, > 0. label_smoothing: share of flipped labels, [0, 0.5).
     Returns the loss of each pair, (pairs,); ln 2 where policy equals reference. Raises ValueError outside those ranges.
     Source: Rafailov et al. 2023 (2305.18290) eq. 7; Wallace et al. 2023 (2311.12908) eq. 14; Mitchell 2023 eq. 3.
     """
     check_beta(beta)
-    check_smoothing(smoothing)
-    return smoothed_logistic(beta * margins(policy, reference), smoothing)
+    check_smoothing(label_smoothing)
+    return smoothed_logistic(beta * margins(policy, reference), label_smoothing)
 
 
 def sigmoid_norm(policy: LogProbs, reference: LogProbs, *, beta: float) -> Tensor:
@@ -49,16 +49,18 @@ def sigmoid_norm(policy: LogProbs, reference: LogProbs, *, beta: float) -> Tenso
     return -F.logsigmoid(beta * mean_margins(policy, reference))
 
 
-def robust(policy: LogProbs, reference: LogProbs, *, beta: float, smoothing: float = 0.1) -> Tensor:
+def robust(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 0.1) -> Tensor:
     """DPO's loss made unbiased under a known share of flipped labels.
 
     Shapes and ranges as `sigmoid`. Returns (pairs,); may be negative. Raises ValueError outside the ranges.
     Source: Chowdhury et al. 2024 (2403.00409) eq. 12.
     """
     check_beta(beta)
-    check_smoothing(smoothing)
+    check_smoothing(label_smoothing)
     logit = beta * margins(policy, reference)
-    return (-(1 - smoothing) * F.logsigmoid(logit) + smoothing * F.logsigmoid(-logit)) / (1 - 2 * smoothing)
+    return (-(1 - label_smoothing) * F.logsigmoid(logit) + label_smoothing * F.logsigmoid(-logit)) / (
+        1 - 2 * label_smoothing
+    )
 
 
 def hinge(policy: LogProbs, reference: LogProbs, *, beta: float) -> Tensor:
@@ -81,19 +83,22 @@ def ipo(policy: LogProbs, reference: LogProbs, *, beta: float) -> Tensor:
     return (mean_margins(policy, reference) - 1 / (2 * beta)) ** 2
 
 
-def exo_pair(policy: LogProbs, reference: LogProbs, *, beta: float, smoothing: float = 1e-3) -> Tensor:
+def exo_pair(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 1e-3) -> Tensor:
     """Reverse KL from the policy's preference, Bernoulli(sigmoid(beta * delta)), to the labels' smoothed one.
 
-    smoothing: (0, 0.5); 0 would make the divergence infinite. Returns (pairs,), at least 0, and 0 where the policy's
-    preference is 1 - smoothing; not ln 2 at equality. Raises ValueError outside the ranges.
+    label_smoothing: (0, 0.5); 0 would make the divergence infinite. Returns (pairs,), at least 0, and 0 where the policy's
+    preference is 1 - label_smoothing; not ln 2 at equality. Raises ValueError outside the ranges.
     Source: EXO, Ji et al. 2024 (2402.00856) eq. 16, epsilon 1e-3; the same divergence is DMPO's (2507.07510), whose
-    alpha is `smoothing`.
+    alpha is `label_smoothing`.
     """
     check_beta(beta)
-    require(0 < smoothing < 0.5, f"smoothing must be in (0, 0.5) for exo_pair, got {smoothing}; the paper uses 1e-3")
+    require(
+        0 < label_smoothing < 0.5,
+        f"label_smoothing must be in (0, 0.5) for exo_pair, got {label_smoothing}; the paper uses 1e-3",
+    )
     logit = beta * margins(policy, reference)
-    wins = torch.sigmoid(logit) * (F.logsigmoid(logit) - math.log1p(-smoothing))
-    return wins + torch.sigmoid(-logit) * (F.logsigmoid(-logit) - math.log(smoothing))
+    wins = torch.sigmoid(logit) * (F.logsigmoid(logit) - math.log1p(-label_smoothing))
+    return wins + torch.sigmoid(-logit) * (F.logsigmoid(-logit) - math.log(label_smoothing))
 
 
 def dpop(policy: LogProbs, reference: LogProbs, *, beta: float, penalty: float = 50.0) -> Tensor:
@@ -122,7 +127,7 @@ def discopop(policy: LogProbs, reference: LogProbs, *, beta: float, temperature:
     return torch.sigmoid(-logit / temperature) * -F.logsigmoid(logit) + exponential
 
 
-def aot(policy: LogProbs, reference: LogProbs, *, beta: float, smoothing: float = 0.0) -> Tensor:
+def aot(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Alignment by optimal transport: the policy's margins dominate the reference's, quantile by quantile.
 
     Sorts the pairs given, so it needs a batch of many: the i-th loss is that of the i-th quantile, not of the i-th pair.
@@ -130,12 +135,12 @@ def aot(policy: LogProbs, reference: LogProbs, *, beta: float, smoothing: float 
     Source: Melnyk et al. 2024 (2406.05882), paired form.
     """
     check_beta(beta)
-    check_smoothing(smoothing)
+    check_smoothing(label_smoothing)
     ours, theirs = (side.chosen - side.rejected for side in (policy, reference))
-    return smoothed_logistic(beta * (ours.sort().values - theirs.sort().values), smoothing)
+    return smoothed_logistic(beta * (ours.sort().values - theirs.sort().values), label_smoothing)
 
 
-def aot_unpaired(policy: LogProbs, reference: LogProbs, *, beta: float, smoothing: float = 0.0) -> Tensor:
+def aot_unpaired(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """`aot` without pairing: the chosen log-ratios dominate the rejected ones, quantile by quantile.
 
     Sorts what is given, as `aot`; chosen and rejected need not belong together. Returns (pairs,).
@@ -143,9 +148,9 @@ def aot_unpaired(policy: LogProbs, reference: LogProbs, *, beta: float, smoothin
     Source: Melnyk et al. 2024 (2406.05882), unpaired form.
     """
     check_beta(beta)
-    check_smoothing(smoothing)
+    check_smoothing(label_smoothing)
     chosen, rejected = log_ratios(policy, reference)
-    return smoothed_logistic(beta * (chosen.sort().values - rejected.sort().values), smoothing)
+    return smoothed_logistic(beta * (chosen.sort().values - rejected.sort().values), label_smoothing)
 
 
 def soft(policy: LogProbs, reference: LogProbs, *, beta: float, probability: Tensor) -> Tensor:

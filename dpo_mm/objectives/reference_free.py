@@ -54,30 +54,30 @@ def _log_odds(log_prob: Tensor) -> Tensor:
     return sure - torch.log(-torch.expm1(sure))
 
 
-def simpo(policy: LogProbs, *, beta: float, target_margin: float = 1.375, smoothing: float = 0.0) -> Tensor:
+def simpo(policy: LogProbs, *, beta: float, target_margin: float = 1.375, label_smoothing: float = 0.0) -> Tensor:
     """Logistic loss on the difference of mean log-probs a token, with a margin asked for.
 
     beta: 1/nats, > 0; 2.5 in the paper's runs. target_margin: the paper's gamma, in units of beta * nats, >= 0.
-    smoothing: share of flipped labels, [0, 0.5). Returns (pairs,). Raises ValueError outside the ranges.
+    label_smoothing: share of flipped labels, [0, 0.5). Returns (pairs,). Raises ValueError outside the ranges.
     Source: Meng et al. 2024 (2405.14734) eq. 6.
     """
     check_beta(beta)
-    check_smoothing(smoothing)
+    check_smoothing(label_smoothing)
     check_at_least_zero(target_margin=target_margin)
     delta = policy.chosen / policy.terms_chosen - policy.rejected / policy.terms_rejected
-    return smoothed_logistic(beta * delta - target_margin, smoothing)
+    return smoothed_logistic(beta * delta - target_margin, label_smoothing)
 
 
-def cpo(policy: LogProbs, *, beta: float, nll_weight: float = 1.0, smoothing: float = 0.0) -> Tensor:
+def cpo(policy: LogProbs, *, beta: float, nll_weight: float = 1.0, label_smoothing: float = 0.0) -> Tensor:
     """DPO with a uniform reference, and fine-tuning on the chosen side to keep the policy in place.
 
-    beta: 1/nats, > 0. nll_weight: >= 0. smoothing: share of flipped labels, [0, 0.5). Returns (pairs,).
+    beta: 1/nats, > 0. nll_weight: >= 0. label_smoothing: share of flipped labels, [0, 0.5). Returns (pairs,).
     Raises ValueError outside the ranges. Source: Xu et al. 2024 (2401.08417), with eq. 3 as the preference term.
     """
     check_beta(beta)
-    check_smoothing(smoothing)
+    check_smoothing(label_smoothing)
     check_at_least_zero(nll_weight=nll_weight)
-    return smoothed_logistic(beta * (policy.chosen - policy.rejected), smoothing) + nll_weight * sft(policy)
+    return smoothed_logistic(beta * (policy.chosen - policy.rejected), label_smoothing) + nll_weight * sft(policy)
 
 
 REFERENCE_FREE: dict[str, Callable[..., Tensor]] = {"sft": sft, "orpo": orpo, "simpo": simpo, "cpo": cpo}

@@ -13,36 +13,34 @@ from dpo_mm.objectives.log_probs import check_at_least_zero, preserving_share, r
 
 
 def shared_length(
-    chosen: Tensor, rejected: Tensor, chosen_mask: Tensor, rejected_mask: Tensor, *, tail_weight: float
+    chosen: Tensor, rejected: Tensor, chosen_mask: Tensor, rejected_mask: Tensor, *, ld_alpha: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of both sides in which the tokens past the shorter side's length count less (LD-DPO).
 
     chosen, rejected: log-prob of each token, nats, (pairs, length), lengths may differ. Masks: 1 for a completion's
-    token, the same shapes. tail_weight: the paper's alpha, [0, 1]; 1 is the plain sum.
+    token, the same shapes. ld_alpha: the paper's alpha, [0, 1]; 1 is the plain sum.
     Returns nats, (pairs,) each. Raises ValueError outside the range. Source: Liu et al. 2024 (2409.06411).
     """
-    require(0 <= tail_weight <= 1, f"tail_weight must be in [0, 1], got {tail_weight}; 0.5 is a usual choice")
+    require(0 <= ld_alpha <= 1, f"ld_alpha must be in [0, 1], got {ld_alpha}; 0.5 is a usual choice")
     shared = torch.minimum(chosen_mask.sum(1), rejected_mask.sum(1))[:, None]
-    return _with_tail(chosen, chosen_mask, shared, tail_weight), _with_tail(
-        rejected, rejected_mask, shared, tail_weight
-    )
+    return _with_tail(chosen, chosen_mask, shared, ld_alpha), _with_tail(rejected, rejected_mask, shared, ld_alpha)
 
 
-def _with_tail(tokens: Tensor, mask: Tensor, shared: Tensor, tail_weight: float) -> Tensor:
+def _with_tail(tokens: Tensor, mask: Tensor, shared: Tensor, ld_alpha: float) -> Tensor:
     position = mask.cumsum(1)
-    weight = torch.where(position <= shared, 1.0, tail_weight) * mask
+    weight = torch.where(position <= shared, 1.0, ld_alpha) * mask
     return (tokens.masked_fill(mask == 0, 0) * weight).sum(1)
 
 
-def segment_mean(tokens: Tensor, mask: Tensor, edited: Tensor, *, edited_weight: float = 5.0) -> Tensor:
+def segment_mean(tokens: Tensor, mask: Tensor, edited: Tensor, *, edited_token_weight: float = 5.0) -> Tensor:
     """Mean log-prob a token in which corrected spans count more: (sum_kept + g sum_edited) / (|kept| + g |edited|).
 
     tokens: nats, (pairs, length). mask: 1 for a completion's token; edited: 1 for a corrected one, the same shape.
-    edited_weight: the paper's gamma, >= 0. Returns nats a token, (pairs,); its `LogProbs` has 1 term a side.
+    edited_token_weight: the paper's gamma, >= 0. Returns nats a token, (pairs,); its `LogProbs` has 1 term a side.
     Raises ValueError outside the range. Source: RLHF-V's DDPO, Yu et al. 2023 (2312.00849), gamma 5.
     """
-    check_at_least_zero(edited_weight=edited_weight)
-    weight = mask * torch.where(edited.bool(), edited_weight, 1.0)
+    check_at_least_zero(edited_token_weight=edited_token_weight)
+    weight = mask * torch.where(edited.bool(), edited_token_weight, 1.0)
     return (tokens.masked_fill(mask == 0, 0) * weight).sum(1) / weight.sum(1)
 
 

@@ -42,14 +42,14 @@ def import_set(
     *,
     split: str = "train",
     axis: str | None = None,
-    min_margin: float | None = None,
+    min_score_gap: float | None = None,
     limit: int | None = None,
     license: str | None = None,
 ) -> Imported:
     """Import a set into a folder of Parquet files that `load_pairs` and `load_responses` take.
 
     path: a folder, a file, a hub id, or "hub" for the set's own place there. axis: one of the source's, where it has
-    several. min_margin: rows whose sides are less apart (scores, or |2p - 1| of votes; an answer set's margin), or
+    several. min_score_gap: rows whose sides are less apart (scores, or |2p - 1| of votes; an answer set's margin), or
     unknown, are left out. license: where the source names none. A run that was cut goes on where it was.
     Raises ValueError that names source, file, row or flag, what was expected, and the fix.
     """
@@ -59,12 +59,12 @@ def import_set(
         raise ValueError(f"source {source!r} has no place on the hub of its own; give a folder, a file or a hub id")
     patterns = (entry.files[axis],) if axis in entry.files else tuple(entry.files.values())
     origin = find(path, split=split, patterns=patterns, whole=entry.whole)
-    settings = {"source": source, "path": path, "split": split, "axis": axis, "min_margin": min_margin}
+    settings = {"source": source, "path": path, "split": split, "axis": axis, "min_score_gap": min_score_gap}
     settings |= {"limit": limit, "license": license}
     folder = Path(output)
     state = resume(folder, settings)
     if not state.complete:
-        finish = _finisher(entry, origin, source, license, min_margin, folder)
+        finish = _finisher(entry, origin, source, license, min_score_gap, folder)
         known = limit if limit is not None else None if entry.grouped else total(origin)
         features = image_preference() if entry.kind == "images" else response_preference()
         with progress(f"importing {source}", known) as advance:
@@ -111,15 +111,15 @@ def _units(entry: Source, origin: Origin, axis: str | None, done: int) -> Iterat
 
 
 def _finisher(
-    entry: Source, origin: Origin, source: str, license: str | None, min_margin: float | None, folder: Path
+    entry: Source, origin: Origin, source: str, license: str | None, min_score_gap: float | None, folder: Path
 ) -> Callable[[Row], Item]:
     """What makes a converted row whole: pictures as bytes, source and licence; or the reason to leave it out."""
     files, split = Files(origin.folder, folder / SCRATCH), origin.split
 
     def finish(row: Row) -> Item:
         gap = margin_of(row)
-        if min_margin is not None and (gap is None or gap < min_margin):
-            return LeftOut(f"margin is {'unknown' if gap is None else f'below {min_margin:g}'}")
+        if min_score_gap is not None and (gap is None or gap < min_score_gap):
+            return LeftOut(f"margin is {'unknown' if gap is None else f'below {min_score_gap:g}'}")
         row = {**row, "source": row.get("source") or source, "license": row.get("license") or license or entry.license}
         row["id"] = row["id"] if entry.own else f"{source}-{split}-{row['id']}"
         try:
@@ -137,8 +137,8 @@ def _finisher(
 
 def margin_of(row: Row) -> float | None:
     """How far a row's sides are apart, 0 or more; None where nothing says so."""
-    if row.get("margin") is not None:
-        return abs(float(row["margin"]))
+    if row.get("score_gap") is not None:
+        return abs(float(row["score_gap"]))
     if row.get("score_a") is not None and row.get("score_b") is not None:
         return abs(row["score_a"] - row["score_b"])
     return None if row.get("p_a") is None else abs(2 * row["p_a"] - 1)

@@ -79,7 +79,7 @@ def vl_feedback(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
                 yield LeftOut("its answers are rated alike")
             else:
                 best, worst = (one, other) if x > y else (other, one)
-                more = {"margin": abs(x - y), "axis": axis or "overall", "group_id": str(row["id"])}
+                more = {"score_gap": abs(x - y), "axis": axis or "overall", "group_id": str(row["id"])}
                 more |= {"chosen_model": best["model"], "rejected_model": worst["model"]}
                 item = answer_pair(row, row["prompt"], best["response"], worst["response"], [image], **more)
                 yield {**item, "id": f"{row['_number']}-{a}-{b}"} if isinstance(item, dict) else item

@@ -51,7 +51,7 @@ def _conversation(row: Row, prompt: list[Any], chosen: list[Any], rejected: list
         "prompt": found,
         "chosen": chosen,
         "rejected": rejected,
-        **_told(row, ("margin", "probability", "axis", "license", "reason", "model")),
+        **_told(row, ("score_gap", "probability", "axis", "license", "reason", "model")),
     }
 
 

@@ -24,10 +24,18 @@ NEEDED = ("reference", "z", "reward_shift", "corrupted_ratio", "loser_scale")
 SLACK = 0.9
 """`safe`'s slack where settings give none: Diffusion-SDPO's for SD1.5 (0.6 for SDXL)."""
 OF_IMAGES = (
-    "resolution", "buckets", "cache_precision", "timesteps", "timestep_range", "stratified", "antithetic", "weighting"
+    "resolution", "buckets", "cache_precision", "timestep_sampling", "timestep_range", "stratified_timesteps", "antithetic_noise", "loss_weighting"
 )  # fmt: skip
 """Settings that only an image generator knows."""
-OF_TEXT = ("include_vision", "max_length", "on_too_long", "layout", "tail_weight", "edited_weight", "keep_features")
+OF_TEXT = (
+    "train_vision_tower",
+    "max_length",
+    "overlong_rows",
+    "pair_layout",
+    "ld_alpha",
+    "edited_token_weight",
+    "cache_vision_features",
+)
 """Settings that only a policy of text knows."""
 OPTIMIZERS = {"adamw": "", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
 """What the Trainer calls them; adamw is its own default."""
@@ -40,7 +48,7 @@ def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs
     with such log-probs, raises ValueError before anything is trained.
     """
     named = {config.objective: 1.0} if isinstance(config.objective, str) else dict(config.objective)
-    settings = dict(config.settings)
+    settings = dict(config.objective_kwargs)
     if any("beta" in objectives.settings_of(name) for name in named):
         settings["beta"] = 1.0 if config.beta == AUTO else _number(config.beta)
     settings.pop("slack", None) if "safe" in named else None
@@ -67,10 +75,10 @@ def check(config: TrainConfig) -> None:
     exact = family.exact
     check_format(config, getattr(family, "kohya_prefix", None), family=family.__name__)
     loss_of(config, exact=exact)
-    draws = 1 if exact else config.reference_draws
+    draws = 1 if exact else config.fixed_draws_per_row
     if choose_name(config) == "precomputed" and draws < 1:
         raise ValueError(
-            "reference 'precomputed' needs reference_draws of at least 1: so many fixed draws a row are kept"
+            "reference 'precomputed' needs fixed_draws_per_row of at least 1: so many fixed draws a row are kept"
         )
     if choose_name(config) == "precomputed" and "corrupted_ratio" in needs_of(config):
         raise ValueError("reference 'precomputed' does not go with image_conditional; take adapter_off or frozen_copy")
@@ -85,15 +93,17 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_draws(config: TrainConfig) -> None:
-    if config.timesteps not in LEVELS:
-        raise ValueError(f"timesteps {config.timesteps!r} is unknown; {nearest(config.timesteps, LEVELS)}")
-    if config.weighting not in ("target", "epsilon"):
-        raise ValueError(f"weighting {config.weighting!r} is unknown; expected target or epsilon")
+    if config.timestep_sampling not in LEVELS:
+        raise ValueError(
+            f"timestep_sampling {config.timestep_sampling!r} is unknown; {nearest(config.timestep_sampling, LEVELS)}"
+        )
+    if config.loss_weighting not in ("target", "epsilon"):
+        raise ValueError(f"loss_weighting {config.loss_weighting!r} is unknown; expected target or epsilon")
     low, high = config.timestep_range
     if not 0 <= low < high <= 1:
         raise ValueError(f"timestep_range is {low:g} to {high:g}; expected 0 <= low < high <= 1, 0 clean, 1 pure noise")
-    if config.antithetic and (config.batch_size % 2 or config.reference_draws):
-        raise ValueError("antithetic takes an even batch_size (each pair comes twice) and no reference_draws")
+    if config.antithetic_noise and (config.batch_size % 2 or config.fixed_draws_per_row):
+        raise ValueError("antithetic_noise takes an even batch_size (each pair comes twice) and no fixed_draws_per_row")
 
 
 def needs_of(config: TrainConfig) -> set[str]:
@@ -109,7 +119,7 @@ def opened(config: TrainConfig, *, weights: bool = True) -> Any:
     """
     options: dict[str, Any] = {}
     if policy_class(config.model, revision=config.revision).exact:
-        options = {name: getattr(config, name) for name in OF_TEXT if name != "keep_features"}
+        options = {name: getattr(config, name) for name in OF_TEXT if name != "cache_vision_features"}
         options["corrupt"] = "corrupted_ratio" in needs_of(config)
     else:
         options = {"resolution": config.resolution, "weights": weights}
@@ -150,7 +160,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         eval_steps=config.eval_every or None,
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or config.steps,
-        save_total_limit=config.keep_checkpoints,
+        save_total_limit=config.save_total_limit,
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),

@@ -169,7 +169,7 @@ class _Watch(TrainerCallback):
 class Displacement(_Watch):
     """Text: the chosen answer itself becomes unlikely. Source: Razin et al. 2024 (2410.08847); Pal et al. 2402.13228."""
 
-    name, limit, above = "reward_chosen", DISPLACED, False
+    name, limit, above = "rewards/chosen", DISPLACED, False
     advice = (
         "chosen answers are less likely than under the reference (implicit reward {mean:.2f} over the last {window} "
         "logs), only less so than rejected ones; give sft_weight (1), or take objective dpop, a higher beta or fewer steps"
@@ -179,7 +179,7 @@ class Displacement(_Watch):
 class ErrorDrift(_Watch):
     """Images: the denoising error of the chosen picture itself rises. Source: Diffusion-SDPO (2511.03317) section 3."""
 
-    name, limit, above = "error_chosen", DRIFTED, True
+    name, limit, above = "errors/chosen", DRIFTED, True
     advice = (
         "the denoising error of chosen pictures is {mean:.2f} times the reference's over the last {window} logs; look at "
         "pictures, not at the loss. If they get worse: objective safe, a higher beta, a lower learning_rate or fewer steps"

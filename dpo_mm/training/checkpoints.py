@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 COMPLETE = "complete.json"
 CONFIG_FILE = "dpo_mm.json"
-STATE = ("rewards", "measured_beta", "pairs_digest", "pairs_a_step")
+STATE = ("rewards", "measured_beta", "pairs_digest", "pairs_per_step")
 """What a checkpoint's CONFIG_FILE holds beside the config."""
 FREE_TO_CHANGE = {
     "output_dir",
@@ -27,7 +27,7 @@ FREE_TO_CHANGE = {
     "save_every",
     "eval_every",
     "log_every",
-    "keep_checkpoints",
+    "save_total_limit",
     "workers",
     "batch_size",
     "accumulate",
@@ -104,7 +104,7 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_a_step: int) -> dict[str, Any]:
+def same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_per_step: int) -> dict[str, Any]:
     """What the checkpoint keeps of its run (STATE), where `config` and its pairs a step go on with it.
 
     Raises ValueError with what changed, but for FREE_TO_CHANGE.
@@ -112,7 +112,7 @@ def same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_a_step: int) -> 
     before, settings = json.loads((checkpoint / CONFIG_FILE).read_text()), json.loads(json.dumps(as_dict(config)))
     changed = [
         f"{k}: {before.get(k)!r} -> {v!r}"
-        for k, v in {**settings, "pairs_a_step": pairs_a_step}.items()
+        for k, v in {**settings, "pairs_per_step": pairs_per_step}.items()
         if k not in FREE_TO_CHANGE and before.get(k) != v
     ]
     if changed:

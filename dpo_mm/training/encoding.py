@@ -102,7 +102,7 @@ def encode(
     rows: Dataset,
     *,
     where: str,
-    on_bad_image: str = "raise",
+    undecodable_images: str = "raise",
     cache: Path | None = None,
     buckets: bool = False,
     precision: str = "fp32",
@@ -110,17 +110,17 @@ def encode(
     """The decided pairs of `rows` as the policy takes them, from the cache where they are there.
 
     buckets: fit each pair to one of several frames by its aspect ratio. precision: of what is kept, fp32 | bf16 | fp16.
-    Raises ValueError that names set, row and fix where a picture does not decode, unless on_bad_image is "skip": then
+    Raises ValueError that names set, row and fix where a picture does not decode, unless undecodable_images is "drop": then
     the row is left out and noted in quarantine.jsonl beside the encoded set; and where the disk has too little room.
     """
-    if on_bad_image not in ("raise", "skip"):
-        raise ValueError(f"on_bad_image {on_bad_image!r} is unknown; expected 'raise' or 'skip'")
+    if undecodable_images not in ("raise", "drop"):
+        raise ValueError(f"undecodable_images {undecodable_images!r} is unknown; expected 'raise' or 'drop'")
     if precision not in arrow_shards.KEPT:
         raise ValueError(f"cache_precision {precision!r} is unknown; expected one of {', '.join(arrow_shards.KEPT)}")
     unit = policy.patch * policy.pipe.vae_scale_factor
     frames = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
     folder = (cache or cache_folder()) / "encoded" / _key(policy, rows, frames, precision)
-    pairs = Pairs(rows, where, on_bad_image, folder / QUARANTINE, edits=policy.edits)
+    pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, edits=policy.edits)
     task = Task(policy, pairs, folder, frames, precision, Share.own())
     if not (folder / COMPLETE).exists():
         check_sources(policy, rows, where)
@@ -299,7 +299,7 @@ def encoded_sets(policy: Any, config: TrainConfig) -> Sets:
     rows, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
     how: dict[str, Any] = {
         "where": config.pairs,
-        "on_bad_image": config.on_bad_image,
+        "undecodable_images": config.undecodable_images,
         "buckets": config.buckets,
         "precision": config.cache_precision,
     }

@@ -18,8 +18,8 @@ def by_level(found: Mapping[str, Tensor], level: Tensor) -> dict[str, Tensor]:
     """
     quarter = (level * 4).long()
     return {
-        f"{name}_quarter{n + 1}": found[name].masked_fill(quarter != n, torch.nan)
-        for name in ("accuracy", "margin")
+        f"{name}_quartile{n + 1}": found[name].masked_fill(quarter != n, torch.nan)
+        for name in ("rewards/accuracies", "rewards/margins")
         for n in range(4)
     }
 
@@ -34,15 +34,15 @@ def measures(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str,
     chosen, rejected = objectives.log_ratios(policy, reference)
     delta = objectives.margins(policy, reference)
     found = {
-        "accuracy": (delta > 0).float() + 0.5 * (delta == 0).float(),
-        "margin": beta * delta,
-        "margin_size": (beta * delta).abs(),
-        "reward_chosen": beta * chosen,
-        "reward_rejected": beta * rejected,
+        "rewards/accuracies": (delta > 0).float() + 0.5 * (delta == 0).float(),
+        "rewards/margins": beta * delta,
+        "rewards/absolute_margins": (beta * delta).abs(),
+        "rewards/chosen": beta * chosen,
+        "rewards/rejected": beta * rejected,
     }
     if not policy.exact:
-        found["error_chosen"] = policy.chosen / reference.chosen
-        found["error_rejected"] = policy.rejected / reference.rejected
+        found["errors/chosen"] = policy.chosen / reference.chosen
+        found["errors/rejected"] = policy.rejected / reference.rejected
     return {name: value.detach() for name, value in found.items()}
 
 

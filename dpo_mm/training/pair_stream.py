@@ -132,9 +132,9 @@ def training_stream(config: TrainConfig, rows: Any, processes: int) -> PairStrea
         rows,
         seed=config.seed,
         length=config.steps * step,
-        draws=config.reference_draws,
-        strata=step if config.stratified else 0,
-        mirrored=config.antithetic,
+        draws=config.fixed_draws_per_row,
+        strata=step if config.stratified_timesteps else 0,
+        mirrored=config.antithetic_noise,
         batch_size=config.batch_size,
     )
 

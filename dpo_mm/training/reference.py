@@ -77,9 +77,9 @@ class Following:
 
     def __init__(self, policy: Any, *, decay: float, every: int) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"reference_decay must be in [0, 1), got {decay}; 0.99 forgets half in 69 steps")
+            raise ValueError(f"reference_ema_decay must be in [0, 1), got {decay}; 0.99 forgets half in 69 steps")
         if every < 1:
-            raise ValueError(f"reference_every must be at least 1, got {every}; TR-DPO takes 512")
+            raise ValueError(f"reference_sync_steps must be at least 1, got {every}; TR-DPO takes 512")
         self.policy, self.decay, self.every = policy, decay, every
         self.trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
         self.kept = {name: p.detach().clone() for name, p in self.trained.items()}
@@ -127,13 +127,13 @@ class Following:
 
 
 def moving_average(policy: Any, config: TrainConfig) -> Reference:
-    """The mean of the policy's past weights, each step counting `reference_decay` of the next one's."""
-    return Following(policy, decay=config.reference_decay, every=1)
+    """The mean of the policy's past weights, each step counting `reference_ema_decay` of the next one's."""
+    return Following(policy, decay=config.reference_ema_decay, every=1)
 
 
 def synced(policy: Any, config: TrainConfig) -> Reference:
-    """The policy as it was at the last multiple of `reference_every` steps."""
-    return Following(policy, decay=0.0, every=config.reference_every)
+    """The policy as it was at the last multiple of `reference_sync_steps` steps."""
+    return Following(policy, decay=0.0, every=config.reference_sync_steps)
 
 
 REFERENCES: dict[str, Callable[[Any, TrainConfig, Shard], Reference]] = {

@@ -19,7 +19,7 @@ from dpo_mm.resumable import aside
 def place_of(policy: Any, rows: Any, folder: Path, *, precision: str) -> Path:
     """The file of these rows' log-probs under these weights; rows: as `policy.encode` gives them. precision: of the run."""
     digest = hashlib.sha256(
-        f"{policy.fingerprint()} {precision} {policy.tail_weight} {policy.edited_weight} v1".encode()
+        f"{policy.fingerprint()} {precision} {policy.ld_alpha} {policy.edited_token_weight} v1".encode()
     )
     for row in rows:
         for part in _bytes(row):

@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> Trained:
     check(config)
     step = config.batch_size * config.accumulate * training_arguments(config).world_size
     checkpoint = newest_whole(Path(config.output_dir)) if config.resume else None
-    before = same_recipe(checkpoint, config, pairs_a_step=step) if checkpoint else {}
+    before = same_recipe(checkpoint, config, pairs_per_step=step) if checkpoint else {}
     policy = opened(config)
     together = training_arguments(config).main_process_first(desc="encoding") if policy.exact else nullcontext()
     with together:
@@ -59,13 +59,13 @@ def train(config: TrainConfig) -> Trained:
         )
     policy.drop_encoders()
     policy.prepare(config)
-    if config.keep_features:
-        rows, watched = policy.keep_features(rows), watched and policy.keep_features(watched)
+    if config.cache_vision_features:
+        rows, watched = policy.cache_vision_features(rows), watched and policy.cache_vision_features(watched)
     if config.reference == "precomputed":
-        draws = 1 if policy.exact else config.reference_draws
+        draws = 1 if policy.exact else config.fixed_draws_per_row
         rows = keep_reference(policy, dataclasses.replace(training_stream(config, rows, 1), draws=draws), config)
         watched = watched and keep_reference(policy, frozen_stream(watched, config, exact=policy.exact), config)
-    kept = {"beta": config.beta, "measured_beta": None, "pairs_digest": digest, "pairs_a_step": step}
+    kept = {"beta": config.beta, "measured_beta": None, "pairs_digest": digest, "pairs_per_step": step}
     if config.beta == AUTO:
         stream = training_stream(config, rows, 1)
         kept["measured_beta"] = before.get("measured_beta") or measure_beta(policy, stream, config)

@@ -54,7 +54,7 @@ class DPOTrainer(Trainer):
             config, exact=policy.exact
         )
         self.needs = needs_of(config)
-        self.kept = {**(kept or {}), "rewards": {"mean": 0.0, "seen": 0.0}}
+        self.kept = {**(kept or {}), "rewards": {"mean": 0.0, "count": 0.0}}
         self._measured: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
         arguments = training_arguments(config)
         super().__init__(
@@ -91,7 +91,7 @@ class DPOTrainer(Trainer):
         policy, reference = self._asked(model, inputs)
         given = {**inputs, **self._from_batch(policy, reference)}
         if "loser_scale" in self.needs:
-            given["loser_scale"] = self.policy.loser_scale(slack=self.config.settings.get("slack", SLACK))
+            given["loser_scale"] = self.policy.loser_scale(slack=self.config.objective_kwargs.get("slack", SLACK))
         if "corrupted_ratio" in self.needs:
             seen_less, reference_less = self._asked(model, inputs["corrupted"])
             given["corrupted_ratio"] = objectives.log_ratios(seen_less, reference_less)[0]  # type: ignore[arg-type]
@@ -129,10 +129,10 @@ class DPOTrainer(Trainer):
         if "z" in self.needs:
             found["z"] = objectives.kto_reference(chosen, rejected, beta=beta)
         if "reward_shift" in self.needs:
-            mean, seen = rewards["mean"], int(rewards["seen"])
+            mean, seen = rewards["mean"], int(rewards["count"])
             found["reward_shift"] = objectives.bco_shift(chosen, rejected, beta=beta, before=mean, seen=seen)
             if torch.is_grad_enabled():
-                self.kept["rewards"] = {"mean": found["reward_shift"].item(), "seen": seen + 2.0 * len(chosen)}
+                self.kept["rewards"] = {"mean": found["reward_shift"].item(), "count": seen + 2.0 * len(chosen)}
         return found
 
     def _averages(self, split: str) -> dict[str, float]:
@@ -143,7 +143,7 @@ class DPOTrainer(Trainer):
         stacked = torch.stack([torch.cat([entry[name] for entry in kept]) for name in kept[0]])
         means = self.accelerator.gather(stacked.nanmean(1)[None]).nanmean(0)  # type: ignore[union-attr]
         found = dict(zip(kept[0], means.tolist(), strict=True))
-        return {name: value for name, value in found.items() if "_quarter" not in name or value == value}
+        return {name: value for name, value in found.items() if "_quartile" not in name or value == value}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

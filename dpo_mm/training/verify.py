@@ -34,7 +34,7 @@ def verify(config: TrainConfig, folder: Path) -> Iterator[Check]:
     Raises ValueError as `train`.
     """
     short = dataclasses.replace(
-        config, steps=STEPS, save_every=CUT, keep_checkpoints=2, log_every=1, eval_every=0, eval_fraction=0.0, resume=False
+        config, steps=STEPS, save_every=CUT, save_total_limit=2, log_every=1, eval_every=0, eval_fraction=0.0, resume=False
     )  # fmt: skip
     run = lambda name, **more: train(dataclasses.replace(short, output_dir=str(folder / name), **more))
     whole = run("whole")
@@ -63,7 +63,7 @@ def _numbers(trained: Trained) -> Check:
 
 def _starts_at_the_reference(trained: Trained) -> Check:
     """The first step's margin, before anything was learned, is 0: the reference is what training starts from."""
-    first = next((entry["margin"] for entry in trained.history if "margin" in entry), None)
+    first = next((entry["rewards/margins"] for entry in trained.history if "rewards/margins" in entry), None)
     if first is None:
         return Check("training starts at its reference", True, "no reference in this objective")
     return Check("training starts at its reference", abs(first) < 1e-4, f"the first step's margin is {first:.3g}")

@@ -33,11 +33,11 @@ TARGET = Path(__file__).parents[2] / "docs" / "benchmarks" / "compare-alarms.jso
 CONFIG = CompareConfig(
     model="shapes-sd",
     output_dir="",
-    limit=24,
-    samples=2,
+    max_prompts=24,
+    images_per_prompt=2,
     judges=("faithfulness", "aesthetic"),
-    sampling_steps=6,
-    guidance=1.5,
+    num_inference_steps=6,
+    guidance_scale=1.5,
     batch_size=48,
 )
 APART = 10_000

@@ -286,7 +286,7 @@ def published(
 
 def ours(policy: Any, config: TrainConfig, rows: Any, parts: Parts) -> Step:
     """Our step: rows from disk, the trainer's own loss."""
-    draws = config.reference_draws
+    draws = config.fixed_draws_per_row
     if config.reference == "precomputed":
         rows = keep_reference(policy, PairStream(rows, seed=0, length=len(rows), draws=draws), config)
     trainer = DPOTrainer(policy, config, rows)
@@ -365,7 +365,7 @@ def prepared(given: argparse.Namespace, folder: Path) -> Bench:
     variants = {
         "online": config,
         "precomputed": config.__class__(
-            **{**config.__dict__, "reference": "precomputed", "reference_draws": given.draws}
+            **{**config.__dict__, "reference": "precomputed", "fixed_draws_per_row": given.draws}
         ),
     }
     parts = {name: Parts(given.device) for name in ("published", *variants)}

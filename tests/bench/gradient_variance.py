@@ -28,11 +28,11 @@ from dpo_mm.recipe import read_recipe
 
 WAYS: dict[str, dict[str, Any]] = {
     "uniform": {},
-    "stratified": {"stratified": True},
-    "antithetic": {"antithetic": True},
-    "stratified, antithetic": {"stratified": True, "antithetic": True},
-    "logit-normal": {"timesteps": "logit_normal"},
-    "logit-normal, stratified": {"timesteps": "logit_normal", "stratified": True},
+    "stratified_timesteps": {"stratified_timesteps": True},
+    "antithetic_noise": {"antithetic_noise": True},
+    "stratified, antithetic": {"stratified_timesteps": True, "antithetic_noise": True},
+    "logit-normal": {"timestep_sampling": "logit_normal"},
+    "logit-normal, stratified": {"timestep_sampling": "logit_normal", "stratified_timesteps": True},
     "range 0.2 to 0.8": {"timestep_range": (0.2, 0.8)},
 }
 WARM = 60

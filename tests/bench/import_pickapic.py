@@ -108,7 +108,7 @@ def main() -> None:
         tool = [sys.executable, "-m", "dpo_mm"]
         steps = {
             "import": [*tool, "import", "pickapic", str(folder / "set"), str(folder / "out")],
-            "doctor": [*tool, "doctor", str(folder / "out"), "--report", str(folder / "report.html")],
+            "doctor": [*tool, "doctor", str(folder / "out"), "--output", str(folder / "report.html")],
         }
         found: dict[str, Any] = {
             "command": " ".join(["python -m tests.bench.import_pickapic", *sys.argv[1:]]),

@@ -34,8 +34,8 @@ def studies(kept: dict[str, Any]) -> str:
             f"{one['base']:.1%} → {one['tuned']:.1%}",
             points(one),
             points(one["against_sigmoid"]) if one["against_sigmoid"] else "",
-            f"{one['error_chosen']:.3f}",
-            f"{one['error_rejected']:.3f}",
+            f"{one['errors/chosen']:.3f}",
+            f"{one['errors/rejected']:.3f}",
             f"{one['train_cpu_seconds']:.0f}",
         ]
         for one in kept["variations"]
@@ -50,9 +50,9 @@ def studies(kept: dict[str, Any]) -> str:
 def drift(kept: dict[str, Any]) -> str:
     places = [10 * n for n in range(1, kept["steps"] // 10 + 1)]
     rows = [
-        [row["name"], side.removeprefix("error_"), *(f"{value:.3f}" for value in row[side])]
+        [row["name"], side.removeprefix("errors/"), *(f"{value:.3f}" for value in row[side])]
         for row in kept["rows"]
-        for side in ("error_chosen", "error_rejected")
+        for side in ("errors/chosen", "errors/rejected")
     ]
     return f"`{kept['command']}`\n\n" + table(f"objective, side, {', '.join(f'to step {n}' for n in places)}", rows)
 

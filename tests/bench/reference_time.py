@@ -33,7 +33,7 @@ def main(out: Path) -> None:
         rows = encoded_sets(policy, config).rows
         policy.drop_encoders()
         policy.prepare(config)
-        kept = dataclasses.replace(config, reference="precomputed", reference_draws=1)
+        kept = dataclasses.replace(config, reference="precomputed", fixed_draws_per_row=1)
         began = time.process_time()
         once = keep_reference(policy, training_stream(kept, rows, 1), kept)
         spent = time.process_time() - began

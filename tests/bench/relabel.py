@@ -78,11 +78,11 @@ def draw(adapter: str | None, recipe: Any) -> np.ndarray:
     policy = load_policy(config.model)
     if adapter:
         policy.attach(adapter)
-    names = read_prompts(config.prompts, limit=config.limit)
-    prompts = [name for name in names for _ in range(config.samples)]
-    seeds = [seed for name in names for seed in seeds_of(name, config.samples, seed=config.seed)]
+    names = read_prompts(config.prompts, limit=config.max_prompts)
+    prompts = [name for name in names for _ in range(config.images_per_prompt)]
+    seeds = [seed for name in names for seed in seeds_of(name, config.images_per_prompt, seed=config.seed)]
     scores: list[float] = []
-    how = {"steps": config.sampling_steps, "guidance": config.guidance, "batch_size": config.batch_size}
+    how = {"steps": config.num_inference_steps, "guidance": config.guidance_scale, "batch_size": config.batch_size}
     for images in policy.sample(prompts, seeds, **how):
         scores += faithfulness(images, prompts[len(scores) : len(scores) + len(images)])
     return np.array(scores)
@@ -117,8 +117,8 @@ def main() -> None:
         "relabelled by five weak judges, soft labels": (five, "soft"),
         "relabelled by five weak judges and the old labels (trust 0.75), soft labels": (trusted, "soft"),
     }
-    names = read_prompts(recipe.compare.prompts, limit=recipe.compare.limit)  # type: ignore[union-attr]
-    clusters = np.array([name for name in names for _ in range(recipe.compare.samples)])
+    names = read_prompts(recipe.compare.prompts, limit=recipe.compare.max_prompts)  # type: ignore[union-attr]
+    clusters = np.array([name for name in names for _ in range(recipe.compare.images_per_prompt)])
     base, found = draw(None, recipe), []
     for name, (pairs, objective) in arms.items():
         config = dataclasses.replace(

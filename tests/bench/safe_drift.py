@@ -18,7 +18,7 @@ from dpo_mm.recipe import read_recipe
 STEPS = 60
 VARIATIONS: dict[str, dict[str, str]] = {
     "sigmoid": {},
-    "safe, slack 0.9": {"objective": "safe", "settings": "slack:0.9"},
+    "safe, slack 0.9": {"objective": "safe", "objective_kwargs": "slack:0.9"},
 }
 
 
@@ -29,7 +29,7 @@ def errors(name: str) -> dict[str, list[float]]:
     with quietly(), tempfile.TemporaryDirectory() as folder:
         given = {**VARIATIONS[name], "output_dir": folder, "log_every": "10", "steps": str(STEPS), "eval_fraction": "0"}
         log = train(read_recipe("faithfulness", "shapes", given).train).history
-    sides = ("error_chosen", "error_rejected", "accuracy")
+    sides = ("errors/chosen", "errors/rejected", "rewards/accuracies")
     return {side: [round(entry[side], 4) for entry in log if side in entry] for side in sides}
 
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_mm.cli.main import quietly
-from dpo_mm.config import CompareAnswersConfig, MineAnswersConfig, TrainConfig
+from dpo_mm.config import CompareResponsesConfig, MineResponsesConfig, TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import write_rows
 from dpo_mm.data.questions import read_questions
@@ -47,7 +47,7 @@ TEST, VALIDATION, MINED, LIMIT = 400, 100, 300, 380
 """Held-out pages, of two kinds, pages asked in mining, and tokens of an answer at most."""
 TEST_SEED, VALIDATION_SEED, CONFIRM_SEED, MINED_SEED, CLEAN_SEED = 0, 5, 40, 1, 300
 RATES = (1e-3, 3e-3, 6e-3)
-JUDGES = ("degeneration", "runaway", "repetition", "cer", "valid_json", "tokens")
+JUDGES = ("degeneration", "trailing_repetition", "repetition", "cer", "valid_json", "num_tokens")
 BATCH = 8
 """Pairs a step."""
 ARMS = ("dpo", "sft")
@@ -74,7 +74,7 @@ def questions(work: Path, count: int, seed: int, *, held_out: bool) -> str:
                 "id": f"page-{number}",
                 "images": [{"bytes": encode_png(documents.render(page)), "path": None}],
                 "prompt": documents.PROMPTS[page.form],
-                "truth": documents.transcription(page),
+                "ground_truth": documents.transcription(page),
                 "category": page.kind,
             }
             for number, page in enumerate(pages(LARGE, count, seed, held_out=held_out))
@@ -112,7 +112,7 @@ def reader(work: Path) -> str:
                 str(folder),
                 objective="sft",
                 tuning="full",
-                include_vision=True,
+                train_vision_tower=True,
                 steps=STEPS,
                 batch_size=16,
                 learning_rate=4e-4,
@@ -129,7 +129,7 @@ def mined(work: Path, seed: int) -> str:
     """Pairs from the reader's own loops on large pages, greedy."""
     asked = questions(work, MINED, MINED_SEED + seed, held_out=False)
     folder = work / f"mined-{seed}"
-    config = MineAnswersConfig(
+    config = MineResponsesConfig(
         reader(work), asked, str(folder), "degeneration", max_new_tokens=LIMIT, batch_size=100, seed=seed
     )
     return str(mine_answers(config))
@@ -144,7 +144,7 @@ def pairs_of(arm: str, work: Path, seed: int) -> str:
         return str(path)
     rows = pq.read_table(path)
     listed = rows.to_pylist()
-    for part in (row["rejected"][0]["content"][0] for row in listed if row["rejected_open"]):
+    for part in (row["rejected"][0]["content"][0] for row in listed if row["rejected_truncated"]):
         part["text"] = cut_loop(part["text"])
     pq.write_table(pa.Table.from_pylist(listed, schema=rows.schema), path.with_stem("short"))
     return str(path.with_stem("short"))
@@ -165,14 +165,14 @@ def trained(arm: str, work: Path, seed: int, rate: float) -> tuple[str, float | 
         if "sft" in arm:
             config = dataclasses.replace(sft_of(config), output_dir=str(folder))
         done = train(config)
-        rewards = [entry["reward_chosen"] for entry in done.history if "reward_chosen" in entry]
+        rewards = [entry["rewards/chosen"] for entry in done.history if "rewards/chosen" in entry]
         (folder / "nats.json").write_text(json.dumps(rewards[-1] / done.beta if rewards else None))
     return str(folder), json.loads((folder / "nats.json").read_text())
 
 
-def asking(work: Path, seed: int = TEST_SEED, *, count: int = TEST, temperature: float = 0.0) -> CompareAnswersConfig:
+def asking(work: Path, seed: int = TEST_SEED, *, count: int = TEST, temperature: float = 0.0) -> CompareResponsesConfig:
     """How held-out large pages are asked; seed: of the pages."""
-    return CompareAnswersConfig(
+    return CompareResponsesConfig(
         reader(work),
         str(work),
         questions(work, count, seed, held_out=True),
@@ -183,7 +183,7 @@ def asking(work: Path, seed: int = TEST_SEED, *, count: int = TEST, temperature:
     )
 
 
-def asked(config: CompareAnswersConfig, adapter: str | None, work: Path) -> Answered:
+def asked(config: CompareResponsesConfig, adapter: str | None, work: Path) -> Answered:
     policy = load_policy(config.model)
     if adapter:
         policy.attach(adapter)
@@ -248,7 +248,7 @@ def confirmed(work: Path, seeds: list[int], best: dict[str, float]) -> list[dict
     return rows
 
 
-def _against(one: Answered, other: Answered, config: CompareAnswersConfig) -> dict[str, Any]:
+def _against(one: Answered, other: Answered, config: CompareResponsesConfig) -> dict[str, Any]:
     found = comparisons(one, other, config)
     return {c.judge: {"difference": c.difference, "low": c.low, "high": c.high, "verdict": c.verdict} for c in found}
 

@@ -23,13 +23,13 @@ from dpo_mm.recipe import read_recipe
 
 STUDIES: dict[str, dict[str, str]] = {
     "sigmoid": {},
-    "safe, slack 0.9": {"objective": "safe", "settings": "slack:0.9"},
-    "safe, slack 0.6": {"objective": "safe", "settings": "slack:0.6"},
-    "safe, slack 0.3": {"objective": "safe", "settings": "slack:0.3"},
-    "safe, slack 0": {"objective": "safe", "settings": "slack:0"},
-    "safe, slack 0.6, beta 2000": {"objective": "safe", "settings": "slack:0.6", "beta": "2000"},
-    **{f"K = {k}, kept": {"reference": "precomputed", "reference_draws": str(k)} for k in (1, 4, 16)},
-    **{f"K = {k}, asked": {"reference_draws": str(k)} for k in (1, 4, 16)},
+    "safe, slack 0.9": {"objective": "safe", "objective_kwargs": "slack:0.9"},
+    "safe, slack 0.6": {"objective": "safe", "objective_kwargs": "slack:0.6"},
+    "safe, slack 0.3": {"objective": "safe", "objective_kwargs": "slack:0.3"},
+    "safe, slack 0": {"objective": "safe", "objective_kwargs": "slack:0"},
+    "safe, slack 0.6, beta 2000": {"objective": "safe", "objective_kwargs": "slack:0.6", "beta": "2000"},
+    **{f"K = {k}, kept": {"reference": "precomputed", "fixed_draws_per_row": str(k)} for k in (1, 4, 16)},
+    **{f"K = {k}, asked": {"fixed_draws_per_row": str(k)} for k in (1, 4, 16)},
 }
 LAST = 50
 """Steps at the end whose training errors are averaged."""
@@ -64,7 +64,10 @@ def run(name: str, seed: int, work: Path) -> dict[str, Any]:
         "seed": seed,
         "prompts": list(plan.prompts[:: plan.samples]),
         **{f"right_{side}": "".join(str(int(score)) for score in scores) for side, scores in right.items()},
-        **{key: _end(trained.history, key) for key in ("error_chosen", "error_rejected", "accuracy", "margin")},
+        **{
+            key: _end(trained.history, key)
+            for key in ("errors/chosen", "errors/rejected", "rewards/accuracies", "rewards/margins")
+        },
         **{key: value for key, value in trained.history[-1].items() if key.startswith("eval_")},
         "train_cpu_seconds": round(spent, 1),
     }
@@ -101,7 +104,7 @@ def summed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": [row["seed"] for row in own],
                 **compared([(row, row["right_base"], row["right_tuned"]) for row in own]),
                 "against_sigmoid": compared(beside) if beside and name != "sigmoid" else None,
-                **{key: statistics.mean(row[key] for row in own) for key in ("error_chosen", "error_rejected")},
+                **{key: statistics.mean(row[key] for row in own) for key in ("errors/chosen", "errors/rejected")},
                 "train_cpu_seconds": statistics.mean(row["train_cpu_seconds"] for row in own),
             }
         )

@@ -54,7 +54,7 @@ Step = Callable[[], float]
 
 def ours(shape: Shape, rows: list[dict[str, Any]], tokens: int, **options: Any) -> Step:
     """Our step: layout plain or shared, reference online or kept, vision features kept or not."""
-    keep, reference = options.pop("keep_features", False), options.pop("reference", "adapter_off")
+    keep, reference = options.pop("cache_vision_features", False), options.pop("reference", "adapter_off")
     config = TrainConfig(
         "bench", "", "bench", beta=0.1, batch_size=len(rows), steps=1, lora_rank=RANK, lora_alpha=RANK,
         lora_targets=ADAPTED, reference=reference,
@@ -64,7 +64,7 @@ def ours(shape: Shape, rows: list[dict[str, Any]], tokens: int, **options: Any) 
     policy.prepare(config)
     stir(policy.model)
     if keep:
-        encoded = policy.keep_features(encoded)
+        encoded = policy.cache_vision_features(encoded)
     if reference == "precomputed":
         encoded = keep_reference(policy, PairStream(encoded, seed=0, length=len(encoded), draws=1), config)
     trainer = DPOTrainer(policy, config, encoded)
@@ -126,10 +126,12 @@ def stir(model: Any) -> None:
 
 
 VARIANTS: dict[str, Callable[..., Step]] = {
-    "vision kept": lambda *of: ours(*of, layout="shared", reference="precomputed", keep_features=True),
-    "reference kept": lambda *of: ours(*of, layout="shared", reference="precomputed"),
-    "prefix": lambda *of: ours(*of, layout="shared"),
-    "plain": lambda *of: ours(*of, layout="plain"),
+    "vision kept": lambda *of: ours(
+        *of, pair_layout="shared_prefix", reference="precomputed", cache_vision_features=True
+    ),
+    "reference kept": lambda *of: ours(*of, pair_layout="shared_prefix", reference="precomputed"),
+    "prefix": lambda *of: ours(*of, pair_layout="shared_prefix"),
+    "plain": lambda *of: ours(*of, pair_layout="separate"),
     "trl_head": lambda *of: trl(*of, head=True),
     "trl": lambda *of: trl(*of, head=False),
 }

@@ -112,7 +112,7 @@ def test_a_source_that_does_not_decode_is_named(kontext: str, tmp_path: Path) ->
     policy = load_policy(kontext, resolution=32)
     with pytest.raises(ValueError, match="row row-0 of pairs: image_source does not decode"):
         encode(policy, make_image_rows(some), where="pairs", cache=tmp_path)
-    left = encode(policy, make_image_rows(some), where="pairs", cache=tmp_path, on_bad_image="skip")
+    left = encode(policy, make_image_rows(some), where="pairs", cache=tmp_path, undecodable_images="drop")
     assert len(left) == 1 and left[0]["id"] == "row-1"
 
 

@@ -204,7 +204,7 @@ def test_shared_prefix_is_two_plain_forwards(family: str, checkpointing: bool) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_parameters_get_the_gradients_of_plain_forwards(family: str) -> None:
-    policy = policy_of(family, options={"include_vision": True}, tuning="full")
+    policy = policy_of(family, options={"train_vision_tower": True}, tuning="full")
     encoded = policy.encode(rows(family, counts(family)))
     wanted = gradients(policy, two_plain_forwards(policy, encoded))
     batch = policy.collate(encoded)
@@ -402,7 +402,7 @@ def test_the_check_catches_a_wrong_shared_prefix(wrong: str, half: str, monkeypa
     with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"), torch.no_grad():
         policy.log_probs(policy.model, batch)
     assert policy.scorer.layout == "plain"
-    again = policy_of("llava", options={"layout": "shared"})
+    again = policy_of("llava", options={"pair_layout": "shared_prefix"})
     with pytest.raises(ValueError, match="layout 'shared' is not exact"):
         again.log_probs(again.model, batch_of(again, "llava"))
 
@@ -432,7 +432,7 @@ def test_kept_features_answer_as_pixels_and_the_tower_is_asked_once(family: str,
     encoded = policy.encode(rows(family, counts(family)))
     if family not in IMAGES:
         record_property("reason", "text alone: there are no features, and rows stay as they are")
-        assert policy.keep_features(encoded) == encoded
+        assert policy.cache_vision_features(encoded) == encoded
         return
     calls = []
     policy.core.get_image_features, plain = None, policy.core.get_image_features
@@ -447,7 +447,7 @@ def test_kept_features_answer_as_pixels_and_the_tower_is_asked_once(family: str,
     batch = policy.collate(encoded)
     reference, found = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
     assert len(calls) == 1 and not torch.equal(reference.chosen, found.chosen)
-    kept = policy.keep_features(encoded)
+    kept = policy.cache_vision_features(encoded)
     assert all("pixel_values" not in row["images"] for row in kept)
     calls.clear()
     same(policy.log_probs(policy.model, policy.collate(kept)), found, 1e-5)
@@ -455,9 +455,9 @@ def test_kept_features_answer_as_pixels_and_the_tower_is_asked_once(family: str,
 
 
 def test_features_of_a_tower_that_trains_are_refused() -> None:
-    policy = policy_of("llava", options={"include_vision": True}, tuning="full")
+    policy = policy_of("llava", options={"train_vision_tower": True}, tuning="full")
     with pytest.raises(ValueError, match="vision tower trains"):
-        policy.keep_features(policy.encode(rows("llava", (1,))))
+        policy.cache_vision_features(policy.encode(rows("llava", (1,))))
 
 
 # What trains, rows, answers
@@ -475,10 +475,10 @@ def test_what_trains(family: str) -> None:
     assert not any("lm_head" in name for name in trained)
     assert not outside(policy_of(family, tuning="full").model)
     if family in IMAGES:
-        assert outside(policy_of(family, options={"include_vision": True}).model)
-        assert outside(policy_of(family, options={"include_vision": True}, tuning="full").model)
+        assert outside(policy_of(family, options={"train_vision_tower": True}).model)
+        assert outside(policy_of(family, options={"train_vision_tower": True}, tuning="full").model)
     with pytest.raises(ValueError, match="lora_targets: 'to_q'"):
-        lora_targets(build(family)[0], ("to_q",), include_vision=False)
+        lora_targets(build(family)[0], ("to_q",), train_vision_tower=False)
 
 
 def test_full_fine_tuning_is_saved_with_its_processor_and_loads(tmp_path: Path) -> None:
@@ -530,7 +530,7 @@ def test_rows_that_do_not_fit_are_refused_or_dropped_by_name(caplog: pytest.LogC
     some = rows("llava", (1, 4, 1))
     with pytest.raises(ValueError, match=r"row llava-1: .* 4 images; at most 64 fit, and image tokens are never cut"):
         VisionLanguage(*build("llava"), "m", max_length=64).encode(some)
-    policy = VisionLanguage(*build("llava"), "m", max_length=64, on_too_long="drop")
+    policy = VisionLanguage(*build("llava"), "m", max_length=64, overlong_rows="drop")
     assert [row["id"] for row in policy.encode(some)] == ["llava-0", "llava-2"]
     assert policy.rows.dropped == ["llava-1"] and "row llava-1" in caplog.text
     places = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "a"}]}]
@@ -538,13 +538,13 @@ def test_rows_that_do_not_fit_are_refused_or_dropped_by_name(caplog: pytest.LogC
         policy.encode([{**some[0], "prompt": places}])
     with pytest.raises(ValueError, match="row llava-0: 1 images for a model that reads text alone"):
         VisionLanguage(*build("llama"), "m").encode(some[:1])
-    with pytest.raises(ValueError, match="on_too_long 'cut' is unknown"):
-        VisionLanguage(*build("llama"), "m", on_too_long="cut")
+    with pytest.raises(ValueError, match="overlong_rows 'cut' is unknown"):
+        VisionLanguage(*build("llama"), "m", overlong_rows="cut")
 
 
 def test_columns_of_the_data_reach_the_batch() -> None:
     policy = VisionLanguage(*build("llama"), "m")
-    some = [{**row, "margin": 0.5 * n, "probability": 0.9} for n, row in enumerate(rows("llama", (0, 0)))]
+    some = [{**row, "score_gap": 0.5 * n, "probability": 0.9} for n, row in enumerate(rows("llama", (0, 0)))]
     batch = policy.collate([{**row, "visit": 3, "reference_chosen": 1.0} for row in policy.encode(some)])
     assert batch["score_margin"].tolist() == [0, 0.5] and batch["reference_chosen"].tolist() == [1, 1]
     assert batch["id"] == ["llama-0", "llama-1"] and batch["probability"].shape == (2,)

@@ -40,7 +40,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONFAULTHANDLER": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
-    for name in ("loss", "margin", "reward_chosen"):
+    for name in ("loss", "rewards/margins", "rewards/chosen"):
         values = [[entry[name] for entry in log if name in entry] for log in (one, two)]
         assert len(values[0]) == 3 and values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-4)
-    assert abs(one[2]["margin"]) > 1e-2 and (tmp_path / "two" / "adapter_model.safetensors").exists()
+    assert abs(one[2]["rewards/margins"]) > 1e-2 and (tmp_path / "two" / "adapter_model.safetensors").exists()

@@ -40,12 +40,12 @@ def test_failures_fall_and_nothing_is_paid_for_it(run: tuple[str, Path, dict[str
         loops = found["degeneration"]
         assert 0.05 <= loops["base"] <= 0.3 and loops["tuned"] <= 0.4 * loops["base"] and loops["high"] < 0
         assert found["cer"]["verdict"] == "better" and found["valid_json"]["verdict"] != "worse"
-        assert found["tokens"]["tuned"] < found["tokens"]["base"]
+        assert found["num_tokens"]["tuned"] < found["num_tokens"]["base"]
         return
     invented = found["chair_i"]
     assert invented["tuned"] <= 0.6 * invented["base"] and invented["high"] < 0
     assert found["recall"]["difference"] >= -0.02
-    assert abs(found["words"]["difference"]) <= 0.1 * found["words"]["base"]
+    assert abs(found["num_words"]["difference"]) <= 0.1 * found["num_words"]["base"]
 
 
 def test_the_chosen_answers_are_not_given_up(run: tuple[str, Path, dict[str, Any]]) -> None:

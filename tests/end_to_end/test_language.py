@@ -36,7 +36,7 @@ def test_a_language_model_trains_from_a_file(family: str, tmp_path: Path) -> Non
     )
     trained = train(config)
     losses = [entry for entry in trained.history if "loss" in entry]
-    assert losses[0]["accuracy"] == 0.5 and losses[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert losses[0]["rewards/accuracies"] == 0.5 and losses[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert losses[0]["loss"] > math.log(2)
-    assert losses[-1]["margin"] > 0 and "error_chosen" not in losses[-1]
+    assert losses[-1]["rewards/margins"] > 0 and "errors/chosen" not in losses[-1]
     assert (tmp_path / "out" / "adapter_config.json").exists()

@@ -45,7 +45,7 @@ def kind(peer: str) -> str:
     if "," in peer:
         return "TRL DPOTrainer, divergences"
     special = any(word in peer for word in ("ld_alpha", "use_weighting", "+"))
-    return f"TRL DPOTrainer, {'LD-DPO, WPO, mixture' if special else 'loss types and smoothing'}"
+    return f"TRL DPOTrainer, {'LD-DPO, WPO, mixture' if special else 'loss types and label_smoothing'}"
 
 
 def summary(found: list[dict[str, Any]]) -> str:

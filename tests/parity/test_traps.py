@@ -15,7 +15,7 @@ from dpo_mm.training.encoding import encoded_sets
 TESTS = Path(__file__).parents[1]
 TRAPS = {
     "TRL: bco_pair without a running mean": "parity/test_trl.py::test_their_bco_has_no_running_mean",
-    "TRL: sigmoid ignores label smoothing": "parity/test_trl.py::test_their_sigmoid_ignores_label_smoothing",
+    "TRL: sigmoid ignores label label_smoothing": "parity/test_trl.py::test_their_sigmoid_ignores_label_smoothing",
     "TRL: discopop overflows": "parity/test_trl.py::test_their_discopop_overflows",
     "TRL: likelihoods averaged over the batch's tokens": "parity/test_trl.py::test_their_sft_is_a_mean_over_the_batchs_tokens",
     "ms-swift, LLaMA-Factory: LD-DPO on the policy alone": "parity/test_trl.py::test_their_length_desensitising_acts_on_policy_and_reference",

@@ -82,13 +82,13 @@ def test_the_batch_tells_things_apart() -> None:
 
 def test_their_sigmoid_ignores_label_smoothing() -> None:
     """cDPO there is `aot` on one pair, whose sort does nothing."""
-    theirs = [trl_dpo("sigmoid", smoothing=e)(peer()).item() for e in (0.0, 0.3)]
+    theirs = [trl_dpo("sigmoid", label_smoothing=e)(peer()).item() for e in (0.0, 0.3)]
     assert theirs[0] == theirs[1]
-    assert abs(plain("sigmoid", smoothing=0.3)(ours()).item() - theirs[1]) > 1e-3
+    assert abs(plain("sigmoid", label_smoothing=0.3)(ours()).item() - theirs[1]) > 1e-3
     for n, pair in enumerate(PAIRS):
         policy, reference = ours().policy, ours().reference
-        cdpo = objectives.sigmoid(policy, reference, beta=0.3, smoothing=0.3)[n].item()
-        assert cdpo == pytest.approx(trl_dpo("aot", smoothing=0.3, pairs=[pair])(peer()).item(), abs=VALUE)
+        cdpo = objectives.sigmoid(policy, reference, beta=0.3, label_smoothing=0.3)[n].item()
+        assert cdpo == pytest.approx(trl_dpo("aot", label_smoothing=0.3, pairs=[pair])(peer()).item(), abs=VALUE)
 
 
 def test_their_bco_has_no_running_mean() -> None:
@@ -104,7 +104,7 @@ def test_their_bco_has_no_running_mean() -> None:
 
 def test_their_length_desensitising_acts_on_policy_and_reference() -> None:
     """Ours too; ms-swift and LLaMA-Factory put it on the policy alone, which is another loss."""
-    sides = objectives.shared_length(*ours().tokens, *ours().masks, tail_weight=0.5)
+    sides = objectives.shared_length(*ours().tokens, *ours().masks, ld_alpha=0.5)
     policy = LogProbs(*sides, ours().policy.terms_chosen, ours().policy.terms_rejected, exact=True)
     alone = objectives.sigmoid(policy, ours().reference, beta=0.3).mean().item()
     assert abs(alone - trl_dpo("sigmoid", ld_alpha=0.5)(peer()).item()) > 1e-2

@@ -214,7 +214,7 @@ def trl_dpo(
     loss: str | dict[str, float],
     *,
     beta: float = 0.3,
-    smoothing: float = 0.0,
+    label_smoothing: float = 0.0,
     divergence: str = "reverse_kl",
     alpha: float = 0.5,
     ld_alpha: float | None = None,
@@ -227,7 +227,7 @@ def trl_dpo(
         trainer = peer.dpo
         weights = {loss: 1.0} if isinstance(loss, str) else loss
         trainer.loss_types, trainer.loss_weights = list(weights), list(weights.values())
-        trainer.beta, trainer.label_smoothing, trainer.ld_alpha = beta, smoothing, ld_alpha
+        trainer.beta, trainer.label_smoothing, trainer.ld_alpha = beta, label_smoothing, ld_alpha
         trainer.f_divergence_type, trainer.f_alpha_divergence_coef = divergence, alpha
         trainer.use_weighting = weighted
         return trainer._compute_loss(trainer.model, trainer.data_collator(pairs), False)
@@ -257,11 +257,11 @@ def unpaired() -> list[dict[str, Any]]:
 
 
 def trl_cpo(
-    loss: str, *, beta: float = 0.3, smoothing: float = 0.0, nll_weight: float = 1.0
+    loss: str, *, beta: float = 0.3, label_smoothing: float = 0.0, nll_weight: float = 1.0
 ) -> Callable[[Peer], Tensor]:
     def theirs(peer: Peer) -> Tensor:
         trainer = peer.cpo
-        trainer.loss_type, trainer.beta, trainer.label_smoothing = loss, beta, smoothing
+        trainer.loss_type, trainer.beta, trainer.label_smoothing = loss, beta, label_smoothing
         trainer.cpo_alpha, trainer.simpo_gamma = nll_weight, 1.375
         return trainer.get_batch_loss_metrics(trainer.model, padded())[0]
 
@@ -319,12 +319,12 @@ def mpo(ours: Ours) -> Tensor:
     return loss(ours.policy, ours.reference, data).mean() + MPO["sft"] * batch_mean_sft(ours)
 
 
-def shortened(tail_weight: float) -> Callable[[Ours], Tensor]:
+def shortened(ld_alpha: float) -> Callable[[Ours], Tensor]:
     """LD-DPO: sigmoid on length-desensitised log-probs of policy and reference."""
 
     def loss(ours: Ours) -> Tensor:
         sides = [
-            objectives.shared_length(*tokens, *ours.masks, tail_weight=tail_weight)
+            objectives.shared_length(*tokens, *ours.masks, ld_alpha=ld_alpha)
             for tokens in (ours.tokens, ours.reference_tokens)
         ]
         terms = ours.policy.terms_chosen, ours.policy.terms_rejected
@@ -364,8 +364,8 @@ def orpo(ours: Ours) -> Tensor:
     return term.mean() - ours.prompt_and_chosen.mean()
 
 
-def cpo(ours: Ours, *, smoothing: float = 0.0) -> Tensor:
-    term = objectives.cpo(ours.policy, beta=0.3, nll_weight=0.0, smoothing=smoothing)
+def cpo(ours: Ours, *, label_smoothing: float = 0.0) -> Tensor:
+    term = objectives.cpo(ours.policy, beta=0.3, nll_weight=0.0, label_smoothing=label_smoothing)
     return term.mean() + batch_mean_sft(ours)
 
 
@@ -386,7 +386,10 @@ def comparisons() -> list[Comparison]:
     ]
     found += [
         Comparison(
-            f"{name}, smoothing {e:g}", f"DPOTrainer {name}", plain(name, smoothing=e), trl_dpo(name, smoothing=e)
+            f"{name}, label_smoothing {e:g}",
+            f"DPOTrainer {name}",
+            plain(name, label_smoothing=e),
+            trl_dpo(name, label_smoothing=e),
         )
         for name, e in (("robust", 0.1), ("exo_pair", 1e-3), ("exo_pair", 0.1), ("aot", 0.1), ("aot_unpaired", 0.1))
     ]
@@ -408,15 +411,15 @@ def comparisons() -> list[Comparison]:
             f"{name}, {ours}{f' {alpha:g}' if ours == 'alpha' else ''}",
             f"DPOTrainer {name}, {theirs}",
             plain(name, divergence=ours, alpha=alpha, **extra),
-            trl_dpo(name, divergence=theirs, alpha=alpha, smoothing=extra.get("smoothing", 0.0)),
+            trl_dpo(name, divergence=theirs, alpha=alpha, label_smoothing=extra.get("label_smoothing", 0.0)),
         )
         for name in ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
         for ours, theirs in THEIR_DIVERGENCES.items()
         for alpha in ((0.5, 2.0) if ours == "alpha" else (0.5,))
-        for extra in ({"smoothing": 0.1} if name in ("exo_pair", "robust") else {},)
+        for extra in ({"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {},)
     ]
     found += [
-        Comparison(f"LD-DPO, tail_weight {a:g}", "DPOTrainer ld_alpha", shortened(a), trl_dpo("sigmoid", ld_alpha=a))
+        Comparison(f"LD-DPO, ld_alpha {a:g}", "DPOTrainer ld_alpha", shortened(a), trl_dpo("sigmoid", ld_alpha=a))
         for a in (0.0, 0.5, 1.0)
     ]
     found += [
@@ -448,18 +451,18 @@ def comparisons() -> list[Comparison]:
         Comparison("orpo", "ORPOTrainer", orpo, trl_orpo, f"likelihood of the prompt too; {TOKEN_MEAN}"),
         Comparison("cpo", "CPOTrainer sigmoid", cpo, trl_cpo("sigmoid"), TOKEN_MEAN),
         Comparison(
-            "cpo, smoothing 0.1",
+            "cpo, label_smoothing 0.1",
             "CPOTrainer sigmoid",
-            functools.partial(cpo, smoothing=0.1),
-            trl_cpo("sigmoid", smoothing=0.1),
+            functools.partial(cpo, label_smoothing=0.1),
+            trl_cpo("sigmoid", label_smoothing=0.1),
             TOKEN_MEAN,
         ),
         Comparison("simpo", "CPOTrainer simpo", plain("simpo", beta=2.5), trl_cpo("simpo", beta=2.5, nll_weight=0.0)),
         Comparison(
-            "simpo, smoothing 0.1",
+            "simpo, label_smoothing 0.1",
             "CPOTrainer simpo",
-            plain("simpo", beta=2.5, smoothing=0.1),
-            trl_cpo("simpo", beta=2.5, smoothing=0.1, nll_weight=0.0),
+            plain("simpo", beta=2.5, label_smoothing=0.1),
+            trl_cpo("simpo", beta=2.5, label_smoothing=0.1, nll_weight=0.0),
         ),
     ]
     return found

@@ -9,7 +9,7 @@ import pytest
 from transformers import SchedulerType
 
 from dpo_mm.assets import SHIPPED, presets_folder
-from dpo_mm.config import CompareAnswersConfig
+from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.judges import named
 from dpo_mm.objectives import OBJECTIVES
 from dpo_mm.policies.diffusion.diffusion_policy import DTYPES
@@ -52,7 +52,7 @@ def test_what_a_preset_names_exists(name: str) -> None:
     mined = [settings.mine.judge] if settings.mine else []
     judges = [*settings.compare.judges, *(n for one in mined for n in ([one] if isinstance(one, str) else one))]
     assert judges and all(named(judge) or OWN.fullmatch(judge) for judge in judges)
-    if isinstance(settings.compare, CompareAnswersConfig):
+    if isinstance(settings.compare, CompareResponsesConfig):
         assert set(settings.compare.guards) <= set(settings.compare.judges)
     train = settings.train
     names = [train.objective] if isinstance(train.objective, str) else list(train.objective)
@@ -82,7 +82,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Recipe]
         if model not in made:
             if model in SHIPPED:
                 made[model] = load_policy(model)
-            elif isinstance(settings.compare, CompareAnswersConfig):
+            elif isinstance(settings.compare, CompareResponsesConfig):
                 kind = preset if preset in tiny_vlms.BUILDERS else "llava"
                 made[model] = VisionLanguage(*tiny_vlms.build(kind), kind)
             else:

@@ -10,14 +10,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PICTURES = ["--limit", "4", "--samples", "2", "--sampling-steps", "3", "--scales", "0.5"]
-ANSWERS = ["--mine.limit", "24", "--mine.samples", "2", "--compare.limit", "6", "--max-new-tokens", "60"]
+PICTURES = ["--max-prompts", "4", "--images-per-prompt", "2", "--num-inference-steps", "3", "--scales", "0.5"]
+ANSWERS = [
+    "--mine.max-questions",
+    "24",
+    "--mine.responses-per-question",
+    "3",
+    "--compare.max-questions",
+    "6",
+    "--max-new-tokens",
+    "60",
+]
 RECIPES = {
     "aesthetic": (PICTURES, "aesthetic", "pytorch_lora_weights.safetensors"),
     "captioner": (ANSWERS, "chair_i", "adapter_model.safetensors"),
     "faithfulness": (PICTURES, "faithfulness", "pytorch_lora_weights.safetensors"),
     "ocr": ([*ANSWERS, "--mine.judge", "cer"], "degeneration", "adapter_model.safetensors"),
-    "custom_judge": (["--mine.limit", "40", "--compare.limit", "8"], "custom_judge:right", "adapter_model.safetensors"),
+    "custom_judge": (
+        ["--mine.max-questions", "40", "--compare.max-questions", "8"],
+        "custom_judge:right",
+        "adapter_model.safetensors",
+    ),
 }
 
 

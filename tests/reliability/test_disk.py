@@ -116,7 +116,7 @@ def test_only_whole_checkpoints_push_out_older_ones(tiny_model: str, pairs: str,
     train(config)
     (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
     weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-    train(dataclasses.replace(config, resume=True, keep_checkpoints=1))
+    train(dataclasses.replace(config, resume=True, save_total_limit=1))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     assert what_is_wrong(tmp_path / "checkpoint-4") is None
     after = load_file(tmp_path / "pytorch_lora_weights.safetensors")

@@ -127,7 +127,9 @@ def test_what_is_refused_in_a_run_is_quarantined_with_its_reason(tiny_model: str
     for number, row in enumerate(some):
         row["image_a"] = {"bytes": damaged(files[number % len(files)], rng), "path": None}
         row["preference"] = "a"
-    kept = encode(load_policy(tiny_model), make_image_rows(some), where="fuzz", on_bad_image="skip", cache=tmp_path)
+    kept = encode(
+        load_policy(tiny_model), make_image_rows(some), where="fuzz", undecodable_images="drop", cache=tmp_path
+    )
     noted = [json.loads(line) for line in next(tmp_path.rglob("quarantine.jsonl")).read_text().splitlines()]
     assert len(kept) + len(noted) == len(some) and len(kept) > 0 and len(noted) > 0
     assert all(one["reason"] for one in noted)

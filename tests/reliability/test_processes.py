@@ -51,9 +51,11 @@ def test_two_processes_give_the_losses_of_one(objective: str, tiny_model: str, p
     done = subprocess.run(two, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     single, double = history(tmp_path / "one"), history(tmp_path / "two")
-    for name in ("loss", "accuracy", "margin", "error_chosen"):
+    for name in ("loss", "rewards/accuracies", "rewards/margins", "errors/chosen"):
         values = [[entry[name] for entry in log if name in entry] for log in (single, double)]
-        assert len(values[0]) == 4 and values[0] == pytest.approx(values[1], abs=1e-4 if name == "margin" else 1e-5)
+        assert len(values[0]) == 4 and values[0] == pytest.approx(
+            values[1], abs=1e-4 if name == "rewards/margins" else 1e-5
+        )
     assert (tmp_path / "two" / "pytorch_lora_weights.safetensors").exists()
 
 
@@ -77,9 +79,9 @@ def test_frames_come_in_the_same_order_on_two_processes(
         )
         assert done.returncode == 0, done.stderr[-3000:]
         logs[name] = history(tmp_path / name)
-    for measure in ("loss", "margin"):
+    for measure in ("loss", "rewards/margins"):
         values = [[entry[measure] for entry in logs[name] if measure in entry] for name in logs]
-        assert values[0] and values[0] == pytest.approx(values[1], abs=1e-3 if measure == "margin" else 1e-4)
+        assert values[0] and values[0] == pytest.approx(values[1], abs=1e-3 if measure == "rewards/margins" else 1e-4)
 
 
 def test_one_of_two_processes_asked_to_stop_stops_both_and_one_process_goes_on(
@@ -90,7 +92,7 @@ def test_one_of_two_processes_asked_to_stop_stops_both_and_one_process_goes_on(
 
     whole = TrainConfig(
         tiny_model, pairs, str(tmp_path / "whole"), steps=6, batch_size=4, save_every=2, log_every=1,
-        learning_rate=1e-3, beta=100, eval_fraction=0, stratified=True,
+        learning_rate=1e-3, beta=100, eval_fraction=0, stratified_timesteps=True,
     )  # fmt: skip
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "two"
     settings = as_dict(whole) | {"output_dir": str(out), "batch_size": 2, "steps": 400, "save_every": 1}

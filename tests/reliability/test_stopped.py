@@ -74,7 +74,12 @@ def test_sigterm_in_mining_while_judging(tiny_model: str, tmp_path: Path) -> Non
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green star\n")
 
     def mine(out: str) -> list[str]:
-        given = {"model": tiny_model, "prompts": str(tmp_path / "prompts.txt"), "judge": "red", "samples": "2"}
+        given = {
+            "model": tiny_model,
+            "prompts": str(tmp_path / "prompts.txt"),
+            "judges": "red",
+            "images_per_prompt": "2",
+        }
         given |= {
             "sampling-steps": "2",
             "shard-size": "1",

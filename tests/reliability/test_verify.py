@@ -22,7 +22,7 @@ def config(model: str, pairs: str, **more: Any) -> TrainConfig:
     return TrainConfig(model=model, pairs=pairs, output_dir="", **given)
 
 
-@pytest.mark.parametrize("more", [{}, {"reference": "precomputed", "reference_draws": 2}, {"tuning": "full"}])
+@pytest.mark.parametrize("more", [{}, {"reference": "precomputed", "fixed_draws_per_row": 2}, {"tuning": "full"}])
 def test_a_sound_recipe_passes(more: dict[str, Any], tiny_model: str, pairs: str, tmp_path: Path) -> None:
     checks = list(verify(config(tiny_model, pairs, **more), tmp_path))
     assert len(checks) == 5 and all(check.passed for check in checks), checks

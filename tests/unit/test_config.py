@@ -29,7 +29,9 @@ def test_strings_become_what_the_setting_is() -> None:
     assert (got.steps, got.learning_rate, got.resume, got.lora_targets) == (12, 1e-4, True, ("to_q", "to_k"))
     mixed = build(TrainConfig, {**PLAIN, "objective": {"sigmoid": 0.8, "hinge": 0.2}}, where="flags")
     assert mixed.objective == {"sigmoid": 0.8, "hinge": 0.2}
-    assert build(TrainConfig, {**PLAIN, "settings": "smoothing:0.1"}, where="flags").settings == {"smoothing": 0.1}
+    assert build(TrainConfig, {**PLAIN, "objective_kwargs": "label_smoothing:0.1"}, where="flags").objective_kwargs == {
+        "label_smoothing": 0.1
+    }
     assert build(TrainConfig, {**PLAIN, "revision": "none"}, where="flags").revision is None
     assert build(CompareConfig, {"model": "m", "output_dir": "o", "scales": [0.5, 2]}, where="f").scales == (0.5, 2.0)
 
@@ -41,7 +43,7 @@ def test_strings_become_what_the_setting_is() -> None:
         ({**PLAIN, "steps": "many"}, "steps: expected int, got 'many'"),
         ({**PLAIN, "steps": 1.5}, "steps: expected int, got 1.5"),
         ({**PLAIN, "resume": "perhaps"}, "resume: expected bool"),
-        ({**PLAIN, "settings": "smoothing"}, "settings"),
+        ({**PLAIN, "objective_kwargs": "label_smoothing"}, "objective_kwargs"),
         ({"pairs": "p"}, "model and output_dir missing"),
     ],
 )
@@ -63,9 +65,9 @@ def test_files_that_are_no_recipes_are_named(tmp_path: Path) -> None:
 
 def test_flags_reach_the_parts_that_have_them(tmp_path: Path) -> None:
     got = read_recipe(
-        "faithfulness", "shapes", {"seed": "3", "train.steps": "7", "output_dir": str(tmp_path), "limit": "5"}
+        "faithfulness", "shapes", {"seed": "3", "train.steps": "7", "output_dir": str(tmp_path), "max_prompts": "5"}
     )
-    assert (got.train.seed, got.compare.seed, got.train.steps, got.compare.limit) == (3, 3, 7, 5)
+    assert (got.train.seed, got.compare.seed, got.train.steps, got.compare.max_prompts) == (3, 3, 7, 5)
     assert got.compare.adapter == str(tmp_path / "adapter") == got.train.output_dir
     with pytest.raises(ValueError, match="did you mean 'steps'"):
         read_recipe("faithfulness", "shapes", {"stepz": "7"})
@@ -92,13 +94,13 @@ def test_every_preset_loads() -> None:
 def test_what_a_model_makes_of_itself_is_judged_by_others(task: str) -> None:
     recipe = read_recipe(task, "sd15-mined", {})
     assert isinstance(recipe.mine, MineConfig) and isinstance(recipe.compare, CompareConfig)
-    mined, compared = {*names(recipe.mine.judge), *names(recipe.mine.guard)}, set(recipe.compare.judges)
+    mined, compared = {*names(recipe.mine.judges), *names(recipe.mine.guards)}, set(recipe.compare.judges)
     assert len(mined) == 3 and len(compared) == 2 and not mined & compared
     assert all(named(name) for name in mined | compared)
     assert recipe.train.pairs == str(Path(recipe.mine.output_dir) / "pairs.parquet")
 
 
-@pytest.mark.parametrize("flag", ["mine.judge", "compare.judges"])
+@pytest.mark.parametrize("flag", ["mine.judges", "compare.judges"])
 def test_an_unkncustom_judge_is_refused_before_anything_runs(flag: str, tmp_path: Path) -> None:
     recipe = read_recipe("ocr", "pages", {flag: "degenerate", "output_dir": str(tmp_path / "out")})
     with pytest.raises(ValueError, match="judge 'degenerate' is unknown; did you mean 'degeneration'"):

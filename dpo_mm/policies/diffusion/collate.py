@@ -24,7 +24,7 @@ def collate(policy: Any, rows: list[dict[str, Any]]) -> Batch:
 
     A row of a `PairStream` may say from which stratum of the schedule, and which sign its noise has.
     """
-    kind, within = policy.config.timesteps, policy.config.timestep_range
+    kind, within = policy.config.timestep_sampling, policy.config.timestep_range
     keys = [(policy.config.seed, row["id"], row["visit"]) for row in rows]
     shape = tuple(rows[0]["chosen_mean"].shape)
     sample = _stack([random_draws.noise(*key, shape, what="posterior") for key in keys])

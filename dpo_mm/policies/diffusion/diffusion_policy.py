@@ -255,7 +255,7 @@ class DiffusionPolicy:
         residual = prediction.float() - self.noising.target(latents, noise, timestep)
         self.residual = residual.detach()
         errors = residual.square().flatten(1).mean(1)
-        return errors * self.noising.epsilon_factor(timestep) if self.config.weighting == "epsilon" else errors
+        return errors * self.noising.epsilon_factor(timestep) if self.config.loss_weighting == "epsilon" else errors
 
     def log_probs(self, model: nn.Module, batch: Batch) -> LogProbs:
         """-1/2 of the denoising errors, chosen and rejected in one forward, (pairs,) each."""
@@ -344,7 +344,7 @@ class DiffusionPolicy:
         if name == "epsilon":
             return "target, which is the noise"
         share = {"v": "kept", "velocity": "(1 - s)^2"}.get(name, "factor")
-        if config.weighting == "epsilon":
+        if config.loss_weighting == "epsilon":
             return f"epsilon: the {name} error times {share}, which is the noise's error; beta is constant on the noise"
         return f"target: beta is constant on the {name} error; on the noise it is beta / {share}"
 

@@ -43,14 +43,14 @@ def without_dropout(core: nn.Module) -> None:
             setattr(module, name, 0.0)
 
 
-def lora_targets(core: Any, names: Sequence[str] | None, *, include_vision: bool) -> str:
+def lora_targets(core: Any, names: Sequence[str] | None, *, train_vision_tower: bool) -> str:
     """A regular expression of the linear layers that a LoRA adapts: all but the head, or those of these names.
 
     Raises ValueError where none matches.
     """
     head, decoder = core.get_output_embeddings(), core.get_decoder()
     places = [name for name, module in core.named_modules() if module is decoder]
-    prefix = "" if include_vision or not places or not places[0] else f"{places[0]}."
+    prefix = "" if train_vision_tower or not places or not places[0] else f"{places[0]}."
     linear = [n for n, m in core.named_modules() if isinstance(m, nn.Linear) and m is not head and n.startswith(prefix)]
     leaves = {name.rpartition(".")[2] for name in linear}
     if names is not None:

@@ -33,8 +33,8 @@ class Conversations:
     """Rows and conversations as one model takes them.
 
     processor: an AutoProcessor, or an AutoTokenizer for a model without images. max_length: tokens of image, prompt and
-    the longer completion, at most. on_too_long: raise | drop. corrupt: also encode what is left of each image, see
-    `corrupted`. mark_edits: also mark the tokens in which the answers differ. Raises ValueError for another on_too_long.
+    the longer completion, at most. overlong_rows: raise | drop. corrupt: also encode what is left of each image, see
+    `corrupted`. mark_edits: also mark the tokens in which the answers differ. Raises ValueError for another overlong_rows.
     """
 
     def __init__(
@@ -43,18 +43,18 @@ class Conversations:
         model: Any,
         *,
         max_length: int | None,
-        on_too_long: str,
+        overlong_rows: str,
         corrupt: bool = False,
         mark_edits: bool = False,
     ) -> None:
-        if on_too_long not in ("raise", "drop"):
-            raise ValueError(f"on_too_long {on_too_long!r} is unknown; expected raise or drop")
+        if overlong_rows not in ("raise", "drop"):
+            raise ValueError(f"overlong_rows {overlong_rows!r} is unknown; expected raise or drop")
         self.processor, self.tokenizer = processor, getattr(processor, "tokenizer", processor)
         self.takes_images = self.tokenizer is not processor
         self.templated = bool(getattr(processor, "chat_template", None) or self.tokenizer.chat_template)
         self.accepted = set(inspect.signature(model.forward).parameters)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length, self.on_too_long = max_length or limit, on_too_long
+        self.max_length, self.overlong_rows = max_length or limit, overlong_rows
         self.corrupt, self.mark_edits = corrupt, mark_edits
         self.dropped: list[str] = []
         """Names of the rows that were too long."""
@@ -73,7 +73,9 @@ class Conversations:
         messages = as_messages(row["prompt"], "user")
         prompt = self.prompt(images, messages, where=f"row {name}")
         answers = {
-            side: self._completion(messages, images, row[side], f"row {name}: {side}", ends=not row.get(f"{side}_open"))
+            side: self._completion(
+                messages, images, row[side], f"row {name}: {side}", ends=not row.get(f"{side}_truncated")
+            )
             for side in ("chosen", "rejected")
         }
         length = len(prompt["ids"]) + max(len(ids) for ids in answers.values())
@@ -81,8 +83,8 @@ class Conversations:
             self._too_long(name, f"{length} tokens, {len(prompt['ids'])} of them its prompt with {len(images)} images")
             return None
         kept: dict[str, Any] = {column: float(row[column]) for column in FROM_DATA if row.get(column) is not None}
-        if row.get("margin") is not None:
-            kept["score_margin"] = float(row["margin"])
+        if row.get("score_gap") is not None:
+            kept["score_margin"] = float(row["score_gap"])
         ids = {f"{side}_ids": torch.tensor(tokens) for side, tokens in answers.items()}
         if self.mark_edits:
             ids |= edits(answers["chosen"], answers["rejected"])
@@ -102,9 +104,9 @@ class Conversations:
 
     def _too_long(self, name: str, size: str) -> None:
         reason = f"row {name}: {size}; at most {self.max_length} fit, and image tokens are never cut"
-        if self.on_too_long == "raise":
+        if self.overlong_rows == "raise":
             raise ValueError(
-                f"{reason}; shrink its images, raise max_length, or leave such rows out with on_too_long 'drop'"
+                f"{reason}; shrink its images, raise max_length, or leave such rows out with overlong_rows 'drop'"
             )
         logger.warning("%s; it is left out", reason)
         self.dropped.append(name)

@@ -31,13 +31,13 @@ TOLERANCE = {"float32": 1e-4, "TF32": 5e-3, "half": 2e-2}
 class Scorer:
     """Asks a model for the log-prob of each completion token.
 
-    name: the model's, for messages. layout: "shared", "plain", or "auto" to find out at the first batch.
+    name: the model's, for messages. layout: "shared_prefix", "separate", or "auto" to find out at the first batch.
     Raises ValueError for another layout.
     """
 
     def __init__(self, name: str, *, layout: str = "auto") -> None:
-        if layout not in ("auto", "shared", "plain"):
-            raise ValueError(f"layout {layout!r} is unknown; expected auto, shared or plain")
+        if layout not in ("auto", "shared_prefix", "separate"):
+            raise ValueError(f"pair_layout {layout!r} is unknown; expected auto, shared_prefix or separate")
         self.name, self.layout, self.head = name, layout, "raw"
         self.checked = False
 
@@ -45,21 +45,21 @@ class Scorer:
         """log p, nats, 0 at padding, (pairs, columns of chosen and rejected), float32. Raises ValueError as `check`."""
         if not self.checked:
             self.check(model, batch)
-        scores = shared_scores if self.layout == "shared" else plain_scores
+        scores = shared_scores if self.layout == "shared_prefix" else plain_scores
         return scores(model, batch, head=self.head)
 
     def check(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Decide how to ask, on this batch. Raises ValueError where the model can't be asked even the plain way."""
         with plainly_evaluating(model) as model:
             truth = self._plain_truth(model, batch)
-            reason = None if self.layout == "plain" else self._reason_against(model, batch, truth)
-        if self.layout == "shared" and reason:
+            reason = None if self.layout == "separate" else self._reason_against(model, batch, truth)
+        if self.layout == "shared_prefix" and reason:
             raise ValueError(f"layout 'shared' is not exact for {self.name}: {reason}; take 'auto'")
         if reason:
             logger.warning(
                 "%s: %s; chosen and rejected are asked as two plain sequences, slower and exact", self.name, reason
             )
-        self.layout, self.checked = "plain" if reason or self.layout == "plain" else "shared", True
+        self.layout, self.checked = "separate" if reason or self.layout == "separate" else "shared_prefix", True
 
     def _plain_truth(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         if "pixel_values" in batch["images"]:

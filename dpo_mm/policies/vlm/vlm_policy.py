@@ -58,22 +58,22 @@ class VisionLanguage:
         processor: Any,
         source: str,
         *,
-        include_vision: bool = False,
+        train_vision_tower: bool = False,
         max_length: int | None = None,
-        on_too_long: str = "raise",
-        layout: str = "auto",
-        tail_weight: float = 1.0,
-        edited_weight: float = 1.0,
+        overlong_rows: str = "raise",
+        pair_layout: str = "auto",
+        ld_alpha: float = 1.0,
+        edited_token_weight: float = 1.0,
         corrupt: bool = False,
     ) -> None:
         self.model: Any = core
-        self.processor, self.source, self.include_vision = processor, source, include_vision
-        self.tail_weight, self.edited_weight = tail_weight, edited_weight
-        marks = edited_weight != 1
+        self.processor, self.source, self.train_vision_tower = processor, source, train_vision_tower
+        self.ld_alpha, self.edited_token_weight = ld_alpha, edited_token_weight
+        marks = edited_token_weight != 1
         self.rows = Conversations(
-            processor, core, max_length=max_length, on_too_long=on_too_long, corrupt=corrupt, mark_edits=marks
+            processor, core, max_length=max_length, overlong_rows=overlong_rows, corrupt=corrupt, mark_edits=marks
         )
-        self.scorer = Scorer(f"{type(core).__name__} ({source})", layout=layout)
+        self.scorer = Scorer(f"{type(core).__name__} ({source})", layout=pair_layout)
         self.base: Any = None
         self.features_apart: bool | None = None
 
@@ -119,7 +119,7 @@ class VisionLanguage:
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
     def prepare(self, config: TrainConfig) -> None:
-        """Make the model ready to train as the config says: a LoRA, or whole; vision as `include_vision` says.
+        """Make the model ready to train as the config says: a LoRA, or whole; vision as `train_vision_tower` says.
 
         Raises ValueError for another tuning.
         """
@@ -130,7 +130,7 @@ class VisionLanguage:
             self._add_lora(core, config)
         elif config.tuning == "full":
             core.float().requires_grad_(True)
-            for module in () if self.include_vision else outside_language(core):
+            for module in () if self.train_vision_tower else outside_language(core):
                 module.requires_grad_(False)
         else:
             raise ValueError(f"tuning {config.tuning!r} is unknown; expected 'lora' or 'full'")
@@ -144,7 +144,7 @@ class VisionLanguage:
         adapter = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
-            target_modules=lora_targets(core, config.lora_targets, include_vision=self.include_vision),
+            target_modules=lora_targets(core, config.lora_targets, train_vision_tower=self.train_vision_tower),
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]):
@@ -162,7 +162,7 @@ class VisionLanguage:
         A LoRA is none of it: the reference is asked without.
         """
         digest = hashlib.sha256(f"{type(self.core).__name__} {self.core.dtype} {self.rows.max_length}".encode())
-        digest.update(f"{self.processor} {self.processor.chat_template} {self.rows.on_too_long}".encode())
+        digest.update(f"{self.processor} {self.processor.chat_template} {self.rows.overlong_rows}".encode())
         weights = {name.replace(".base_layer.", "."): tensor for name, tensor in self.core.state_dict().items()}
         for name, tensor in sorted((name, tensor) for name, tensor in weights.items() if ".lora_" not in name):
             digest.update(name.encode())
@@ -173,13 +173,13 @@ class VisionLanguage:
         """Rows of `response_preference` as ids and image tensors. Raises ValueError as `Conversations.encode_row`."""
         return self.rows.encode(rows)
 
-    def keep_features(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def cache_vision_features(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Encoded rows with the vision tower's features in place of pixels, on the CPU.
 
         Raises ValueError where the tower trains: its features would go stale.
         """
         if self._vision_trains():
-            raise ValueError("vision features can't be kept: the vision tower trains (include_vision)")
+            raise ValueError("vision features can't be kept: the vision tower trains (train_vision_tower)")
         return [self._with_features(row) for row in rows]
 
     def _with_features(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -235,19 +235,20 @@ class VisionLanguage:
         return answers_scale(*self.asked, slack=slack)
 
     def _summed(self, scores: torch.Tensor, batch: Batch) -> LogProbs:
-        """Token log-probs as those of the answers: sums, or as `tail_weight` or `edited_weight` say."""
+        """Token log-probs as those of the answers: sums, or as `ld_alpha` or `edited_token_weight` say."""
         layout = batch["layout"]
         masks = batch["mask"][:, layout.prompt :].to(scores.device).split([layout.chosen, layout.rejected], 1)
         parts = scores.split([layout.chosen, layout.rejected], 1)
         terms_chosen, terms_rejected = (batch[f"terms_{side}"].to(scores.device) for side in ("chosen", "rejected"))
-        if self.edited_weight != 1:
+        if self.edited_token_weight != 1:
             edited = [batch[f"{side}_edited"].to(scores.device) for side in ("chosen", "rejected")]
             chosen, rejected = (
-                segment_mean(*of, edited_weight=self.edited_weight) for of in zip(parts, masks, edited, strict=True)
+                segment_mean(*of, edited_token_weight=self.edited_token_weight)
+                for of in zip(parts, masks, edited, strict=True)
             )
             terms_chosen, terms_rejected = torch.ones_like(chosen), torch.ones_like(rejected)
-        elif self.tail_weight != 1:
-            chosen, rejected = shared_length(*parts, *masks, tail_weight=self.tail_weight)
+        elif self.ld_alpha != 1:
+            chosen, rejected = shared_length(*parts, *masks, ld_alpha=self.ld_alpha)
         else:
             chosen, rejected = (part.sum(1) for part in parts)
         return LogProbs(chosen, rejected, terms_chosen, terms_rejected, exact=True)
@@ -379,9 +380,9 @@ class VisionLanguage:
     # What the run says of itself
 
     def _reduction(self) -> str:
-        if self.edited_weight != 1:
-            return f"mean a token, edited ones {self.edited_weight:g} times (RLHF-V)"
-        tail = f", past the shorter answer's length {self.tail_weight:g} of it (LD-DPO)" * (self.tail_weight != 1)
+        if self.edited_token_weight != 1:
+            return f"mean a token, edited ones {self.edited_token_weight:g} times (RLHF-V)"
+        tail = f", past the shorter answer's length {self.ld_alpha:g} of it (LD-DPO)" * (self.ld_alpha != 1)
         return f"sum over the completion's tokens{tail}"
 
     def describe(self, config: TrainConfig) -> dict[str, str]:
@@ -389,7 +390,7 @@ class VisionLanguage:
         layout = {"auto": "one sequence a pair where that is exact, checked on the first batch"}
         return {
             "family": f"{type(self.core).__name__}, {type(self.processor).__name__}",
-            "target": f"token log-probs, {'vision tower and ' if self.include_vision else ''}language model",
+            "target": f"token log-probs, {'vision tower and ' if self.train_vision_tower else ''}language model",
             "reduction": self._reduction(),
             "layout": layout.get(self.scorer.layout, self.scorer.layout),
             "effective beta": f"{config.beta} a nat of the whole completion, as in Rafailov et al. 2023",

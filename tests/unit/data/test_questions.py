@@ -25,7 +25,7 @@ def test_json_lines_take_their_images_from_beside_them(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     RED.save(tmp_path / "pictures" / "a.png")
     rows = [
-        {"image": "pictures/a.png", "prompt": "What colour?", "truth": "red", "category": "colour"},
+        {"image": "pictures/a.png", "prompt": "What colour?", "ground_truth": "red", "category": "colour"},
         {"images": ["pictures/a.png", "pictures/a.png"], "prompt": "The same?", "id": "two"},
         {"prompt": "No picture."},
     ]
@@ -38,7 +38,7 @@ def test_json_lines_take_their_images_from_beside_them(tmp_path: Path) -> None:
 
 
 def test_parquet_holds_the_bytes(tmp_path: Path) -> None:
-    rows = {"prompt": ["Read."], "truth": ["abc"], "images": [[{"bytes": encode_png(RED), "path": None}]]}
+    rows = {"prompt": ["Read."], "ground_truth": ["abc"], "images": [[{"bytes": encode_png(RED), "path": None}]]}
     Dataset.from_dict(rows).to_parquet(str(tmp_path / "q.parquet"))
     (found,) = read_questions(str(tmp_path / "q.parquet"))
     assert found.images[0].size == (8, 6) and found.truth == "abc"
@@ -49,7 +49,7 @@ def test_parquet_holds_the_bytes(tmp_path: Path) -> None:
     [
         ("{broken", "line 1: not JSON"),
         ("[1]", "line 1: expected an object"),
-        ('{"truth": "x"}', "row 0: no prompt"),
+        ('{"ground_truth": "x"}', "row 0: no prompt"),
         ('{"prompt": "x", "image": "gone.png"}', "row 0: image gone.png can't be read"),
         ("", "no questions in it"),
     ],

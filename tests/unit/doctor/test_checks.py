@@ -101,7 +101,7 @@ def answer_rows() -> Rows:
             ],
             "chosen": say(answer()),
             "rejected": say(answer()),
-            "margin": rng.random(),
+            "score_gap": rng.random(),
             "chosen_model": rng.choice(MODELS),
             "rejected_model": rng.choice(MODELS),
             "source": "vl-feedback",
@@ -222,7 +222,7 @@ IMAGE_FAULTS: dict[str, Callable[..., object]] = {
     "licence-non-commercial": lambda rows, n=3: put(rows, n, license="cc-by-nc-4.0"),
 }
 ANSWER_FAULTS: dict[str, Callable[..., object]] = {
-    "labels-against-evidence": lambda rows, n=3: put(rows, n, margin=-0.5),
+    "labels-against-evidence": lambda rows, n=3: put(rows, n, score_gap=-0.5),
     "contradictory-labels": lambda rows, n=3: again(rows, n, chosen=rows[n]["rejected"], rejected=rows[n]["chosen"]),
     "duplicate-pairs": lambda rows, n=3: again(rows, n),
     "ids-repeated": lambda rows, n=3: put(rows, n, id=rows[n + 1]["id"]),
@@ -256,7 +256,7 @@ ANSWER_FAULTS: dict[str, Callable[..., object]] = {
     "prompts-differ": lambda rows, n=3: put(rows, n, chosen=[*say("Really?", "user"), *rows[n]["chosen"]]),
     "tokens-in-text": lambda rows, n=3: put(rows, n, prompt=say("<image>\nWhat?", "user")),
     "images-misplaced": lambda rows, n=3: put(rows, n, images=rows[n]["images"] * 2),
-    "ties-and-votes-lost": lambda rows, n=3: set_all(rows, margin=None),
+    "ties-and-votes-lost": lambda rows, n=3: set_all(rows, score_gap=None),
     "licence-missing": lambda rows, n=3: put(rows, n, license=None),
     "licence-non-commercial": lambda rows, n=3: put(rows, n, license="Research-only"),
 }

@@ -152,7 +152,7 @@ def test_the_exit_status_is_for_scripts(
     assert isinstance(rows, Dataset)
     rows.to_parquet(str(tmp_path / "few.parquet"))
     report = str(tmp_path / "r.html")
-    monkeypatch.setattr("sys.argv", ["dpo-mm", "doctor", str(tmp_path / "few.parquet"), "--report", report, *arguments])
+    monkeypatch.setattr("sys.argv", ["dpo-mm", "doctor", str(tmp_path / "few.parquet"), "--output", report, *arguments])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert (end.value.code or 0) == status

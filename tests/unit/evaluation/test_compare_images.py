@@ -113,7 +113,7 @@ def test_prompts_are_spread_and_seeds_are_theirs() -> None:
     assert len({name for name in few}) == 6 and few == read_prompts("shapes-held-out", limit=6)
     assert len(read_prompts("shapes-held-out")) == len(Path(locate("shapes-held-out")).read_text().splitlines())
     assert seeds_of("x", 3, seed=0) == seeds_of("x", 4, seed=0)[:3] != seeds_of("y", 3, seed=0)
-    plan = plan_of(CompareConfig(model="-", output_dir="-", limit=3, samples=2))
+    plan = plan_of(CompareConfig(model="-", output_dir="-", max_prompts=3, images_per_prompt=2))
     assert plan.prompts == tuple(p for p in read_prompts("shapes-held-out", limit=3) for _ in range(2))
     assert plan.first(1).prompts == plan.prompts[::2] and plan.first(1).samples == 1
 
@@ -131,9 +131,9 @@ def test_a_comparison_writes_its_report(tiny_model: str, tmp_path: Path) -> None
         output_dir=str(tmp_path / "out"),
         adapter=str(tmp_path / "adapter"),
         prompts=str(tmp_path / "prompts.txt"),
-        samples=2,
+        images_per_prompt=2,
         judges=("tests.unit.evaluation.test_compare_images:brightness",),
-        sampling_steps=2,
+        num_inference_steps=2,
         scales=(0.5,),
     )
     outcome = compare(config, title="<b>t</b>", command="cmd", baseline=str(tmp_path / "adapter"))

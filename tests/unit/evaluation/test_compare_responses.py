@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_mm.config import CompareAnswersConfig
+from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Answer
 from dpo_mm.evaluation import compare_responses as module
@@ -22,10 +22,10 @@ from tests.contracts.tiny_vlms import save
 RED = Image.new("RGB", (8, 8), "#ff0000")
 TRUTH = "a red circle and a blue star."
 QUESTIONS = [Question(str(n), (RED,), "Describe the picture.", TRUTH, f"{n % 2} things") for n in range(40)]
-CONFIG = CompareAnswersConfig("m", "o", "q", judges=("chair_s", "chair_i", "recall", "words"), guards=("recall",))
+CONFIG = CompareResponsesConfig("m", "o", "q", judges=("chair_s", "chair_i", "recall", "num_words"), guards=("recall",))
 
 
-def answered(texts: list[str], config: CompareAnswersConfig = CONFIG) -> Answered:
+def answered(texts: list[str], config: CompareResponsesConfig = CONFIG) -> Answered:
     return judged([Answer(text, len(text.split()), False) for text in texts], QUESTIONS, config)
 
 
@@ -38,7 +38,7 @@ def test_a_rate_is_a_sum_over_a_sum_and_its_interval_holds_the_difference() -> N
     assert found["chair_i"].base == pytest.approx(30 / 110) and found["chair_i"].tuned == pytest.approx(10 / 90)
     assert found["chair_i"].low < found["chair_i"].difference < found["chair_i"].high < 0
     assert found["chair_i"].verdict == "better" and found["chair_s"].headline and found["chair_s"].wins == 20
-    assert found["recall"].verdict == "no evidence" and found["words"].verdict == "changed"
+    assert found["recall"].verdict == "no evidence" and found["num_words"].verdict == "changed"
 
 
 def test_winning_by_silence_is_over_optimised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -115,13 +115,13 @@ def test_bad_shares_are_refused() -> None:
 
 def test_a_real_model_against_itself_shows_no_difference(tmp_path: Path) -> None:
     RED.save(tmp_path / "red.png")
-    rows = [{"image": "red.png", "prompt": "What?", "truth": "a red field"} for _ in range(3)]
+    rows = [{"image": "red.png", "prompt": "What?", "ground_truth": "a red field"} for _ in range(3)]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = CompareAnswersConfig(
+    config = CompareResponsesConfig(
         model=save("llava", tmp_path / "model"),
         output_dir=str(tmp_path / "out"),
         questions=str(tmp_path / "q.jsonl"),
-        judges=("cer", "tokens"),
+        judges=("cer", "num_tokens"),
         max_new_tokens=5,
     )
     outcome = compare_answers(config, title="Itself", command="c")

@@ -27,7 +27,7 @@ CONFIG = CompareConfig(
     model="-",
     output_dir="-",
     judges=("tests.unit.evaluation.test_image_sampling:brightness",),
-    sampling_steps=2,
+    num_inference_steps=2,
     batch_size=3,
 )
 asked: list[str] = []
@@ -84,7 +84,7 @@ def test_only_what_is_missing_or_damaged_is_drawn_again(counted: Any, tmp_path: 
 
 def test_another_way_of_drawing_is_another_picture(counted: Any, tmp_path: Path) -> None:
     gallery = Gallery(tmp_path)
-    for change in ({}, {"sampling_steps": 3}, {"guidance": 1.0}, {}):
+    for change in ({}, {"num_inference_steps": 3}, {"guidance_scale": 1.0}, {}):
         config = dataclasses.replace(CONFIG, **change)
         Studio(counted, config, gallery).draw(PLAN, scale=0.0, label="base")
     assert len(counted.drawn) == 12 and len(set(gallery.rows)) == 12
@@ -138,7 +138,11 @@ def test_a_comparison_that_is_run_again_draws_nothing_and_finds_the_same(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(WORDS) + "\n")
     config = dataclasses.replace(
-        CONFIG, model=tiny_model, output_dir=str(tmp_path / "out"), prompts=str(tmp_path / "prompts.txt"), samples=2
+        CONFIG,
+        model=tiny_model,
+        output_dir=str(tmp_path / "out"),
+        prompts=str(tmp_path / "prompts.txt"),
+        images_per_prompt=2,
     )
     found = compare(config, title="t", command="c")
     assert found.verdict == "no evidence" and len(asked) > 0
@@ -146,6 +150,6 @@ def test_a_comparison_that_is_run_again_draws_nothing_and_finds_the_same(
     monkeypatch.setattr(
         Studio, "_batches", lambda self, pairs, scale: iter(()) if not pairs else pytest.fail("drawn again")
     )
-    again = compare(dataclasses.replace(config, keep_pictures=False), title="t", command="c")
+    again = compare(dataclasses.replace(config, save_images=False), title="t", command="c")
     assert again.comparisons == found.comparisons
     assert not (tmp_path / "out" / "pictures").exists() and again.report.exists()

@@ -261,13 +261,22 @@ def test_the_last_evaluation_is_shown_by_noise():
     """Mutation that it catches: an earlier evaluation, quarters in another order, a quarter that isn't a number."""
     log = [
         {"step": n}
-        | {f"eval_{name}_quarter{q}": n / 10 + q / 100 for name in ("accuracy", "margin") for q in (1, 2, 3, 4)}
+        | {
+            f"eval_{name}_quartile{q}": n / 10 + q / 100
+            for name in ("rewards/accuracies", "rewards/margins")
+            for q in (1, 2, 3, 4)
+        }
         for n in (1, 2)
     ]
     charts = history_charts(log)
     assert [chart.title for chart in charts] == ["Implicit accuracy by noise", "Margin by noise"]
     assert all("from the cleanest quarter to the noisiest: 0.21, 0.22, 0.23, 0.24" in chart.svg for chart in charts)
-    assert history_charts([log[0] | {"eval_accuracy_quarter3": math.nan, "eval_margin_quarter1": math.inf}]) == []
+    assert (
+        history_charts(
+            [log[0] | {"eval_rewards/accuracies_quartile3": math.nan, "eval_rewards/margins_quartile1": math.inf}]
+        )
+        == []
+    )
 
 
 def test_the_sweep_needs_two_scales():

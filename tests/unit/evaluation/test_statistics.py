@@ -21,7 +21,7 @@ from dpo_mm.evaluation.statistics import (
 )
 
 FIELDS = ["metric", "judge", "headline", "base", "tuned", "difference", "low", "high", "n", "verdict"]
-FIELDS += ["wins", "ties", "losses", "p", "clusters", "p_holm", "detectable", "made_pairs", "win_rate"]
+FIELDS += ["wins", "ties", "losses", "p", "clusters", "p_holm", "detectable", "built_training_pairs", "win_rate"]
 
 
 def compare(base, tuned, clusters=None, **options) -> Comparison:

@@ -383,9 +383,9 @@ def test_several_of_them_mine_and_relabel(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     hps, pick, guard = f"hps_v2.1:{tiny}@{checkpoint}", f"pick_score@{pick_folder}", f"clip_score:{tiny}@{checkpoint}"
-    how = {"samples": 4, "sampling_steps": 1, "output_dir": str(tmp_path / "mined")}
+    how = {"images_per_prompt": 4, "num_inference_steps": 1, "output_dir": str(tmp_path / "mined")}
     mined = load_pairs(
-        str(mine(MineConfig(tiny_model, str(tmp_path / "prompts.txt"), judge=(hps, pick), guard=guard, **how)))
+        str(mine(MineConfig(tiny_model, str(tmp_path / "prompts.txt"), judges=(hps, pick), guards=guard, **how)))
     )
     assert len(mined) and set(mined["axis"]) == {f"{hps}+{pick}"}
     for row in mined:

@@ -93,7 +93,7 @@ def test_new_labels_stand_beside_the_old(config: RelabelConfig) -> None:
     assert sorted(decided(rows)["id"]) == ["kept", "turned", "was a tie"]
     counts = {key: value for key, value in done.summary.items() if isinstance(value, int)}
     assert list(counts.values()) == [5, 5, 0, 0, 2, 1, 1, 1]
-    written = json.loads(Path(config.out).with_suffix(".json").read_text())
+    written = json.loads(Path(config.output).with_suffix(".json").read_text())
     assert written == done.summary and written["judges"][0]["with the set's label"] == 1
 
 
@@ -216,9 +216,9 @@ def test_a_broken_picture_is_named_or_left_out(write_pairs: Callable[..., str], 
     bad = row("cut", LIGHT, "a")
     bad["image_b"] = {"bytes": bad["image_b"]["bytes"][:40], "path": None}
     config = dataclasses.replace(config, pairs=write_pairs([row("whole", LIGHT, "b"), bad]))
-    with pytest.raises(ValueError, match=r"row 1: a picture does not decode .*--on-bad-image skip"):
+    with pytest.raises(ValueError, match=r"row 1: a picture does not decode .*--undecodable-images drop"):
         relabel(config)
-    done = relabel(dataclasses.replace(config, on_bad_image="skip"))
+    done = relabel(dataclasses.replace(config, undecodable_images="drop"))
     assert done is not None and list(load_pairs(str(done.path))["id"]) == ["whole"]
     assert done.summary["left out, a picture does not decode"] == 1
 
@@ -234,8 +234,8 @@ def test_a_broken_picture_is_named_or_left_out(write_pairs: Callable[..., str], 
         ({"scales": (0.0,)}, "a number above 0"),
         ({"trust": 1.0}, "a probability in"),
         ({"agreement": 0.3}, r"agreement in \[0\.5, 1\]"),
-        ({"on_bad_image": "drop"}, "'raise' or 'skip'"),
-        ({"out": "new"}, r"ends in \.parquet"),
+        ({"undecodable_images": "skip"}, "'raise' or 'drop'"),
+        ({"output": "new"}, r"ends in \.parquet"),
         (
             {"judges": (f"{HERE}:brightness", f"{HERE}:darkness"), "scales": (), "agreement": 1.0, "pairs": "light"},
             "agree on none",

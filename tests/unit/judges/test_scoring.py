@@ -104,14 +104,16 @@ def test_sigterm_ends_it_well_and_it_goes_on(config: JudgeConfig) -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while (
-        not list(Path(f"{config.out}.parts").glob("shard-*")) and process.poll() is None and time.monotonic() < deadline
+        not list(Path(f"{config.output}.parts").glob("shard-*"))
+        and process.poll() is None
+        and time.monotonic() < deadline
     ):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143 and "the same command goes on from there" in errors
-    kept = sorted(Path(f"{config.out}.parts").glob("shard-*"))
-    assert 0 < len(kept) < 5 and not Path(config.out).exists()
+    kept = sorted(Path(f"{config.output}.parts").glob("shard-*"))
+    assert 0 < len(kept) < 5 and not Path(config.output).exists()
     times = [path.stat().st_mtime_ns for path in kept]
     done = score(config)
     assert done is not None and done.scored == 4 and times == [path.stat().st_mtime_ns for path in kept]
@@ -170,14 +172,16 @@ def test_the_command_scores_and_says_what_is_wrong_with_a_judge(config: JudgeCon
     done = run(app, ["judge", f"{HERE}:crowd", "--self-test"])
     assert done.exit_code == 1 and "FAIL  batches don't matter" in done.stdout
     assert run(app, ["judge", "faithfulness", "--self-test"]).exit_code == 0
-    done = run(app, ["judge", config.judge, "--images", config.images, "--out", config.out])
+    done = run(app, ["judge", config.judge, "--images", config.images, "--output", config.output])
     assert done.exit_code == 0 and "4 pictures, mean" in done.stdout and "1 without a score" in done.stdout
     assert "images missing" in str(run(app, ["judge", "faithfulness"]).exception)
 
 
 def test_the_command_relabels(pairs: str, tmp_path: Path) -> None:
     out = str(tmp_path / "new.parquet")
-    done = CliRunner().invoke(app, ["relabel", pairs, "--judges", f"{HERE}:brightness", "--out", out, "--trust", "0.8"])
+    done = CliRunner().invoke(
+        app, ["relabel", pairs, "--judges", f"{HERE}:brightness", "--output", out, "--trust", "0.8"]
+    )
     assert done.exit_code == 0 and "ties that became wins" in done.stdout and f"--pairs {out}" in done.stdout
-    done = CliRunner().invoke(app, ["relabel", pairs, "--judge", "x", "--out", out])
+    done = CliRunner().invoke(app, ["relabel", pairs, "--judge", "x", "--output", out])
     assert "did you mean 'judges'" in str(done.exception)

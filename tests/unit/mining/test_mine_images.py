@@ -81,9 +81,9 @@ def config(tiny_model: str, tmp_path: Path) -> MineConfig:
         model=tiny_model,
         prompts=str(tmp_path / "prompts.txt"),
         output_dir=str(tmp_path / "mined"),
-        judge="tests.unit.mining.test_mine_images:brightness",
-        samples=3,
-        sampling_steps=2,
+        judges="tests.unit.mining.test_mine_images:brightness",
+        images_per_prompt=3,
+        num_inference_steps=2,
         shard_size=2,
     )
 
@@ -101,15 +101,15 @@ def test_mined_rows_say_how_they_came_about(config: MineConfig) -> None:
 def test_an_ensemble_with_guards_mines(config: MineConfig) -> None:
     here = "tests.unit.mining.test_mine_images"
     judges = (f"{here}:brightness", f"{here}:darkness", f"{here}:redness")
-    alone = mine(dataclasses.replace(config, judge=f"{here}:redness", output_dir=config.output_dir + "-1"))
-    both = mine(dataclasses.replace(config, judge=judges, guard=f"{here}:nothing"))
+    alone = mine(dataclasses.replace(config, judges=f"{here}:redness", output_dir=config.output_dir + "-1"))
+    both = mine(dataclasses.replace(config, judges=judges, guards=f"{here}:nothing"))
     assert load_pairs(str(both))["axis"][0] == "+".join(judges)
     ids = [sorted(load_pairs(str(path))["id"]) for path in (alone, both)]
     assert ids[0] == ids[1], "brightness and darkness, turned round, cancel out"
     with pytest.raises(ValueError, match="draw more samples"):
         mine(
             dataclasses.replace(
-                config, guard=(f"{here}:nothing", f"{here}:darkness"), output_dir=config.output_dir + "-2"
+                config, guards=(f"{here}:nothing", f"{here}:darkness"), output_dir=config.output_dir + "-2"
             )
         )
 
@@ -134,13 +134,13 @@ def test_mining_goes_on_after_finished_shards(config: MineConfig, monkeypatch: p
 
 
 def test_what_cannot_be_mined_is_said(config: MineConfig) -> None:
-    with pytest.raises(ValueError, match="draw more samples or lower min_gap"):
-        mine(dataclasses.replace(config, judge="tests.unit.mining.test_mine_images:nothing"))
+    with pytest.raises(ValueError, match="draw more samples or lower min_score_gap"):
+        mine(dataclasses.replace(config, judges="tests.unit.mining.test_mine_images:nothing"))
     with pytest.raises(ValueError, match=r"mined with other settings \(judge"):
         mine(config)
     with pytest.raises(ValueError, match="at least 2 pictures"):
-        mine(dataclasses.replace(config, samples=1))
+        mine(dataclasses.replace(config, images_per_prompt=1))
     with pytest.raises(ValueError, match="judge 'faithfulnes' is unknown; did you mean 'faithfulness'"):
-        mine(dataclasses.replace(config, judge="faithfulnes", output_dir=config.output_dir + "-2"))
+        mine(dataclasses.replace(config, judges="faithfulnes", output_dir=config.output_dir + "-2"))
     with pytest.raises(ValueError, match="no such file"):
         mine(dataclasses.replace(config, prompts="nothing.txt", output_dir=config.output_dir + "-3"))

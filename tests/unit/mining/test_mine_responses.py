@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dpo_mm.config import MineAnswersConfig
+from dpo_mm.config import MineResponsesConfig
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Answer, load_responses
 from dpo_mm.errors import Stopped
@@ -26,24 +26,24 @@ SCENE = Question("scene", (RED,), "Describe the picture.", "a red circle and a b
 WAYS = ("greedy", "sampled at 1, seed 0", "sampled at 1, seed 1")
 
 
-def config(**more: object) -> MineAnswersConfig:
-    given = {"model": "m", "questions": "q", "output_dir": "o", "judge": "degeneration", **more}
-    return MineAnswersConfig(**given)  # type: ignore[arg-type]
+def config(**more: object) -> MineResponsesConfig:
+    given = {"model": "m", "questions": "q", "output_dir": "o", "judges": "degeneration", **more}
+    return MineResponsesConfig(**given)  # type: ignore[arg-type]
 
 
 def test_a_loop_is_rejected_cut_and_left_open_with_its_reason() -> None:
     row = pair(PAGE, [Answer("1 2 3", 5, False), Answer("1 " + "7 " * 60, 121, True)], WAYS, config())
     assert row is not None
-    assert row["rejected"] == "1 7 7 7" and row["rejected_open"] and row["chosen"] == "1 2 3"
+    assert row["rejected"] == "1 7 7 7" and row["rejected_truncated"] and row["chosen"] == "1 2 3"
     assert row["reason"] == "' 7' x 60 at the end, cut at the token limit" and row["decoding"] == WAYS[1]
-    assert row["id"] == "page/1" and row["margin"] == 1 and row["axis"] == "degeneration"
+    assert row["id"] == "page/1" and row["score_gap"] == 1 and row["axis"] == "degeneration"
 
 
 def test_what_did_not_fail_makes_no_pair() -> None:
     assert pair(PAGE, [Answer("1 2 9", 5, False)], WAYS, config()) is None
-    assert pair(PAGE, [Answer("1 2 3 4", 7, False)], WAYS, config(judge="cer", min_gap=0.5)) is None
-    row = pair(PAGE, [Answer("1 2 3 4", 7, False)], WAYS, config(judge="cer"))
-    assert row is not None and row["rejected"] == "1 2 3 4" and not row["rejected_open"]
+    assert pair(PAGE, [Answer("1 2 3 4", 7, False)], WAYS, config(judges="cer", min_score_gap=0.5)) is None
+    row = pair(PAGE, [Answer("1 2 3 4", 7, False)], WAYS, config(judges="cer"))
+    assert row is not None and row["rejected"] == "1 2 3 4" and not row["rejected_truncated"]
 
 
 def test_the_best_of_its_own_is_chosen_and_recall_breaks_ties() -> None:
@@ -52,9 +52,9 @@ def test_the_best_of_its_own_is_chosen_and_recall_breaks_ties() -> None:
         Answer("a red circle.", 4, False),
         Answer("a red circle and a blue star.", 8, False),
     ]
-    row = pair(SCENE, answers, WAYS, config(judge="chair_i", chosen="best"))
+    row = pair(SCENE, answers, WAYS, config(judges="chair_i", chosen="best"))
     assert row is not None and (row["chosen"], row["rejected"]) == (answers[2].text, answers[0].text)
-    assert pair(SCENE, answers[1:], WAYS, config(judge="chair_i", chosen="best")) is None
+    assert pair(SCENE, answers[1:], WAYS, config(judges="chair_i", chosen="best")) is None
 
 
 def test_a_corrected_answer_keeps_what_was_right_or_merely_misread() -> None:
@@ -65,48 +65,50 @@ def test_a_corrected_answer_keeps_what_was_right_or_merely_misread() -> None:
     assert row["rejected"] == "Nines ....... 44\nRoads " + "." * 11, "past the 8 dots of the truth"
     assert row["source"].endswith("chosen: corrected")
     caption = Answer("a blue star and a green cross.", 8, False)
-    row = pair(SCENE, [caption], WAYS, config(judge="faults", chosen="corrected"))
+    row = pair(SCENE, [caption], WAYS, config(judges="hallucination_f1_error", chosen="corrected"))
     assert row is not None and row["chosen"] == "a blue star and a red circle."
     assert row["reason"] == "invented: green cross; left out: red circle"
 
 
 def test_an_open_answer_has_no_end_of_turn() -> None:
     model, processor = build("llava")
-    rows = Conversations(processor, model, max_length=None, on_too_long="raise")
+    rows = Conversations(processor, model, max_length=None, overlong_rows="raise")
     end = rows.tokenizer.eos_token_id
     row = {"id": "r", "images": [RED], "prompt": "What?", "chosen": "a red circle", "rejected": "na na na"}
-    whole, opened = (rows.encode_row({**row, "rejected_open": value}) for value in (False, True))
+    whole, opened = (rows.encode_row({**row, "rejected_truncated": value}) for value in (False, True))
     assert whole is not None and opened is not None
     assert whole["rejected_ids"].tolist() == [*opened["rejected_ids"].tolist(), end]
     assert opened["chosen_ids"][-1] == end
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> MineAnswersConfig:
+def asked(tmp_path: Path) -> MineResponsesConfig:
     RED.save(tmp_path / "red.png")
-    rows = [{"id": f"q{n}", "image": "red.png", "prompt": "What?", "truth": f"a red field {n}"} for n in range(5)]
+    rows = [
+        {"id": f"q{n}", "image": "red.png", "prompt": "What?", "ground_truth": f"a red field {n}"} for n in range(5)
+    ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return config(
         model=save("llava", tmp_path / "model"),
         questions=str(tmp_path / "q.jsonl"),
         output_dir=str(tmp_path / "mined"),
-        judge="cer",
-        samples=1,
+        judges="cer",
+        responses_per_question=2,
         max_new_tokens=6,
         shard_size=2,
     )
 
 
-def test_mined_rows_are_a_preference_set(asked: MineAnswersConfig) -> None:
+def test_mined_rows_are_a_preference_set(asked: MineResponsesConfig) -> None:
     rows = load_responses(str(mine_answers(asked)))
     assert len(rows) == 5
     for number, row in enumerate(rows):
         assert row["chosen"][0]["content"][0]["text"] == f"a red field {number}"
         assert row["rejected"][0]["content"][0]["text"] != f"a red field {number}"
-        assert row["margin"] > 0 and row["reason"] and row["decoding"] and row["images"][0].size == (8, 8)
+        assert row["score_gap"] > 0 and row["reason"] and row["decoding"] and row["images"][0].size == (8, 8)
 
 
-def test_mining_goes_on_after_finished_shards(asked: MineAnswersConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mining_goes_on_after_finished_shards(asked: MineResponsesConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = mine_responses._mine_shard, []
 
     def cut(*arguments: object) -> object:
@@ -125,7 +127,7 @@ def test_mining_goes_on_after_finished_shards(asked: MineAnswersConfig, monkeypa
 
 
 def test_asked_to_stop_it_ends_after_its_shard_and_goes_on(
-    asked: MineAnswersConfig, monkeypatch: pytest.MonkeyPatch
+    asked: MineResponsesConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = mine_responses._mine_shard, []
 
@@ -143,7 +145,7 @@ def test_asked_to_stop_it_ends_after_its_shard_and_goes_on(
     assert len(load_responses(str(mine_answers(asked)))) == 5 and len(calls) == 3
 
 
-def test_two_processes_share_the_questions(asked: MineAnswersConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_share_the_questions(asked: MineResponsesConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load_responses(str(mine_answers(asked)))
     shared = dataclasses.replace(asked, output_dir=asked.output_dir + "-shared")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -158,18 +160,18 @@ def test_two_processes_share_the_questions(asked: MineAnswersConfig, monkeypatch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chosen": "mine"}, "expected 'truth', 'best' or 'corrected'"),
-        ({"chosen": "corrected", "judge": "cer"}, "does not say how to correct"),
-        ({"chosen": "best", "samples": 0}, "at least 1 answer"),
-        ({"judge": "valid_json"}, "none of its answers to 5 questions failed by valid_json"),
+        ({"chosen": "mine"}, "expected 'ground_truth', 'best' or 'corrected'"),
+        ({"chosen": "corrected", "judges": "cer"}, "does not say how to correct"),
+        ({"chosen": "best", "responses_per_question": 1}, "at least 1 answer"),
+        ({"judges": "valid_json"}, "none of its answers to 5 questions failed by valid_json"),
     ],
 )
-def test_what_cannot_be_mined_is_refused(change: dict[str, object], message: str, asked: MineAnswersConfig) -> None:
+def test_what_cannot_be_mined_is_refused(change: dict[str, object], message: str, asked: MineResponsesConfig) -> None:
     with pytest.raises(ValueError, match=message):
         mine_answers(dataclasses.replace(asked, **change))  # type: ignore[arg-type]
 
 
-def test_a_question_without_truth_is_named(asked: MineAnswersConfig) -> None:
+def test_a_question_without_truth_is_named(asked: MineResponsesConfig) -> None:
     Path(asked.questions).write_text(json.dumps({"id": "lost", "prompt": "What?"}))
     with pytest.raises(ValueError, match="question lost has no truth"):
         mine_answers(asked)

@@ -132,7 +132,7 @@ class Case:
 
 P, M, C, D = [0.9, 0.5, 0.2], [2.0, 0.0, 0.7], [0.4, -0.9, 1.6], [-1.2, 0.3, 0.5]
 BETA = {"beta": 0.3}
-SMOOTH = {"beta": 0.3, "smoothing": 0.1}
+SMOOTH = {"beta": 0.3, "label_smoothing": 0.1}
 
 
 def symmetric(p: Pair, other: float, crossed: float) -> float:
@@ -222,7 +222,7 @@ def call(case: Case, policy: LogProbs, reference: LogProbs) -> Tensor:
 
 
 def label(case: Case) -> str:
-    return f"{case.name}{'-image' if case.image else ''}{'-smoothed' if 'smoothing' in case.settings else ''}"
+    return f"{case.name}{'-image' if case.image else ''}{'-smoothed' if 'label_smoothing' in case.settings else ''}"
 
 
 def first_case(name: str) -> Case:
@@ -429,20 +429,20 @@ def test_divergences_go_on_as_straight_lines_past_e_to_the_30() -> None:
 
 def test_the_defaults_are_those_published() -> None:
     wanted = {
-        "sigmoid": {"smoothing": 0.0},
-        "robust": {"smoothing": 0.1},
-        "exo_pair": {"smoothing": 1e-3},
-        "dmpo": {"smoothing": 1e-3},
+        "sigmoid": {"label_smoothing": 0.0},
+        "robust": {"label_smoothing": 0.1},
+        "exo_pair": {"label_smoothing": 1e-3},
+        "dmpo": {"label_smoothing": 1e-3},
         "dpop": {"penalty": 50.0},
         "discopop": {"temperature": 0.05},
-        "aot": {"smoothing": 0.0},
-        "aot_unpaired": {"smoothing": 0.0},
+        "aot": {"label_smoothing": 0.0},
+        "aot_unpaired": {"label_smoothing": 0.0},
         "margin": {"offset_scale": 1.0},
         "kto": {"chosen_weight": 1.0, "rejected_weight": 1.0},
         "mapo": {"ratio_weight": 0.1, "error_scale": 0.5, "train_timesteps": 1000},
         "orpo": {"ratio_weight": 0.1},
-        "simpo": {"target_margin": 1.375, "smoothing": 0.0},
-        "cpo": {"nll_weight": 1.0, "smoothing": 0.0},
+        "simpo": {"target_margin": 1.375, "label_smoothing": 0.0},
+        "cpo": {"nll_weight": 1.0, "label_smoothing": 0.0},
         "anchor": {"anchor_shift": 0.0},
         "symmetric_image": {"contrast_weight": 0.5, "closeness_weight": 1e-4},
         "tdpo": {"kl_weight": 0.5},
@@ -453,7 +453,7 @@ def test_the_defaults_are_those_published() -> None:
         inspect.signature(f).parameters[k].default for f, k in ((scored, "alpha"), (mixture, "divergence_alpha"))
     ]
     assert defaults == [0.5, 0.5]
-    assert inspect.signature(objectives.segment_mean).parameters["edited_weight"].default == 5
+    assert inspect.signature(objectives.segment_mean).parameters["edited_token_weight"].default == 5
     assert inspect.signature(objectives.bco_shift).parameters["before"].default == 0
 
 
@@ -576,10 +576,10 @@ def test_token_functions_by_hand() -> None:
     """Mutation that it catches: counting the prompt's tokens, or the tail from the longer side."""
     tokens, mask = torch.tensor(TOKENS), torch.tensor(MASK)
     swapped, turned = tokens.flip(0), mask.flip(0)
-    chosen, rejected = objectives.shared_length(tokens, swapped, mask, turned, tail_weight=0.25)
+    chosen, rejected = objectives.shared_length(tokens, swapped, mask, turned, ld_alpha=0.25)
     assert chosen.tolist() == [-2 - 0.25 * 3 - 0.25 * 4, -0.75]
     assert rejected.tolist() == [-0.75, -2 - 0.25 * 3 - 0.25 * 4]
-    plain = objectives.shared_length(tokens, swapped, mask, turned, tail_weight=1.0)[0]
+    plain = objectives.shared_length(tokens, swapped, mask, turned, ld_alpha=1.0)[0]
     assert plain.tolist() == [-9.0, -0.75]
     edited = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0]])
     assert objectives.segment_mean(tokens, mask, edited).tolist() == pytest.approx([(-5 * 2 - 3 - 4) / 7, -0.75])
@@ -590,7 +590,7 @@ def test_token_functions_by_hand() -> None:
     hidden = tokens.detach().masked_fill(mask == 0, -torch.inf)  # what stands outside the mask is never read
     assert objectives.segment_mean(hidden, mask, edited).isfinite().all()
     assert objectives.on_policy_weight(hidden, mask, collision).tolist() == weight.tolist()
-    assert objectives.shared_length(hidden, swapped, mask, turned, tail_weight=0.25)[0].tolist() == chosen.tolist()
+    assert objectives.shared_length(hidden, swapped, mask, turned, ld_alpha=0.25)[0].tolist() == chosen.tolist()
 
 
 def test_a_mixture_is_the_sum_by_weight() -> None:
@@ -616,9 +616,9 @@ def test_a_beta_out_of_range_is_refused(name: str, beta: float) -> None:
         )
 
 
-SMOOTHED = [name for name in OBJECTIVES if "smoothing" in settings_of(name)]
-BAD = [(name, "smoothing", value) for name in SMOOTHED for value in (-0.1, 0.5, 1.0)] + [
-    ("exo_pair", "smoothing", 0.0),
+SMOOTHED = [name for name in OBJECTIVES if "label_smoothing" in settings_of(name)]
+BAD = [(name, "label_smoothing", value) for name in SMOOTHED for value in (-0.1, 0.5, 1.0)] + [
+    ("exo_pair", "label_smoothing", 0.0),
     ("dpop", "penalty", -1.0),
     ("discopop", "temperature", 0.0),
     ("discopop", "temperature", 1.5),
@@ -668,10 +668,10 @@ def test_what_fits_one_kind_alone_refuses_the_other(name: str) -> None:
 def test_token_functions_refuse_weights_out_of_range() -> None:
     tokens, mask = torch.tensor(TOKENS), torch.tensor(MASK)
     for weight in (-0.1, 1.1):
-        with pytest.raises(ValueError, match="tail_weight must be in"):
-            objectives.shared_length(tokens, tokens, mask, mask, tail_weight=weight)
-    with pytest.raises(ValueError, match="edited_weight must be at least 0"):
-        objectives.segment_mean(tokens, mask, mask, edited_weight=-1)
+        with pytest.raises(ValueError, match="ld_alpha must be in"):
+            objectives.shared_length(tokens, tokens, mask, mask, ld_alpha=weight)
+    with pytest.raises(ValueError, match="edited_token_weight must be at least 0"):
+        objectives.segment_mean(tokens, mask, mask, edited_token_weight=-1)
     with pytest.raises(ValueError, match="slack must be in"):
         objectives.safe_scale(tokens, tokens, slack=1.0)
 
@@ -681,7 +681,12 @@ def test_a_mixture_says_what_is_wrong() -> None:
     for weights, chosen, options, message in (
         ({}, {}, {}, "no objective given"),
         ({"sigmiod": 1.0}, BETA, {}, "objective 'sigmiod' is unknown; did you mean 'sigmoid'"),
-        ({"sigmoid": 1.0}, {"beta": 0.1, "smoothin": 0.1}, {}, "smoothin: not a setting of sigmoid; .*'smoothing'"),
+        (
+            {"sigmoid": 1.0},
+            {"beta": 0.1, "smoothin": 0.1},
+            {},
+            "smoothin: not a setting of sigmoid; .*'label_smoothing'",
+        ),
         ({"sigmoid": 1.0}, {}, {}, "'sigmoid' needs the setting 'beta'"),
         ({"linear": 1.0}, BETA, {}, "'linear' needs the setting 'floor'"),
         ({"sigmoid": 1.0, "kto": 1.0}, BETA, {"divergence": "js"}, "divergence 'js' does not go with kto"),

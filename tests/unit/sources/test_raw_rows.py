@@ -239,11 +239,11 @@ def test_limit_and_margin(tmp_path: Path) -> None:
         for n in range(11)
     ]
     parquet(tmp_path / "set" / "train.parquet", rows, image1=CELL, image2=CELL)
-    found = import_set("rapidata", str(tmp_path / "set"), str(tmp_path / "a"), min_margin=0.6)
+    found = import_set("rapidata", str(tmp_path / "set"), str(tmp_path / "a"), min_score_gap=0.6)
     assert found.rows == 6 and found.left_out == {"margin is below 0.6": 5}
     assert import_set("rapidata", str(tmp_path / "set"), str(tmp_path / "b"), limit=4).rows == 4
     with pytest.raises(ValueError, match=r"no row was kept \(11 x margin is below 2\)"):
-        import_set("rapidata", str(tmp_path / "set"), str(tmp_path / "c"), min_margin=2)
+        import_set("rapidata", str(tmp_path / "set"), str(tmp_path / "c"), min_score_gap=2)
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

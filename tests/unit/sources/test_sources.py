@@ -288,7 +288,7 @@ def test_image_reward_db_groups_and_ranks(folder: Path, run: Any, tmp_path: Path
     _, got = run("image-reward-db")
     assert [(r["preference"], r["score_a"], r["score_b"]) for r in got] == [("a", 6, 4), ("a", 6, 4), ("tie", 4, 4)]
     assert {r["group_id"] for r in got} == {"id-p"} and got[0]["image_a"]["bytes"] == file_of(1, "WEBP")
-    found = import_set("image-reward-db", str(folder), str(tmp_path / "faith"), axis="faithfulness", min_margin=1)
+    found = import_set("image-reward-db", str(folder), str(tmp_path / "faith"), axis="faithfulness", min_score_gap=1)
     rows = pq.read_table(found.folder / "part-00000.parquet").to_pylist()
     assert [(r["preference"], r["axis"]) for r in rows] == [("b", "faithfulness"), ("b", "faithfulness")]
     assert found.left_out == {"margin is below 1": 1}
@@ -373,7 +373,7 @@ def test_vl_feedback_has_ratings_as_strings(folder: Path, run: Any, tmp_path: Pa
     with zipfile.ZipFile(folder / "merged_images.zip", "w") as archive:
         archive.writestr("merged_images/5.jpg", file_of(5))
     found, got = run("vl-feedback")
-    assert [(r["chosen_model"], r["rejected_model"], round(r["margin"], 3)) for r in got] == [
+    assert [(r["chosen_model"], r["rejected_model"], round(r["score_gap"], 3)) for r in got] == [
         ("w", "x", 1.167),
         ("w", "z", 1.0),
         ("z", "x", 0.167),
@@ -382,7 +382,7 @@ def test_vl_feedback_has_ratings_as_strings(folder: Path, run: Any, tmp_path: Pa
     assert texts(got[2])[1:] == ("says z", "says x") and grey(got[0]["images"][0]) == 5
     faithful = import_set("vl-feedback", str(folder), str(tmp_path / "f"), axis="faithfulness")
     (one,) = pq.read_table(faithful.folder / "part-00000.parquet").to_pylist()
-    assert (one["chosen_model"], one["margin"]) == ("z", 1.0) and faithful.left_out == {"an answer has no rating": 5}
+    assert (one["chosen_model"], one["score_gap"]) == ("z", 1.0) and faithful.left_out == {"an answer has no rating": 5}
 
 
 def test_mmpr_has_rows_with_no_image_and_with_many(folder: Path, run: Any) -> None:
@@ -493,16 +493,16 @@ def test_your_own_table_of_pairs(folder: Path, run: Any, tmp_path: Path) -> None
 
 
 def test_your_own_table_of_answers(folder: Path, run: Any, tmp_path: Path) -> None:
-    row = {"prompt": "What?", "chosen": "A", "rejected": "B", "image": "1.png", "margin": 0.5}
+    row = {"prompt": "What?", "chosen": "A", "rejected": "B", "image": "1.png", "score_gap": 0.5}
     (folder / "mine.jsonl").write_text(
         json.dumps(row) + "\n\n" + json.dumps({**row, "image": "https://x.invalid/1.png"})
     )
     pictures(folder, "1.png")
     found, (got,) = run("own-answers")
-    assert texts(got) == ([("image", None), ("text", "What?")], "A", "B") and got["margin"] == 0.5
+    assert texts(got) == ([("image", None), ("text", "What?")], "A", "B") and got["score_gap"] == 0.5
     assert found.left_out == {"a picture is a URL, and nothing is fetched from one": 1}
-    (folder / "mine.jsonl").write_text(json.dumps({**row, "margin": "much"}))
-    with pytest.raises(ValueError, match=r"mine\.jsonl, row 0: margin is 'much'; expected a number"):
+    (folder / "mine.jsonl").write_text(json.dumps({**row, "score_gap": "much"}))
+    with pytest.raises(ValueError, match=r"mine\.jsonl, row 0: score_gap is 'much'; expected a number"):
         import_set("own-answers", str(folder), str(tmp_path / "again"))
 
 

@@ -83,7 +83,7 @@ def test_beta_is_a_number_or_auto(tiny_model: str, pairs: str, out: str) -> None
     with pytest.raises(ValueError, match="beta 'soon' is no number; expected one above 0, or auto"):
         train(config(tiny_model, pairs, Path(out), beta="soon"))
     with pytest.raises(ValueError, match="weighting 'noise' is unknown"):
-        train(config(tiny_model, pairs, Path(out), weighting="noise"))
+        train(config(tiny_model, pairs, Path(out), loss_weighting="noise"))
 
 
 @pytest.mark.parametrize("process", ["v", "velocity"])
@@ -104,7 +104,7 @@ def test_weighting_epsilon_is_the_error_of_the_noise(process: str, pairs: str, t
     with torch.no_grad():
         said = policy.denoise(policy.model, noisy, timestep, prompt)
         plain = policy.errors(policy.model, latents, noise, timestep, prompt)
-        policy.config = dataclasses.replace(policy.config, weighting="epsilon")
+        policy.config = dataclasses.replace(policy.config, loss_weighting="epsilon")
         weighted = policy.errors(policy.model, latents, noise, timestep, prompt)
     if process == "v":
         kept = policy.scheduler.alphas_cumprod[timestep].double()[:, None, None, None]

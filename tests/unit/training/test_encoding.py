@@ -78,13 +78,15 @@ def damaged(write_pairs: Callable[..., str]) -> str:
 
 def test_a_damaged_picture_is_named(damaged: str, tiny_model: str, tmp_path: Path) -> None:
     given = decided(load_pairs(damaged))
-    with pytest.raises(ValueError, match=r"row row-3 of d\.parquet: image_b does not decode .*--on-bad-image skip"):
+    with pytest.raises(
+        ValueError, match=r"row row-3 of d\.parquet: image_b does not decode .*--undecodable-images skip"
+    ):
         encode(load_policy(tiny_model), given, where="d.parquet", cache=tmp_path)
 
 
 def test_a_damaged_picture_is_left_out_where_asked(damaged: str, tiny_model: str, tmp_path: Path) -> None:
     given = decided(load_pairs(damaged))
-    found = encode(load_policy(tiny_model), given, where="d.parquet", cache=tmp_path, on_bad_image="skip")
+    found = encode(load_policy(tiny_model), given, where="d.parquet", cache=tmp_path, undecodable_images="drop")
     assert found.ids() == ["row-0", "row-1", "row-2", "row-4", "row-5"]
     noted = json.loads((found.folder / "quarantine.jsonl").read_text())
     assert (noted["row"], noted["column"]) == ("row-3", "image_b")
@@ -172,7 +174,7 @@ def test_a_run_trains_on_frames_of_its_own(several: str, tiny_model: str, tmp_pa
 
     config = TrainConfig(
         tiny_model, several, str(tmp_path / "out"), steps=5, batch_size=2, log_every=1, buckets=True, eval_fraction=0.34,
-        reference="precomputed", reference_draws=2, cache_precision="bf16",
+        reference="precomputed", fixed_draws_per_row=2, cache_precision="bf16",
     )  # fmt: skip
     history = train(config).history
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)

@@ -43,7 +43,7 @@ class Line:
 def test_a_following_reference_by_hand(name: str, wanted: list[float]) -> None:
     """Mutations that it catches: decay for 1 - decay, following before the step, weights that aren't given back."""
     policy = Line()
-    made = choose(policy, TrainConfig("-", "-", "-", reference=name, reference_decay=0.75, reference_every=2))
+    made = choose(policy, TrainConfig("-", "-", "-", reference=name, reference_ema_decay=0.75, reference_sync_steps=2))
     assert isinstance(made, Following) and list(made.kept) == ["weight"]
     found = []
     for step, value in enumerate((2.0, 3.0, 4.0), start=1):
@@ -69,9 +69,9 @@ def test_a_following_reference_is_asked_without_gradient_and_gives_weights_back_
 
 
 def test_wrong_numbers_and_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="reference_decay must be in"):
+    with pytest.raises(ValueError, match="reference_ema_decay must be in"):
         Following(Line(), decay=1.0, every=1)
-    with pytest.raises(ValueError, match="reference_every must be at least 1"):
+    with pytest.raises(ValueError, match="reference_sync_steps must be at least 1"):
         Following(Line(), decay=0.5, every=0)
     with pytest.raises(ValueError, match=f"{FILE} is missing"):
         Following(Line(), decay=0.5, every=1).load(tmp_path)
@@ -80,7 +80,7 @@ def test_wrong_numbers_and_missing_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["moving_average", "synced"])
 def test_a_following_reference_lives_in_checkpoints(name: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """Cut at 4 of 6, with the reference last renewed at 3: resumed to the same bits, which a fresh reference isn't."""
-    more = {"reference": name, "reference_decay": 0.5, "reference_every": 3, "save_every": 4}
+    more = {"reference": name, "reference_ema_decay": 0.5, "reference_sync_steps": 3, "save_every": 4}
     whole = train(config(tiny_model, pairs, tmp_path / "whole", **more))
     cut = config(tiny_model, pairs, tmp_path / "cut", **more)
     train(dataclasses.replace(cut, steps=4))
@@ -99,21 +99,23 @@ def same(one: Path, other: Path) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("stratified", [False, True])
+@pytest.mark.parametrize("stratified_timesteps", [False, True])
 def test_kept_references_equal_those_asked_in_the_step_to_the_bit(
-    stratified: bool, tiny_model: str, pairs: str, tmp_path: Path
+    stratified_timesteps: bool, tiny_model: str, pairs: str, tmp_path: Path
 ) -> None:
     """12 rows at 2 draws in batches of 5, which don't divide them, met in other company than when they were asked."""
-    given = config(tiny_model, pairs, tmp_path, batch_size=5, reference_draws=2, stratified=stratified)
+    given = config(
+        tiny_model, pairs, tmp_path, batch_size=5, fixed_draws_per_row=2, stratified_timesteps=stratified_timesteps
+    )
     policy = load_policy(tiny_model)
     rows = encoded_sets(policy, given).rows
     policy.prepare(given)
-    fixed = PairStream(rows, seed=0, length=0, draws=2, strata=5 * stratified)
+    fixed = PairStream(rows, seed=0, length=0, draws=2, strata=5 * stratified_timesteps)
     kept = keep_reference(policy, fixed, given)
     for parameter in policy.model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05
-    stream = PairStream(kept, seed=0, length=60, draws=2, strata=5 * stratified)
+    stream = PairStream(kept, seed=0, length=60, draws=2, strata=5 * stratified_timesteps)
     for start in range(0, 60, 5):
         batch = policy.collate([stream[n] for n in range(start, start + 5)])
         online = adapter_off(policy)(policy.model, batch)

@@ -38,7 +38,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
             "prompt": "describe the picture",
             "chosen": "a red square on a blue field",
             "probability": 0.9,
-            "margin": 0.5,
+            "score_gap": 0.5,
             "rejected": "a red circle on a blue field with no text" if n % 2 else "a square",
         }
         for n in range(8)
@@ -82,7 +82,7 @@ def test_tails_and_edits_weigh_the_tokens_as_their_papers_say(model: str, pairs:
     sides = scores.split([layout.chosen, layout.rejected], 1), mask.split([layout.chosen, layout.rejected], 1)
     tokens = [[s[m].tolist() for s, m in zip(part, kept)] for part, kept in zip(*sides)]
     for tail in (0.0, 0.5):
-        policy, other = encoded(model, pairs, tmp_path, tail_weight=tail)
+        policy, other = encoded(model, pairs, tmp_path, ld_alpha=tail)
         with torch.no_grad():
             found = policy.log_probs(policy.model, other)  # type: ignore[attr-defined]
         for row in range(2):
@@ -90,7 +90,7 @@ def test_tails_and_edits_weigh_the_tokens_as_their_papers_say(model: str, pairs:
             for side, value in enumerate((found.chosen, found.rejected)):
                 expected = sum(tokens[side][row][:shared]) + tail * sum(tokens[side][row][shared:])
                 assert value[row].item() == pytest.approx(expected, rel=1e-5)
-    policy, other = encoded(model, pairs, tmp_path, edited_weight=5.0)
+    policy, other = encoded(model, pairs, tmp_path, edited_token_weight=5.0)
     with torch.no_grad():
         found = policy.log_probs(policy.model, other)  # type: ignore[attr-defined]
     assert found.terms_chosen.tolist() == [1, 1]
@@ -128,7 +128,7 @@ def test_kept_features_leave_the_corrupted_pictures_as_they_are(model: str, pair
     policy = opened(settings)
     rows = policy.encode(load_responses(pairs))[:3]
     policy.prepare(settings)
-    plain, kept = policy.collate(rows), policy.collate(policy.keep_features(rows))
+    plain, kept = policy.collate(rows), policy.collate(policy.cache_vision_features(rows))
     assert "pixel_values" in kept["corrupted"]["images"] and "pixel_values" not in kept["images"]
     with torch.no_grad():
         asked = [
@@ -149,7 +149,9 @@ def test_mdpo_trains_and_the_image_comes_to_matter(model: str, pairs: str, tmp_p
     assert reliance[0] == 0 and sum(reliance[-4:]) / 4 > 0.8
 
 
-@pytest.mark.parametrize("more", [{"reference": "precomputed"}, {"keep_features": True}, {"layout": "plain"}])
+@pytest.mark.parametrize(
+    "more", [{"reference": "precomputed"}, {"cache_vision_features": True}, {"pair_layout": "separate"}]
+)
 def test_what_is_kept_changes_no_loss(more: dict[str, object], model: str, pairs: str, tmp_path: Path) -> None:
     one, other = (
         [e["loss"] for e in train(config(model, pairs, tmp_path / name, **extra)).history if "loss" in e]
@@ -184,24 +186,24 @@ def test_the_reference_is_kept_for_the_next_run_on_the_same_rows(
     assert first[0] == 6 and len(list((tmp_path / "cache" / "reference").iterdir())) == 1
     assert kept(lora_rank=8, batch_size=3, seed=5) == (0, first[1])
     assert kept(lora_rank=3)[0] == 6, "other rows: five of them, the last batch filled up"
-    tails = kept(tail_weight=0.5)
+    tails = kept(ld_alpha=0.5)
     assert tails[0] == 6 and tails[1] != first[1]
 
 
 def test_the_split_is_by_picture_where_the_prompt_is_always_the_same(model: str, pairs: str, tmp_path: Path) -> None:
     trained = train(config(model, pairs, tmp_path))
-    assert any("eval_reward_chosen" in entry for entry in trained.history)
+    assert any("eval_rewards/chosen" in entry for entry in trained.history)
     assert plan(config(model, pairs, tmp_path))["pairs"].endswith("6 to train on")
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"tail_weight": 2.0}, "tail_weight must be in"),
-        ({"layout": "both"}, "expected auto, shared or plain"),
-        ({"on_too_long": "cut"}, "expected raise or drop"),
+        ({"ld_alpha": 2.0}, "ld_alpha must be in"),
+        ({"pair_layout": "both"}, "expected auto, shared_prefix or separate"),
+        ({"overlong_rows": "cut"}, "expected raise or drop"),
         ({"reference": "precomputed", "objective": {"image_conditional": 1.0}}, "does not go with image_conditional"),
-        ({"include_vision": True, "keep_features": True}, "the vision tower trains"),
+        ({"train_vision_tower": True, "cache_vision_features": True}, "the vision tower trains"),
     ],
 )
 def test_options_that_do_not_go_are_refused(
@@ -213,7 +215,7 @@ def test_options_that_do_not_go_are_refused(
 
 def test_an_image_generator_takes_no_setting_of_text(tiny_model: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layout is a setting of vision-language models"):
-        check(config(tiny_model, "pairs", tmp_path, layout="plain"))
+        check(config(tiny_model, "pairs", tmp_path, pair_layout="separate"))
     with pytest.raises(ValueError, match="image_conditional"):
         check(config(tiny_model, "pairs", tmp_path, objective={"image_conditional": 1.0}))
 
@@ -231,7 +233,7 @@ NOT_OF_TEXT = {"linear", "mapo", "symmetric_image", "tdpo"}
 
 @pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - NOT_OF_TEXT))
 def test_every_objective_trains_text(objective: str, model: str, pairs: str, tmp_path: Path) -> None:
-    given = {"objective": objective, "steps": 2, "eval_fraction": 0.0, "layout": "shared"}
+    given = {"objective": objective, "steps": 2, "eval_fraction": 0.0, "pair_layout": "shared_prefix"}
     trained = train(config(model, pairs, tmp_path, **given))
     assert all(math.isfinite(entry["loss"]) for entry in trained.history if "loss" in entry)
 

@@ -47,12 +47,12 @@ def test_a_run_starts_at_ln_2_and_logs_what_is_watched(tiny_model: str, pairs: s
     trained = train(config(tiny_model, pairs, out))
     first = trained.history[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert (first["accuracy"], first["margin"], first["error_chosen"]) == (0.5, 0.0, 1.0)
-    assert {"reward_chosen", "reward_rejected", "error_rejected"} <= first.keys()
+    assert (first["rewards/accuracies"], first["rewards/margins"], first["errors/chosen"]) == (0.5, 0.0, 1.0)
+    assert {"rewards/chosen", "rewards/rejected", "errors/rejected"} <= first.keys()
     last = trained.history[-1]
-    assert {"eval_loss", "eval_accuracy", "eval_margin"} <= last.keys()
-    quarters = [last[f"eval_margin_quarter{n}"] for n in (1, 2, 3, 4)]
-    assert len(set(quarters)) == 4 and sum(quarters) / 4 == pytest.approx(last["eval_margin"])
+    assert {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"} <= last.keys()
+    quarters = [last[f"eval_rewards/margins_quartile{n}"] for n in (1, 2, 3, 4)]
+    assert len(set(quarters)) == 4 and sum(quarters) / 4 == pytest.approx(last["eval_rewards/margins"])
     assert [entry["step"] for entry in trained.history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert json.loads((Path(out) / "dpo_mm.json").read_text())["steps"] == 6
 
@@ -84,7 +84,7 @@ def test_a_changed_recipe_is_not_resumed(tiny_model: str, pairs: str, out: str) 
     train(config(tiny_model, pairs, out, save_every=3))
     with pytest.raises(ValueError, match=r"another recipe \(beta: 5000.0 -> 100; seed: 0 -> 1\)"):
         train(config(tiny_model, pairs, out, beta=100, seed=1, resume=True))
-    with pytest.raises(ValueError, match=r"another recipe \(pairs_a_step: 2 -> 4\)"):
+    with pytest.raises(ValueError, match=r"another recipe \(pairs_per_step: 2 -> 4\)"):
         train(config(tiny_model, pairs, out, batch_size=4, resume=True))
 
 
@@ -101,7 +101,7 @@ def test_changed_pairs_are_not_resumed(tiny_model: str, write_pairs: Callable[..
 
 def test_a_run_goes_on_with_another_batch_of_the_same_pairs_a_step(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """4 a step as one batch, then as two: the same pairs and draws, so the same losses but for rounding."""
-    whole = config(tiny_model, pairs, str(tmp_path / "whole"), batch_size=4, stratified=True)
+    whole = config(tiny_model, pairs, str(tmp_path / "whole"), batch_size=4, stratified_timesteps=True)
     cut = dataclasses.replace(whole, output_dir=str(tmp_path / "cut"), steps=3, save_every=3)
     train(cut)
     resumed = train(dataclasses.replace(cut, steps=6, batch_size=2, accumulate=2, resume=True))
@@ -110,12 +110,12 @@ def test_a_run_goes_on_with_another_batch_of_the_same_pairs_a_step(tiny_model: s
 
 
 def test_precomputed_references_equal_those_asked_online(tiny_model: str, pairs: str, tmp_path: Path) -> None:
-    online = train(config(tiny_model, pairs, str(tmp_path / "online"), reference_draws=2))
-    kept = train(config(tiny_model, pairs, str(tmp_path / "kept"), reference_draws=2, reference="precomputed"))
+    online = train(config(tiny_model, pairs, str(tmp_path / "online"), fixed_draws_per_row=2))
+    kept = train(config(tiny_model, pairs, str(tmp_path / "kept"), fixed_draws_per_row=2, reference="precomputed"))
     losses = [[entry["loss"] for entry in run.history if "loss" in entry] for run in (online, kept)]
     assert losses[0] == losses[1] and same(weights(online.folder), weights(kept.folder))
     watched = [{k: v for k, v in run.history[-1].items() if k.startswith("eval_")} for run in (online, kept)]
-    assert watched[0] == watched[1] and "eval_accuracy_quarter4" in watched[0]
+    assert watched[0] == watched[1] and "eval_rewards/accuracies_quartile4" in watched[0]
 
 
 def test_fixed_draws_repeat_and_fresh_ones_do_not() -> None:
@@ -140,7 +140,13 @@ SETTINGS = {"linear": {"floor": 0.1}}
 def test_every_objective_trains_images(objective: str, tiny_model: str, pairs: str, out: str) -> None:
     trained = train(
         config(
-            tiny_model, pairs, out, objective=objective, settings=SETTINGS.get(objective, {}), steps=2, eval_fraction=0
+            tiny_model,
+            pairs,
+            out,
+            objective=objective,
+            objective_kwargs=SETTINGS.get(objective, {}),
+            steps=2,
+            eval_fraction=0,
         )
     )
     assert all(math.isfinite(entry["loss"]) for entry in trained.history if "loss" in entry)
@@ -172,22 +178,25 @@ def test_measures_are_signed_and_ties_count_half() -> None:
     reference = LogProbs(-one, -one, one, one, exact=False)
     policy = LogProbs(torch.tensor([-0.5, -1.0, -2.0]), torch.tensor([-1.5, -1.0, -1.0]), one, one, exact=False)
     found = measures(policy, reference, beta=2.0)
-    assert found["accuracy"].tolist() == [1.0, 0.5, 0.0]
-    assert found["margin"].tolist() == [2.0, 0.0, -2.0]
-    assert found["reward_chosen"].tolist() == [1.0, 0.0, -2.0]
-    assert found["error_chosen"].tolist() == [0.5, 1.0, 2.0]
-    assert found["margin_size"].tolist() == [2.0, 0.0, 2.0]
-    assert "error_chosen" not in measures(dataclasses.replace(policy, exact=True), reference, beta=2.0)
+    assert found["rewards/accuracies"].tolist() == [1.0, 0.5, 0.0]
+    assert found["rewards/margins"].tolist() == [2.0, 0.0, -2.0]
+    assert found["rewards/chosen"].tolist() == [1.0, 0.0, -2.0]
+    assert found["errors/chosen"].tolist() == [0.5, 1.0, 2.0]
+    assert found["rewards/absolute_margins"].tolist() == [2.0, 0.0, 2.0]
+    assert "errors/chosen" not in measures(dataclasses.replace(policy, exact=True), reference, beta=2.0)
 
 
 def test_quarters_of_the_schedule_hold_their_own_pairs() -> None:
     """Mutation that it catches: quarters of the batch, or of the levels that happen to be there."""
-    found = {"accuracy": torch.tensor([1.0, 0.0, 0.5, 1.0]), "margin": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    found = {
+        "rewards/accuracies": torch.tensor([1.0, 0.0, 0.5, 1.0]),
+        "rewards/margins": torch.tensor([1.0, 2.0, 3.0, 4.0]),
+    }
     split = by_level(found, torch.tensor([0.0, 0.249, 0.25, 0.99]))
     means = {name: value.nanmean().item() for name, value in split.items()}
-    assert [means[f"margin_quarter{n}"] for n in (1, 2, 4)] == [1.5, 3.0, 4.0]
-    assert [means[f"accuracy_quarter{n}"] for n in (1, 2, 4)] == [0.5, 0.5, 1.0]
-    assert math.isnan(means["margin_quarter3"]) and len(split) == 8
+    assert [means[f"rewards/margins_quartile{n}"] for n in (1, 2, 4)] == [1.5, 3.0, 4.0]
+    assert [means[f"rewards/accuracies_quartile{n}"] for n in (1, 2, 4)] == [0.5, 0.5, 1.0]
+    assert math.isnan(means["rewards/margins_quartile3"]) and len(split) == 8
 
 
 @pytest.mark.parametrize(
@@ -195,20 +204,20 @@ def test_quarters_of_the_schedule_hold_their_own_pairs() -> None:
     [
         ({"beta": 0}, "beta must be above 0"),
         ({"objective": "sigmod"}, "did you mean 'sigmoid'"),
-        ({"settings": {"smoothing": 0.7}}, "smoothing must be in"),
-        ({"settings": {"smothing": 0.1}}, "smothing: not a setting of sigmoid"),
+        ({"objective_kwargs": {"label_smoothing": 0.7}}, "label_smoothing must be in"),
+        ({"objective_kwargs": {"smothing": 0.1}}, "smothing: not a setting of sigmoid"),
         ({"reference": "adapter"}, "did you mean 'adapter_off'"),
-        ({"reference": "precomputed"}, "reference_draws of at least 1"),
+        ({"reference": "precomputed"}, "fixed_draws_per_row of at least 1"),
         ({"reference": "adapter_off", "tuning": "full"}, "needs a LoRA"),
         ({"tuning": "half"}, "expected 'lora' or 'full'"),
         ({"precision": "fp8"}, "expected"),
         ({"lora_targets": ("nowhere",)}, "lora_targets"),
-        ({"on_bad_image": "ignore"}, "expected 'raise' or 'skip'"),
+        ({"undecodable_images": "ignore"}, "expected 'raise' or 'drop'"),
         ({"pairs": "nowhere.parquet"}, "no such file"),
-        ({"timesteps": "logit-normal"}, "did you mean 'logit_normal'"),
+        ({"timestep_sampling": "logit-normal"}, "did you mean 'logit_normal'"),
         ({"timestep_range": (0.5, 0.2)}, "expected 0 <= low < high <= 1"),
-        ({"antithetic": True, "batch_size": 3}, "even batch_size"),
-        ({"antithetic": True, "reference_draws": 4}, "no reference_draws"),
+        ({"antithetic_noise": True, "batch_size": 3}, "even batch_size"),
+        ({"antithetic_noise": True, "fixed_draws_per_row": 4}, "no fixed_draws_per_row"),
     ],
 )
 def test_wrong_settings_name_themselves(

@@ -44,7 +44,7 @@ def test_token_log_probs_are_those_of_training(policy: VisionLanguage, question:
         "prompt": question.prompt,
         "chosen": question.truth,
         "rejected": answer,
-        "rejected_open": True,
+        "rejected_truncated": True,
     }
     rows = make_response_rows([row])
     batch = policy.collate(policy.encode(rows))
