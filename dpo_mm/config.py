@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dpo_mm.assets import presets_folder
 from dpo_mm.errors import nearest
 
 T = TypeVar("T")
@@ -358,7 +359,9 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; a recipe is a YAML file with settings, see recipes/presets/") from None
+        raise ValueError(
+            f"{path}: no such file. A recipe is a YAML file of settings; examples are in {presets_folder()}"
+        ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):

@@ -16,6 +16,8 @@ from dpo_mm.data.schema import make_image_rows
 from tests.contracts.families import WORDS, stable_diffusion
 
 pytest_plugins = ("tests.browser",)
+SLOW = {"contracts", "demos", "end_to_end", "parity", "recipes", "reliability"}
+"""Folders of tests that train, draw or start processes."""
 
 if os.environ.get("PYTEST_XDIST_WORKER"):  # a worker a core: a thread each, in what they start too
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -25,7 +27,10 @@ else:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no core waits for them at the end."""
+    """Mark what `pytest -m "not slow"` leaves out, and run the longest first, so that no core waits at the end."""
+    for item in items:
+        if SLOW & set(item.path.relative_to(Path(__file__).parent).parts):
+            item.add_marker("slow")
     items.sort(key=lambda item: "end_to_end" not in item.nodeid)
 
 

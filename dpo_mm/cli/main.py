@@ -103,7 +103,9 @@ def quickstart(
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="A public set or a form, see docs/sets.md.")],
+    source: Annotated[
+        str, typer.Argument(help="Dataset or file format, such as pickapic. The name 'list' prints all names.")
+    ],
     path: Annotated[str, typer.Argument(help="A folder, a file, a hub id, or hub for the set's own place there.")],
     output: Annotated[str, typer.Argument(help="Folder of Parquet to write; one that was cut is gone on with.")],
     split: Annotated[str, typer.Option(help="The set's split.")] = "train",

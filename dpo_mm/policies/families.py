@@ -67,7 +67,7 @@ def family_of(model: str, *, revision: str | None = None) -> str:
     if name not in FAMILIES:
         raise ValueError(
             f"model {model!r} is a {name}, which no family handles yet; known: {', '.join(FAMILIES)}. "
-            "A family is one file, see dpo_mm/policies/README.md"
+            "A family is one file: see 'Add an image family' in the documentation"
         )
     return FAMILIES[name]
 

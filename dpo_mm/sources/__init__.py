@@ -1,7 +1,7 @@
 """Public preference sets, and the forms that others have: a small converter each.
 
 A converter is a function from raw rows to canonical ones (`dpo_mm.data.schema`), and yields `LeftOut` where a row has none.
-To add a set: write its converter in the file of its kind and name it in SOURCES; docs/sets.md has the table.
+To add a set: write its converter in the file of its kind and name it in SOURCES; docs/reference/datasets.md has the table.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ deviation over pairs of log p(chosen) - log p(rejected) under the reference, eac
 
 so that |beta * delta| is 1, the logistic loss's bend, for a policy that moved a margin by that share of the spread. The
 share is another for pictures than for answers: a tuned denoiser's errors stay within per cents of the reference's,
-while an answer's log-prob moves by much of itself. docs/numbers.md has what it gave beside betas found by hand.
+while an answer's log-prob moves by much of itself. docs/background/experiments.md has what it gave beside betas found by hand.
 """
 
 from __future__ import annotations

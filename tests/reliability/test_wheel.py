@@ -1,0 +1,60 @@
+"""A wheel works away from the repository: presets and the judges that they name, bundled models, demos, types."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHECK = """
+import sys
+from pathlib import Path
+import dpo_mm
+from dpo_mm.assets import SHIPPED, demos_folder, locate, presets_folder
+from dpo_mm.judges import JUDGES, load_judge, named
+from dpo_mm.recipe import read_recipe
+
+folder = Path(sys.argv[1])
+assert folder in Path(dpo_mm.__file__).parents, dpo_mm.__file__
+assert all(folder in Path(locate(name)).parents and Path(locate(name)).exists() for name in SHIPPED)
+assert (demos_folder() / "label.py").is_file()
+presets = sorted(presets_folder().glob("*.yaml"))
+assert len(presets) == 23, len(presets)
+custom = set()
+for path in presets:
+    task, _, name = path.stem.partition("-")
+    custom |= {judge for judge in read_recipe(task, name, {}).compare.judges if named(judge) is None}
+assert {judge.partition(":")[0] for judge in custom} == {"custom_judge", "my_judges"}, custom
+for judge in custom:
+    if judge.startswith("custom_judge"):
+        assert load_judge(judge)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_an_unpacked_wheel_has_all_that_presets_name(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    assert (tmp_path / "site" / "dpo_mm" / "py.typed").is_file()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", CHECK, str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    helped = subprocess.run([sys.executable, "-m", "dpo_mm", "--help"], cwd=elsewhere, env=env, capture_output=True)
+    assert helped.returncode == 0 and b"quickstart" in helped.stdout
