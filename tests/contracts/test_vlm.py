@@ -134,7 +134,7 @@ def test_fresh_adapter_is_the_reference_whatever_would_drop_out(family: str, rec
     found = policy.log_probs(policy.model, batch)
     assert torch.equal(found.chosen, reference.chosen) and torch.equal(found.rejected, reference.rejected)
     assert torch.equal(sigmoid(found, reference, beta=0.1), torch.full((3,), math.log(2)))
-    assert policy.scorer.layout == "shared" and found.exact and found.chosen.requires_grad
+    assert policy.scorer.layout == "shared_prefix" and found.exact and found.chosen.requires_grad
     policy.model.eval()
     assert torch.equal(policy.log_probs(policy.model, batch_of(policy, family)).chosen, found.chosen)
 
@@ -196,7 +196,7 @@ def test_shared_prefix_is_two_plain_forwards(family: str, checkpointing: bool) -
     truth = two_plain_forwards(policy, encoded)
     wanted = gradients(policy, truth)
     found = policy.log_probs(policy.model, policy.collate(encoded))
-    assert policy.scorer.layout == "shared"
+    assert policy.scorer.layout == "shared_prefix"
     same(found, truth, 1e-5)
     near(gradients(policy, found), wanted, 1e-5)
     assert found.terms_chosen.tolist() == [len(row["chosen_ids"]) for row in encoded]
@@ -252,7 +252,7 @@ def test_bf16_autocast_is_close(family: str) -> None:
         truth = two_plain_forwards(policy, encoded)
         with torch.autocast("cpu", torch.bfloat16):
             found = policy.log_probs(policy.model, policy.collate(encoded))
-    assert policy.scorer.layout == "shared" and found.chosen.dtype == torch.float32
+    assert policy.scorer.layout == "shared_prefix" and found.chosen.dtype == torch.float32
     same(found, truth, 2e-2)
 
 
@@ -328,7 +328,7 @@ def test_a_soft_capped_text_model_is_exact() -> None:
     truth = two_plain_forwards(policy, encoded)
     wanted = gradients(policy, truth)
     found = policy.log_probs(policy.model, policy.collate(encoded))
-    assert (policy.scorer.head, policy.scorer.layout) == ("finished", "shared")
+    assert (policy.scorer.head, policy.scorer.layout) == ("finished", "shared_prefix")
     same(found, truth, 1e-5)
     near(gradients(policy, found), wanted, 1e-5)
 
@@ -364,7 +364,7 @@ def test_linear_attention_falls_back_and_says_so_once(
         for _ in range(2):
             found = policy.log_probs(policy.model, policy.collate(encoded))
     warnings = [record for record in caplog.records if "two plain sequences" in record.message]
-    assert policy.scorer.layout == "plain" and len(warnings) == 1
+    assert policy.scorer.layout == "separate" and len(warnings) == 1
     assert ("linear_attention layers" in warnings[0].message) == (found_by == "layer types")
     same(found, truth, 1e-5)
     near(gradients(policy, found), wanted, 1e-5)
@@ -401,7 +401,7 @@ def test_the_check_catches_a_wrong_shared_prefix(wrong: str, half: str, monkeypa
     batch = batch_of(policy, "llava")
     with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"), torch.no_grad():
         policy.log_probs(policy.model, batch)
-    assert policy.scorer.layout == "plain"
+    assert policy.scorer.layout == "separate"
     again = policy_of("llava", options={"pair_layout": "shared_prefix"})
     with pytest.raises(ValueError, match="layout 'shared' is not exact"):
         again.log_probs(again.model, batch_of(again, "llava"))
@@ -421,7 +421,7 @@ def test_the_check_is_made_in_float32_under_a_wrapper_that_casts() -> None:
     wide = core.get_decoder().layers[0].mlp.down_proj
     wide.register_forward_hook(lambda _, __, out: kinds.append(out.dtype))
     policy.scorer.check(policy.model, batch_of(policy, "qwen2_5_vl"))
-    assert policy.scorer.layout == "shared" and set(kinds) == {torch.float32} and core.forward is forward
+    assert policy.scorer.layout == "shared_prefix" and set(kinds) == {torch.float32} and core.forward is forward
     policy.log_probs(policy.model, batch_of(policy, "qwen2_5_vl"))
     assert torch.bfloat16 in kinds
 

@@ -124,7 +124,7 @@ def test_no_file_of_the_machine_is_served(name: str, serve: Callable[..., Any], 
 def test_the_pictures_of_a_finished_comparison_and_their_filters(
     serve: Callable[..., Any], page: Any, tmp_path: Path
 ) -> None:
-    server = serve("images", "--finished", str(finished_run(tmp_path / "run")))
+    server = serve("images", "--comparison", str(finished_run(tmp_path / "run")))
     page.goto(server.address)
     page.locator("#gallery article").first.wait_for()
     assert page.locator("#gallery article").count() == 3

@@ -49,7 +49,7 @@ def test_every_preset_is_tried() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_a_preset_names_exists(name: str) -> None:
     settings = recipe(name)
-    mined = [settings.mine.judge] if settings.mine else []
+    mined = [settings.mine.judges] if settings.mine else []
     judges = [*settings.compare.judges, *(n for one in mined for n in ([one] if isinstance(one, str) else one))]
     assert judges and all(named(judge) or OWN.fullmatch(judge) for judge in judges)
     if isinstance(settings.compare, CompareResponsesConfig):

@@ -25,7 +25,7 @@ RECIPES = {
     "aesthetic": (PICTURES, "aesthetic", "pytorch_lora_weights.safetensors"),
     "captioner": (ANSWERS, "chair_i", "adapter_model.safetensors"),
     "faithfulness": (PICTURES, "faithfulness", "pytorch_lora_weights.safetensors"),
-    "ocr": ([*ANSWERS, "--mine.judge", "cer"], "degeneration", "adapter_model.safetensors"),
+    "ocr": ([*ANSWERS, "--mine.judges", "cer"], "degeneration", "adapter_model.safetensors"),
     "custom_judge": (
         ["--mine.max-questions", "40", "--compare.max-questions", "8"],
         "custom_judge:right",
@@ -35,7 +35,7 @@ RECIPES = {
 
 
 def test_every_recipe_is_tried() -> None:
-    assert sorted(script.stem for script in (ROOT / "recipes").glob("*.py")) == list(RECIPES)
+    assert sorted(script.stem for script in (ROOT / "recipes").glob("*.py")) == sorted(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -78,13 +78,13 @@ def test_sigterm_in_mining_while_judging(tiny_model: str, tmp_path: Path) -> Non
             "model": tiny_model,
             "prompts": str(tmp_path / "prompts.txt"),
             "judges": "red",
-            "images_per_prompt": "2",
+            "images-per-prompt": "2",
         }
         given |= {
-            "sampling-steps": "2",
+            "num-inference-steps": "2",
             "shard-size": "1",
-            "guidance": "1",
-            "min-gap": "-1",
+            "guidance-scale": "1",
+            "min-score-gap": "-1",
             "output-dir": str(tmp_path / out),
         }
         return ["mine", *(part for key, value in given.items() for part in (f"--{key}", value))]
