@@ -33,7 +33,9 @@ def history(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("objective", ["sigmoid", "kto"])
 def test_two_processes_give_the_losses_of_one(objective: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: {tiny_model}\npairs: {pairs}\nobjective: {objective}\nbeta: 100\nstratified_timesteps: true\n")
+    recipe.write_text(
+        f"model: {tiny_model}\npairs: {pairs}\nobjective: {objective}\nbeta: 100\nstratified_timesteps: true\n"
+    )
     one = [sys.executable, "-m", "dpo_mm", "train", str(recipe), *COMMON]
     subprocess.run([*one, "--batch-size", "4", "--output-dir", str(tmp_path / "one")], check=True, capture_output=True)
     two = [
