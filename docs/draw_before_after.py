@@ -2,7 +2,8 @@
 
 dpo-mm quickstart && python docs/draw_before_after.py [runs/quickstart]
 
-The selection is a rule, so that nobody can choose the best images:
+The selection is a rule, so that the image can be drawn again. What it leaves out, and four per category, was decided after
+a look at the contact sheet, so that every mark can be checked and failures show. It is easier than the whole comparison:
 
 1. The prompts come in the order of the comparison, and each shows its first seed.
 2. The first four of each category are drawn, in turns. Two categories are left out because a reader cannot check their

@@ -352,7 +352,7 @@ def extreme(name: str, values: list[float], dtype: torch.dtype, beta: float) -> 
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)  # a deadline in wall time fails on a busy machine
 @given(values=SIDES, dtype=st.sampled_from([torch.float32, torch.bfloat16]), beta=st.sampled_from([0.1, 5000.0]))
 def test_finite_far_out(name: str, values: list[float], dtype: torch.dtype, beta: float) -> None:
     check_finite(name, values, dtype, beta)
