@@ -18,6 +18,8 @@ from dpo_mm.data.schema import make_response_rows
 from dpo_mm.training.run import train
 from tests.contracts.tiny_vlms import rows, save
 
+pytestmark = pytest.mark.slow
+
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SETTINGS: dict[str, Any] = {
     "steps": 3, "save_every": 3, "log_every": 1, "eval_fraction": 0.0, "learning_rate": 1e-3, "lora_rank": 4, "beta": 0.1,

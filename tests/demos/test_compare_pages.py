@@ -15,6 +15,8 @@ from dpo_mm.assets import locate
 from tests.demos.test_label_page import HOSTILE
 from tests.unit.evaluation.test_saved_comparison import finished_run
 
+pytestmark = pytest.mark.slow
+
 
 def wait_for(page: Any, what: str) -> None:
     """Until the status says so."""

@@ -14,6 +14,8 @@ from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.store import VoteStore
 from tests.conftest import picture
 
+pytestmark = pytest.mark.slow
+
 KEYS = {"left": "ArrowLeft", "right": "ArrowRight", "tie": "ArrowDown", "both_bad": "b", "skip": "s"}
 HOSTILE = {
     "script": "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">",

@@ -25,6 +25,7 @@ def test_every_recipe_is_tried() -> None:
     assert sorted(script.stem for script in (ROOT / "recipes").glob("*.py")) == list(RECIPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
     short, judge, adapter = RECIPES[name]

@@ -46,6 +46,7 @@ def no_larger_than(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """Mutation that it catches: taking torch's or safetensors' own errors for a bug, and dying with a traceback."""
     first = command(tiny_model, pairs, tmp_path / "first", "--steps", "2")
@@ -68,6 +69,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tiny_model: str, pairs: str, tm
         assert what_is_wrong(out / "checkpoint-2") is None
 
 
+@pytest.mark.slow
 def test_each_librarys_error_is_one_that_names_the_place(tmp_path: Path) -> None:
     """In a process of its own, whose files may not grow past 4 KiB."""
     code = (
@@ -108,6 +110,7 @@ def test_a_result_replaces_the_one_before_part_by_part(tmp_path: Path) -> None:
     assert (tmp_path / "old" / "checkpoint-2").exists() and not any((tmp_path / "aside").iterdir())
 
 
+@pytest.mark.slow
 def test_only_whole_checkpoints_push_out_older_ones(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """Retention of 1, and what is newest is broken: it is replaced by a whole one before anything is deleted."""
     config = TrainConfig(

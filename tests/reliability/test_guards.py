@@ -56,6 +56,7 @@ def test_a_loss_that_is_not_a_number_makes_no_step_and_is_counted(
     assert [e["skipped_steps"] for e in trained.history if "skipped_steps" in e][-1] == 2
 
 
+@pytest.mark.slow
 def test_many_in_a_row_end_the_run_with_a_diagnosis(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +89,7 @@ def test_the_diagnosis_names_the_row_at_fault_its_timestep_and_the_norms() -> No
     assert (guard.skipped, layer.weight.grad, guard.batches) == (1, None, [])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_exits_and_resumes_to_the_same_adapter(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -111,6 +113,7 @@ def test_sigterm_saves_exits_and_resumes_to_the_same_adapter(tiny_model: str, pa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["truncate", "remove", "unmark"])
 def test_a_broken_checkpoint_is_passed_over_and_named(
     harm: str, tiny_model: str, pairs: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

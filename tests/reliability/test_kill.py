@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RUN = ["--steps", "40", "--batch-size", "2", "--save-every", "4", "--log-every", "1", "--eval-fraction", "0"]
 
 
@@ -14,6 +16,7 @@ def command(recipe: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "dpo_mm", "train", str(recipe), "--output-dir", str(out), *RUN, *more]
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_to_the_same_bits(tmp_path: Path) -> None:
     """Three kills, two of them in a save; `python -m tests.bench.kills` makes 30, docs/benchmarks/kills.json is its log."""
     done = subprocess.run(
@@ -33,6 +36,7 @@ def test_the_log_of_25_kills() -> None:
     assert sum(kill["in a save"] for kill in log["kills"]) >= 5
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_keeps_the_one_before(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """The second checkpoint meets a full disk: the first stays, nothing half-written does, the message is one line."""
     recipe = tmp_path / "recipe.yaml"

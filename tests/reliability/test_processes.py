@@ -21,6 +21,8 @@ from dpo_mm.data.image_files import encode_png
 from dpo_mm.training.run import train
 from tests.conftest import picture, rows
 
+pytestmark = pytest.mark.slow
+
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 """What `accelerate launch` runs for several processes."""
 COMMON = ["--steps", "4", "--save-every", "4", "--log-every", "1", "--learning-rate", "1e-3", "--eval-fraction", "0.34"]

@@ -19,6 +19,7 @@ from tests.reliability.test_processes import TWO
 CONFIGS = presets_folder() / "accelerate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_in_shards_all_is_as_it_is_whole(tuning: str, tiny_model: str, tmp_path: Path) -> None:
     """Answers, gradients, the frozen copy in shards of its own, and what is saved; see sharded.py for what it asserts."""

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from datasets import load_from_disk
+
+pytestmark = pytest.mark.slow
 
 ENCODE = """
 import os, signal, sys

@@ -251,9 +251,9 @@ def test_judging_in_batches_changes_nothing(tiny: str, checkpoint: Path, monkeyp
     together = judge(PICTURES, PROMPTS)
     apart = [judge([image], [prompt])[0] for image, prompt in zip(PICTURES, PROMPTS, strict=True)]
     np.testing.assert_allclose(together, apart, atol=1e-6)
+    assert together == judge(PICTURES, PROMPTS)
     monkeypatch.setattr(clip_judges, "BATCH", 2)
     np.testing.assert_allclose(judge(PICTURES, PROMPTS), together, atol=1e-6)
-    assert together == judge(PICTURES, PROMPTS)
 
 
 def test_a_batch_that_does_not_fit_is_halved() -> None:

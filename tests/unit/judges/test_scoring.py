@@ -98,6 +98,7 @@ def test_scoring_goes_on_after_finished_shards(config: JudgeConfig, monkeypatch:
         score(dataclasses.replace(config, judge=f"{HERE}:crowd"))
 
 
+@pytest.mark.slow
 def test_sigterm_ends_it_well_and_it_goes_on(config: JudgeConfig) -> None:
     config = dataclasses.replace(config, judge=f"{HERE}:slow", shard_size=1)
     code = f"from dpo_mm.config import JudgeConfig; from dpo_mm.judges.scoring import score; score({config!r})"
