@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +20,7 @@ from dpo_mm.training.callbacks import IN_A_ROW, FiniteSteps
 from dpo_mm.training.checkpoints import newest_whole, what_is_wrong
 from dpo_mm.training.run import train
 from dpo_mm.training.trainer import DPOTrainer
+from tests import forked
 
 
 def config(model: str, pairs: str, out: Path, **more: Any) -> TrainConfig:
@@ -95,20 +93,21 @@ def test_sigterm_saves_exits_and_resumes_to_the_same_adapter(tiny_model: str, pa
     recipe.write_text(
         f"model: {tiny_model}\npairs: {pairs}\nlearning_rate: 1.0e-3\nsteps: 30\nbatch_size: 2\nsave_every: 2\n"
     )
-    command = [sys.executable, "-m", "dpo_mm", "train", str(recipe), "--output-dir"]
+    command = ["train", str(recipe), "--output-dir"]
     out = tmp_path / "cut"
-    process = subprocess.Popen([*command, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forked.Forked(*command, str(out))
     deadline = time.monotonic() + 300
     while not list(out.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143 and "stopped as asked at step" in errors and "--resume" in errors
+    process.send_signal(signal.SIGTERM)
+    done = process.wait(timeout=120)
+    errors = done.stderr
+    assert done.returncode == 143 and "stopped as asked at step" in errors and "--resume" in errors
     step = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
     assert f"step {step}," in errors and step < 30 and not (out / "pytorch_lora_weights.safetensors").exists()
 
-    subprocess.run([*command, str(out), "--resume"], check=True, capture_output=True)
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    forked.run(*command, str(out), "--resume", check=True)
+    forked.run(*command, str(tmp_path / "whole"), check=True)
     one, other = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
