@@ -124,11 +124,13 @@ def started_together(
 
 
 def run_together(*arguments: str, **given: Any) -> list[subprocess.CompletedProcess[str]]:
-    """Run processes of one run to their end; if one fails, the others, which would wait for it, are killed."""
+    """Run processes of one run to their end, well; if one fails, the others, which would wait for it, are killed."""
     processes = started_together(*arguments, **given)
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
             for process in processes:
                 process.kill()
         time.sleep(0.02)
-    return [process.wait() for process in processes]
+    ended = [process.wait() for process in processes]
+    assert all(done.returncode == 0 for done in ended), "\n".join(done.stderr[-3000:] for done in ended)
+    return ended
