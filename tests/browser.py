@@ -64,6 +64,22 @@ def serve(all_there: None, tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture(scope="session")
+def serve_once(all_there: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Starts a page that several tests open; each has a window, and so a session, of its own."""
+    started: dict[tuple[str, ...], Server] = {}
+
+    def start(*arguments: str) -> Server:
+        if arguments not in started:
+            started[arguments] = Server(*arguments, folder=tmp_path_factory.mktemp("page"))
+        assert started[arguments].process.poll() is None, "a test before this one ended the page"
+        return started[arguments]
+
+    yield start
+    for server in started.values():
+        server.kill()
+
+
+@pytest.fixture(scope="session")
 def browser(all_there: None) -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 

@@ -17,6 +17,8 @@ from dpo_mm.data.schema import make_image_rows
 from tests.contracts.families import WORDS, stable_diffusion
 
 pytest_plugins = ("tests.browser",)
+LONGEST = ("end_to_end", "demos", "recipes", "reliability", "contracts")
+"""Folders of tests, those that take longest first."""
 
 if os.environ.get("PYTEST_XDIST_WORKER"):  # see tests/__init__.py
     torch.set_num_threads(1)
@@ -26,7 +28,12 @@ else:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no core waits for them at the end."""
-    items.sort(key=lambda item: "end_to_end" not in item.nodeid)
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return "quickstart" not in item.path.name, LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:
