@@ -6,15 +6,14 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import forked
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -30,29 +29,23 @@ def all_there() -> None:
 
 
 class Server:
-    """`dpo-mm demo ...` in a process of its own, started in `folder`."""
+    """`dpo-mm demo ...` in a process of its own, forked in `folder`."""
 
     def __init__(self, *arguments: str, folder: Path) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "dpo_mm", "demo", *arguments],
-            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        self.said: list[str] = []
+        self.process = forked.Forked("demo", *arguments, cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         self.address = self._address()
-        threading.Thread(target=lambda: self.said.extend(self.process.stdout or ()), daemon=True).start()
 
     def _address(self) -> str:
-        for line in self.process.stdout or ():
-            self.said.append(line)
-            found = re.search(r"Open (http://127\.0\.0\.1:\d+)", line)
+        deadline = time.monotonic() + 300
+        while self.process.poll() is None and time.monotonic() < deadline:
+            found = re.search(r"Open (http://127\.0\.0\.1:\d+)", self.process.stdout)
             if found:
                 return found[1]
-        raise AssertionError("the page did not start:\n" + "".join(self.said))
+            time.sleep(0.02)
+        raise AssertionError("the page did not start:\n" + self.process.stdout + self.process.stderr)
 
     def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        self.process.kill()
 
 
 @pytest.fixture
@@ -68,6 +61,22 @@ def serve(all_there: None, tmp_path: Path) -> Iterator[Callable[..., Server]]:
     for server in started:
         if server.process.poll() is None:
             server.kill()
+
+
+@pytest.fixture(scope="session")
+def serve_once(all_there: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Starts a page that several tests open; each has a window, and so a session, of its own."""
+    started: dict[tuple[str, ...], Server] = {}
+
+    def start(*arguments: str) -> Server:
+        if arguments not in started:
+            started[arguments] = Server(*arguments, folder=tmp_path_factory.mktemp("page"))
+        assert started[arguments].process.poll() is None, "a test before this one ended the page"
+        return started[arguments]
+
+    yield start
+    for server in started.values():
+        server.kill()
 
 
 @pytest.fixture(scope="session")
@@ -98,9 +107,6 @@ def run_command(all_there: None, tmp_path: Path) -> Callable[..., str]:
     """Runs `dpo-mm ...` to its end; gives what it printed."""
 
     def run(*arguments: str) -> str:
-        command = [sys.executable, "-m", "dpo_mm", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return forked.run(*arguments, cwd=tmp_path, check=True).stdout
 
     return run

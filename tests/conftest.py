@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,22 +17,29 @@ from dpo_mm.data.schema import make_image_rows
 from tests.contracts.families import WORDS, stable_diffusion
 
 pytest_plugins = ("tests.browser",)
-SLOW = {"contracts", "demos", "end_to_end", "parity", "recipes", "reliability"}
-"""Folders of tests that train, draw or start processes."""
+LONGEST = ("end_to_end", "demos", "recipes", "reliability", "contracts")
+"""Folders of tests, those that take longest first."""
 
-if os.environ.get("PYTEST_XDIST_WORKER"):  # a worker a core: a thread each, in what they start too
-    os.environ["OMP_NUM_THREADS"] = "1"
+if os.environ.get("PYTEST_XDIST_WORKER"):  # see tests/__init__.py
     torch.set_num_threads(1)
 else:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `pytest -m "not slow"` leaves out, and run the longest first, so that no core waits at the end."""
-    for item in items:
-        if SLOW & set(item.path.relative_to(Path(__file__).parent).parts):
-            item.add_marker("slow")
-    items.sort(key=lambda item: "end_to_end" not in item.nodeid)
+    """The longest first, so that no core waits for them at the end."""
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return "quickstart" not in item.path.name, LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected is no rubbish: a run's gc.collect() need not go through it, a third of a short run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+ALIKE = {
+    "stable-diffusion-v", "stable-diffusion-tiny-vae", "sd3.5-without-t5", "flux-schnell",
+    "idefics3", "internvl", "llava_next", "llava_onevision", "paligemma", "qwen2_vl", "smolvlm",
+}  # fmt: skip
+"""Families whose code in the package another family runs too: the quick tests leave them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if Path(__file__).parent in item.path.parents and parameters and parameters.params.get("family") in ALIKE:
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

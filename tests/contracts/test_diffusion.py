@@ -394,6 +394,7 @@ def test_a_fully_tuned_denoiser_is_saved_and_attached(
         draw(fresh, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_on_one_pair_raise_its_margin(family: str, checkpointing: bool, ready: Callable[..., Any]) -> None:
@@ -414,6 +415,7 @@ def test_ten_steps_on_one_pair_raise_its_margin(family: str, checkpointing: bool
     assert history[-1] > history[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_trains_and_says_nearly_the_same(family: str, folders: Callable[[str], str]) -> None:
     """As the trainer asks it: the pipeline in bf16, the adapter in float32, the loss in float32 under autocast."""

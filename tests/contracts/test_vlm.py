@@ -279,6 +279,7 @@ def test_the_saved_adapter_answers_in_stock_classes_as_in_memory(family: str, tm
     assert torch.equal(again.log_probs(again.model, batch).chosen, policy.log_probs(policy.model, batch).chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_raise_the_margin_with_and_without_checkpointing(family: str) -> None:
     curves = []

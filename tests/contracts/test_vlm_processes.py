@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,11 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import make_response_rows
 from dpo_mm.training.run import train
+from tests import forked
 from tests.contracts.tiny_vlms import rows, save
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+pytestmark = pytest.mark.slow
+
 SETTINGS: dict[str, Any] = {
     "steps": 3, "save_every": 3, "log_every": 1, "eval_fraction": 0.0, "learning_rate": 1e-3, "lora_rank": 4, "beta": 0.1,
 }  # fmt: skip
@@ -36,9 +35,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     settings = {"model": save("qwen2_5_vl", tmp_path / "model"), "pairs": str(tmp_path / "pairs.parquet"), **SETTINGS}
     train(TrainConfig(**settings, batch_size=4, output_dir=str(tmp_path / "one")))
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({**settings, "batch_size": 2}))
-    command = [*TWO, "-m", "dpo_mm", "train", str(tmp_path / "two.yaml"), "--output-dir", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONFAULTHANDLER": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_together("train", str(tmp_path / "two.yaml"), "--output-dir", str(tmp_path / "two"))
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     for name in ("loss", "rewards/margins", "rewards/chosen"):
         values = [[entry[name] for entry in log if name in entry] for log in (one, two)]

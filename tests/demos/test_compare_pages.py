@@ -15,6 +15,8 @@ from dpo_mm.assets import locate
 from tests.demos.test_label_page import HOSTILE
 from tests.unit.evaluation.test_saved_comparison import finished_run
 
+pytestmark = pytest.mark.slow
+
 
 def wait_for(page: Any, what: str) -> None:
     """Until the status says so."""
@@ -23,8 +25,8 @@ def wait_for(page: Any, what: str) -> None:
     )
 
 
-def test_type_draw_slide_and_read_the_scores(serve: Callable[..., Any], page: Any) -> None:
-    server = serve("images")
+def test_type_draw_slide_and_read_the_scores(serve_once: Callable[..., Any], page: Any) -> None:
+    server = serve_once("images")
     page.goto(server.address)
     wait_for(page, "of 6 LoRA scales drawn|Both from seed 0")
     wait_for(page, "6 of 6")
@@ -66,8 +68,8 @@ def test_hostile_prompts_are_drawn_as_words(serve: Callable[..., Any], page: Any
         assert page.title() == "Base and tuned" and page.locator("#both img").count() == 2
 
 
-def test_base_and_tuned_answers_are_written_side_by_side(serve: Callable[..., Any], page: Any) -> None:
-    server = serve("captions")
+def test_base_and_tuned_answers_are_written_side_by_side(serve_once: Callable[..., Any], page: Any) -> None:
+    server = serve_once("captions")
     page.goto(server.address)
     done = "() => /The truth/.test(document.querySelector('.status')?.innerText ?? '')"
     page.wait_for_function(done)
@@ -82,9 +84,9 @@ def test_base_and_tuned_answers_are_written_side_by_side(serve: Callable[..., An
 
 
 def test_uploads_that_are_no_pictures_get_a_message_and_the_page_lives_on(
-    serve: Callable[..., Any], page: Any, tmp_path: Any
+    serve_once: Callable[..., Any], page: Any, tmp_path: Any
 ) -> None:
-    server = serve("captions")
+    server = serve_once("captions")
     page.goto(server.address)
     page.wait_for_function("() => /The truth/.test(document.querySelector('.status')?.innerText ?? '')")
     bomb = io.BytesIO()
@@ -112,8 +114,8 @@ def test_uploads_that_are_no_pictures_get_a_message_and_the_page_lives_on(
 
 
 @pytest.mark.parametrize("name", ["images", "captions"])
-def test_no_file_of_the_machine_is_served(name: str, serve: Callable[..., Any], page: Any) -> None:
-    server = serve(name)
+def test_no_file_of_the_machine_is_served(name: str, serve_once: Callable[..., Any], page: Any) -> None:
+    server = serve_once(name)
     weights = locate("shapes-sd-faithful") + "/pytorch_lora_weights.safetensors"
     for full in ("/etc/passwd", weights):
         for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/"):

@@ -14,6 +14,8 @@ from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.store import VoteStore
 from tests.conftest import picture
 
+pytestmark = pytest.mark.slow
+
 KEYS = {"left": "ArrowLeft", "right": "ArrowRight", "tie": "ArrowDown", "both_bad": "b", "skip": "s"}
 HOSTILE = {
     "script": "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">",
@@ -162,12 +164,20 @@ def test_a_broken_picture_can_be_skipped(serve: Callable[..., Any], page: Any, t
     assert any("can’t be read" in text for text in texts)
 
 
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with votes, a secret and a pair to label."""
+    folder = tmp_path_factory.mktemp("secrets")
+    (folder / ".env").write_text("SECRET=1")
+    folder_of_pairs(folder / "pairs", ["one"])
+    return folder
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "/proc/self/environ", "votes.sqlite", ".env"])
-def test_no_file_of_the_machine_is_served(path: str, serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("SECRET=1")
-    pairs = folder_of_pairs(tmp_path / "pairs", ["one"])
-    server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
-    full = path if path.startswith("/") else str(tmp_path / path)
+def test_no_file_of_the_machine_is_served(path: str, serve_once: Callable[..., Any], page: Any, secrets: Path) -> None:
+    server = serve_once("label", "--pairs", str(secrets / "pairs"), "--votes", str(secrets / "votes.sqlite"))
+    full = path if path.startswith("/") else str(secrets / path)
+    assert Path(full).exists()
     for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/gradio_api/proxy="):
         for name in (full, full.lstrip("/"), "../" * 8 + full.lstrip("/"), full.replace("/", "%2F")):
             answer = page.request.get(server.address + route + name)

@@ -18,6 +18,8 @@ from dpo_mm.assets import locate
 from dpo_mm.data.questions import read_questions
 from dpo_mm.policies.families import load_policy
 
+pytestmark = pytest.mark.slow
+
 TASKS = {"captioner": ("shapes-captioner", "scenes-held-out", 48), "ocr": ("page-reader", "pages-held-out", 200)}
 
 

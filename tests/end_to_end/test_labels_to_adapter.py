@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 
 from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.store import VoteStore
 from tests.demos.test_label_page import begin, press
+
+pytestmark = pytest.mark.slow
 
 LABELS = 30
 

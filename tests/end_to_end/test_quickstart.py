@@ -18,6 +18,8 @@ from dpo_mm.evaluation.compare_images import plan_of
 from dpo_mm.policies.families import load_policy
 from dpo_mm.recipe import read_recipe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

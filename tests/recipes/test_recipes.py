@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ["--max-prompts", "4", "--images-per-prompt", "2", "--num-inference-steps", "3", "--scales", "0.5"]
@@ -38,12 +38,12 @@ def test_every_recipe_is_tried() -> None:
     assert sorted(script.stem for script in (ROOT / "recipes").glob("*.py")) == sorted(RECIPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
     short, judge, adapter = RECIPES[name]
-    command = [sys.executable, str(ROOT / "recipes" / f"{name}.py"), "--steps", "2", "--baseline", "sft", *short]
-    done = subprocess.run([*command, "--output-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [str(ROOT / "recipes" / f"{name}.py"), "--steps", "2", "--baseline", "sft", *short]
+    forked.run(*command, "--output-dir", str(tmp_path), call=forked.script, cwd=ROOT, check=True)
     kept = json.loads((tmp_path / "metrics.json").read_text())
     assert [one["judge"] for one in kept["comparisons"] if one["headline"]] == [judge]
     assert any("DPO against SFT" in one["metric"] for one in kept["comparisons"])

@@ -1,11 +1,7 @@
-"""Run by test_sharded.py on two processes: a policy and its frozen copy under FSDP2 answer as whole ones do.
-
-python -m torch.distributed.run --nproc_per_node 2 -m tests.reliability.sharded MODEL FOLDER TUNING
-"""
+"""Run by test_sharded.py on two processes: a policy and its frozen copy under FSDP2 answer as whole ones do."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,7 +64,3 @@ def main(model: str, folder: Path, tuning: str) -> None:
         (folder / "chosen.txt").write_text(repr(moved.chosen.tolist()))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

@@ -8,15 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.training.checkpoints import publish, what_is_wrong, writing
 from dpo_mm.training.run import train
+from tests import forked
 
 RUN = ["--batch-size", "2", "--save-every", "2", "--log-every", "1", "--eval-fraction", "0", "--learning-rate", "1e-3"]
 
@@ -24,7 +27,7 @@ RUN = ["--batch-size", "2", "--save-every", "2", "--log-every", "1", "--eval-fra
 def command(model: str, pairs: str, out: Path, *more: str) -> list[str]:
     recipe = out.parent / "recipe.yaml"
     recipe.write_text(f"model: {model}\npairs: {pairs}\n")
-    return [sys.executable, "-m", "dpo_mm", "train", str(recipe), "--output-dir", str(out), *RUN, *more]
+    return ["train", str(recipe), "--output-dir", str(out), *RUN, *more]
 
 
 @contextmanager
@@ -41,15 +44,34 @@ def small_disk(folder: Path, kibibytes: int) -> Iterator[Path | None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def no_larger_than(size: int) -> Callable[[], None]:
-    """To be called in a new process: none of its files grows past this."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+def no_larger_than(size: int | None, call: Callable[[], None] = forked.command) -> None:
+    """In a new process: a call, and none of its files grows past this."""
+    if size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    call()
 
 
+def write_too_much() -> None:
+    """Write more than 4 KiB to the file of the first argument in three ways; print the error of each."""
+    place, many = Path(sys.argv[1]), torch.zeros(2**16)
+    ways: tuple[Callable[[], Any], ...] = (
+        lambda: torch.save(many, place),
+        lambda: save_file({"many": many}, place),
+        lambda: place.write_bytes(bytes(2**16)),
+    )
+    for write in ways:
+        try:
+            with writing(place):
+                write()
+        except OSError as error:
+            print(error)
+
+
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """Mutation that it catches: taking torch's or safetensors' own errors for a bug, and dying with a traceback."""
     first = command(tiny_model, pairs, tmp_path / "first", "--steps", "2")
-    subprocess.run(first, check=True, capture_output=True)
+    forked.run(*first, check=True)
     checkpoint = tmp_path / "first" / "checkpoint-2"
     size = sum(path.stat().st_size for path in checkpoint.rglob("*"))
     largest = max(path.stat().st_size for path in checkpoint.rglob("*"))
@@ -59,8 +81,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tiny_model: str, pairs: str, tm
         subprocess.run(["cp", "-r", str(checkpoint), str(out)], check=True)
         goes_on = command(tiny_model, pairs, tmp_path / "first", "--steps", "4", "--resume")
         goes_on[goes_on.index("--output-dir") + 1] = str(out)
-        limit = None if disk else no_larger_than(largest - 1)
-        done = subprocess.run(goes_on, capture_output=True, text=True, preexec_fn=limit)
+        done = forked.run(*goes_on, call=partial(no_larger_than, None if disk else largest - 1))
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
         assert "checkpoint-4" in errors[0] and "earlier checkpoints are kept" in errors[0]
@@ -68,25 +89,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(tiny_model: str, pairs: str, tm
         assert what_is_wrong(out / "checkpoint-2") is None
 
 
+@pytest.mark.slow
 def test_each_librarys_error_is_one_that_names_the_place(tmp_path: Path) -> None:
     """In a process of its own, whose files may not grow past 4 KiB."""
-    code = (
-        "import sys, pathlib, torch\n"
-        "from safetensors.torch import save_file\n"
-        "from dpo_mm.training.checkpoints import writing\n"
-        "place, many = pathlib.Path(sys.argv[1]), torch.zeros(2**16)\n"
-        "for write in (lambda: torch.save(many, place), lambda: save_file({'many': many}, place),\n"
-        "              lambda: place.write_bytes(bytes(2**16))):\n"
-        "    try:\n"
-        "        with writing(place): write()\n"
-        "    except OSError as error: print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "file")],
-        capture_output=True,
-        text=True,
-        preexec_fn=no_larger_than(4096),
-    )
+    done = forked.run(str(tmp_path / "file"), call=partial(no_larger_than, 4096, write_too_much))
     said = done.stdout.splitlines()
     assert len(said) == 3 and all(f"could not write {tmp_path / 'file'}: " in line for line in said), done.stderr
 
@@ -108,6 +114,7 @@ def test_a_result_replaces_the_one_before_part_by_part(tmp_path: Path) -> None:
     assert (tmp_path / "old" / "checkpoint-2").exists() and not any((tmp_path / "aside").iterdir())
 
 
+@pytest.mark.slow
 def test_only_whole_checkpoints_push_out_older_ones(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """Retention of 1, and what is newest is broken: it is replaced by a whole one before anything is deleted."""
     config = TrainConfig(

@@ -73,6 +73,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     return bytes(whole)
 
 
+@pytest.mark.slow
 def test_damaged_pictures_are_pictures_or_refused_with_a_reason() -> None:
     files, rng = whole_files(), random.Random(0)
     assert all(decode(file).mode == "RGB" for file in files)
@@ -95,6 +96,7 @@ def test_damaged_pictures_are_pictures_or_refused_with_a_reason() -> None:
 STRANGE: list[Any] = [None, "", "x", "A", "b ", "left", 0, 1.5, True, [], {}, "tie\0", "é" * 5000, float("nan"), b"a"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", ["prompt", "preference", "image_a", "id", "p_a", "votes_a", "score_a"])
 def test_damaged_rows_are_valid_or_refused_with_their_row(column: str, tmp_path: Path) -> None:
     import pyarrow as pa

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +20,7 @@ from dpo_mm.training.callbacks import IN_A_ROW, FiniteSteps
 from dpo_mm.training.checkpoints import newest_whole, what_is_wrong
 from dpo_mm.training.run import train
 from dpo_mm.training.trainer import DPOTrainer
+from tests import forked
 
 
 def config(model: str, pairs: str, out: Path, **more: Any) -> TrainConfig:
@@ -56,6 +54,7 @@ def test_a_loss_that_is_not_a_number_makes_no_step_and_is_counted(
     assert [e["skipped_steps"] for e in trained.history if "skipped_steps" in e][-1] == 2
 
 
+@pytest.mark.slow
 def test_many_in_a_row_end_the_run_with_a_diagnosis(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,29 +87,32 @@ def test_the_diagnosis_names_the_row_at_fault_its_timestep_and_the_norms() -> No
     assert (guard.skipped, layer.weight.grad, guard.batches) == (1, None, [])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_exits_and_resumes_to_the_same_adapter(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {tiny_model}\npairs: {pairs}\nlearning_rate: 1.0e-3\nsteps: 30\nbatch_size: 2\nsave_every: 2\n"
     )
-    command = [sys.executable, "-m", "dpo_mm", "train", str(recipe), "--output-dir"]
+    command = ["train", str(recipe), "--output-dir"]
     out = tmp_path / "cut"
-    process = subprocess.Popen([*command, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forked.Forked(*command, str(out))
     deadline = time.monotonic() + 300
     while not list(out.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143 and "stopped as asked at step" in errors and "--resume" in errors
+    process.send_signal(signal.SIGTERM)
+    done = process.wait(timeout=120)
+    errors = done.stderr
+    assert done.returncode == 143 and "stopped as asked at step" in errors and "--resume" in errors
     step = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
     assert f"step {step}," in errors and step < 30 and not (out / "pytorch_lora_weights.safetensors").exists()
 
-    subprocess.run([*command, str(out), "--resume"], check=True, capture_output=True)
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    forked.run(*command, str(out), "--resume", check=True)
+    forked.run(*command, str(tmp_path / "whole"), check=True)
     one, other = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["truncate", "remove", "unmark"])
 def test_a_broken_checkpoint_is_passed_over_and_named(
     harm: str, tiny_model: str, pairs: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -19,10 +19,13 @@ import yaml
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.training.run import train
+from tests import forked
 from tests.conftest import picture, rows
 
+pytestmark = pytest.mark.slow
+
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-"""What `accelerate launch` runs for several processes."""
+"""What `accelerate launch` runs for several processes; one test starts it, the others fork what it would start."""
 COMMON = ["--steps", "4", "--save-every", "4", "--log-every", "1", "--learning-rate", "1e-3", "--eval-fraction", "0.34"]
 
 
@@ -36,22 +39,9 @@ def test_two_processes_give_the_losses_of_one(objective: str, tiny_model: str, p
     recipe.write_text(
         f"model: {tiny_model}\npairs: {pairs}\nobjective: {objective}\nbeta: 100\nstratified_timesteps: true\n"
     )
-    one = [sys.executable, "-m", "dpo_mm", "train", str(recipe), *COMMON]
-    subprocess.run([*one, "--batch-size", "4", "--output-dir", str(tmp_path / "one")], check=True, capture_output=True)
-    two = [
-        *TWO,
-        "-m",
-        "dpo_mm",
-        "train",
-        str(recipe),
-        *COMMON,
-        "--batch-size",
-        "2",
-        "--output-dir",
-        str(tmp_path / "two"),
-    ]
-    done = subprocess.run(two, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["train", str(recipe), *COMMON]
+    forked.run(*command, "--batch-size", "4", "--output-dir", str(tmp_path / "one"), check=True)
+    forked.run_together(*command, "--batch-size", "2", "--output-dir", str(tmp_path / "two"))
     single, double = history(tmp_path / "one"), history(tmp_path / "two")
     for name in ("loss", "rewards/accuracies", "rewards/margins", "errors/chosen"):
         values = [[entry[name] for entry in log if name in entry] for log in (single, double)]
@@ -73,13 +63,9 @@ def test_frames_come_in_the_same_order_on_two_processes(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {tiny_model}\npairs: {write_pairs(some)}\nbeta: 500\nbuckets: true\nbatch_size: 2\n")
     logs = {}
-    for name, launch, accumulate in (("one", [sys.executable], "2"), ("two", TWO, "1")):
-        command = [*launch, "-m", "dpo_mm", "train", str(recipe), *COMMON, "--accumulate", accumulate]
-        environment = {**os.environ, "DPO_MM_CACHE": str(tmp_path / name)}
-        done = subprocess.run(
-            [*command, "--output-dir", str(tmp_path / name)], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    for name, count, accumulate in (("one", 1, "2"), ("two", 2, "1")):
+        command = ["train", str(recipe), *COMMON, "--accumulate", accumulate, "--output-dir", str(tmp_path / name)]
+        forked.run_together(*command, count=count, env={**os.environ, "DPO_MM_CACHE": str(tmp_path / name)})
         logs[name] = history(tmp_path / name)
     for measure in ("loss", "rewards/margins"):
         values = [[entry[measure] for entry in logs[name] if measure in entry] for name in logs]

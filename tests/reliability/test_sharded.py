@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,17 @@ from dpo_mm.assets import presets_folder
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.memory_estimate import _row
-from tests.reliability.test_processes import TWO
+from tests import forked
+from tests.reliability import sharded
 
 CONFIGS = presets_folder() / "accelerate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_in_shards_all_is_as_it_is_whole(tuning: str, tiny_model: str, tmp_path: Path) -> None:
     """Answers, gradients, the frozen copy in shards of its own, and what is saved; see sharded.py for what it asserts."""
-    command = [*TWO, "-m", "tests.reliability.sharded", tiny_model, str(tmp_path), tuning]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_together(call=partial(sharded.main, tiny_model, tmp_path, tuning))
     policy = load_policy(tiny_model)
     rows = [{**_row(policy), "id": f"row-{n}"} for n in range(2)]
     policy.prepare(TrainConfig(tiny_model, "-", "-", tuning=tuning))

@@ -3,49 +3,58 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 from datasets import load_from_disk
 
-ENCODE = """
-import os, signal, sys
-import dpo_mm.training.encoding as encoding
-from dpo_mm.cli import main as cli
-from dpo_mm.training import arrow_shards as shards
-real, calls = shards.keep, []
-encoding.SHARD = 4
-def keep(place, sets):
-    calls.append(place)
-    if len(calls) == {at}:
-        os.kill(os.getpid(), signal.SIGTERM)
-    real(place, sets)
-shards.keep = keep
-cli.main()
-"""
-MINE = """
-import os, signal
-import dpo_mm.mining.mine_images as mining
-from dpo_mm.cli import main as cli
-calls = []
-def judge(images, prompts):
-    calls.append(prompts)
-    if len(calls) == {at}:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return [image.getpixel((0, 0))[0] for image in images]
-mining.load_judge = lambda name: judge
-mining.better_of = lambda name: "higher"
-import dpo_mm.recipe as recipe
-recipe._know_judges = lambda names: None
-cli.main()
-"""
+from dpo_mm import recipe
+from dpo_mm.mining import mine_images
+from dpo_mm.training import arrow_shards, encoding
+from tests import forked
+
+pytestmark = pytest.mark.slow
 
 
-def run(code: str, at: int, *arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code.format(at=at), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DPO_MM_CACHE": str(cache)})
+def encode(at: int) -> None:
+    """The command in shards of 4, asked to stop as it keeps shard number `at`; 0 is never."""
+    real, calls = arrow_shards.keep, []
+
+    def keep(place: Any, sets: Any) -> None:
+        calls.append(place)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(place, sets)
+
+    encoding.SHARD = 4
+    arrow_shards.keep = keep
+    forked.command()
+
+
+def mine(at: int) -> None:
+    """The command with a judge that sees red, asked to stop as it judges for the `at`-th time."""
+    calls = []
+
+    def judge(images: Any, prompts: Any) -> list[float]:
+        calls.append(prompts)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [image.getpixel((0, 0))[0] for image in images]
+
+    mine_images.load_judge = lambda name: judge
+    mine_images.better_of = lambda name: "higher"
+    recipe._know_judges = lambda names: None
+    forked.command()
+
+
+def run(call: Callable[[int], None], at: int, *arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    return forked.run(*arguments, call=partial(call, at), env={**os.environ, "DPO_MM_CACHE": str(cache)})
 
 
 def shards(cache: Path) -> list[str]:
@@ -54,14 +63,14 @@ def shards(cache: Path) -> list[str]:
 
 def test_sigterm_in_encoding(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """12 pairs in shards of 4, stopped in the second one of pictures; the third encoding is another cache's."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: {tiny_model}\npairs: {pairs}\n")
-    train = ["train", str(recipe), "--output-dir", str(tmp_path / "out"), "--steps", "1", "--eval-fraction", "0"]
-    stopped = run(ENCODE, 3, *train, cache=tmp_path / "cut")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {tiny_model}\npairs: {pairs}\n")
+    train = ["train", str(file), "--output-dir", str(tmp_path / "out"), "--steps", "1", "--eval-fraction", "0"]
+    stopped = run(encode, 3, *train, cache=tmp_path / "cut")
     assert stopped.returncode == 143 and "the same command goes on from there" in stopped.stderr, stopped.stderr[-1500:]
     assert shards(tmp_path / "cut") == ["pairs-00000", "prompts-00000"]
     assert not list((tmp_path / "cut").rglob(".*")) and not (tmp_path / "out").exists()
-    gone_on, whole = (run(ENCODE, 0, *train, cache=tmp_path / name) for name in ("cut", "whole"))
+    gone_on, whole = (run(encode, 0, *train, cache=tmp_path / name) for name in ("cut", "whole"))
     assert gone_on.returncode == whole.returncode == 0, gone_on.stderr[-1500:]
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole") and len(shards(tmp_path / "cut")) == 5
     for name in ("pairs-00000", "pairs-00001", "pairs-00002"):
@@ -73,7 +82,7 @@ def test_sigterm_in_mining_while_judging(tiny_model: str, tmp_path: Path) -> Non
     """Three shards of one prompt, stopped as the judge looks at the second."""
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green star\n")
 
-    def mine(out: str) -> list[str]:
+    def arguments(out: str) -> list[str]:
         given = {
             "model": tiny_model,
             "prompts": str(tmp_path / "prompts.txt"),
@@ -89,11 +98,11 @@ def test_sigterm_in_mining_while_judging(tiny_model: str, tmp_path: Path) -> Non
         }
         return ["mine", *(part for key, value in given.items() for part in (f"--{key}", value))]
 
-    stopped = run(MINE, 2, *mine("cut"), cache=tmp_path)
+    stopped = run(mine, 2, *arguments("cut"), cache=tmp_path)
     assert stopped.returncode == 143 and "the same command goes on from there" in stopped.stderr, stopped.stderr[-1500:]
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["mining.json", "shard-00000.parquet"]
     before = (tmp_path / "cut" / "shard-00000.parquet").stat().st_mtime_ns
-    gone_on, whole = (run(MINE, 0, *mine(name), cache=tmp_path) for name in ("cut", "whole"))
+    gone_on, whole = (run(mine, 0, *arguments(name), cache=tmp_path) for name in ("cut", "whole"))
     assert gone_on.returncode == whole.returncode == 0, gone_on.stderr[-1500:]
     assert (tmp_path / "cut" / "shard-00000.parquet").stat().st_mtime_ns == before
     assert pq.read_table(tmp_path / "cut" / "pairs.parquet").equals(pq.read_table(tmp_path / "whole" / "pairs.parquet"))

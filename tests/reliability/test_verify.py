@@ -22,6 +22,7 @@ def config(model: str, pairs: str, **more: Any) -> TrainConfig:
     return TrainConfig(model=model, pairs=pairs, output_dir="", **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"reference": "precomputed", "fixed_draws_per_row": 2}, {"tuning": "full"}])
 def test_a_sound_recipe_passes(more: dict[str, Any], tiny_model: str, pairs: str, tmp_path: Path) -> None:
     checks = list(verify(config(tiny_model, pairs, **more), tmp_path))
@@ -29,6 +30,7 @@ def test_a_sound_recipe_passes(more: dict[str, Any], tiny_model: str, pairs: str
     assert sum("bit for bit" in check.seen for check in checks) == 3
 
 
+@pytest.mark.slow
 def test_the_command_says_pass_and_leaves_nothing(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {tiny_model}\npairs: {pairs}\nbatch_size: 2\n")
@@ -53,6 +55,7 @@ def test_a_run_that_does_not_repeat_itself_is_found(
     assert all("tensors differ, by" in check.seen for check in failed)
 
 
+@pytest.mark.slow
 def test_a_reader_is_verified_too(tmp_path: Path) -> None:
     from datasets import Dataset
 

@@ -9,6 +9,7 @@ from tests.bench.vlm_shapes import SHAPES, allowed, ratios, rows_of, step_flops
 from tests.bench.vlm_step import VARIANTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_formula_is_what_torch_counts(name: str) -> None:
     shape, tokens, completion = SHAPES[name], 64, 8

@@ -56,6 +56,7 @@ def dimmed(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) * 0.8).astype(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [moved, mottled, dulled, dimmed, lambda i: i.filter(ImageFilter.GaussianBlur(2))])
 def test_damage_costs(damage: object, scenes: list[Image.Image]) -> None:
     worse = scores([damage(image) for image in scenes])  # type: ignore[operator]

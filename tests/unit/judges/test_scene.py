@@ -47,6 +47,7 @@ def test_rendered_truths_are_right(truths: list[tuple[Request, Image.Image]]) ->
     assert right(truths, lambda image: image) >= 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [jpeg, blurred, noisy])
 def test_light_damage_is_forgiven(
     damage: Callable[[Image.Image], Image.Image], truths: list[tuple[Request, Image.Image]]
@@ -81,6 +82,7 @@ def wrong(request: Request, rng: np.random.Generator) -> Request:
             )
 
 
+@pytest.mark.slow
 def test_scenes_with_one_thing_wrong_are_rejected(truths: list[tuple[Request, Image.Image]]) -> None:
     rng = np.random.default_rng(2)
     rejected = []

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from dpo_mm.config import JudgeConfig
 from dpo_mm.judges import scoring as module
 from dpo_mm.judges.scoring import score
 from dpo_mm.judges.self_test import CLIP_PROBABILITIES, Check, clip_golden, self_test
+from tests import forked
 from tests.conftest import picture
 
 HERE = "tests.unit.judges.test_scoring"
@@ -98,10 +97,10 @@ def test_scoring_goes_on_after_finished_shards(config: JudgeConfig, monkeypatch:
         score(dataclasses.replace(config, judge=f"{HERE}:crowd"))
 
 
+@pytest.mark.slow
 def test_sigterm_ends_it_well_and_it_goes_on(config: JudgeConfig) -> None:
     config = dataclasses.replace(config, judge=f"{HERE}:slow", shard_size=1)
-    code = f"from dpo_mm.config import JudgeConfig; from dpo_mm.judges.scoring import score; score({config!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    process = forked.Forked(call=partial(score, config))
     deadline = time.monotonic() + 300
     while (
         not list(Path(f"{config.output}.parts").glob("shard-*"))
@@ -109,9 +108,9 @@ def test_sigterm_ends_it_well_and_it_goes_on(config: JudgeConfig) -> None:
         and time.monotonic() < deadline
     ):
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143 and "the same command goes on from there" in errors
+    process.send_signal(signal.SIGTERM)
+    ended = process.wait(timeout=120)
+    assert ended.returncode == 143 and "the same command goes on from there" in ended.stderr
     kept = sorted(Path(f"{config.output}.parts").glob("shard-*"))
     assert 0 < len(kept) < 5 and not Path(config.output).exists()
     times = [path.stat().st_mtime_ns for path in kept]

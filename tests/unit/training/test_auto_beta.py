@@ -56,6 +56,7 @@ def test_beta_is_one_over_a_share_of_the_spread() -> None:
         measure_beta(Said(), alike, given)
 
 
+@pytest.mark.slow
 def test_a_measured_beta_is_said_kept_and_taken_up_again(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_family_that_is_not_counted_says_what_is_known(family: str, pairs: str
     assert said["memory"].endswith("activations beside it") and "disk" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(BUILDERS) - UNCOUNTED))
 def test_every_family_is_counted_without_its_weights(family: str, tmp_path: Path) -> None:
     folder = BUILDERS[family].build(tmp_path / "model")
@@ -80,6 +81,7 @@ def test_every_family_is_counted_without_its_weights(family: str, tmp_path: Path
     assert memory.reference == 0 and memory.encoding > memory.weights
 
 
+@pytest.mark.slow
 def test_what_is_chosen_shows_in_the_count(tiny_model: str) -> None:
     plain = of(tiny_model)
     spared = of(tiny_model, gradient_checkpointing=True, precision="bf16")

@@ -77,6 +77,7 @@ def test_wrong_numbers_and_missing_files_are_named(tmp_path: Path) -> None:
         Following(Line(), decay=0.5, every=1).load(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["moving_average", "synced"])
 def test_a_following_reference_lives_in_checkpoints(name: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """Cut at 4 of 6, with the reference last renewed at 3: resumed to the same bits, which a fresh reference isn't."""

@@ -231,6 +231,7 @@ NOT_OF_TEXT = {"linear", "mapo", "symmetric_image", "tdpo"}
 """Objectives of denoising errors, or of a forward that the trainer does not make; each is refused."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - NOT_OF_TEXT))
 def test_every_objective_trains_text(objective: str, model: str, pairs: str, tmp_path: Path) -> None:
     given = {"objective": objective, "steps": 2, "eval_fraction": 0.0, "pair_layout": "shared_prefix"}

@@ -69,12 +69,14 @@ def test_resuming_gives_the_same_bits(tiny_model: str, pairs: str, tmp_path: Pat
     assert losses[0] == losses[1] and len(losses[0]) == 9
 
 
+@pytest.mark.slow
 def test_loader_processes_change_nothing(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     one = train(config(tiny_model, pairs, str(tmp_path / "one")))
     two = train(config(tiny_model, pairs, str(tmp_path / "two"), workers=2))
     assert same(weights(one.folder), weights(two.folder))
 
 
+@pytest.mark.slow
 def test_another_seed_changes_the_run(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     one, two = (train(config(tiny_model, pairs, str(tmp_path / str(s)), seed=s)) for s in (0, 1))
     assert not same(weights(one.folder), weights(two.folder))
@@ -99,6 +101,7 @@ def test_changed_pairs_are_not_resumed(tiny_model: str, write_pairs: Callable[..
         train(config(tiny_model, path, out, resume=True))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_batch_of_the_same_pairs_a_step(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """4 a step as one batch, then as two: the same pairs and draws, so the same losses but for rounding."""
     whole = config(tiny_model, pairs, str(tmp_path / "whole"), batch_size=4, stratified_timesteps=True)
@@ -136,6 +139,7 @@ IMAGE_OBJECTIVES = sorted(set(OBJECTIVES) - NOT_YET - {"sigmoid"})
 SETTINGS = {"linear": {"floor": 0.1}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", IMAGE_OBJECTIVES)
 def test_every_objective_trains_images(objective: str, tiny_model: str, pairs: str, out: str) -> None:
     trained = train(

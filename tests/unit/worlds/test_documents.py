@@ -19,6 +19,7 @@ def test_a_page_depends_on_its_seed_side_and_number_alone() -> None:
     assert documents.render(first[0]).tobytes() == documents.render(again[0]).tobytes()
 
 
+@pytest.mark.slow
 def test_train_and_held_out_pages_share_no_line() -> None:
     train, held_out = (
         {line for page in documents.pages(400, 5, held_out=side) for line in page.lines} for side in (False, True)
