@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from dpo_mm.cli.main import quietly
+from dpo_mm.cli.main import suppress_library_output
 from dpo_mm.config import MineConfig
-from dpo_mm.mining.mine_images import mine
+from dpo_mm.mining.mine_images import mine_images
 from dpo_mm.worlds import shapes
 
 HERE = Path(__file__).parent
@@ -61,9 +61,9 @@ def main() -> None:
         (folder / f"prompts-{name}.txt").write_text("\n".join(prompts) + "\n")
     table = []
     for name, settings in SETS.items():
-        with quietly():
+        with suppress_library_output():
             work = str(options.work / name)
-            mined = mine(MineConfig("shapes-sd", "shapes-train", work, **SAMPLER, **settings))  # type: ignore[arg-type]
+            mined = mine_images(MineConfig("shapes-sd", "shapes-train", work, **SAMPLER, **settings))  # type: ignore[arg-type]
         target = folder / f"{name}.parquet"
         shutil.copyfile(mined, target)
         digest = hashlib.sha256(target.read_bytes()).hexdigest()

@@ -31,7 +31,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import read_questions
-from dpo_mm.evaluation.compare_responses import ask
+from dpo_mm.evaluation.compare_responses import generate_responses
 from dpo_mm.judges import metric_of
 from dpo_mm.policies.families import load_policy
 from dpo_mm.worlds import caption_scenes, documents, shapes
@@ -133,12 +133,12 @@ def read_samples(count: int, seed: int, *, short: bool = False, silver: bool = F
         picture, prompt = np.asarray(documents.render(page)), documents.PROMPTS[page.form]
         answer, at = documents.transcription(page), places(page)
         if silver:
-            read = documents.silver_transcription(page, rng, LIMIT)
+            read = documents.pseudo_labelled_transcription(page, rng, LIMIT)
             answer, at = read, at[: len(read)] + [NOWHERE] * (len(read) - len(at))
         yield picture, prompt, answer, at
 
 
-def places(page: documents.Page) -> Places:
+def places(page: documents.DocumentPage) -> Places:
     """The patch in which each character of a page's transcription stands."""
     side = page.width // PATCH
     at = {
@@ -335,7 +335,7 @@ def card(kind: str, given: dict[str, Any], folder: Path, batch: int) -> str:
         str(folder), "", given["questions"], judges=given["judges"], max_new_tokens=given["limit"]
     )
     policy, questions = load_policy(str(folder)), read_questions(config.questions)
-    found = ask(policy, questions, config, base=True, title="asking for the card")
+    found = generate_responses(policy, questions, config, base=True, title="asking for the card")
     rates = {name: shares.sum(0) for name, shares in found.shares.items()}
     measured = "\n".join(
         f"| {metric_of(name)} | {hits / max(of, 1):.3f} | {hits:g} of {of:g} |" for name, (hits, of) in rates.items()

@@ -67,7 +67,7 @@ def build(words: Any) -> Any:
 def batch(words: Any, notes: list[sums.Sum], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and labels of notes, (notes, tokens) each; prompts and padding are not learned."""
     ids_of = lambda text: words.convert_tokens_to_ids(list(text))
-    rows = [(ids_of(f"{one.prompt}\n"), ids_of(sums.sloppy(one, rng))) for one in notes]
+    rows = [(ids_of(f"{one.prompt}\n"), ids_of(sums.noisy_answer(one, rng))) for one in notes]
     width = max(len(prompt) + len(answer) for prompt, answer in rows) + 2
     ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
     for row, (prompt, answer) in enumerate(rows):

@@ -7,20 +7,18 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from dpo_mm.assets import locate
-from dpo_mm.data.image_files import decode
+from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.questions import Question, read_questions
-from dpo_mm.data.schema import Answer
-from dpo_mm.demo_server import Page, img, safe, serve
-from dpo_mm.evaluation.report import pieces
+from dpo_mm.data.schema import Response
+from dpo_mm.demo_server import DemoPage, img, safe, serve
+from dpo_mm.evaluation.report import text_spans
 from dpo_mm.judges import explain
-from dpo_mm.policies.families import load_policy
+from dpo_mm.policies.families import load_text_policy
 from dpo_mm.policies.vlm.generation import stream, token_log_probs
 
 EXAMPLES = 12
@@ -87,14 +85,11 @@ def load(
     precision: str,
     ask_first: bool = False,
 ) -> Subject:
-    """Raises ValueError as `load_policy`, `attach` and `read_questions`; also for a model of pictures.
+    """Raises ValueError as `load_text_policy` and `read_questions`; also for a model of pictures.
 
     ask_first: put some questions before the others that the base fails, as found by asking it.
     """
-    policy = load_policy(model, precision=precision)
-    if not hasattr(policy, "generate"):
-        raise ValueError(f"model {model!r} draws pictures; see it with: dpo-mm demo images")
-    policy.attach(Path(locate(adapter)).absolute())
+    policy = load_text_policy(model, precision=precision, adapter=adapter)
     found = read_questions(questions, limit=100) if questions else []
     shuffled = random.Random(0).sample(found, len(found))
     failed = failures(policy, shuffled, judge, limit)[: EXAMPLES // 2] if ask_first else []
@@ -121,7 +116,7 @@ class Asked:
 def answer_html(title: str, text: str, *, marks: Sequence[tuple[int, int]] = (), note: str = "", tone: str = "") -> str:
     """An answer with what isn't there marked, and long loops folded with their length."""
     shown = []
-    for piece in pieces(text, marks):
+    for piece in text_spans(text, marks):
         if piece.repeats:
             shown.append(f'<span class="fold" title="{safe(piece.text[:400])}">… {piece.repeats} rounds more</span>')
         else:
@@ -134,7 +129,7 @@ def judged(title: str, text: str, truth: str, judge: str) -> str:
     """An answer with what is wrong with it, where the truth is known."""
     if not truth:
         return answer_html(title, text, note="The truth is not known for this picture.")
-    finding = explain(judge, Answer(text, len(text), hit_limit=False), truth)
+    finding = explain(judge, Response(text, len(text), hit_limit=False), truth)
     if finding.reason:
         return answer_html(title, text, marks=finding.marks, note=finding.reason, tone="bad")
     right = text.strip() == truth.strip()
@@ -198,7 +193,7 @@ def shading(policy: Any, images: Sequence[Any], prompt: str, name: str, text: st
 def uploaded(data: bytes) -> Asked:
     """Raises gr.Error, in words for the visitor, for what is no picture or too large a one."""
     try:
-        picture = decode(data)
+        picture = decode_image(data)
     except ValueError as error:
         raise gr.Error(f"This file can’t be used: {safe(str(error))}.", print_exception=False) from error
     picture.thumbnail((PIXELS, PIXELS))
@@ -268,7 +263,7 @@ def subject_tab(subject: Subject, quiet: dict[str, Any]) -> list[Any]:
     return [run, [asked, prompt], outputs]
 
 
-def build(subjects: dict[str, Subject]) -> Page:
+def build(subjects: dict[str, Subject]) -> DemoPage:
     """The page that compares what base and tuned say of a picture."""
     titles = "; ".join(subject.title for subject in subjects.values())
     with gr.Blocks(title="Base and tuned answers", analytics_enabled=False) as blocks:
@@ -292,7 +287,7 @@ def build(subjects: dict[str, Subject]) -> Page:
         if all(subject.questions for subject in subjects.values()):
             for function, inputs, outputs in asks:
                 blocks.load(function, inputs, outputs, **quiet)
-    return Page(blocks, css=CSS, upload_limit=LARGEST_UPLOAD)
+    return DemoPage(blocks, css=CSS, upload_limit=LARGEST_UPLOAD)
 
 
 def run(

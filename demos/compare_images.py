@@ -6,18 +6,16 @@ import functools
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from dpo_mm.assets import locate
-from dpo_mm.data.image_files import decode
-from dpo_mm.demo_server import SMALL, Page, img, safe, serve
-from dpo_mm.evaluation.saved_comparison import OUTCOMES, Finished, Twins, read_finished
+from dpo_mm.data.image_files import decode_image
+from dpo_mm.demo_server import SMALL, DemoPage, img, safe, serve
+from dpo_mm.evaluation.saved_comparison import OUTCOMES, ImagePair, SavedComparison, load_comparison
 from dpo_mm.judges import load_judge, metric_of
-from dpo_mm.policies.families import load_policy
+from dpo_mm.policies.families import load_image_policy
 
 SHIPPED_MODEL, SHIPPED_ADAPTER = "shapes-sd", "shapes-sd-faithful"
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
@@ -75,11 +73,10 @@ class Painter:
 
 
 def load(model: str, adapter: str | None, judges: Sequence[str], *, precision: str) -> Painter:
-    """The painter of a model and its adapter. Raises ValueError as `load_policy`, `attach` and `load_judge`."""
+    """The painter of a model and its adapter. Raises ValueError as `load_image_policy` and `load_judge`."""
     if adapter is None and model != SHIPPED_MODEL:
         raise ValueError(f"model {model!r} has no tuned side; give it as --adapter FOLDER")
-    policy = load_policy(model, precision=precision)
-    policy.attach(Path(locate(adapter or SHIPPED_ADAPTER)).absolute())
+    policy = load_image_policy(model, precision=precision, adapter=adapter or SHIPPED_ADAPTER)
     for judge in judges:
         load_judge(judge)
 
@@ -188,31 +185,31 @@ def over_seeds(painter: Painter, *controls: Any) -> Iterator[list[str]]:
         yield [status, f'<div class="strip"><h3>Over seeds, LoRA scale {scale:g}</h3>{"".join(rows)}</div>']
 
 
-def twins_html(one: Twins) -> str:
+def twins_html(one: ImagePair) -> str:
     """Base and tuned of one prompt and seed, with the scores that the comparison kept."""
     sides = []
     for place, (title, file) in enumerate((("base", one.base), ("tuned", one.tuned))):
         scores = "".join(said(judge, both[place]) for judge, both in one.scores.items())
         try:
-            picture = img(decode(file.read_bytes()), alt=title)
+            picture = img(decode_image(file.read_bytes()), alt=title)
         except (ValueError, OSError):
             picture = '<div class="blank">gone</div>'
         sides.append(f"<figure>{picture}<figcaption><b>{title}</b>{scores}</figcaption></figure>")
     return f'<article><h3 dir="auto">{safe(one.prompt)}</h3>{figures(sides)}<div class="score">seed {one.seed}</div></article>'
 
 
-def gallery_html(finished: Finished, shown: int, judge: str, of: str, outcome: str, order: str) -> str:
+def gallery_html(finished: SavedComparison, shown: int, judge: str, of: str, outcome: str, order: str) -> str:
     """The pairs that the filters leave, so many of them."""
     found = finished.chosen(judge, of=of, outcome=outcome, by_change=order == "largest change")
     count = (
-        f"{min(shown, len(found))} of {len(found)} pairs, {len(finished.twins)} in all; the judge’s word, seed by seed."
+        f"{min(shown, len(found))} of {len(found)} pairs, {len(finished.pairs)} in all; the judge’s word, seed by seed."
     )
     return f'<p class="quiet">{count}</p><div class="twins">{"".join(map(twins_html, found[:shown]))}</div>'
 
 
-def add_gallery(finished: Finished) -> None:
+def add_gallery(finished: SavedComparison) -> None:
     """The part of the page that shows a finished comparison, with filters."""
-    small = max(decode(finished.twins[0].base.read_bytes()).size) <= SMALL
+    small = max(decode_image(finished.pairs[0].base.read_bytes()).size) <= SMALL
     more_by = AT_ONCE if small else AT_ONCE_LARGE
     gr.HTML('<div class="head"><h2>The pictures of the finished comparison</h2></div>')
     with gr.Row():
@@ -267,7 +264,7 @@ def controls_of(painter: Painter) -> list[Any]:
         ]
 
 
-def build(painter: Painter, finished: Finished | None = None) -> Page:
+def build(painter: Painter, finished: SavedComparison | None = None) -> DemoPage:
     """The page that compares a base with its tuned side. finished: a comparison whose pictures it shows too."""
     with gr.Blocks(title="Base and tuned", analytics_enabled=False) as blocks:
         gr.HTML(
@@ -318,7 +315,7 @@ def build(painter: Painter, finished: Finished | None = None) -> Page:
             blocks.load(show, controls, pair, **quiet).then(
                 functools.partial(over_scales, painter), controls, [status, strip], **quiet
             )
-    return Page(blocks, css=CSS)
+    return DemoPage(blocks, css=CSS)
 
 
 def run(
@@ -331,9 +328,9 @@ def run(
     port: int | None = None,
 ) -> None:
     """Serve the page. judges: names with commas; None: the shipped model's. finished: a comparison's folder, whose model,
-    adapter and judges are taken unless others are given. Raises ValueError as `load` and `read_finished`.
+    adapter and judges are taken unless others are given. Raises ValueError as `load` and `load_comparison`.
     """
-    done = read_finished(finished) if finished else None
+    done = load_comparison(finished) if finished else None
     if done is not None and (model, adapter) == (SHIPPED_MODEL, None):
         model, adapter = done.settings.get("model", model), done.settings.get("adapter", "none")
         adapter = None if adapter == "none" else adapter

@@ -10,9 +10,9 @@ from typing import Any
 
 import gradio as gr
 
-from dpo_mm.data.image_files import decode, picture_bytes
-from dpo_mm.demo_server import Page, img, safe, serve
-from dpo_mm.labels.export import absolute, standing, summary, train_command
+from dpo_mm.data.image_files import decode_image, image_bytes
+from dpo_mm.demo_server import DemoPage, img, safe, serve
+from dpo_mm.labels.export import absolute, model_ratings, summary, train_command
 from dpo_mm.labels.pairs import digest, open_pairs
 from dpo_mm.labels.store import LONGEST_NAME, VoteStore, name_of
 
@@ -119,7 +119,7 @@ def _sides(swapped: bool) -> tuple[str, str]:
 
 def _picture(cell: dict[str, Any], side: str) -> str:
     try:
-        return img(decode(picture_bytes(cell)), alt=f"{side} picture")
+        return img(decode_image(image_bytes(cell)), alt=f"{side} picture")
     except (ValueError, OSError):
         return '<div class="unreadable">This picture can’t be read. Skip the pair.</div>'
 
@@ -162,7 +162,7 @@ def view(store: VoteStore, rows: Any, places: dict[str, int], labeller: str) -> 
 def arena_html(store: VoteStore, rows: Any) -> str:
     """A table of the models' ratings, or why there is none yet."""
     try:
-        rated = standing(store, rows)
+        rated = model_ratings(store, rows)
     except ValueError as error:
         return f'<p class="quiet">{safe(str(error).capitalize())}.</p>'
     low, high = min(one.low for one in rated), max(one.high for one in rated)
@@ -181,7 +181,7 @@ def arena_html(store: VoteStore, rows: Any) -> str:
     )
 
 
-def build(rows: Any, store: VoteStore, command: str) -> Page:
+def build(rows: Any, store: VoteStore, command: str) -> DemoPage:
     """The page that labels pairs. command: what makes an adapter of the votes, for the user to copy."""
     places = {name: place for place, name in enumerate(rows["id"])}
     see = partial(view, store, rows, places)
@@ -249,7 +249,7 @@ def build(rows: Any, store: VoteStore, command: str) -> Page:
         leave.click(lambda: see(""), None, outputs, js=FORGET, **quiet)
         blocks.load(see, name, outputs, js=RECALL, **quiet)
         blocks.queue(default_concurrency_limit=8)
-    return Page(blocks, css=CSS, head=HEAD)
+    return DemoPage(blocks, css=CSS, head=HEAD)
 
 
 def run(pairs: str = "shapes-faithfulness", votes: str = "labels.sqlite", *, port: int | None = None) -> None:

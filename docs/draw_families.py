@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo_mm.policies.families import FAMILIES, LANGUAGE
+from dpo_mm.policies.families import FAMILIES, VLM_POLICY
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).parent / "reference" / "models.md"
@@ -130,7 +130,7 @@ def cell(ran: list[Result], notes: list[str]) -> str:
 
 def _file(of: str) -> tuple[str, str]:
     """The file of a class's family, and its lines."""
-    spec = find_spec(FAMILIES.get(of, LANGUAGE).partition(":")[0])
+    spec = find_spec(FAMILIES.get(of, VLM_POLICY).partition(":")[0])
     assert spec and spec.origin
     path = Path(spec.origin)
     return path.name, str(len(path.read_text().splitlines()))

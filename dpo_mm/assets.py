@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
-SHIPPED = {
+BUNDLED = {
     "shapes-sd": "models/shapes-sd",
     "shapes-captioner": "models/shapes-captioner",
     "shapes-captioner-tuned": "models/shapes-captioner-tuned",
@@ -47,6 +47,6 @@ def demos_folder() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / "demos"
 
 
-def locate(name: str) -> str:
+def resolve_asset(name: str) -> str:
     """The path of a shipped model, prompt list or set; any other name is returned as it is."""
-    return str(data_folder() / SHIPPED[name]) if name in SHIPPED and not Path(name).exists() else name
+    return str(data_folder() / BUNDLED[name]) if name in BUNDLED and not Path(name).exists() else name

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_mm.assets import presets_folder
-from dpo_mm.errors import nearest
+from dpo_mm.errors import did_you_mean
 
 T = TypeVar("T")
 
@@ -290,12 +290,12 @@ class MineResponsesConfig:
         return names[0]
 
 
-def build(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:
+def config_from_mapping(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """A config of `kind` from plain values. Raises ValueError that names `where`, the key, and the fix."""
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
-            raise ValueError(f"{where}: {key!r} is not a setting; {nearest(key, hints)}")
+            raise ValueError(f"{where}: {key!r} is not a setting; {did_you_mean(key, hints)}")
     required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]  # type: ignore[arg-type]
     missing = [name for name in required if name not in values]
     if missing:
@@ -352,7 +352,7 @@ def _plain(value: Any, kind: type, where: str) -> Any:
     raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}")
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """The plain values of a YAML file. Raises ValueError where it is missing, broken or not a mapping."""
     import yaml
 

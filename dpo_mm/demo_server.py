@@ -42,7 +42,7 @@ footer { display: none !important; }
 
 
 @dataclass(frozen=True)
-class Page:
+class DemoPage:
     """A page as built: Gradio blocks, and what its style sheet and its head add."""
 
     blocks: Any
@@ -64,7 +64,7 @@ def load_page(name: str) -> Any:
     return module
 
 
-def serve(build: Callable[[], Page], *, port: int | None = None) -> None:
+def serve(build: Callable[[], DemoPage], *, port: int | None = None) -> None:
     """Serve a page until it is interrupted, from an empty folder of its own, so that no file of yours is in reach.
 
     build: called within that folder; whatever it needs from elsewhere must be named by full path.

@@ -6,12 +6,12 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for an error: the nearest known name, or all of them."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
-class Stopped(Exception):
+class TrainingInterrupted(Exception):
     """A run that ended early because it was asked to, with everything saved."""

@@ -9,7 +9,7 @@ Advance = Callable[[int], None]
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int | None) -> Iterator[Advance]:
+def progress_bar(title: str, total: int | None) -> Iterator[Advance]:
     """Within it `advance(n)` moves a bar of `total` steps (None: unknown); silent but for the main process."""
     import os
 

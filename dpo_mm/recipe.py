@@ -15,13 +15,14 @@ from dpo_mm.config import (
     MineConfig,
     MineResponsesConfig,
     TrainConfig,
-    build,
-    read,
+    config_from_mapping,
+    read_yaml,
 )
-from dpo_mm.errors import nearest
+from dpo_mm.errors import did_you_mean
 
 if TYPE_CHECKING:
-    from dpo_mm.evaluation.verdict import Outcome
+    from dpo_mm.evaluation.verdict import CompareResult
+    from dpo_mm.training.run import TrainResult
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ def read_recipe(task: str, preset: str, given: Mapping[str, str]) -> Recipe:
     Raises ValueError for an unknown preset or flag, with the nearest one.
     """
     if preset not in presets(task):
-        raise ValueError(f"preset {preset!r} of {task} is unknown; {nearest(preset, presets(task))}")
+        raise ValueError(f"preset {preset!r} of {task} is unknown; {did_you_mean(preset, presets(task))}")
     where = f"{task}-{preset}.yaml"
-    values = read(presets_folder() / where)
+    values = read_yaml(presets_folder() / where)
     output = Path(given.get("output_dir") or values.get("output_dir") or f"runs/{task}")
     baseline = given.get("baseline") or values.get("baseline")
     if baseline not in (None, "sft"):
@@ -70,7 +71,7 @@ def read_recipe(task: str, preset: str, given: Mapping[str, str]) -> Recipe:
     if "mine" in parts:
         parts["train"].setdefault("pairs", str(places["mine"] / "pairs.parquet"))
     parts["compare"].setdefault("adapter", str(places["train"]))
-    built = {name: build(kinds[name], own, where=f"{where}: {name}") for name, own in parts.items()}
+    built = {name: config_from_mapping(kinds[name], own, where=f"{where}: {name}") for name, own in parts.items()}
     return Recipe(title=values.get("title", task), baseline=baseline, **built)
 
 
@@ -87,77 +88,112 @@ def _refuse_unknown(flags: Mapping[str, str], kinds: Mapping[str, Any], where: s
         if key not in known and not (
             dot and part in kinds and rest in {f.name for f in dataclasses.fields(kinds[part])}
         ):
-            raise ValueError(f"{where}: {key!r} is not a setting; {nearest(key, known)}")
+            raise ValueError(f"{where}: {key!r} is not a setting; {did_you_mean(key, known)}")
 
 
-def run(recipe: Recipe, *, command: str) -> Outcome:
+def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
     """Walk through a recipe and show what came of it.
 
     Raises ValueError for an unknown judge, or where none may be the headline, before anything runs.
     """
-    from dpo_mm.judges.provenance import headline_first
+    from dpo_mm.judges.provenance import order_judges
     from dpo_mm.training.run import train
 
     _know_judges(recipe.compare.judges)
-    headline_first(recipe.compare.judges, _made(recipe))
+    order_judges(recipe.compare.judges, _training_judges(recipe))
     if recipe.mine:
         mine(recipe.mine)
-    trained = train(recipe.train)
-    beside = train(sft_of(recipe.train)) if recipe.baseline else None
+    train_result = train(recipe.train)
+    sft_result = train(sft_baseline_config(recipe.train)) if recipe.baseline else None
     outcome = compare(
         recipe.compare,
         title=recipe.title,
         command=command,
-        baseline=str(beside.folder) if beside else None,
-        history=trained.history,
-        settings=trained.settings,
-        beta=trained.beta,
+        sft_adapter=str(sft_result.folder) if sft_result else None,
+        training=train_result,
     )
-    show(outcome)
+    print_result(outcome)
     return outcome
 
 
-def _made(recipe: Recipe) -> tuple[str, ...]:
+def _training_judges(recipe: Recipe) -> tuple[str, ...]:
     """The judges that make, or made, the pairs of a recipe."""
-    from dpo_mm.judges.provenance import judges_of
-    from dpo_mm.mining.mine_images import names
+    from dpo_mm.judges.provenance import training_judges_of
+    from dpo_mm.mining.mine_images import parse_judges
 
     if recipe.mine is None:
-        return judges_of(recipe.train.pairs)
-    return (*names(recipe.mine.judges), *names(getattr(recipe.mine, "guards", None)))
+        return training_judges_of(recipe.train.pairs)
+    return (*parse_judges(recipe.mine.judges), *parse_judges(getattr(recipe.mine, "guards", None)))
 
 
 def mine(config: MineConfig | MineResponsesConfig) -> Path:
-    """Pairs from a model's own pictures or answers, as the kind of config says."""
+    """Make preference pairs from a model's own images or responses.
+
+    Interrupted mining resumes.
+
+    Args:
+        config: what to mine. Its type decides the modality.
+
+    Returns:
+        Path of the Parquet file with the pairs.
+
+    Raises:
+        ValueError: if a judge, the model, the prompts or a setting is unknown or does not fit, or if no pair results.
+        TrainingInterrupted: after a SIGTERM, when the current part is saved.
+    """
     if isinstance(config, MineResponsesConfig):
-        from dpo_mm.mining.mine_responses import mine_answers
+        from dpo_mm.mining.mine_responses import mine_responses
 
         _know_judges([config.judge])
-        return mine_answers(config)
-    from dpo_mm.mining.mine_images import mine, names
+        return mine_responses(config)
+    from dpo_mm.mining.mine_images import mine_images, parse_judges
 
-    _know_judges([*names(config.judges), *names(config.guards)])
-    return mine(config)
+    _know_judges([*parse_judges(config.judges), *parse_judges(config.guards)])
+    return mine_images(config)
 
 
-def compare(config: CompareConfig | CompareResponsesConfig, *, beta: float | None = None, **about: Any) -> Outcome:
-    """Base against tuned, pictures or answers, as the kind of config says; into the adapter's card too.
+def compare(
+    config: CompareConfig | CompareResponsesConfig,
+    *,
+    title: str = "Base and tuned",
+    command: str = "dpo_mm.compare(config)",
+    sft_adapter: str | None = None,
+    training: TrainResult | None = None,
+) -> CompareResult:
+    """Compare the base model with its tuned adapter, in images or in responses, and write a report.
 
-    beta: of the training.
+    The results are added to the adapter's model card too. An interrupted comparison resumes: images, responses and
+    scores on disk are not made again.
+
+    Args:
+        config: what to compare. Its type decides the modality.
+        title: heading of the report.
+        command: how to repeat the comparison, printed in the report.
+        sft_adapter: folder of an adapter fine-tuned on the chosen side only, to compare with.
+        training: result of the training run, for the report's curves and settings.
+
+    Returns:
+        The verdict, one comparison per judge, notes and the path of the report.
+
+    Raises:
+        ValueError: if a judge, the model, the adapter, the prompts or a setting is unknown or does not fit.
     """
     from dpo_mm.training.model_card import add_results
 
     _know_judges(config.judges)
+    about: dict[str, Any] = {"title": title, "command": command, "baseline": sft_adapter}
+    if training is not None:
+        about |= {"history": training.history, "settings": training.settings}
     if isinstance(config, CompareResponsesConfig):
-        from dpo_mm.evaluation.compare_responses import compare_answers
+        from dpo_mm.evaluation.compare_responses import compare_responses
 
-        outcome = compare_answers(config, beta=beta, **about)
+        outcome = compare_responses(config, beta=training.beta if training else None, **about)
     else:
-        from dpo_mm.evaluation.compare_images import compare
+        from dpo_mm.evaluation.compare_images import compare_images
 
-        outcome = compare(config, **about)
+        outcome = compare_images(config, **about)
     if config.adapter:
-        add_results(config.adapter, outcome.comparisons, verdict=outcome.verdict, command=about.get("command", ""))
+        add_results(config.adapter, outcome.comparisons, verdict=outcome.verdict, command=command)
     return outcome
 
 
@@ -169,7 +205,7 @@ def _know_judges(names: Iterable[str]) -> None:
         load_judge(name)
 
 
-def sft_of(config: TrainConfig) -> TrainConfig:
+def sft_baseline_config(config: TrainConfig) -> TrainConfig:
     """The cheap baseline: plain fine-tuning on the same chosen side, with the same steps and adapter."""
     return dataclasses.replace(
         config,
@@ -182,7 +218,7 @@ def sft_of(config: TrainConfig) -> TrainConfig:
     )
 
 
-def show(outcome: Outcome) -> None:
+def print_result(outcome: CompareResult) -> None:
     """Print a comparison's table, its verdict and where the report is."""
     from rich.console import Console
 

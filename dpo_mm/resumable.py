@@ -18,7 +18,7 @@ PLAN_FILE = "mining.json"
 
 
 @contextlib.contextmanager
-def aside(path: Path, *, fix: str | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, *, fix: str | None = None) -> Iterator[Path]:
     """A file beside `path` to write to, renamed to it in the end; gone where anything fails.
 
     fix: what a user can do about it; with it an OSError says that `path` could not be written, why, and this.
@@ -35,7 +35,7 @@ def aside(path: Path, *, fix: str | None = None) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def same_plan(
+def check_settings_unchanged(
     folder: Path, plan: Mapping[str, Any], *, done: str, flag: str = "output_dir", file: str = PLAN_FILE
 ) -> None:
     """Note the settings that a folder is made with; where it goes and how much at once are free to change.
@@ -52,18 +52,18 @@ def same_plan(
     ]
     if changed:
         raise ValueError(f"{folder} was {done} with other settings ({'; '.join(changed)}); choose another {flag}")
-    with aside(kept) as beside:
+    with atomic_write(kept) as beside:
         beside.write_text(json.dumps(now, indent=1))
 
 
-def left_of(places: Sequence[Path]) -> list[int]:
+def missing_shards(places: Sequence[Path]) -> list[int]:
     """The shards that this process (RANK of WORLD_SIZE) has still to make, by number."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return [number for number in range(rank, len(places), world) if not places[number].exists()]
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def exit_cleanly_on_sigterm() -> Iterator[None]:
     """Within it SIGTERM ends the process with status 143, what is finished is there; a handler that is set is left alone."""
 
     def stop(number: int, frame: Any) -> None:

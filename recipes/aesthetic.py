@@ -4,7 +4,7 @@
     python recipes/aesthetic.py --baseline sft            # SFT on the same chosen pictures beside it
     python recipes/aesthetic.py --preset sd15 --pairs pairs.parquet --prompts prompts.txt --judges my_judges:score
 
-The same walk as faithfulness.py (`dpo_mm.recipe.run`), other strings: the shipped pairs were judged by beauty, and a
+The same walk as faithfulness.py (`dpo_mm.recipe.run_recipe`), other strings: the shipped pairs were judged by beauty, and a
 pair was kept only where the prettier picture follows its prompt at least as well. The report's headline is the
 aesthetic judge; the faithfulness judge stands guard, and a gain that costs obedience is called over-optimised.
 """
@@ -12,15 +12,15 @@ aesthetic judge; the faithfulness judge stands guard, and a gain that costs obed
 import shlex
 import sys
 
-from dpo_mm.cli.main import flags, quietly
-from dpo_mm.recipe import read_recipe, run
+from dpo_mm.cli.main import parse_overrides, suppress_library_output
+from dpo_mm.recipe import read_recipe, run_recipe
 
 
 def main(arguments: list[str]) -> None:
-    given = flags(arguments)
-    with quietly():
+    given = parse_overrides(arguments)
+    with suppress_library_output():
         recipe = read_recipe("aesthetic", given.pop("preset", "shapes"), given)
-        run(recipe, command=shlex.join(["python", "recipes/aesthetic.py", *arguments]))
+        run_recipe(recipe, command=shlex.join(["python", "recipes/aesthetic.py", *arguments]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python recipes/captioner.py --baseline sft            # SFT on the same right captions beside it
     python recipes/captioner.py --preset smolvlm --questions photos.jsonl --judge my_judges:invented
 
-What happens is `dpo_mm.recipe.run`: ask the model for captions and keep those that name what isn't there (rejected is
+What happens is `dpo_mm.recipe.run_recipe`: ask the model for captions and keep those that name what isn't there (rejected is
 what it said, chosen the right caption), train a LoRA with DPO and an SFT term, caption held-out pictures with base and
 tuned, judge invention, recall and length, write a report. The settings are in recipes/presets/captioner-*.yaml; any of
 them is a flag. Recall stands guard: a captioner that says nothing invents nothing.
@@ -13,15 +13,15 @@ them is a flag. Recall stands guard: a captioner that says nothing invents nothi
 import shlex
 import sys
 
-from dpo_mm.cli.main import flags, quietly
-from dpo_mm.recipe import read_recipe, run
+from dpo_mm.cli.main import parse_overrides, suppress_library_output
+from dpo_mm.recipe import read_recipe, run_recipe
 
 
 def main(arguments: list[str]) -> None:
-    given = flags(arguments)
-    with quietly():
+    given = parse_overrides(arguments)
+    with suppress_library_output():
         recipe = read_recipe("captioner", given.pop("preset", "shapes"), given)
-        run(recipe, command=shlex.join(["python", "recipes/captioner.py", *arguments]))
+        run_recipe(recipe, command=shlex.join(["python", "recipes/captioner.py", *arguments]))
 
 
 if __name__ == "__main__":

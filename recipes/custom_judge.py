@@ -7,7 +7,7 @@
 
 A judge is any function of answers and truths that says so many hits of so many of each. This one is asked whether an
 expression reaches the number: the answer is parsed and worked out, never executed. A judge that runs a program against
-its tests, or compares a summary with its source, has the same form. What happens is `dpo_mm.recipe.run`: answers are
+its tests, or compares a summary with its source, has the same form. What happens is `dpo_mm.recipe.run_recipe`: answers are
 drawn, the model's own best is chosen over its own worst, a LoRA learns from them, base and tuned are compared on
 held-out numbers. The settings are in recipes/presets/custom_judge-*.yaml; any of them is a flag.
 """
@@ -19,10 +19,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from dpo_mm.cli.main import flags, quietly
-from dpo_mm.data.schema import Answer
-from dpo_mm.judges import Share
-from dpo_mm.recipe import read_recipe, run
+from dpo_mm.cli.main import parse_overrides, suppress_library_output
+from dpo_mm.data.schema import Response
+from dpo_mm.judges import Ratio
+from dpo_mm.recipe import read_recipe, run_recipe
 
 SIGNS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 PLAIN = re.compile(r"[0-9+\-*() ]{1,64}")
@@ -50,24 +50,24 @@ def worked_out(part: ast.expr) -> int:
     raise ValueError(f"{ast.dump(part)} is no arithmetic")
 
 
-def right(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+def right(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
     """Whether each answer comes to the number that is its truth."""
-    return [Share(float(str(value(a.text)) == t.strip()), 1) for a, t in zip(answers, truths, strict=True)]
+    return [Ratio(float(str(value(a.text)) == t.strip()), 1) for a, t in zip(answers, truths, strict=True)]
 
 
-def runs(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+def runs(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
     """Whether each answer can be worked out at all."""
-    return [Share(float(value(answer.text) is not None), 1) for answer in answers]
+    return [Ratio(float(value(answer.text) is not None), 1) for answer in answers]
 
 
 right.by_rule = runs.by_rule = True  # nothing in them is learned: they may stand at a report's head
 
 
 def main(arguments: list[str]) -> None:
-    given = flags(arguments)
-    with quietly():
+    given = parse_overrides(arguments)
+    with suppress_library_output():
         recipe = read_recipe("custom_judge", given.pop("preset", "sums"), given)
-        run(recipe, command=shlex.join(["python", "recipes/custom_judge.py", *arguments]))
+        run_recipe(recipe, command=shlex.join(["python", "recipes/custom_judge.py", *arguments]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python recipes/faithfulness.py --baseline sft         # SFT on the same chosen pictures beside it
     python recipes/faithfulness.py --preset sd15 --pairs pairs.parquet --prompts prompts.txt --judges my_judges:score
 
-What happens is `dpo_mm.recipe.run`, twenty lines: mine pairs (where the preset says so), train a LoRA with
+What happens is `dpo_mm.recipe.run_recipe`, twenty lines: mine pairs (where the preset says so), train a LoRA with
 Diffusion-DPO, draw base and tuned from the same seeds on held-out prompts, judge both, write a report. The settings are
 in recipes/presets/faithfulness-*.yaml; any of them is a flag: --steps 300, or --compare.seed 1 for one step alone.
 
@@ -15,15 +15,15 @@ reference is the same weights with the adapter off, and a shorter run at a highe
 import shlex
 import sys
 
-from dpo_mm.cli.main import flags, quietly
-from dpo_mm.recipe import read_recipe, run
+from dpo_mm.cli.main import parse_overrides, suppress_library_output
+from dpo_mm.recipe import read_recipe, run_recipe
 
 
 def main(arguments: list[str]) -> None:
-    given = flags(arguments)
-    with quietly():
+    given = parse_overrides(arguments)
+    with suppress_library_output():
         recipe = read_recipe("faithfulness", given.pop("preset", "shapes"), given)
-        run(recipe, command=shlex.join(["python", "recipes/faithfulness.py", *arguments]))
+        run_recipe(recipe, command=shlex.join(["python", "recipes/faithfulness.py", *arguments]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dpo_mm.cli.terminal import quietly
+from dpo_mm.cli.terminal import suppress_library_output
 
 demo = typer.Typer(no_args_is_help=True, help="Pages for the browser, served to this machine alone.")
 Port = Annotated[int | None, typer.Option(help="Port on 127.0.0.1; the first free one from 7860 unless given.")]
@@ -32,7 +32,7 @@ def demo_label(
         from dpo_mm.labels.fresh_samples import draw_samples
 
         pairs = "samples" if pairs == "shapes-faithfulness" else pairs
-        with quietly():
+        with suppress_library_output():
             draw_samples(
                 models.split(","), prompts, pairs, limit=max_prompts, steps=num_inference_steps, guidance=guidance_scale
             )
@@ -55,7 +55,7 @@ def demo_images(
     """Draw base and tuned from the same seed, side by side."""
     from dpo_mm.demo_server import load_page
 
-    with quietly():
+    with suppress_library_output():
         load_page("compare_images").run(model, adapter, judges, comparison, precision=precision, port=port)
 
 
@@ -72,7 +72,7 @@ def demo_captions(
     """Ask base and tuned about one picture, side by side."""
     from dpo_mm.demo_server import load_page
 
-    with quietly():
+    with suppress_library_output():
         load_page("compare_captions").run(
             model, adapter, questions, judge, max_new_tokens=max_new_tokens, precision=precision, port=port
         )

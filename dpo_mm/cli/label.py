@@ -40,9 +40,9 @@ def label_export(
 @label.command("ratings")
 def label_ratings(votes: Votes, pairs: Moved = None) -> None:
     """How the models stand by the votes: Bradley-Terry ratings with 95 % intervals."""
-    from dpo_mm.labels.export import opened, standing
+    from dpo_mm.labels.export import model_ratings, open_votes
 
-    for one in standing(*opened(votes, pairs)):
+    for one in model_ratings(*open_votes(votes, pairs)):
         print(
             f"{one.rating:6.0f}  ({one.low:.0f} to {one.high:.0f})  {one.wins} won, {one.ties} tied, {one.losses} lost  {one.model}"
         )

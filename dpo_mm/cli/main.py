@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from dpo_mm.cli import demo, label
-from dpo_mm.cli.terminal import print_rows, quietly
-from dpo_mm.resumable import stoppable
+from dpo_mm.cli.terminal import print_rows, suppress_library_output
+from dpo_mm.resumable import exit_cleanly_on_sigterm
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(demo.demo, name="demo")
@@ -28,7 +28,7 @@ def main() -> None:
     """Run a command; whatever the user can mend is one line on standard error, with exit status 2."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        with stoppable():  # but training, which saves first, and mining of answers, which ends its shard
+        with exit_cleanly_on_sigterm():  # but training, which saves first, and mining of answers, which ends its shard
             app()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DPO_MM_TRACEBACK"):
@@ -37,7 +37,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def flags(arguments: list[str]) -> dict[str, str]:
+def parse_overrides(arguments: list[str]) -> dict[str, str]:
     """`--key value`, `--key=value` and a bare `--key` (true) as a mapping, dashes as underscores.
 
     Raises ValueError for anything else.
@@ -59,11 +59,11 @@ def command_line() -> str:
     return shlex.join(["dpo-mm", *sys.argv[1:]])
 
 
-def _section(path: str | None, name: str, given: dict[str, str]) -> dict[str, Any]:
+def _command_settings(path: str | None, name: str, given: dict[str, str]) -> dict[str, Any]:
     """A command's settings: its section of a recipe, or the whole of a flat file, with the flags on top."""
-    from dpo_mm.config import read
+    from dpo_mm.config import read_yaml
 
-    values = read(path) if path else {}
+    values = read_yaml(path) if path else {}
     return {**values.get(name, values), **given}
 
 
@@ -81,17 +81,17 @@ def quickstart(
 ) -> None:
     """Tune a shipped model, compare it with its base, write a report."""
     from dpo_mm.config import CompareResponsesConfig
-    from dpo_mm.recipe import read_recipe, run
+    from dpo_mm.recipe import read_recipe, run_recipe
 
     tasks = {"images": ("faithfulness", "shapes"), "captioner": ("captioner", "shapes"), "ocr": ("ocr", "pages")}
     if task not in tasks:
-        from dpo_mm.errors import nearest
+        from dpo_mm.errors import did_you_mean
 
-        raise ValueError(f"task {task!r} is unknown; {nearest(task, tasks)}")
+        raise ValueError(f"task {task!r} is unknown; {did_you_mean(task, tasks)}")
     given = {"output_dir": output_dir, "seed": str(seed), **({"baseline": baseline} if baseline else {})}
-    with quietly():
+    with suppress_library_output():
         recipe = read_recipe(*tasks[task], given)
-        run(recipe, command=command_line())
+        run_recipe(recipe, command=command_line())
     config = recipe.compare
     again = f"dpo-mm compare --model {config.model} --adapter {config.adapter} --output-dir {output_dir}-again"
     if isinstance(config, CompareResponsesConfig):
@@ -161,19 +161,21 @@ def doctor(
 @app.command(context_settings=FLAGS)
 def train(context: typer.Context, config: str, dry_run: DryRun = False) -> None:
     """Train as CONFIG.yaml says; any setting can be given as --key value."""
-    from dpo_mm.config import TrainConfig, build
+    from dpo_mm.config import TrainConfig, config_from_mapping
 
-    settings = build(TrainConfig, _section(config, "train", flags(context.args)), where=config)
-    with quietly():
-        from dpo_mm.errors import Stopped
-        from dpo_mm.training.run import plan, train
+    settings = config_from_mapping(
+        TrainConfig, _command_settings(config, "train", parse_overrides(context.args)), where=config
+    )
+    with suppress_library_output():
+        from dpo_mm.errors import TrainingInterrupted
+        from dpo_mm.training import run
 
         if dry_run:
-            print_rows(plan(settings))
+            print_rows(run.dry_run(settings))
             return
         try:
-            trained = train(settings)
-        except Stopped as stopped:
+            trained = run.train(settings)
+        except TrainingInterrupted as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(143)
     if int(os.environ.get("RANK", "0")) > 0:
@@ -190,44 +192,44 @@ def verify(context: typer.Context, config: str) -> None:
     """Check CONFIG.yaml on this machine with a few steps: repeats itself, resumes to the same bits, files come back."""
     import tempfile
 
-    from dpo_mm.config import TrainConfig, build
+    from dpo_mm.config import TrainConfig, config_from_mapping
 
-    values = {"output_dir": "", **_section(config, "train", flags(context.args))}
-    settings = build(TrainConfig, values, where=config)
-    with tempfile.TemporaryDirectory(prefix="dpo-mm-verify-") as folder, quietly():
+    values = {"output_dir": "", **_command_settings(config, "train", parse_overrides(context.args))}
+    settings = config_from_mapping(TrainConfig, values, where=config)
+    with tempfile.TemporaryDirectory(prefix="dpo-mm-verify-") as folder, suppress_library_output():
         from dpo_mm.training.verify import verify
 
-        if _printed(verify(settings, Path(folder))):
+        if _print_checks(verify(settings, Path(folder))):
             sys.exit(1)
 
 
-def _printed(checks: Iterable[Any]) -> int:
+def _print_checks(checks: Iterable[Any]) -> int:
     """Checks, a line each as they are done; how many failed. One that says nothing (None) is no failure."""
     failed = 0
     for check in checks:
         failed += check.passed is False
         word = {True: "pass", False: "FAIL", None: "    "}[check.passed]
-        print(f"{word}  {check.name}: {check.seen}", flush=True)
+        print(f"{word}  {check.name}: {check.observed}", flush=True)
     return failed
 
 
-def _of_its_kind(context: typer.Context, name: str, pictures: type[Any], answers: type[Any]) -> Any:
+def _image_or_vlm_config(context: typer.Context, name: str, pictures: type[Any], answers: type[Any]) -> Any:
     """The settings of a command that takes image generators and vision-language models, told apart by the model.
 
     A file of settings may come first: click would take the first flag for it, were it an argument of the command.
     """
-    from dpo_mm.assets import locate
-    from dpo_mm.config import build
-    from dpo_mm.policies.families import LANGUAGE, family_of
+    from dpo_mm.assets import resolve_asset
+    from dpo_mm.config import config_from_mapping
+    from dpo_mm.policies.families import VLM_POLICY, policy_path_for
 
     config = context.args[0] if context.args and not context.args[0].startswith("--") else None
-    values = _section(config, name, flags(context.args[1:] if config else context.args))
+    values = _command_settings(config, name, parse_overrides(context.args[1:] if config else context.args))
     language = "questions" in values or (
         "model" in values
         and "prompts" not in values
-        and family_of(locate(values["model"]), revision=values.get("revision")) == LANGUAGE
+        and policy_path_for(resolve_asset(values["model"]), revision=values.get("revision")) == VLM_POLICY
     )
-    return build(answers if language else pictures, values, where=config or "flags")
+    return config_from_mapping(answers if language else pictures, values, where=config or "flags")
 
 
 @app.command(context_settings=FLAGS)
@@ -235,14 +237,14 @@ def mine(context: typer.Context) -> None:
     """Pairs from a model's own pictures (best against worst) or its own wrong answers: mine [FILE.yaml] --key value ..."""
     from dpo_mm.config import MineConfig, MineResponsesConfig
 
-    settings = _of_its_kind(context, "mine", MineConfig, MineResponsesConfig)
-    with quietly():
-        from dpo_mm.errors import Stopped
+    settings = _image_or_vlm_config(context, "mine", MineConfig, MineResponsesConfig)
+    with suppress_library_output():
+        from dpo_mm.errors import TrainingInterrupted
         from dpo_mm.recipe import mine
 
         try:
             path = mine(settings)
-        except Stopped as stopped:
+        except TrainingInterrupted as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(143)
     print(f"Mined: {path}\nNext: dpo-mm train CONFIG.yaml --pairs {path}")
@@ -269,11 +271,11 @@ def judge(
         os.environ["DPO_MM_DEVICE"] = device
     if not self_test and not images:
         raise ValueError("images missing; give --images FOLDER or --images SET, or --self-test")
-    with quietly():
+    with suppress_library_output():
         if self_test:
             from dpo_mm.judges.self_test import self_test as checks
 
-            if _printed(checks(judge, reference_image)):
+            if _print_checks(checks(judge, reference_image)):
                 sys.exit(1)
             return
         from dpo_mm.judges.scoring import score
@@ -287,10 +289,10 @@ def judge(
 @app.command(context_settings=FLAGS)
 def relabel(context: typer.Context, pairs: str) -> None:
     """New labels of a set's pairs by several judges: relabel SET --judges a,b,c --output FILE.parquet --key value ..."""
-    from dpo_mm.config import RelabelConfig, build
+    from dpo_mm.config import RelabelConfig, config_from_mapping
 
-    settings = build(RelabelConfig, {"pairs": pairs, **flags(context.args)}, where="flags")
-    with quietly():
+    settings = config_from_mapping(RelabelConfig, {"pairs": pairs, **parse_overrides(context.args)}, where="flags")
+    with suppress_library_output():
         from dpo_mm.judges.relabel import relabel
 
         done = relabel(settings)
@@ -304,8 +306,8 @@ def compare(context: typer.Context) -> None:
     """Base and tuned on the same seeds or questions, judged, with a report: compare [FILE.yaml] --key value ..."""
     from dpo_mm.config import CompareConfig, CompareResponsesConfig
 
-    settings = _of_its_kind(context, "compare", CompareConfig, CompareResponsesConfig)
-    with quietly():
-        from dpo_mm.recipe import compare, show
+    settings = _image_or_vlm_config(context, "compare", CompareConfig, CompareResponsesConfig)
+    with suppress_library_output():
+        from dpo_mm.recipe import compare, print_result
 
-        show(compare(settings, title="Base and tuned", command=command_line()))
+        print_result(compare(settings, command=command_line()))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def suppress_library_output() -> Iterator[None]:
     """Within it the libraries' own bars and notices are off; ours remain."""
     import datasets
     import diffusers

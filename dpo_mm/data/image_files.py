@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 100_000_000
 
 
-def decode(data: bytes) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     """The picture in a file's bytes, RGB. Raises ValueError with the reason where there is none to be had."""
     if not data:
         raise ValueError("it is empty")
@@ -39,7 +39,7 @@ def decode(data: bytes) -> Image.Image:
     return to_rgb(ImageOps.exif_transpose(image))
 
 
-def picture_bytes(cell: Mapping[str, Any] | None) -> bytes:
+def image_bytes(cell: Mapping[str, Any] | None) -> bytes:
     """The file of an undecoded picture, from its row or from disk. Raises ValueError where it is missing, OSError where gone."""
     if not cell or not (cell.get("bytes") or cell.get("path")):
         raise ValueError("it is missing")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_mm.data import image_files
-from dpo_mm.objectives import FROM_DATA
+from dpo_mm.objectives import DATASET_INPUTS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +39,7 @@ class Pairs:
             found: list[Any] = []
             for column in sides:
                 try:
-                    found.append(image_files.decode(image_files.picture_bytes(row[column])))
+                    found.append(image_files.decode_image(image_files.image_bytes(row[column])))
                 except (ValueError, OSError) as error:
                     self._refuse(row["id"], column, error)
                     break
@@ -62,25 +62,24 @@ def _undecoded(rows: Dataset) -> Dataset:
     return rows
 
 
-def check_sources(policy: Any, rows: Dataset, where: str) -> None:
+def check_sources(rows: Dataset, where: str, *, pipeline: str, is_image_editing: bool) -> None:
     """Raises ValueError where a model that edits has no picture to edit, or one that doesn't edit has some."""
     tables = rows.select_columns("image_source").with_format("arrow").iter(1000)
     given = [there for table in tables for there in table["image_source"].is_valid().to_pylist()]
-    kind = type(policy.pipe).__name__
-    if policy.edits and not all(given):
+    if is_image_editing and not all(given):
         raise ValueError(
-            f"row {rows['id'][given.index(False)]} of {where}: image_source is missing; {kind} edits a picture, and rows for it bring it"
+            f"row {rows['id'][given.index(False)]} of {where}: image_source is missing; {pipeline} edits a picture, and rows for it bring it"
         )
-    if any(given) and not policy.edits:
+    if any(given) and not is_image_editing:
         raise ValueError(
-            f"{where}: rows have an image_source, which {kind} can't take; drop the column or train a model that edits"
+            f"{where}: rows have an image_source, which {pipeline} can't take; drop the column or train a model that edits"
         )
 
 
 def data_columns(rows: Dataset) -> dict[str, list[float]]:
     """Columns of FROM_DATA that every row can fill, by id: the winner's probability and the judged margin."""
     wanted = {"probability": _probability, "score_margin": _score_margin}
-    assert set(wanted) == set(FROM_DATA)
+    assert set(wanted) == set(DATASET_INPUTS)
     plain = rows.select_columns(["preference", "p_a", "votes_a", "votes_b", "score_a", "score_b"])
     filled = {name: [function(row) for row in plain] for name, function in wanted.items()}
     ids = rows["id"]

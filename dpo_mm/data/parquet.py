@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.resumable import aside
+from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -17,11 +17,11 @@ def write_rows(rows: list[dict[str, Any]], path: Path, *, make: Callable[..., Da
     from datasets import Dataset
 
     found = make(rows) if rows else Dataset.from_dict({name: [] for name in features}, features=features)
-    with aside(path) as beside:
+    with atomic_write(path) as beside:
         found.to_parquet(str(beside))
 
 
-def combine(places: list[Path], target: Path, *, nothing: str) -> Path:
+def combine_shards(places: list[Path], target: Path, *, nothing: str) -> Path:
     """Shards as one file, once all are there. Raises ValueError with `nothing` where they hold no row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -31,6 +31,6 @@ def combine(places: list[Path], target: Path, *, nothing: str) -> Path:
     table = pa.concat_tables([pq.read_table(place) for place in places])
     if table.num_rows == 0:
         raise ValueError(nothing)
-    with aside(target) as beside:
+    with atomic_write(target) as beside:
         pq.write_table(table, beside)
     return target

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo_mm.assets import locate
+from dpo_mm.assets import resolve_asset
 from dpo_mm.worlds import shapes
 
 COMPBENCH = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
@@ -23,7 +23,7 @@ COMPBENCH = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "
 FORMS = "a text file with a prompt a line, GenEval's .jsonl, PartiPrompts' .tsv, T2I-CompBench's *_val.txt, DPG-Bench's folder"
 
 
-class Prompt(NamedTuple):
+class PromptSpec(NamedTuple):
     """What is asked for, and the category that its list puts it in."""
 
     text: str
@@ -33,7 +33,7 @@ class Prompt(NamedTuple):
 class PromptSet(NamedTuple):
     """Prompts in order, none twice. form: what the list is. balanced: its score is the mean of its categories' means."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[PromptSpec, ...]
     form: str
     balanced: bool = False
 
@@ -48,11 +48,11 @@ def read_prompt_set(name: str, *, limit: int | None = None) -> PromptSet:
 
     Raises ValueError that names the file and line where it is missing, empty, or not in the form that it looks like.
     """
-    path = Path(locate(name))
+    path = Path(resolve_asset(name))
     if not path.exists():
         raise ValueError(f"prompts {name!r}: no such file; give {FORMS}, or a shipped list")
     found = _folder(path) if path.is_dir() else _file(path)
-    first: dict[str, Prompt] = {}
+    first: dict[str, PromptSpec] = {}
     for prompt in found.prompts:
         first.setdefault(prompt.text, prompt)
     once = list(first.values())
@@ -71,11 +71,11 @@ def _file(path: Path) -> PromptSet:
     if path.name.endswith("_val.txt") and kind in COMPBENCH:
         return PromptSet(_named(lines, kind), "T2I-CompBench")
     texts = [line.strip() for line in lines if line.strip()]
-    return PromptSet(tuple(Prompt(text, category(text)) for text in texts), "plain text")
+    return PromptSet(tuple(PromptSpec(text, category(text)) for text in texts), "plain text")
 
 
-def _named(lines: Iterable[str], kind: str) -> tuple[Prompt, ...]:
-    return tuple(Prompt(line.strip(), kind) for line in lines if line.strip())
+def _named(lines: Iterable[str], kind: str) -> tuple[PromptSpec, ...]:
+    return tuple(PromptSpec(line.strip(), kind) for line in lines if line.strip())
 
 
 def _folder(path: Path) -> PromptSet:
@@ -94,7 +94,7 @@ def _folder(path: Path) -> PromptSet:
         text, origin = " ".join(_text(file).split()), re.match(r"[A-Za-z_]+", file.stem)
         if not text:
             raise ValueError(f"prompts {str(path)!r}: {file.name} is empty; expected one prompt in each file")
-        found.append(Prompt(text, origin[0].strip("_") or "all" if origin else "all"))
+        found.append(PromptSpec(text, origin[0].strip("_") or "all" if origin else "all"))
     return PromptSet(tuple(found), "DPG-Bench")
 
 
@@ -114,7 +114,7 @@ def _json_lines(path: Path, lines: list[str]) -> PromptSet:
             )
         official = official and "tag" in row and "include" in row
         kind = str(row.get("tag") or row.get("category") or "all")
-        found.append(Prompt(row["prompt"].strip(), kind.replace("_", " ")))
+        found.append(PromptSpec(row["prompt"].strip(), kind.replace("_", " ")))
     return PromptSet(tuple(found), "GenEval" if official else "JSON lines", balanced=official)
 
 
@@ -130,7 +130,7 @@ def _table(path: Path, lines: list[str]) -> PromptSet:
         text, kind = (row["Prompt"] or "").strip(), (row["Category"] or "").strip()
         if text and not kind:
             raise ValueError(f"{path}, line {rows.line_num}: no Category; expected Prompt, Category, Challenge, Note")
-        found += [Prompt(text, kind)] if text else []
+        found += [PromptSpec(text, kind)] if text else []
     return PromptSet(tuple(found), "PartiPrompts")
 
 
@@ -141,13 +141,13 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); give {FORMS}") from None
 
 
-def _spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
+def _spread(prompts: list[PromptSpec], limit: int) -> list[PromptSpec]:
     """As many from each category as there are, in turns, each category in an order fixed by its prompts' hashes."""
-    groups: dict[str, list[Prompt]] = {}
+    groups: dict[str, list[PromptSpec]] = {}
     for prompt in sorted(prompts, key=lambda one: hashlib.sha256(one.text.encode()).digest()):
         groups.setdefault(prompt.category, []).append(prompt)
     queues = [groups[name] for name in sorted(groups)]
-    taken: list[Prompt] = []
+    taken: list[PromptSpec] = []
     while len(taken) < limit and any(queues):
         taken += [queue.pop(0) for queue in queues if queue]
     return taken[:limit]

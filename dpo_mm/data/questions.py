@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from dpo_mm.errors import nearest
+from dpo_mm.errors import did_you_mean
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 0
 DEFAULT_COUNT = 400
@@ -41,7 +41,7 @@ def read_questions(name: str, *, limit: int | None = None) -> list[Question]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(
-            f"questions {name!r}: no such file; {nearest(name, WORLDS)}, or give Parquet or JSON lines with columns "
+            f"questions {name!r}: no such file; {did_you_mean(name, WORLDS)}, or give Parquet or JSON lines with columns "
             "images, prompt and ground_truth"
         )
     found = [_question(row, path, number) for number, row in enumerate(_rows(path, limit))]
@@ -128,10 +128,10 @@ def _question(row: dict[str, Any], path: Path, number: int) -> Question:
 
 def _image(cell: Any, path: Path, number: int) -> Image.Image:
     """A picture from its bytes or its path, as `datasets` keeps them."""
-    from dpo_mm.data.image_files import decode
+    from dpo_mm.data.image_files import decode_image
 
     data, place = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, cell)
     try:
-        return decode(data or (path.parent / str(place)).read_bytes())
+        return decode_image(data or (path.parent / str(place)).read_bytes())
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}, row {number}: image {place or ''} can't be read ({error})") from None

@@ -1,7 +1,7 @@
 """Rows of preference sets, as Arrow features, and their validation.
 
 `ImagePreference`: two pictures of one prompt and what was said of them. Chosen and rejected are derived late
-(`decided`), so that a tie never turns into a win. `ResponsePreference`: two answers to one prompt, with its images.
+(`drop_ties`), so that a tie never turns into a win. `ResponsePreference`: two answers to one prompt, with its images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IN_MEMORY = 2**30
 """Bytes; Parquet up to this size is read into memory."""
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """What a model said: its text, how many tokens that took, and whether it was cut at the limit."""
 
     text: str
@@ -112,9 +112,9 @@ def load_pairs(path: str, *, where: str | None = None) -> Dataset:
 
     Raises ValueError that names the set, the row and the fix where it is missing, empty or not valid.
     """
-    from dpo_mm.assets import locate
+    from dpo_mm.assets import resolve_asset
 
-    return validate(_open(locate(path)), where=where or path)
+    return validate(_open(resolve_asset(path)), where=where or path)
 
 
 def load_responses(path: str) -> Dataset:
@@ -122,9 +122,9 @@ def load_responses(path: str) -> Dataset:
 
     Raises ValueError that names the set and the fix where it is missing, empty or lacks a column.
     """
-    from dpo_mm.assets import locate
+    from dpo_mm.assets import resolve_asset
 
-    rows = _open(locate(path))
+    rows = _open(resolve_asset(path))
     _require_columns(rows, ("prompt", "chosen", "rejected"), path)
     return _with_ids(rows)
 
@@ -246,7 +246,7 @@ def _with_ids(rows: Dataset) -> Dataset:
     return rows.add_column("id", names)  # type: ignore[arg-type]
 
 
-def decided(rows: Dataset) -> Dataset:
+def drop_ties(rows: Dataset) -> Dataset:
     """The rows where one side won; ties and both-bad rows are left out. Raises ValueError where none remains."""
     kept = [n for n, preference in enumerate(rows["preference"]) if preference in ("a", "b")]
     if not kept:

@@ -8,15 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_mm.assets import locate
+from dpo_mm.assets import resolve_asset
 from dpo_mm.data.prompts import read_prompts
 from dpo_mm.doctor import image_checks, response_checks
 from dpo_mm.doctor.checks import CHECKS, Finding, by_severity
-from dpo_mm.doctor.dataset_statistics import Seen, digest, lost, makers, plain
+from dpo_mm.doctor.dataset_statistics import DatasetStatistics, digest, lost, makers, plain
 from dpo_mm.doctor.duplicates import repeated_ids
 from dpo_mm.doctor.image_features import Look, look
-from dpo_mm.doctor.loading import batches, open_set
-from dpo_mm.progress import progress
+from dpo_mm.doctor.loading import batches, load_dataset
+from dpo_mm.progress import progress_bar
 
 KINDS = {"images": image_checks, "answers": response_checks}
 
@@ -41,14 +41,14 @@ class Diagnosis:
 def examine(name: str, *, held_out: str | None = None, uncertain: frozenset[str] = frozenset()) -> Diagnosis:
     """Look at every row of a set, and at the set as a whole.
 
-    name: as `open_set` takes it. held_out: another set, or a list of prompts, that must not be in it. uncertain: names
+    name: as `load_dataset` takes it. held_out: another set, or a list of prompts, that must not be in it. uncertain: names
     of sources that have ties, votes or scores. Raises ValueError that names the set where it can't be read at all.
     """
-    opened = open_set(name)
+    opened = load_dataset(name)
     prompts, pictures = held_out_digests(held_out) if held_out else (set(), set())
     examiner = KINDS[opened.kind]
-    seen = examiner.watch(opened, prompts, pictures)
-    found = seen.notes.findings(seen.rows) + examiner.judge(seen) + makers(seen)
+    seen = examiner.collect_statistics(opened, prompts, pictures)
+    found = seen.notes.findings(seen.rows) + examiner.run_checks(seen) + makers(seen)
     found += repeated_ids(seen.ids)
     found += lost(seen, set(uncertain)) if opened.kind == "images" or set(seen.counts["source"]) & uncertain else []
     names = {finding.check for finding in found}
@@ -62,13 +62,13 @@ def held_out_digests(name: str) -> tuple[set[int], set[int]]:
 
     Raises ValueError where it is neither.
     """
-    path = Path(locate(name))
+    path = Path(resolve_asset(name))
     if path.suffix == ".txt":
         return {digest(plain(prompt)) for prompt in read_prompts(name)}, set()
-    opened = open_set(name)
+    opened = load_dataset(name)
     prompts: set[int] = set()
     pictures: set[int] = set()
-    with progress("looking at held-out rows", opened.rows) as advance:
+    with progress_bar("looking at held-out rows", opened.rows) as advance:
         for rows in batches(opened):
             for row in rows:
                 cells = row.get("images") or [row[c] for c in ("image_a", "image_b") if row.get(c)]
@@ -82,7 +82,7 @@ def held_out_digests(name: str) -> tuple[set[int], set[int]]:
     return prompts, pictures
 
 
-def facts(seen: Seen) -> dict[str, str]:
+def facts(seen: DatasetStatistics) -> dict[str, str]:
     """What a set holds, in words."""
     found = {"rows": f"{seen.rows:,}", "pairs to learn from": f"{len(seen.ids):,}"}
     if seen.ids:

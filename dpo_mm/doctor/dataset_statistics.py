@@ -33,7 +33,7 @@ def plain(prompt: str) -> str:
 
 
 @dataclass
-class Seen:
+class DatasetStatistics:
     """Counts over all rows, and columns of the pairs that can be compared, (pairs, ...) once joined."""
 
     rows: int = 0
@@ -78,7 +78,7 @@ class Seen:
         return np.concatenate(self._packed[name])
 
 
-def makers(seen: Seen) -> list[Finding]:
+def makers(seen: DatasetStatistics) -> list[Finding]:
     """Findings about who made the sides: one model that always wins, two models throughout."""
     apart = [(n, winner, loser) for n, (winner, loser) in enumerate(seen.sides) if winner and loser and winner != loser]
     if len(apart) < FEW or len(apart) < len(seen.sides) / 2:
@@ -145,7 +145,7 @@ def shortcut(
     return [Finding(check, severity, told.differ, len(ids), what, examples(ids, rows))]
 
 
-def lost(seen: Seen, known: set[str]) -> list[Finding]:
+def lost(seen: DatasetStatistics, known: set[str]) -> list[Finding]:
     """A finding where no row has a tie, a vote, a probability, a score or a margin. known: sources that have them."""
     if seen.uncertain or not seen.rows:
         return []

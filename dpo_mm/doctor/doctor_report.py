@@ -10,13 +10,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_mm.data.image_files import decode, encode_png, picture_bytes
+from dpo_mm.data.image_files import decode_image, encode_png, image_bytes
 from dpo_mm.doctor import Diagnosis
 from dpo_mm.doctor.checks import CHECKS, SEVERITIES, share
 from dpo_mm.doctor.image_features import look
-from dpo_mm.doctor.loading import open_set, rows_called
+from dpo_mm.doctor.loading import load_dataset, rows_called
 from dpo_mm.doctor.response_checks import text
-from dpo_mm.resumable import aside
+from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -75,7 +75,7 @@ class Shown(NamedTuple):
 def shown_rows(diagnosis: Diagnosis) -> dict[str, Shown]:
     """The findings' first examples, by id, from one more look into the set."""
     ids = {row for one in diagnosis.findings for row, _ in one.examples[:PICTURED]}
-    rows = rows_called(open_set(diagnosis.name), ids) if ids else {}
+    rows = rows_called(load_dataset(diagnosis.name), ids) if ids else {}
     return {name: _shown(row, diagnosis.kind) for name, row in rows.items()}
 
 
@@ -92,7 +92,7 @@ def _shown(row: dict[str, Any], kind: str) -> Shown:
 def _thumbnail(cell: Any) -> str:
     if isinstance(look(cell), str):
         return ""
-    image = decode(picture_bytes(cell))
+    image = decode_image(image_bytes(cell))
     image.thumbnail((SIDE, SIDE))
     return "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
 
@@ -126,6 +126,6 @@ def render(diagnosis: Diagnosis, shown: dict[str, Shown], *, command: str) -> st
 def write_report(path: Path, diagnosis: Diagnosis, *, command: str) -> Path:
     """Write the page, aside and then renamed. Raises OSError where it can't be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(render(diagnosis, shown_rows(diagnosis), command=command), encoding="utf-8")
     return path

@@ -10,12 +10,12 @@ import numpy as np
 
 from dpo_mm.data.schema import PREFERENCES
 from dpo_mm.doctor.checks import CHECKS, Finding, examples, share
-from dpo_mm.doctor.dataset_statistics import STRONG, Seen, digest, plain, shortcut
+from dpo_mm.doctor.dataset_statistics import STRONG, DatasetStatistics, digest, plain, shortcut
 from dpo_mm.doctor.duplicates import alike, near, repeated
 from dpo_mm.doctor.image_features import FEATURES, Look, look
-from dpo_mm.doctor.loading import Opened, Row, batches
+from dpo_mm.doctor.loading import LoadedDataset, Row, batches
 from dpo_mm.doctor.shortcuts import LEAST, told_by, told_by_regression
-from dpo_mm.progress import progress
+from dpo_mm.progress import progress_bar
 
 SHORTCUTS = {
     "resolution-shortcut": ("resolution", "aspect"),
@@ -27,10 +27,10 @@ KEPT = ("features", "digest", "hash", "thumb")
 NAMES = {"features": "features", "hash": "hashes"}
 
 
-def watch(opened: Opened, prompts: set[int], pictures: set[int]) -> Seen:
+def collect_statistics(opened: LoadedDataset, prompts: set[int], pictures: set[int]) -> DatasetStatistics:
     """Everything that is kept of a set. prompts, pictures: digests of the held-out set's."""
-    seen = Seen()
-    with ThreadPoolExecutor() as pool, progress("looking at pairs", opened.rows) as advance:
+    seen = DatasetStatistics()
+    with ThreadPoolExecutor() as pool, progress_bar("looking at pairs", opened.rows) as advance:
         for rows in batches(opened):
             looks = pool.map(look, [row[column] for row in rows for column in ("image_a", "image_b")])
             for row, sides in zip(rows, _by_two(looks), strict=True):
@@ -44,7 +44,9 @@ def _by_two(looks: Iterator[Look | str]) -> Iterator[tuple[Look | str, Look | st
     return zip(looks, looks, strict=True)
 
 
-def _row(seen: Seen, row: Row, sides: tuple[Look | str, Look | str], prompts: set[int], pictures: set[int]) -> None:
+def _row(
+    seen: DatasetStatistics, row: Row, sides: tuple[Look | str, Look | str], prompts: set[int], pictures: set[int]
+) -> None:
     seen.common(row)
     preference, prompt = row["preference"], row["prompt"] or ""
     seen.counts["preference"][str(preference)] += 1
@@ -67,7 +69,7 @@ def _row(seen: Seen, row: Row, sides: tuple[Look | str, Look | str], prompts: se
     _looked(seen, row, name, [side for side in sides if not isinstance(side, str)], pictures)
 
 
-def _looked(seen: Seen, row: Row, name: int, sides: list[Look], pictures: set[int]) -> None:
+def _looked(seen: DatasetStatistics, row: Row, name: int, sides: list[Look], pictures: set[int]) -> None:
     """A row's pictures, as far as they decode."""
     for side in sides:
         seen.counts["format"][side.format] += 1
@@ -110,7 +112,7 @@ def _against(row: Row) -> str:
     return ""
 
 
-def judge(seen: Seen) -> list[Finding]:
+def run_checks(seen: DatasetStatistics) -> list[Finding]:
     """Findings of the whole set."""
     if not seen.ids:
         return []

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dpo_mm.data.image_files import decode, picture_bytes
+from dpo_mm.data.image_files import decode_image, image_bytes
 
 FEATURES = ("resolution", "aspect", "bytes", "png", "jpeg", "webp", "brightness", "contrast", "saturation")
 """Of a side: logs of pixels, width over height and bytes; whether its format is that; light on 0 to 1."""
@@ -30,8 +30,8 @@ class Look(NamedTuple):
 def look(cell: Any) -> Look | str:
     """A picture as facts, or why it does not decode."""
     try:
-        data = picture_bytes(cell)
-        image = decode(data)
+        data = image_bytes(cell)
+        image = decode_image(data)
     except (ValueError, OSError) as error:
         return str(error)
     kind = Image.open(io.BytesIO(data)).format or "?"

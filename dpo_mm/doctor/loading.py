@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_mm.assets import locate
+from dpo_mm.assets import resolve_asset
 from dpo_mm.data.schema import REQUIRED, load_pairs, load_responses
 
 BATCH = 32
 Row = dict[str, Any]
 
 
-class Opened(NamedTuple):
+class LoadedDataset(NamedTuple):
     """A set that is open: its kind (images or answers), how many rows, its Parquet files or, without, its Dataset."""
 
     name: str
@@ -23,7 +23,7 @@ class Opened(NamedTuple):
     dataset: Any = None
 
 
-def open_set(name: str) -> Opened:
+def load_dataset(name: str) -> LoadedDataset:
     """A Parquet file, a folder of them, a shipped set, a set saved by `datasets`, or a hub id.
 
     Raises ValueError that names the set and what was expected.
@@ -31,7 +31,7 @@ def open_set(name: str) -> Opened:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = Path(locate(name))
+    path = Path(resolve_asset(name))
     files = (path,) if path.is_file() else tuple(sorted(path.glob("*.parquet"))) if path.is_dir() else ()
     if not files:
         return _through_datasets(name)
@@ -43,7 +43,7 @@ def open_set(name: str) -> Opened:
     rows = sum(table.metadata.num_rows for table in tables)
     if rows == 0:
         raise ValueError(f"{name}: the set is empty; expected at least one pair")
-    return Opened(name, kind, rows, files)
+    return LoadedDataset(name, kind, rows, files)
 
 
 def _kind(name: str, columns: list[str]) -> str:
@@ -57,7 +57,7 @@ def _kind(name: str, columns: list[str]) -> str:
     )
 
 
-def _through_datasets(name: str) -> Opened:
+def _through_datasets(name: str) -> LoadedDataset:
     from datasets import Image, List
 
     try:
@@ -71,10 +71,10 @@ def _through_datasets(name: str) -> Opened:
         rows = rows.cast_column(column, Image(decode=False))
     if kind == "answers" and "images" in rows.column_names:
         rows = rows.cast_column("images", List(Image(decode=False)))
-    return Opened(name, kind, len(rows), (), rows)
+    return LoadedDataset(name, kind, len(rows), (), rows)
 
 
-def batches(opened: Opened) -> Iterator[list[Row]]:
+def batches(opened: LoadedDataset) -> Iterator[list[Row]]:
     """The rows in their order, at most BATCH at once; each has an id, its number where the set gives none."""
     import pyarrow.parquet as pq
 
@@ -93,7 +93,7 @@ def batches(opened: Opened) -> Iterator[list[Row]]:
         yield rows
 
 
-def rows_called(opened: Opened, ids: set[str]) -> dict[str, Row]:
+def rows_called(opened: LoadedDataset, ids: set[str]) -> dict[str, Row]:
     """Rows by their ids; of Parquet only the groups that hold one are read."""
     import pyarrow.parquet as pq
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from dpo_mm.doctor.checks import Finding
-from dpo_mm.doctor.dataset_statistics import Seen, digest, plain, shortcut
+from dpo_mm.doctor.dataset_statistics import DatasetStatistics, digest, plain, shortcut
 from dpo_mm.doctor.duplicates import repeated
 from dpo_mm.doctor.image_checks import regression
 from dpo_mm.doctor.image_features import Look, look
-from dpo_mm.doctor.loading import Opened, Row, batches
+from dpo_mm.doctor.loading import LoadedDataset, Row, batches
 from dpo_mm.doctor.shortcuts import told_by
-from dpo_mm.progress import progress
+from dpo_mm.progress import progress_bar
 
 FEATURES = ("length", "list items", "headings", "bold", "code", "lines", "refusal", "unfinished end")
 """Of an answer: log of its characters, logs of counts of markup, refusal or not, ends without a stop or not."""
@@ -37,10 +37,10 @@ MARKUP = {
 }
 
 
-def watch(opened: Opened, prompts: set[int], pictures: set[int]) -> Seen:
+def collect_statistics(opened: LoadedDataset, prompts: set[int], pictures: set[int]) -> DatasetStatistics:
     """Everything that is kept of a set. prompts, pictures: digests of the held-out set's."""
-    seen = Seen()
-    with progress("looking at answers", opened.rows) as advance:
+    seen = DatasetStatistics()
+    with progress_bar("looking at answers", opened.rows) as advance:
         for rows in batches(opened):
             for row in rows:
                 _row(seen, row, prompts, pictures)
@@ -69,7 +69,7 @@ def prompt_digests(row: Row, looks: list[Look]) -> tuple[int, int]:
     return words, digest(words, *(one.digest for one in looks)) if looks else words
 
 
-def _row(seen: Seen, row: Row, prompts: set[int], pictures: set[int]) -> None:
+def _row(seen: DatasetStatistics, row: Row, prompts: set[int], pictures: set[int]) -> None:
     seen.common(row)
     cells = row.get("images") or []
     looked = [look(cell) for cell in cells]
@@ -100,7 +100,7 @@ def _margin(row: Row) -> np.float64:
     return np.float64(np.nan if row.get("score_gap") is None else row["score_gap"])
 
 
-def _texts(seen: Seen, row: Row, images: int) -> None:
+def _texts(seen: DatasetStatistics, row: Row, images: int) -> None:
     """What is wrong with a row's texts."""
     prompt, chosen, rejected = (text(row[column]) for column in ("prompt", "chosen", "rejected"))
     empty = [side for side, words in (("chosen", chosen), ("rejected", rejected)) if not words.strip()]
@@ -145,7 +145,7 @@ def features(answer: str) -> np.ndarray:
     return np.array([np.log1p(len(words)), *counts, bool(REFUSAL.match(words)), unfinished], dtype=np.float32)
 
 
-def judge(seen: Seen) -> list[Finding]:
+def run_checks(seen: DatasetStatistics) -> list[Finding]:
     """Findings of the whole set."""
     winners, losers, groups = seen.column("winners"), seen.column("losers"), seen.column("groups")
     found = repeated(seen.column("prompts"), winners, losers, seen.ids)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpo_mm.evaluation.statistics import Comparison
-from dpo_mm.evaluation.sweep import Point
+from dpo_mm.evaluation.sweep import SweepPoint
 from dpo_mm.evaluation.tables import is_rate
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def scale_chart(scales: Sequence[tuple[float, Comparison]], percent: bool) -> st
     return _svg(figure, f"Score at LoRA scales {', '.join(f'{scale:g}' for scale in x)}")
 
 
-def pareto_chart(points: Sequence[Point], percent: bool) -> str:
+def pareto_chart(points: Sequence[SweepPoint], percent: bool) -> str:
     """The points on two axes, headline's judge and guard's, with the front and the recommended one; empty without a guard."""
     both = [(point, point.headline, point.guard) for point in points if point.guard is not None]
     if len(both) < 2:

@@ -1,6 +1,6 @@
 """Base and tuned, from the same seeds on held-out prompts, judged and compared in pairs.
 
-What is drawn and judged is in `drawing`; here it is compared in pure functions, and `compare` strings them together and
+What is drawn and judged is in `drawing`; here it is compared in pure functions, and `compare_images` strings them together and
 writes the report.
 """
 
@@ -15,17 +15,24 @@ from pathlib import Path
 import numpy as np
 
 from dpo_mm.config import CompareConfig
-from dpo_mm.evaluation.image_sampling import Drawn, Plan, Studio, plan_of
-from dpo_mm.evaluation.image_statistics import LOOKS, MEASURES, spread
-from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, Gallery
+from dpo_mm.evaluation.image_sampling import ImageSampler, SamplingPlan, ScoredImages, sampling_plan
+from dpo_mm.evaluation.image_statistics import IMAGE_STATISTICS, MEASURES, pairwise_distance
+from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, ImageStore
 from dpo_mm.evaluation.report import Example, Report, write_report
-from dpo_mm.evaluation.statistics import Comparison, corrected, overall, paired, settled
-from dpo_mm.evaluation.sweep import Point, advice, marked
-from dpo_mm.evaluation.verdict import Outcome, earned, opened, outlasted, taught
+from dpo_mm.evaluation.statistics import Comparison, confirmed_verdict, holm_corrected, paired, run_verdict
+from dpo_mm.evaluation.sweep import SweepPoint, advice, mark_recommended
+from dpo_mm.evaluation.verdict import (
+    CompareResult,
+    note_against_sft,
+    note_training_judges,
+    note_unconfirmed,
+)
 from dpo_mm.judges import metric_of
-from dpo_mm.judges.provenance import headline_first, made_by
+from dpo_mm.judges.provenance import made_by, order_judges
+from dpo_mm.policies.families import load_image_policy
+from dpo_mm.policies.protocol import ImagePolicy
 
-__all__ = ["Drawn", "Outcome", "Plan", "compare", "plan_of"]
+__all__ = ["CompareResult", "SamplingPlan", "ScoredImages", "compare_images", "sampling_plan"]
 
 COLLAPSE = 0.9
 """Share of the base's diversity below which a headline gain counts as over-optimised."""
@@ -36,7 +43,7 @@ PIXELS = "pixels"
 
 
 def comparisons(
-    base: Drawn, tuned: Drawn, config: CompareConfig, *, suffix: str = "", made: Sequence[str] = ()
+    base: ScoredImages, tuned: ScoredImages, config: CompareConfig, *, suffix: str = "", made: Sequence[str] = ()
 ) -> list[Comparison]:
     """Each judge and the diversity, tuned against base, intervals clustered by prompt; the first judge is the headline.
 
@@ -45,23 +52,23 @@ def comparisons(
     """
     found = [
         dataclasses.replace(
-            judged(base, tuned, judge, metric=metric_of(judge) + suffix, seed=config.seed),
+            compare_scores(base, tuned, judge, metric=metric_of(judge) + suffix, seed=config.seed),
             headline=judge == config.judges[0] and not suffix,
             built_training_pairs=judge in made,
         )
         for judge in config.judges
     ]
-    return corrected(found) + varied(base, tuned, seed=config.seed, suffix=suffix)
+    return holm_corrected(found) + compare_diversity(base, tuned, seed=config.seed, suffix=suffix)
 
 
-def judged(base: Drawn, tuned: Drawn, judge: str, *, metric: str, seed: int) -> Comparison:
+def compare_scores(base: ScoredImages, tuned: ScoredImages, judge: str, *, metric: str, seed: int) -> Comparison:
     """One judge, tuned against base."""
     prompts, weights = np.array(base.plan.prompts), base.plan.weights
     scores = base.scores[judge], tuned.scores[judge]
     return paired(*scores, clusters=prompts, metric=metric, judge=judge, weights=weights, seed=seed)
 
 
-def varied(base: Drawn, tuned: Drawn, *, seed: int, suffix: str = "") -> list[Comparison]:
+def compare_diversity(base: ScoredImages, tuned: ScoredImages, *, seed: int, suffix: str = "") -> list[Comparison]:
     """How much pictures of a prompt differ, tuned against base; none with one sample a prompt."""
     if base.plan.samples < 2:
         return []
@@ -70,12 +77,12 @@ def varied(base: Drawn, tuned: Drawn, *, seed: int, suffix: str = "") -> list[Co
     return [paired(*both, clusters=names, metric=f"diversity{suffix}", judge=PIXELS, seed=seed)]
 
 
-def diversity(drawn: Drawn) -> np.ndarray:
+def diversity(drawn: ScoredImages) -> np.ndarray:
     """How much a prompt's pictures differ: mean pairwise RMS distance of pixels at a quarter of the size, (prompts,)."""
-    return spread(drawn.looks.small, drawn.plan.samples)
+    return pairwise_distance(drawn.looks.small, drawn.plan.samples)
 
 
-def drifted(base: Drawn, tuned: Drawn, *, seed: int) -> list[Comparison]:
+def compare_image_statistics(base: ScoredImages, tuned: ScoredImages, *, seed: int) -> list[Comparison]:
     """Saturation, sharpness and file size, tuned against base: neither way is better, but a change is worth knowing."""
     prompts = np.array(base.plan.prompts)
     return [
@@ -84,7 +91,7 @@ def drifted(base: Drawn, tuned: Drawn, *, seed: int) -> list[Comparison]:
             getattr(tuned.looks, name),
             clusters=prompts,
             metric=words,
-            judge=LOOKS,
+            judge=IMAGE_STATISTICS,
             neither=True,
             seed=seed,
         )
@@ -92,7 +99,7 @@ def drifted(base: Drawn, tuned: Drawn, *, seed: int) -> list[Comparison]:
     ]
 
 
-def by_category(base: Drawn, tuned: Drawn, judge: str, *, seed: int) -> list[Comparison]:
+def by_category(base: ScoredImages, tuned: ScoredImages, judge: str, *, seed: int) -> list[Comparison]:
     """The headline judge in each category that has at least two prompts, p corrected for how many there are."""
     kinds, prompts = base.plan.kinds, np.array(base.plan.prompts)
     found = []
@@ -101,10 +108,10 @@ def by_category(base: Drawn, tuned: Drawn, judge: str, *, seed: int) -> list[Com
         if len(set(prompts[inside])) > 1:
             scores = base.scores[judge][inside], tuned.scores[judge][inside]
             found.append(paired(*scores, clusters=prompts[inside], metric=str(name), judge=judge, seed=seed))
-    return corrected(found) if len(found) > 1 else []
+    return holm_corrected(found) if len(found) > 1 else []
 
 
-def control(base: Drawn, judge: str, *, seed: int) -> Comparison | None:
+def aa_control(base: ScoredImages, judge: str, *, seed: int) -> Comparison | None:
     """The A/A control: the base against itself with other seeds; None with fewer than two samples a prompt."""
     half = base.plan.samples // 2
     if half == 0:
@@ -113,18 +120,18 @@ def control(base: Drawn, judge: str, *, seed: int) -> Comparison | None:
     prompts = np.repeat(np.array(base.plan.prompts[:: base.plan.samples]), half)
     one, other = scores[:, :half].ravel(), scores[:, half : 2 * half].ravel()
     found = paired(one, other, clusters=prompts, metric=f"A/A control: {metric_of(judge)}", judge=judge, seed=seed)
-    return dataclasses.replace(found, verdict=settled(found))
+    return dataclasses.replace(found, verdict=confirmed_verdict(found))
 
 
 def verdict(found: Sequence[Comparison]) -> str:
     """better, no evidence, worse, or over-optimised: the headline rose while another judge fell or diversity collapsed."""
     headline = next(one for one in found if one.headline)
-    guards = [one for one in found if not one.headline and one.judge not in (PIXELS, LOOKS)]
+    guards = [one for one in found if not one.headline and one.judge not in (PIXELS, IMAGE_STATISTICS)]
     guards += [one for one in found if one.judge == PIXELS and one.tuned < COLLAPSE * one.base]
-    return overall(headline, guards)
+    return run_verdict(headline, guards)
 
 
-def examples(base: Drawn, tuned: Drawn, judge: str, *, count: int) -> list[Example]:
+def examples(base: ScoredImages, tuned: ScoredImages, judge: str, *, count: int) -> list[Example]:
     """Pictures to show, in turns from each category, drawn at random by the plan's own order: not the best ones."""
     shown: list[Example] = []
     rows = range(0, len(base.images), base.plan.samples)
@@ -148,7 +155,7 @@ def examples(base: Drawn, tuned: Drawn, judge: str, *, count: int) -> list[Examp
     return shown
 
 
-def compare(
+def compare_images(
     config: CompareConfig,
     *,
     title: str,
@@ -156,7 +163,7 @@ def compare(
     baseline: str | None = None,
     history: Sequence[dict[str, float]] = (),
     settings: dict[str, str] | None = None,
-) -> Outcome:
+) -> CompareResult:
     """Draw, judge and compare as the config says, and write report.html, metrics.json and a contact sheet.
 
     Run again after it was cut, it goes on: pictures and scores that are there with the right hash are not made again.
@@ -164,20 +171,20 @@ def compare(
     of the training, for the report. Raises ValueError where a part of the config won't do.
     """
     made = made_by(config.adapter)
-    config = dataclasses.replace(config, judges=headline_first(config.judges, made))
-    plan, gallery = plan_of(config), Gallery(Path(config.output_dir) / FOLDER)
-    studio = Studio(opened(config, config.adapter), config, gallery, config.adapter)
-    base = studio.draw(plan, scale=0.0, label="base")
-    tuned = studio.draw(plan, scale=1.0, label="tuned") if config.adapter else base
+    config = dataclasses.replace(config, judges=order_judges(config.judges, made))
+    plan, gallery = sampling_plan(config), ImageStore(Path(config.output_dir) / FOLDER)
+    studio = ImageSampler(_load(config, config.adapter), config, gallery, config.adapter)
+    base = studio.generate(plan, scale=0.0, label="base")
+    tuned = studio.generate(plan, scale=1.0, label="tuned") if config.adapter else base
     found = comparisons(base, tuned, config, made=made)
-    found += drifted(base, tuned, seed=config.seed)
-    word, notes = verdict(found), taught(found) + remarks(found)
+    found += compare_image_statistics(base, tuned, seed=config.seed)
+    word, notes = verdict(found), note_training_judges(found) + image_notes(found)
     if baseline:
-        sft = Studio(opened(config, baseline), config, gallery, baseline).draw(plan, scale=1.0, label="sft")
+        sft = ImageSampler(_load(config, baseline), config, gallery, baseline).generate(plan, scale=1.0, label="sft")
         against = comparisons(sft, tuned, config, suffix=" (DPO against SFT)")
         found += comparisons(base, sft, config, suffix=" (SFT on the chosen)") + against
-        notes.insert(0, earned(against[0]))
-    points = marked(list(swept(studio, base, tuned)))
+        notes.insert(0, note_against_sft(against[0]))
+    points = mark_recommended(list(run_sweep(studio, base, tuned)))
     notes += [advice(points)] if points else []
     headline = config.judges[0]
     report = Report(
@@ -187,9 +194,9 @@ def compare(
         command=command,
         comparisons=tuple(found),
         categories=tuple(by_category(base, tuned, headline, seed=config.seed)),
-        scales=tuple((point.scale, point.headline) for point in points if point.step is None),
+        scales=tuple((sweep_point.scale, sweep_point.headline) for sweep_point in points if sweep_point.step is None),
         points=points,
-        control=control(base, headline, seed=config.seed),
+        control=aa_control(base, headline, seed=config.seed),
         history=tuple(history),
         examples=tuple(examples(base, tuned, headline, count=24)),
         settings={**(settings or {}), **_sampling(config, plan, studio)},
@@ -198,10 +205,10 @@ def compare(
     written = write_report(Path(config.output_dir), report)
     if not config.save_images:
         shutil.rmtree(gallery.folder)
-    return Outcome(word, tuple(found), tuple(notes), written)
+    return CompareResult(word, tuple(found), tuple(notes), written)
 
 
-def swept(studio: Studio, base: Drawn, tuned: Drawn) -> Iterator[Point]:
+def run_sweep(studio: ImageSampler, base: ScoredImages, tuned: ScoredImages) -> Iterator[SweepPoint]:
     """The base, the adapter at each scale and each checkpoint of it, on one picture a prompt; nothing where none is asked for."""
     config = studio.config
     if not config.adapter or not (config.scales or config.checkpoints):
@@ -209,19 +216,25 @@ def swept(studio: Studio, base: Drawn, tuned: Drawn) -> Iterator[Point]:
     plan, first = base.plan.first(1), base.first(1)
     for scale in sorted({*config.scales, 0.0, 1.0}):
         known = {0.0: first, 1.0: tuned.first(1)}.get(scale)
-        yield point(first, known or studio.draw(plan, scale=scale, label=f"scale-{scale:g}"), config, scale=scale)
+        yield sweep_point(
+            first, known or studio.generate(plan, scale=scale, label=f"scale-{scale:g}"), config, scale=scale
+        )
     for step, folder in checkpoints_of(config):
-        policy = opened(config, folder)
-        drawn = Studio(policy, config, studio.gallery, folder).draw(plan, scale=1.0, label=f"checkpoint-{step}")
-        yield point(first, drawn, config, scale=1.0, step=step)
+        policy = _load(config, folder)
+        drawn = ImageSampler(policy, config, studio.gallery, folder).generate(
+            plan, scale=1.0, label=f"checkpoint-{step}"
+        )
+        yield sweep_point(first, drawn, config, scale=1.0, step=step)
 
 
-def point(base: Drawn, drawn: Drawn, config: CompareConfig, *, scale: float, step: int | None = None) -> Point:
+def sweep_point(
+    base: ScoredImages, drawn: ScoredImages, config: CompareConfig, *, scale: float, step: int | None = None
+) -> SweepPoint:
     """What was drawn against the base, by the first judge and the second."""
     name = f"scale {scale:g}" if step is None else f"step {step}"
     head, *rest = config.judges
-    guard = judged(base, drawn, rest[0], metric=metric_of(rest[0]), seed=config.seed) if rest else None
-    return Point(name, scale, step, judged(base, drawn, head, metric=name, seed=config.seed), guard)
+    guard = compare_scores(base, drawn, rest[0], metric=metric_of(rest[0]), seed=config.seed) if rest else None
+    return SweepPoint(name, scale, step, compare_scores(base, drawn, head, metric=name, seed=config.seed), guard)
 
 
 def checkpoints_of(config: CompareConfig) -> list[tuple[int, str]]:
@@ -237,22 +250,22 @@ def checkpoints_of(config: CompareConfig) -> list[tuple[int, str]]:
     return sorted((int(path.name.rpartition("-")[2]), str(path)) for path in found)
 
 
-def remarks(found: Sequence[Comparison]) -> list[str]:
+def image_notes(found: Sequence[Comparison]) -> list[str]:
     """What is to be read with the numbers: lost diversity, looks that drifted, judges that Holm's correction leaves out."""
-    words = [narrowed(one) for one in found if one.judge == PIXELS and one.verdict == "worse"]
+    words = [note_diversity(one) for one in found if one.judge == PIXELS and one.verdict == "worse"]
     for one in found:
         change = one.difference / one.base if one.base else 0.0
-        if one.judge == LOOKS and one.verdict == "changed" and abs(change) >= DRIFT:
+        if one.judge == IMAGE_STATISTICS and one.verdict == "changed" and abs(change) >= DRIFT:
             name = one.metric.partition(",")[0].capitalize()
             words.append(
                 f"{name} changed by {change:+.0%}: look whether that, and not what was meant, pleases a judge."
             )
-    return words + outlasted(found)
+    return words + note_unconfirmed(found)
 
 
-def narrowed(spread: Comparison) -> str:
+def note_diversity(pairwise_distance: Comparison) -> str:
     """What a significant loss of diversity means, in words."""
-    kept = spread.tuned / spread.base
+    kept = pairwise_distance.tuned / pairwise_distance.base
     meaning = "a collapse" if kept < COLLAPSE else f"not a collapse, which would be less than {COLLAPSE:.0%}"
     return f"Pictures of one prompt differ less than the base's: {kept:.1%} of its diversity is left, {meaning}."
 
@@ -265,7 +278,7 @@ def _summary(headline: Comparison, word: str) -> str:
     )
 
 
-def _sampling(config: CompareConfig, plan: Plan, studio: Studio) -> dict[str, str]:
+def _sampling(config: CompareConfig, plan: SamplingPlan, studio: ImageSampler) -> dict[str, str]:
     how = studio.sampling(0.0)
     score = ", scores are means of the categories' means" if plan.balanced else ""
     kept = f"{config.output_dir}/{FOLDER}/{MANIFEST} has each picture's seed and hash"
@@ -278,3 +291,7 @@ def _sampling(config: CompareConfig, plan: Plan, studio: Studio) -> dict[str, st
         "libraries": ", ".join(f"{name} {version}" for name, version in how["versions"].items()),
         "pictures": kept if config.save_images else "not kept",
     }
+
+
+def _load(config: CompareConfig, adapter: str | None) -> ImagePolicy:
+    return load_image_policy(config.model, revision=config.revision, precision=config.precision, adapter=adapter)

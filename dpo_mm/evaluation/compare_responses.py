@@ -12,20 +12,32 @@ import numpy as np
 from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.evaluation.report import Report, TextExample, write_report
-from dpo_mm.evaluation.response_sampling import ANSWERS, Answered, ask, judged
-from dpo_mm.evaluation.statistics import Comparison, corrected, mcnemar, overall, paired_shares, rate_interval
-from dpo_mm.evaluation.verdict import Outcome, earned, opened, outlasted, taught
+from dpo_mm.evaluation.response_sampling import ANSWERS, ScoredResponses, generate_responses, score_responses
+from dpo_mm.evaluation.statistics import Comparison, holm_corrected, mcnemar, paired_shares, rate_interval, run_verdict
+from dpo_mm.evaluation.verdict import (
+    CompareResult,
+    note_against_sft,
+    note_training_judges,
+    note_unconfirmed,
+)
 from dpo_mm.judges import better_of, explain, metric_of
-from dpo_mm.judges.provenance import headline_first, made_by
+from dpo_mm.judges.provenance import made_by, order_judges
+from dpo_mm.policies.families import load_text_policy
+from dpo_mm.policies.protocol import TextPolicy
 
-__all__ = ["Answered", "ask", "compare_answers", "judged"]
+__all__ = ["ScoredResponses", "compare_responses", "generate_responses", "score_responses"]
 
 SHOWN = 18
 """Answers on the page, in turns from each category."""
 
 
 def comparisons(
-    base: Answered, tuned: Answered, config: CompareResponsesConfig, *, suffix: str = "", made: Sequence[str] = ()
+    base: ScoredResponses,
+    tuned: ScoredResponses,
+    config: CompareResponsesConfig,
+    *,
+    suffix: str = "",
+    made: Sequence[str] = (),
 ) -> list[Comparison]:
     """Each judge, tuned against base; the first is the headline, unless a suffix says that something else is compared.
 
@@ -45,12 +57,12 @@ def comparisons(
         for judge in config.judges
     ]
     found = [dataclasses.replace(one, built_training_pairs=one.judge in made) for one in found]
-    tested = iter(corrected([one for one in found if better_of(one.judge) != "neither"]))
+    tested = iter(holm_corrected([one for one in found if better_of(one.judge) != "neither"]))
     return [one if better_of(one.judge) == "neither" else next(tested) for one in found]
 
 
 def by_category(
-    base: Answered, tuned: Answered, questions: Sequence[Question], judge: str, *, seed: int
+    base: ScoredResponses, tuned: ScoredResponses, questions: Sequence[Question], judge: str, *, seed: int
 ) -> list[Comparison]:
     """The headline judge in each category of at least two questions."""
     names = np.array([question.category for question in questions])
@@ -66,11 +78,11 @@ def by_category(
         for name in sorted(set(names))
         if (names == name).sum() > 1
     ]
-    return corrected(found) if len(found) > 1 else []
+    return holm_corrected(found) if len(found) > 1 else []
 
 
 def examples(
-    base: Answered, tuned: Answered, questions: Sequence[Question], judge: str, *, count: int
+    base: ScoredResponses, tuned: ScoredResponses, questions: Sequence[Question], judge: str, *, count: int
 ) -> list[TextExample]:
     """Answers to show: first those that the headline's judge found fault with, of either model, in turns by category."""
     faulty: list[tuple[str, TextExample]] = []
@@ -93,10 +105,10 @@ def examples(
             note=note if base.shares[judge][number, 0] or tuned.shares[judge][number, 0] else "",
         )
         (faulty if changed or tuned.shares[judge][number, 0] else fine).append((question.category, shown))
-    return (_in_turns(faulty) + _in_turns(fine))[:count]
+    return (_interleaved(faulty) + _interleaved(fine))[:count]
 
 
-def _in_turns(named: list[tuple[str, TextExample]]) -> list[TextExample]:
+def _interleaved(named: list[tuple[str, TextExample]]) -> list[TextExample]:
     groups: dict[str, list[TextExample]] = {}
     for category, shown in named:
         groups.setdefault(category, []).append(shown)
@@ -104,7 +116,7 @@ def _in_turns(named: list[tuple[str, TextExample]]) -> list[TextExample]:
     return [shown for turn in turns for shown in turn if shown is not None]
 
 
-def counted(base: Answered, tuned: Answered, judge: str) -> str | None:
+def note_counts(base: ScoredResponses, tuned: ScoredResponses, judge: str) -> str | None:
     """A rate as counts, with exact intervals and the exact paired test; None where the judge doesn't say yes or no."""
     both = [base.shares[judge], tuned.shares[judge]]
     if not all(((one[:, 1] == 1) & np.isin(one[:, 0], (0, 1))).all() for one in both):
@@ -120,14 +132,14 @@ def counted(base: Answered, tuned: Answered, judge: str) -> str | None:
     )
 
 
-def cost(base: Answered, tuned: Answered) -> str:
+def note_tokens(base: ScoredResponses, tuned: ScoredResponses) -> str:
     """What answers cost in tokens: on average, and at the 99th percentile, where loops are."""
     both = [np.array([answer.tokens for answer in one.answers]) for one in (base, tuned)]
     of = [f"{n.mean():.1f}, 99th percentile {np.percentile(n, 99):.0f}" for n in both]
     return f"Tokens an answer: {of[0]} with the base; {of[1]} tuned."
 
 
-def chosen_kept(history: Sequence[dict[str, float]], beta: float) -> str | None:
+def note_chosen_log_prob(history: Sequence[dict[str, float]], beta: float) -> str | None:
     """How far the chosen answers' log-prob has moved from the reference's: the guard against falling likelihood."""
     entries = [entry for entry in history if "eval_rewards/chosen" in entry] or [
         e for e in history if "rewards/chosen" in e
@@ -141,7 +153,7 @@ def chosen_kept(history: Sequence[dict[str, float]], beta: float) -> str | None:
     return f"The chosen answers' log-prob is {nats:+.2f} nats from the reference's on {where} pairs: {word}."
 
 
-def compare_answers(
+def compare_responses(
     config: CompareResponsesConfig,
     *,
     title: str,
@@ -150,7 +162,7 @@ def compare_answers(
     history: Sequence[dict[str, float]] = (),
     settings: dict[str, str] | None = None,
     beta: float | None = None,
-) -> Outcome:
+) -> CompareResult:
     """Ask, judge and compare as the config says, and write report.html and metrics.json.
 
     baseline: folder of a second adapter, SFT on the same chosen answers. history, settings, beta: of the training.
@@ -160,22 +172,22 @@ def compare_answers(
     if strangers:
         raise ValueError(f"guards: {strangers[0]!r} is not among the judges {', '.join(config.judges)}; add it there")
     made = made_by(config.adapter)
-    config = dataclasses.replace(config, judges=headline_first(config.judges, made))
+    config = dataclasses.replace(config, judges=order_judges(config.judges, made))
     questions, keep = read_questions(config.questions, limit=config.max_questions), Path(config.output_dir)
-    policy = opened(config, config.adapter)
-    base = ask(policy, questions, config, base=True, title="asking the base", keep=keep)
-    tuned = ask(policy, questions, config, base=False, title="asking the tuned", keep=keep)
+    policy = _load(config, config.adapter)
+    base = generate_responses(policy, questions, config, base=True, title="asking the base", keep=keep)
+    tuned = generate_responses(policy, questions, config, base=False, title="asking the tuned", keep=keep)
     found = comparisons(base, tuned, config, made=made)
     guards = [one for one in found if one.judge in config.guards]
-    headline, word = config.judges[0], overall(found[0], guards)
-    notes = [counted(base, tuned, headline), history and beta and chosen_kept(history, beta)]
-    notes += taught(found) + outlasted(found)
+    headline, word = config.judges[0], run_verdict(found[0], guards)
+    notes = [note_counts(base, tuned, headline), history and beta and note_chosen_log_prob(history, beta)]
+    notes += note_training_judges(found) + note_unconfirmed(found)
     if baseline:
-        sft = ask(opened(config, baseline), questions, config, base=False, title="asking SFT", keep=keep)
+        sft = generate_responses(_load(config, baseline), questions, config, base=False, title="asking SFT", keep=keep)
         against = comparisons(sft, tuned, config, suffix=" (DPO against SFT)")
         found += comparisons(base, sft, config, suffix=" (SFT on the chosen)") + against
-        notes.append(earned(against[0]))
-    notes.append(cost(base, tuned))
+        notes.append(note_against_sft(against[0]))
+    notes.append(note_tokens(base, tuned))
     report = Report(
         title=title,
         verdict=word,
@@ -189,7 +201,7 @@ def compare_answers(
         notes=tuple(note for note in notes if note),
         unit="questions",
     )
-    return Outcome(word, tuple(found), report.notes, write_report(Path(config.output_dir), report))
+    return CompareResult(word, tuple(found), report.notes, write_report(Path(config.output_dir), report))
 
 
 def _summary(headline: Comparison, word: str) -> str:
@@ -210,3 +222,7 @@ def _asking(config: CompareResponsesConfig, count: int) -> dict[str, str]:
         "seed": str(config.seed),
         "answers": f"{config.output_dir}/{ANSWERS} has every one",
     }
+
+
+def _load(config: CompareResponsesConfig, adapter: str | None) -> TextPolicy:
+    return load_text_policy(config.model, revision=config.revision, precision=config.precision, adapter=adapter)

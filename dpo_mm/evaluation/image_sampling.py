@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-import dpo_mm
+from dpo_mm import __version__
 from dpo_mm.config import CompareConfig
 from dpo_mm.data.prompts import category, read_prompt_set, seeds_of
-from dpo_mm.evaluation.image_statistics import Looks, looks
-from dpo_mm.evaluation.image_store import Gallery, Pictures
+from dpo_mm.evaluation.image_statistics import ImageStatistics, image_statistics
+from dpo_mm.evaluation.image_store import ImageStore, Pictures
 from dpo_mm.judges import judge_card, load_judge
-from dpo_mm.progress import progress
+from dpo_mm.policies.protocol import ImagePolicy
+from dpo_mm.progress import progress_bar
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 AT_ONCE = 64
@@ -29,7 +30,7 @@ AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """What is drawn: prompts and seeds, each picture's own, (prompts x samples,) with a prompt's samples together.
 
     categories: of each picture; empty: those that the world of shapes knows. balanced: scores are means of the
@@ -55,10 +56,10 @@ class Plan:
         _, place, count = np.unique(self.kinds, return_inverse=True, return_counts=True)
         return 1 / count[place]
 
-    def first(self, samples: int) -> Plan:
+    def first(self, samples: int) -> SamplingPlan:
         """The same with fewer samples a prompt."""
         keep = [n for n in range(len(self.prompts)) if n % self.samples < samples]
-        return Plan(
+        return SamplingPlan(
             tuple(self.prompts[n] for n in keep),
             tuple(self.seeds[n] for n in keep),
             min(samples, self.samples),
@@ -68,27 +69,27 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ScoredImages:
     """Pictures of a plan and their scores by judge, (pictures,)."""
 
-    plan: Plan
+    plan: SamplingPlan
     images: Sequence[Image.Image]
     scores: dict[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
-    def looks(self) -> Looks:
-        return looks(self.images)
+    def looks(self) -> ImageStatistics:
+        return image_statistics(self.images)
 
-    def first(self, samples: int) -> Drawn:
+    def first(self, samples: int) -> ScoredImages:
         """The same with fewer samples a prompt."""
         keep = [n for n in range(len(self.plan.prompts)) if n % self.plan.samples < samples]
         scores = {judge: values[keep] for judge, values in self.scores.items()}
         images = self.images
         some = Pictures([images.files[n] for n in keep]) if isinstance(images, Pictures) else [images[n] for n in keep]
-        return Drawn(self.plan.first(samples), some, scores)
+        return ScoredImages(self.plan.first(samples), some, scores)
 
 
-def plan_of(config: CompareConfig) -> Plan:
+def sampling_plan(config: CompareConfig) -> SamplingPlan:
     """The prompts and seeds of a config. Raises ValueError where prompts or samples won't do."""
     if config.images_per_prompt < 1:
         raise ValueError(f"images_per_prompt is {config.images_per_prompt}; expected at least 1 picture a prompt")
@@ -96,19 +97,19 @@ def plan_of(config: CompareConfig) -> Plan:
     prompts = [prompt for prompt in found.prompts for _ in range(config.images_per_prompt)]
     seeds = [seed for one in found.prompts for seed in seeds_of(one.text, config.images_per_prompt, seed=config.seed)]
     texts, kinds = zip(*prompts, strict=True)
-    return Plan(texts, tuple(seeds), config.images_per_prompt, kinds, found.balanced)
+    return SamplingPlan(texts, tuple(seeds), config.images_per_prompt, kinds, found.balanced)
 
 
 @dataclass(frozen=True)
-class Studio:
+class ImageSampler:
     """A policy that draws for a comparison, with the adapter that is attached to it, and the gallery that keeps it all."""
 
-    policy: Any
+    policy: ImagePolicy
     config: CompareConfig
-    gallery: Gallery
+    gallery: ImageStore
     adapter: str | None = None
 
-    def draw(self, plan: Plan, *, scale: float, label: str) -> Drawn:
+    def generate(self, plan: SamplingPlan, *, scale: float, label: str) -> ScoredImages:
         """The plan's pictures at a LoRA scale (0: the base), judged; those that the gallery has are not drawn again.
 
         label: what they are drawn for, the gallery's subfolder.
@@ -116,7 +117,7 @@ class Studio:
         how, gallery = self.sampling(scale), self.gallery
         wanted = list(zip(plan.prompts, plan.seeds, strict=True))
         left = [pair for pair in dict.fromkeys(wanted) if gallery.find(how, *pair) is None]
-        with progress(f"drawing: {label}", len(wanted)) as advance:
+        with progress_bar(f"drawing: {label}", len(wanted)) as advance:
             advance(len(wanted) - len(left))
             for drawn in self._batches(left, scale):
                 gallery.add(how, drawn, label=label)
@@ -124,8 +125,8 @@ class Studio:
         rows = [gallery.rows[gallery.key(how, *pair)] for pair in wanted]
         pictures = Pictures([gallery.folder / row["file"] for row in rows])
         digests = [row["sha256"] for row in rows]
-        scores = {name: judged(name, pictures, digests, plan.prompts, gallery) for name in self.config.judges}
-        return Drawn(plan, pictures, scores)
+        scores = {name: score_images(name, pictures, digests, plan.prompts, gallery) for name in self.config.judges}
+        return ScoredImages(plan, pictures, scores)
 
     def _batches(self, pairs: Sequence[tuple[str, int]], scale: float) -> Iterator[list[tuple[str, int, Image.Image]]]:
         left, config = iter(pairs), self.config
@@ -155,7 +156,7 @@ class Studio:
             "size": policy.resolution,
             "dtype": str(policy.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type,
-            "versions": {"dpo_mm": dpo_mm.__version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "versions": {"dpo_mm": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
         }
 
     @cached_property
@@ -168,7 +169,7 @@ class Studio:
         return weights_digest(self.policy, self.policy.model if base is None else base, adapter=False)
 
 
-def weights_digest(policy: Any, denoiser: Any, *, adapter: bool = True) -> str:
+def weights_digest(policy: ImagePolicy, denoiser: Any, *, adapter: bool = True) -> str:
     """A hash of all weights that a picture comes from, with or without what an adapter adds."""
     digest = hashlib.sha256(policy.fingerprint().encode())
     for name, tensor in sorted(denoiser.state_dict().items()):
@@ -178,8 +179,8 @@ def weights_digest(policy: Any, denoiser: Any, *, adapter: bool = True) -> str:
     return digest.hexdigest()
 
 
-def judged(
-    name: str, pictures: Pictures, digests: Sequence[str], prompts: Sequence[str], gallery: Gallery
+def score_images(
+    name: str, pictures: Pictures, digests: Sequence[str], prompts: Sequence[str], gallery: ImageStore
 ) -> np.ndarray:
     """What a judge says of each picture, (pictures,), asked of those that it has not judged before.
 

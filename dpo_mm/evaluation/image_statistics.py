@@ -20,7 +20,7 @@ LARGEST = 64
 
 
 @dataclass(frozen=True)
-class Looks:
+class ImageStatistics:
     """Measures of pictures, (pictures,) each, and small copies of them, (pictures, h, w, 3) uint8."""
 
     small: np.ndarray
@@ -29,13 +29,13 @@ class Looks:
     bytes: np.ndarray
 
 
-LOOKS = "looks"
+IMAGE_STATISTICS = "looks"
 """What stands for a judge's name beside these measures."""
 MEASURES = {"saturation": "saturation", "sharpness": "sharpness", "bytes": "file size, bytes"}
 """A measure's name in Looks, and in a report's words."""
 
 
-def looks(images: Sequence[Image.Image]) -> Looks:
+def image_statistics(images: Sequence[Image.Image]) -> ImageStatistics:
     """Each picture's looks; one picture is in memory at a time.
 
     saturation: mean of (max - min) / max over pixels, [0, 1]. sharpness: standard deviation of the Laplacian of
@@ -43,7 +43,7 @@ def looks(images: Sequence[Image.Image]) -> Looks:
     """
     each = [_look(image.convert("RGB")) for image in images]
     small, saturation, sharpness, size = zip(*each, strict=True)
-    return Looks(np.stack(small), np.array(saturation), np.array(sharpness), np.array(size, dtype=np.float64))
+    return ImageStatistics(np.stack(small), np.array(saturation), np.array(sharpness), np.array(size, dtype=np.float64))
 
 
 def _look(image: Image.Image) -> tuple[np.ndarray, float, float, int]:
@@ -59,7 +59,7 @@ def _look(image: Image.Image) -> tuple[np.ndarray, float, float, int]:
     return small, float(saturation), float(sharpness), file.tell()
 
 
-def spread(small: np.ndarray, samples: int) -> np.ndarray:
+def pairwise_distance(small: np.ndarray, samples: int) -> np.ndarray:
     """How much a prompt's pictures differ: mean pairwise RMS distance of pixels of small copies, (prompts,).
 
     small: (prompts x samples, h, w, 3) uint8, a prompt's pictures together.

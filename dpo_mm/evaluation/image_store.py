@@ -17,8 +17,8 @@ from typing import Any, overload
 
 from PIL import Image
 
-from dpo_mm.data.image_files import decode
-from dpo_mm.resumable import aside
+from dpo_mm.data.image_files import decode_image
+from dpo_mm.resumable import atomic_write
 
 FOLDER, MANIFEST, SCORES = "pictures", "manifest.jsonl", "scores.jsonl"
 NAMES = ("model", "revision", "adapter")
@@ -43,10 +43,10 @@ class Pictures(Sequence[Image.Image]):
     def __getitem__(self, place: int | slice) -> Image.Image | Pictures:
         if isinstance(place, slice):
             return Pictures(self.files[place])
-        return decode(self.files[place].read_bytes())
+        return decode_image(self.files[place].read_bytes())
 
 
-class Gallery:
+class ImageStore:
     """The pictures in a folder by how they were drawn, and their scores by judge."""
 
     def __init__(self, folder: Path) -> None:
@@ -96,7 +96,7 @@ class Gallery:
 def _save(image: Image.Image, path: Path) -> str:
     """Write a PNG aside and rename it; returns its hash. Raises OSError that names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path, fix="free space and run the same again") as beside:
+    with atomic_write(path, fix="free space and run the same again") as beside:
         image.save(beside, "PNG", compress_level=QUICKLY)
         return hashlib.sha256(beside.read_bytes()).hexdigest()
 
@@ -113,7 +113,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
-        with aside(path) as beside:
+        with atomic_write(path) as beside:
             beside.write_bytes(whole)
     try:
         return [json.loads(line) for line in whole.decode().splitlines() if line]

@@ -29,7 +29,7 @@ class TextExample:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextSpan:
     """A stretch of a text; marked: the judge objects to it; repeats: > 0 where it is the folded rest of a loop."""
 
     text: str
@@ -37,7 +37,7 @@ class Piece:
     repeats: int = 0
 
 
-def pieces(text: str, marks: Sequence[tuple[int, int]] = ()) -> list[Piece]:
+def text_spans(text: str, marks: Sequence[tuple[int, int]] = ()) -> list[TextSpan]:
     """A text cut where marks begin and end, long loops folded after their first rounds; the pieces join to the text.
 
     marks: (start, end) in characters, start <= end, may overlap. Raises ValueError where one lies outside the text.
@@ -45,11 +45,11 @@ def pieces(text: str, marks: Sequence[tuple[int, int]] = ()) -> list[Piece]:
     for start, end in marks:
         if not 0 <= start <= end <= len(text):
             raise ValueError(f"mark ({start}, {end}) lies outside its text of {len(text)} characters")
-    cut: list[Piece] = []
+    cut: list[TextSpan] = []
     place = 0
     for start, end, repeats in _loops(text):
         marked = any(a < end and start < b for a, b in marks)
-        cut += [*_marked(text, place, start, marks), Piece(text[start:end], marked, repeats)]
+        cut += [*_marked(text, place, start, marks), TextSpan(text[start:end], marked, repeats)]
         place = end
     return cut + _marked(text, place, len(text), marks)
 
@@ -63,7 +63,7 @@ def _loops(text: str) -> Iterator[tuple[int, int, int]]:
             yield match.start() + shown * period, match.end(), rounds - shown
 
 
-def _marked(text: str, start: int, end: int, marks: Sequence[tuple[int, int]]) -> list[Piece]:
+def _marked(text: str, start: int, end: int, marks: Sequence[tuple[int, int]]) -> list[TextSpan]:
     edges = sorted({start, end, *(edge for mark in marks for edge in mark if start < edge < end)})
     spans = itertools.pairwise(edges)
-    return [Piece(text[a:b], any(first <= a and b <= last for first, last in marks)) for a, b in spans]
+    return [TextSpan(text[a:b], any(first <= a and b <= last for first, last in marks)) for a, b in spans]

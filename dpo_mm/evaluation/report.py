@@ -21,11 +21,11 @@ from PIL import Image
 
 from dpo_mm.evaluation.charts import history_charts, pareto_chart, scale_chart
 from dpo_mm.evaluation.contact_sheet import PIXELATED, Example, contact_sheet, exact, mark_of, rgb
-from dpo_mm.evaluation.marked_text import TextExample, pieces
+from dpo_mm.evaluation.marked_text import TextExample, text_spans
 from dpo_mm.evaluation.statistics import LEVEL, Comparison
-from dpo_mm.evaluation.sweep import RULE, Point, advice
+from dpo_mm.evaluation.sweep import RULE, SweepPoint, advice
 from dpo_mm.evaluation.tables import TONES, Row, is_rate, rows_of, terminal_table, within
-from dpo_mm.resumable import aside
+from dpo_mm.resumable import atomic_write
 
 __all__ = [
     "Example",
@@ -33,9 +33,9 @@ __all__ = [
     "TextExample",
     "contact_sheet",
     "is_rate",
-    "pieces",
     "render",
     "terminal_table",
+    "text_spans",
     "write_report",
 ]
 
@@ -59,7 +59,7 @@ class Report:
     comparisons: tuple[Comparison, ...]
     categories: tuple[Comparison, ...] = ()
     scales: tuple[tuple[float, Comparison], ...] = ()
-    points: tuple[Point, ...] = ()
+    points: tuple[SweepPoint, ...] = ()
     control: Comparison | None = None
     history: tuple[dict[str, float], ...] = ()
     examples: tuple[Example, ...] = ()
@@ -103,7 +103,7 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(picture=_picture, pieces=pieces, mark=mark_of, within=within)
+    environment.globals.update(picture=_picture, pieces=text_spans, mark=mark_of, within=within)
     template = environment.from_string(resources.files("dpo_mm.evaluation").joinpath("report.html").read_text("utf-8"))
     percent = is_rate(report.headline)
     rows = rows_of(report.comparisons)
@@ -128,7 +128,7 @@ def render(report: Report) -> str:
     )
 
 
-def _points(points: Sequence[Point], percent: bool) -> list[tuple[Point, Row, Row | None]]:
+def _points(points: Sequence[SweepPoint], percent: bool) -> list[tuple[SweepPoint, Row, Row | None]]:
     """Each point with its row of the headline's judge and of the guard's."""
     heads = rows_of([point.headline for point in points], percent)
     guards: list[Row | None] = [*rows_of([point.guard for point in points if point.guard])]
@@ -153,7 +153,7 @@ def _metrics(report: Report) -> dict[str, Any]:
     }
 
 
-def _point(point: Point) -> dict[str, Any]:
+def _point(point: SweepPoint) -> dict[str, Any]:
     guard = point.guard.as_dict() if point.guard else None
     return {
         "name": point.name,
@@ -168,7 +168,7 @@ def _point(point: Point) -> dict[str, Any]:
 
 def _write(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
     """Write aside, then rename: the file is the old one or the new one, never half of it."""
-    with aside(path) as beside, beside.open("wb") as file:
+    with atomic_write(path) as beside, beside.open("wb") as file:
         fill(file)
         file.flush()
         os.fsync(file.fileno())

@@ -16,46 +16,47 @@ import torch
 
 from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import Question
-from dpo_mm.data.schema import Answer
+from dpo_mm.data.schema import Response
 from dpo_mm.evaluation.image_store import append, read_lines
-from dpo_mm.judges import Share, load_judge
-from dpo_mm.progress import progress
+from dpo_mm.judges import Ratio, load_judge
+from dpo_mm.policies.protocol import TextPolicy
+from dpo_mm.progress import progress_bar
 
 ANSWERS = "answers.jsonl"
 LIBRARIES = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
-class Answered:
+class ScoredResponses:
     """A model's answers to the questions, (questions,), and their shares by judge, (questions, 2)."""
 
-    answers: list[Answer]
+    answers: list[Response]
     shares: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def ask(
-    policy: Any,
+def generate_responses(
+    policy: TextPolicy,
     questions: Sequence[Question],
     config: CompareResponsesConfig,
     *,
     base: bool,
     title: str,
     keep: Path | None = None,
-) -> Answered:
+) -> ScoredResponses:
     """The answers of the policy, or of its base without the adapter, judged.
 
     keep: a folder whose answers.jsonl has every answer with how it was asked for; whole batches that are there as they
     would be asked now are not asked again.
     """
-    answers: list[Answer] = []
+    answers: list[Response] = []
     kept = {row["key"]: row for row in read_lines(keep / ANSWERS)} if keep else {}
-    with progress(title, len(questions)) as advance, policy.base_weights() if base else contextlib.nullcontext():
+    with progress_bar(title, len(questions)) as advance, policy.base_weights() if base else contextlib.nullcontext():
         how = asking(policy, config, base=base) if keep else {}
         for start in range(0, len(questions), config.batch_size):
             part = questions[start : start + config.batch_size]
             keys = [_key(how, part, number) for number in range(len(part))]
             if keep and all(key in kept for key in keys):
-                found = [Answer(*(kept[key][name] for name in Answer._fields)) for key in keys]
+                found = [Response(*(kept[key][name] for name in Response._fields)) for key in keys]
             else:
                 found = _asked(policy, part, config, seed=config.seed + start)
                 if keep:
@@ -65,11 +66,13 @@ def ask(
                     append(keep / ANSWERS, named)
             answers += found
             advance(len(part))
-    return judged(answers, questions, config)
+    return score_responses(answers, questions, config)
 
 
-def _asked(policy: Any, part: Sequence[Question], config: CompareResponsesConfig, *, seed: int) -> list[Answer]:
-    found: list[Answer] = policy.generate(
+def _asked(
+    policy: TextPolicy, part: Sequence[Question], config: CompareResponsesConfig, *, seed: int
+) -> list[Response]:
+    found: list[Response] = policy.generate(
         [question.images for question in part],
         [question.prompt for question in part],
         max_new_tokens=config.max_new_tokens,
@@ -81,7 +84,7 @@ def _asked(policy: Any, part: Sequence[Question], config: CompareResponsesConfig
     return found
 
 
-def asking(policy: Any, config: CompareResponsesConfig, *, base: bool) -> dict[str, Any]:
+def asking(policy: TextPolicy, config: CompareResponsesConfig, *, base: bool) -> dict[str, Any]:
     """All that decides an answer beside its batch, as plain values; called where the policy is as it will answer."""
     digest = hashlib.sha256()
     for name, tensor in sorted(policy.model.state_dict().items()):
@@ -111,15 +114,17 @@ def _key(how: dict[str, Any], part: Sequence[Question], number: int) -> str:
     return hashlib.sha256(json.dumps([decides, batch, number], sort_keys=True).encode()).hexdigest()
 
 
-def judged(answers: list[Answer], questions: Sequence[Question], config: CompareResponsesConfig) -> Answered:
+def score_responses(
+    answers: list[Response], questions: Sequence[Question], config: CompareResponsesConfig
+) -> ScoredResponses:
     """Answers with what each judge says of them. Raises ValueError where a judge returns something else."""
     truths = [question.truth for question in questions]
     found = {}
     for name in config.judges:
-        shares: list[Share] = load_judge(name)(answers, truths)
+        shares: list[Ratio] = load_judge(name)(answers, truths)
         found[name] = np.array(shares, dtype=np.float64)
         if found[name].shape != (len(answers), 2):
             raise ValueError(
                 f"judge {name!r} returned {found[name].shape} for {len(answers)} answers; expected a Share each"
             )
-    return Answered(answers, found)
+    return ScoredResponses(answers, found)

@@ -16,7 +16,7 @@ OUTCOMES = ("all", "better", "worse", "the same")
 
 
 @dataclass(frozen=True)
-class Twins:
+class ImagePair:
     """Base's and tuned's picture of one prompt from one seed. scores: by judge, (base, tuned)."""
 
     prompt: str
@@ -33,25 +33,25 @@ class Twins:
 
 
 @dataclass(frozen=True)
-class Finished:
+class SavedComparison:
     """A comparison's pictures in the order they were drawn, its judges, the headline's first, and what it compared."""
 
-    twins: tuple[Twins, ...]
+    pairs: tuple[ImagePair, ...]
     judges: tuple[str, ...]
     settings: Mapping[str, str]
 
     def categories(self) -> list[str]:
-        return sorted({one.category for one in self.twins})
+        return sorted({one.category for one in self.pairs})
 
-    def chosen(self, judge: str, *, of: str = "all", outcome: str = "all", by_change: bool = False) -> list[Twins]:
+    def chosen(self, judge: str, *, of: str = "all", outcome: str = "all", by_change: bool = False) -> list[ImagePair]:
         """Those of a category ("all": of each) and outcome by a judge; by_change: the largest change first."""
         wanted = {"all": lambda gain: True, "better": lambda gain: gain > 0, "worse": lambda gain: gain < 0}
         keep = wanted.get(outcome, lambda gain: gain == 0)
-        found = [one for one in self.twins if of in ("all", one.category) and keep(one.gain(judge))]
+        found = [one for one in self.pairs if of in ("all", one.category) and keep(one.gain(judge))]
         return sorted(found, key=lambda one: -abs(one.gain(judge))) if by_change else found
 
 
-def read_finished(folder: str | Path) -> Finished:
+def load_comparison(folder: str | Path) -> SavedComparison:
     """A comparison's folder as `compare` left it. Raises ValueError where it holds no pictures of base and tuned."""
     folder = Path(folder).absolute()
     pictures, metrics = folder / FOLDER, folder / "metrics.json"
@@ -73,13 +73,13 @@ def read_finished(folder: str | Path) -> Finished:
     if not pairs:
         raise ValueError(f"{pictures}: no prompt was drawn by base and tuned; did the comparison end?")
     twins = tuple(_twins(pictures, base, tuned, judges, said) for base, tuned in pairs)
-    return Finished(twins, judges, known.get("settings", {}))
+    return SavedComparison(twins, judges, known.get("settings", {}))
 
 
 def _twins(
     pictures: Path, base: Mapping[str, Any], tuned: Mapping[str, Any], judges: Sequence[str], said: Mapping[Any, float]
-) -> Twins:
+) -> ImagePair:
     prompt = base["prompt"]
     asked = {judge: [said.get((row["sha256"], prompt, judge)) for row in (base, tuned)] for judge in judges}
     scores = {judge: (both[0], both[1]) for judge, both in asked.items() if both[0] is not None and both[1] is not None}
-    return Twins(prompt, category(prompt), base["seed"], pictures / base["file"], pictures / tuned["file"], scores)
+    return ImagePair(prompt, category(prompt), base["seed"], pictures / base["file"], pictures / tuned["file"], scores)

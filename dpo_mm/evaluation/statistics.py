@@ -237,7 +237,7 @@ def _difference(
     return _rate(after, of_after, axis) - _rate(hits, of, axis)
 
 
-def smallest_detectable(base: ArrayLike, tuned: ArrayLike, clusters: Sequence[Any] | NDArray[Any]) -> float:
+def minimum_detectable_effect(base: ArrayLike, tuned: ArrayLike, clusters: Sequence[Any] | NDArray[Any]) -> float:
     """The smallest true difference found with 80 % power at this number of clusters, in the metric's unit.
 
     base, tuned: scores, (items,). clusters: ids, (items,). Returns 2.8 clustered standard errors, >= 0; 0 where all
@@ -289,13 +289,13 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     return adjusted
 
 
-def corrected(found: Sequence[Comparison]) -> list[Comparison]:
+def holm_corrected(found: Sequence[Comparison]) -> list[Comparison]:
     """The same comparisons, each sign test's p corrected by Holm for how many stand here side by side."""
     adjusted = holm([one.p for one in found])
     return [dataclasses.replace(one, p_holm=float(p)) for one, p in zip(found, adjusted, strict=True)]
 
 
-def settled(one: Comparison) -> Verdict:
+def confirmed_verdict(one: Comparison) -> Verdict:
     """The verdict of the interval where the sign test gives it too: votes lean that way, p <= 0.05; else "no evidence".
 
     Of a few dozen clusters the interval alone is wrong more than once in twenty where nothing has changed, since its
@@ -305,12 +305,12 @@ def settled(one: Comparison) -> Verdict:
     return one.verdict if leans and one.p <= LEVEL else "no evidence"
 
 
-def overall(headline: Comparison, guards: Sequence[Comparison]) -> Overall:
-    """The verdict on a run: the headline's as it is `settled`, but "over-optimised" where it is better and any guard is worse.
+def run_verdict(headline: Comparison, guards: Sequence[Comparison]) -> Overall:
+    """The verdict on a run: the headline's as it is `confirmed_verdict`, but "over-optimised" where it is better and any guard is worse.
 
     A guard is worse by its interval alone: a warning too many costs less than one too few.
     """
-    word = settled(headline)
+    word = confirmed_verdict(headline)
     return "over-optimised" if word == "better" and any(guard.verdict == "worse" for guard in guards) else word
 
 

@@ -15,7 +15,7 @@ RULE = (
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One strength of the adapter against the base, by the headline's judge and by the guard's (None without one).
 
     scale: of the LoRA, 0 is the base. step: of the checkpoint; None: what the training ended with.
@@ -30,7 +30,7 @@ class Point:
     recommended: bool = False
 
 
-def marked(points: Sequence[Point]) -> tuple[Point, ...]:
+def mark_recommended(points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
     """The points, those on the Pareto front and the recommended one marked; by RULE. Scores are better when higher."""
     front = [one for one in points if not any(_beats(other, one) for other in points)]
     fit = [
@@ -41,7 +41,7 @@ def marked(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple(dataclasses.replace(one, on_front=one in front, recommended=one is best) for one in points)
 
 
-def _beats(other: Point, one: Point) -> bool:
+def _beats(other: SweepPoint, one: SweepPoint) -> bool:
     """Whether the other point is as good on both judges and better on one."""
     ours, theirs = (
         [judged.tuned for judged in (point.headline, point.guard) if judged is not None] for point in (one, other)
@@ -49,7 +49,7 @@ def _beats(other: Point, one: Point) -> bool:
     return all(a >= b for a, b in zip(theirs, ours, strict=True)) and theirs != ours
 
 
-def advice(points: Sequence[Point]) -> str:
+def advice(points: Sequence[SweepPoint]) -> str:
     """What the rule picks, in words."""
     best = next((point for point in points if point.recommended), None)
     if best is None:

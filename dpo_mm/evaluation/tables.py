@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_mm.evaluation.image_statistics import LOOKS
+from dpo_mm.evaluation.image_statistics import IMAGE_STATISTICS
 from dpo_mm.evaluation.statistics import Comparison
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _row(one: Comparison, percent: bool, reach: float) -> Row:
         interval=f"{low} to {high}",
         verdict=one.verdict,
         tone=TONES.get(one.verdict, "none"),
-        votes="" if one.judge == LOOKS else f"{one.wins} better, {one.ties} same, {one.losses} worse",
+        votes="" if one.judge == IMAGE_STATISTICS else f"{one.wins} better, {one.ties} same, {one.losses} worse",
         tests="" if one.p_holm is None else f"sign test p {one.p:.2g}, {one.p_holm:.2g} after Holm",
         detectable=_signed(one.detectable, percent, places).lstrip("+") + (" pts" if percent else "")
         if one.detectable

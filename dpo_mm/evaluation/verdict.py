@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dpo_mm.config import CompareConfig, CompareResponsesConfig
-from dpo_mm.evaluation.statistics import LEVEL, Comparison, settled
+from dpo_mm.evaluation.statistics import LEVEL, Comparison, confirmed_verdict
 from dpo_mm.evaluation.tables import within
-from dpo_mm.policies.families import load_policy
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CompareResult:
     """What a comparison found, and the folder that its report is in."""
 
     verdict: str
@@ -23,15 +20,7 @@ class Outcome:
     report: Path
 
 
-def opened(config: CompareConfig | CompareResponsesConfig, adapter: str | None) -> Any:
-    """The policy of a config with an adapter. Raises ValueError as loading does."""
-    policy = load_policy(config.model, revision=config.revision, precision=config.precision)
-    if adapter:
-        policy.attach(adapter)
-    return policy
-
-
-def taught(found: Sequence[Comparison]) -> list[str]:
+def note_training_judges(found: Sequence[Comparison]) -> list[str]:
     """That judges made the training pairs, in words; whether one of them stands at the head."""
     named = [one.judge for one in found if one.built_training_pairs]
     if not named:
@@ -46,21 +35,21 @@ def taught(found: Sequence[Comparison]) -> list[str]:
     return [words]
 
 
-def outlasted(found: Sequence[Comparison]) -> list[str]:
+def note_unconfirmed(found: Sequence[Comparison]) -> list[str]:
     """Judges whose interval leaves out 0 but not their sign test, as it is or corrected for their number, in words."""
     words = []
     for one in found:
         if one.p_holm is None or one.verdict == "no evidence" or within(one.metric):
             continue
         said = f"{one.metric} is {one.verdict} by its interval, but its sign test (p {one.p:.2g}) does not"
-        if one.headline and settled(one) != one.verdict:
+        if one.headline and confirmed_verdict(one) != one.verdict:
             words.append(f"{said} say so: the verdict wants both.")
         elif one.p_holm > LEVEL:
             words.append(f"{said} outlast Holm's correction for the number of judges (p {one.p_holm:.2g}).")
     return words
 
 
-def earned(against: Comparison) -> str:
+def note_against_sft(against: Comparison) -> str:
     """Whether DPO earned its keep over SFT on the same chosen pictures at equal steps, in words."""
     span = f"{against.difference:+.3f}, 95 % interval {against.low:+.3f} to {against.high:+.3f}"
     words = {
@@ -69,4 +58,4 @@ def earned(against: Comparison) -> str:
         "changed": f"DPO and SFT differ, neither for better: {against.metric} {span}.",
         "no evidence": f"No evidence that DPO does better than SFT on the chosen here: {against.metric} {span}. SFT is cheaper.",
     }
-    return words[settled(against)]
+    return words[confirmed_verdict(against)]

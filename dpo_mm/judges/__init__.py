@@ -27,20 +27,20 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from dpo_mm.assets import recipes_folder
-from dpo_mm.data.schema import Answer
-from dpo_mm.errors import nearest
+from dpo_mm.data.schema import Response
+from dpo_mm.errors import did_you_mean
 
 Better = Literal["higher", "lower", "neither"]
 
 
-class Share(NamedTuple):
+class Ratio(NamedTuple):
     """So many hits of so many: one answer's part in a rate. of 0: the judge has nothing to say of this answer."""
 
     hits: float
     of: float
 
 
-class Finding(NamedTuple):
+class Explanation(NamedTuple):
     """What a judge found wrong with one answer: in words ("" for nothing), and where, in characters."""
 
     reason: str
@@ -50,10 +50,10 @@ class Finding(NamedTuple):
 Score = Callable[[Sequence[Image.Image], Sequence[str]], list[float]]
 Prefer = Callable[[Sequence[Image.Image], Sequence[Image.Image], Sequence[str]], list[float]]
 """(pictures a, pictures b, prompts) -> how likely a is the better one of each pair, [0, 1]; 1/2 is a tie."""
-AnswerScore = Callable[[Sequence[Answer], Sequence[str]], list[Share]]
+ResponseScore = Callable[[Sequence[Response], Sequence[str]], list[Ratio]]
 
 
-class Named(NamedTuple):
+class JudgeName(NamedTuple):
     """A judge's name in its parts: `judge:model@where`; what is not said is empty."""
 
     judge: str
@@ -61,7 +61,7 @@ class Named(NamedTuple):
     where: str
 
 
-class Opened(NamedTuple):
+class LazyJudge(NamedTuple):
     """A judge that needs a model: its function (Score or Prefer), which loads the model at its first call, and its card."""
 
     function: Callable[..., list[float]]
@@ -103,18 +103,18 @@ JUDGES: dict[str, Judge] = {
     "soft_tifa_gm": Judge("Soft-TIFA GM", f"{_ATOMS}:soft_tifa_gm", opens=True),
     "soft_tifa_am": Judge("Soft-TIFA AM", f"{_ATOMS}:soft_tifa_am", opens=True),
     "degeneration": Judge("degeneration rate", f"{_TEXT}:degeneration", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
-    "trailing_repetition": Judge("runaway rate", f"{_TEXT}:runaway", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
+    "trailing_repetition": Judge("runaway rate", f"{_TEXT}:trailing_repetition", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
     "repetition": Judge("excess repetition, share", f"{_TEXT}:repetition", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
     "cer": Judge("character error rate", f"{_TEXT}:cer", "lower"),
     "wer": Judge("word error rate", f"{_TEXT}:wer", "lower"),
     "anls": Judge("ANLS", f"{_TEXT}:anls"),
     "valid_json": Judge("valid JSON rate", f"{_TEXT}:valid_json"),
     "truncated": Judge("cut at the limit, rate", f"{_TEXT}:truncated", "lower"),
-    "num_tokens": Judge("tokens an answer", f"{_TEXT}:tokens", "lower"),
-    "num_words": Judge("words an answer", f"{_TEXT}:words", "neither"),
+    "num_tokens": Judge("tokens an answer", f"{_TEXT}:num_tokens", "lower"),
+    "num_words": Judge("words an answer", f"{_TEXT}:num_words", "neither"),
     "chair_i": Judge("CHAIR_i", f"{_CAPTION}:chair_i", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
     "chair_s": Judge("CHAIR_s", f"{_CAPTION}:chair_s", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
-    "hallucination_f1_error": Judge("inventions and omissions", f"{_CAPTION}:faults", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
+    "hallucination_f1_error": Judge("inventions and omissions", f"{_CAPTION}:hallucination_f1_error", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
     "recall": Judge("object recall", f"{_CAPTION}:recall"),
     "pope_accuracy": Judge("yes or no, accuracy", f"{_YES_NO}:accuracy"),
     "pope_precision": Judge("yes, precision", f"{_YES_NO}:precision"),
@@ -128,13 +128,13 @@ LIBRARIES = ("dpo-mm", "torch", "torchvision", "transformers", "open_clip_torch"
 """What a judge's numbers may hang on, named with its version in every card."""
 
 
-def named(name: str) -> Named | None:
+def parse_judge_name(name: str) -> JudgeName | None:
     """A name's parts where its judge stands in JUDGES; None for a module:function."""
     judge = re.split("[:@]", name, maxsplit=1)[0]
     if judge not in JUDGES or (judge != name and not JUDGES[judge].opens):
         return None
     model, _, where = name.removeprefix(judge).partition("@")
-    return Named(judge, model.removeprefix(":"), where)
+    return JudgeName(judge, model.removeprefix(":"), where)
 
 
 def load_judge(name: str) -> Any:
@@ -155,24 +155,26 @@ def load_pairwise(name: str) -> Prefer:
 
 
 def _function(name: str) -> Any:
-    found = named(name)
+    found = parse_judge_name(name)
     if found and JUDGES[found.judge].opens:
         return _opened(name).function
     return _import(name, JUDGES[found.judge].function if found else name)
 
 
 @functools.cache
-def _opened(name: str) -> Opened:
-    found = named(name)
+def _opened(name: str) -> LazyJudge:
+    found = parse_judge_name(name)
     assert found is not None
-    opened: Opened = _import(name, JUDGES[found.judge].function)(found)
+    opened: LazyJudge = _import(name, JUDGES[found.judge].function)(found)
     return opened
 
 
 def _import(name: str, target: str) -> Any:
     module, colon, function = target.partition(":")
     if not colon:
-        raise ValueError(f"judge {name!r} is unknown; {nearest(name, JUDGES)}, or give your own as module:function")
+        raise ValueError(
+            f"judge {name!r} is unknown; {did_you_mean(name, JUDGES)}, or give your own as module:function"
+        )
     try:
         return getattr(_module(module), function)
     except (ImportError, AttributeError) as error:
@@ -198,7 +200,7 @@ def _module(name: str) -> ModuleType:
 
 def metric_of(name: str) -> str:
     """What a judge measures, in the words of a report, with the model that it was named with."""
-    found = named(name)
+    found = parse_judge_name(name)
     if found is None:
         return name.rpartition(":")[2]
     model = Path(found.model).name if Path(found.model).is_dir() else found.model
@@ -207,13 +209,13 @@ def metric_of(name: str) -> str:
 
 def better_of(name: str) -> Better:
     """Which way is better; for a judge of your own its function's attribute `better`, or higher."""
-    found = named(name)
+    found = parse_judge_name(name)
     return JUDGES[found.judge].better if found else getattr(_function(name), "better", "higher")
 
 
 def is_pairwise(name: str) -> bool:
     """Whether a judge compares two pictures; one of your own says so by its function's attribute `pairwise`."""
-    found = named(name)
+    found = parse_judge_name(name)
     return JUDGES[found.judge].pairwise if found else bool(getattr(_function(name), "pairwise", False))
 
 
@@ -224,7 +226,7 @@ def judge_card(name: str) -> dict[str, Any]:
     preprocessing, template; else function and the sha256 of the file it stands in. Loads no weights, but reads them for
     their hash. Raises ValueError as `load_judge`.
     """
-    found, function = named(name), _function(name)
+    found, function = parse_judge_name(name), _function(name)
     about: dict[str, Any] = {
         "name": name,
         "metric": metric_of(name),
@@ -257,13 +259,13 @@ def _version(library: str) -> str:
         return "not installed"
 
 
-def explain(name: str, answer: Answer, truth: str) -> Finding:
+def explain(name: str, answer: Response, truth: str) -> Explanation:
     """What a judge found wrong with an answer; nothing where it doesn't say."""
     where = JUDGES[name].explain if name in JUDGES else None
-    return load_judge(where)(answer, truth) if where else Finding("")
+    return load_judge(where)(answer, truth) if where else Explanation("")
 
 
-def correct(name: str, answer: Answer, truth: str) -> str:
+def correct(name: str, answer: Response, truth: str) -> str:
     """An answer with what a judge found wrong mended, and nothing else. Raises ValueError for a judge that can't."""
     where = JUDGES[name].correct if name in JUDGES else None
     if where is None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from dpo_mm.data.schema import Answer
-from dpo_mm.judges import Finding, Share
+from dpo_mm.data.schema import Response
+from dpo_mm.judges import Explanation, Ratio
 from dpo_mm.worlds import caption_scenes
 
 Mentions = Callable[[str], list[str]]
@@ -31,7 +31,7 @@ class Counts(NamedTuple):
 
 
 def counts(
-    answers: Sequence[Answer], truths: Sequence[str], mentions: Mentions = caption_scenes.mentions
+    answers: Sequence[Response], truths: Sequence[str], mentions: Mentions = caption_scenes.mentions
 ) -> list[Counts]:
     """What each caption mentions against what its truth mentions; an object is one, however often it is named."""
     found = []
@@ -41,27 +41,27 @@ def counts(
     return found
 
 
-def chair_i(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+def chair_i(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
     """Invented mentions, of all mentions."""
-    return [Share(one.invented, one.mentioned) for one in counts(answers, truths)]
+    return [Ratio(one.invented, one.mentioned) for one in counts(answers, truths)]
 
 
-def chair_s(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+def chair_s(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
     """Captions with an invented mention, of all captions."""
-    return [Share(float(one.invented > 0), 1) for one in counts(answers, truths)]
+    return [Ratio(float(one.invented > 0), 1) for one in counts(answers, truths)]
 
 
-def recall(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+def recall(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
     """Objects of the truth that are named, of all of them."""
-    return [Share(one.found, one.there) for one in counts(answers, truths)]
+    return [Ratio(one.found, one.there) for one in counts(answers, truths)]
 
 
-def faults(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+def hallucination_f1_error(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
     """Inventions and omissions, of all that is said or there: 1 - F1. What to mine by, since CHAIR rewards silence."""
-    return [Share(one.invented + one.there - one.found, one.mentioned + one.there) for one in counts(answers, truths)]
+    return [Ratio(one.invented + one.there - one.found, one.mentioned + one.there) for one in counts(answers, truths)]
 
 
-def explain(answer: Answer, truth: str) -> Finding:
+def explain(answer: Response, truth: str) -> Explanation:
     """What a caption names that isn't there, with where, and what it leaves out."""
     there, spans = caption_scenes.mentions(truth), caption_scenes.spans(answer.text)
     invented = [span for span in spans if span[0] not in there]
@@ -70,10 +70,10 @@ def explain(answer: Answer, truth: str) -> Finding:
         "left out": sorted({*there} - {kind for kind, _, _ in spans}),
     }
     reason = "; ".join(f"{what}: {', '.join(dict.fromkeys(kinds))}" for what, kinds in named.items() if kinds)
-    return Finding(reason, tuple((start, end) for _, start, end in invented))
+    return Explanation(reason, tuple((start, end) for _, start, end in invented))
 
 
-def correct(answer: Answer, truth: str) -> str:
+def correct(answer: Response, truth: str) -> str:
     """The caption without what isn't there, and with what it left out after the rest; in the words of the world."""
     there = caption_scenes.mentions(truth)
     kept = [kind for kind in dict.fromkeys(caption_scenes.mentions(answer.text)) if kind in there]

@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from dpo_mm.data.image_files import to_rgb
-from dpo_mm.errors import nearest
-from dpo_mm.judges import Named, Opened
+from dpo_mm.errors import did_you_mean
+from dpo_mm.judges import JudgeName, LazyJudge
 from dpo_mm.judges.weights import Published, device, fill, find, in_batches, read_state, weights_card
 
 BATCH = 32
@@ -140,23 +140,23 @@ def read_head(path: Path) -> dict[str, Tensor]:
 # Judges
 
 
-def clip_score(named: Named) -> Opened:
+def clip_score(named: JudgeName) -> LazyJudge:
     """CLIPScore, w = 2.5, with any open_clip model: `clip_score:MODEL/TAG@FILE`."""
     source = _source(named, named.model or DEFAULT_TOWER)
     return _open(named, source, "2.5 * max(cos(image, prompt), 0)", lambda _, cos: 2.5 * cos.clamp(min=0))
 
 
-def hps_v2(named: Named) -> Opened:
+def hps_v2(named: JudgeName) -> LazyJudge:
     """HPS v2; not to be compared with v2.1."""
     return _hps(named)
 
 
-def hps_v21(named: Named) -> Opened:
+def hps_v21(named: JudgeName) -> LazyJudge:
     """HPS v2.1; not to be compared with v2."""
     return _hps(named)
 
 
-def _hps(named: Named) -> Opened:
+def _hps(named: JudgeName) -> LazyJudge:
     architecture = named.model or "ViT-H-14"
     published = HPS[named.judge]
     how = Preprocessing(_side(architecture), "longest")
@@ -164,7 +164,7 @@ def _hps(named: Named) -> Opened:
     return _open(named, source, "cos(image, prompt)", lambda _, cos: cos)
 
 
-def laion_aesthetic(named: Named) -> Opened:
+def laion_aesthetic(named: JudgeName) -> LazyJudge:
     """LAION's aesthetic predictor v2 (improved-aesthetic-predictor); blind to the prompt."""
     published = find(LAION_HEAD, named)
     given = Path(named.where).expanduser()
@@ -179,13 +179,13 @@ def laion_aesthetic(named: Named) -> Opened:
         files = weights_card((published, LAION_HEAD), (source.path, source.published))
         return source.card() | {"formula": "linear head of image embedding / norm", "weights": files}
 
-    return Opened(judge, card)
+    return LazyJudge(judge, card)
 
 
 _head = functools.cache(read_head)
 
 
-def pick_score(named: Named) -> Opened:
+def pick_score(named: JudgeName) -> LazyJudge:
     """PickScore v1, through transformers."""
     path = find(PICK_SCORE, named)
 
@@ -200,7 +200,7 @@ def pick_score(named: Named) -> Opened:
             "preprocessing": Preprocessing(_image_size(path.parent)).words(),
         }
 
-    return Opened(judge, card)
+    return LazyJudge(judge, card)
 
 
 # Towers
@@ -225,15 +225,15 @@ class _Source(NamedTuple):
         }
 
 
-def _open(named: Named, source: _Source, formula: str, score: Callable[[Tower, Tensor], Tensor]) -> Opened:
+def _open(named: JudgeName, source: _Source, formula: str, score: Callable[[Tower, Tensor], Tensor]) -> LazyJudge:
     def judge(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         tower = source.tower()
         return score(tower, cosines(tower, images, prompts)).tolist()
 
-    return Opened(judge, lambda: source.card() | {"formula": formula})
+    return LazyJudge(judge, lambda: source.card() | {"formula": formula})
 
 
-def _source(named: Named, model: str) -> _Source:
+def _source(named: JudgeName, model: str) -> _Source:
     """Where the weights of `ARCHITECTURE/TAG` are. Raises ValueError for an unknown one or a missing file."""
     import open_clip
 
@@ -257,7 +257,7 @@ def _preprocessing(architecture: str, tag: str | None) -> Preprocessing:
 
     size, tags = _side(architecture), open_clip.list_pretrained_tags_by_model(architecture)
     if tag is not None and tag not in tags:
-        raise ValueError(f"open_clip has no weights {tag!r} of {architecture}; {nearest(tag, tags)}")
+        raise ValueError(f"open_clip has no weights {tag!r} of {architecture}; {did_you_mean(tag, tags)}")
     keys = ("mean", "std", "interpolation", "resize_mode")
     known = [open_clip.get_pretrained_cfg(architecture, one) for one in ([tag] if tag else tags)]
     ways = {tuple(config.get(key) for key in keys) for config in known}
@@ -274,7 +274,9 @@ def _side(architecture: str) -> int:
     import open_clip
 
     if architecture not in open_clip.list_models():
-        raise ValueError(f"open_clip has no model {architecture!r}; {nearest(architecture, open_clip.list_models())}")
+        raise ValueError(
+            f"open_clip has no model {architecture!r}; {did_you_mean(architecture, open_clip.list_models())}"
+        )
     size = open_clip.get_model_config(architecture)["vision_cfg"].get("image_size", 224)
     if not isinstance(size, int):
         raise ValueError(f"open_clip's {architecture} takes pictures of {size}; only squares are handled")

@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from dpo_mm.data.schema import Answer
-from dpo_mm.judges import Share
+from dpo_mm.data.schema import Response
+from dpo_mm.judges import Ratio
 
 EITHER = re.compile(
     r"\byes (or|and|/) ?no\b|\byes/no\b|\bnot (sure|certain)\b|\b(unsure|unclear|uncertain)\b|\bcan(no|')?t (tell|say)\b"
@@ -42,32 +42,34 @@ def said(text: str) -> bool | None:
     return True if STATED.search(first) else None
 
 
-def _each(answers: Sequence[Answer], truths: Sequence[str], share: Callable[[bool | None, bool], Share]) -> list[Share]:
+def _each(
+    answers: Sequence[Response], truths: Sequence[str], share: Callable[[bool | None, bool], Ratio]
+) -> list[Ratio]:
     pairs = ((said(answer.text), said(truth)) for answer, truth in zip(answers, truths, strict=True))
-    return [Share(0, 0) if truth is None else share(answer, truth) for answer, truth in pairs]
+    return [Ratio(0, 0) if truth is None else share(answer, truth) for answer, truth in pairs]
 
 
-def accuracy(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+def accuracy(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
     """Whether the answer says what the truth does."""
-    return _each(answers, truths, lambda answer, truth: Share(float(answer is truth), 1))
+    return _each(answers, truths, lambda answer, truth: Ratio(float(answer is truth), 1))
 
 
-def precision(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+def precision(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
     """Of the answers that say yes, those where the truth does."""
-    return _each(answers, truths, lambda answer, truth: Share(float(answer is True and truth), float(answer is True)))
+    return _each(answers, truths, lambda answer, truth: Ratio(float(answer is True and truth), float(answer is True)))
 
 
-def recall(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+def recall(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
     """Of the truths that say yes, those where the answer does."""
-    return _each(answers, truths, lambda answer, truth: Share(float(answer is True and truth), float(truth)))
+    return _each(answers, truths, lambda answer, truth: Ratio(float(answer is True and truth), float(truth)))
 
 
-def f1(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+def f1(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
     """F1 of yes: twice what both say yes to, of all that either does."""
     yes = lambda answer, truth: float(answer is True) + float(truth)
-    return _each(answers, truths, lambda a, t: Share(2.0 * (a is True and t), yes(a, t)))
+    return _each(answers, truths, lambda a, t: Ratio(2.0 * (a is True and t), yes(a, t)))
 
 
-def yes_ratio(answers: Sequence[Answer], truths: Sequence[str]) -> list[Share]:
+def yes_ratio(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
     """How often the answer says yes."""
-    return _each(answers, truths, lambda answer, truth: Share(float(answer is True), 1))
+    return _each(answers, truths, lambda answer, truth: Ratio(float(answer is True), 1))

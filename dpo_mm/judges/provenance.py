@@ -14,21 +14,21 @@ from pathlib import Path
 
 import yaml
 
-from dpo_mm.assets import locate
-from dpo_mm.judges import JUDGES, load_judge, named
+from dpo_mm.assets import resolve_asset
+from dpo_mm.judges import JUDGES, load_judge, parse_judge_name
 
 MADE = re.compile(r"\b(?:(?:mined|relabelled|judged) (?:with|by)|guarded by) ([^,]+)")
 CARD_KEY = "pairs_made_by"
 
 
-def judges_of(pairs: str) -> tuple[str, ...]:
+def training_judges_of(pairs: str) -> tuple[str, ...]:
     """Names of the judges that made a preference set, as its rows' `source` and `axis` have them.
 
     Empty for votes of people, for a set that is not a Parquet file (or a folder of them) here, and where none is named.
     """
     import pyarrow.parquet as pq
 
-    path = Path(locate(pairs))
+    path = Path(resolve_asset(pairs))
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.is_file() else []
     found: dict[str, None] = {}
     for file in files:
@@ -64,18 +64,18 @@ def made_by(adapter: str | None) -> tuple[str, ...]:
         if isinstance(said, dict) and CARD_KEY in said:
             return tuple(str(name) for name in said[CARD_KEY] or ())
     settings = folder / "dpo_mm.json"
-    return judges_of(json.loads(settings.read_text()).get("pairs") or "") if settings.is_file() else ()
+    return training_judges_of(json.loads(settings.read_text()).get("pairs") or "") if settings.is_file() else ()
 
 
 def by_rule(name: str) -> bool:
     """Whether nothing in a judge is learned: one of JUDGES without a model, or a function whose attribute `by_rule` says so."""
-    found = named(name)
+    found = parse_judge_name(name)
     if found:
         return not JUDGES[found.judge].opens
     return bool(getattr(load_judge(name), "by_rule", False))
 
 
-def headline_first(judges: Sequence[str], made: Iterable[str]) -> tuple[str, ...]:
+def order_judges(judges: Sequence[str], made: Iterable[str]) -> tuple[str, ...]:
     """The judges, before all others the first that may be the headline: it did not make the pairs, or judges by rule.
 
     Raises ValueError where none may.

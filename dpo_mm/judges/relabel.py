@@ -26,11 +26,11 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 
 from dpo_mm.config import RelabelConfig
-from dpo_mm.data.image_files import decode, picture_bytes
+from dpo_mm.data.image_files import decode_image, image_bytes
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.judges import better_of, is_pairwise, judge_card, load_judge, load_pairwise
-from dpo_mm.progress import progress
-from dpo_mm.resumable import aside, left_of, same_plan, stoppable
+from dpo_mm.progress import progress_bar
+from dpo_mm.resumable import atomic_write, check_settings_unchanged, exit_cleanly_on_sigterm, missing_shards
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -58,14 +58,14 @@ class Made(NamedTuple):
     preferences: Sequence[str]
 
 
-class Relabelled(NamedTuple):
+class RelabelResult(NamedTuple):
     """What came of it: the file, and the counts by name, as they also stand in the JSON file beside it."""
 
     path: Path
     summary: dict[str, Any]
 
 
-def relabel(config: RelabelConfig) -> Relabelled | None:
+def relabel(config: RelabelConfig) -> RelabelResult | None:
     """Judge a set's pairs and write it with new labels; None where other processes have shards to finish yet.
 
     Raises ValueError for a setting out of range, an unknown judge, a picture that does not decode, or no pair left.
@@ -76,7 +76,7 @@ def relabel(config: RelabelConfig) -> Relabelled | None:
     same = {name: card.get("weights") or card.get("code_sha256") for name, card in cards.items()}
     told = hashlib.sha256("\0".join([*rows["id"], *rows["prompt"]]).encode()).hexdigest()
     plan = {"pairs": config.pairs, "ids and prompts": told, "judges": same, "shard_size": config.shard_size}
-    same_plan(folder, plan, done="judged", flag="output")
+    check_settings_unchanged(folder, plan, done="judged", flag="output")
     scores = _judged(rows, config, folder)
     if scores is None:
         return None
@@ -91,7 +91,7 @@ def relabel(config: RelabelConfig) -> Relabelled | None:
     _write(rows, made, config)
     summary = _summary(list(rows["preference"]), given, made, config, cards)
     Path(config.output).with_suffix(".json").write_text(json.dumps(summary, indent=1))
-    return Relabelled(Path(config.output), summary)
+    return RelabelResult(Path(config.output), summary)
 
 
 def _check(config: RelabelConfig) -> None:
@@ -192,13 +192,16 @@ def _judged(rows: Dataset, config: RelabelConfig, folder: Path) -> np.ndarray | 
     """Scores, (judges, pairs, 2), NaN where a picture does not decode; None while other processes' shards are missing."""
     starts = range(0, len(rows), config.shard_size)
     places = [folder / f"shard-{number:05}.npy" for number in range(len(starts))]
-    left = left_of(places)
+    left = missing_shards(places)
     if left:
-        with stoppable(), progress("judging", sum(_size(rows, starts[n], config) for n in left)) as advance:
+        with (
+            exit_cleanly_on_sigterm(),
+            progress_bar("judging", sum(_size(rows, starts[n], config) for n in left)) as advance,
+        ):
             for number in left:
                 part = rows.select(range(starts[number], starts[number] + _size(rows, starts[number], config)))
                 found = _shard(part, config, first=starts[number])
-                with aside(places[number]) as beside, beside.open("wb") as file:
+                with atomic_write(places[number]) as beside, beside.open("wb") as file:
                     np.save(file, found)
                 advance(len(part))
     if not all(place.exists() for place in places):
@@ -251,7 +254,7 @@ def scored(name: str, a: list[Image.Image], b: list[Image.Image], prompts: list[
 
 def _picture(cell: dict[str, Any] | None) -> Image.Image:
     try:
-        return decode(picture_bytes(cell))
+        return decode_image(image_bytes(cell))
     except OSError as error:
         raise ValueError(str(error)) from error
 
@@ -285,7 +288,7 @@ def _write(rows: Dataset, made: Made, config: RelabelConfig) -> None:
     schema = columns(rows).arrow_schema
     place = Path(config.output)
     cells = enumerate(_cells(rows))
-    with aside(place) as beside, pq.ParquetWriter(beside, schema) as writer:
+    with atomic_write(place) as beside, pq.ParquetWriter(beside, schema) as writer:
         while batch := list(itertools.islice(cells, BATCH)):
             new = [_row(row, n, made, config) for n, row in batch if made.labels.kept[n]]
             writer.write_table(pa.Table.from_pylist(new, schema=schema))

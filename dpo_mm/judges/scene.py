@@ -24,7 +24,7 @@ OVERLAP = 0.62  # least intersection over union with the outline of a shape
 
 
 @dataclass(frozen=True)
-class Seen:
+class DetectedObject:
     """One object as seen: shape and colour None where neither is clear; box centre and sides in pixels."""
 
     shape: str | None
@@ -35,7 +35,7 @@ class Seen:
     height: int
 
 
-def look(image: Image.Image) -> list[Seen]:
+def look(image: Image.Image) -> list[DetectedObject]:
     """The objects in a 64x64 picture, largest first. Raises ValueError for another size."""
     if image.size != (shapes.SIZE, shapes.SIZE):
         raise ValueError(
@@ -60,14 +60,14 @@ def _recognise(
     pixels: np.ndarray,
     chroma: np.ndarray,
     ground: np.ndarray,
-) -> Seen:
+) -> DetectedObject:
     rows, columns = (slice(max(side.start - 3, 0), side.stop + 3) for side in box)
     mine = labels[rows, columns] == number
     near = ndimage.binary_dilation(mine, iterations=3) & ((labels[rows, columns] == 0) | mine)
     cover = _coverage(pixels[rows, columns], chroma[rows, columns], mine, near, ground)
     lines, files = np.flatnonzero((cover > 0.5).any(1)), np.flatnonzero((cover > 0.5).any(0))
     inside = cover[lines[0] : lines[-1] + 1, files[0] : files[-1] + 1]
-    return Seen(
+    return DetectedObject(
         shape=_shape(inside),
         colour=_colour(pixels[rows, columns][mine], chroma[rows, columns][mine]),
         x=columns.start + (files[0] + files[-1] + 1) / 2,
@@ -134,7 +134,7 @@ def _outline(shape: str, width: int, height: int) -> np.ndarray:
     return np.asarray(mask.resize((width, height), Image.Resampling.BOX), dtype=np.float32) / 255
 
 
-def satisfies(image: Image.Image, request: shapes.Request) -> bool:
+def satisfies(image: Image.Image, request: shapes.SceneSpec) -> bool:
     """Whether the picture holds exactly what is asked for, all of it and nothing else."""
     seen = look(image)
     if len(seen) != sum(wanted.count for wanted in request.objects):
@@ -154,7 +154,7 @@ def satisfies(image: Image.Image, request: shapes.Request) -> bool:
     return shapes.holds(request.relation, first, second)
 
 
-def _is(seen: Seen, wanted: shapes.Wanted) -> bool:
+def _is(seen: DetectedObject, wanted: shapes.ObjectSpec) -> bool:
     if seen.shape != wanted.shape or seen.colour is None or wanted.colour not in (None, seen.colour):
         return False
     side = max(seen.width, seen.height)

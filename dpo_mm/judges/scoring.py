@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from dpo_mm.config import JudgeConfig
-from dpo_mm.data.image_files import decode, picture_bytes
-from dpo_mm.data.parquet import combine
+from dpo_mm.data.image_files import decode_image, image_bytes
+from dpo_mm.data.parquet import combine_shards
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.judges import judge_card, load_judge
-from dpo_mm.progress import progress
-from dpo_mm.resumable import aside, left_of, same_plan, stoppable
+from dpo_mm.progress import progress_bar
+from dpo_mm.resumable import atomic_write, check_settings_unchanged, exit_cleanly_on_sigterm, missing_shards
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +38,7 @@ class Picture(NamedTuple):
     side: str = ""
 
 
-class Scored(NamedTuple):
+class ScoreResult(NamedTuple):
     """The file written, how many pictures have a score, how many don't, and their mean score."""
 
     path: Path
@@ -47,33 +47,33 @@ class Scored(NamedTuple):
     mean: float
 
 
-def score(config: JudgeConfig) -> Scored | None:
+def score(config: JudgeConfig) -> ScoreResult | None:
     """Score pictures as the config says; None where other processes have shards to finish yet.
 
     Raises ValueError for an unknown judge, pictures without prompts, or a folder begun with other settings.
     """
     load_judge(config.judge)
-    pictures, rows = read_pictures(config.images, config.prompts)
+    pictures, rows = read_images(config.images, config.prompts)
     card, folder = judge_card(config.judge), Path(f"{config.output}.parts")
     plan = {"judge": config.judge, "images": config.images, "prompts": config.prompts, "pictures": len(pictures)}
     plan |= {"weights": card.get("weights") or card.get("code_sha256"), "shard_size": config.shard_size}
-    same_plan(folder, plan, done="judged", flag="output")
+    check_settings_unchanged(folder, plan, done="judged", flag="output")
     shards = [pictures[i : i + config.shard_size] for i in range(0, len(pictures), config.shard_size)]
     places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
-    left = left_of(places)
+    left = missing_shards(places)
     if left:
-        with stoppable(), progress("judging", sum(len(shards[n]) for n in left)) as advance:
+        with exit_cleanly_on_sigterm(), progress_bar("judging", sum(len(shards[n]) for n in left)) as advance:
             for number in left:
                 _write(_shard(shards[number], rows, config.judge), places[number])
                 advance(len(shards[number]))
     if not all(place.exists() for place in places):
         return None
-    path = combine(places, Path(config.output), nothing="")
+    path = combine_shards(places, Path(config.output), nothing="")
     path.with_suffix(".json").write_text(json.dumps(card, indent=1))
     return _counted(path)
 
 
-def read_pictures(images: str, prompts: str | None) -> tuple[list[Picture], Dataset | None]:
+def read_images(images: str, prompts: str | None) -> tuple[list[Picture], Dataset | None]:
     """The pictures of a folder, or of both sides of a preference set, with the set. Raises ValueError without prompts."""
     folder = Path(images)
     if folder.is_dir() and any(path.suffix.lower() in SUFFIXES for path in folder.iterdir()):
@@ -133,7 +133,7 @@ def _shard(pictures: Sequence[Picture], rows: Dataset | None, judge: str) -> lis
     decoded: list[tuple[int, Image.Image]] = []
     for place, one in enumerate(pictures):
         try:
-            decoded.append((place, decode(_bytes(one, rows))))
+            decoded.append((place, decode_image(_bytes(one, rows))))
         except (ValueError, OSError) as error:
             found[place]["error"] = str(error)
     scores = (
@@ -149,7 +149,7 @@ def _bytes(one: Picture, rows: Dataset | None) -> bytes:
         return one.file.read_bytes()
     assert rows is not None
     cell = rows.with_format("arrow")[one.row : one.row + 1].column(f"image_{one.side}")[0].as_py()
-    return picture_bytes(cell)
+    return image_bytes(cell)
 
 
 def _write(found: list[dict[str, Any]], path: Path) -> None:
@@ -158,14 +158,14 @@ def _write(found: list[dict[str, Any]], path: Path) -> None:
 
     text = pa.string()
     schema = pa.schema({"id": text, "prompt": text, "judge": text, "score": pa.float64(), "error": text})
-    with aside(path) as beside:
+    with atomic_write(path) as beside:
         pq.write_table(pa.Table.from_pylist(found, schema=schema), beside)
 
 
-def _counted(path: Path) -> Scored:
+def _counted(path: Path) -> ScoreResult:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     scores = pq.read_table(path, columns=["score"])["score"]
     mean = pc.mean(scores).as_py()
-    return Scored(path, len(scores) - scores.null_count, scores.null_count, float("nan") if mean is None else mean)
+    return ScoreResult(path, len(scores) - scores.null_count, scores.null_count, float("nan") if mean is None else mean)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dpo_mm.judges import JUDGES, is_pairwise, judge_card, load_judge, load_pairwise, named
+from dpo_mm.judges import JUDGES, is_pairwise, judge_card, load_judge, load_pairwise, parse_judge_name
 from dpo_mm.worlds import shapes
 
 CAPTIONS = ("a red circle", "a blue square", "a green triangle", "a yellow star")
@@ -31,23 +31,23 @@ HEAD_VALUES = {"nothing": 5.23664585, "all alike": 4.88328485, "the first alone"
 """LAION's head at an embedding of zeros, of ones, and of a one and zeros."""
 
 
-class Check(NamedTuple):
+class CheckResult(NamedTuple):
     """One check: whether it passed (None: it says nothing here), and what was seen."""
 
     name: str
     passed: bool | None
-    seen: str
+    observed: str
 
 
-BLIND = Check("captions", None, "this judge doesn't read prompts, or has questions about its own alone")
+BLIND = CheckResult("captions", None, "this judge doesn't read prompts, or has questions about its own alone")
 
 
-def self_test(name: str, picture: str | None = None) -> Iterator[Check]:
+def self_test(name: str, picture: str | None = None) -> Iterator[CheckResult]:
     """Checks of a judge, one after another. picture: CLIP.png, for the golden values that need it.
 
     Raises ValueError as `load_judge`.
     """
-    card, found = judge_card(name), named(name)
+    card, found = judge_card(name), parse_judge_name(name)
     yield from weights(card)
     images, prompts = pictures(found.where if found and "questions" in card else None)
     if is_pairwise(name):
@@ -55,10 +55,12 @@ def self_test(name: str, picture: str | None = None) -> Iterator[Check]:
         return
     judge = load_judge(name)
     together = np.array(judge(images, prompts), dtype=float)
-    yield Check("repeats itself", bool((together == np.array(judge(images, prompts))).all()), "the same pictures twice")
+    yield CheckResult(
+        "repeats itself", bool((together == np.array(judge(images, prompts))).all()), "the same pictures twice"
+    )
     apart = np.array([judge([image], [prompt])[0] for image, prompt in zip(images, prompts, strict=True)])
     gap = float(np.abs(apart - together).max())
-    yield Check(
+    yield CheckResult(
         "batches don't matter", gap <= tolerance(card, together), f"one by one and together: {gap:.2g} apart at most"
     )
     reads = bool(not found or JUDGES[found.judge].reads) and "questions" not in card
@@ -66,12 +68,12 @@ def self_test(name: str, picture: str | None = None) -> Iterator[Check]:
     yield golden(name, judge, card, picture)
 
 
-def weights(card: dict[str, Any]) -> Iterator[Check]:
+def weights(card: dict[str, Any]) -> Iterator[CheckResult]:
     """Files against their published sha256."""
     for file, about in card.get("weights", {}).items():
         known = about["published"]
         words = {True: "as published", False: "NOT as published", None: "no published sha256 is recorded"}
-        yield Check(f"weights {file}", known, f"sha256 {about['sha256']}, {words[known]}")
+        yield CheckResult(f"weights {file}", known, f"sha256 {about['sha256']}, {words[known]}")
 
 
 def pictures(questions: str | None) -> tuple[list[Image.Image], list[str]]:
@@ -80,9 +82,9 @@ def pictures(questions: str | None) -> tuple[list[Image.Image], list[str]]:
     images = [shapes.render(scene) for scene in drawn]
     if questions is None:
         return images, list(CAPTIONS)
-    from dpo_mm.judges.soft_tifa import read_atoms
+    from dpo_mm.judges.soft_tifa import read_questions
 
-    known = itertools.cycle(read_atoms(Path(questions).expanduser()))
+    known = itertools.cycle(read_questions(Path(questions).expanduser()))
     return images, [next(known) for _ in images]
 
 
@@ -94,72 +96,74 @@ def tolerance(card: dict[str, Any], scores: np.ndarray) -> float:
     return size * (2e-2 if "template" in card and torch.cuda.is_available() else 1e-4)
 
 
-def order(judge: Any, images: Sequence[Image.Image], prompts: Sequence[str], *, least: float) -> Check:
+def order(judge: Any, images: Sequence[Image.Image], prompts: Sequence[str], *, least: float) -> CheckResult:
     """Pictures score higher with their own captions than with others', in the mean, by more than `least`."""
     rows = [(image, prompt) for image in images for prompt in prompts]
     scores = np.array(judge([image for image, _ in rows], [prompt for _, prompt in rows])).reshape(len(images), -1)
     own = float(np.diag(scores).mean())
     other = float((scores.sum() - np.diag(scores).sum()) / (scores.size - len(images)))
     seen = f"own {own:.4f}, others' {other:.4f} in the mean of {len(images)} pictures"
-    return Check("captions", own - other > least, seen)
+    return CheckResult("captions", own - other > least, seen)
 
 
-def golden(name: str, judge: Any, card: dict[str, Any], picture: str | None) -> Check:
+def golden(name: str, judge: Any, card: dict[str, Any], picture: str | None) -> CheckResult:
     """Golden values where they are public; what there is, and what it takes, where they aren't checked."""
-    found = named(name)
+    found = parse_judge_name(name)
     if found and found.judge == "laion_aesthetic":
         return laion_golden(name, card)
     if not found or found.judge != "clip_score" or "ViT-B-32" not in card["model"]:
-        return Check("golden values", None, "no public ones are recorded for this judge")
+        return CheckResult("golden values", None, "no public ones are recorded for this judge")
     if picture is None:
-        return Check(
+        return CheckResult(
             "golden values", None, "of OpenAI's ViT-B/32 for CLIP.png of github.com/openai/CLIP: --picture CLIP.png"
         )
-    from dpo_mm.data.image_files import decode
+    from dpo_mm.data.image_files import decode_image
     from dpo_mm.judges.weights import sha256
 
     if sha256(Path(picture)) != CLIP_PNG:
-        return Check(
+        return CheckResult(
             "golden values", False, f"{picture} is not the CLIP.png whose values are known (sha256 {CLIP_PNG[:8]}...)"
         )
-    image = decode(Path(picture).read_bytes())
+    image = decode_image(Path(picture).read_bytes())
     return clip_golden(judge([image] * 3, list(CLIP_LABELS)))
 
 
-def clip_golden(scores: Sequence[float]) -> Check:
+def clip_golden(scores: Sequence[float]) -> CheckResult:
     """CLIPScores of the three labels as the probabilities that OpenAI prints: softmax of 100 cos."""
     logits = 100 * np.array(scores) / 2.5
     p = np.exp(logits - logits.max())
     p /= p.sum()
     near = bool(np.abs(p - np.array(CLIP_PROBABILITIES)).max() < 2e-3)
-    return Check(
+    return CheckResult(
         "golden values", near, f"probabilities {p.round(5).tolist()}, OpenAI's README prints {CLIP_PROBABILITIES}"
     )
 
 
-def laion_golden(name: str, card: dict[str, Any]) -> Check:
+def laion_golden(name: str, card: dict[str, Any]) -> CheckResult:
     """LAION's head at three embeddings."""
     import torch
 
     from dpo_mm.judges.clip import LAION_HEAD, head, read_head
     from dpo_mm.judges.weights import find
 
-    found = named(name)
+    found = parse_judge_name(name)
     assert found is not None
     path = find(LAION_HEAD, found)
     if not card["weights"][path.name]["published"]:
-        return Check("golden values", None, "those of the published head; this is another file")
+        return CheckResult("golden values", None, "those of the published head; this is another file")
     inputs = torch.stack([torch.zeros(768), torch.ones(768), torch.eye(768)[0]])
     values = head(inputs, read_head(path)).tolist()
     near = bool(np.allclose(values, list(HEAD_VALUES.values()), atol=1e-4))
-    return Check("golden values", near, f"head {[round(v, 5) for v in values]}, recorded {list(HEAD_VALUES.values())}")
+    return CheckResult(
+        "golden values", near, f"head {[round(v, 5) for v in values]}, recorded {list(HEAD_VALUES.values())}"
+    )
 
 
-def pairwise(name: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> Iterator[Check]:
+def pairwise(name: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> Iterator[CheckResult]:
     """A judge of pairs: the other way round it says the opposite; how often it decides at all."""
     judge, other = load_pairwise(name), [*images[1:], images[0]]
     one, back = np.array(judge(images, other, prompts)), np.array(judge(other, images, prompts))
-    yield Check("swapped pairs", bool(np.allclose(one + back, 1)), f"{one.tolist()}, swapped {back.tolist()}")
-    yield Check("captions", bool(one.mean() > 0.5), f"{int((one > 0.5).sum())} of {len(one)} for the picture with that caption, "
+    yield CheckResult("swapped pairs", bool(np.allclose(one + back, 1)), f"{one.tolist()}, swapped {back.tolist()}")
+    yield CheckResult("captions", bool(one.mean() > 0.5), f"{int((one > 0.5).sum())} of {len(one)} for the picture with that caption, "
                 f"{int((one == 0.5).sum())} ties (changed its mind with the order, or not understood)")  # fmt: skip
-    yield Check("golden values", None, "no public ones are recorded for this judge")
+    yield CheckResult("golden values", None, "no public ones are recorded for this judge")

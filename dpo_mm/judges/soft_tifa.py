@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dpo_mm.judges import Named, Opened
+from dpo_mm.judges import JudgeName, LazyJudge
 from dpo_mm.judges.vqa import Asked, Vlm, card_of, check, open_vlm
 from dpo_mm.judges.weights import device, sha256
 
@@ -40,29 +40,29 @@ PAIRS = ("skis", "scissors")
 """Spoken of as many, though one."""
 
 
-class Atom(NamedTuple):
+class TifaQuestion(NamedTuple):
     """One question about a picture and its right answer."""
 
     question: str
     answer: str
 
 
-def soft_tifa_am(named: Named) -> Opened:
+def soft_tifa_am(named: JudgeName) -> LazyJudge:
     """The mean of a prompt's atoms: `soft_tifa_am:MODEL@QUESTIONS.jsonl`."""
     return _open(named, geometric=False)
 
 
-def soft_tifa_gm(named: Named) -> Opened:
+def soft_tifa_gm(named: JudgeName) -> LazyJudge:
     """The geometric mean of a prompt's atoms: `soft_tifa_gm:MODEL@QUESTIONS.jsonl`."""
     return _open(named, geometric=True)
 
 
-def _open(named: Named, *, geometric: bool) -> Opened:
+def _open(named: JudgeName, *, geometric: bool) -> LazyJudge:
     check(named, None)
     if not named.where:
         raise ValueError(f"judge {named.judge!r} needs questions: {named.judge}:{named.model}@QUESTIONS.jsonl")
     path = Path(named.where).expanduser()
-    atoms = read_atoms(path)
+    atoms = read_questions(path)
 
     def judge(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         parts = ask(open_vlm(named.model, None, device()), images, prompts, atoms, where=named.where)
@@ -73,14 +73,14 @@ def _open(named: Named, *, geometric: bool) -> Opened:
         questions = {"questions": {"file": path.name, "sha256": sha256(path), "prompts": len(atoms)}}
         return card_of(named.model, None) | {"formula": formula, "template": TEMPLATE} | questions
 
-    return Opened(judge, card)
+    return LazyJudge(judge, card)
 
 
 def ask(
     vlm: Vlm,
     images: Sequence[Image.Image],
     prompts: Sequence[str],
-    atoms: Mapping[str, Sequence[Atom]],
+    atoms: Mapping[str, Sequence[TifaQuestion]],
     *,
     where: str,
 ) -> list[list[float]]:
@@ -114,13 +114,13 @@ def spellings(answer: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{space}{way}" for space in ("", " ") for way in ways))
 
 
-def read_atoms(path: Path) -> dict[str, list[Atom]]:
+def read_questions(path: Path) -> dict[str, list[TifaQuestion]]:
     """Atoms by prompt from a JSONL file. Raises ValueError that names the line, what was expected and what is there."""
     if not path.is_file():
         raise ValueError(
             f"questions {str(path)!r}: no such file; expected JSON lines with prompt and vqa_list or include"
         )
-    found: dict[str, list[Atom]] = {}
+    found: dict[str, list[TifaQuestion]] = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -135,9 +135,9 @@ def read_atoms(path: Path) -> dict[str, list[Atom]]:
     return found
 
 
-def _atoms(row: Any, where: str) -> tuple[str, list[Atom]]:
+def _atoms(row: Any, where: str) -> tuple[str, list[TifaQuestion]]:
     try:
-        atoms = [Atom(*pair) for pair in row["vqa_list"]] if "vqa_list" in row else of_geneval(row)
+        atoms = [TifaQuestion(*pair) for pair in row["vqa_list"]] if "vqa_list" in row else of_geneval(row)
         prompt = row["prompt"]
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
@@ -152,20 +152,20 @@ def _atoms(row: Any, where: str) -> tuple[str, list[Atom]]:
     return prompt, atoms
 
 
-def of_geneval(row: Mapping[str, Any]) -> list[Atom]:
+def of_geneval(row: Mapping[str, Any]) -> list[TifaQuestion]:
     """The atoms of a line of GenEval's metadata: each object's presence, number, colour, and place beside another."""
     objects, atoms = row["include"], []
     for thing in objects:
         name, many = thing["class"], thing["count"] > 1
         the = f"Are the {plural(name)}" if many or name in PAIRS else f"Is the {name}"
-        atoms.append(Atom(_any(name, many=many), "Yes"))
+        atoms.append(TifaQuestion(_any(name, many=many), "Yes"))
         if many or any(other["class"] == name for other in row.get("exclude", ())):
-            atoms.append(Atom(f"How many {plural(name)} are in the image?", NUMBERS[thing["count"]]))
+            atoms.append(TifaQuestion(f"How many {plural(name)} are in the image?", NUMBERS[thing["count"]]))
         if "color" in thing:
-            atoms.append(Atom(f"{the} {thing['color']}?", "Yes"))
+            atoms.append(TifaQuestion(f"{the} {thing['color']}?", "Yes"))
         if "position" in thing:
             relation, other = thing["position"]
-            atoms.append(Atom(f"{the} {PLACES[relation]} the {objects[other]['class']}?", "Yes"))
+            atoms.append(TifaQuestion(f"{the} {PLACES[relation]} the {objects[other]['class']}?", "Yes"))
     return atoms
 
 

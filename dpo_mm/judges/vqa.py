@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from dpo_mm.data.image_files import to_rgb
-from dpo_mm.judges import Named, Opened
+from dpo_mm.judges import JudgeName, LazyJudge
 from dpo_mm.judges.weights import device, in_batches, sha256
 
 BATCH = 8
@@ -47,7 +47,7 @@ class Vlm(NamedTuple):
     answer: Callable[[Sequence[Asked]], list[str]]
 
 
-def vqa_score(named: Named) -> Opened:
+def vqa_score(named: JudgeName) -> LazyJudge:
     """VQAScore: `vqa_score:MODEL` or `vqa_score:MODEL@REVISION`, MODEL a folder or a hub id."""
     revision = named.where or None
     check(named, revision)
@@ -56,10 +56,10 @@ def vqa_score(named: Named) -> Opened:
         asked = [Asked((i,), SHOWS.format(prompt=p), ("Yes",)) for i, p in zip(images, prompts, strict=True)]
         return open_vlm(named.model, revision, device()).probability(asked)
 
-    return Opened(judge, lambda: card_of(named.model, revision) | {"formula": 'P("Yes")', "template": SHOWS})
+    return LazyJudge(judge, lambda: card_of(named.model, revision) | {"formula": 'P("Yes")', "template": SHOWS})
 
 
-def vlm_prefers(named: Named) -> Opened:
+def vlm_prefers(named: JudgeName) -> LazyJudge:
     """A VLM as a pairwise judge: `vlm_prefers:MODEL` or `vlm_prefers:MODEL@REVISION`."""
     revision = named.where or None
     check(named, revision)
@@ -68,7 +68,7 @@ def vlm_prefers(named: Named) -> Opened:
         return in_both_orders(open_vlm(named.model, revision, device()), a, b, prompts)
 
     formula = "1 or 0 where both orders name the same picture, else 1/2"
-    return Opened(judge, lambda: card_of(named.model, revision) | {"formula": formula, "template": PREFERS})
+    return LazyJudge(judge, lambda: card_of(named.model, revision) | {"formula": formula, "template": PREFERS})
 
 
 def in_both_orders(vlm: Vlm, a: Sequence[Image.Image], b: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
@@ -86,7 +86,7 @@ def place(answer: str) -> str:
     return named.pop() if len(named) == 1 else ""
 
 
-def check(named: Named, revision: str | None) -> None:
+def check(named: JudgeName, revision: str | None) -> None:
     """Raises ValueError where a judge is named without a model, or with one that isn't there."""
     from transformers import AutoConfig
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dpo_mm.judges import Named
+from dpo_mm.judges import JudgeName
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,7 +41,7 @@ def weights_folder() -> Path:
     return Path(os.environ.get("DPO_MM_WEIGHTS") or Path(cache) / "weights")
 
 
-def find(published: Published, named: Named) -> Path:
+def find(published: Published, named: JudgeName) -> Path:
     """The file on this machine. Raises ValueError that says which file to get and where to put it."""
     if named.where == "hub":
         return _fetch(published, named)
@@ -72,7 +72,7 @@ def _cached(published: Published) -> list[Path]:
     return [Path(path).parent for path in found if isinstance(path, str)]
 
 
-def _fetch(published: Published, named: Named) -> Path:
+def _fetch(published: Published, named: JudgeName) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -90,7 +90,7 @@ def _fetch(published: Published, named: Named) -> Path:
     raise ValueError(f"judge {named.judge!r}: huggingface.co/{published.repo} has no {' or '.join(published.files)}")
 
 
-def _unreachable(published: Published, named: Named) -> str:
+def _unreachable(published: Published, named: JudgeName) -> str:
     place = weights_folder() / published.repo / published.files[0]
     return (
         f"judge {named.judge!r}: the hub can't be reached; get {published.files[0]} of huggingface.co/{published.repo} "

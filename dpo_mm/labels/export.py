@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_mm.assets import presets_folder
 from dpo_mm.data.schema import make_image_rows
-from dpo_mm.errors import nearest
+from dpo_mm.errors import did_you_mean
 from dpo_mm.labels.pairs import digest, file_of, open_pairs
 from dpo_mm.labels.ratings import Rating, ratings
 from dpo_mm.labels.store import Vote, VoteStore, source_of
 from dpo_mm.labels.vote_formats import FORMS
-from dpo_mm.resumable import aside
+from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,13 +104,13 @@ def export(votes: str, output: str, *, pairs: str | None = None, form: str = "ro
     Raises ValueError as `labelled`, `open_pairs` and `VoteStore`, and for an unknown form.
     """
     if form not in ("rows", *FORMS):
-        raise ValueError(f"form {form!r} is unknown; {nearest(form, ('rows', *FORMS))}")
-    store, rows = opened(votes, pairs)
+        raise ValueError(f"form {form!r} is unknown; {did_you_mean(form, ('rows', *FORMS))}")
+    store, rows = open_votes(votes, pairs)
     cast = store.votes()
     found = labelled(cast, rows, store.digests())
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with aside(target) as beside:
+    with atomic_write(target) as beside:
         if form == "rows":
             found.to_parquet(str(beside))
         else:
@@ -118,14 +118,14 @@ def export(votes: str, output: str, *, pairs: str | None = None, form: str = "ro
     return {"pairs": f"{len(found)} of {len(rows)}", **summary(cast)}
 
 
-def opened(votes: str, pairs: str | None = None) -> tuple[VoteStore, Dataset]:
+def open_votes(votes: str, pairs: str | None = None) -> tuple[VoteStore, Dataset]:
     """A file of votes and the set that they are on. pairs: the set where it has moved."""
     source = pairs or source_of(votes)
     rows = open_pairs(source)
     return VoteStore(votes, rows["id"], source=absolute(source)), rows
 
 
-def standing(store: VoteStore, rows: Dataset) -> list[Rating]:
+def model_ratings(store: VoteStore, rows: Dataset) -> list[Rating]:
     """How the models of a set stand by its votes. Raises ValueError as `ratings`."""
     sides = zip(rows["model_a"], rows["model_b"], strict=True)
     return ratings(store.votes(), dict(zip(rows["id"], sides, strict=True)))

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.assets import locate
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.prompts import read_prompts, seeds_of
-from dpo_mm.policies.families import load_policy
-from dpo_mm.progress import progress
-from dpo_mm.resumable import aside, same_plan
+from dpo_mm.policies.families import load_image_policy
+from dpo_mm.progress import progress_bar
+from dpo_mm.resumable import atomic_write, check_settings_unchanged
 
 PLAN = "samples.json"
 BATCH = 8
@@ -37,20 +36,20 @@ def draw_samples(
         )
     wanted = read_prompts(prompts, limit=limit)
     plan = {"models": list(models), "prompts": wanted, "steps": steps, "guidance": guidance, "seed": seed}
-    same_plan(folder, plan, done="drawn", flag="folder for --pairs", file=PLAN)
+    check_settings_unchanged(folder, plan, done="drawn", flag="folder for --pairs", file=PLAN)
     for name in names:
         (folder / name).mkdir(exist_ok=True)
     for number, prompt in enumerate(wanted, 1):
         (folder / f"{number:04}.txt").write_text(prompt)
     seeds = [seeds_of(prompt, 1, seed=seed)[0] for prompt in wanted]
-    with progress("drawing samples", len(names) * len(wanted)) as advance:
+    with progress_bar("drawing samples", len(names) * len(wanted)) as advance:
         for model, name in zip(models, names, strict=True):
             places = [folder / name / f"{number:04}.png" for number in range(1, len(wanted) + 1)]
             left = [n for n, place in enumerate(places) if not place.exists()]
             advance(len(wanted) - len(left))
             drawn = _draw(model, [wanted[n] for n in left], [seeds[n] for n in left], steps, guidance, precision)
             for n, image in zip(left, drawn, strict=True):
-                with aside(places[n]) as beside:
+                with atomic_write(places[n]) as beside:
                     beside.write_bytes(encode_png(image))
                 advance(1)
     return folder
@@ -65,8 +64,6 @@ def _draw(model: str, prompts: list[str], seeds: list[int], steps: int, guidance
     if not prompts:
         return
     base, _, adapter = model.partition("+")
-    policy = load_policy(base, precision=precision)
-    if adapter:
-        policy.attach(locate(adapter))
+    policy = load_image_policy(base, precision=precision, adapter=adapter or None)
     for part in policy.sample(prompts, seeds, steps=steps, guidance=guidance, batch_size=BATCH):
         yield from part

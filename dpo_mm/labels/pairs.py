@@ -13,8 +13,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.assets import locate
-from dpo_mm.data.image_files import picture_bytes
+from dpo_mm.assets import resolve_asset
+from dpo_mm.data.image_files import image_bytes
 from dpo_mm.data.schema import image_preference, load_pairs
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def open_pairs(path: str) -> Dataset:
     """
     from datasets import Image
 
-    folder = Path(locate(path))
+    folder = Path(resolve_asset(path))
     is_set = not folder.is_dir() or any(folder.glob("*.parquet")) or (folder / "state.json").exists()
     rows = load_pairs(path) if is_set and not _holds_pictures(folder) else _from_folder(folder)
     ids = rows["id"]
@@ -99,7 +99,7 @@ def _prompt(name: str, folders: tuple[Path, ...]) -> str:
 
 def file_of(cell: dict[str, Any]) -> bytes:
     """The file of an undecoded picture, empty where that is all there is. Raises OSError where it is gone."""
-    return b"" if cell["bytes"] == b"" else picture_bytes(cell)
+    return b"" if cell["bytes"] == b"" else image_bytes(cell)
 
 
 def digest(row: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ LIVING = "votes JOIN shown ON shown.id = votes.shown AND votes.undone_at IS NULL
 
 
 @dataclass(frozen=True)
-class Shown:
+class PresentedPair:
     """A pair put before a labeller; swapped: b stands on the left; again: a repeat."""
 
     id: int
@@ -65,7 +65,7 @@ class Vote:
 
 
 @dataclass(frozen=True)
-class Progress:
+class LabelProgress:
     """mine: pairs this labeller has answered, of `total`. covered: pairs that anyone has answered."""
 
     mine: int
@@ -112,7 +112,7 @@ class VoteStore:
                 raise
             connection.execute("COMMIT")
 
-    def show(self, labeller: str) -> Shown | None:
+    def show(self, labeller: str) -> PresentedPair | None:
         """What this labeller is to answer now: what stands open, else a new pair or a repeat; None when all is done."""
         labeller = name_of(labeller)
         with self._writing() as connection:
@@ -123,7 +123,7 @@ class VoteStore:
             ).fetchone()
             if open_:
                 connection.execute("UPDATE shown SET shown_at = ? WHERE id = ?", (time.time(), open_[0]))
-                return Shown(open_[0], open_[1], bool(open_[2]), bool(open_[3]))
+                return PresentedPair(open_[0], open_[1], bool(open_[2]), bool(open_[3]))
             repeat = self._repeat(connection, labeller)
             pair = repeat or self._fresh(connection, labeller)
             if pair is None:
@@ -134,7 +134,7 @@ class VoteStore:
                 "INSERT INTO shown (labeller, pair, again, swapped, shown_at) VALUES (?, ?, ?, ?, ?)",
                 (labeller, pair, again, swapped, time.time()),
             )
-            return Shown(int(row.lastrowid or 0), pair, again, swapped)
+            return PresentedPair(int(row.lastrowid or 0), pair, again, swapped)
 
     def _fresh(self, connection: sqlite3.Connection, labeller: str) -> str | None:
         counts = dict(connection.execute("SELECT pair, count(*) FROM shown WHERE NOT again GROUP BY pair"))
@@ -213,7 +213,7 @@ class VoteStore:
                 for labeller, pair, again, swapped, choice, cast_at, seconds in found
             ]
 
-    def progress(self, labeller: str) -> Progress:
+    def progress(self, labeller: str) -> LabelProgress:
         """How far this labeller and all of them are."""
         with closing(_connect(self.path)) as connection:
             votes, people, covered = connection.execute(
@@ -222,7 +222,7 @@ class VoteStore:
             (mine,) = connection.execute(
                 f"SELECT count(*) FROM {LIVING} WHERE labeller = ? AND NOT again", (name_of(labeller),)
             ).fetchone()
-        return Progress(mine, len(self.ids), votes, people, covered)
+        return LabelProgress(mine, len(self.ids), votes, people, covered)
 
 
 def name_of(labeller: str) -> str:

@@ -17,19 +17,20 @@ from PIL import Image
 
 from dpo_mm.config import MineConfig, as_dict
 from dpo_mm.data.image_files import encode_png
-from dpo_mm.data.parquet import combine, write_rows
+from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.data.schema import image_preference, make_image_rows
 from dpo_mm.judges import better_of, load_judge
-from dpo_mm.policies.families import load_policy
-from dpo_mm.progress import progress
-from dpo_mm.resumable import left_of, same_plan, stoppable
+from dpo_mm.policies.families import load_image_policy
+from dpo_mm.policies.protocol import ImagePolicy
+from dpo_mm.progress import progress_bar
+from dpo_mm.resumable import check_settings_unchanged, exit_cleanly_on_sigterm, missing_shards
 
 if TYPE_CHECKING:
     pass
 
 
-def mine(config: MineConfig) -> Path:
+def mine_images(config: MineConfig) -> Path:
     """Mine pairs as the config says; returns the Parquet file of `ImagePreference` rows.
 
     Raises ValueError where the folder was mined with other settings, or where no pair reaches the gap.
@@ -40,33 +41,33 @@ def mine(config: MineConfig) -> Path:
         )
     folder = Path(config.output_dir)
     prompts = read_prompts(config.prompts, limit=config.max_prompts)
-    same_plan(folder, as_dict(config), done="mined")
+    check_settings_unchanged(folder, as_dict(config), done="mined")
     shards = [prompts[i : i + config.shard_size] for i in range(0, len(prompts), config.shard_size)]
     places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
-    left = left_of(places)
+    left = missing_shards(places)
     if left:
-        policy = load_policy(config.model, revision=config.revision, precision=config.precision)
-        if config.adapter:
-            policy.attach(config.adapter)
+        policy = load_image_policy(
+            config.model, revision=config.revision, precision=config.precision, adapter=config.adapter
+        )
         total = sum(len(shards[n]) for n in left) * config.images_per_prompt
-        with stoppable(), progress("drawing and judging", total) as advance:
+        with exit_cleanly_on_sigterm(), progress_bar("drawing and judging", total) as advance:
             for number in left:
                 rows = _mine_shard(policy, shards[number], config, advance)
                 write_rows(rows, places[number], make=make_image_rows, features=image_preference())
     nothing = (
         f"{config.output_dir}: no two of {config.images_per_prompt} samples of any prompt differ by more than {config.min_score_gap:g} "
-        f"on {'+'.join(names(config.judges))}; draw more samples or lower min_score_gap"
+        f"on {'+'.join(parse_judges(config.judges))}; draw more samples or lower min_score_gap"
     )
-    return combine(places, folder / "pairs.parquet", nothing=nothing)
+    return combine_shards(places, folder / "pairs.parquet", nothing=nothing)
 
 
-def names(judges: tuple[str, ...] | str | None) -> tuple[str, ...]:
+def parse_judges(judges: tuple[str, ...] | str | None) -> tuple[str, ...]:
     """Judges of a setting: a list, or a text with commas."""
     return tuple(judges.split(",")) if isinstance(judges, str) else judges or ()
 
 
-def _mine_shard(policy: Any, prompts: Sequence[str], config: MineConfig, advance: Any) -> list[dict[str, Any]]:
-    judges, guards = names(config.judges), names(config.guards)
+def _mine_shard(policy: ImagePolicy, prompts: Sequence[str], config: MineConfig, advance: Any) -> list[dict[str, Any]]:
+    judges, guards = parse_judges(config.judges), parse_judges(config.guards)
     named = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
     seeds = [seed for prompt in prompts for seed in seeds_of(prompt, config.images_per_prompt, seed=config.seed)]
     images: list[Image.Image] = []
@@ -75,8 +76,8 @@ def _mine_shard(policy: Any, prompts: Sequence[str], config: MineConfig, advance
     ):
         images += drawn
         advance(len(drawn))
-    ranking = together([oriented(name, images, named) for name in judges], config.images_per_prompt)
-    scores = np.array([ranking, *(oriented(name, images, named) for name in guards)])
+    ranking = mean_z_score([higher_is_better_scores(name, images, named) for name in judges], config.images_per_prompt)
+    scores = np.array([ranking, *(higher_is_better_scores(name, images, named) for name in guards)])
     rows = []
     for number in range(len(prompts)):
         part = slice(number * config.images_per_prompt, (number + 1) * config.images_per_prompt)
@@ -85,13 +86,13 @@ def _mine_shard(policy: Any, prompts: Sequence[str], config: MineConfig, advance
     return rows
 
 
-def oriented(name: str, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+def higher_is_better_scores(name: str, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
     """A judge's scores, (pictures,), turned round where lower is better."""
     scores = np.array(load_judge(name)(images, prompts))
     return -scores if better_of(name) == "lower" else scores
 
 
-def together(scores: Sequence[np.ndarray], samples: int) -> np.ndarray:
+def mean_z_score(scores: Sequence[np.ndarray], samples: int) -> np.ndarray:
     """One ranking of several judges' scores, (pictures,): the mean of z-scores within each prompt; of one, its own.
 
     A judge that finds a prompt's pictures all alike says nothing there (z = 0).
@@ -134,7 +135,7 @@ def _row(
 ) -> dict[str, Any]:
     """A row whose winner stands on the side that its seed decides, so that the side says nothing."""
     first, second, preference = (best, worst, "a") if seeds[best] % 2 else (worst, best, "b")
-    guards = "+".join(names(config.guards))
+    guards = "+".join(parse_judges(config.guards))
     return {
         "id": f"{prompt}/{seeds[best]}-{seeds[worst]}",
         "prompt": prompt,
@@ -145,9 +146,9 @@ def _row(
         "score_b": float(scores[second]),
         "seed_a": seeds[first],
         "seed_b": seeds[second],
-        "axis": "+".join(names(config.judges)),
+        "axis": "+".join(parse_judges(config.judges)),
         "model_a": config.model,
         "model_b": config.model,
         "group_id": prompt,
-        "source": f"mined with {'+'.join(names(config.judges))}" + (f", guarded by {guards}" if guards else ""),
+        "source": f"mined with {'+'.join(parse_judges(config.judges))}" + (f", guarded by {guards}" if guards else ""),
     }

@@ -14,18 +14,19 @@ from typing import Any
 
 from dpo_mm.config import MineResponsesConfig, as_dict
 from dpo_mm.data.image_files import encode_png
-from dpo_mm.data.parquet import combine, write_rows
+from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.questions import Question, read_questions
-from dpo_mm.data.schema import Answer, make_response_rows, response_preference
-from dpo_mm.errors import Stopped
-from dpo_mm.judges import Share, better_of, correct, explain, load_judge
-from dpo_mm.judges.text import cut_loop
-from dpo_mm.policies.families import load_policy
-from dpo_mm.progress import progress
-from dpo_mm.resumable import StopRequest, left_of, same_plan
+from dpo_mm.data.schema import Response, make_response_rows, response_preference
+from dpo_mm.errors import TrainingInterrupted
+from dpo_mm.judges import Ratio, better_of, correct, explain, load_judge
+from dpo_mm.judges.text import truncate_repetition
+from dpo_mm.policies.families import load_text_policy
+from dpo_mm.policies.protocol import TextPolicy
+from dpo_mm.progress import progress_bar
+from dpo_mm.resumable import StopRequest, check_settings_unchanged, missing_shards
 
 
-def mine_answers(config: MineResponsesConfig) -> Path:
+def mine_responses(config: MineResponsesConfig) -> Path:
     """Mine pairs as the config says; returns the Parquet file of `ResponsePreference` rows.
 
     Raises ValueError where the folder was mined with other settings, a question has no truth, or nothing failed; Stopped
@@ -37,19 +38,19 @@ def mine_answers(config: MineResponsesConfig) -> Path:
     blank = next((question.id for question in questions if not question.truth), None)
     if blank is not None:
         raise ValueError(f"{config.questions}: question {blank} has no truth, which judges compare answers with")
-    same_plan(folder, as_dict(config), done="mined")
+    check_settings_unchanged(folder, as_dict(config), done="mined")
     shards = [questions[i : i + config.shard_size] for i in range(0, len(questions), config.shard_size)]
     places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
     _mine_shards(shards, places, config)
     nothing = f"none of its answers to {len(questions)} questions failed by {config.judge}; ask more, or sample some"
-    return combine(places, folder / "pairs.parquet", nothing=f"{config.output_dir}: {nothing}")
+    return combine_shards(places, folder / "pairs.parquet", nothing=f"{config.output_dir}: {nothing}")
 
 
 def _check(config: MineResponsesConfig) -> None:
     if config.chosen not in ("ground_truth", "best", "corrected"):
         raise ValueError(f"chosen {config.chosen!r} is unknown; expected 'ground_truth', 'best' or 'corrected'")
     if config.chosen == "corrected":
-        correct(config.judge, Answer("", 0, hit_limit=False), "")
+        correct(config.judge, Response("", 0, hit_limit=False), "")
     if config.chosen == "best" and config.responses_per_question < 2:
         raise ValueError(
             "responses_per_question is 1; to choose the model's own best takes at least 1 answer beside the greedy one"
@@ -58,25 +59,27 @@ def _check(config: MineResponsesConfig) -> None:
 
 def _mine_shards(shards: Sequence[Sequence[Question]], places: Sequence[Path], config: MineResponsesConfig) -> None:
     """Write the shards of this process that are not there yet."""
-    left = left_of(places)
+    left = missing_shards(places)
     if not left:
         return
     stop = StopRequest()
-    policy = load_policy(config.model, revision=config.revision, precision=config.precision)
-    if config.adapter:
-        policy.attach(config.adapter)
+    policy = load_text_policy(
+        config.model, revision=config.revision, precision=config.precision, adapter=config.adapter
+    )
     total = sum(len(shards[n]) for n in left) * config.responses_per_question
-    with progress("asking and judging", total) as advance, stop.on_sigterm():
+    with progress_bar("asking and judging", total) as advance, stop.on_sigterm():
         for number in left:
             if stop.requested:
                 there = sum(place.exists() for place in places)
-                raise Stopped(f"stopped as asked, {there} of {len(places)} shards in {config.output_dir}; run it again")
+                raise TrainingInterrupted(
+                    f"stopped as asked, {there} of {len(places)} shards in {config.output_dir}; run it again"
+                )
             rows = _mine_shard(policy, shards[number], config, advance)
             write_rows(rows, places[number], make=make_response_rows, features=response_preference())
 
 
 def _mine_shard(
-    policy: Any, questions: Sequence[Question], config: MineResponsesConfig, advance: Any
+    policy: TextPolicy, questions: Sequence[Question], config: MineResponsesConfig, advance: Any
 ) -> list[dict[str, Any]]:
     ways = [
         "greedy",
@@ -85,7 +88,7 @@ def _mine_shard(
             for n in range(config.responses_per_question - 1)
         ),
     ]
-    answers: list[list[Answer]] = [[] for _ in questions]
+    answers: list[list[Response]] = [[] for _ in questions]
     for place in range(len(ways)):
         drawn = policy.generate(
             [question.images for question in questions],
@@ -99,36 +102,36 @@ def _mine_shard(
         for own, answer in zip(answers, drawn, strict=True):
             own.append(answer)
         advance(len(questions))
-    rows = (pair(question, own, ways, config) for question, own in zip(questions, answers, strict=True))
+    rows = (build_pair(question, own, ways, config) for question, own in zip(questions, answers, strict=True))
     return [row for row in rows if row is not None]
 
 
-def badness(judge: str, answers: Sequence[Answer], truth: str) -> list[float]:
+def failure_scores(judge: str, answers: Sequence[Response], truth: str) -> list[float]:
     """How bad answers to one question are by a judge, higher is worse; 0 where it has nothing to say."""
-    shares: list[Share] = load_judge(judge)(answers, [truth] * len(answers))
+    shares: list[Ratio] = load_judge(judge)(answers, [truth] * len(answers))
     sign = -1.0 if better_of(judge) == "higher" else 1.0
     return [sign * share.hits / share.of if share.of else 0.0 for share in shares]
 
 
-def pair(
-    question: Question, answers: Sequence[Answer], ways: Sequence[str], config: MineResponsesConfig
+def build_pair(
+    question: Question, answers: Sequence[Response], ways: Sequence[str], config: MineResponsesConfig
 ) -> dict[str, Any] | None:
     """The row of one question: its worst answer rejected, the truth or its own best chosen; None where none failed."""
-    whole = Answer(question.truth, 0, hit_limit=False)
-    *bad, perfect = badness(config.judge, [*answers, whole], question.truth)
+    whole = Response(question.truth, 0, hit_limit=False)
+    *bad, perfect = failure_scores(config.judge, [*answers, whole], question.truth)
     worst = max(range(len(answers)), key=bad.__getitem__)
     chosen, floor = question.truth, perfect
     if config.chosen == "best":
-        second = badness(config.tie_break, answers, question.truth)
+        second = failure_scores(config.tie_break, answers, question.truth)
         best = min(range(len(answers)), key=lambda n: (bad[n], second[n]))
         chosen, floor = answers[best].text, bad[best]
     rejected = answers[worst]
     if config.chosen == "corrected":
         chosen = correct(config.judge, rejected, question.truth)
-        (floor,) = badness(config.judge, [Answer(chosen, 0, hit_limit=False)], question.truth)
+        (floor,) = failure_scores(config.judge, [Response(chosen, 0, hit_limit=False)], question.truth)
     if bad[worst] - floor <= config.min_score_gap or not chosen.strip() or rejected.text == chosen:
         return None
-    text = cut_loop(rejected.text, question.truth) if rejected.hit_limit else rejected.text
+    text = truncate_repetition(rejected.text, question.truth) if rejected.hit_limit else rejected.text
     return {
         "id": f"{question.id}/{worst}",
         "images": [{"bytes": encode_png(image), "path": None} for image in question.images],

@@ -9,10 +9,10 @@ after the tensors are settings (`beta`, ...) unless their name stands in FROM_DA
 the trainer.
 """
 
-from dpo_mm.objectives.denoising import linear, mapo, safe, safe_scale
+from dpo_mm.objectives.denoising import linear, mapo, sdpo, sdpo_lambda_image
 from dpo_mm.objectives.divergences import DIVERGENCES, scored
-from dpo_mm.objectives.log_probs import LogProbs, denoising_errors, log_ratios, margins, mean_margins
-from dpo_mm.objectives.mixing import FROM_BATCH, FROM_DATA, OBJECTIVES, mixture, settings_of, takes
+from dpo_mm.objectives.log_probs import LogProbs, deltas, denoising_errors, log_ratios, per_token_deltas
+from dpo_mm.objectives.mixing import BATCH_INPUTS, DATASET_INPUTS, OBJECTIVES, keyword_settings, mixture, takes
 from dpo_mm.objectives.one_sided import (
     apo_down,
     apo_zero,
@@ -24,7 +24,7 @@ from dpo_mm.objectives.one_sided import (
     sppo_hard,
 )
 from dpo_mm.objectives.pairwise import (
-    OF_DELTA,
+    SUPPORTS_DIVERGENCE,
     aot,
     aot_unpaired,
     discopop,
@@ -40,18 +40,18 @@ from dpo_mm.objectives.pairwise import (
 )
 from dpo_mm.objectives.reference_free import cpo, orpo, sft, simpo
 from dpo_mm.objectives.terms import anchor, image_conditional, symmetric_image, tdpo
-from dpo_mm.objectives.tokens import on_policy_weight, preserving_scale, segment_mean, shared_length
+from dpo_mm.objectives.tokens import on_policy_weight, sdpo_lambda_text, segment_mean, shared_length
 
 MPO = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
 """Weights of mixed preference optimisation, Wang et al. 2024 (2411.10442)."""
 
 __all__ = [
+    "BATCH_INPUTS",
+    "DATASET_INPUTS",
     "DIVERGENCES",
-    "FROM_BATCH",
-    "FROM_DATA",
     "MPO",
     "OBJECTIVES",
-    "OF_DELTA",
+    "SUPPORTS_DIVERGENCE",
     "LogProbs",
     "anchor",
     "aot",
@@ -61,6 +61,7 @@ __all__ = [
     "bco_pair",
     "bco_shift",
     "cpo",
+    "deltas",
     "denoising_errors",
     "discopop",
     "dpop",
@@ -68,25 +69,24 @@ __all__ = [
     "hinge",
     "image_conditional",
     "ipo",
+    "keyword_settings",
     "kto",
     "kto_reference",
     "linear",
     "log_ratios",
     "mapo",
     "margin",
-    "margins",
-    "mean_margins",
     "mixture",
     "nca_pair",
     "on_policy_weight",
     "orpo",
-    "preserving_scale",
+    "per_token_deltas",
     "robust",
-    "safe",
-    "safe_scale",
     "scored",
+    "sdpo",
+    "sdpo_lambda_image",
+    "sdpo_lambda_text",
     "segment_mean",
-    "settings_of",
     "sft",
     "shared_length",
     "sigmoid",

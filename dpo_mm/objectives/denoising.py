@@ -1,6 +1,6 @@
 """Objectives made for image generators.
 
-Departures: `safe` takes its scale a pair; the authors' code takes it a micro-batch, so that its result depends on the
+Departures: `sdpo` takes its scale a pair; the authors' code takes it a micro-batch, so that its result depends on the
 batch size. `linear`'s margin is the paper's, of whole errors, twice the size of delta.
 """
 
@@ -17,27 +17,27 @@ from dpo_mm.objectives.log_probs import (
     check_at_least_zero,
     check_beta,
     check_denoising,
+    deltas,
     denoising_errors,
     log_ratios,
-    margins,
-    preserving_share,
     require,
+    sdpo_lambda,
 )
 
 
-def safe(policy: LogProbs, reference: LogProbs, *, beta: float, loser_scale: Tensor) -> Tensor:
+def sdpo(policy: LogProbs, reference: LogProbs, *, beta: float, rejected_gradient_scale: Tensor) -> Tensor:
     """`sigmoid` whose step does not raise the chosen side's error: the rejected side's gradient alone is scaled.
 
-    loser_scale: lambda of each pair, [0, 1], (pairs,), no gradient (see `safe_scale`). The value is that of `sigmoid`.
+    rejected_gradient_scale: lambda of each pair, [0, 1], (pairs,), no gradient (see `sdpo_lambda_image`). The value is that of `sigmoid`.
     Returns (pairs,). Raises ValueError where beta <= 0. Source: Diffusion-SDPO, Fu et al. 2025 (2511.03317).
     """
     check_beta(beta)
     chosen, rejected = log_ratios(policy, reference)
-    rejected = rejected.detach() + loser_scale * (rejected - rejected.detach())
+    rejected = rejected.detach() + rejected_gradient_scale * (rejected - rejected.detach())
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
-def safe_scale(chosen_gradient: Tensor, rejected_gradient: Tensor, *, slack: float) -> Tensor:
+def sdpo_lambda_image(chosen_gradient: Tensor, rejected_gradient: Tensor, *, slack: float) -> Tensor:
     """lambda of each pair: the largest share of the rejected side's gradient that keeps the chosen error from rising.
 
     chosen_gradient, rejected_gradient: of each side's error with respect to the network's output, (pairs, ...); for a
@@ -46,7 +46,7 @@ def safe_scale(chosen_gradient: Tensor, rejected_gradient: Tensor, *, slack: flo
     float32, no gradient. Raises ValueError outside the range. Source: Diffusion-SDPO (2511.03317), the scale in closed form.
     """
     winner, loser = (g.detach().float().flatten(1) for g in (chosen_gradient, rejected_gradient))
-    return preserving_share((winner * winner).sum(1), (winner * loser).sum(1), slack=slack)
+    return sdpo_lambda((winner * winner).sum(1), (winner * loser).sum(1), slack=slack)
 
 
 def linear(policy: LogProbs, reference: LogProbs, *, beta: float, floor: float) -> Tensor:
@@ -59,7 +59,7 @@ def linear(policy: LogProbs, reference: LogProbs, *, beta: float, floor: float) 
     check_denoising(policy, "linear")
     check_beta(beta)
     require(0 < floor < 0.5, f"floor must be in (0, 0.5), got {floor}; it is the least weight of a pair")
-    weight = (0.5 + 0.2 * beta * -2 * margins(policy, reference)).clamp(floor, 1 - floor).detach()
+    weight = (0.5 + 0.2 * beta * -2 * deltas(policy, reference)).clamp(floor, 1 - floor).detach()
     chosen, rejected = denoising_errors(policy)
     return weight * (chosen - rejected)
 
@@ -91,4 +91,4 @@ def _over_expm1(x: Tensor) -> Tensor:
     return positive + F.relu(-x)
 
 
-DENOISING: dict[str, Callable[..., Tensor]] = {"safe": safe, "linear": linear, "mapo": mapo}
+DENOISING: dict[str, Callable[..., Tensor]] = {"sdpo": sdpo, "linear": linear, "mapo": mapo}

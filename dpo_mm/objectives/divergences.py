@@ -62,9 +62,9 @@ def scored(policy: LogProbs, reference: LogProbs, *, divergence: str, alpha: flo
     Source: f-DPO, Wang et al. 2023 (2309.16240) table 1.
     """
     if divergence not in DIVERGENCES:
-        from dpo_mm.errors import nearest
+        from dpo_mm.errors import did_you_mean
 
-        raise ValueError(f"divergence {divergence!r} is unknown; {nearest(divergence, DIVERGENCES)}")
+        raise ValueError(f"divergence {divergence!r} is unknown; {did_you_mean(divergence, DIVERGENCES)}")
     require(math.isfinite(alpha), f"the divergence's alpha must be finite, got {alpha}")
     chosen, rejected = (DIVERGENCES[divergence](r, alpha) for r in log_ratios(policy, reference))
     zero = torch.zeros_like(chosen)

@@ -17,19 +17,23 @@ class LogProbs:
     """How likely a model finds the chosen and the rejected side of each pair.
 
     chosen, rejected: nats, (pairs,), float32. terms_chosen, terms_rejected: tokens counted, (pairs,); 1 for an image.
-    exact: True for a likelihood, False for the denoising surrogate -1/2 * error.
+    is_likelihood: True for token log-probs, False for the denoising surrogate -1/2 * error.
     """
 
     chosen: Tensor
     rejected: Tensor
-    terms_chosen: Tensor
-    terms_rejected: Tensor
-    exact: bool
+    num_tokens_chosen: Tensor
+    num_tokens_rejected: Tensor
+    is_likelihood: bool
 
     def detach(self) -> LogProbs:
         """The same numbers without gradient."""
         return LogProbs(
-            self.chosen.detach(), self.rejected.detach(), self.terms_chosen, self.terms_rejected, exact=self.exact
+            self.chosen.detach(),
+            self.rejected.detach(),
+            self.num_tokens_chosen,
+            self.num_tokens_rejected,
+            is_likelihood=self.is_likelihood,
         )
 
 
@@ -38,16 +42,16 @@ def log_ratios(policy: LogProbs, reference: LogProbs) -> tuple[Tensor, Tensor]:
     return policy.chosen - reference.chosen, policy.rejected - reference.rejected
 
 
-def margins(policy: LogProbs, reference: LogProbs) -> Tensor:
+def deltas(policy: LogProbs, reference: LogProbs) -> Tensor:
     """delta = r_w - r_l, nats, (pairs,); exactly 0 where policy equals reference, negated by swapping the sides."""
     chosen, rejected = log_ratios(policy, reference)
     return chosen - rejected
 
 
-def mean_margins(policy: LogProbs, reference: LogProbs) -> Tensor:
+def per_token_deltas(policy: LogProbs, reference: LogProbs) -> Tensor:
     """delta of the log-ratios a term: r_w / terms_w - r_l / terms_l, nats, (pairs,); delta itself for images."""
     chosen, rejected = log_ratios(policy, reference)
-    return chosen / policy.terms_chosen - rejected / policy.terms_rejected
+    return chosen / policy.num_tokens_chosen - rejected / policy.num_tokens_rejected
 
 
 def denoising_errors(policy: LogProbs) -> tuple[Tensor, Tensor]:
@@ -55,13 +59,13 @@ def denoising_errors(policy: LogProbs) -> tuple[Tensor, Tensor]:
     return -2 * policy.chosen, -2 * policy.rejected
 
 
-def smoothed_logistic(logit: Tensor, label_smoothing: float) -> Tensor:
+def smoothed_logsigmoid_loss(logit: Tensor, label_smoothing: float) -> Tensor:
     """-(1 - e) log sigmoid(logit) - e log sigmoid(-logit), with e the label_smoothing; any shape."""
     loss = -F.logsigmoid(logit)
     return loss if label_smoothing == 0 else (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-logit)
 
 
-def preserving_share(square: Tensor, inner: Tensor, *, slack: float) -> Tensor:
+def sdpo_lambda(square: Tensor, inner: Tensor, *, slack: float) -> Tensor:
     """clip((1 - slack) square / inner, 0, 1), 1 where inner is not positive: Diffusion-SDPO's lambda in closed form.
 
     square: |g_w|^2, inner: <g_l, g_w>, (pairs,) each. Raises ValueError where slack is outside [0, 1).
@@ -95,10 +99,13 @@ def check_at_least_zero(**settings: float) -> None:
 
 def check_likelihood(policy: LogProbs, name: str) -> None:
     require(
-        policy.exact,
+        policy.is_likelihood,
         f"{name} exponentiates a likelihood, and a denoising error is none; for image generators use mapo or sigmoid",
     )
 
 
 def check_denoising(policy: LogProbs, name: str) -> None:
-    require(not policy.exact, f"{name} acts on denoising errors, which a text model has none of; use sigmoid or simpo")
+    require(
+        not policy.is_likelihood,
+        f"{name} acts on denoising errors, which a text model has none of; use sigmoid or simpo",
+    )

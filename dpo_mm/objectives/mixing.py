@@ -13,18 +13,18 @@ from dpo_mm.objectives.denoising import DENOISING
 from dpo_mm.objectives.divergences import scored
 from dpo_mm.objectives.log_probs import LogProbs, require
 from dpo_mm.objectives.one_sided import ONE_SIDED
-from dpo_mm.objectives.pairwise import OF_DELTA, PAIRWISE
+from dpo_mm.objectives.pairwise import PAIRWISE, SUPPORTS_DIVERGENCE
 from dpo_mm.objectives.reference_free import REFERENCE_FREE
 from dpo_mm.objectives.terms import TERMS
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {**PAIRWISE, **ONE_SIDED, **DENOISING, **REFERENCE_FREE, **TERMS}
 
-FROM_DATA = ("probability", "score_margin")
+DATASET_INPUTS = ("probability", "score_margin")
 """Arguments that are a column of the pairs."""
-FROM_BATCH = (
+BATCH_INPUTS = (
     "z",  # kto_reference
     "reward_shift",  # bco_shift
-    "loser_scale",  # safe_scale
+    "rejected_gradient_scale",  # sdpo_lambda_image or sdpo_lambda_text
     "corrupted_ratio",  # a forward with the corrupted image
     "other_ratio",  # a forward with the second image
     "crossed_ratio",
@@ -34,14 +34,14 @@ FROM_BATCH = (
 """Arguments that are made from the batches of all processes, or from a further forward."""
 
 
-def settings_of(name: str) -> dict[str, inspect.Parameter]:
+def keyword_settings(name: str) -> dict[str, inspect.Parameter]:
     """The settings that an objective takes, by name. Raises ValueError for an unknown objective."""
     if name not in OBJECTIVES:
-        from dpo_mm.errors import nearest
+        from dpo_mm.errors import did_you_mean
 
-        raise ValueError(f"objective {name!r} is unknown; {nearest(name, OBJECTIVES)}")
+        raise ValueError(f"objective {name!r} is unknown; {did_you_mean(name, OBJECTIVES)}")
     parameters = inspect.signature(OBJECTIVES[name]).parameters
-    given = ("policy", "reference", *FROM_DATA, *FROM_BATCH)
+    given = ("policy", "reference", *DATASET_INPUTS, *BATCH_INPUTS)
     return {key: value for key, value in parameters.items() if key not in given}
 
 
@@ -66,11 +66,11 @@ def mixture(
     Source of mixing: MPO, Wang et al. 2024 (2411.10442) eq. 2.
     """
     require(bool(weights), "no objective given; name one, such as 'sigmoid'")
-    known = {name: settings_of(name) for name in weights}
+    known = {name: keyword_settings(name) for name in weights}
     _check_settings(known, settings)
     if divergence != "reverse_kl":
-        wrong = [name for name in weights if takes(name, "reference") and name not in OF_DELTA]
-        fix = f"it goes with {', '.join(OF_DELTA)}"
+        wrong = [name for name in weights if takes(name, "reference") and name not in SUPPORTS_DIVERGENCE]
+        fix = f"it goes with {', '.join(SUPPORTS_DIVERGENCE)}"
         require(not wrong, f"divergence {divergence!r} does not go with {' and '.join(wrong)}; {fix}")
     parts = [
         (weight, name, functools.partial(OBJECTIVES[name], **{k: v for k, v in settings.items() if k in known[name]}))
@@ -94,9 +94,11 @@ def _check_settings(known: Mapping[str, Mapping[str, inspect.Parameter]], settin
     every = {key for taken in known.values() for key in taken}
     unused = [key for key in settings if key not in every]
     if unused:
-        from dpo_mm.errors import nearest
+        from dpo_mm.errors import did_you_mean
 
-        raise ValueError(f"{' and '.join(unused)}: not a setting of {' or '.join(known)}; {nearest(unused[0], every)}")
+        raise ValueError(
+            f"{' and '.join(unused)}: not a setting of {' or '.join(known)}; {did_you_mean(unused[0], every)}"
+        )
     for name, taken in known.items():
         for key, value in taken.items():
             given = key in settings or value.default is not inspect.Parameter.empty
@@ -105,9 +107,9 @@ def _check_settings(known: Mapping[str, Mapping[str, inspect.Parameter]], settin
 
 def _inputs(name: str, reference: LogProbs | None, data: Mapping[str, Tensor]) -> dict[str, object]:
     inputs: dict[str, object] = {"reference": reference} if takes(name, "reference") else {}
-    for key in (*FROM_DATA, *FROM_BATCH):
+    for key in (*DATASET_INPUTS, *BATCH_INPUTS):
         if takes(name, key):
-            whose = "the column" if key in FROM_DATA else "the batch's"
+            whose = "the column" if key in DATASET_INPUTS else "the batch's"
             require(key in data, f"objective {name!r} needs {whose} {key!r}, which these pairs do not have")
             inputs[key] = data[key]
     return inputs

@@ -19,11 +19,11 @@ from dpo_mm.objectives.log_probs import (
     check_at_least_zero,
     check_beta,
     check_smoothing,
+    deltas,
     log_ratios,
-    margins,
-    mean_margins,
+    per_token_deltas,
     require,
-    smoothed_logistic,
+    smoothed_logsigmoid_loss,
 )
 
 
@@ -36,7 +36,7 @@ def sigmoid(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothi
     """
     check_beta(beta)
     check_smoothing(label_smoothing)
-    return smoothed_logistic(beta * margins(policy, reference), label_smoothing)
+    return smoothed_logsigmoid_loss(beta * deltas(policy, reference), label_smoothing)
 
 
 def sigmoid_norm(policy: LogProbs, reference: LogProbs, *, beta: float) -> Tensor:
@@ -46,7 +46,7 @@ def sigmoid_norm(policy: LogProbs, reference: LogProbs, *, beta: float) -> Tenso
     Source: length-normalised DPO of Tulu 3, Lambert et al. 2024 (2411.15124).
     """
     check_beta(beta)
-    return -F.logsigmoid(beta * mean_margins(policy, reference))
+    return -F.logsigmoid(beta * per_token_deltas(policy, reference))
 
 
 def robust(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 0.1) -> Tensor:
@@ -57,7 +57,7 @@ def robust(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothin
     """
     check_beta(beta)
     check_smoothing(label_smoothing)
-    logit = beta * margins(policy, reference)
+    logit = beta * deltas(policy, reference)
     return (-(1 - label_smoothing) * F.logsigmoid(logit) + label_smoothing * F.logsigmoid(-logit)) / (
         1 - 2 * label_smoothing
     )
@@ -69,7 +69,7 @@ def hinge(policy: LogProbs, reference: LogProbs, *, beta: float) -> Tensor:
     Returns (pairs,). Raises ValueError where beta <= 0. Source: SLiC, Zhao et al. 2023 (2305.10425), as in DPO's form.
     """
     check_beta(beta)
-    return F.relu(1 - beta * margins(policy, reference))
+    return F.relu(1 - beta * deltas(policy, reference))
 
 
 def ipo(policy: LogProbs, reference: LogProbs, *, beta: float) -> Tensor:
@@ -80,7 +80,7 @@ def ipo(policy: LogProbs, reference: LogProbs, *, beta: float) -> Tensor:
     Source: Azar et al. 2023 (2310.12036) eq. 17; the authors confirmed the per-token mean.
     """
     check_beta(beta)
-    return (mean_margins(policy, reference) - 1 / (2 * beta)) ** 2
+    return (per_token_deltas(policy, reference) - 1 / (2 * beta)) ** 2
 
 
 def exo_pair(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 1e-3) -> Tensor:
@@ -96,7 +96,7 @@ def exo_pair(policy: LogProbs, reference: LogProbs, *, beta: float, label_smooth
         0 < label_smoothing < 0.5,
         f"label_smoothing must be in (0, 0.5) for exo_pair, got {label_smoothing}; the paper uses 1e-3",
     )
-    logit = beta * margins(policy, reference)
+    logit = beta * deltas(policy, reference)
     wins = torch.sigmoid(logit) * (F.logsigmoid(logit) - math.log1p(-label_smoothing))
     return wins + torch.sigmoid(-logit) * (F.logsigmoid(-logit) - math.log(label_smoothing))
 
@@ -122,7 +122,7 @@ def discopop(policy: LogProbs, reference: LogProbs, *, beta: float, temperature:
     """
     check_beta(beta)
     require(0 < temperature <= 1, f"temperature must be in (0, 1], got {temperature}; the paper uses 0.05")
-    logit = beta * margins(policy, reference)
+    logit = beta * deltas(policy, reference)
     exponential = torch.exp(F.logsigmoid(logit / temperature) - logit)  # sigmoid(logit / tau) * exp(-logit)
     return torch.sigmoid(-logit / temperature) * -F.logsigmoid(logit) + exponential
 
@@ -137,7 +137,7 @@ def aot(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: 
     check_beta(beta)
     check_smoothing(label_smoothing)
     ours, theirs = (side.chosen - side.rejected for side in (policy, reference))
-    return smoothed_logistic(beta * (ours.sort().values - theirs.sort().values), label_smoothing)
+    return smoothed_logsigmoid_loss(beta * (ours.sort().values - theirs.sort().values), label_smoothing)
 
 
 def aot_unpaired(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -150,7 +150,7 @@ def aot_unpaired(policy: LogProbs, reference: LogProbs, *, beta: float, label_sm
     check_beta(beta)
     check_smoothing(label_smoothing)
     chosen, rejected = log_ratios(policy, reference)
-    return smoothed_logistic(beta * (chosen.sort().values - rejected.sort().values), label_smoothing)
+    return smoothed_logsigmoid_loss(beta * (chosen.sort().values - rejected.sort().values), label_smoothing)
 
 
 def soft(policy: LogProbs, reference: LogProbs, *, beta: float, probability: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def soft(policy: LogProbs, reference: LogProbs, *, beta: float, probability: Ten
     Raises ValueError where beta <= 0. Source: geometric DPO, Furuta et al. 2024 (2409.06691); cDPO with a label a pair.
     """
     check_beta(beta)
-    logit = beta * margins(policy, reference)
+    logit = beta * deltas(policy, reference)
     return -probability * F.logsigmoid(logit) - (1 - probability) * F.logsigmoid(-logit)
 
 
@@ -174,7 +174,7 @@ def margin(
     """
     check_beta(beta)
     check_at_least_zero(offset_scale=offset_scale)
-    return -F.logsigmoid(beta * margins(policy, reference) - offset_scale * score_margin)
+    return -F.logsigmoid(beta * deltas(policy, reference) - offset_scale * score_margin)
 
 
 PAIRWISE: dict[str, Callable[..., Tensor]] = {
@@ -193,5 +193,16 @@ PAIRWISE: dict[str, Callable[..., Tensor]] = {
     "margin": margin,
 }
 
-OF_DELTA = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "dmpo", "discopop", "soft", "margin")
+SUPPORTS_DIVERGENCE = (
+    "sigmoid",
+    "sigmoid_norm",
+    "robust",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "dmpo",
+    "discopop",
+    "soft",
+    "margin",
+)
 """Those of the difference alone, in which the partition function of an f-divergence cancels."""

@@ -20,7 +20,7 @@ from dpo_mm.objectives.log_probs import (
     check_likelihood,
     check_smoothing,
     denoising_errors,
-    smoothed_logistic,
+    smoothed_logsigmoid_loss,
 )
 
 SURE = -1e-7
@@ -32,7 +32,7 @@ def sft(policy: LogProbs) -> Tensor:
 
     Returns (pairs,). Source: the SFT term of RPO, Pang et al. 2024 (2404.19733) eq. 2; for images, the training loss.
     """
-    return -policy.chosen / policy.terms_chosen if policy.exact else denoising_errors(policy)[0]
+    return -policy.chosen / policy.num_tokens_chosen if policy.is_likelihood else denoising_errors(policy)[0]
 
 
 def orpo(policy: LogProbs, *, ratio_weight: float = 0.1) -> Tensor:
@@ -44,7 +44,7 @@ def orpo(policy: LogProbs, *, ratio_weight: float = 0.1) -> Tensor:
     """
     check_likelihood(policy, "orpo")
     check_at_least_zero(ratio_weight=ratio_weight)
-    odds = _log_odds(policy.chosen / policy.terms_chosen) - _log_odds(policy.rejected / policy.terms_rejected)
+    odds = _log_odds(policy.chosen / policy.num_tokens_chosen) - _log_odds(policy.rejected / policy.num_tokens_rejected)
     return sft(policy) - ratio_weight * F.logsigmoid(odds)
 
 
@@ -64,8 +64,8 @@ def simpo(policy: LogProbs, *, beta: float, target_margin: float = 1.375, label_
     check_beta(beta)
     check_smoothing(label_smoothing)
     check_at_least_zero(target_margin=target_margin)
-    delta = policy.chosen / policy.terms_chosen - policy.rejected / policy.terms_rejected
-    return smoothed_logistic(beta * delta - target_margin, label_smoothing)
+    delta = policy.chosen / policy.num_tokens_chosen - policy.rejected / policy.num_tokens_rejected
+    return smoothed_logsigmoid_loss(beta * delta - target_margin, label_smoothing)
 
 
 def cpo(policy: LogProbs, *, beta: float, nll_weight: float = 1.0, label_smoothing: float = 0.0) -> Tensor:
@@ -77,7 +77,9 @@ def cpo(policy: LogProbs, *, beta: float, nll_weight: float = 1.0, label_smoothi
     check_beta(beta)
     check_smoothing(label_smoothing)
     check_at_least_zero(nll_weight=nll_weight)
-    return smoothed_logistic(beta * (policy.chosen - policy.rejected), label_smoothing) + nll_weight * sft(policy)
+    return smoothed_logsigmoid_loss(beta * (policy.chosen - policy.rejected), label_smoothing) + nll_weight * sft(
+        policy
+    )
 
 
 REFERENCE_FREE: dict[str, Callable[..., Tensor]] = {"sft": sft, "orpo": orpo, "simpo": simpo, "cpo": cpo}

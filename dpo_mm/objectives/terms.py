@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_mm.objectives.log_probs import LogProbs, check_at_least_zero, check_beta, log_ratios, margins
+from dpo_mm.objectives.log_probs import LogProbs, check_at_least_zero, check_beta, deltas, log_ratios
 
 
 def anchor(policy: LogProbs, reference: LogProbs, *, beta: float, anchor_shift: float = 0.0) -> Tensor:
@@ -76,7 +76,7 @@ def tdpo(
     """
     check_beta(beta)
     check_at_least_zero(kl_weight=kl_weight)
-    return -F.logsigmoid(beta * (margins(policy, reference) - kl_weight * (kl_rejected - kl_chosen.detach())))
+    return -F.logsigmoid(beta * (deltas(policy, reference) - kl_weight * (kl_rejected - kl_chosen.detach())))
 
 
 TERMS: dict[str, Callable[..., Tensor]] = {

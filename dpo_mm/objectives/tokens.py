@@ -1,7 +1,7 @@
 """What acts on the log-probs of single tokens, before they become `LogProbs`. Text alone.
 
 Departures: `shared_length` weighs policy and reference alike, as the paper's ratio needs and as TRL does; ms-swift and
-LLaMA-Factory weigh the policy alone. `preserving_scale` is ours, after a paper on images.
+LLaMA-Factory weigh the policy alone. `sdpo_lambda_text` is ours, after a paper on images.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_mm.objectives.log_probs import check_at_least_zero, preserving_share, require
+from dpo_mm.objectives.log_probs import check_at_least_zero, require, sdpo_lambda
 
 
 def shared_length(
@@ -56,10 +56,10 @@ def on_policy_weight(tokens: Tensor, mask: Tensor, log_collision: Tensor) -> Ten
     return torch.exp(aligned / mask.sum(1).clamp(min=1))
 
 
-def preserving_scale(
+def sdpo_lambda_text(
     tokens: tuple[Tensor, Tensor], masks: tuple[Tensor, Tensor], ids: tuple[Tensor, Tensor], *, slack: float
 ) -> Tensor:
-    """`safe`'s lambda of each pair for answers: what of the rejected side's gradient the chosen side can stand.
+    """`sdpo`'s lambda of each pair for answers: what of the rejected side's gradient the chosen side can stand.
 
     The network's output is a logit for each context and token; both sides' gradients meet where contexts are the same,
     in the answers' common beginning and at the first token that differs. Taken at the logits of the answers' own
@@ -78,4 +78,4 @@ def preserving_scale(
     parting = begun * both * (1 - common)
     inner = (common * (1 - p_w) * (1 - p_l) - parting * (p_w * (1 - p_w) + p_l * (1 - p_l))).sum(1)
     own = (1 - tokens[0].detach().exp()).square().masked_fill(masks[0] == 0, 0).sum(1)
-    return preserving_share(own + (parting * p_l.square()).sum(1), inner, slack=slack)
+    return sdpo_lambda(own + (parting * p_l.square()).sum(1), inner, slack=slack)

@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpo_mm.assets import resolve_asset
+from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
+
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpo_mm.policies.diffusion.stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "dpo_mm.policies.diffusion.sdxl:StableDiffusionXL",
@@ -22,7 +25,7 @@ FAMILIES: dict[str, str] = {
 """Pipeline class, as its model_index.json names it, to the class that makes it a policy."""
 
 
-LANGUAGE = "dpo_mm.policies.vlm.vlm_policy:VisionLanguage"
+VLM_POLICY = "dpo_mm.policies.vlm.vlm_policy:VisionLanguage"
 """What makes a policy of a transformers model: a folder or hub id with a config.json and no model_index.json."""
 
 
@@ -44,14 +47,14 @@ def _index(model: str, file: str, revision: str | None) -> Path | None:
         ) from error
 
 
-def commit_of(model: str, *, revision: str | None = None) -> str | None:
+def resolve_commit(model: str, *, revision: str | None = None) -> str | None:
     """The commit of a hub model that is read where `revision` is asked for; None for a folder."""
     index = _index(model, "model_index.json", revision) or _index(model, "config.json", revision)
     parts = index.parts if index else ()
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
-def family_of(model: str, *, revision: str | None = None) -> str:
+def policy_path_for(model: str, *, revision: str | None = None) -> str:
     """Where the class stands that makes a policy of a model, as module:class, by the model's own index.
 
     Raises ValueError where there is no index or the family is unknown.
@@ -59,7 +62,7 @@ def family_of(model: str, *, revision: str | None = None) -> str:
     index = _index(model, "model_index.json", revision)
     if index is None:
         if _index(model, "config.json", revision):
-            return LANGUAGE
+            return VLM_POLICY
         raise ValueError(
             f"model {model!r}: neither model_index.json (a diffusers pipeline) nor config.json (a transformers model) there"
         )
@@ -73,21 +76,57 @@ def family_of(model: str, *, revision: str | None = None) -> str:
 
 
 def policy_class(model: str, *, revision: str | None = None) -> Any:
-    """The class that makes a policy of a model. Raises ValueError as `family_of`."""
-    from dpo_mm.assets import locate
-
-    module, _, name = family_of(locate(model), revision=revision).partition(":")
+    """The class that makes a policy of a model. Raises ValueError as `policy_path_for`."""
+    module, _, name = policy_path_for(resolve_asset(model), revision=revision).partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def load_policy(
-    model: str, *, revision: str | None = None, precision: str = "fp32", device: str | None = None, **options: Any
-) -> Any:
-    """The policy of a model: a folder, a hub id, or the name of a shipped one; options as its class takes them.
+    model: str,
+    *,
+    revision: str | None = None,
+    precision: str = "fp32",
+    device: str | None = None,
+    adapter: str | Path | None = None,
+    **options: Any,
+) -> ImagePolicy | TextPolicy:
+    """Load a model as a policy, with the class that its family names.
 
-    Raises ValueError where it is missing, incomplete or of an unknown family.
+    Args:
+        model: a folder, a hub id, or the name of a bundled model.
+        revision: a branch, tag or commit of a hub model.
+        precision: fp32, bf16 or fp16.
+        device: cpu, cuda or cuda:1. None takes the GPU if there is one.
+        adapter: folder of a trained adapter or model, or the name of a bundled one, to generate with.
+        **options: further arguments of the class's `load`.
+
+    Raises:
+        ValueError: if the model is missing, incomplete or of an unknown family, or the adapter does not fit.
     """
-    from dpo_mm.assets import locate
+    cls = policy_class(model, revision=revision)
+    policy: ImagePolicy | TextPolicy = cls.load(
+        resolve_asset(model), revision=revision, precision=precision, device=device, **options
+    )
+    if adapter:
+        policy.load_adapter(Path(resolve_asset(str(adapter))).absolute())
+    return policy
 
-    kind = policy_class(model, revision=revision)
-    return kind.load(locate(model), revision=revision, precision=precision, device=device, **options)
+
+def load_image_policy(model: str, *, revision: str | None = None, **options: Any) -> ImagePolicy:
+    """Load an image generator. See `load_policy`. Raises ValueError for a language model, before loading it."""
+    if policy_class(model, revision=revision).modality != "image":
+        raise ValueError(
+            f"model {model!r} generates text; expected an image generator (a folder with model_index.json)"
+        )
+    policy = load_policy(model, revision=revision, **options)
+    assert policy.modality == "image"
+    return policy
+
+
+def load_text_policy(model: str, *, revision: str | None = None, **options: Any) -> TextPolicy:
+    """Load a vision-language model. See `load_policy`. Raises ValueError for an image generator, before loading it."""
+    if policy_class(model, revision=revision).modality != "text":
+        raise ValueError(f"model {model!r} generates images; expected a vision-language or language model")
+    policy = load_policy(model, revision=revision, **options)
+    assert policy.modality == "text"
+    return policy

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.data.schema import image_preference, response_preference
-from dpo_mm.errors import nearest
-from dpo_mm.progress import progress
+from dpo_mm.errors import did_you_mean
+from dpo_mm.progress import progress_bar
 from dpo_mm.sources import SOURCES, Source
 from dpo_mm.sources.archives import Files
 from dpo_mm.sources.parquet_writer import Item, LeftOut, Row, resume, write
@@ -24,7 +24,7 @@ SCRATCH = ".unpacked"
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportResult:
     """What an import made. preferences: rows by winner, of image sets. left_out: rows by the reason."""
 
     folder: Path
@@ -45,7 +45,7 @@ def import_set(
     min_score_gap: float | None = None,
     limit: int | None = None,
     license: str | None = None,
-) -> Imported:
+) -> ImportResult:
     """Import a set into a folder of Parquet files that `load_pairs` and `load_responses` take.
 
     path: a folder, a file, a hub id, or "hub" for the set's own place there. axis: one of the source's, where it has
@@ -67,7 +67,7 @@ def import_set(
         finish = _finisher(entry, origin, source, license, min_score_gap, folder)
         known = limit if limit is not None else None if entry.grouped else total(origin)
         features = image_preference() if entry.kind == "images" else response_preference()
-        with progress(f"importing {source}", known) as advance:
+        with progress_bar(f"importing {source}", known) as advance:
             advance(state.units)
             units = _units(entry, origin, axis, state.units)
             state = write(units, folder, features, state, limit=limit, finish=finish, advance=advance)
@@ -75,12 +75,12 @@ def import_set(
     if state.rows == 0:
         why = "; ".join(f"{count} x {reason}" for reason, count in state.left_out.items()) or "there was none"
         raise ValueError(f"{path}: no row was kept ({why})")
-    return Imported(folder, state.rows, len(state.shards), state.preferences, state.left_out, state.examples)
+    return ImportResult(folder, state.rows, len(state.shards), state.preferences, state.left_out, state.examples)
 
 
 def _entry(source: str, axis: str | None) -> Source:
     if source not in SOURCES:
-        raise ValueError(f"source {source!r} is unknown; {nearest(source, SOURCES)}")
+        raise ValueError(f"source {source!r} is unknown; {did_you_mean(source, SOURCES)}")
     entry = SOURCES[source]
     if axis is not None and axis not in entry.axes:
         raise ValueError(f"source {source!r} has no axis {axis!r}; it has {', '.join(entry.axes)}")

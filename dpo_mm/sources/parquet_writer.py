@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_mm.resumable import aside
+from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -34,7 +34,7 @@ Item = Row | LeftOut
 
 
 @dataclass
-class Progress:
+class ImportState:
     """What import.json holds. units: raw rows (or items, of sets that are grouped) that are done with."""
 
     settings: dict[str, Any]
@@ -47,17 +47,17 @@ class Progress:
     complete: bool = False
 
     def save(self, folder: Path) -> None:
-        with aside(folder / PROGRESS) as beside:
+        with atomic_write(folder / PROGRESS) as beside:
             beside.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
 
-def resume(folder: Path, settings: dict[str, Any]) -> Progress:
+def resume(folder: Path, settings: dict[str, Any]) -> ImportState:
     """Where an import into a folder stands. Raises ValueError where the folder holds something else."""
     file = folder / PROGRESS
     for left in folder.glob(".part-*"):  # of a run that was killed
         left.unlink()
     if file.exists():
-        held = Progress(**json.loads(file.read_text()))
+        held = ImportState(**json.loads(file.read_text()))
         if not held.units:  # nothing was written yet
             held.settings = settings
         odd = [name for name in settings if held.settings.get(name) != settings[name]]
@@ -71,7 +71,7 @@ def resume(folder: Path, settings: dict[str, Any]) -> Progress:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is there and holds no import; take an empty or a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = Progress(settings)
+    fresh = ImportState(settings)
     fresh.save(folder)  # what is unpacked here before the first shard is there is ours too
     return fresh
 
@@ -80,12 +80,12 @@ def write(
     units: Iterable[list[Item]],
     folder: Path,
     features: Features,
-    state: Progress,
+    state: ImportState,
     *,
     limit: int | None,
     finish: Callable[[Row], Item],
     advance: Callable[[int], None],
-) -> Progress:
+) -> ImportState:
     """Write what the units hold after those that are done. finish: fetches a row's pictures, or says why not.
 
     Raises OSError where the disk is full; what was written stays, and the next run goes on from it.
@@ -114,7 +114,7 @@ def write(
 class _Shard:
     """The shard that is being written; what it adds to the state counts once it has its name."""
 
-    def __init__(self, folder: Path, features: Features, state: Progress) -> None:
+    def __init__(self, folder: Path, features: Features, state: ImportState) -> None:
         self.folder, self.features, self.state = folder, features, state
         self._fresh()
 

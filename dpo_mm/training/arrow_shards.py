@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KEPT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSORS = "tensors.json"
 OPEN = 256
 """Sets that are kept open at a time; a process may have about a thousand files."""
@@ -66,19 +66,19 @@ def _tensor(data: bytes, kind: str, shape: list[int]) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def halved(columns: Mapping[str, Any], precision: str, *, where: str) -> dict[str, Any]:
+def cast_columns(columns: Mapping[str, Any], precision: str, *, where: str) -> dict[str, Any]:
     """Columns as they are kept. Raises ValueError where a number is too large for fp16."""
     found = dict(columns)
     for name, values in columns.items():
         if isinstance(values, Tensor) and values.is_floating_point():
-            found[name] = values.to(KEPT[precision])
+            found[name] = values.to(CACHE_DTYPES[precision])
             if precision == "fp16" and found[name].isinf().any() and not values.isinf().any():
                 largest = values.abs().max().item()
                 raise ValueError(f"{where}: {name} is too large for fp16 ({largest:.3g}); take cache_precision bf16")
     return found
 
 
-def keep(place: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
+def write_shard(place: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
     """Write a shard's sets of columns, aside and then under its name. Raises OSError with the fix where it can't."""
     aside = place.with_name(f".{place.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -115,7 +115,7 @@ def _kinds(columns: Mapping[str, Any]) -> dict[str, tuple[str, list[int]]]:
     return {name: (str(v.dtype).removeprefix("torch."), list(v.shape[1:])) for name, v in tensors.items()}
 
 
-def parts_of(folder: Path, kind: str) -> Iterator[Part]:
+def list_parts(folder: Path, kind: str) -> Iterator[Part]:
     """What the shards of a kind (pairs, prompts) hold, in order."""
     from datasets import load_from_disk
 
@@ -126,7 +126,7 @@ def parts_of(folder: Path, kind: str) -> Iterator[Part]:
 
 def row_bytes(columns: Mapping[str, Tensor], precision: str) -> int:
     """Bytes on disk of the tensors of one row, (rows, ...) each."""
-    kept = halved(columns, precision, where="a row")
+    kept = cast_columns(columns, precision, where="a row")
     return sum(values[0].numel() * values.element_size() for values in kept.values())
 
 

@@ -12,20 +12,19 @@ while an answer's log-prob moves by much of itself. docs/background/experiments.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.policies.protocol import Policy
 from dpo_mm.training.pair_stream import PairStream
 
 AUTO = "auto"
 PAIRS = 64
-SHARE = {False: 0.02, True: 0.5}
-"""By `exact`: of the spread, what a tuned policy moves a margin by."""
+SHARE = {"image": 0.02, "text": 0.5}
+"""By modality: of the spread, what a tuned policy moves a margin by."""
 
 
-def measure_beta(policy: Any, stream: PairStream, config: TrainConfig) -> float:
+def measure_beta(policy: Policy, stream: PairStream, config: TrainConfig) -> float:
     """1/nats, rounded to two digits so that it is the same on every machine, and the same on every process.
 
     stream: the run's pairs; its first PAIRS are asked, however short the run. Raises ValueError where all pairs are alike.
@@ -41,4 +40,4 @@ def measure_beta(policy: Any, stream: PairStream, config: TrainConfig) -> float:
     spread = torch.cat(found).std().item()
     if not spread > 0:
         raise ValueError("beta 'auto' needs pairs whose log-probs differ; these are all alike, give beta a number")
-    return float(broadcast_object_list([f"{1 / (SHARE[policy.exact] * spread):.2g}"])[0])
+    return float(broadcast_object_list([f"{1 / (SHARE[policy.modality] * spread):.2g}"])[0])

@@ -12,22 +12,23 @@ from transformers import TrainingArguments
 
 from dpo_mm import objectives
 from dpo_mm.config import TrainConfig
-from dpo_mm.errors import nearest
+from dpo_mm.errors import did_you_mean
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.adapters import check_format
-from dpo_mm.policies.diffusion.random_draws import LEVELS
+from dpo_mm.policies.diffusion.random_draws import TIMESTEP_DISTRIBUTIONS
 from dpo_mm.policies.families import load_policy, policy_class
+from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
 from dpo_mm.training.auto_beta import AUTO
-from dpo_mm.training.reference import choose_name
+from dpo_mm.training.reference import resolve_reference_name
 
-NEEDED = ("reference", "z", "reward_shift", "corrupted_ratio", "loser_scale")
-SLACK = 0.9
-"""`safe`'s slack where settings give none: Diffusion-SDPO's for SD1.5 (0.6 for SDXL)."""
-OF_IMAGES = (
+OPTIONAL_INPUTS = ("reference", "z", "reward_shift", "corrupted_ratio", "rejected_gradient_scale")
+DEFAULT_SLACK = 0.9
+"""`sdpo`'s slack where settings give none: Diffusion-SDPO's for SD1.5 (0.6 for SDXL)."""
+IMAGE_ONLY_SETTINGS = (
     "resolution", "buckets", "cache_precision", "timestep_sampling", "timestep_range", "stratified_timesteps", "antithetic_noise", "loss_weighting"
 )  # fmt: skip
 """Settings that only an image generator knows."""
-OF_TEXT = (
+TEXT_ONLY_SETTINGS = (
     "train_vision_tower",
     "max_length",
     "overlong_rows",
@@ -41,7 +42,9 @@ OPTIMIZERS = {"adamw": "", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafact
 """What the Trainer calls them; adamw is its own default."""
 
 
-def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor]:
+def build_loss(
+    config: TrainConfig, *, modality: Modality
+) -> Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor]:
     """The loss of a config: its objectives by weight, with the SFT term where it has a weight.
 
     Tried at once on a made-up pair of that exactness, so that a setting out of range, or an objective that doesn't go
@@ -49,16 +52,18 @@ def loss_of(config: TrainConfig, *, exact: bool) -> Callable[[LogProbs, LogProbs
     """
     named = {config.objective: 1.0} if isinstance(config.objective, str) else dict(config.objective)
     settings = dict(config.objective_kwargs)
-    if any("beta" in objectives.settings_of(name) for name in named):
+    if any("beta" in objectives.keyword_settings(name) for name in named):
         settings["beta"] = 1.0 if config.beta == AUTO else _number(config.beta)
-    settings.pop("slack", None) if "safe" in named else None
+    settings.pop("slack", None) if "sdpo" in named else None
     if config.sft_weight:
         named["sft"] = named.get("sft", 0.0) + config.sft_weight
     loss = objectives.mixture(named, settings)
     one = torch.ones(2)
-    sample = LogProbs(-one, -one, one, one, exact=exact)
+    sample = LogProbs(-one, -one, one, one, is_likelihood=modality == "text")
     given = {"probability": one, "score_margin": one, "z": torch.zeros(()), "reward_shift": torch.zeros(())}
-    given |= {"loser_scale": torch.zeros(2)} | ({"corrupted_ratio": torch.zeros(2)} if exact else {})
+    given |= {"rejected_gradient_scale": torch.zeros(2)} | (
+        {"corrupted_ratio": torch.zeros(2)} if modality == "text" else {}
+    )
     loss(sample, sample, given)
     return loss
 
@@ -69,33 +74,35 @@ def _number(beta: float | str) -> float:
     return beta
 
 
-def check(config: TrainConfig) -> None:
+def validate_config(config: TrainConfig) -> None:
     """Everything about a config that can be refused before a model is loaded. Raises ValueError."""
     family = policy_class(config.model, revision=config.revision)
-    exact = family.exact
+    modality: Modality = family.modality
     check_format(config, getattr(family, "kohya_prefix", None), family=family.__name__)
-    loss_of(config, exact=exact)
-    draws = 1 if exact else config.fixed_draws_per_row
-    if choose_name(config) == "precomputed" and draws < 1:
+    build_loss(config, modality=modality)
+    draws = 1 if modality == "text" else config.fixed_draws_per_row
+    if resolve_reference_name(config) == "precomputed" and draws < 1:
         raise ValueError(
             "reference 'precomputed' needs fixed_draws_per_row of at least 1: so many fixed draws a row are kept"
         )
-    if choose_name(config) == "precomputed" and "corrupted_ratio" in needs_of(config):
+    if resolve_reference_name(config) == "precomputed" and "corrupted_ratio" in required_inputs(config):
         raise ValueError("reference 'precomputed' does not go with image_conditional; take adapter_off or frozen_copy")
-    kinds = ("vision-language models", "an image generator"), ("image generators", "a model of text")
-    owner, given = kinds[exact]
-    settings = OF_IMAGES if exact else OF_TEXT
+    settings: tuple[str, ...]
+    if modality == "text":
+        owner, given, settings = "image generators", "a vision-language model", IMAGE_ONLY_SETTINGS
+    else:
+        owner, given, settings = "vision-language models", "an image generator", TEXT_ONLY_SETTINGS
     strange = [name for name in settings if getattr(config, name) != getattr(TrainConfig, name)]
     if strange:
         raise ValueError(f"{strange[0]} is a setting of {owner}; {config.model} is {given}")
-    _check_draws(config)
+    _validate_timestep_settings(config)
     training_arguments(config)
 
 
-def _check_draws(config: TrainConfig) -> None:
-    if config.timestep_sampling not in LEVELS:
+def _validate_timestep_settings(config: TrainConfig) -> None:
+    if config.timestep_sampling not in TIMESTEP_DISTRIBUTIONS:
         raise ValueError(
-            f"timestep_sampling {config.timestep_sampling!r} is unknown; {nearest(config.timestep_sampling, LEVELS)}"
+            f"timestep_sampling {config.timestep_sampling!r} is unknown; {did_you_mean(config.timestep_sampling, TIMESTEP_DISTRIBUTIONS)}"
         )
     if config.loss_weighting not in ("target", "epsilon"):
         raise ValueError(f"loss_weighting {config.loss_weighting!r} is unknown; expected target or epsilon")
@@ -106,21 +113,21 @@ def _check_draws(config: TrainConfig) -> None:
         raise ValueError("antithetic_noise takes an even batch_size (each pair comes twice) and no fixed_draws_per_row")
 
 
-def needs_of(config: TrainConfig) -> set[str]:
+def required_inputs(config: TrainConfig) -> set[str]:
     """Which of NEEDED the config's objectives take."""
     named = [config.objective] if isinstance(config.objective, str) else list(config.objective)
-    return {what for what in NEEDED if any(objectives.takes(name, what) for name in named)}
+    return {what for what in OPTIONAL_INPUTS if any(objectives.takes(name, what) for name in named)}
 
 
-def opened(config: TrainConfig, *, weights: bool = True) -> Any:
+def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | TextPolicy:
     """The policy that a config trains, not yet prepared. Raises ValueError as loading does.
 
     weights: False leaves an image generator's on the meta device, see `policies.hollow`.
     """
     options: dict[str, Any] = {}
-    if policy_class(config.model, revision=config.revision).exact:
-        options = {name: getattr(config, name) for name in OF_TEXT if name != "cache_vision_features"}
-        options["corrupt"] = "corrupted_ratio" in needs_of(config)
+    if policy_class(config.model, revision=config.revision).modality == "text":
+        options = {name: getattr(config, name) for name in TEXT_ONLY_SETTINGS if name != "cache_vision_features"}
+        options["corrupt"] = "corrupted_ratio" in required_inputs(config)
     else:
         options = {"resolution": config.resolution, "weights": weights}
     precision = config.precision if config.tuning == "lora" else "fp32"
@@ -130,7 +137,7 @@ def opened(config: TrainConfig, *, weights: bool = True) -> Any:
 def _optimizer(name: str) -> str:
     """An optimizer in the Trainer's words. Raises ValueError where it is unknown or needs what isn't installed."""
     if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer {name!r} is unknown; {nearest(name, OPTIMIZERS)}")
+        raise ValueError(f"optimizer {name!r} is unknown; {did_you_mean(name, OPTIMIZERS)}")
     if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("optimizer 'adamw_8bit' needs bitsandbytes; pip install 'dpo-mm[8bit]', or take adafactor")
     return OPTIMIZERS[name] or TrainingArguments.optim

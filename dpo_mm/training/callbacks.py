@@ -12,28 +12,28 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from dpo_mm.resumable import StopRequest
-from dpo_mm.training.reference import Following
+from dpo_mm.training.reference import TrackingReference
 
 logger = logging.getLogger(__name__)
 
-IN_A_ROW = 20
+MAX_CONSECUTIVE_SKIPS = 20
 """Steps without a finite gradient after which a run gives up; the first few are normal in fp16."""
 NAMED = 8
 """Rows and tensors that a diagnosis names at most."""
 
 
-class FiniteSteps(TrainerCallback):
+class SkipNonFiniteStepsCallback(TrainerCallback):
     """A gradient that isn't finite makes no optimizer step; it is counted, and twenty in a row end the run.
 
     Gradients are the same on every process by then, and so is the decision. The diagnosis names this process's rows.
     """
 
     def __init__(self) -> None:
-        self.skipped, self.in_a_row = 0, 0
+        self.skipped, self.consecutive_skips = 0, 0
         self.batches: list[tuple[Sequence[str], Tensor | None, Tensor]] = []
         self.norms: tuple[list[str], Tensor] | None = None
 
-    def saw(self, ids: Sequence[str], timesteps: Tensor | None, losses: Tensor) -> None:
+    def record_batch(self, ids: Sequence[str], timesteps: Tensor | None, losses: Tensor) -> None:
         """A batch of the step that is being made: row ids, timesteps (pairs,) or None, losses (pairs,)."""
         self.batches.append((ids, timesteps, losses.detach()))
 
@@ -51,15 +51,15 @@ class FiniteSteps(TrainerCallback):
         diagnosis = "" if finite else self.diagnosis()
         self.batches, self.norms = [], None
         if finite:
-            self.in_a_row = 0
+            self.consecutive_skips = 0
             return
         for parameter in model.parameters():
             parameter.grad = None
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
         logger.warning("step %d is left out: %s", state.global_step + 1, diagnosis)
-        if self.in_a_row == IN_A_ROW:
+        if self.consecutive_skips == MAX_CONSECUTIVE_SKIPS:
             raise FloatingPointError(
-                f"{IN_A_ROW} steps in a row up to step {state.global_step + 1} had no finite gradient; the run is ended. "
+                f"{MAX_CONSECUTIVE_SKIPS} steps in a row up to step {state.global_step + 1} had no finite gradient; the run is ended. "
                 "Lower learning_rate or beta, take precision bf16 or fp32, and look for broken rows. "
                 f"The last one: {diagnosis}"
             )
@@ -109,7 +109,7 @@ class GracefulStopCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class Bar(TrainerCallback):
+class ProgressBarCallback(TrainerCallback):
     """Moves a progress bar a step at a time."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
@@ -122,14 +122,14 @@ class Bar(TrainerCallback):
         self.advance(1)
 
 
-class Follow(TrainerCallback):
+class UpdateReferenceCallback(TrainerCallback):
     """Lets a reference follow the policy after each step."""
 
-    def __init__(self, reference: Following) -> None:
+    def __init__(self, reference: TrackingReference) -> None:
         self.reference = reference
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.reference.follow(state.global_step)
+        self.reference.update(state.global_step)
 
 
 WINDOW = 10
@@ -144,7 +144,7 @@ DRIFTED = 1.1
 """Denoising error of the chosen side relative to the reference's, above which an image generator is warned of."""
 
 
-class _Watch(TrainerCallback):
+class _ThresholdWarning(TrainerCallback):
     """Says `advice` once when the mean of a logged number over the last WINDOW logs passes `limit`."""
 
     name: str
@@ -166,7 +166,7 @@ class _Watch(TrainerCallback):
             logger.warning("step %d: %s", state.global_step, self.advice.format(mean=mean, window=WINDOW))
 
 
-class Displacement(_Watch):
+class ChosenLikelihoodWarning(_ThresholdWarning):
     """Text: the chosen answer itself becomes unlikely. Source: Razin et al. 2024 (2410.08847); Pal et al. 2402.13228."""
 
     name, limit, above = "rewards/chosen", DISPLACED, False
@@ -176,11 +176,11 @@ class Displacement(_Watch):
     )
 
 
-class ErrorDrift(_Watch):
+class ChosenErrorWarning(_ThresholdWarning):
     """Images: the denoising error of the chosen picture itself rises. Source: Diffusion-SDPO (2511.03317) section 3."""
 
     name, limit, above = "errors/chosen", DRIFTED, True
     advice = (
         "the denoising error of chosen pictures is {mean:.2f} times the reference's over the last {window} logs; look at "
-        "pictures, not at the loss. If they get worse: objective safe, a higher beta, a lower learning_rate or fewer steps"
+        "pictures, not at the loss. If they get worse: objective sdpo, a higher beta, a lower learning_rate or fewer steps"
     )

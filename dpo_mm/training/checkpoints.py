@@ -36,7 +36,7 @@ FREE_TO_CHANGE = {
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
+def explain_disk_full(place: Path) -> Iterator[None]:
     """Within it whatever fails for want of space is one OSError that names `place` and the way out.
 
     torch and safetensors report a full disk by errors of their own.
@@ -57,7 +57,7 @@ def _unwritten(place: Path, reason: str, number: int = errno.EIO) -> OSError:
     return OSError(number, f"could not write {place}: {reason}; earlier checkpoints are kept, free space and --resume")
 
 
-def publish(aside: Path, folder: Path) -> None:
+def move_into_place(aside: Path, folder: Path) -> None:
     """Put each part of `aside` into the folder under its name, in place of what was there."""
     for part in sorted(aside.iterdir()):
         if (folder / part.name).is_dir():
@@ -86,7 +86,7 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_whole(folder: Path) -> Path | None:
+def latest_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run with all its parts; broken ones are named and passed over.
 
     Raises ValueError where there are some and none is whole. None where there are none.
@@ -104,7 +104,7 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_per_step: int) -> dict[str, Any]:
+def check_same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_per_step: int) -> dict[str, Any]:
     """What the checkpoint keeps of its run (STATE), where `config` and its pairs a step go on with it.
 
     Raises ValueError with what changed, but for FREE_TO_CHANGE.

@@ -23,10 +23,11 @@ from PIL import Image
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.load_pairs import Pairs, check_sources, data_columns
-from dpo_mm.data.schema import decided, digest, load_pairs, load_responses, split_by_prompt
+from dpo_mm.data.schema import digest, drop_ties, load_pairs, load_responses, split_by_prompt
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
-from dpo_mm.progress import progress
-from dpo_mm.resumable import aside
+from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
+from dpo_mm.progress import progress_bar
+from dpo_mm.resumable import atomic_write
 from dpo_mm.training import arrow_shards
 from dpo_mm.training.arrow_shards import Part, Shards
 
@@ -37,7 +38,7 @@ COMPLETE, QUARANTINE = "complete.json", "quarantine.jsonl"
 SHARD = 256
 PIXELS, TOKENS = 32 * 256**2, SHARD * 77
 """What the encoders are given at a time, at most: pixels of pictures, tokens of prompts."""
-PATIENCE = 1800.0
+SHARD_TIMEOUT_S = 1800.0
 """Seconds without a new shard after which a process gives up waiting for the others."""
 
 
@@ -75,30 +76,30 @@ class EncodedPairs:
         return row
 
 
-class Share(NamedTuple):
+class ProcessRank(NamedTuple):
     """Which of how many processes this one is, as `torchrun` and `accelerate launch` say."""
 
     number: int
     of: int
 
     @classmethod
-    def own(cls) -> Share:
+    def own(cls) -> ProcessRank:
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
-class Task(NamedTuple):
+class EncodingJob(NamedTuple):
     """What is encoded, how, and where it goes."""
 
-    policy: Any
+    policy: ImagePolicy
     pairs: Pairs
     folder: Path
     frames: tuple[tuple[int, int], ...]
     precision: str
-    share: Share
+    share: ProcessRank
 
 
 def encode(
-    policy: Any,
+    policy: ImagePolicy,
     rows: Dataset,
     *,
     where: str,
@@ -115,26 +116,29 @@ def encode(
     """
     if undecodable_images not in ("raise", "drop"):
         raise ValueError(f"undecodable_images {undecodable_images!r} is unknown; expected 'raise' or 'drop'")
-    if precision not in arrow_shards.KEPT:
-        raise ValueError(f"cache_precision {precision!r} is unknown; expected one of {', '.join(arrow_shards.KEPT)}")
+    if precision not in arrow_shards.CACHE_DTYPES:
+        raise ValueError(
+            f"cache_precision {precision!r} is unknown; expected one of {', '.join(arrow_shards.CACHE_DTYPES)}"
+        )
     unit = policy.patch * policy.pipe.vae_scale_factor
     frames = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
     folder = (cache or cache_folder()) / "encoded" / _key(policy, rows, frames, precision)
-    pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, edits=policy.edits)
-    task = Task(policy, pairs, folder, frames, precision, Share.own())
+    pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, edits=policy.is_image_editing)
+    task = EncodingJob(policy, pairs, folder, frames, precision, ProcessRank.own())
     if not (folder / COMPLETE).exists():
-        check_sources(policy, rows, where)
+        pipeline = type(policy.pipe).__name__
+        check_sources(rows, where, pipeline=pipeline, is_image_editing=policy.is_image_editing)
         folder.mkdir(parents=True, exist_ok=True)
         _encode(task)
     return EncodedPairs(folder)
 
 
-def _key(policy: Any, rows: Dataset, frames: Sequence[tuple[int, int]], precision: str) -> str:
+def _key(policy: ImagePolicy, rows: Dataset, frames: Sequence[tuple[int, int]], precision: str) -> str:
     said = f"{policy.fingerprint()} {rows._fingerprint} {list(frames)} {precision} v2"
     return hashlib.sha256(said.encode()).hexdigest()[:24]
 
 
-def _encode(task: Task) -> None:
+def _encode(task: EncodingJob) -> None:
     """All shards of a task that are this process's own; the first one then notes that all are there."""
     names = sorted(set(task.pairs.rows["prompt"]))
     expected = [task.folder / f"prompts-{number:05}" for number, _ in _shards(len(names))]
@@ -143,36 +147,36 @@ def _encode(task: Task) -> None:
     a_prompt, a_pair = sample_bytes(task.policy, task.precision)
     size = a_prompt * len(names) + a_pair * len(task.pairs.rows)
     arrow_shards.check_disk(task.folder, int(size * missing))
-    with progress(f"encoding prompts, {arrow_shards.gib(a_prompt * len(names))}", len(names)) as advance:
+    with progress_bar(f"encoding prompts, {arrow_shards.gib(a_prompt * len(names))}", len(names)) as advance:
         _encode_prompts(task, names, advance)
-    with progress(
+    with progress_bar(
         f"encoding pictures, {arrow_shards.gib(a_pair * len(task.pairs.rows))}", len(task.pairs.rows)
     ) as advance:
         _encode_pairs(task, names, advance)
     if task.share.number == 0:
-        _wait(expected, task.folder)
+        _wait_for_files(expected, task.folder)
         _complete(task)
-    _wait([task.folder / COMPLETE], task.folder)
+    _wait_for_files([task.folder / COMPLETE], task.folder)
 
 
-def sample_bytes(policy: Any, precision: str) -> tuple[int, int]:
+def sample_bytes(policy: ImagePolicy, precision: str) -> tuple[int, int]:
     """Bytes on disk of one prompt and of one pair, about, from encoding one of each."""
     prompt = policy.encode_prompts(["a picture"])
     mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
-    source = policy.edits * arrow_shards.row_bytes({"mean": mean}, precision)
+    source = policy.is_image_editing * arrow_shards.row_bytes({"mean": mean}, precision)
     return arrow_shards.row_bytes(prompt, precision), source + 2 * arrow_shards.row_bytes(
         {"mean": mean, "std": std}, precision
     )
 
 
-def _complete(task: Task) -> None:
-    pairs = list(arrow_shards.parts_of(task.folder, "pairs"))
+def _complete(task: EncodingJob) -> None:
+    pairs = list(arrow_shards.list_parts(task.folder, "pairs"))
     if not pairs:
         raise ValueError(
             f"{task.pairs.where}: no pair is left; every row has a picture that does not decode, see "
             f"{task.folder / QUARANTINE}"
         )
-    kept = {"pairs": pairs, "prompts": list(arrow_shards.parts_of(task.folder, "prompts"))}
+    kept = {"pairs": pairs, "prompts": list(arrow_shards.list_parts(task.folder, "prompts"))}
     about = {
         "source": task.pairs.where,
         "model": task.policy.source,
@@ -182,19 +186,19 @@ def _complete(task: Task) -> None:
     _write(task.folder / COMPLETE, json.dumps({**about, **kept}))
 
 
-def _wait(places: Iterable[Path], folder: Path) -> None:
+def _wait_for_files(places: Iterable[Path], folder: Path) -> None:
     """Until all of them are there. Files are looked at, not a barrier of processes, which would time out in hours.
 
-    Raises ValueError where nothing new has come for `PATIENCE` seconds.
+    Raises ValueError where nothing new has come for `SHARD_TIMEOUT_S` seconds.
     """
     last, before = time.monotonic(), -1
     missing = [place for place in places if not place.exists()]
     while missing:
         now = sum(1 for _ in folder.iterdir())
         last, before = (time.monotonic(), now) if now != before else (last, before)
-        if time.monotonic() - last > PATIENCE:
+        if time.monotonic() - last > SHARD_TIMEOUT_S:
             raise ValueError(
-                f"{missing[0]} has not come for {PATIENCE / 60:.0f} minutes; all processes must see the same folder, set "
+                f"{missing[0]} has not come for {SHARD_TIMEOUT_S / 60:.0f} minutes; all processes must see the same folder, set "
                 "DPO_MM_CACHE to one on a shared disk"
             )
         time.sleep(0.2)
@@ -206,7 +210,7 @@ def _shards(total: int) -> Iterator[tuple[int, range]]:
         yield number, range(start, min(start + SHARD, total))
 
 
-def _own(task: Task, kind: str, total: int) -> Iterator[tuple[Path, range]]:
+def _own(task: EncodingJob, kind: str, total: int) -> Iterator[tuple[Path, range]]:
     """Shards of this process that are not there yet."""
     for number, part in _shards(total):
         place = task.folder / f"{kind}-{number:05}"
@@ -214,7 +218,7 @@ def _own(task: Task, kind: str, total: int) -> Iterator[tuple[Path, range]]:
             yield place, part
 
 
-def _encode_prompts(task: Task, names: Sequence[str], advance: Any) -> None:
+def _encode_prompts(task: EncodingJob, names: Sequence[str], advance: Any) -> None:
     from dpo_mm.policies.diffusion.collate import padded
 
     for place, part in _own(task, "prompts", len(names)):
@@ -226,11 +230,13 @@ def _encode_prompts(task: Task, names: Sequence[str], advance: Any) -> None:
             for start in range(0, len(part), at_once)
         ]
         columns = {name: padded([row for each in found for row in each[name]]) for name in found[0]}
-        arrow_shards.keep(place, {"all": arrow_shards.halved(columns, task.precision, where=task.pairs.where)})
+        arrow_shards.write_shard(
+            place, {"all": arrow_shards.cast_columns(columns, task.precision, where=task.pairs.where)}
+        )
         advance(len(part))
 
 
-def _encode_pairs(task: Task, names: Sequence[str], advance: Any) -> None:
+def _encode_pairs(task: EncodingJob, names: Sequence[str], advance: Any) -> None:
     index = {name: n for n, name in enumerate(names)}
     optional = data_columns(task.pairs.rows)
     for place, part in _own(task, "pairs", len(task.pairs.rows)):
@@ -240,8 +246,8 @@ def _encode_pairs(task: Task, names: Sequence[str], advance: Any) -> None:
         sets = {}
         for frame, some in sorted(good.items()):
             columns = _columns(task.policy, some, frame, index, optional)
-            sets[f"{frame[0]}x{frame[1]}"] = arrow_shards.halved(columns, task.precision, where=task.pairs.where)
-        arrow_shards.keep(place, sets)
+            sets[f"{frame[0]}x{frame[1]}"] = arrow_shards.cast_columns(columns, task.precision, where=task.pairs.where)
+        arrow_shards.write_shard(place, sets)
         advance(len(part))
 
 
@@ -251,7 +257,7 @@ def at_once(frame: tuple[int, int]) -> int:
 
 
 def _columns(
-    policy: Any,
+    policy: ImagePolicy,
     rows: Sequence[dict[str, Any]],
     frame: tuple[int, int],
     index: dict[str, int],
@@ -261,9 +267,9 @@ def _columns(
     count = at_once(frame)
     for place, side in enumerate(("chosen", "rejected", "source")[: len(rows[0]["pictures"])]):
         some = [row["pictures"][place] for row in rows]
-        with policy.framed(frame):
+        with policy.at_size(frame):
             parts = [policy.encode_images(some[i : i + count]) for i in range(0, len(rows), count)]
-            facts = policy.image_facts(some)
+            facts = policy.size_conditioning(some)
         columns[f"{side}_mean"] = torch.cat([mean for mean, _ in parts])
         if side != "source":
             columns[f"{side}_std"] = torch.cat([std for _, std in parts])
@@ -274,28 +280,28 @@ def _columns(
 
 
 def _write(path: Path, text: str) -> None:
-    with aside(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text)
 
 
-class Sets(NamedTuple):
+class EncodedSplits(NamedTuple):
     """Encoded pairs to train on, those to watch (or None), and a digest of what they were made from."""
 
     rows: Any
-    watched: Any
+    eval_rows: Any
     digest: str
 
 
-def encoded_sets(policy: Any, config: TrainConfig) -> Sets:
+def encoded_sets(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> EncodedSplits:
     """The config's pairs to train on and, of other prompts, those to watch. Raises ValueError as `encode` does.
 
     A policy that encodes its rows itself (text) keeps them in memory; pictures go through the cache.
     """
-    if hasattr(policy, "encode"):
+    if policy.modality == "text":
         pairs = load_responses(config.pairs)
         inside, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
-        return Sets(policy.encode(inside), None if apart is None else policy.encode(apart), digest(pairs))
-    pairs = decided(load_pairs(config.pairs))
+        return EncodedSplits(policy.encode(inside), None if apart is None else policy.encode(apart), digest(pairs))
+    pairs = drop_ties(load_pairs(config.pairs))
     rows, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
     how: dict[str, Any] = {
         "where": config.pairs,
@@ -304,4 +310,4 @@ def encoded_sets(policy: Any, config: TrainConfig) -> Sets:
         "precision": config.cache_precision,
     }
     encoded = encode(policy, rows, **how)
-    return Sets(encoded, None if apart is None else encode(policy, apart, **how), digest(pairs))
+    return EncodedSplits(encoded, None if apart is None else encode(policy, apart, **how), digest(pairs))

@@ -21,14 +21,15 @@ from torch.utils._pytree import tree_leaves
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion.meta_pipeline import fake
+from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.training.arrow_shards import gib
 from dpo_mm.training.encoding import at_once, sample_bytes
-from dpo_mm.training.reference import choose_name
+from dpo_mm.training.reference import resolve_reference_name
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Alive(TorchDispatchMode):
+class PeakMemoryMode(TorchDispatchMode):
     """Bytes of the tensors made within it that are alive, and the most that were at once."""
 
     def __init__(self) -> None:
@@ -80,7 +81,7 @@ class Memory:
         )
 
 
-def planned(policy: Any, config: TrainConfig, prompts: int, pairs: int) -> dict[str, str]:
+def estimate_memory_and_disk(policy: ImagePolicy, config: TrainConfig, prompts: int, pairs: int) -> dict[str, str]:
     """Lines `memory` and `disk` of a run's plan. policy: hollow and prepared, see `policies.hollow`.
 
     None for a family that looks at the numbers of its own tensors, such as the lengths of prompts: it can't be counted.
@@ -95,7 +96,7 @@ def planned(policy: Any, config: TrainConfig, prompts: int, pairs: int) -> dict[
     return {"memory": memory.said(), "disk": f"about {gib(disk)} for {pairs:,} pairs of {prompts:,} prompts, encoded"}
 
 
-def counted(policy: Any, config: TrainConfig) -> tuple[Memory, tuple[int, int]]:
+def counted(policy: ImagePolicy, config: TrainConfig) -> tuple[Memory, tuple[int, int]]:
     """What a run takes in memory, and on disk a prompt and a pair, in bytes."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -106,20 +107,20 @@ def counted(policy: Any, config: TrainConfig) -> tuple[Memory, tuple[int, int]]:
             fake(module)
         disk = sample_bytes(policy, config.cache_precision)
         rows = [_row(policy)] * config.batch_size
-        with Alive() as encoding:
+        with PeakMemoryMode() as encoding:
             size = policy.resolution
             policy.encode_images([Image.new("RGB", (size, size))] * at_once((size, size)))
-        policy.drop_encoders()
-        with Alive() as step:
+        policy.free_encoders()
+        with PeakMemoryMode() as step:
             _step(policy, config, policy.collate(rows))
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     weights = _bytes(policy.model)
-    copies = choose_name(config) == "frozen_copy"
+    copies = resolve_reference_name(config) == "frozen_copy"
     state = sum(state_bytes(p.shape, config.optimizer) for p in trained)
     return Memory(weights, copies * weights, state, step.peak, everything + encoding.peak), disk
 
 
-def _row(policy: Any) -> dict[str, Any]:
+def _row(policy: ImagePolicy) -> dict[str, Any]:
     """An encoded row of the policy's shapes."""
     blank = [Image.new("RGB", (policy.resolution, policy.resolution))]
     prompt = {name: value[0] for name, value in policy.encode_prompts(["a picture"]).items()}
@@ -127,17 +128,17 @@ def _row(policy: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"id": "a row", "visit": 0, "prompt": prompt}
     for side in ("chosen", "rejected"):
         row |= {f"{side}_mean": mean[0], f"{side}_std": std[0]}
-        row |= {f"{side}_{name}": fact[0] for name, fact in policy.image_facts(blank).items()}
-    return row | ({"source_mean": mean[0]} if policy.edits else {})
+        row |= {f"{side}_{name}": fact[0] for name, fact in policy.size_conditioning(blank).items()}
+    return row | ({"source_mean": mean[0]} if policy.is_image_editing else {})
 
 
-def _step(policy: Any, config: TrainConfig, batch: dict[str, Any]) -> None:
+def _step(policy: ImagePolicy, config: TrainConfig, batch: dict[str, Any]) -> None:
     """The trainer's forward and backward: the reference first, without activations, then the policy."""
     policy.model.train()
     kind = AUTOCAST.get(config.precision)
     off = policy.adapter_off() if config.tuning == "lora" else contextlib.nullcontext()
     with torch.autocast("cpu", dtype=kind or torch.bfloat16, enabled=kind is not None):
-        if choose_name(config) != "precomputed":
+        if resolve_reference_name(config) != "precomputed":
             with torch.no_grad(), off:
                 policy.log_probs(policy.model, batch)
         found = policy.log_probs(policy.model, batch)

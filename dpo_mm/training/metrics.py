@@ -11,7 +11,7 @@ from dpo_mm import objectives
 from dpo_mm.objectives import LogProbs
 
 
-def by_level(found: Mapping[str, Tensor], level: Tensor) -> dict[str, Tensor]:
+def split_by_noise_quartile(found: Mapping[str, Tensor], level: Tensor) -> dict[str, Tensor]:
     """Accuracy and margin again, by quarter of the noise schedule, NaN for pairs of another quarter; (pairs,) each.
 
     level: where in the schedule each pair was drawn, [0, 1), (pairs,); the first quarter is the cleanest.
@@ -24,7 +24,7 @@ def by_level(found: Mapping[str, Tensor], level: Tensor) -> dict[str, Tensor]:
     }
 
 
-def measures(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str, Tensor]:
+def reward_metrics(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str, Tensor]:
     """What is watched beside the loss, each (pairs,).
 
     accuracy: 1 where the implicit reward prefers the chosen side, 1/2 at a tie. reward_*, margin: beta * log-ratio;
@@ -32,7 +32,7 @@ def measures(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str,
     error_* (surrogates alone): denoising error relative to the reference's, 1 where it is the same.
     """
     chosen, rejected = objectives.log_ratios(policy, reference)
-    delta = objectives.margins(policy, reference)
+    delta = objectives.deltas(policy, reference)
     found = {
         "rewards/accuracies": (delta > 0).float() + 0.5 * (delta == 0).float(),
         "rewards/margins": beta * delta,
@@ -40,7 +40,7 @@ def measures(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str,
         "rewards/chosen": beta * chosen,
         "rewards/rejected": beta * rejected,
     }
-    if not policy.exact:
+    if not policy.is_likelihood:
         found["errors/chosen"] = policy.chosen / reference.chosen
         found["errors/rejected"] = policy.rejected / reference.rejected
     return {name: value.detach() for name, value in found.items()}

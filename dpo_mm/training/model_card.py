@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dpo_mm.assets import SHIPPED, locate
+from dpo_mm.assets import BUNDLED, resolve_asset
 from dpo_mm.config import TrainConfig
-from dpo_mm.judges.provenance import CARD_KEY, judges_of
-from dpo_mm.resumable import aside
+from dpo_mm.judges.provenance import CARD_KEY, training_judges_of
+from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
     from dpo_mm.evaluation.statistics import Comparison
@@ -47,7 +47,7 @@ def usage_code(config: TrainConfig, *, family: str = "", image_lines: Sequence[s
         family: the family that the run's summary prints, which tells a text-only model from a VLM.
         image_lines: Python that loads an image pipeline as `pipe`. None for a text model.
     """
-    base, folder = locate(config.model), Path(config.output_dir).name
+    base, folder = resolve_asset(config.model), Path(config.output_dir).name
     if image_lines is not None:
         source = 'image=load_image("source.png"), prompt=' if "Kontext" in family else ""
         lines = "\n".join([*image_lines, GENERATING.format(arguments=source)])
@@ -78,11 +78,11 @@ def write_card(
         "library_name": library if text else "diffusers",
         "tags": ["dpo", "preference-optimization", *(["lora"] if config.tuning == "lora" else [])],
     }
-    if made := judges_of(config.pairs):
+    if made := training_judges_of(config.pairs):
         front[CARD_KEY] = list(made)
     code = usage_code(config, family=settings.get("family", ""), image_lines=image_lines)
     bundled = f" `{_cell(config.model)}` is bundled with dpo-mm. The path is the one at training time."
-    where = f"Run this in the folder that contains `{_cell(folder.name)}`.{bundled if config.model in SHIPPED else ''}"
+    where = f"Run this in the folder that contains `{_cell(folder.name)}`.{bundled if config.model in BUNDLED else ''}"
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items())
     card = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_cell(folder.name)}\n\n"
@@ -118,6 +118,6 @@ def _cell(text: str) -> str:
 
 
 def _write(path: Path, card: str) -> Path:
-    with aside(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(card, encoding="utf-8")
     return path

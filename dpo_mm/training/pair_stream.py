@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion import random_draws
+from dpo_mm.policies.protocol import Modality
 
 EVAL_DRAWS = 4
 """Frozen (noise, timestep) draws of each watched row, one from each quarter of the schedule."""
@@ -33,12 +34,12 @@ class PairStream(Dataset[dict[str, Any]]):
     """Encoded pairs, by number."""
     seed: int
     length: int
-    draws: int = 0
+    num_fixed_draws: int = 0
     """K, the visit that a row's draw is made from runs 0..K-1 and again; 0: every visit is fresh."""
-    strata: int = 0
+    num_strata: int = 0
     """So many rows in a row, a step's, draw their timesteps from as many parts of the schedule, one each; of K fixed
     draws, those of a row do so instead. 0: each is drawn by itself."""
-    mirrored: bool = False
+    antithetic: bool = False
     """Each visit comes twice in a row, the second time with its noise negated."""
     shuffle: bool = True
     batch_size: int = 1
@@ -48,32 +49,37 @@ class PairStream(Dataset[dict[str, Any]]):
         return self.length
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        number, second = divmod(number, 2) if self.mirrored else (number, 0)
-        round_, row = self._plain(number) if len(groups_of(self.rows)) == 1 else self._grouped(number)
-        return self.at(row, round_ % self.draws if self.draws else round_, number=number, sign=-1 if second else 1)
+        number, second = divmod(number, 2) if self.antithetic else (number, 0)
+        round_, row = self._ungrouped(number) if len(buckets_of(self.rows)) == 1 else self._in_bucket(number)
+        return self.row_at_epoch(
+            row,
+            round_ % self.num_fixed_draws if self.num_fixed_draws else round_,
+            number=number,
+            sign=-1 if second else 1,
+        )
 
-    def at(self, row: int, visit: int, *, number: int = 0, sign: int = 1) -> dict[str, Any]:
+    def row_at_epoch(self, row: int, visit: int, *, number: int = 0, sign: int = 1) -> dict[str, Any]:
         """A row at one of its visits. number: its place in the stream, which strata go by unless draws are fixed."""
         found = self.rows[row]
-        place_in_time = {"stratum": self._stratum(found["id"], visit, number)} if self.strata else {}
+        place_in_time = {"stratum": self._stratum(found["id"], visit, number)} if self.num_strata else {}
         return {**found, "visit": visit, "sign": sign, **place_in_time}
 
-    def _plain(self, number: int) -> tuple[int, int]:
+    def _ungrouped(self, number: int) -> tuple[int, int]:
         visit, place = divmod(number, len(self.rows))
         return visit, int(_order((self.seed, visit), len(self.rows))[place]) if self.shuffle else place
 
-    def _grouped(self, number: int) -> tuple[int, int]:
-        size, groups = max(self.batch_size // 2, 1) if self.mirrored else self.batch_size, groups_of(self.rows)
+    def _in_bucket(self, number: int) -> tuple[int, int]:
+        size, groups = max(self.batch_size // 2, 1) if self.antithetic else self.batch_size, buckets_of(self.rows)
         step, place = divmod(number, size)
         sizes = tuple(len(group) for group in groups)
-        which, batch = _batch(self.seed, sizes, size, step) if self.shuffle else self._in_turn(step)
+        which, batch = _batch(self.seed, sizes, size, step) if self.shuffle else self._bucket_by_bucket(step)
         visit, at = divmod(batch * size + place, sizes[which])
         order = _order((self.seed, which, visit), sizes[which]) if self.shuffle else range(sizes[which])
         return visit, groups[which][int(order[at])]
 
-    def _in_turn(self, step: int) -> tuple[int, int]:
+    def _bucket_by_bucket(self, step: int) -> tuple[int, int]:
         """Batches of the first group, then of the next, each group's visits rounded up to whole batches."""
-        for which, count in enumerate(whole_batches(groups_of(self.rows), self.batch_size, self.draws or 1)):
+        for which, count in enumerate(whole_batches(buckets_of(self.rows), self.batch_size, self.num_fixed_draws or 1)):
             if step < count:
                 return which, step
             step -= count
@@ -81,14 +87,14 @@ class PairStream(Dataset[dict[str, Any]]):
 
     def _stratum(self, row: str, visit: int, number: int) -> tuple[int, int]:
         """Which part of the schedule, of how many."""
-        if self.draws:
-            return int(random_draws.strata(self.seed, row, self.draws)[visit]), self.draws
-        count = max(self.strata // 2, 1) if self.mirrored else self.strata
+        if self.num_fixed_draws:
+            return int(random_draws.stratum_order(self.seed, row, self.num_fixed_draws)[visit]), self.num_fixed_draws
+        count = max(self.num_strata // 2, 1) if self.antithetic else self.num_strata
         step, place = divmod(number, count)
         return int(_order((self.seed, 1 + step, 1), count)[place]), count
 
 
-def groups_of(rows: Any) -> Sequence[range]:
+def buckets_of(rows: Any) -> Sequence[range]:
     """Row numbers of each group of a set, all of them one group where it says nothing of groups."""
     return getattr(rows, "groups", None) or [range(len(rows))]
 
@@ -132,15 +138,17 @@ def training_stream(config: TrainConfig, rows: Any, processes: int) -> PairStrea
         rows,
         seed=config.seed,
         length=config.steps * step,
-        draws=config.fixed_draws_per_row,
-        strata=step if config.stratified_timesteps else 0,
-        mirrored=config.antithetic_noise,
+        num_fixed_draws=config.fixed_draws_per_row,
+        num_strata=step if config.stratified_timesteps else 0,
+        antithetic=config.antithetic_noise,
         batch_size=config.batch_size,
     )
 
 
-def frozen_stream(rows: Any, config: TrainConfig, *, exact: bool) -> PairStream:
+def eval_stream(rows: Any, config: TrainConfig, *, modality: Modality) -> PairStream:
     """Watched rows once, or of images at EVAL_DRAWS draws that no training visit uses."""
-    draws, size, groups = 1 if exact else EVAL_DRAWS, config.batch_size, groups_of(rows)
+    draws, size, groups = 1 if modality == "text" else EVAL_DRAWS, config.batch_size, buckets_of(rows)
     length = draws * len(rows) if len(groups) == 1 else size * sum(whole_batches(groups, size, draws))
-    return PairStream(rows, seed=0, length=length, draws=draws, strata=draws, shuffle=False, batch_size=size)
+    return PairStream(
+        rows, seed=0, length=length, num_fixed_draws=draws, num_strata=draws, shuffle=False, batch_size=size
+    )

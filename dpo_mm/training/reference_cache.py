@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_mm.resumable import aside
+from dpo_mm.policies.protocol import TextPolicy
+from dpo_mm.resumable import atomic_write
 
 
-def place_of(policy: Any, rows: Any, folder: Path, *, precision: str) -> Path:
+def cache_path(policy: TextPolicy, rows: Any, folder: Path, *, precision: str) -> Path:
     """The file of these rows' log-probs under these weights; rows: as `policy.encode` gives them. precision: of the run."""
     digest = hashlib.sha256(
         f"{policy.fingerprint()} {precision} {policy.ld_alpha} {policy.edited_token_weight} v1".encode()
@@ -43,17 +44,17 @@ def _bytes(value: Any) -> Iterator[bytes]:
         yield repr(value).encode()
 
 
-def read(place: Path) -> dict[str, Tensor] | None:
-    """What `write` wrote: chosen and rejected, (rows, 1), nats; None where it isn't there."""
+def load(place: Path) -> dict[str, Tensor] | None:
+    """What `save` wrote: chosen and rejected, (rows, 1), nats; None where it isn't there."""
     from safetensors.torch import load_file
 
     return load_file(place) if place.exists() else None
 
 
-def write(place: Path, *, chosen: Tensor, rejected: Tensor) -> None:
+def save(place: Path, *, chosen: Tensor, rejected: Tensor) -> None:
     """Keep log-probs, aside and then under their name."""
     from safetensors.torch import save_file
 
     place.parent.mkdir(parents=True, exist_ok=True)
-    with aside(place, fix="free space or set DPO_MM_CACHE") as beside:
+    with atomic_write(place, fix="free space or set DPO_MM_CACHE") as beside:
         save_file({"chosen": chosen, "rejected": rejected}, beside)

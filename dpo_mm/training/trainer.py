@@ -1,12 +1,13 @@
-"""The trainer: batch -> log-probs of reference and policy -> objective -> step, for every kind of policy.
+"""The training loop: log-probs of reference and policy, objective, optimizer step, checkpoints.
 
-The loop, accumulation, precision, schedules and distribution are `transformers.Trainer`'s; here are the loss, what is
-measured beside it, and how checkpoints are written (aside, then renamed) and read.
+`transformers.Trainer` runs the loop, accumulation, precision, schedules and distribution. This module adds the loss,
+its metrics, and checkpoints that are written to a temporary folder and then renamed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,57 +23,69 @@ from transformers.trainer_utils import rotate_checkpoints
 from dpo_mm import objectives
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.objectives import LogProbs
-from dpo_mm.policies.protocol import Batch
-from dpo_mm.training.builders import SLACK, loss_of, needs_of, training_arguments
-from dpo_mm.training.callbacks import Displacement, ErrorDrift, FiniteSteps, Follow
-from dpo_mm.training.checkpoints import CONFIG_FILE, mark_complete, publish, writing
-from dpo_mm.training.metrics import by_level, image_reliance, measures
-from dpo_mm.training.pair_stream import frozen_stream, training_stream
-from dpo_mm.training.reference import Following, choose
+from dpo_mm.policies.protocol import Batch, Policy
+from dpo_mm.training.builders import DEFAULT_SLACK, build_loss, required_inputs, training_arguments
+from dpo_mm.training.callbacks import (
+    ChosenErrorWarning,
+    ChosenLikelihoodWarning,
+    SkipNonFiniteStepsCallback,
+    UpdateReferenceCallback,
+)
+from dpo_mm.training.checkpoints import CONFIG_FILE, explain_disk_full, mark_complete, move_into_place
+from dpo_mm.training.metrics import image_reliance, reward_metrics, split_by_noise_quartile
+from dpo_mm.training.pair_stream import eval_stream, training_stream
+from dpo_mm.training.reference import TrackingReference, build_reference
 
 
-class DPOTrainer(Trainer):
-    """Preference optimisation of a policy, image generator or vision-language model alike.
+class PreferenceTrainer(Trainer):
+    """Preference optimisation of an image generator or a vision-language model.
 
-    policy: prepared. rows: encoded pairs. watched: pairs to evaluate on, on frozen draws, or None. kept: what
-    checkpoints hold beside the config, some of `checkpoints.STATE`.
-    Raises ValueError where the config's objective or reference doesn't fit.
+    Args:
+        policy: the model, after `policy.prepare(config)`.
+        config: settings of the run.
+        train_rows: encoded pairs to train on.
+        eval_rows: encoded pairs to evaluate on, at fixed noise and timesteps. None runs no evaluation.
+        run_state: entries of `checkpoints.STATE` that each checkpoint stores next to the config.
+        **kwargs: further arguments of `transformers.Trainer`, such as callbacks.
+
+    Raises:
+        ValueError: if the objective or the reference does not fit the policy.
     """
 
     def __init__(
         self,
-        policy: Any,
+        policy: Policy,
         config: TrainConfig,
-        rows: Any,
-        watched: Any = None,
+        train_rows: Any,
+        eval_rows: Any = None,
         *,
-        kept: Mapping[str, Any] | None = None,
+        run_state: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.policy, self.config = policy, config
-        self.objective: Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor] = loss_of(
-            config, exact=policy.exact
+        self.objective: Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor] = build_loss(
+            config, modality=policy.modality
         )
-        self.needs = needs_of(config)
-        self.kept = {**(kept or {}), "rewards": {"mean": 0.0, "count": 0.0}}
-        self._measured: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
+        self.required_inputs = required_inputs(config)
+        self.run_state = {**(run_state or {}), "rewards": {"mean": 0.0, "count": 0.0}}
+        self._metrics: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
         arguments = training_arguments(config)
         super().__init__(
             model=policy.model,
             args=arguments,
             data_collator=policy.collate,
-            train_dataset=training_stream(config, rows, arguments.world_size),
-            eval_dataset=None if watched is None else frozen_stream(watched, config, exact=policy.exact),
+            train_dataset=training_stream(config, train_rows, arguments.world_size),
+            eval_dataset=None if eval_rows is None else eval_stream(eval_rows, config, modality=policy.modality),
             **kwargs,
         )
         shard = self._shard if self.is_fsdp_enabled else None
-        self.reference = choose(policy, config, shard) if "reference" in self.needs else None
+        self.reference = build_reference(policy, config, shard) if "reference" in self.required_inputs else None
         self.model_accepts_loss_kwargs = False
-        self.guard = FiniteSteps()
-        self.add_callback(self.guard)
-        self.add_callback(Displacement() if policy.exact else ErrorDrift())
-        if isinstance(self.reference, Following):
-            self.add_callback(Follow(self.reference))
+        self.skip_callback = SkipNonFiniteStepsCallback()
+        self.add_callback(self.skip_callback)
+        self.add_callback(ChosenLikelihoodWarning() if policy.modality == "text" else ChosenErrorWarning())
+        if isinstance(self.reference, TrackingReference):
+            self.add_callback(UpdateReferenceCallback(self.reference))
 
     def _shard(self, model: nn.Module) -> None:
         """Spread a frozen copy over the processes, as the model itself will be. Raises ValueError under FSDP1."""
@@ -88,82 +101,101 @@ class DPOTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        policy, reference = self._asked(model, inputs)
-        given = {**inputs, **self._from_batch(policy, reference)}
-        if "loser_scale" in self.needs:
-            given["loser_scale"] = self.policy.loser_scale(slack=self.config.objective_kwargs.get("slack", SLACK))
-        if "corrupted_ratio" in self.needs:
-            seen_less, reference_less = self._asked(model, inputs["corrupted"])
-            given["corrupted_ratio"] = objectives.log_ratios(seen_less, reference_less)[0]  # type: ignore[arg-type]
-        losses = self.objective(policy, reference, given)
-        found = {"loss": losses.detach()}
-        if reference is not None:
-            found |= measures(policy, reference, beta=float(self.config.beta))
-        if "corrupted_ratio" in given:
-            found["image_reliance"] = image_reliance(policy, reference, given["corrupted_ratio"])  # type: ignore[arg-type]
-        if torch.is_grad_enabled():
-            self.guard.saw(inputs["id"], inputs.get("timestep"), losses)
-            self._measured["train"].append(found)
+        evaluating = not torch.is_grad_enabled()
+        reference_logps = self._reference_log_probs(model, inputs)
+        policy_logps, gradient_scale = self._policy_log_probs(model, inputs)
+        loss_inputs = {**inputs, **gradient_scale}
+        loss_inputs |= self._global_batch_statistics(policy_logps, reference_logps, update_running_mean=not evaluating)
+        if "corrupted_ratio" in self.required_inputs:
+            corrupted_reference = self._reference_log_probs(model, inputs["corrupted"])
+            corrupted_policy, _ = self._policy_log_probs(model, inputs["corrupted"])
+            loss_inputs["corrupted_ratio"] = objectives.log_ratios(corrupted_policy, corrupted_reference)[0]  # type: ignore[arg-type]
+        losses = self.objective(policy_logps, reference_logps, loss_inputs)
+        metrics = {
+            "loss": losses.detach(),
+            "logps/chosen": policy_logps.chosen.detach(),
+            "logps/rejected": policy_logps.rejected.detach(),
+        }
+        if reference_logps is not None:
+            metrics |= reward_metrics(policy_logps, reference_logps, beta=float(self.config.beta))
+        if "corrupted_ratio" in loss_inputs:
+            ratio = loss_inputs["corrupted_ratio"]
+            metrics["image_reliance"] = image_reliance(policy_logps, reference_logps, ratio)  # type: ignore[arg-type]
+        if evaluating:
+            by_noise = "level" in inputs and reference_logps is not None
+            quartiles = split_by_noise_quartile(metrics, inputs["level"]) if by_noise else {}
+            self._metrics["eval"].append(metrics | quartiles)
         else:
-            levels = by_level(found, inputs["level"]) if "level" in inputs and reference is not None else {}
-            self._measured["eval"].append(found | levels)
+            self.skip_callback.record_batch(inputs["id"], inputs.get("timestep"), losses)
+            self._metrics["train"].append(metrics)
         return losses.mean()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self.guard.measure(self.policy.model)
+        self.skip_callback.measure(self.policy.model)
         return super()._clip_grad_norm(model)
 
-    def _asked(self, model: nn.Module, inputs: Batch) -> tuple[LogProbs, LogProbs | None]:
-        """What policy and reference say of a batch; the reference first, while no activations are kept."""
+    def _reference_log_probs(self, model: nn.Module, inputs: Batch) -> LogProbs | None:
+        """Log-probs of a batch under the reference. Run it before the policy, whose activations take memory."""
         with self.accelerator.autocast():
-            reference = self.reference(model, inputs) if self.reference else None
-            return self.policy.log_probs(model, inputs), reference
+            return self.reference(model, inputs) if self.reference else None
 
-    def _from_batch(self, policy: LogProbs, reference: LogProbs | None) -> dict[str, Tensor]:
-        """What some objectives take from the batches of all processes: KTO's z, BCO's running mean of the rewards."""
-        if reference is None or not self.needs & {"z", "reward_shift"}:
+    def _policy_log_probs(self, model: nn.Module, inputs: Batch) -> tuple[LogProbs, dict[str, Tensor]]:
+        """Log-probs of a batch under the policy, and the scale of the rejected gradient if the objective takes it."""
+        with self.accelerator.autocast():
+            if "rejected_gradient_scale" not in self.required_inputs:
+                return self.policy.log_probs(model, inputs), {}
+            slack = self.config.objective_kwargs.get("slack", DEFAULT_SLACK)
+            log_probs, scale = self.policy.log_probs_and_gradient_scale(model, inputs, slack=slack)
+            return log_probs, {"rejected_gradient_scale": scale}
+
+    def _global_batch_statistics(
+        self, policy_logps: LogProbs, reference_logps: LogProbs | None, *, update_running_mean: bool
+    ) -> dict[str, Tensor]:
+        """Gather the log-ratios of all processes for KTO's z and for BCO's running mean of the rewards."""
+        if reference_logps is None or not self.required_inputs & {"z", "reward_shift"}:
             return {}
-        ratios = objectives.log_ratios(policy.detach(), reference)
+        ratios = objectives.log_ratios(policy_logps.detach(), reference_logps)
         chosen, rejected = (self.accelerator.gather(ratio) for ratio in ratios)
-        beta, found, rewards = float(self.config.beta), {}, self.kept["rewards"]
-        if "z" in self.needs:
-            found["z"] = objectives.kto_reference(chosen, rejected, beta=beta)
-        if "reward_shift" in self.needs:
-            mean, seen = rewards["mean"], int(rewards["count"])
-            found["reward_shift"] = objectives.bco_shift(chosen, rejected, beta=beta, before=mean, seen=seen)
-            if torch.is_grad_enabled():
-                self.kept["rewards"] = {"mean": found["reward_shift"].item(), "count": seen + 2.0 * len(chosen)}
-        return found
+        beta, statistics, rewards = float(self.config.beta), {}, self.run_state["rewards"]
+        if "z" in self.required_inputs:
+            statistics["z"] = objectives.kto_reference(chosen, rejected, beta=beta)
+        if "reward_shift" in self.required_inputs:
+            mean, count = rewards["mean"], int(rewards["count"])
+            shift = objectives.bco_shift(chosen, rejected, beta=beta, before=mean, seen=count)
+            statistics["reward_shift"] = shift
+            if update_running_mean:
+                self.run_state["rewards"] = {"mean": shift.item(), "count": count + 2.0 * len(chosen)}
+        return statistics
 
     def _averages(self, split: str) -> dict[str, float]:
-        """Means over all that was measured since the last call, over all processes."""
-        kept, self._measured[split] = self._measured[split], []
-        if not kept:
+        """Mean of each metric since the last call, over all processes."""
+        batches, self._metrics[split] = self._metrics[split], []
+        if not batches:
             return {}
-        stacked = torch.stack([torch.cat([entry[name] for entry in kept]) for name in kept[0]])
+        stacked = torch.stack([torch.cat([batch[name] for batch in batches]) for name in batches[0]])
         means = self.accelerator.gather(stacked.nanmean(1)[None]).nanmean(0)  # type: ignore[union-attr]
-        found = dict(zip(kept[0], means.tolist(), strict=True))
-        return {name: value for name, value in found.items() if "_quartile" not in name or value == value}
+        metrics = dict(zip(batches[0], means.tolist(), strict=True))
+        return {name: value for name, value in metrics.items() if "_quartile" not in name or not math.isnan(value)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **self._averages("train")}
-            if self.guard.skipped:
-                logs["skipped_steps"] = float(self.guard.skipped)
+            if self.skip_callback.skipped:
+                logs["skipped_steps"] = float(self.skip_callback.skipped)
         super().log(logs, start_time)
 
     @torch.no_grad()
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Loss and measures on the watched pairs, on draws that never change."""
+        """Compute loss and metrics on the evaluation pairs, at noise and timesteps that never change."""
         model: nn.Module = self.policy.model
         model.eval()
         for batch in self.get_eval_dataloader():
             self.compute_loss(model, self._prepare_inputs(batch))
         model.train()
-        found = {f"{metric_key_prefix}_{name}": value for name, value in self._averages("eval").items()}
-        self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages("eval").items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        return metrics
 
     # Checkpoints: written aside and renamed, so that one that is there is whole
 
@@ -174,11 +206,11 @@ class DPOTrainer(Trainer):
         aside, final = Path(self._get_output_dir()), Path(self.args.output_dir)  # type: ignore[arg-type]
         name = f"checkpoint-{self.state.global_step}"
         try:
-            with writing(final / name):
+            with explain_disk_full(final / name):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    if isinstance(self.reference, Following):
+                    if isinstance(self.reference, TrackingReference):
                         self.reference.save(aside / name)
                     mark_complete(aside / name)
                     shutil.rmtree(final / name, ignore_errors=True)
@@ -194,16 +226,16 @@ class DPOTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save(folder, state_dict)
-        (folder / CONFIG_FILE).write_text(json.dumps(as_dict(self.config) | self.kept, indent=1))
+        (folder / CONFIG_FILE).write_text(json.dumps(as_dict(self.config) | self.run_state, indent=1))
 
     def save_result(self) -> None:
         """Write what was trained into output_dir, each part aside and then under its name."""
         aside, final = Path(self._get_output_dir()) / "result", Path(self.args.output_dir)  # type: ignore[arg-type]
-        with writing(final):
+        with explain_disk_full(final):
             self.save_model(str(aside))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                publish(aside, final)
+                move_into_place(aside, final)
                 shutil.rmtree(aside.parent)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -212,6 +244,6 @@ class DPOTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.policy.load_weights(folder)
-        if isinstance(self.reference, Following):
+        if isinstance(self.reference, TrackingReference):
             self.reference.load(folder)
-        self.kept["rewards"] = json.loads((folder / CONFIG_FILE).read_text())["rewards"]
+        self.run_state["rewards"] = json.loads((folder / CONFIG_FILE).read_text())["rewards"]

@@ -13,22 +13,22 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.training.builders import opened
-from dpo_mm.training.run import Trained, train
+from dpo_mm.training.builders import build_policy
+from dpo_mm.training.run import TrainResult, train
 
 STEPS, CUT = 4, 2
 """Steps of the short runs, and after which one of them is cut."""
 
 
-class Check(NamedTuple):
+class CheckResult(NamedTuple):
     """What was checked, whether it holds, and what was seen."""
 
     name: str
     passed: bool
-    seen: str
+    observed: str
 
 
-def verify(config: TrainConfig, folder: Path) -> Iterator[Check]:
+def verify(config: TrainConfig, folder: Path) -> Iterator[CheckResult]:
     """Short runs of a recipe on its own model and pairs in an empty folder, each check as it is done.
 
     Raises ValueError as `train`.
@@ -44,8 +44,8 @@ def verify(config: TrainConfig, folder: Path) -> Iterator[Check]:
     shutil.copytree(whole.folder / f"checkpoint-{CUT}", folder / "cut" / f"checkpoint-{CUT}")
     cut = run("cut", resume=True)
     yield _same(f"cut after step {CUT} and resumed, it gives the same weights", whole.folder, cut.folder)
-    policy = opened(short)
-    policy.drop_encoders()
+    policy = build_policy(short)
+    policy.free_encoders()
     policy.prepare(short)
     policy.load_weights(whole.folder)
     (folder / "back").mkdir()
@@ -53,33 +53,37 @@ def verify(config: TrainConfig, folder: Path) -> Iterator[Check]:
     yield _same("what was saved is loaded and saved to the same weights", whole.folder, folder / "back")
 
 
-def _numbers(trained: Trained) -> Check:
+def _numbers(trained: TrainResult) -> CheckResult:
     losses = [entry["loss"] for entry in trained.history if "loss" in entry]
     skipped = max((entry.get("skipped_steps", 0) for entry in trained.history), default=0)
     finite = all(map(math.isfinite, losses)) and not skipped
     shown = ", ".join(f"{loss:.4g}" for loss in losses)
-    return Check("every step has a finite loss and gradient", finite, f"losses {shown}; {skipped:g} steps left out")
+    return CheckResult(
+        "every step has a finite loss and gradient", finite, f"losses {shown}; {skipped:g} steps left out"
+    )
 
 
-def _starts_at_the_reference(trained: Trained) -> Check:
+def _starts_at_the_reference(trained: TrainResult) -> CheckResult:
     """The first step's margin, before anything was learned, is 0: the reference is what training starts from."""
     first = next((entry["rewards/margins"] for entry in trained.history if "rewards/margins" in entry), None)
     if first is None:
-        return Check("training starts at its reference", True, "no reference in this objective")
-    return Check("training starts at its reference", abs(first) < 1e-4, f"the first step's margin is {first:.3g}")
+        return CheckResult("training starts at its reference", True, "no reference in this objective")
+    return CheckResult("training starts at its reference", abs(first) < 1e-4, f"the first step's margin is {first:.3g}")
 
 
-def _same(name: str, one: Path, other: Path) -> Check:
+def _same(name: str, one: Path, other: Path) -> CheckResult:
     """Whether two folders hold the same tensors, bit for bit."""
     ours, theirs = _tensors(one), _tensors(other)
     if ours.keys() != theirs.keys() or not ours:
         odd = sorted(ours.keys() ^ theirs.keys())
-        return Check(name, False, f"{odd[0]} is in one of them alone" if odd else f"{one} holds no weights")
+        return CheckResult(name, False, f"{odd[0]} is in one of them alone" if odd else f"{one} holds no weights")
     apart = {key: (ours[key].float() - theirs[key].float()).abs().max().item() for key in ours}
     different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
     if not different:
-        return Check(name, True, f"{len(ours)} tensors, bit for bit")
-    return Check(name, False, f"{len(different)} of {len(ours)} tensors differ, by {max(apart.values()):.3g} at most")
+        return CheckResult(name, True, f"{len(ours)} tensors, bit for bit")
+    return CheckResult(
+        name, False, f"{len(different)} of {len(ours)} tensors differ, by {max(apart.values()):.3g} at most"
+    )
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

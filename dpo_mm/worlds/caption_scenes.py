@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dpo_mm.worlds import shapes
-from dpo_mm.worlds.shapes import COLOURS, SHAPES, Request, Scene, Wanted
+from dpo_mm.worlds.shapes import COLOURS, SHAPES, ObjectSpec, Scene, SceneSpec
 
 PROMPT = "Describe the picture."
 KINDS = tuple(f"{colour} {shape}" for colour, shape in itertools.product(COLOURS, SHAPES))
@@ -75,8 +75,8 @@ def scenes(count: int, seed: int, *, held_out: bool = False) -> Iterator[Scene]:
             kinds = [KINDS[n] for n in rng.choice(len(KINDS), int(rng.integers(1, 5)), replace=False)]
             if len(kinds) == 1 or _of_held_out(kinds) == held_out:
                 break
-        wanted = tuple(Wanted(kind.split()[1], colour=kind.split()[0]) for kind in kinds)
-        yield shapes.sample_scene(Request("scene", wanted), rng)
+        wanted = tuple(ObjectSpec(kind.split()[1], colour=kind.split()[0]) for kind in kinds)
+        yield shapes.sample_scene(SceneSpec("scene", wanted), rng)
 
 
 def _of_held_out(kinds: list[str]) -> bool:

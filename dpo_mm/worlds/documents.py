@@ -1,6 +1,6 @@
 """The world of documents: small pages of text in real fonts, with their exact transcription.
 
-A `Page` says what stands on it and how it is printed, `render` draws it, `transcription` is what a perfect reader
+A `DocumentPage` says what stands on it and how it is printed, `render` draws it, `transcription` is what a perfect reader
 returns. Besides prose there is the material that makes readers repeat themselves: tables of contents with dotted
 leaders, tables of zeros, words that are rightly repeated, long runs of digits. A page of the form "json" has a header
 and a footer, and its transcription is an object of header, body and footer, as document readers emit.
@@ -55,7 +55,7 @@ LONG_RUN, LOST_RATE = re.compile(r"([^\n\\]{1,12}?)\1{2,}"), 0.8
 
 
 @dataclass(frozen=True)
-class Page:
+class DocumentPage:
     """What stands on a page and how it is printed.
 
     lines: the body. header, footer: empty where there is none. size: pixels an em. x, y: pixels from the margin to the
@@ -80,7 +80,7 @@ class Page:
     ink: int = 20
 
 
-def transcription(page: Page) -> str:
+def transcription(page: DocumentPage) -> str:
     """What a perfect reader returns: the lines, or compact JSON of header, body and footer."""
     if page.form == "text":
         return "\n".join(line for line in (page.header, *page.lines, page.footer) if line)
@@ -88,7 +88,7 @@ def transcription(page: Page) -> str:
     return json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
 
 
-def silver_transcription(page: Page, rng: np.random.Generator, length: int) -> str:
+def pseudo_labelled_transcription(page: DocumentPage, rng: np.random.Generator, length: int) -> str:
     """The transcription as an older reader made it, whose loops are of `length` characters.
 
     Sets of transcriptions are often the work of another reader. This one makes no mistake but one: once in a long run,
@@ -110,7 +110,7 @@ def pages(
     json_share: float = 0.3,
     width: int = WIDTH,
     height: int = HEIGHT,
-) -> Iterator[Page]:
+) -> Iterator[DocumentPage]:
     """`count` pages of mixed kinds; page n depends on seed, side and n alone. json_share: of the pages, [0, 1]."""
     for number in range(count):
         rng = np.random.default_rng((seed, int(held_out), number))
@@ -127,7 +127,7 @@ def sample_page(
     held_out: bool = False,
     width: int = WIDTH,
     height: int = HEIGHT,
-) -> Page:
+) -> DocumentPage:
     """A page of one kind, two to five lines of body (fewer where fewer fit), all else drawn from `rng`.
 
     width, height: pixels. Raises ValueError for an unknown kind or form and for a page too small for its text.
@@ -142,10 +142,10 @@ def sample_page(
     if most < 2 or column.room < 7 * size:
         raise ValueError(f"page of {width}x{height} is too small for two lines; take 80x64 for text, 80x80 for json")
     lines = COMPOSERS[kind](rng, column, int(rng.integers(min(3 if kind == "zeros" else 2, most), most + 1)))
-    return _printed(Page(kind, tuple(lines), form, header, footer, face, size, width, height), rng)
+    return _printed(DocumentPage(kind, tuple(lines), form, header, footer, face, size, width, height), rng)
 
 
-def _printed(page: Page, rng: np.random.Generator) -> Page:
+def _printed(page: DocumentPage, rng: np.random.Generator) -> DocumentPage:
     """The page with its place, skew, grain, paper and ink drawn from `rng`."""
     right = page.width - 2 * MARGIN - max(measure(line, page.face, page.size) for line in page.lines)
     down = page.height - 2 * MARGIN - _furniture(page.size, page.header, page.footer) - _tall(page)
@@ -315,11 +315,11 @@ def _furniture(size: int, header: str, footer: str) -> float:
     return 1.5 * LEADING * size * (bool(header) + bool(footer))
 
 
-def _tall(page: Page) -> float:
+def _tall(page: DocumentPage) -> float:
     return LEADING * page.size * len(page.lines)
 
 
-def render(page: Page) -> Image.Image:
+def render(page: DocumentPage) -> Image.Image:
     """The page as an RGB image of its width and height, text anti-aliased, then skewed, then with its grain.
 
     Raises ValueError where the text does not fit the page.
@@ -337,7 +337,7 @@ def render(page: Page) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
-def _placed(page: Page) -> list[tuple[float, float, str]]:
+def _placed(page: DocumentPage) -> list[tuple[float, float, str]]:
     """Where each line stands: x of its left end, y of its middle, in pixels; header and footer are centred."""
     advance = LEADING * page.size
     top = MARGIN + page.y + 1.5 * advance * bool(page.header)
@@ -355,7 +355,7 @@ def _placed(page: Page) -> list[tuple[float, float, str]]:
     return placed
 
 
-def characters(page: Page) -> Iterator[tuple[str, float, float, int, int]]:
+def characters(page: DocumentPage) -> Iterator[tuple[str, float, float, int, int]]:
     """Each character as it stands on the drawn page: itself, x and y of its middle in pixels, its line and column."""
     turn, cx, cy = math.radians(page.skew), page.width / 2, page.height / 2
     for row, (left, y, line) in enumerate(sorted(_placed(page), key=lambda placed: placed[1])):

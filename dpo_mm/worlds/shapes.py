@@ -1,6 +1,6 @@
 """The world of coloured shapes: prompts in GenEval's six categories, and scenes drawn to satisfy them.
 
-A prompt is a `Request` in words, a `Scene` is where everything stands, `render` draws it with anti-aliasing.
+A prompt is a `SceneSpec` in words, a `Scene` is where everything stands, `render` draws it with anti-aliasing.
 What a picture really shows is for `dpo_mm.judges.scene` to say; it looks at pixels alone.
 
 Source of the categories: GenEval (Ghosh et al. 2023, 2310.11513): single object, two objects, counting, colours,
@@ -36,7 +36,7 @@ CATEGORIES = ("single object", "two objects", "counting", "colours", "position",
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ObjectSpec:
     """So many objects of one kind; colour and size None where the prompt leaves them open."""
 
     shape: str
@@ -46,16 +46,16 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Request:
+class SceneSpec:
     """What a prompt asks for: the objects, all of them, and where the first stands from the second."""
 
     category: str
-    objects: tuple[Wanted, ...]
+    objects: tuple[ObjectSpec, ...]
     relation: str | None = None
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One drawn object: centre (x, y) and side of its bounding box in pixels, colour as painted."""
 
     shape: str
@@ -66,7 +66,7 @@ class Thing:
     rgb: tuple[int, int, int]
 
 
-class Placed(Protocol):
+class HasCentre(Protocol):
     """Whatever has a centre."""
 
     @property
@@ -79,7 +79,7 @@ class Placed(Protocol):
 class Scene:
     """Objects on a background that runs from `top` to `bottom` (RGB, 0-255)."""
 
-    things: tuple[Thing, ...]
+    things: tuple[SceneObject, ...]
     top: tuple[int, int, int]
     bottom: tuple[int, int, int]
 
@@ -88,10 +88,10 @@ def plural(shape: str) -> str:
     return {"cross": "crosses"}.get(shape, shape + "s")
 
 
-def describe(request: Request) -> str:
+def describe(request: SceneSpec) -> str:
     """The prompt of a request, in English."""
 
-    def words(wanted: Wanted) -> str:
+    def words(wanted: ObjectSpec) -> str:
         kind = wanted.shape if wanted.count == 1 else plural(wanted.shape)
         number = {value: word for word, value in COUNTS.items()}.get(wanted.count)
         adjectives = [word for word in (wanted.size, wanted.colour) if word]
@@ -107,7 +107,7 @@ _PHRASE = re.compile(
 )
 
 
-def parse(prompt: str) -> Request:
+def parse(prompt: str) -> SceneSpec:
     """The request that a prompt of this world states. Raises ValueError for any other prompt."""
     relation = next((r for r in RELATIONS if f" {r} " in prompt), None)
     objects = []
@@ -119,11 +119,11 @@ def parse(prompt: str) -> Request:
                 "'a red circle', 'a big star' or 'three crosses'; other prompts need another judge"
             )
         shape = next(s for s in SHAPES if match["shape"] in (s, plural(s)))
-        objects.append(Wanted(shape, COUNTS.get(match["number"], 1), match["colour"], match["size"]))
-    return Request(_category(objects, relation), tuple(objects), relation)
+        objects.append(ObjectSpec(shape, COUNTS.get(match["number"], 1), match["colour"], match["size"]))
+    return SceneSpec(_category(objects, relation), tuple(objects), relation)
 
 
-def _category(objects: list[Wanted], relation: str | None) -> str:
+def _category(objects: list[ObjectSpec], relation: str | None) -> str:
     if relation:
         return "position"
     if len(objects) > 1:
@@ -133,19 +133,19 @@ def _category(objects: list[Wanted], relation: str | None) -> str:
     return "colours" if objects[0].colour else "single object"
 
 
-def requests() -> list[Request]:
+def requests() -> list[SceneSpec]:
     """Every request of the world, in a fixed order."""
-    found = [Request("single object", (Wanted(s, size=z),)) for s in SHAPES for z in SIZES]
-    found += [Request("two objects", (Wanted(a), Wanted(b))) for a, b in itertools.permutations(SHAPES, 2)]
+    found = [SceneSpec("single object", (ObjectSpec(s, size=z),)) for s in SHAPES for z in SIZES]
+    found += [SceneSpec("two objects", (ObjectSpec(a), ObjectSpec(b))) for a, b in itertools.permutations(SHAPES, 2)]
     for shape, count in itertools.product(SHAPES, COUNTS.values()):
-        found += [Request("counting", (Wanted(shape, count, colour),)) for colour in (None, *COLOURS)]
-    found += [Request("colours", (Wanted(s, colour=c),)) for s in SHAPES for c in COLOURS]
+        found += [SceneSpec("counting", (ObjectSpec(shape, count, colour),)) for colour in (None, *COLOURS)]
+    found += [SceneSpec("colours", (ObjectSpec(s, colour=c),)) for s in SHAPES for c in COLOURS]
     pairs = list(itertools.permutations(SHAPES, 2))
     colours = list(itertools.permutations(COLOURS, 2))
     for (a, b), relation in itertools.product(pairs, RELATIONS):
-        found.append(Request("position", (Wanted(a), Wanted(b)), relation))
+        found.append(SceneSpec("position", (ObjectSpec(a), ObjectSpec(b)), relation))
     for (a, b), (c, d) in itertools.product(pairs, colours):
-        found.append(Request("colour attribution", (Wanted(a, colour=c), Wanted(b, colour=d))))
+        found.append(SceneSpec("colour attribution", (ObjectSpec(a, colour=c), ObjectSpec(b, colour=d))))
     return found
 
 
@@ -167,7 +167,7 @@ def split(seed: int = 0) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def combination(request: Request) -> object:
+def combination(request: SceneSpec) -> object:
     """What a request combines, the same for all ways to word it."""
     mirrored = {"right of": "left of", "below": "above"}.get(request.relation or "")
     objects = request.objects[::-1] if mirrored else request.objects
@@ -176,11 +176,11 @@ def combination(request: Request) -> object:
     return (None, tuple(sorted(objects, key=str)))
 
 
-def sample_scene(request: Request, rng: np.random.Generator) -> Scene:
+def sample_scene(request: SceneSpec, rng: np.random.Generator) -> Scene:
     """A scene that satisfies the request: free colours, sizes and places drawn from `rng`."""
     wanted = [one for one in request.objects for _ in range(one.count)]
     while True:
-        things: list[Thing] = []
+        things: list[SceneObject] = []
         shared = rng.choice(list(COLOURS))
         for one in wanted:
             thing = _place(one, things, len(wanted), shared, rng)
@@ -191,14 +191,16 @@ def sample_scene(request: Request, rng: np.random.Generator) -> Scene:
             return Scene(tuple(things), *_background(rng))
 
 
-def _place(one: Wanted, others: list[Thing], total: int, shared: str, rng: np.random.Generator) -> Thing | None:
+def _place(
+    one: ObjectSpec, others: list[SceneObject], total: int, shared: str, rng: np.random.Generator
+) -> SceneObject | None:
     low, high = SIZES[one.size] if one.size else {1: (20, 34), 2: (18, 25), 3: (16, 22)}.get(total, (16, 19))
     colour = one.colour or (shared if one.count > 1 and rng.random() < 0.7 else rng.choice(list(COLOURS)))
     for _ in range(30):
         size = rng.uniform(low, high)
         x, y = rng.uniform(size / 2 + 2, SIZE - size / 2 - 2, 2)
         if all(max(abs(x - o.x), abs(y - o.y)) > (size + o.size) / 2 + 4 for o in others):
-            return Thing(one.shape, str(colour), x, y, size, _tint(COLOURS[str(colour)], rng))
+            return SceneObject(one.shape, str(colour), x, y, size, _tint(COLOURS[str(colour)], rng))
     return None
 
 
@@ -217,7 +219,7 @@ def _background(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[i
     return tuple(3 * [round(light)]), tuple(3 * [round(other)])  # type: ignore[return-value]
 
 
-def holds(relation: str, first: Placed, second: Placed) -> bool:
+def holds(relation: str, first: HasCentre, second: HasCentre) -> bool:
     """Whether `first` stands so from `second`: clearly (8 pixels), and more that way than across it."""
     dx, dy = first.x - second.x, first.y - second.y
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]

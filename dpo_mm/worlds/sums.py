@@ -63,7 +63,7 @@ def expression(one: Sum) -> str:
     return f"{one.start}{'+' if gap > 0 else '-'}{abs(gap)}"
 
 
-def sloppy(one: Sum, rng: np.random.Generator) -> str:
+def noisy_answer(one: Sum, rng: np.random.Generator) -> str:
     """An answer as sloppy notes have it: often off by ten where there is a carry, often as an equation that doesn't run."""
     gap = one.number - one.start
     size = abs(gap)

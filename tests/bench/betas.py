@@ -6,21 +6,21 @@ import json
 import sys
 from pathlib import Path
 
-from dpo_mm.cli.main import quietly
+from dpo_mm.cli.main import suppress_library_output
 from dpo_mm.recipe import read_recipe
 from dpo_mm.training.auto_beta import SHARE, measure_beta
 
 
 def main(out: Path) -> None:
-    from dpo_mm.training.builders import opened
+    from dpo_mm.training.builders import build_policy
     from dpo_mm.training.encoding import encoded_sets
     from dpo_mm.training.pair_stream import training_stream
 
     table = []
-    with quietly():
+    with suppress_library_output():
         for task, preset in (("faithfulness", "shapes"), ("aesthetic", "shapes")):
             config = read_recipe(task, preset, {}).train
-            policy = opened(config)
+            policy = build_policy(config)
             rows = encoded_sets(policy, config).rows
             policy.prepare(config)
             found = measure_beta(policy, training_stream(config, rows, 1), config)

@@ -1,8 +1,8 @@
-"""How often `compare` is wrong where the truth is known: the base against itself, and against a damaged model.
+"""How often `compare_images` is wrong where the truth is known: the base against itself, and against a damaged model.
 
     python -m tests.bench.compare_alarms            # about a quarter of an hour on one CPU core
 
-Three cases on the shipped shapes pipeline, at small limits: the base against itself by `compare` (the same pictures, so
+Three cases on the shipped shapes pipeline, at small limits: the base against itself by `compare_images` (the same pictures, so
 nothing may be found), the base against itself from other seeds (nothing changed, but every picture did: the false alarms
 of the whole verdict, over pairs that share no picture, with the exact interval of their rate), and the base against itself
 with noise on the weights of its UNet ("worse" must be found). Pictures are kept, so a run goes on where it was cut.
@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from dpo_mm.cli.main import quietly
+from dpo_mm.cli.main import suppress_library_output
 from dpo_mm.config import CompareConfig
-from dpo_mm.evaluation.compare_images import compare, comparisons, verdict
-from dpo_mm.evaluation.image_sampling import Studio, plan_of
-from dpo_mm.evaluation.image_store import FOLDER, Gallery
+from dpo_mm.evaluation.compare_images import compare_images, comparisons, verdict
+from dpo_mm.evaluation.image_sampling import ImageSampler, sampling_plan
+from dpo_mm.evaluation.image_store import FOLDER, ImageStore
 from dpo_mm.evaluation.statistics import Comparison, rate_interval
-from dpo_mm.evaluation.verdict import opened
+from dpo_mm.policies.families import load_image_policy
 
 TARGET = Path(__file__).parents[2] / "docs" / "benchmarks" / "compare-alarms.json"
 CONFIG = CompareConfig(
@@ -46,7 +46,7 @@ APART = 10_000
 
 def damaged(folder: Path, strength: float) -> str:
     """The base's UNet with noise of this share of each weight's own spread, saved as a tuned one."""
-    policy = opened(CONFIG, None)
+    policy = load_image_policy(CONFIG.model, precision=CONFIG.precision)
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in policy.model.parameters():
@@ -56,13 +56,15 @@ def damaged(folder: Path, strength: float) -> str:
 
 
 def against_itself(config: CompareConfig) -> str:
-    return compare(config, title="The base against itself", command="").verdict
+    return compare_images(config, title="The base against itself", command="").verdict
 
 
-def against_other_seeds(studio: Studio, pair: int) -> tuple[str, Comparison]:
+def against_other_seeds(studio: ImageSampler, pair: int) -> tuple[str, Comparison]:
     """The whole verdict on two sets of the base's pictures as if one were a tuned model's, and its headline."""
     one, other = (
-        studio.draw(plan_of(dataclasses.replace(studio.config, seed=APART + 2 * pair + side)), scale=0.0, label="base")
+        studio.draw(
+            sampling_plan(dataclasses.replace(studio.config, seed=APART + 2 * pair + side)), scale=0.0, label="base"
+        )
         for side in (0, 1)
     )
     assert not set(one.plan.seeds) & set(other.plan.seeds)
@@ -86,7 +88,9 @@ def alarms(found: list[tuple[str, Comparison]]) -> dict[str, Any]:
 
 
 def against_damaged(config: CompareConfig, folder: str) -> dict[str, Any]:
-    outcome = compare(dataclasses.replace(config, adapter=folder), title="The base against a damaged one", command="")
+    outcome = compare_images(
+        dataclasses.replace(config, adapter=folder), title="The base against a damaged one", command=""
+    )
     return {"verdict": outcome.verdict, **outcome.comparisons[0].as_dict()}
 
 
@@ -99,10 +103,12 @@ def main() -> None:
     given = parser.parse_args()
     started = time.process_time()
     config = dataclasses.replace(CONFIG, output_dir=str(given.work))
-    with quietly():
+    with suppress_library_output():
         each = [dataclasses.replace(config, seed=seed) for seed in range(given.seeds)]
         itself = Counter(against_itself(one) for one in each)
-        studio = Studio(opened(config, None), config, Gallery(given.work / FOLDER))
+        studio = ImageSampler(
+            load_image_policy(config.model, precision=config.precision), config, ImageStore(given.work / FOLDER)
+        )
         seeds = alarms([against_other_seeds(studio, pair) for pair in range(given.pairs)])
         folder = damaged(given.work / "damaged", given.strength)
         worse = [against_damaged(one, folder) for one in each[:3]]

@@ -47,16 +47,16 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from dpo_mm.cli.main import quietly
+from dpo_mm.cli.main import suppress_library_output
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
-from dpo_mm.data.schema import decided, make_image_rows
+from dpo_mm.data.schema import drop_ties, make_image_rows
 from dpo_mm.policies.diffusion.diffusion_policy import DTYPES
 from dpo_mm.policies.diffusion.stable_diffusion import StableDiffusion
 from dpo_mm.training.encoding import encode
 from dpo_mm.training.pair_stream import PairStream
-from dpo_mm.training.reference import keep_reference
-from dpo_mm.training.trainer import DPOTrainer
+from dpo_mm.training.reference import precompute_reference_log_probs
+from dpo_mm.training.trainer import PreferenceTrainer
 from tests.contracts.families.words import WORDS, clip_tokenizer
 
 TOKENS = 77
@@ -288,8 +288,8 @@ def ours(policy: Any, config: TrainConfig, rows: Any, parts: Parts) -> Step:
     """Our step: rows from disk, the trainer's own loss."""
     draws = config.fixed_draws_per_row
     if config.reference == "precomputed":
-        rows = keep_reference(policy, PairStream(rows, seed=0, length=len(rows), draws=draws), config)
-    trainer = DPOTrainer(policy, config, rows)
+        rows = precompute_reference_log_probs(policy, PairStream(rows, seed=0, length=len(rows), draws=draws), config)
+    trainer = PreferenceTrainer(policy, config, rows)
     policy.model.train()
     stream = PairStream(rows, seed=0, length=10**9, draws=draws, shuffle=False)
     asked, asks = trainer.reference, policy.log_probs
@@ -355,7 +355,7 @@ def prepared(given: argparse.Namespace, folder: Path) -> Bench:
     names = [name for name in ("tokenizer", "tokenizer_2") if getattr(policy.pipe, name, None)]
     told = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
     ids = [getattr(policy.pipe, n)([row["prompt"] for row in rows], **told).input_ids.to(given.device) for n in names]
-    encoded = encode(policy, decided(make_image_rows(rows)), where="bench", cache=folder)
+    encoded = encode(policy, drop_ties(make_image_rows(rows)), where="bench", cache=folder)
     config = TrainConfig(
         "bench", "bench", str(folder / "out"), batch_size=given.pairs, steps=1, precision=given.precision,
         gradient_checkpointing=given.checkpointing,
@@ -385,7 +385,7 @@ def _posterior(config: TrainConfig, batch: dict[str, Any]) -> Tensor:
 
     shape = tuple(batch["noise"].shape[1:])
     return torch.stack(
-        [torch.from_numpy(random_draws.noise(config.seed, id, 0, shape, what="posterior")) for id in batch["id"]]
+        [torch.from_numpy(random_draws.sample_noise(config.seed, id, 0, shape, what="posterior")) for id in batch["id"]]
     )
 
 
@@ -467,7 +467,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.device == "cpu":
         torch.set_num_threads(1)
-    with quietly():
+    with suppress_library_output():
         found = measured(given)
     print(f"loss on one draw: {', '.join(f'{name} {loss:.6f}' for name, loss in found['loss_on_one_draw'].items())}")
     for name, seconds in found["seconds"].items():

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_mm.cli.main import quietly
+from dpo_mm.cli.main import suppress_library_output
 from dpo_mm.config import TrainConfig
 from dpo_mm.recipe import read_recipe
 
@@ -40,10 +40,10 @@ WARM = 60
 
 def gradients(policy: Any, config: TrainConfig, rows: Any, batches: int) -> Tensor:
     """The gradient of each batch's mean loss, (batches, parameters), float32."""
-    from dpo_mm.training.trainer import DPOTrainer
+    from dpo_mm.training.trainer import PreferenceTrainer
 
     policy.config = config
-    trainer = DPOTrainer(policy, dataclasses.replace(config, steps=batches), rows)
+    trainer = PreferenceTrainer(policy, dataclasses.replace(config, steps=batches), rows)
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     stream, found = trainer.train_dataset, []
     for start in range(0, batches * config.batch_size, config.batch_size):
@@ -69,15 +69,15 @@ def summary(found: Tensor, uniform: Tensor) -> dict[str, float]:
 
 def main(arguments: list[str]) -> None:
     from dpo_mm.policies.adapters import LORA_FILE
-    from dpo_mm.training.builders import opened
+    from dpo_mm.training.builders import build_policy
     from dpo_mm.training.encoding import encoded_sets
     from dpo_mm.training.run import train
 
     out, moved = Path(arguments[0]), "--moved" in arguments
     batches = int(arguments[arguments.index("--batches") + 1]) if "--batches" in arguments else 40
-    with quietly(), tempfile.TemporaryDirectory() as folder:
+    with suppress_library_output(), tempfile.TemporaryDirectory() as folder:
         config = read_recipe("faithfulness", "shapes", {"output_dir": folder}).train
-        policy = opened(config)
+        policy = build_policy(config)
         rows = encoded_sets(policy, config).rows
         policy.prepare(config)
         if moved:

@@ -27,9 +27,9 @@ from typing import Any
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_image_rows
-from dpo_mm.training.checkpoints import newest_whole
+from dpo_mm.training.checkpoints import latest_complete_checkpoint
 from dpo_mm.training.run import train
-from dpo_mm.training.trainer import DPOTrainer
+from dpo_mm.training.trainer import PreferenceTrainer
 from tests.conftest import rows as some_rows
 from tests.contracts.families import stable_diffusion
 
@@ -56,9 +56,9 @@ def begun(config: TrainConfig, *, dies_in_save: tuple[int, float] | None = None)
 
 def _doom(which: int, share: float) -> None:
     """From now on this process gets a SIGKILL in its `which`-th save, `share` of the last one's duration after its begin."""
-    save, times = DPOTrainer._save_checkpoint, [0.0]
+    save, times = PreferenceTrainer._save_checkpoint, [0.0]
 
-    def doomed(self: DPOTrainer, *given: Any) -> None:
+    def doomed(self: PreferenceTrainer, *given: Any) -> None:
         began, victim = time.monotonic(), os.getpid()
         if len(times) == which and os.fork() == 0:
             time.sleep(share * times[-1])
@@ -67,7 +67,7 @@ def _doom(which: int, share: float) -> None:
         save(self, *given)
         times.append(time.monotonic() - began)
 
-    DPOTrainer._save_checkpoint = doomed  # type: ignore[method-assign]
+    PreferenceTrainer._save_checkpoint = doomed  # type: ignore[method-assign]
 
 
 def finished(config: TrainConfig) -> None:
@@ -129,7 +129,7 @@ def main() -> None:
             row = killed(cut, rng, in_save=len(rows) % 2 == 0, lasts=lasts)
             if row is None:
                 continue
-            newest = newest_whole(Path(cut.output_dir))
+            newest = latest_complete_checkpoint(Path(cut.output_dir))
             finished(dataclasses.replace(cut, resume=True))
             same = result(Path(cut.output_dir)) == whole
             rows.append({"kill": len(rows) + 1, **row, "newest": newest.name if newest else None, "same bits": same})

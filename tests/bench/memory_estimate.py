@@ -32,7 +32,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion.diffusion_policy import DTYPES
 from dpo_mm.policies.diffusion.sd3 import StableDiffusion3
 from dpo_mm.training.memory_estimate import counted
-from dpo_mm.training.reference import choose
+from dpo_mm.training.reference import build_reference
 from tests.bench.diffusion_step import SIZES, build, status
 from tests.contracts.families.words import clip_tokenizer
 
@@ -116,9 +116,9 @@ def measured(cell: Cell, device: str) -> float:
     mean = posterior.mean[0].float().cpu()
     prompt = {name: value[0] for name, value in policy.encode_prompts(["a picture"]).items()}
     sides = {f"{side}_{kind}": mean for side in ("chosen", "rejected") for kind in ("mean", "std")}
-    policy.drop_encoders()
+    policy.free_encoders()
     policy.prepare(config)
-    reference = choose(policy, config)
+    reference = build_reference(policy, config)
     policy.model.train()
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], foreach=False)
     kind = {"bf16": torch.bfloat16}.get(config.precision)

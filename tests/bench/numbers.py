@@ -8,7 +8,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "background" / "experiments.md"
-MEASURED = ("gradient_variance", "safe_drift", "shapes_studies", "reference_time", "beta", "kills")
+MEASURED = ("gradient_variance", "sdpo_drift", "shapes_studies", "reference_time", "beta", "kills")
 
 
 def table(head: str, rows: list[list[str]]) -> str:
@@ -86,7 +86,7 @@ def kills(kept: dict[str, Any]) -> str:
 
 TABLES = {
     "gradient_variance": variance,
-    "safe_drift": drift,
+    "sdpo_drift": drift,
     "shapes_studies": studies,
     "reference_time": reference_time,
     "beta": betas,

@@ -14,30 +14,33 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.cli.main import quietly
+from dpo_mm.cli.main import suppress_library_output
 from dpo_mm.recipe import read_recipe
 
 ROUNDS = 7
 
 
 def main(out: Path) -> None:
-    from dpo_mm.training.builders import opened
+    from dpo_mm.training.builders import build_policy
     from dpo_mm.training.encoding import encoded_sets
     from dpo_mm.training.pair_stream import training_stream
-    from dpo_mm.training.reference import keep_reference
-    from dpo_mm.training.trainer import DPOTrainer
+    from dpo_mm.training.reference import precompute_reference_log_probs
+    from dpo_mm.training.trainer import PreferenceTrainer
 
-    with quietly(), tempfile.TemporaryDirectory() as folder:
+    with suppress_library_output(), tempfile.TemporaryDirectory() as folder:
         config = read_recipe("faithfulness", "shapes", {"output_dir": folder}).train
-        policy = opened(config)
+        policy = build_policy(config)
         rows = encoded_sets(policy, config).rows
-        policy.drop_encoders()
+        policy.free_encoders()
         policy.prepare(config)
         kept = dataclasses.replace(config, reference="precomputed", fixed_draws_per_row=1)
         began = time.process_time()
-        once = keep_reference(policy, training_stream(kept, rows, 1), kept)
+        once = precompute_reference_log_probs(policy, training_stream(kept, rows, 1), kept)
         spent = time.process_time() - began
-        trainers = {"asked in the step": DPOTrainer(policy, config, rows), "kept": DPOTrainer(policy, kept, once)}
+        trainers = {
+            "asked in the step": PreferenceTrainer(policy, config, rows),
+            "kept": PreferenceTrainer(policy, kept, once),
+        }
         times: dict[str, list[float]] = {name: [] for name in trainers}
         for number in range(ROUNDS):
             for name, trainer in trainers.items():

@@ -77,7 +77,7 @@ def draw(adapter: str | None, recipe: Any) -> np.ndarray:
     config = recipe.compare
     policy = load_policy(config.model)
     if adapter:
-        policy.attach(adapter)
+        policy.load_adapter(adapter)
     names = read_prompts(config.prompts, limit=config.max_prompts)
     prompts = [name for name in names for _ in range(config.images_per_prompt)]
     seeds = [seed for name in names for seed in seeds_of(name, config.images_per_prompt, seed=config.seed)]

@@ -24,18 +24,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_mm.cli.main import quietly
+from dpo_mm.cli.main import suppress_library_output
 from dpo_mm.config import CompareResponsesConfig, MineResponsesConfig, TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import write_rows
 from dpo_mm.data.questions import read_questions
 from dpo_mm.data.schema import make_response_rows, response_preference
 from dpo_mm.evaluation.compare_responses import comparisons
-from dpo_mm.evaluation.response_sampling import Answered, ask
-from dpo_mm.judges.text import cut_loop
-from dpo_mm.mining.mine_responses import mine_answers
+from dpo_mm.evaluation.response_sampling import ScoredResponses, generate_responses
+from dpo_mm.judges.text import truncate_repetition
+from dpo_mm.mining.mine_responses import mine_responses
 from dpo_mm.policies.families import load_policy
-from dpo_mm.recipe import read_recipe, sft_of
+from dpo_mm.recipe import read_recipe, sft_baseline_config
 from dpo_mm.training.run import train
 from dpo_mm.worlds import documents
 
@@ -56,7 +56,7 @@ BESIDE = ("dpo, cut after three rounds", "more sft on clean pages")
 """Of the first seed alone."""
 
 
-def pages(widths: tuple[int, ...], count: int, seed: int, *, held_out: bool) -> Iterator[documents.Page]:
+def pages(widths: tuple[int, ...], count: int, seed: int, *, held_out: bool) -> Iterator[documents.DocumentPage]:
     """Pages of the widths in turns, `count` in all."""
     each = [
         documents.pages(count // len(widths), seed + width, held_out=held_out, width=width, height=width)
@@ -132,7 +132,7 @@ def mined(work: Path, seed: int) -> str:
     config = MineResponsesConfig(
         reader(work), asked, str(folder), "degeneration", max_new_tokens=LIMIT, batch_size=100, seed=seed
     )
-    return str(mine_answers(config))
+    return str(mine_responses(config))
 
 
 def pairs_of(arm: str, work: Path, seed: int) -> str:
@@ -145,7 +145,7 @@ def pairs_of(arm: str, work: Path, seed: int) -> str:
     rows = pq.read_table(path)
     listed = rows.to_pylist()
     for part in (row["rejected"][0]["content"][0] for row in listed if row["rejected_truncated"]):
-        part["text"] = cut_loop(part["text"])
+        part["text"] = truncate_repetition(part["text"])
     pq.write_table(pa.Table.from_pylist(listed, schema=rows.schema), path.with_stem("short"))
     return str(path.with_stem("short"))
 
@@ -163,7 +163,7 @@ def trained(arm: str, work: Path, seed: int, rate: float) -> tuple[str, float | 
             batch_size=BATCH,
         )
         if "sft" in arm:
-            config = dataclasses.replace(sft_of(config), output_dir=str(folder))
+            config = dataclasses.replace(sft_baseline_config(config), output_dir=str(folder))
         done = train(config)
         rewards = [entry["rewards/chosen"] for entry in done.history if "rewards/chosen" in entry]
         (folder / "nats.json").write_text(json.dumps(rewards[-1] / done.beta if rewards else None))
@@ -183,15 +183,17 @@ def asking(work: Path, seed: int = TEST_SEED, *, count: int = TEST, temperature:
     )
 
 
-def asked(config: CompareResponsesConfig, adapter: str | None, work: Path) -> Answered:
+def asked(config: CompareResponsesConfig, adapter: str | None, work: Path) -> ScoredResponses:
     policy = load_policy(config.model)
     if adapter:
-        policy.attach(adapter)
+        policy.load_adapter(adapter)
     config = dataclasses.replace(config, adapter=adapter)
-    return ask(policy, read_questions(config.questions), config, base=adapter is None, title="asking", keep=work)
+    return generate_responses(
+        policy, read_questions(config.questions), config, base=adapter is None, title="asking", keep=work
+    )
 
 
-def rates(found: Answered) -> dict[str, float]:
+def rates(found: ScoredResponses) -> dict[str, float]:
     return {name: float(part[:, 0].sum() / max(part[:, 1].sum(), 1)) for name, part in found.shares.items()}
 
 
@@ -218,7 +220,7 @@ def study(work: Path, seeds: list[int]) -> Iterator[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"arm": "base", **rates(base)}, {"arm": "base, temperature 1", **rates(drawn)}]
     best, tried = best_rates(work, seeds[0])
     pairs = {str(seed): pq.read_metadata(mined(work, seed)).num_rows for seed in seeds}
-    answers: dict[tuple[int, str], Answered] = {}
+    answers: dict[tuple[int, str], ScoredResponses] = {}
     for seed, arm in [*itertools.product(seeds, ARMS), *((seeds[0], arm) for arm in BESIDE)]:
         rate = best["sft" if "sft" in arm else "dpo"]
         folder, nats = trained(arm, work, seed, rate)
@@ -248,7 +250,7 @@ def confirmed(work: Path, seeds: list[int], best: dict[str, float]) -> list[dict
     return rows
 
 
-def _against(one: Answered, other: Answered, config: CompareResponsesConfig) -> dict[str, Any]:
+def _against(one: ScoredResponses, other: ScoredResponses, config: CompareResponsesConfig) -> dict[str, Any]:
     found = comparisons(one, other, config)
     return {c.judge: {"difference": c.difference, "low": c.low, "high": c.high, "verdict": c.verdict} for c in found}
 
@@ -259,7 +261,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--work", type=Path, help="folder to keep what is made in; else it is thrown away")
     given = parser.parse_args()
-    with quietly(), tempfile.TemporaryDirectory() as passing:
+    with suppress_library_output(), tempfile.TemporaryDirectory() as passing:
         work = given.work or Path(passing)
         work.mkdir(parents=True, exist_ok=True)
         command = f"python -m tests.bench.sft_or_dpo {given.out} --seeds {given.seeds}"

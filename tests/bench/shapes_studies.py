@@ -1,4 +1,4 @@
-"""Variations of the shapes recipe, trained and compared: `safe` against `sigmoid`, K fixed draws against fresh ones.
+"""Variations of the shapes recipe, trained and compared: `sdpo` against `sigmoid`, K fixed draws against fresh ones.
 
     python -m tests.bench.shapes_studies OUTPUT.json NAME... [--seeds 0,1,2] [--work runs/shapes-studies]
 
@@ -17,17 +17,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.cli.main import quietly
+from dpo_mm.cli.main import suppress_library_output
 from dpo_mm.evaluation.statistics import paired
 from dpo_mm.recipe import read_recipe
 
 STUDIES: dict[str, dict[str, str]] = {
     "sigmoid": {},
-    "safe, slack 0.9": {"objective": "safe", "objective_kwargs": "slack:0.9"},
-    "safe, slack 0.6": {"objective": "safe", "objective_kwargs": "slack:0.6"},
-    "safe, slack 0.3": {"objective": "safe", "objective_kwargs": "slack:0.3"},
-    "safe, slack 0": {"objective": "safe", "objective_kwargs": "slack:0"},
-    "safe, slack 0.6, beta 2000": {"objective": "safe", "objective_kwargs": "slack:0.6", "beta": "2000"},
+    "sdpo, slack 0.9": {"objective": "sdpo", "objective_kwargs": "slack:0.9"},
+    "sdpo, slack 0.6": {"objective": "sdpo", "objective_kwargs": "slack:0.6"},
+    "sdpo, slack 0.3": {"objective": "sdpo", "objective_kwargs": "slack:0.3"},
+    "sdpo, slack 0": {"objective": "sdpo", "objective_kwargs": "slack:0"},
+    "sdpo, slack 0.6, beta 2000": {"objective": "sdpo", "objective_kwargs": "slack:0.6", "beta": "2000"},
     **{f"K = {k}, kept": {"reference": "precomputed", "fixed_draws_per_row": str(k)} for k in (1, 4, 16)},
     **{f"K = {k}, asked": {"fixed_draws_per_row": str(k)} for k in (1, 4, 16)},
 }
@@ -40,21 +40,26 @@ def run(name: str, seed: int, work: Path) -> dict[str, Any]:
 
     work: a folder that all variations share, so that the base's pictures are drawn once a seed.
     """
-    from dpo_mm.evaluation.image_sampling import Studio, plan_of
-    from dpo_mm.evaluation.image_store import Gallery
-    from dpo_mm.evaluation.verdict import opened
+    from dpo_mm.evaluation.image_sampling import ImageSampler, sampling_plan
+    from dpo_mm.evaluation.image_store import ImageStore
+    from dpo_mm.policies.families import load_image_policy
     from dpo_mm.training.run import train
 
     folder = str(work / f"{name}, seed {seed}")
     given = {**STUDIES[name], "seed": str(seed), "output_dir": str(work), "log_every": "1"}
-    with quietly():
+    with suppress_library_output():
         recipe = read_recipe("faithfulness", "shapes", given)
         began = time.process_time()
         trained = train(dataclasses.replace(recipe.train, output_dir=folder))
         spent = time.process_time() - began
         asked = dataclasses.replace(recipe.compare, adapter=folder, judges=recipe.compare.judges[:1])
-        plan = plan_of(asked)
-        studio = Studio(opened(asked, folder), asked, Gallery(work / "pictures"), folder)
+        plan = sampling_plan(asked)
+        studio = ImageSampler(
+            load_image_policy(asked.model, precision=asked.precision, adapter=folder),
+            asked,
+            ImageStore(work / "pictures"),
+            folder,
+        )
         right = {
             side: studio.draw(plan, scale=scale, label=side).scores[asked.judges[0]]
             for side, scale in (("base", 0.0), ("tuned", 1.0))

@@ -40,8 +40,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.training.pair_stream import PairStream
-from dpo_mm.training.reference import keep_reference
-from dpo_mm.training.trainer import DPOTrainer
+from dpo_mm.training.reference import precompute_reference_log_probs
+from dpo_mm.training.trainer import PreferenceTrainer
 from tests.bench.vlm_shapes import PUBLISHED, RANK, SHAPES, Shape, allowed, build, ratios, rows_of, texts
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -66,8 +66,10 @@ def ours(shape: Shape, rows: list[dict[str, Any]], tokens: int, **options: Any) 
     if keep:
         encoded = policy.cache_vision_features(encoded)
     if reference == "precomputed":
-        encoded = keep_reference(policy, PairStream(encoded, seed=0, length=len(encoded), draws=1), config)
-    trainer = DPOTrainer(policy, config, encoded)
+        encoded = precompute_reference_log_probs(
+            policy, PairStream(encoded, seed=0, length=len(encoded), draws=1), config
+        )
+    trainer = PreferenceTrainer(policy, config, encoded)
     policy.model.train()
 
     def step() -> float:
@@ -83,7 +85,7 @@ def trl(shape: Shape, rows: list[dict[str, Any]], tokens: int, *, head: bool) ->
     """TRL's own collator and loss. head: its GPU path, where the head sees completions alone."""
     import trl.trainer.utils as internals
     from trl import DPOConfig
-    from trl import DPOTrainer as Theirs
+    from trl import PreferenceTrainer as Theirs
 
     model, processor = build(shape, tokens)
     features = {name: Value("string") for name in ("prompt", "chosen", "rejected")} | {"images": List(Image())}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import load_pairs
-from dpo_mm.objectives import margins, sigmoid
+from dpo_mm.objectives import deltas, sigmoid
 from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_format
 from dpo_mm.policies.diffusion import random_draws
 from dpo_mm.policies.diffusion.latents import posterior
@@ -74,7 +74,7 @@ def encoded(policy: Any, count: int = 4) -> list[dict[str, Any]]:
 
 def source_of(policy: Any, number: int) -> dict[str, torch.Tensor]:
     """What an editing model's row has beside: the picture to edit."""
-    return {"source_mean": policy.encode_images([source(number)])[0][0]} if policy.edits else {}
+    return {"source_mean": policy.encode_images([source(number)])[0][0]} if policy.is_image_editing else {}
 
 
 def source(number: int) -> Image.Image:
@@ -153,8 +153,8 @@ def test_swapping_the_sides_swaps_the_answer(family: str, ready: Callable[..., A
     reference = adapter_off(policy)
     one, other = policy.log_probs(policy.model, batch), policy.log_probs(policy.model, swapped)
     assert torch.equal(one.chosen, other.rejected) and torch.equal(one.rejected, other.chosen)
-    delta = margins(one, reference(policy.model, batch))
-    assert torch.equal(delta, -margins(other, reference(policy.model, swapped)))
+    delta = deltas(one, reference(policy.model, batch))
+    assert torch.equal(delta, -deltas(other, reference(policy.model, swapped)))
     assert (delta != 0).all()
 
 
@@ -174,7 +174,7 @@ def test_rows_kept_on_disk_answer_as_rows_in_memory(
     family: str, tmp_path: Path, write_pairs: Callable[..., str], ready: Callable[..., Any]
 ) -> None:
     policy = ready(family)
-    edited = [{"bytes": encode_png(source(n)), "path": None} if policy.edits else None for n in range(4)]
+    edited = [{"bytes": encode_png(source(n)), "path": None} if policy.is_image_editing else None for n in range(4)]
     pairs = load_pairs(write_pairs([{**row, "image_source": edited[n]} for n, row in enumerate(rows(4))]))
     kept = encode(policy, pairs, where="pairs", cache=tmp_path)
     plain = encoded(policy)
@@ -220,8 +220,11 @@ def test_the_log_prob_is_the_papers_arithmetic(family: str, visit: int, ready: C
     """-1/2 mean (prediction - target)^2 in float64, from the level that the row's draw is."""
     policy = ready(family)
     batch = policy.collate([{**encoded(policy, 1)[0], "visit": visit}])
-    level, shape = random_draws.level(0, "row-0", visit), tuple(batch["chosen"].shape[1:])
-    x0, noise = batch["chosen"].double().numpy(), random_draws.noise(0, "row-0", visit, shape).astype(float)[None]
+    level, shape = random_draws.sample_noise_level(0, "row-0", visit), tuple(batch["chosen"].shape[1:])
+    x0, noise = (
+        batch["chosen"].double().numpy(),
+        random_draws.sample_noise(0, "row-0", visit, shape).astype(float)[None],
+    )
     noisy, target, timestep = by_hand(BUILDERS[family], level, x0, noise)
     assert batch["timestep"].item() == pytest.approx(timestep, rel=1e-5)
     prompt = told(policy, batch, "chosen")
@@ -233,7 +236,7 @@ def test_the_log_prob_is_the_papers_arithmetic(family: str, visit: int, ready: C
 
 def told(policy: Any, batch: dict[str, Any], side: str) -> dict[str, torch.Tensor]:
     """What the denoiser is told of one side's pictures."""
-    own = {name: batch[f"{side}_{name}"] for name in policy.per_image if f"{side}_{name}" in batch}
+    own = {name: batch[f"{side}_{name}"] for name in policy.conditioning_columns if f"{side}_{name}" in batch}
     return {**batch["prompt"], **own}
 
 
@@ -254,7 +257,7 @@ def stepped(policy: Any, family: Family, arguments: dict[str, Any], answer: torc
     scheduler.step = noted
     try:
         size = {"height": family.size, "width": family.size}
-        if policy.edits:
+        if policy.is_image_editing:
             arguments["image"] = [source(n) for n in range(len(arguments["prompt"]))]
         generator = torch.Generator().manual_seed(0)
         shown = policy.pipe(**size, **family.unguided, generator=generator, output_type="pt", **arguments).images
@@ -271,7 +274,7 @@ def test_denoise_is_the_stock_pipelines_first_step(family: str, load: Callable[[
     given, timestep, latents, _ = stepped(policy, row, {"prompt": list(prompts), "num_inference_steps": 3})
     latents, given = (row.unpack(policy.pipe, value, row.size) for value in (latents, given))
     told = policy.encode_prompts(prompts)
-    if policy.edits:
+    if policy.is_image_editing:
         told["source"] = policy.latent_scale.normalised(policy.encode_images([source(0), source(1)])[0])
     with torch.no_grad():
         ours = policy.denoise(policy.model, latents, torch.as_tensor(timestep).repeat(2), told)
@@ -291,9 +294,9 @@ def test_our_latents_decode_as_the_stock_pipeline_decodes(family: str, ready: Ca
     *_, shown = stepped(policy, row, arguments, answer=packed)
     pixels = policy.pixels(picture(0, row.size))[None]
     with torch.no_grad():
-        own, _ = posterior(policy.pipe.vae, pixels[:, :, None] if policy.video_vae else pixels)
+        own, _ = posterior(policy.pipe.vae, pixels[:, :, None] if policy.vae_is_video else pixels)
         plain = policy.pipe.vae.decode(own).sample
-    expected = ((plain[:, :, 0] if policy.video_vae else plain) / 2 + 0.5).clamp(0, 1)
+    expected = ((plain[:, :, 0] if policy.vae_is_video else plain) / 2 + 0.5).clamp(0, 1)
     assert expected.std() > 1e-3
     torch.testing.assert_close(shown, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(policy.latent_scale.unnormalised(latents), mean, atol=1e-5, rtol=1e-5)
@@ -310,7 +313,7 @@ def test_a_saved_adapter_draws_the_same_pixels_in_the_stock_library(
     inside = [np.asarray(i) for part in draw(policy, 1.0) for i in part]
     pipe = DiffusionPipeline.from_pretrained(folders(family), **dict.fromkeys(BUILDERS[family].left_out))
     pipe.set_progress_bar_config(disable=True)
-    lines = policy.loading("-", str(tmp_path))[1:]
+    lines = policy.usage_snippet("-", str(tmp_path))[1:]
     assert (
         (lines == [f'pipe.load_lora_weights("{tmp_path}")'])
         == (row.reason is None)
@@ -352,13 +355,13 @@ def test_kohyas_file_holds_the_same_adapter(
 
 def stock(policy: Any, pipe: Any) -> list[Image.Image]:
     """What a stock pipeline draws where `draw` draws with the policy."""
-    pictures = [source(0), source(1)] if policy.edits else []
+    pictures = [source(0), source(1)] if policy.is_image_editing else []
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    return pipe(**policy.asked(WORDS[:2], 2.0, pictures), num_inference_steps=3, generator=generators).images
+    return pipe(**policy.sampling_kwargs(WORDS[:2], 2.0, pictures), num_inference_steps=3, generator=generators).images
 
 
 def draw(policy: Any, scale: float) -> list[list[Image.Image]]:
-    pictures = [source(0), source(1)] if policy.edits else None
+    pictures = [source(0), source(1)] if policy.is_image_editing else None
     return list(policy.sample(WORDS[:2], [5, 6], steps=3, guidance=2.0, batch_size=2, scale=scale, sources=pictures))
 
 
@@ -368,7 +371,7 @@ def test_scale_zero_draws_with_the_base(tmp_path: Path, ready: Callable[..., Any
     policy.save(tmp_path)
     fresh = load("stable-diffusion")
     base = np.stack([np.asarray(i) for part in draw(fresh, 1.0) for i in part])
-    fresh.attach(tmp_path)
+    fresh.load_adapter(tmp_path)
     off = np.stack([np.asarray(i) for part in draw(fresh, 0.0) for i in part])
     half, full = (np.stack([np.asarray(i) for part in draw(fresh, s) for i in part]) for s in (0.5, 1.0))
     assert np.array_equal(off, base)
@@ -384,10 +387,10 @@ def test_a_fully_tuned_denoiser_is_saved_and_attached(
     policy.save(tmp_path)
     tuned = np.stack([np.asarray(i) for part in draw(policy, 1.0) for i in part])
     pipe = load("stable-diffusion").pipe
-    exec(policy.loading("-", str(tmp_path))[1], {"pipe": pipe})
+    exec(policy.usage_snippet("-", str(tmp_path))[1], {"pipe": pipe})
     assert torch.equal(pipe.unet.conv_in.weight, policy.model.conv_in.weight)
     fresh = load("stable-diffusion")
-    fresh.attach(tmp_path)
+    fresh.load_adapter(tmp_path)
     assert np.array_equal(np.stack([np.asarray(i) for part in draw(fresh, 1.0) for i in part]), tuned)
     assert np.array_equal(np.stack([np.asarray(i) for part in draw(fresh, 0.0) for i in part]), base)
     with pytest.raises(ValueError, match="no scale but 0 and 1"):
@@ -407,7 +410,7 @@ def test_ten_steps_on_one_pair_raise_its_margin(family: str, checkpointing: bool
         before = reference(policy.model, batch)
         now = policy.log_probs(policy.model, batch)
         loss = sigmoid(now, before, beta=5000).mean()
-        history.append(margins(now, before).item())
+        history.append(deltas(now, before).item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -62,7 +62,7 @@ def test_sdxls_rows_bring_each_pictures_own_size_and_crop(xl: str, tmp_path: Pat
     assert kept[0]["chosen_frame"].tolist() == [32, 32, 0, 0, 32, 32]
     assert kept[0]["rejected_frame"].tolist() == [64, 96, 0, 8, 32, 32]
     shown = np.asarray(wide.resize((48, 32), Image.Resampling.LANCZOS).crop((8, 0, 40, 32)))
-    assert np.array_equal(np.asarray(policy.fitted(wide)), shown)
+    assert np.array_equal(np.asarray(policy.resize_and_crop(wide)), shown)
     batch = policy.collate([{**kept[0], "visit": 0}])
     found = policy.log_probs(policy.model, batch)
     plain = {name: value for name, value in batch.items() if not name.endswith("_frame")}
@@ -147,7 +147,7 @@ def test_a_whole_run_on_edits_writes_an_adapter(
 ) -> None:
     from dpo_mm.training import run
 
-    monkeypatch.setattr(run, "opened", lambda config: load_policy(kontext, resolution=32))
+    monkeypatch.setattr(run, "build_policy", lambda config: load_policy(kontext, resolution=32))
     out = tmp_path / "out"
     trained = run.train(
         TrainConfig(

@@ -19,12 +19,12 @@ from tests.contracts.families import BUILDERS, WORDS
 def rows_in(policy: Any, frame: tuple[int, int]) -> list[dict[str, Any]]:
     prompt = {name: value[0] for name, value in policy.encode_prompts(WORDS[:1]).items()}
     row: dict[str, Any] = {"id": "row", "visit": 0, "prompt": prompt}
-    with policy.framed(frame):
-        for number, side in enumerate(("chosen", "rejected", *(["source"] if policy.edits else []))):
+    with policy.at_size(frame):
+        for number, side in enumerate(("chosen", "rejected", *(["source"] if policy.is_image_editing else []))):
             image = picture(number, 96).resize((90, 61))
             mean, std = policy.encode_images([image])
             row |= {f"{side}_mean": mean[0], f"{side}_std": std[0]}
-            row |= {f"{side}_{name}": fact[0] for name, fact in policy.image_facts([image]).items()}
+            row |= {f"{side}_{name}": fact[0] for name, fact in policy.size_conditioning([image]).items()}
     return [row]
 
 
@@ -41,4 +41,4 @@ def test_a_wide_frame_is_trained_on(family: str, tmp_path: Path) -> None:
     assert batch["rejected"].shape == batch["noise"].shape == batch["chosen"].shape
     before, now = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
     assert torch.equal(before.chosen, now.chosen) and torch.isfinite(now.chosen).all()
-    assert policy.residual.numel() == 2 * batch["chosen"].numel()
+    assert policy.pair_errors(policy.model, batch).residual.numel() == 2 * batch["chosen"].numel()

@@ -41,7 +41,7 @@ def test_a_run_goes_on_where_it_was_and_its_adapter_draws(
     assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
     assert "PeftModel.from_pretrained(pipe.transformer" in (whole / "README.md").read_text()
     policy = load_policy(model)
-    policy.attach(whole)
+    policy.load_adapter(whole)
     drawn = [
         np.asarray(next(policy.sample(WORDS[:1], [5], steps=2, guidance=2.0, batch_size=1, scale=scale))[0], dtype=int)
         for scale in (0.0, 0.5, 1.0)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.objectives import LogProbs, margins, sigmoid
+from dpo_mm.objectives import LogProbs, deltas, sigmoid
 from dpo_mm.policies.vlm import shared_prefix
 from dpo_mm.policies.vlm import token_log_probs as token_scores
-from dpo_mm.policies.vlm.chat import answer_of
-from dpo_mm.policies.vlm.token_log_probs import plain_scores
+from dpo_mm.policies.vlm.chat import response_from_tokens
+from dpo_mm.policies.vlm.token_log_probs import separate_log_probs
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage, lora_targets
 from dpo_mm.training.reference import adapter_off, frozen_copy
 from tests.contracts import tiny_vlms
@@ -79,7 +79,7 @@ def batch_of(policy: VisionLanguage, family: str, seed: int = 0) -> dict[str, An
 def plainly(policy: VisionLanguage, row: dict[str, Any], side: str) -> Tensor:
     """log p of one completion by the stock model's own forward on one unpadded sequence, all its logits."""
     prompt, answer = row["prompt_ids"], row[f"{side}_ids"]
-    kind = 1 if policy.core.config.model_type == "paligemma" else 0  # PaliGemma 2's too
+    kind = 1 if policy.base_model.config.model_type == "paligemma" else 0  # PaliGemma 2's too
     types = {k: torch.cat([v, torch.full_like(answer, kind)])[None] for k, v in row["types"].items()}
     logits = policy.model(input_ids=torch.cat([prompt, answer])[None], use_cache=False, **types, **row["images"]).logits
     found = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
@@ -89,7 +89,7 @@ def plainly(policy: VisionLanguage, row: dict[str, Any], side: str) -> Tensor:
 def two_plain_forwards(policy: VisionLanguage, encoded: list[dict[str, Any]]) -> LogProbs:
     chosen, rejected = (torch.stack([plainly(policy, row, side) for row in encoded]) for side in ("chosen", "rejected"))
     ones = torch.ones_like(chosen)
-    return LogProbs(chosen, rejected, ones, ones, exact=True)
+    return LogProbs(chosen, rejected, ones, ones, is_likelihood=True)
 
 
 def gradients(policy: VisionLanguage, found: LogProbs) -> Tensor:
@@ -134,7 +134,7 @@ def test_fresh_adapter_is_the_reference_whatever_would_drop_out(family: str, rec
     found = policy.log_probs(policy.model, batch)
     assert torch.equal(found.chosen, reference.chosen) and torch.equal(found.rejected, reference.rejected)
     assert torch.equal(sigmoid(found, reference, beta=0.1), torch.full((3,), math.log(2)))
-    assert policy.scorer.layout == "shared_prefix" and found.exact and found.chosen.requires_grad
+    assert policy.scorer.layout == "shared_prefix" and found.is_likelihood and found.chosen.requires_grad
     policy.model.eval()
     assert torch.equal(policy.log_probs(policy.model, batch_of(policy, family)).chosen, found.chosen)
 
@@ -160,13 +160,13 @@ def test_swapping_the_sides_negates_the_margin(family: str) -> None:
     encoded = policy.encode(rows(family, counts(family)))
     swapped = [{**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in encoded]
     with torch.no_grad():
-        deltas = []
+        both_orders = []
         for some in (encoded, swapped):
             batch = policy.collate(some)
             reference = adapter_off(policy)(policy.model, batch)
             found = policy.log_probs(policy.model, batch)
-            deltas.append((margins(found, reference), found))
-    (one, found), (other, turned) = deltas
+            both_orders.append((deltas(found, reference), found))
+    (one, found), (other, turned) = both_orders
     assert apart(found.chosen, turned.rejected) < 1e-6 and apart(found.rejected, turned.chosen) < 1e-6
     torch.testing.assert_close(one, -other, rtol=1e-5, atol=5e-5)
     assert one.abs().min() > 1e-3
@@ -199,7 +199,7 @@ def test_shared_prefix_is_two_plain_forwards(family: str, checkpointing: bool) -
     assert policy.scorer.layout == "shared_prefix"
     same(found, truth, 1e-5)
     near(gradients(policy, found), wanted, 1e-5)
-    assert found.terms_chosen.tolist() == [len(row["chosen_ids"]) for row in encoded]
+    assert found.num_tokens_chosen.tolist() == [len(row["chosen_ids"]) for row in encoded]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -238,7 +238,7 @@ def test_plain_sequences_agree_padded_on_either_side(family: str) -> None:
     with torch.no_grad():
         found = policy.log_probs(policy.model, batch)
         for side in ("left", "right"):
-            plain = plain_scores(policy.model, batch, head=policy.scorer.head, padding_side=side)
+            plain = separate_log_probs(policy.model, batch, head=policy.scorer.head, padding_side=side)
             assert apart(found.chosen, plain[:, :chosen].sum(1)) < 1e-5
             assert apart(found.rejected, plain[:, chosen:].sum(1)) < 1e-5
 
@@ -291,7 +291,7 @@ def test_ten_steps_raise_the_margin_with_and_without_checkpointing(family: str) 
         optimiser, reference, curve = torch.optim.AdamW(trained, lr=5e-3), adapter_off(policy), []
         for _ in range(steps):
             found, base = policy.log_probs(policy.model, batch), reference(policy.model, batch)
-            curve.append(float(margins(found, base).detach()))
+            curve.append(float(deltas(found, base).detach()))
             optimiser.zero_grad()
             sigmoid(found, base, beta=0.1).mean().backward()
             optimiser.step()
@@ -313,7 +313,7 @@ def test_the_head_in_chunks_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     plain = torch.nn.functional.linear
 
     def linear(x: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
-        widest.append(x.shape[0] if weight is policy.core.get_output_embeddings().weight else 0)
+        widest.append(x.shape[0] if weight is policy.base_model.get_output_embeddings().weight else 0)
         return plain(x, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
@@ -336,7 +336,7 @@ def test_a_soft_capped_text_model_is_exact() -> None:
 
 def test_a_head_of_its_own_kind_keeps_logits_whole(caplog: pytest.LogCaptureFixture) -> None:
     policy = policy_of("llama")
-    core = policy.core
+    core = policy.base_model
     plain = core.forward
 
     def forward(*arguments: Any, **rest: Any) -> Any:
@@ -373,7 +373,9 @@ def test_linear_attention_falls_back_and_says_so_once(
 
 def seen(mask: Callable[..., Any], layout: Any) -> Callable[..., Any]:
     """A wrong mask: rejected sees chosen."""
-    return lambda b, h, q, k: mask(b, h, q - layout.chosen * (q >= layout.both), k - layout.chosen * (k >= layout.both))
+    return lambda b, h, q, k: mask(
+        b, h, q - layout.chosen * (q >= layout.rejected_start), k - layout.chosen * (k >= layout.rejected_start)
+    )
 
 
 def in_one_call(attend: Callable[..., Any]) -> Callable[..., Any]:
@@ -393,10 +395,10 @@ def running_on(layout: Any, device: Any) -> Tensor:
 def test_the_check_catches_a_wrong_shared_prefix(wrong: str, half: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Wrong positions in half-precision weights are the one thing that rounding may hide on a random model.
     if wrong == "mask":
-        monkeypatch.setattr(shared_prefix, "apart", seen)
+        monkeypatch.setattr(shared_prefix, "mask_chosen_from_rejected", seen)
         monkeypatch.setattr(shared_prefix, "_attention", in_one_call)
     else:
-        monkeypatch.setattr(shared_prefix.Layout, "logical", running_on)
+        monkeypatch.setattr(shared_prefix.Layout, "logical_positions", running_on)
     policy = policy_of("llava")
     policy.model.to(torch.bfloat16 if half == "weights" else torch.float32)
     batch = batch_of(policy, "llava")
@@ -410,7 +412,7 @@ def test_the_check_catches_a_wrong_shared_prefix(wrong: str, half: str, monkeypa
 
 def test_the_check_is_made_in_float32_under_a_wrapper_that_casts() -> None:
     policy = policy_of("qwen2_5_vl", trained=False)
-    core, kinds = policy.core, []
+    core, kinds = policy.base_model, []
     core._original_forward = core.forward
 
     def forward(*arguments: Any, **rest: Any) -> Any:
@@ -436,13 +438,13 @@ def test_kept_features_answer_as_pixels_and_the_tower_is_asked_once(family: str,
         assert policy.cache_vision_features(encoded) == encoded
         return
     calls = []
-    policy.core.get_image_features, plain = None, policy.core.get_image_features
+    policy.base_model.get_image_features, plain = None, policy.base_model.get_image_features
 
     def counting(*arguments: Any, **rest: Any) -> Any:
         calls.append(1)
         return plain(*arguments, **rest)
 
-    policy.core.get_image_features = counting
+    policy.base_model.get_image_features = counting
     policy.log_probs(policy.model, policy.collate(encoded))
     calls.clear()
     batch = policy.collate(encoded)
@@ -490,7 +492,7 @@ def test_full_fine_tuning_is_saved_with_its_processor_and_loads(tmp_path: Path) 
     policy.prepare(config(tuning="full"))
     batch = batch_of(policy, "llava")
     before = policy.log_probs(policy.model, batch).detach()
-    for parameter in policy.core.get_decoder().parameters():
+    for parameter in policy.base_model.get_decoder().parameters():
         parameter.data.mul_(1.02)
     policy.save(tmp_path / "tuned")
     assert "dpo_mm" not in (tmp_path / "tuned" / "config.json").read_text()
@@ -504,7 +506,7 @@ def test_full_fine_tuning_is_saved_with_its_processor_and_loads(tmp_path: Path) 
     again.prepare(config(tuning="full"))
     again.load_weights(tmp_path / "tuned")
     assert torch.equal(again.log_probs(again.model, batch).chosen, wanted.chosen)
-    again.attach(tmp_path / "tuned")
+    again.load_adapter(tmp_path / "tuned")
     with pytest.raises(ValueError, match="needs a LoRA"), again.adapter_off():
         pass
 
@@ -584,8 +586,8 @@ def test_sampled_answers_are_those_of_their_seed() -> None:
 
 def test_an_answer_that_ends_says_so() -> None:
     policy = VisionLanguage(*build("llama"), "m")
-    ends = policy.core.generation_config.eos_token_id
-    said = lambda tokens: answer_of(tokens, policy.rows.tokenizer, ends)
+    ends = policy.base_model.generation_config.eos_token_id
+    said = lambda tokens: response_from_tokens(tokens, policy.rows.tokenizer, ends)
     assert said([5, 6, 2, 0, 0])[1:] == (3, False) and said([5, 6, 7])[1:] == (3, True)
 
 

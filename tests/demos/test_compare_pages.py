@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dpo_mm.assets import locate
+from dpo_mm.assets import resolve_asset
 from tests.demos.test_label_page import HOSTILE
 from tests.unit.evaluation.test_saved_comparison import finished_run
 
@@ -116,7 +116,7 @@ def test_uploads_that_are_no_pictures_get_a_message_and_the_page_lives_on(
 @pytest.mark.parametrize("name", ["images", "captions"])
 def test_no_file_of_the_machine_is_served(name: str, serve_once: Callable[..., Any], page: Any) -> None:
     server = serve_once(name)
-    weights = locate("shapes-sd-faithful") + "/pytorch_lora_weights.safetensors"
+    weights = resolve_asset("shapes-sd-faithful") + "/pytorch_lora_weights.safetensors"
     for full in ("/etc/passwd", weights):
         for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/"):
             answer = page.request.get(server.address + route + full)

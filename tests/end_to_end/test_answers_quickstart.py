@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dpo_mm.assets import locate
+from dpo_mm.assets import resolve_asset
 from dpo_mm.data.questions import read_questions
 from dpo_mm.policies.families import load_policy
 
@@ -62,10 +62,10 @@ def test_the_stock_library_generates_the_tuned_policys_tokens(run: tuple[str, Pa
     name, questions, limit = TASKS[task]
     asked = read_questions(questions, limit=8)
     policy = load_policy(name)
-    policy.attach(folder / "adapter")
+    policy.load_adapter(folder / "adapter")
     ours = policy.generate([q.images for q in asked], [q.prompt for q in asked], max_new_tokens=limit, do_sample=False)
-    processor = AutoProcessor.from_pretrained(locate(name))
-    base = AutoModelForImageTextToText.from_pretrained(locate(name), dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(resolve_asset(name))
+    base = AutoModelForImageTextToText.from_pretrained(resolve_asset(name), dtype=torch.float32)
     stock = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
     for question, answer in zip(asked, ours, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": question.prompt}]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from dpo_mm.assets import locate
-from dpo_mm.evaluation.compare_images import plan_of
+from dpo_mm.assets import resolve_asset
+from dpo_mm.evaluation.compare_images import sampling_plan
 from dpo_mm.policies.families import load_policy
 from dpo_mm.recipe import read_recipe
 
@@ -70,12 +70,12 @@ def test_it_writes_what_it_promises(run: Path) -> None:
 
 def test_the_stock_library_draws_the_tuned_policys_pixels(run: Path) -> None:
     config = read_recipe("faithfulness", "shapes", {}).compare
-    plan = plan_of(config).first(1)
+    plan = sampling_plan(config).first(1)
     prompts, seeds = list(plan.prompts[:8]), plan.seeds[:8]
     policy = load_policy("shapes-sd")
-    policy.attach(run / "adapter")
+    policy.load_adapter(run / "adapter")
     ours = next(policy.sample(prompts, seeds, steps=15, guidance=1.5, batch_size=8))
-    pipe = StableDiffusionPipeline.from_pretrained(locate("shapes-sd"), dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(resolve_asset("shapes-sd"), dtype=torch.float32)
     pipe.load_lora_weights(str(run / "adapter"))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     stock = pipe(prompts, num_inference_steps=15, guidance_scale=1.5, generator=generators).images

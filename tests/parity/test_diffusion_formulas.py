@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dpo_mm import objectives
-from dpo_mm.objectives import LogProbs, margins
+from dpo_mm.objectives import LogProbs, deltas
 
 PAIRS, SHAPE = 5, (4, 8, 8)
 ELEMENTS = math.prod(SHAPE)
@@ -67,7 +67,7 @@ def ours(objective: Callable[[LogProbs, LogProbs], Tensor]) -> Callable[[Noised]
                 for p, t in ((chosen, n.target_chosen), (rejected, n.target_rejected))
             ]
             one = torch.ones(PAIRS)
-            return LogProbs(-errors[0] / 2, -errors[1] / 2, one, one, exact=False)
+            return LogProbs(-errors[0] / 2, -errors[1] / 2, one, one, is_likelihood=False)
 
         return objective(log_probs(n.chosen, n.rejected), log_probs(n.reference_chosen, n.reference_rejected)).mean()
 
@@ -141,7 +141,11 @@ def on_noise(policy: LogProbs, reference: LogProbs) -> Tensor:
 
     def weighted(side: LogProbs) -> LogProbs:
         return LogProbs(
-            weight * side.chosen, weight * side.rejected, side.terms_chosen, side.terms_rejected, exact=False
+            weight * side.chosen,
+            weight * side.rejected,
+            side.num_tokens_chosen,
+            side.num_tokens_rejected,
+            is_likelihood=False,
         )
 
     return objectives.sigmoid(weighted(policy), weighted(reference), beta=BETA)
@@ -235,7 +239,7 @@ def test_shared_noise_cancels_what_both_sides_share() -> None:
     """Mutation that it catches: a delta that isn't relative to the reference."""
     n = noised()
     made: list[Tensor] = []
-    ours(lambda policy, reference: made.append(margins(policy, reference)) or sigmoid(policy, reference))(n)
+    ours(lambda policy, reference: made.append(deltas(policy, reference)) or sigmoid(policy, reference))(n)
     w, l, ref_w, ref_l = (s / ELEMENTS for s in squares(n))  # noqa: E741
     assert made[0].tolist() == pytest.approx((-0.5 * ((w - ref_w) - (l - ref_l))).tolist(), abs=1e-6)
 

@@ -101,13 +101,13 @@ def test_accumulated_halves_are_the_whole_batch(tiny_model: str, pairs: str, tmp
 
 
 def _trainer(given: TrainConfig) -> tuple[Any, Any]:
-    from dpo_mm.training.trainer import DPOTrainer
+    from dpo_mm.training.trainer import PreferenceTrainer
 
     policy = load_policy(given.model)
     rows = encoded_sets(policy, given).rows
-    policy.drop_encoders()
+    policy.free_encoders()
     policy.prepare(given)
-    return policy, DPOTrainer(policy, given, rows)
+    return policy, PreferenceTrainer(policy, given, rows)
 
 
 def test_errors_of_a_half_precision_model_are_taken_in_float32(tiny_model: str, pairs: str, tmp_path: Path) -> None:
@@ -116,7 +116,8 @@ def test_errors_of_a_half_precision_model_are_taken_in_float32(tiny_model: str, 
     batch = policy.collate(rows)
     with torch.autocast("cpu", torch.bfloat16):
         said = policy.log_probs(policy.model, batch)
-    assert said.chosen.dtype == torch.float32 and policy.residual.dtype == torch.float32
+        residual = policy.pair_errors(policy.model, batch).residual
+    assert said.chosen.dtype == torch.float32 and residual.dtype == torch.float32
     assert not torch.equal(said.chosen, said.chosen.bfloat16().float())
-    expected = -0.5 * policy.residual[:4].double().square().flatten(1).mean(1)
+    expected = -0.5 * residual[:4].double().square().flatten(1).mean(1)
     torch.testing.assert_close(said.chosen.double(), expected, rtol=1e-5, atol=0)

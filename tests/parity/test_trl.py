@@ -74,7 +74,9 @@ def test_the_batch_tells_things_apart() -> None:
     assert order != before
     assert ours().z > 0.05
     assert (rejected < 0).any() and (rejected > 0).any() and (chosen - rejected < 0).any()
-    assert (policy.terms_chosen > policy.terms_rejected).any() and (policy.terms_chosen < policy.terms_rejected).any()
+    assert (policy.num_tokens_chosen > policy.num_tokens_rejected).any() and (
+        policy.num_tokens_chosen < policy.num_tokens_rejected
+    ).any()
 
 
 # Where TRL deviates
@@ -105,7 +107,7 @@ def test_their_bco_has_no_running_mean() -> None:
 def test_their_length_desensitising_acts_on_policy_and_reference() -> None:
     """Ours too; ms-swift and LLaMA-Factory put it on the policy alone, which is another loss."""
     sides = objectives.shared_length(*ours().tokens, *ours().masks, ld_alpha=0.5)
-    policy = LogProbs(*sides, ours().policy.terms_chosen, ours().policy.terms_rejected, exact=True)
+    policy = LogProbs(*sides, ours().policy.num_tokens_chosen, ours().policy.num_tokens_rejected, is_likelihood=True)
     alone = objectives.sigmoid(policy, ours().reference, beta=0.3).mean().item()
     assert abs(alone - trl_dpo("sigmoid", ld_alpha=0.5)(peer()).item()) > 1e-2
 

@@ -196,7 +196,7 @@ def _read(model: Any, pairs: list[dict[str, list[int]]]) -> tuple[_Side, _Side]:
 
 def _whole(sides: tuple[_Side, _Side]) -> LogProbs:
     (w, l), (n_w, n_l) = ((s.tokens * s.mask).sum(1) for s in sides), (s.mask.sum(1) for s in sides)  # noqa: E741
-    return LogProbs(w, l, n_w, n_l, exact=True)
+    return LogProbs(w, l, n_w, n_l, is_likelihood=True)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -302,7 +302,7 @@ def plain(
     **settings: float,
 ) -> Callable[[Ours], Tensor]:
     """The mean over pairs of an objective from the table."""
-    if "beta" in objectives.settings_of(name):
+    if "beta" in objectives.keyword_settings(name):
         settings.setdefault("beta", 0.3)
     loss = mixture({name: 1.0}, settings, divergence=divergence, divergence_alpha=alpha)
     return lambda ours: loss(ours.policy, ours.reference, data or {}).mean()
@@ -327,8 +327,8 @@ def shortened(ld_alpha: float) -> Callable[[Ours], Tensor]:
             objectives.shared_length(*tokens, *ours.masks, ld_alpha=ld_alpha)
             for tokens in (ours.tokens, ours.reference_tokens)
         ]
-        terms = ours.policy.terms_chosen, ours.policy.terms_rejected
-        policy, reference = (LogProbs(*side, *terms, exact=True) for side in sides)
+        terms = ours.policy.num_tokens_chosen, ours.policy.num_tokens_rejected
+        policy, reference = (LogProbs(*side, *terms, is_likelihood=True) for side in sides)
         return objectives.sigmoid(policy, reference, beta=0.3).mean()
 
     return loss

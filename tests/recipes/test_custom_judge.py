@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_mm.data.schema import Answer
+from dpo_mm.data.schema import Response
 from dpo_mm.worlds import sums
 
 PATH = Path(__file__).parents[2] / "recipes" / "custom_judge.py"
@@ -42,7 +42,7 @@ def test_anything_else_is_none_and_nothing_is_executed(text: str, judge: Any) ->
 
 
 def test_an_answer_is_right_that_comes_to_its_truth(judge: Any) -> None:
-    answers = [Answer(text, 3, hit_limit=False) for text in ("12+35", "12+45", "12+35=47", "47")]
+    answers = [Response(text, 3, hit_limit=False) for text in ("12+35", "12+45", "12+35=47", "47")]
     assert [share.hits for share in judge.right(answers, ["47"] * 4)] == [1, 0, 0, 0]
     assert [share.hits for share in judge.runs(answers, ["47"] * 4)] == [1, 1, 0, 0]
     assert judge.right.by_rule
@@ -52,5 +52,5 @@ def test_the_worlds_right_answers_are_right_and_its_notes_sloppy(judge: Any) -> 
     held, rng = list(sums.sums(400, 0, held_out=True)), np.random.default_rng(0)
     assert all(judge.value(sums.expression(one)) == one.number for one in held)
     assert not {one.prompt for one in held} & {one.prompt for one in sums.sums(10**6, 1)}
-    right = np.mean([judge.value(sums.sloppy(one, rng)) == one.number for one in held])
+    right = np.mean([judge.value(sums.noisy_answer(one, rng)) == one.number for one in held])
     assert 0.3 < right < 0.6

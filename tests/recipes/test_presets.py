@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from transformers import SchedulerType
 
-from dpo_mm.assets import SHIPPED, presets_folder
+from dpo_mm.assets import BUNDLED, presets_folder
 from dpo_mm.config import CompareResponsesConfig
-from dpo_mm.judges import named
+from dpo_mm.judges import parse_judge_name
 from dpo_mm.objectives import OBJECTIVES
 from dpo_mm.policies.diffusion.diffusion_policy import DTYPES
 from dpo_mm.policies.families import load_policy
@@ -51,7 +51,7 @@ def test_what_a_preset_names_exists(name: str) -> None:
     settings = recipe(name)
     mined = [settings.mine.judges] if settings.mine else []
     judges = [*settings.compare.judges, *(n for one in mined for n in ([one] if isinstance(one, str) else one))]
-    assert judges and all(named(judge) or OWN.fullmatch(judge) for judge in judges)
+    assert judges and all(parse_judge_name(judge) or OWN.fullmatch(judge) for judge in judges)
     if isinstance(settings.compare, CompareResponsesConfig):
         assert set(settings.compare.guards) <= set(settings.compare.judges)
     train = settings.train
@@ -60,7 +60,7 @@ def test_what_a_preset_names_exists(name: str) -> None:
     assert train.schedule in {kind.value for kind in SchedulerType}
     assert train.precision in DTYPES and settings.compare.precision == train.precision
     assert train.model == settings.compare.model
-    assert train.model in SHIPPED or HUB.fullmatch(train.model)
+    assert train.model in BUNDLED or HUB.fullmatch(train.model)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -68,7 +68,7 @@ def test_a_preset_says_where_its_numbers_are_from(name: str) -> None:
     head = [line for line in (presets_folder() / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
     words = " ".join(line.lstrip("# ") for line in head)
     assert head
-    if recipe(name).train.model not in SHIPPED:
+    if recipe(name).train.model not in BUNDLED:
         assert re.search(r"\d{4}\.\d{5}|\bours, not tuned\b|examples/", words, re.IGNORECASE)
 
 
@@ -80,7 +80,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Recipe]
     def policy(preset: str, settings: Recipe) -> object:
         model = settings.train.model
         if model not in made:
-            if model in SHIPPED:
+            if model in BUNDLED:
                 made[model] = load_policy(model)
             elif isinstance(settings.compare, CompareResponsesConfig):
                 kind = preset if preset in tiny_vlms.BUILDERS else "llava"

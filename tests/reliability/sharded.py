@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
-from dpo_mm.training.callbacks import FiniteSteps
+from dpo_mm.training.callbacks import SkipNonFiniteStepsCallback
 from dpo_mm.training.memory_estimate import _row
-from dpo_mm.training.reference import choose
+from dpo_mm.training.reference import build_reference
 
 
 def shard(model: Any) -> None:
@@ -40,7 +40,7 @@ def main(model: str, folder: Path, tuning: str) -> None:
     expected = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
     policy.model.zero_grad(set_to_none=True)
 
-    reference = choose(policy, config, shard)
+    reference = build_reference(policy, config, shard)
     shard(policy.model)
     before, now = reference(policy.model, batch), policy.log_probs(policy.model, batch)
     assert torch.equal(before.chosen, now.chosen)
@@ -52,7 +52,7 @@ def main(model: str, folder: Path, tuning: str) -> None:
     own = sum(p.to_local().numel() for p in policy.model.parameters())
     assert own < 0.7 * sum(p.numel() for p in policy.model.parameters())
 
-    guard, state = FiniteSteps(), SimpleNamespace(global_step=0)
+    guard, state = SkipNonFiniteStepsCallback(), SimpleNamespace(global_step=0)
     guard.on_pre_optimizer_step(None, state, None, model=policy.model)
     assert guard.skipped == 0
     torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=1e-2).step()

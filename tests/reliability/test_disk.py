@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.training.checkpoints import publish, what_is_wrong, writing
+from dpo_mm.training.checkpoints import explain_disk_full, move_into_place, what_is_wrong
 from dpo_mm.training.run import train
 from tests import forked
 
@@ -61,7 +61,7 @@ def write_too_much() -> None:
     )
     for write in ways:
         try:
-            with writing(place):
+            with explain_disk_full(place):
                 write()
         except OSError as error:
             print(error)
@@ -98,7 +98,7 @@ def test_each_librarys_error_is_one_that_names_the_place(tmp_path: Path) -> None
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="shapes"), writing(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), explain_disk_full(tmp_path):
         raise RuntimeError("shapes do not fit")
 
 
@@ -108,7 +108,7 @@ def test_a_result_replaces_the_one_before_part_by_part(tmp_path: Path) -> None:
         (tmp_path / name / "unet" / f"{word}.txt").write_text(word)
         (tmp_path / name / "card.md").write_text(word)
     (tmp_path / "old" / "checkpoint-2").mkdir()
-    publish(tmp_path / "aside", tmp_path / "old")
+    move_into_place(tmp_path / "aside", tmp_path / "old")
     assert (tmp_path / "old" / "card.md").read_text() == "new"
     assert [path.name for path in (tmp_path / "old" / "unet").iterdir()] == ["new.txt"]
     assert (tmp_path / "old" / "checkpoint-2").exists() and not any((tmp_path / "aside").iterdir())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from dpo_mm.data.image_files import MAX_PIXELS, decode
+from dpo_mm.data.image_files import MAX_PIXELS, decode_image
 from dpo_mm.data.schema import load_pairs, make_image_rows
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode
@@ -76,14 +76,14 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 @pytest.mark.slow
 def test_damaged_pictures_are_pictures_or_refused_with_a_reason() -> None:
     files, rng = whole_files(), random.Random(0)
-    assert all(decode(file).mode == "RGB" for file in files)
+    assert all(decode_image(file).mode == "RGB" for file in files)
     used = refused = 0
     for number in range(PICTURES):
         data = damaged(files[number % len(files)], rng)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                image = decode(data)
+                image = decode_image(data)
         except ValueError as error:
             assert str(error).strip(), data[:40]
             refused += 1

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.training import trainer as module
-from dpo_mm.training.callbacks import IN_A_ROW, FiniteSteps
-from dpo_mm.training.checkpoints import newest_whole, what_is_wrong
+from dpo_mm.training.callbacks import MAX_CONSECUTIVE_SKIPS, SkipNonFiniteStepsCallback
+from dpo_mm.training.checkpoints import latest_complete_checkpoint, what_is_wrong
 from dpo_mm.training.run import train
-from dpo_mm.training.trainer import DPOTrainer
+from dpo_mm.training.trainer import PreferenceTrainer
 from tests import forked
 
 
@@ -34,13 +34,13 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """From now on the loss of these steps is not a number."""
-    real = DPOTrainer.compute_loss
+    real = PreferenceTrainer.compute_loss
 
-    def loss(self: DPOTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
+    def loss(self: PreferenceTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
         found = real(self, *arguments, **named)
         return found * float("nan") if self.state.global_step in steps else found
 
-    monkeypatch.setattr(module.DPOTrainer, "compute_loss", loss)
+    monkeypatch.setattr(module.PreferenceTrainer, "compute_loss", loss)
 
 
 def test_a_loss_that_is_not_a_number_makes_no_step_and_is_counted(
@@ -61,7 +61,7 @@ def test_many_in_a_row_end_the_run_with_a_diagnosis(
     poisoned(monkeypatch, set(range(3, 1000)))
     with pytest.raises(
         FloatingPointError,
-        match=rf"{IN_A_ROW} steps in a row up to step {3 + IN_A_ROW} .* learning_rate .*none is finite.*"
+        match=rf"{MAX_CONSECUTIVE_SKIPS} steps in a row up to step {3 + MAX_CONSECUTIVE_SKIPS} .* learning_rate .*none is finite.*"
         r"every loss is finite, rows row-\d+ at timestep \d+ \(loss [\d.]+\), row-\d+ at",
     ):
         train(config(tiny_model, pairs, tmp_path, steps=100))
@@ -69,14 +69,14 @@ def test_many_in_a_row_end_the_run_with_a_diagnosis(
 
 def test_the_diagnosis_names_the_row_at_fault_its_timestep_and_the_norms() -> None:
     """Mutations that it catches: naming every row, norms taken after clipping, rows of the step before."""
-    guard, layer = FiniteSteps(), torch.nn.Linear(2, 2)
-    guard.saw(["earlier"], None, torch.tensor([torch.nan]))
+    guard, layer = SkipNonFiniteStepsCallback(), torch.nn.Linear(2, 2)
+    guard.record_batch(["earlier"], None, torch.tensor([torch.nan]))
     layer(torch.ones(1, 2)).sum().backward()
     state = SimpleNamespace(global_step=6)
     guard.on_pre_optimizer_step(None, state, None, model=layer)
     assert guard.skipped == 0 and layer.weight.grad is not None
-    guard.saw(["a", "b"], torch.tensor([10, 900]), torch.tensor([0.5, torch.inf]))
-    guard.saw(["c"], torch.tensor([7]), torch.tensor([0.25]))
+    guard.record_batch(["a", "b"], torch.tensor([10, 900]), torch.tensor([0.5, torch.inf]))
+    guard.record_batch(["c"], torch.tensor([7]), torch.tensor([0.25]))
     layer.weight.grad[0, 0] = torch.inf
     guard.measure(layer)
     torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
@@ -128,7 +128,7 @@ def test_a_broken_checkpoint_is_passed_over_and_named(
         (newest / "complete.json").unlink()
     assert what_is_wrong(tmp_path / "checkpoint-4") is None
     with caplog.at_level(logging.WARNING, logger="dpo_mm.training.checkpoints"):
-        assert newest_whole(tmp_path) == tmp_path / "checkpoint-4"
+        assert latest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     assert "checkpoint-8" in caplog.text and "taking the one before" in caplog.text
     before = weights(tmp_path)
     train(config(tiny_model, pairs, tmp_path, save_every=4, resume=True))

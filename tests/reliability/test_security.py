@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.policies.families import commit_of, load_policy
+from dpo_mm.policies.families import load_policy, resolve_commit
 from dpo_mm.training.run import train
 from tests.contracts.families import stable_diffusion
 from tests.contracts.tiny_vlms import save
@@ -53,11 +53,11 @@ def test_pickled_adapters_are_not_read(tiny_model: str, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     poisoned(tmp_path / "images" / "pytorch_lora_weights.bin", canary)
     with pytest.raises(ValueError, match=r"neither pytorch_lora_weights.safetensors nor"):
-        load_policy(tiny_model).attach(tmp_path / "images")
+        load_policy(tiny_model).load_adapter(tmp_path / "images")
     poisoned(tmp_path / "whole" / "unet" / "diffusion_pytorch_model.bin", canary)
     shutil.copy(Path(tiny_model) / "unet" / "config.json", tmp_path / "whole" / "unet")
     with pytest.raises((ValueError, OSError)):
-        load_policy(tiny_model).attach(tmp_path / "whole")
+        load_policy(tiny_model).load_adapter(tmp_path / "whole")
     assert not canary.exists()
 
 
@@ -67,7 +67,7 @@ def test_pickled_weights_of_a_reader_and_its_adapter_are_not_read(tmp_path: Path
     poisoned(tmp_path / "adapter" / "adapter_model.bin", canary)
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
     with pytest.raises(ValueError, match=r"no adapter_model\.safetensors; pickled weights are not read"):
-        reader.attach(tmp_path / "adapter")
+        reader.load_adapter(tmp_path / "adapter")
     for weights in Path(model).glob("*.safetensors"):
         weights.unlink()
     poisoned(Path(model) / "pytorch_model.bin", canary)
@@ -110,5 +110,5 @@ def test_the_commit_of_a_hub_model_is_known(tmp_path: Path, monkeypatch: pytest.
     (cached / "snapshots" / commit / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert commit_of("org/model") == commit
-    assert commit_of(str(tmp_path)) is None
+    assert resolve_commit("org/model") == commit
+    assert resolve_commit(str(tmp_path)) is None

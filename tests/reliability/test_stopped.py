@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 def encode(at: int) -> None:
     """The command in shards of 4, asked to stop as it keeps shard number `at`; 0 is never."""
-    real, calls = arrow_shards.keep, []
+    real, calls = arrow_shards.write_shard, []
 
     def keep(place: Any, sets: Any) -> None:
         calls.append(place)
@@ -33,7 +33,7 @@ def encode(at: int) -> None:
         real(place, sets)
 
     encoding.SHARD = 4
-    arrow_shards.keep = keep
+    arrow_shards.write_shard = keep
     forked.command()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.training import trainer as module
-from dpo_mm.training.trainer import DPOTrainer
+from dpo_mm.training.trainer import PreferenceTrainer
 from dpo_mm.training.verify import verify
 from tests.contracts.tiny_vlms import save
 
@@ -27,7 +27,7 @@ def config(model: str, pairs: str, **more: Any) -> TrainConfig:
 def test_a_sound_recipe_passes(more: dict[str, Any], tiny_model: str, pairs: str, tmp_path: Path) -> None:
     checks = list(verify(config(tiny_model, pairs, **more), tmp_path))
     assert len(checks) == 5 and all(check.passed for check in checks), checks
-    assert sum("bit for bit" in check.seen for check in checks) == 3
+    assert sum("bit for bit" in check.observed for check in checks) == 3
 
 
 @pytest.mark.slow
@@ -43,16 +43,16 @@ def test_the_command_says_pass_and_leaves_nothing(tiny_model: str, pairs: str, t
 def test_a_run_that_does_not_repeat_itself_is_found(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, drawn = DPOTrainer.compute_loss, torch.Generator().manual_seed(0)
+    real, drawn = PreferenceTrainer.compute_loss, torch.Generator().manual_seed(0)
 
-    def loss(self: DPOTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
+    def loss(self: PreferenceTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
         found: torch.Tensor = real(self, *arguments, **named)
         return found * (1 + torch.rand((), generator=drawn))
 
-    monkeypatch.setattr(module.DPOTrainer, "compute_loss", loss)
+    monkeypatch.setattr(module.PreferenceTrainer, "compute_loss", loss)
     failed = [check for check in verify(config(tiny_model, pairs), tmp_path) if not check.passed]
     assert [check.name.split()[0] for check in failed] == ["the", "cut"]
-    assert all("tensors differ, by" in check.seen for check in failed)
+    assert all("tensors differ, by" in check.observed for check in failed)
 
 
 @pytest.mark.slow

@@ -15,20 +15,20 @@ CHECK = """
 import sys
 from pathlib import Path
 import dpo_mm
-from dpo_mm.assets import SHIPPED, demos_folder, locate, presets_folder
-from dpo_mm.judges import JUDGES, load_judge, named
+from dpo_mm.assets import BUNDLED, demos_folder, resolve_asset, presets_folder
+from dpo_mm.judges import JUDGES, load_judge, parse_judge_name
 from dpo_mm.recipe import read_recipe
 
 folder = Path(sys.argv[1])
 assert folder in Path(dpo_mm.__file__).parents, dpo_mm.__file__
-assert all(folder in Path(locate(name)).parents and Path(locate(name)).exists() for name in SHIPPED)
+assert all(folder in Path(resolve_asset(name)).parents and Path(resolve_asset(name)).exists() for name in BUNDLED)
 assert (demos_folder() / "label.py").is_file()
 presets = sorted(presets_folder().glob("*.yaml"))
 assert len(presets) == 23, len(presets)
 custom = set()
 for path in presets:
     task, _, name = path.stem.partition("-")
-    custom |= {judge for judge in read_recipe(task, name, {}).compare.judges if named(judge) is None}
+    custom |= {judge for judge in read_recipe(task, name, {}).compare.judges if parse_judge_name(judge) is None}
 assert {judge.partition(":")[0] for judge in custom} == {"custom_judge", "my_judges"}, custom
 for judge in custom:
     if judge.startswith("custom_judge"):

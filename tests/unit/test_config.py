@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 
-from dpo_mm.config import CompareConfig, MineConfig, TrainConfig, build, read
-from dpo_mm.judges import named
-from dpo_mm.mining.mine_images import names
-from dpo_mm.recipe import presets, read_recipe, run
+from dpo_mm.config import CompareConfig, MineConfig, TrainConfig, config_from_mapping, read_yaml
+from dpo_mm.judges import parse_judge_name
+from dpo_mm.mining.mine_images import parse_judges
+from dpo_mm.recipe import presets, read_recipe, run_recipe
 
 PLAIN: dict[str, Any] = {"model": "m", "pairs": "p", "output_dir": "o"}
 
 
 def test_strings_become_what_the_setting_is() -> None:
-    got = build(
+    got = config_from_mapping(
         TrainConfig,
         {
             **PLAIN,
@@ -27,13 +27,15 @@ def test_strings_become_what_the_setting_is() -> None:
         where="flags",
     )
     assert (got.steps, got.learning_rate, got.resume, got.lora_targets) == (12, 1e-4, True, ("to_q", "to_k"))
-    mixed = build(TrainConfig, {**PLAIN, "objective": {"sigmoid": 0.8, "hinge": 0.2}}, where="flags")
+    mixed = config_from_mapping(TrainConfig, {**PLAIN, "objective": {"sigmoid": 0.8, "hinge": 0.2}}, where="flags")
     assert mixed.objective == {"sigmoid": 0.8, "hinge": 0.2}
-    assert build(TrainConfig, {**PLAIN, "objective_kwargs": "label_smoothing:0.1"}, where="flags").objective_kwargs == {
-        "label_smoothing": 0.1
-    }
-    assert build(TrainConfig, {**PLAIN, "revision": "none"}, where="flags").revision is None
-    assert build(CompareConfig, {"model": "m", "output_dir": "o", "scales": [0.5, 2]}, where="f").scales == (0.5, 2.0)
+    assert config_from_mapping(
+        TrainConfig, {**PLAIN, "objective_kwargs": "label_smoothing:0.1"}, where="flags"
+    ).objective_kwargs == {"label_smoothing": 0.1}
+    assert config_from_mapping(TrainConfig, {**PLAIN, "revision": "none"}, where="flags").revision is None
+    assert config_from_mapping(
+        CompareConfig, {"model": "m", "output_dir": "o", "scales": [0.5, 2]}, where="f"
+    ).scales == (0.5, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -49,18 +51,18 @@ def test_strings_become_what_the_setting_is() -> None:
 )
 def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build(TrainConfig, values, where="my.yaml")
+        config_from_mapping(TrainConfig, values, where="my.yaml")
 
 
 def test_files_that_are_no_recipes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
-        read(tmp_path / "nothing.yaml")
+        read_yaml(tmp_path / "nothing.yaml")
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     with pytest.raises(ValueError, match="expected settings"):
-        read(tmp_path / "list.yaml")
+        read_yaml(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1, 2\n")
     with pytest.raises(ValueError, match="not valid YAML"):
-        read(tmp_path / "broken.yaml")
+        read_yaml(tmp_path / "broken.yaml")
 
 
 def test_flags_reach_the_parts_that_have_them(tmp_path: Path) -> None:
@@ -94,9 +96,9 @@ def test_every_preset_loads() -> None:
 def test_what_a_model_makes_of_itself_is_judged_by_others(task: str) -> None:
     recipe = read_recipe(task, "sd15-mined", {})
     assert isinstance(recipe.mine, MineConfig) and isinstance(recipe.compare, CompareConfig)
-    mined, compared = {*names(recipe.mine.judges), *names(recipe.mine.guards)}, set(recipe.compare.judges)
+    mined, compared = {*parse_judges(recipe.mine.judges), *parse_judges(recipe.mine.guards)}, set(recipe.compare.judges)
     assert len(mined) == 3 and len(compared) == 2 and not mined & compared
-    assert all(named(name) for name in mined | compared)
+    assert all(parse_judge_name(name) for name in mined | compared)
     assert recipe.train.pairs == str(Path(recipe.mine.output_dir) / "pairs.parquet")
 
 
@@ -104,5 +106,5 @@ def test_what_a_model_makes_of_itself_is_judged_by_others(task: str) -> None:
 def test_an_unkncustom_judge_is_refused_before_anything_runs(flag: str, tmp_path: Path) -> None:
     recipe = read_recipe("ocr", "pages", {flag: "degenerate", "output_dir": str(tmp_path / "out")})
     with pytest.raises(ValueError, match="judge 'degenerate' is unknown; did you mean 'degeneration'"):
-        run(recipe, command="")
+        run_recipe(recipe, command="")
     assert not (tmp_path / "out").exists()

@@ -7,13 +7,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
-    {"__init__", "worlds", "config", "errors", "progress", "resumable", "assets"},
+    {"__version__", "worlds", "config", "errors", "progress", "resumable", "assets"},
     {"objectives"},
     {"data"},
     {"policies", "judges", "sources", "doctor"},
     {"training", "mining", "evaluation", "labels"},
     {"recipe"},
-    {"cli", "demo_server", "__main__"},
+    {"cli", "demo_server", "__main__", "__init__"},
 )
 
 

@@ -11,25 +11,50 @@ import pytest
 
 import dpo_mm
 
+PUBLIC = [
+    "OBJECTIVES",
+    "CompareConfig",
+    "CompareResponsesConfig",
+    "CompareResult",
+    "Comparison",
+    "JudgeConfig",
+    "LogProbs",
+    "MineConfig",
+    "MineResponsesConfig",
+    "RelabelConfig",
+    "RelabelResult",
+    "ScoreResult",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingInterrupted",
+    "__version__",
+    "compare",
+    "load_pairs",
+    "load_policy",
+    "load_responses",
+    "mine",
+    "relabel",
+    "score",
+    "train",
+]
 
-def test_every_public_name_is_there() -> None:
-    assert dpo_mm.__all__ == [
-        "CompareConfig",
-        "MineConfig",
-        "TrainConfig",
-        "DPOTrainer",
-        "LogProbs",
-        "OBJECTIVES",
-        "compare",
-        "load_pairs",
-        "load_policy",
-        "mine",
-        "train",
-        "__version__",
-    ]
+
+def test_public_names_are_frozen_and_importable() -> None:
+    assert dpo_mm.__all__ == PUBLIC
+    assert set(dir(dpo_mm)) == set(PUBLIC)
     assert all(getattr(dpo_mm, name) is not None for name in dpo_mm.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = dpo_mm.nothing
+
+
+def test_type_checkers_and_lazy_imports_read_the_same_table() -> None:
+    tree = ast.parse(Path(dpo_mm.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imported = {
+        name.name: str(node.module) for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names
+    }
+    assert imported == dpo_mm._MODULES
+    assert set(imported) == set(dpo_mm.__all__) - {"__version__"}
 
 
 def test_importing_it_loads_nothing_heavy() -> None:

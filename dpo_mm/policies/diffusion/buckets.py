@@ -23,7 +23,7 @@ class Crop(NamedTuple):
     box: tuple[int, int, int, int]
 
 
-def covering(size: Size, frame: Size) -> Crop:
+def cover(size: Size, frame: Size) -> Crop:
     """A picture of this size scaled until it covers the frame, its centre kept."""
     scale = max(frame[0] / size[0], frame[1] / size[1])
     width, height = round(size[0] * scale), round(size[1] * scale)

@@ -4,7 +4,7 @@ At the batch's own (noise, timestep), the same for chosen and rejected, for poli
 
     log p(x) = -1/2 * mean over latent elements of (prediction - target)^2
 
-Noising and target are the scheduler's own, see `noising`. Errors are taken in float32 after the network: at beta 5000 a
+Noising and target are the scheduler's own, see `noise_process`. Errors are taken in float32 after the network: at beta 5000 a
 half-precision error would put noise of standard deviation 0.2 to 0.9 on the logit. Source: Wallace et al. 2023 (2311.12908) eq. 14.
 
 A family is a subclass that says which parts its pipeline has, how prompts are encoded and how its denoiser is called;
@@ -18,7 +18,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.objectives import LogProbs, safe_scale
+from dpo_mm.objectives import LogProbs, sdpo_lambda_image
 from dpo_mm.policies.adapters import (
     LORA_FILE,
     Weights,
@@ -38,16 +38,29 @@ from dpo_mm.policies.adapters import (
     save_whole,
 )
 from dpo_mm.policies.diffusion import sampling
-from dpo_mm.policies.diffusion.buckets import Crop, Size, covering
+from dpo_mm.policies.diffusion.buckets import Crop, Size, cover
 from dpo_mm.policies.diffusion.collate import collate
 from dpo_mm.policies.diffusion.latents import latent_scale, posterior
-from dpo_mm.policies.diffusion.meta_pipeline import hollow
-from dpo_mm.policies.diffusion.noise_process import noising_of
+from dpo_mm.policies.diffusion.meta_pipeline import load_on_meta_device
+from dpo_mm.policies.diffusion.noise_process import noise_process_for
 from dpo_mm.policies.protocol import Batch
 
 Prompt = dict[str, Tensor]
 """A family's encoded prompts, each tensor with the prompts first."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DenoisingErrors(NamedTuple):
+    """Errors of a batch: `mean`, (images,), float32, and what it is the mean square of, `residual`, (images, ...)."""
+
+    mean: Tensor
+    residual: Tensor
+
+
+def _surrogate_log_probs(errors: DenoisingErrors) -> LogProbs:
+    chosen, rejected = (-0.5 * errors.mean).chunk(2)
+    ones = torch.ones_like(chosen)
+    return LogProbs(chosen, rejected, ones, ones, is_likelihood=False)
 
 
 class DiffusionPolicy:
@@ -61,26 +74,26 @@ class DiffusionPolicy:
     """Modules that a LoRA adapts unless told otherwise."""
     patch: ClassVar[int] = 1
     """Latent pixels on a side of what is one token of the denoiser."""
-    video_vae: ClassVar[bool] = False
+    vae_is_video: ClassVar[bool] = False
     """Whether the autoencoder takes a picture as a film of one frame."""
-    per_image: ClassVar[tuple[str, ...]] = ()
+    conditioning_columns: ClassVar[tuple[str, ...]] = ()
     """Facts of each picture, (images, ...), that the denoiser is told of where the rows have them."""
-    edits: ClassVar[bool] = False
+    is_image_editing: ClassVar[bool] = False
     """Whether a picture to edit is part of the prompt: rows then have `image_source`, prompts `source` (images, c, h, w)."""
     kohya_prefix: ClassVar[str | None] = None
     """What kohya's and ComfyUI's names of the denoiser's modules begin with; None where no such format is known."""
 
-    exact: ClassVar[bool] = False
+    modality: ClassVar[Literal["image"]] = "image"
     config: TrainConfig
 
     def __init__(self, pipe: Any, source: str) -> None:
         self.pipe, self.source = pipe, source
         self.vae, self.scheduler = pipe.vae, pipe.scheduler
         self.dtype: torch.dtype = getattr(pipe, self.denoiser).dtype
-        self.noising = noising_of(pipe.scheduler, source=source)
+        self.noise_process = noise_process_for(pipe.scheduler, source=source)
         self.latent_scale = latent_scale(pipe.vae.config)
         self.resolution = self.native_resolution()
-        self.frame: Size | None = None
+        self.target_size: Size | None = None
         self.base_denoiser: nn.Module | None = None
 
     # What a family writes
@@ -109,11 +122,13 @@ class DiffusionPolicy:
         """Channels of the autoencoder's latents."""
         return self.model.config.in_channels  # type: ignore[union-attr, return-value]
 
-    def image_facts(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """The columns of `per_image`, (images, ...) each, on the CPU."""
+    def size_conditioning(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The columns of `conditioning_columns`, (images, ...) each, on the CPU."""
         return {}
 
-    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
+    def sampling_kwargs(
+        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+    ) -> dict[str, Any]:
         """The pipeline's arguments for drawing these prompts with this guidance; sources: the pictures to edit."""
         return {"prompt": prompts, "guidance_scale": guidance, "height": self.resolution, "width": self.resolution}
 
@@ -132,7 +147,7 @@ class DiffusionPolicy:
     ) -> Self:
         """The policy of a pipeline folder or hub id. resolution: pixels on a side; None: the pipeline's own.
 
-        weights: False reads none and leaves all modules on the meta device, see `hollow`.
+        weights: False reads none and leaves all modules on the meta device, see `load_on_meta_device`.
 
         Raises ValueError where a component is missing, or precision or resolution won't do.
         """
@@ -144,7 +159,7 @@ class DiffusionPolicy:
                     raise ValueError(
                         f"model {source!r} has no {part}; expected the folder {part}/ that `pipe.save_pretrained` writes"
                     )
-        opener = cls.open if weights else hollow
+        opener = cls.open if weights else load_on_meta_device
         pipe = opener(source, revision=revision, dtype=DTYPES[precision])
         pipe.set_progress_bar_config(disable=True)
         if weights:
@@ -197,36 +212,36 @@ class DiffusionPolicy:
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation of the autoencoder, each (images, c, h, w), float32 on the CPU."""
         pixels = torch.stack([self.pixels(image) for image in images]).to(self.device)
-        mean, std = posterior(self.vae, pixels[:, :, None] if self.video_vae else pixels)
-        if self.video_vae:
+        mean, std = posterior(self.vae, pixels[:, :, None] if self.vae_is_video else pixels)
+        if self.vae_is_video:
             mean, std = mean.squeeze(2), std.squeeze(2)
         return mean.float().cpu(), std.float().cpu()
 
     def pixels(self, image: Image.Image) -> Tensor:
         """A picture as the autoencoder takes it, (3, height, width) of the frame, in [-1, 1]."""
-        return torch.from_numpy(np.asarray(self.fitted(image), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+        return torch.from_numpy(np.asarray(self.resize_and_crop(image), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
 
-    def fitted(self, image: Image.Image) -> Image.Image:
+    def resize_and_crop(self, image: Image.Image) -> Image.Image:
         """A picture scaled to cover the frame and cropped to its centre."""
-        scaled, box = self.placed(image.size)
+        scaled, box = self.crop_box(image.size)
         if scaled != image.size:
             image = image.resize(scaled, Image.Resampling.LANCZOS)
         return image.convert("RGB").crop(box)
 
-    def placed(self, size: Size) -> Crop:
+    def crop_box(self, size: Size) -> Crop:
         """How a picture of this (width, height) is fitted to the frame at hand."""
-        return covering(size, self.frame or (self.resolution, self.resolution))
+        return cover(size, self.target_size or (self.resolution, self.resolution))
 
     @contextlib.contextmanager
-    def framed(self, frame: Size) -> Iterator[None]:
+    def at_size(self, frame: Size) -> Iterator[None]:
         """Within it pictures are fitted to this (width, height) instead of the resolution's square."""
-        self.frame = frame
+        self.target_size = frame
         try:
             yield
         finally:
-            self.frame = None
+            self.target_size = None
 
-    def drop_encoders(self) -> None:
+    def free_encoders(self) -> None:
         """Let all but the denoiser leave memory."""
         self.vae = None
         for name, part in self.pipe.components.items():
@@ -243,35 +258,47 @@ class DiffusionPolicy:
         """Tokens of the denoiser for latents of this shape, (..., h, w)."""
         return shape[-2] * shape[-1] // self.patch**2
 
-    def errors(self, model: nn.Module, latents: Tensor, noise: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
-        """Mean squared prediction error of each image at its own draw, (images,), float32; of the noise where
-        `weighting` is epsilon.
+    def denoising_errors(
+        self, model: nn.Module, latents: Tensor, noise: Tensor, timestep: Tensor, prompt: Prompt
+    ) -> DenoisingErrors:
+        """Compute the squared prediction error of each image at its own noise and timestep.
 
-        What it is the mean of stays in `residual`, (images, ...), for objectives that scale by it (`safe`).
+        Args:
+            model: the denoiser, possibly wrapped.
+            latents, noise: (images, channels, height, width).
+            timestep: (images,), in the scheduler's units.
+            prompt: encoded prompts, images first.
+
+        Returns:
+            The mean error per image, of the noise if `loss_weighting` is epsilon, and the residual.
         """
-        noisy = self.noising.noisy(latents, noise, timestep).to(self.dtype)
+        noisy = self.noise_process.add_noise(latents, noise, timestep).to(self.dtype)
         prompt = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in prompt.items()}
         prediction = self.denoise(model, noisy, timestep, prompt)
-        residual = prediction.float() - self.noising.target(latents, noise, timestep)
-        self.residual = residual.detach()
-        errors = residual.square().flatten(1).mean(1)
-        return errors * self.noising.epsilon_factor(timestep) if self.config.loss_weighting == "epsilon" else errors
+        residual = prediction.float() - self.noise_process.target(latents, noise, timestep)
+        mean = residual.square().flatten(1).mean(1)
+        if self.config.loss_weighting == "epsilon":
+            mean = mean * self.noise_process.epsilon_error_scale(timestep)
+        return DenoisingErrors(mean, residual.detach())
 
     def log_probs(self, model: nn.Module, batch: Batch) -> LogProbs:
-        """-1/2 of the denoising errors, chosen and rejected in one forward, (pairs,) each."""
+        """Return -1/2 of the denoising errors of chosen and rejected, from one forward, (pairs,) each."""
+        return _surrogate_log_probs(self.pair_errors(model, batch))
+
+    def log_probs_and_gradient_scale(self, model: nn.Module, batch: Batch, *, slack: float) -> tuple[LogProbs, Tensor]:
+        """Return `log_probs` and `sdpo`'s scale of the rejected gradient, (pairs,), from the same forward."""
+        errors = self.pair_errors(model, batch)
+        return _surrogate_log_probs(errors), sdpo_lambda_image(*errors.residual.chunk(2), slack=slack)
+
+    def pair_errors(self, model: nn.Module, batch: Batch) -> DenoisingErrors:
+        """Denoising errors of the chosen images, then of the rejected ones, (2 * pairs,)."""
         latents = torch.cat([batch["chosen"], batch["rejected"]])
         noise, timestep = batch["noise"].repeat(2, 1, 1, 1), batch["timestep"].repeat(2)
         prompt = {name: torch.cat([value, value]) for name, value in batch["prompt"].items()}
-        for name in self.per_image:
+        for name in self.conditioning_columns:
             if f"chosen_{name}" in batch:
                 prompt[name] = torch.cat([batch[f"chosen_{name}"], batch[f"rejected_{name}"]])
-        chosen, rejected = (-0.5 * self.errors(model, latents, noise, timestep, prompt)).chunk(2)
-        ones = torch.ones_like(chosen)
-        return LogProbs(chosen, rejected, ones, ones, exact=self.exact)
-
-    def loser_scale(self, *, slack: float) -> Tensor:
-        """`safe`'s scale of each pair that was asked last, (pairs,)."""
-        return safe_scale(*self.residual.chunk(2), slack=slack)
+        return self.denoising_errors(model, latents, noise, timestep, prompt)
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -308,7 +335,7 @@ class DiffusionPolicy:
             stored = type(self.model).from_pretrained(folder / self.denoiser, use_safetensors=True)  # type: ignore[attr-defined]
             self.model.load_state_dict(stored.state_dict())
 
-    def loading(self, base: str, folder: str) -> list[str]:
+    def usage_snippet(self, base: str, folder: str) -> list[str]:
         """Python that draws with what `save` wrote in stock classes, a line at a time; for its card."""
         opened = f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype={self.dtype})'
         if self.config.tuning == "lora":
@@ -318,13 +345,25 @@ class DiffusionPolicy:
 
     # Drawing
 
-    def attach(self, folder: str | Path) -> None:
+    def load_adapter(self, folder: str | Path) -> None:
         """Load a tuned adapter or denoiser with the stock library, for drawing. Raises ValueError where there is none."""
-        sampling.attach(self, Path(folder))
+        sampling.load_adapter(self, Path(folder))
 
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> Iterator[list[Image.Image]]:
-        """Pictures of each prompt from its own seed, a batch at a time, see `drawing.sample`."""
-        return sampling.sample(self, prompts, seeds, **settings)
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance: float,
+        batch_size: int,
+        scale: float = 1.0,
+        sources: Sequence[Image.Image] | None = None,
+    ) -> Iterator[list[Image.Image]]:
+        """Generate one image per prompt and seed, a batch at a time. See `ImagePolicy.sample`."""
+        return sampling.sample(
+            self, prompts, seeds, steps=steps, guidance=guidance, batch_size=batch_size, scale=scale, sources=sources
+        )
 
     # What the run says of itself
 
@@ -333,17 +372,17 @@ class DiffusionPolicy:
         elements = self.latent_channels() * (self.resolution // self.pipe.vae_scale_factor) ** 2
         return {
             "family": f"{type(self).__name__}, {type(self.pipe).__name__}",
-            "target": f"{self.noising.name} ({type(self.noising).__name__}), error in float32",
+            "target": f"{self.noise_process.name} ({type(self.noise_process).__name__}), error in float32",
             "reduction": f"mean over {elements:,} latent elements, 1/2 inside the log-ratio",
             "weighting": self._weighting(config),
             **({} if isinstance(config.beta, str) else {"effective beta": self._beta(config.beta, elements)}),
         }
 
     def _weighting(self, config: TrainConfig) -> str:
-        name = self.noising.name
+        name = self.noise_process.name
         if name == "epsilon":
             return "target, which is the noise"
-        share = {"v": "kept", "velocity": "(1 - s)^2"}.get(name, "factor")
+        share = {"v": "alpha_bar(t)", "velocity": "(1 - s)^2"}.get(name, "factor")
         if config.loss_weighting == "epsilon":
             return f"epsilon: the {name} error times {share}, which is the noise's error; beta is constant on the noise"
         return f"target: beta is constant on the {name} error; on the noise it is beta / {share}"

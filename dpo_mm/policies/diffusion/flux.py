@@ -43,23 +43,25 @@ class Flux(DiffusionPolicy):
         return encoded(self, prompts)
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
-        return velocity(self, denoiser, latents, timestep, prompt)
+        return velocity(self, denoiser, latents, timestep, prompt, guidance=self.guidance)
 
-    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
-        return {**super().asked(prompts, guidance), "max_sequence_length": text_tokens(self)}
+    def sampling_kwargs(
+        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+    ) -> dict[str, Any]:
+        return {**super().sampling_kwargs(prompts, guidance), "max_sequence_length": text_tokens(self)}
 
 
-def text_tokens(policy: Any) -> int:
+def text_tokens(policy: DiffusionPolicy) -> int:
     return TOKENS[bool(policy.model.config.guidance_embeds)]
 
 
-def channels(policy: Any) -> int:
+def channels(policy: DiffusionPolicy) -> int:
     """Channels of the latents before they are packed."""
     return policy.model.config.in_channels // 4
 
 
 @torch.no_grad()
-def encoded(policy: Any, prompts: Sequence[str]) -> Prompt:
+def encoded(policy: DiffusionPolicy, prompts: Sequence[str]) -> Prompt:
     """T5's hidden states (prompts, tokens, width) and CLIP's pooled embedding (prompts, width)."""
     embeds, pooled, _ = policy.pipe.encode_prompt(
         list(prompts), None, device=policy.device, max_sequence_length=text_tokens(policy)
@@ -68,7 +70,14 @@ def encoded(policy: Any, prompts: Sequence[str]) -> Prompt:
 
 
 def velocity(
-    policy: Any, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt, source: Tensor | None = None
+    policy: DiffusionPolicy,
+    denoiser: nn.Module,
+    latents: Tensor,
+    timestep: Tensor,
+    prompt: Prompt,
+    *,
+    guidance: float,
+    source: Tensor | None = None,
 ) -> Tensor:
     """The denoiser's velocity, (images, c, h, w). source: normalised latents of a picture to edit, (images, c, h', w').
 
@@ -82,8 +91,8 @@ def velocity(
     told = policy.model.config.guidance_embeds
     found = denoiser(
         hidden_states=tokens,
-        timestep=timestep / policy.noising.total,
-        guidance=torch.full((count,), policy.guidance, device=latents.device) if told else None,
+        timestep=timestep / policy.scheduler.config.num_train_timesteps,
+        guidance=torch.full((count,), guidance, device=latents.device) if told else None,
         pooled_projections=prompt["pooled"],
         encoder_hidden_states=prompt["embeds"],
         txt_ids=latents.new_zeros(prompt["embeds"].shape[1], 3),
@@ -95,7 +104,7 @@ def velocity(
     return policy.pipe._unpack_latents(own, height * factor, width * factor, factor)
 
 
-def packed(policy: Any, latents: Tensor, *, kind: int) -> tuple[Tensor, Tensor]:
+def packed(policy: DiffusionPolicy, latents: Tensor, *, kind: int) -> tuple[Tensor, Tensor]:
     """Latents as tokens (images, h w / 4, 4 c), and the ids of their places (h w / 4, 3): kind, row, column."""
     count, depth, height, width = latents.shape
     ids = policy.pipe._prepare_latent_image_ids(count, height // 2, width // 2, latents.device, latents.dtype)

@@ -20,7 +20,7 @@ class FluxKontext(DiffusionPolicy):
     lora_targets = flux.TARGETS
     kohya_prefix = "lora_transformer"
     patch = 2
-    edits = True
+    is_image_editing = True
     guidance: ClassVar[float] = 2.5
     """What the denoiser is told in training: what its model card draws with."""
 
@@ -31,13 +31,15 @@ class FluxKontext(DiffusionPolicy):
         return flux.encoded(self, prompts)
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
-        return flux.velocity(self, denoiser, latents, timestep, prompt, source=prompt["source"])
+        return flux.velocity(self, denoiser, latents, timestep, prompt, source=prompt["source"], guidance=self.guidance)
 
-    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
+    def sampling_kwargs(
+        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+    ) -> dict[str, Any]:
         """The pipeline's arguments; sources are fitted here, so that it neither resizes them nor moves the size."""
         return {
-            **super().asked(prompts, guidance),
-            "image": [self.fitted(source) for source in sources],
+            **super().sampling_kwargs(prompts, guidance),
+            "image": [self.resize_and_crop(source) for source in sources],
             "max_sequence_length": flux.text_tokens(self),
             "max_area": self.resolution**2,
             "_auto_resize": False,

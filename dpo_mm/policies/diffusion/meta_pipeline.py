@@ -18,7 +18,7 @@ LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 SMALL = 2**16
 
 
-def hollow(source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
+def load_on_meta_device(source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
     """A pipeline folder or hub id as its stock class, on the meta device. Raises ValueError for a part of other make."""
     import diffusers
 

@@ -23,7 +23,7 @@ FLOWS = ("flow_prediction",)
 """Prediction types by which a scheduler of another kind says that it runs a rectified flow."""
 
 
-class Noising(Protocol):
+class NoiseProcess(Protocol):
     """A noising process. timestep: (images,); latents and noise: (images, c, h, w), float32."""
 
     @property
@@ -35,7 +35,7 @@ class Noising(Protocol):
         """The timestep of each level, (images,); tokens: of the network, a picture (a shift may follow its size)."""
         ...
 
-    def noisy(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Latents at a timestep, (images, c, h, w)."""
         ...
 
@@ -43,7 +43,7 @@ class Noising(Protocol):
         """What the denoiser should predict there, (images, c, h, w)."""
         ...
 
-    def epsilon_factor(self, timestep: Tensor) -> Tensor:
+    def epsilon_error_scale(self, timestep: Tensor) -> Tensor:
         """What a squared error of the target is multiplied by to be one of the noise, (images,), [0, 1]."""
         ...
 
@@ -52,30 +52,30 @@ class Noising(Protocol):
 class VariancePreserving:
     """Signal and noise whose squares sum to one, with whole timesteps. kept: (timesteps,), float32. name: epsilon | v."""
 
-    kept: Tensor
+    alphas_cumprod: Tensor
     name: str
 
     def timesteps(self, levels: Tensor, *, tokens: int) -> Tensor:
-        total = len(self.kept)
+        total = len(self.alphas_cumprod)
         return (levels * total).long().clamp(max=total - 1)
 
-    def noisy(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        kept = self._kept(timestep)
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        kept = self._alphas_cumprod(timestep)
         return kept.sqrt() * latents + (1 - kept).sqrt() * noise
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         if self.name == "epsilon":
             return noise
-        kept = self._kept(timestep)
+        kept = self._alphas_cumprod(timestep)
         return kept.sqrt() * noise - (1 - kept).sqrt() * latents
 
-    def epsilon_factor(self, timestep: Tensor) -> Tensor:
+    def epsilon_error_scale(self, timestep: Tensor) -> Tensor:
         """From eps = sqrt(kept) v + sqrt(1 - kept) x_t: kept for v, 1 for epsilon."""
-        kept = self._kept(timestep).flatten()
+        kept = self._alphas_cumprod(timestep).flatten()
         return kept if self.name == "v" else kept.new_ones(len(kept))
 
-    def _kept(self, timestep: Tensor) -> Tensor:
-        return self.kept.to(timestep.device)[timestep][:, None, None, None]
+    def _alphas_cumprod(self, timestep: Tensor) -> Tensor:
+        return self.alphas_cumprod.to(timestep.device)[timestep][:, None, None, None]
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ class RectifiedFlow:
     def timesteps(self, levels: Tensor, *, tokens: int) -> Tensor:
         return self.shift(levels.float(), tokens) * self.total
 
-    def noisy(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         s = self._sigma(timestep)[:, None, None, None]
         return (1 - s) * latents + s * noise
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         return noise - latents
 
-    def epsilon_factor(self, timestep: Tensor) -> Tensor:
+    def epsilon_error_scale(self, timestep: Tensor) -> Tensor:
         """From eps = x_t + (1 - s) velocity: (1 - s)^2."""
         return (1 - self._sigma(timestep)).square()
 
@@ -107,7 +107,7 @@ class RectifiedFlow:
         return timestep.float() / self.total
 
 
-def noising_of(scheduler: Any, *, source: str) -> Noising:
+def noise_process_for(scheduler: Any, *, source: str) -> NoiseProcess:
     """The process that a pipeline's scheduler was made for. Raises ValueError for one that isn't known, by name.
 
     What a scheduler does to its ladder of sampling steps alone (karras, a terminal sigma) is no part of it.

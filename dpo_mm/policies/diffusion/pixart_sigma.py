@@ -37,9 +37,11 @@ class PixArtSigma(DiffusionPolicy):
         pipe.transformer.__class__ = type(stock.__name__, (stock, PeftAdapterMixin), {})
         super().__init__(pipe, source)
 
-    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
+    def sampling_kwargs(
+        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+    ) -> dict[str, Any]:
         """Drawn at the resolution itself: the pipeline's bins hold no other sizes than those it was made for."""
-        return {**super().asked(prompts, guidance), "use_resolution_binning": False}
+        return {**super().sampling_kwargs(prompts, guidance), "use_resolution_binning": False}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
@@ -81,18 +83,18 @@ class PixArtSigma(DiffusionPolicy):
             return super().load_weights(folder)
         self._read(folder, "default")
 
-    def loading(self, base: str, folder: str) -> list[str]:
+    def usage_snippet(self, base: str, folder: str) -> list[str]:
         if self.config.tuning != "lora":
-            return super().loading(base, folder)
-        opened, _ = super().loading(base, folder)
+            return super().usage_snippet(base, folder)
+        opened, _ = super().usage_snippet(base, folder)
         return [opened, f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{folder}")']
 
-    def attach(self, folder: str | Path) -> None:
+    def load_adapter(self, folder: str | Path) -> None:
         """Load a tuned adapter or denoiser, for drawing. Raises ValueError where there is none."""
         from peft import PeftConfig
 
         if not (Path(folder) / "adapter_config.json").exists():
-            return super().attach(folder)
+            return super().load_adapter(folder)
         self.model.add_adapter(PeftConfig.from_pretrained(str(folder)), adapter_name="tuned")  # type: ignore[operator]
         self._read(Path(folder), "tuned")
 

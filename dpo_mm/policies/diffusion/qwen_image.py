@@ -23,11 +23,13 @@ class QwenImage(DiffusionPolicy):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     kohya_prefix = "lora_unet"
     patch = 2
-    video_vae = True
+    vae_is_video = True
 
-    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
+    def sampling_kwargs(
+        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+    ) -> dict[str, Any]:
         """Guidance against an empty prompt, as the model's card draws."""
-        arguments = super().asked(prompts, guidance)
+        arguments = super().sampling_kwargs(prompts, guidance)
         return {
             **arguments,
             "guidance_scale": None,

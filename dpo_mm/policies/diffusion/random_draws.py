@@ -14,18 +14,18 @@ import numpy as np
 from scipy.special import expit, logit, ndtr, ndtri
 
 
-def generator(seed: int, row: str, visit: int, what: str) -> np.random.Generator:
+def row_generator(seed: int, row: str, visit: int, what: str) -> np.random.Generator:
     """The generator of one purpose ("noise", "timestep", "posterior", ...) at one visit of one row."""
     digest = hashlib.blake2b(f"{seed}\0{row}\0{visit}\0{what}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def noise(seed: int, row: str, visit: int, shape: tuple[int, ...], *, what: str = "noise") -> np.ndarray:
+def sample_noise(seed: int, row: str, visit: int, shape: tuple[int, ...], *, what: str = "noise") -> np.ndarray:
     """Standard normal noise of this shape, float32."""
-    return generator(seed, row, visit, what).standard_normal(shape, dtype=np.float32)
+    return row_generator(seed, row, visit, what).standard_normal(shape, dtype=np.float32)
 
 
-def level(
+def sample_noise_level(
     seed: int,
     row: str,
     visit: int,
@@ -39,8 +39,8 @@ def level(
     kind: a name in LEVELS. stratum: (which, of how many) equally likely parts of the distribution to draw from.
     """
     which, count = stratum
-    share = float(generator(seed, row, visit, "timestep").uniform())
-    return min(LEVELS[kind]((which + share) / count, *within), math.nextafter(within[1], within[0]))
+    share = float(row_generator(seed, row, visit, "timestep").uniform())
+    return min(TIMESTEP_DISTRIBUTIONS[kind]((which + share) / count, *within), math.nextafter(within[1], within[0]))
 
 
 def _uniform(share: float, low: float, high: float) -> float:
@@ -53,10 +53,13 @@ def _logit_normal(share: float, low: float, high: float) -> float:
     return float(expit(ndtri(first + (last - first) * share)))
 
 
-LEVELS: dict[str, Callable[[float, float, float], float]] = {"uniform": _uniform, "logit_normal": _logit_normal}
+TIMESTEP_DISTRIBUTIONS: dict[str, Callable[[float, float, float], float]] = {
+    "uniform": _uniform,
+    "logit_normal": _logit_normal,
+}
 """The place below which a share in [0, 1] of a distribution lies, cut to [low, high]."""
 
 
-def strata(seed: int, key: str, count: int) -> np.ndarray:
+def stratum_order(seed: int, key: str, count: int) -> np.ndarray:
     """An order of `count` strata, (count,): each is drawn from once."""
-    return generator(seed, key, 0, "strata").permutation(count)
+    return row_generator(seed, key, 0, "strata").permutation(count)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
 from dpo_mm.policies.adapters import LORA_FILE, has_lora, lora_scaled
 
+if TYPE_CHECKING:
+    from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy
 
-def attach(policy: Any, folder: Path) -> None:
+
+def load_adapter(policy: DiffusionPolicy, folder: Path) -> None:
     """Load a tuned adapter or denoiser with the stock library. Raises ValueError where there is none."""
     if (folder / LORA_FILE).exists():
         policy.pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="tuned")
@@ -27,7 +30,7 @@ def attach(policy: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def sample(
-    policy: Any,
+    policy: DiffusionPolicy,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -42,19 +45,19 @@ def sample(
     sources: the picture to edit for each prompt, for families that edit. The noise of a picture comes from its seed
     alone, whatever else is in the batch. Raises ValueError where sources are missing, or not wanted.
     """
-    if policy.edits != (sources is not None):
-        wanted = "edits pictures; give one for each prompt" if policy.edits else "draws from text alone"
+    if policy.is_image_editing != (sources is not None):
+        wanted = "edits pictures; give one for each prompt" if policy.is_image_editing else "draws from text alone"
         raise ValueError(f"model {policy.source!r} is a {type(policy.pipe).__name__}, which {wanted} (sources)")
     with _scaled(policy, scale):
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part]]
-            arguments = policy.asked(list(prompts[part]), guidance, (sources or ())[part])
+            arguments = policy.sampling_kwargs(list(prompts[part]), guidance, (sources or ())[part])
             yield policy.pipe(**arguments, num_inference_steps=steps, generator=generators).images
 
 
 @contextlib.contextmanager
-def _scaled(policy: Any, scale: float) -> Iterator[None]:
+def _scaled(policy: DiffusionPolicy, scale: float) -> Iterator[None]:
     """Within it what was attached acts with this strength. Raises ValueError between 0 and 1 for a whole denoiser."""
     if has_lora(policy.model):
         with lora_scaled(policy.model, scale):

@@ -20,9 +20,11 @@ class Sana(DiffusionPolicy):
     denoiser = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def asked(self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()) -> dict[str, Any]:
+    def sampling_kwargs(
+        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+    ) -> dict[str, Any]:
         """Drawn at the resolution itself: the pipeline's bins hold no other sizes than those it was made for."""
-        return {**super().asked(prompts, guidance), "use_resolution_binning": False}
+        return {**super().sampling_kwargs(prompts, guidance), "use_resolution_binning": False}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:

@@ -23,7 +23,7 @@ class StableDiffusionXL(DiffusionPolicy):
     denoiser = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     kohya_prefix = "lora_unet"
-    per_image = ("frame",)
+    conditioning_columns = ("frame",)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
@@ -33,12 +33,12 @@ class StableDiffusionXL(DiffusionPolicy):
         )
         return {"embeds": embeds.cpu(), "pooled": pooled.cpu()}
 
-    def image_facts(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    def size_conditioning(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """frame: height and width of the picture, top and left of its crop, height and width trained at, (images, 6)."""
         return {"frame": torch.tensor([self._frame(image) for image in images], dtype=torch.float32)}
 
     def _frame(self, image: Image.Image) -> list[float]:
-        _, (left, top, right, bottom) = self.placed(image.size)
+        _, (left, top, right, bottom) = self.crop_box(image.size)
         return [image.height, image.width, top, left, bottom - top, right - left]
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:

@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_mm.data.schema import Answer
-from dpo_mm.objectives import FROM_DATA
+from dpo_mm.data.schema import Response
+from dpo_mm.objectives import DATASET_INPUTS
 from dpo_mm.policies.vlm.shared_prefix import Layout
 
 logger = logging.getLogger(__name__)
 
 NO_IMAGES = ("input_ids", "attention_mask", "labels")
-TYPES = ("token_type_ids", "mm_token_type_ids")
+TOKEN_TYPE_INPUTS = ("token_type_ids", "mm_token_type_ids")
 """What processors say of each token, beside its id."""
 
 
-class Conversations:
+class ConversationEncoder:
     """Rows and conversations as one model takes them.
 
     processor: an AutoProcessor, or an AutoTokenizer for a model without images. max_length: tokens of image, prompt and
@@ -82,7 +82,7 @@ class Conversations:
         if self.max_length and length > self.max_length:
             self._too_long(name, f"{length} tokens, {len(prompt['ids'])} of them its prompt with {len(images)} images")
             return None
-        kept: dict[str, Any] = {column: float(row[column]) for column in FROM_DATA if row.get(column) is not None}
+        kept: dict[str, Any] = {column: float(row[column]) for column in DATASET_INPUTS if row.get(column) is not None}
         if row.get("score_gap") is not None:
             kept["score_margin"] = float(row["score_gap"])
         ids = {f"{side}_ids": torch.tensor(tokens) for side, tokens in answers.items()}
@@ -127,8 +127,12 @@ class Conversations:
         ids = found["input_ids"][0]
         if len(ids) == 0:
             raise ValueError(f"{where}: its prompt is empty; expected at least one token")
-        types = {key: found[key][0] for key in TYPES if key in found and key in self.accepted}
-        tensors = {k: v for k, v in found.items() if isinstance(v, Tensor) and k in self.accepted and k not in TYPES}
+        types = {key: found[key][0] for key in TOKEN_TYPE_INPUTS if key in found and key in self.accepted}
+        tensors = {
+            k: v
+            for k, v in found.items()
+            if isinstance(v, Tensor) and k in self.accepted and k not in TOKEN_TYPE_INPUTS
+        }
         return {
             "ids": ids,
             "types": types,
@@ -178,7 +182,7 @@ class Conversations:
         return ids
 
     def _after(self, before: str, whole: str) -> list[int]:
-        """Ids of `whole` after those of `before`; of the rest alone where tokens cross the seam."""
+        """Ids of `whole` after those of `predicting_columns`; of the rest alone where tokens cross the seam."""
         start, ids = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, whole))
         if ids[: len(start)] == start:
             return list(ids[len(start) :])
@@ -272,11 +276,11 @@ def collate(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
         "images": join_images([row["images"] for row in rows]),
     }
     for place, side in enumerate(("chosen", "rejected"), start=1):
-        batch[f"terms_{side}"] = torch.tensor([float(len(ids)) for ids in sides[place]])
+        batch[f"num_tokens_{side}"] = torch.tensor([float(len(ids)) for ids in sides[place]])
         if f"{side}_edited" in rows[0]:
             marks = [row[f"{side}_edited"] for row in rows]
             batch[f"{side}_edited"] = padded(marks, widths[place], left=False).float()
-    for name in FROM_DATA:
+    for name in DATASET_INPUTS:
         if all(name in row for row in rows):
             batch[name] = torch.tensor([float(row[name]) for row in rows])
     if "corrupted_images" in rows[0]:
@@ -321,9 +325,9 @@ def _grown(part: Tensor, shape: list[int]) -> Tensor:
     return out
 
 
-def answer_of(tokens: list[int], tokenizer: Any, ends: int | list[int] | None) -> Answer:
+def response_from_tokens(tokens: list[int], tokenizer: Any, ends: int | list[int] | None) -> Response:
     """What was generated, up to the first token that ends a turn. ends: those; None: the tokenizer's own."""
     stops = {tokenizer.eos_token_id} if ends is None else {ends} if isinstance(ends, int) else set(ends)
     end = next((n + 1 for n, token in enumerate(tokens) if token in stops), None)
     kept = tokens[:end]
-    return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept), hit_limit=end is None)
+    return Response(tokenizer.decode(kept, skip_special_tokens=True), len(kept), hit_limit=end is None)

@@ -40,20 +40,20 @@ class Layout:
     """Whether any column of any row is padding."""
 
     @property
-    def both(self) -> int:
+    def rejected_start(self) -> int:
         """Columns of prompt and chosen: where rejected starts."""
         return self.prompt + self.chosen
 
     @property
     def total(self) -> int:
-        return self.both + self.rejected
+        return self.rejected_start + self.rejected
 
-    def logical(self, device: torch.device) -> Tensor:
+    def logical_positions(self, device: torch.device) -> Tensor:
         """The column that each would have in [prompt][its completion], (total,)."""
         column = torch.arange(self.total, device=device)
-        return torch.where(column >= self.both, column - self.chosen, column)
+        return torch.where(column >= self.rejected_start, column - self.chosen, column)
 
-    def before(self, device: torch.device) -> Tensor:
+    def predicting_columns(self, device: torch.device) -> Tensor:
         """The column whose state predicts each completion token, (chosen + rejected,)."""
         last = torch.tensor([self.prompt - 1], device=device)
         columns = torch.arange(self.prompt, self.total, device=device)
@@ -64,7 +64,7 @@ _LAYOUT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 
 
 @contextlib.contextmanager
-def masks_of(layout: Layout) -> Iterator[None]:
+def use_layout(layout: Layout) -> Iterator[None]:
     token = _LAYOUT.set(layout)
     try:
         yield
@@ -75,9 +75,9 @@ def masks_of(layout: Layout) -> Iterator[None]:
 # Masks
 
 
-def apart(mask_function: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+def mask_chosen_from_rejected(mask_function: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
     """A model's own mask function over logical columns, with chosen and rejected unseen by each other."""
-    prompt, both, chosen = layout.prompt, layout.both, layout.chosen
+    prompt, both, chosen = layout.prompt, layout.rejected_start, layout.chosen
 
     def mask(batch: Any, head: Any, query: Any, key: Any) -> Any:
         late_query, late_key = query >= both, key >= both
@@ -100,7 +100,12 @@ def _mask_builder(build: Callable[..., Any], *, may_skip: bool) -> Callable[...,
         ):
             return None
         rest |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return build(q_length=q_length, kv_length=kv_length, mask_function=apart(mask_function, layout), **rest)
+        return build(
+            q_length=q_length,
+            kv_length=kv_length,
+            mask_function=mask_chosen_from_rejected(mask_function, layout),
+            **rest,
+        )
 
     return masks
 
@@ -130,7 +135,7 @@ def _attention(attend: Callable[..., Any]) -> Callable[..., Any]:
             raise RuntimeError(
                 f"{type(module).__name__} adds a bias by position, which a shared prefix does not handle"
             )
-        p, s = layout.prompt, layout.both
+        p, s = layout.prompt, layout.rejected_start
         keys, values = (torch.cat([x[:, :, :p], x[:, :, s:]], dim=2) for x in (key, value))
         parts = (
             (query[:, :, :p], key[:, :, :p], value[:, :, :p], None if mask is None else mask[..., :p, :p]),
@@ -138,13 +143,13 @@ def _attention(attend: Callable[..., Any]) -> Callable[..., Any]:
                 query[:, :, p:s],
                 key[:, :, :s],
                 value[:, :, :s],
-                _tail(query, p, s) if mask is None else mask[..., p:s, :s],
+                _causal_tail_mask(query, p, s) if mask is None else mask[..., p:s, :s],
             ),
             (
                 query[:, :, s:],
                 keys,
                 values,
-                _tail(query, p, p + layout.rejected) if mask is None else _without(mask, p, s),
+                _causal_tail_mask(query, p, p + layout.rejected) if mask is None else _drop_chosen_columns(mask, p, s),
             ),
         )
         return torch.cat([attend(module, *part, **rest)[0] for part in parts], dim=1), None
@@ -152,12 +157,12 @@ def _attention(attend: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _tail(query: Tensor, start: int, end: int) -> Tensor:
+def _causal_tail_mask(query: Tensor, start: int, end: int) -> Tensor:
     """The causal mask of columns start..end over all columns before end."""
     return torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril_(start)[None, None]
 
 
-def _without(mask: Tensor, prompt: int, both: int) -> Tensor:
+def _drop_chosen_columns(mask: Tensor, prompt: int, both: int) -> Tensor:
     return torch.cat([mask[..., both:, :prompt], mask[..., both:, both:]], dim=-1)
 
 
@@ -212,7 +217,7 @@ def unwrap(model: nn.Module) -> Any:
             return inner
 
 
-def positions(core: Any, ids: Tensor, mask: Tensor, types: dict[str, Tensor], images: dict[str, Tensor]) -> Tensor:
+def position_ids(core: Any, ids: Tensor, mask: Tensor, types: dict[str, Tensor], images: dict[str, Tensor]) -> Tensor:
     """Positions by the model's own helper, rotary ones of images included: (rows, columns), (3 or 4, rows, columns)."""
     grids = {k: v for k, v in images.items() if k.endswith("grid_thw") or k == "second_per_grid_ts"}
     deltas = getattr(core.base_model, "rope_deltas", None)
@@ -234,7 +239,9 @@ def shared_inputs(core: Any, batch: dict[str, Any]) -> dict[str, Any]:
     logical_ids = F.pad(ids[:, : layout.prompt], (0, longer), value=1)
     logical_mask = F.pad(mask[:, : layout.prompt], (0, longer), value=1)
     types = _with_completion(core, batch["types"], longer)
-    found = positions(core, logical_ids, logical_mask, types, batch["images"])[..., layout.logical(ids.device)]
+    found = position_ids(core, logical_ids, logical_mask, types, batch["images"])[
+        ..., layout.logical_positions(ids.device)
+    ]
     types = _with_completion(core, batch["types"], layout.chosen + layout.rejected)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": found, "prefix_layout": layout, **types}
 
@@ -242,7 +249,7 @@ def shared_inputs(core: Any, batch: dict[str, Any]) -> dict[str, Any]:
 def plain_inputs(core: Any, batch: dict[str, Any], *, padding_side: str) -> tuple[dict[str, Any], Tensor]:
     """What the model is given for [prompt][chosen] of all pairs, then [prompt][rejected], and which tokens count."""
     layout = batch["layout"]
-    kept = [list(range(layout.both)), [*range(layout.prompt), *range(layout.both, layout.total)]]
+    kept = [list(range(layout.rejected_start)), [*range(layout.prompt), *range(layout.rejected_start, layout.total)]]
     width = max(len(columns) for columns in kept)
 
     def rows(x: Tensor) -> Tensor:
@@ -255,11 +262,11 @@ def plain_inputs(core: Any, batch: dict[str, Any], *, padding_side: str) -> tupl
     inputs = {name: rows(value).gather(1, order) for name, value in values.items()}
     counted = (torch.arange(width, device=mask.device) >= layout.prompt) & (mask == 1)
     if padding_side == "left":
-        images = twice(batch["images"])
+        images = repeat_for_both(batch["images"])
         types = {name: inputs[name] for name in types}
-        inputs["position_ids"] = positions(core, inputs["input_ids"], inputs["attention_mask"], types, images)
+        inputs["position_ids"] = position_ids(core, inputs["input_ids"], inputs["attention_mask"], types, images)
     return inputs, counted.gather(1, order)
 
 
-def twice(images: dict[str, Any]) -> dict[str, Any]:
+def repeat_for_both(images: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.cat([value, value]) for name, value in images.items()}

@@ -17,8 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpo_mm.objectives import preserving_scale
-from dpo_mm.policies.vlm.shared_prefix import Layout, install, masks_of, plain_inputs, shared_inputs, twice, unwrap
+from dpo_mm.objectives import sdpo_lambda_text
+from dpo_mm.policies.vlm.shared_prefix import (
+    Layout,
+    install,
+    plain_inputs,
+    repeat_for_both,
+    shared_inputs,
+    unwrap,
+    use_layout,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +36,7 @@ TOLERANCE = {"float32": 1e-4, "TF32": 5e-3, "half": 2e-2}
 """Largest difference of shared and plain that is rounding, relative to a completion's log-prob."""
 
 
-class Scorer:
+class TokenLogProbs:
     """Asks a model for the log-prob of each completion token.
 
     name: the model's, for messages. layout: "shared_prefix", "separate", or "auto" to find out at the first batch.
@@ -45,14 +53,14 @@ class Scorer:
         """log p, nats, 0 at padding, (pairs, columns of chosen and rejected), float32. Raises ValueError as `check`."""
         if not self.checked:
             self.check(model, batch)
-        scores = shared_scores if self.layout == "shared_prefix" else plain_scores
+        scores = shared_prefix_log_probs if self.layout == "shared_prefix" else separate_log_probs
         return scores(model, batch, head=self.head)
 
     def check(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Decide how to ask, on this batch. Raises ValueError where the model can't be asked even the plain way."""
         with plainly_evaluating(model) as model:
-            truth = self._plain_truth(model, batch)
-            reason = None if self.layout == "separate" else self._reason_against(model, batch, truth)
+            truth = self._reference_log_probs_unshared(model, batch)
+            reason = None if self.layout == "separate" else self._why_not_shared(model, batch, truth)
         if self.layout == "shared_prefix" and reason:
             raise ValueError(f"layout 'shared' is not exact for {self.name}: {reason}; take 'auto'")
         if reason:
@@ -61,26 +69,26 @@ class Scorer:
             )
         self.layout, self.checked = "separate" if reason or self.layout == "separate" else "shared_prefix", True
 
-    def _plain_truth(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def _reference_log_probs_unshared(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         if "pixel_values" in batch["images"]:
             batch = {name: value for name, value in batch.items() if name != "features"}
         try:
             self.head = head_of(model, batch)
             if self.head == "own":
                 logger.warning("%s changes what its head gives in its own way; its logits are kept whole", self.name)
-            return plain_scores(model, batch, head=self.head)
+            return separate_log_probs(model, batch, head=self.head)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{self.name} can't be asked for log-probs: {error}") from error
 
-    def _reason_against(self, model: nn.Module, batch: dict[str, Any], truth: Tensor) -> str | None:
+    def _why_not_shared(self, model: nn.Module, batch: dict[str, Any], truth: Tensor) -> str | None:
         """Why the shared prefix can't be used, or None."""
         core = unwrap(model)
         before = core.config.get_text_config()._attn_implementation
         try:
             install(core)
-            far = disagreement(lambda b: shared_scores(model, b, head=self.head), batch, truth, core.config)
+            far = disagreement(lambda b: shared_prefix_log_probs(model, b, head=self.head), batch, truth, core.config)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model does, the plain way is there
@@ -158,7 +166,7 @@ def _other_chosen(ids: Tensor, layout: Layout, config: Any) -> Tensor:
     }
     plain = [token for token in range(config.get_text_config().vocab_size) if token not in special][:2]
     ids = ids.clone()
-    chosen = ids[:, layout.prompt : layout.both]
+    chosen = ids[:, layout.prompt : layout.rejected_start]
     chosen.copy_(torch.where(chosen == plain[0], plain[1], plain[0]))
     return ids
 
@@ -170,12 +178,12 @@ def _apart_by(found: Tensor, truth: Tensor) -> float:
     return float(((found - truth).abs() / truth.abs().clamp(min=1)).max())
 
 
-def answers_scale(batch: dict[str, Any], scores: Tensor, *, slack: float) -> Tensor:
-    """`safe`'s scale of each pair, (pairs,), from its token log-probs (pairs, columns of chosen and rejected)."""
+def sdpo_gradient_scale(batch: dict[str, Any], scores: Tensor, *, slack: float) -> Tensor:
+    """`sdpo`'s scale of each pair, (pairs,), from its token log-probs (pairs, columns of chosen and rejected)."""
     layout: Layout = batch["layout"]
     widths = [layout.chosen, layout.rejected]
     sides = [part[:, layout.prompt :].to(scores.device).split(widths, 1) for part in (batch["mask"], batch["ids"])]
-    return preserving_scale(scores.split(widths, 1), *sides, slack=slack)
+    return sdpo_lambda_text(scores.split(widths, 1), *sides, slack=slack)
 
 
 # Images
@@ -184,7 +192,7 @@ def answers_scale(batch: dict[str, Any], scores: Tensor, *, slack: float) -> Ten
 def image_inputs(core: Any, batch: dict[str, Any], *, repeated: bool = False) -> dict[str, Any]:
     """What the model is given of the images: their pixels, or features computed before."""
     images = {k: v.to(core.dtype) if v.is_floating_point() else v for k, v in batch["images"].items()}
-    images = twice(images) if repeated else images
+    images = repeat_for_both(images) if repeated else images
     features = batch.get("features")
     if features is None:
         return images
@@ -196,7 +204,7 @@ def image_inputs(core: Any, batch: dict[str, Any], *, repeated: bool = False) ->
     return {**{k: v for k, v in images.items() if k != "pixel_values"}, "mm_encoder_outputs": {"image": output}}
 
 
-def features_agree(scorer: Scorer, model: nn.Module, batch: dict[str, Any]) -> bool:
+def features_agree(scorer: TokenLogProbs, model: nn.Module, batch: dict[str, Any]) -> bool:
     """Whether the model answers the same from features as from this batch's pixels. Sharded weights are left alone."""
     core = unwrap(model)
     if sharded(core):
@@ -245,19 +253,21 @@ def _joined(values: Sequence[Any], *, deep: bool) -> Any:
 # Two ways to ask
 
 
-def shared_scores(model: nn.Module, batch: dict[str, Any], *, head: str = "raw") -> Tensor:
+def shared_prefix_log_probs(model: nn.Module, batch: dict[str, Any], *, head: str = "raw") -> Tensor:
     """log p of each completion token, 0 at padding, (pairs, chosen + rejected columns), by one sequence a pair."""
     core, layout = unwrap(model), batch["layout"]
     install(core)
-    columns = layout.before(batch["ids"].device)
+    columns = layout.predicting_columns(batch["ids"].device)
     kept, targets = batch["mask"][:, layout.prompt :].bool(), batch["ids"][:, layout.prompt :]
     inputs = shared_inputs(core, batch) | image_inputs(core, batch)
-    with masks_of(layout):
+    with use_layout(layout):
         found = scored(model, inputs, lambda hidden: hidden[:, columns][kept], targets[kept], head=head)
     return found.new_zeros(kept.shape).masked_scatter(kept, found)
 
 
-def plain_scores(model: nn.Module, batch: dict[str, Any], *, head: str = "raw", padding_side: str = "right") -> Tensor:
+def separate_log_probs(
+    model: nn.Module, batch: dict[str, Any], *, head: str = "raw", padding_side: str = "right"
+) -> Tensor:
     """The same by two plain sequences a pair."""
     core, layout = unwrap(model), batch["layout"]
     inputs, counted = plain_inputs(core, batch, padding_side=padding_side)

@@ -15,27 +15,26 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.data.schema import Answer
+from dpo_mm.data.schema import Response
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies.adapters import refuse_pickle
 from dpo_mm.policies.protocol import Batch
-from dpo_mm.policies.vlm import chat
+from dpo_mm.policies.vlm import chat, generation
 from dpo_mm.policies.vlm.architecture import classes_of, lora_targets, outside_language, without_dropout
-from dpo_mm.policies.vlm.chat import Conversations, answer_of
+from dpo_mm.policies.vlm.chat import ConversationEncoder
 from dpo_mm.policies.vlm.shared_prefix import unwrap
 from dpo_mm.policies.vlm.token_log_probs import (
-    Scorer,
-    answers_scale,
-    evaluating,
+    TokenLogProbs,
     features_agree,
     features_to,
     join_features,
+    sdpo_gradient_scale,
     vision_features,
 )
 
@@ -49,7 +48,7 @@ class VisionLanguage:
     Options as `TrainConfig` has them; corrupt: rows carry corrupted images too, for objectives that ask about them.
     """
 
-    exact: ClassVar[bool] = True
+    modality: ClassVar[Literal["text"]] = "text"
     config: TrainConfig
 
     def __init__(
@@ -70,10 +69,10 @@ class VisionLanguage:
         self.processor, self.source, self.train_vision_tower = processor, source, train_vision_tower
         self.ld_alpha, self.edited_token_weight = ld_alpha, edited_token_weight
         marks = edited_token_weight != 1
-        self.rows = Conversations(
+        self.rows = ConversationEncoder(
             processor, core, max_length=max_length, overlong_rows=overlong_rows, corrupt=corrupt, mark_edits=marks
         )
-        self.scorer = Scorer(f"{type(core).__name__} ({source})", layout=pair_layout)
+        self.scorer = TokenLogProbs(f"{type(core).__name__} ({source})", layout=pair_layout)
         self.base: Any = None
         self.features_apart: bool | None = None
 
@@ -105,13 +104,13 @@ class VisionLanguage:
         return cls(core, processor_class.from_pretrained(source, revision=revision), source, **options)
 
     @property
-    def core(self) -> Any:
+    def base_model(self) -> Any:
         """The transformers model, without adapter."""
         return unwrap(self.model)
 
     @property
     def device(self) -> torch.device:
-        return self.core.device
+        return self.base_model.device
 
     @property
     def pad(self) -> int:
@@ -124,7 +123,7 @@ class VisionLanguage:
         Raises ValueError for another tuning.
         """
         self.config = config
-        core = self.core.requires_grad_(False)
+        core = self.base_model.requires_grad_(False)
         without_dropout(core)
         if config.tuning == "lora":
             self._add_lora(core, config)
@@ -157,13 +156,12 @@ class VisionLanguage:
     # Frozen work, done once
 
     def fingerprint(self) -> str:
-        """A hash of all that decides a row's encoding and its reference: weights, processor, template, lengths.
-
-        A LoRA is none of it: the reference is asked without.
-        """
-        digest = hashlib.sha256(f"{type(self.core).__name__} {self.core.dtype} {self.rows.max_length}".encode())
+        """Hash what decides a row's encoding and its reference: weights without a LoRA, processor, template, lengths."""
+        digest = hashlib.sha256(
+            f"{type(self.base_model).__name__} {self.base_model.dtype} {self.rows.max_length}".encode()
+        )
         digest.update(f"{self.processor} {self.processor.chat_template} {self.rows.overlong_rows}".encode())
-        weights = {name.replace(".base_layer.", "."): tensor for name, tensor in self.core.state_dict().items()}
+        weights = {name.replace(".base_layer.", "."): tensor for name, tensor in self.base_model.state_dict().items()}
         for name, tensor in sorted((name, tensor) for name, tensor in weights.items() if ".lora_" not in name):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -197,14 +195,14 @@ class VisionLanguage:
             raise ValueError(f"{self.source}: its vision features can't be taken apart from the model; keep none")
         images = {name: value.to(self.device) for name, value in row["images"].items()}
         kept = {name: value for name, value in row["images"].items() if name != "pixel_values"}
-        features = vision_features(self.core, {"images": images})
+        features = vision_features(self.base_model, {"images": images})
         return {**row, "images": kept, "features": features_to(features, "cpu")}
 
     def _vision_trains(self) -> bool:
-        outside = outside_language(self.core)
+        outside = outside_language(self.base_model)
         return any(parameter.requires_grad for module in outside for parameter in module.parameters())
 
-    def drop_encoders(self) -> None:
+    def free_encoders(self) -> None:
         """Nothing leaves memory: the vision tower answers in every step unless its features are kept."""
 
     # Training
@@ -220,38 +218,45 @@ class VisionLanguage:
         return batch
 
     def log_probs(self, model: nn.Module, batch: Batch) -> LogProbs:
-        """Sums of the completions' token log-probs, (pairs,) each, float32.
+        """Return the sums of the completions' token log-probs, (pairs,) each, float32.
 
         The features of a frozen vision tower are left in the batch, so that reference and policy share them.
         """
+        return self._summed(self._token_log_probs(model, batch), batch)
+
+    def log_probs_and_gradient_scale(
+        self, model: nn.Module, batch: Batch, *, slack: float
+    ) -> tuple[LogProbs, torch.Tensor]:
+        """Return `log_probs` and `sdpo`'s scale of the rejected gradient, (pairs,), from the same forward."""
+        scores = self._token_log_probs(model, batch)
+        return self._summed(scores, batch), sdpo_gradient_scale(batch, scores.detach(), slack=slack)
+
+    def _token_log_probs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Log-probs of the completions' tokens, (pairs, columns of chosen and rejected)."""
         if self._shares_features(model, batch):
             batch["features"] = vision_features(unwrap(model), batch)
-        scores = self.scorer(model, batch)
-        self.asked = batch, scores.detach()
-        return self._summed(scores, batch)
-
-    def loser_scale(self, *, slack: float) -> torch.Tensor:
-        """`safe`'s scale of each pair that was asked last, (pairs,)."""
-        return answers_scale(*self.asked, slack=slack)
+        return self.scorer(model, batch)
 
     def _summed(self, scores: torch.Tensor, batch: Batch) -> LogProbs:
         """Token log-probs as those of the answers: sums, or as `ld_alpha` or `edited_token_weight` say."""
         layout = batch["layout"]
         masks = batch["mask"][:, layout.prompt :].to(scores.device).split([layout.chosen, layout.rejected], 1)
         parts = scores.split([layout.chosen, layout.rejected], 1)
-        terms_chosen, terms_rejected = (batch[f"terms_{side}"].to(scores.device) for side in ("chosen", "rejected"))
+        num_tokens_chosen, num_tokens_rejected = (
+            batch[f"num_tokens_{side}"].to(scores.device) for side in ("chosen", "rejected")
+        )
         if self.edited_token_weight != 1:
             edited = [batch[f"{side}_edited"].to(scores.device) for side in ("chosen", "rejected")]
             chosen, rejected = (
                 segment_mean(*of, edited_token_weight=self.edited_token_weight)
                 for of in zip(parts, masks, edited, strict=True)
             )
-            terms_chosen, terms_rejected = torch.ones_like(chosen), torch.ones_like(rejected)
+            num_tokens_chosen, num_tokens_rejected = torch.ones_like(chosen), torch.ones_like(rejected)
         elif self.ld_alpha != 1:
             chosen, rejected = shared_length(*parts, *masks, ld_alpha=self.ld_alpha)
         else:
             chosen, rejected = (part.sum(1) for part in parts)
-        return LogProbs(chosen, rejected, terms_chosen, terms_rejected, exact=True)
+        return LogProbs(chosen, rejected, num_tokens_chosen, num_tokens_rejected, is_likelihood=True)
 
     def _shares_features(self, model: nn.Module, batch: Batch) -> bool:
         """Whether features of this batch stand for its pixels: the tower is frozen, and they gave the same once."""
@@ -267,9 +272,7 @@ class VisionLanguage:
             raise ValueError(
                 "reference 'adapter_off' needs a LoRA (tuning: lora); full fine-tuning takes 'frozen_copy'"
             )
-        tuner = (
-            self.model.base_model
-        )  # PEFT's own context manager makes a report of all layers each time, 10 ms and more
+        tuner = self.model.base_model  # PEFT's own context manager lists all layers each time, 10 ms and more
         tuner.disable_adapter_layers()
         try:
             yield
@@ -305,16 +308,16 @@ class VisionLanguage:
             stored = type(self.model).from_pretrained(folder, use_safetensors=True)
             self.model.load_state_dict(stored.state_dict())
 
-    def attach(self, folder: str | Path) -> None:
+    def load_adapter(self, folder: str | Path) -> None:
         """Load a tuned adapter or model with the stock library, to answer. Raises ValueError where there is none."""
         folder = Path(folder)
         if (folder / ADAPTER_FILE).exists():
             refuse_pickle(folder)
             from peft import PeftModel
 
-            self.model = PeftModel.from_pretrained(self.core, str(folder)).eval()
+            self.model = PeftModel.from_pretrained(self.base_model, str(folder)).eval()
         elif (folder / "config.json").exists():
-            self.base = self.core
+            self.base = self.base_model
             tuned = type(self.base).from_pretrained(folder, dtype=self.base.dtype, use_safetensors=True)
             self.model = tuned.to(self.base.device).eval()
         else:
@@ -324,7 +327,7 @@ class VisionLanguage:
 
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
-        """Within it the policy answers as it did before `attach`."""
+        """Within it the policy answers as it did before `load_adapter`."""
         if self.base is not None:
             tuned, self.model = self.model, self.base
             try:
@@ -337,7 +340,6 @@ class VisionLanguage:
         else:
             yield
 
-    @torch.no_grad()
     def generate(
         self,
         images: Sequence[Sequence[Any]],
@@ -348,34 +350,11 @@ class VisionLanguage:
         temperature: float = 1.0,
         seed: int = 0,
         batch_size: int = 16,
-    ) -> list[Answer]:
-        """An answer to each conversation, a batch at a time; sampled ones from `seed` and the batch's place."""
-        prompts = [
-            self.rows.prompt(pictures, chat.as_messages(conversation, "user"), where=f"conversation {n}")
-            for n, (pictures, conversation) in enumerate(zip(images, messages, strict=True))
-        ]
+    ) -> list[Response]:
+        """Generate one response per conversation. See `TextPolicy.generate`."""
         sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
         limits = {"do_sample": do_sample, **sampling, "max_new_tokens": max_new_tokens}
-        answers: list[Answer] = []
-        with evaluating(self.model), torch.random.fork_rng():
-            for start in range(0, len(prompts), batch_size):
-                torch.manual_seed(seed + start)
-                answers += self._answers(prompts[start : start + batch_size], limits)
-        return answers
-
-    def _answers(self, prompts: list[dict[str, Any]], limits: dict[str, Any]) -> list[Answer]:
-        width = max(len(prompt["ids"]) for prompt in prompts)
-        ids = chat.padded([p["ids"] for p in prompts], width, left=True, value=self.pad)
-        mask = chat.padded([torch.ones_like(p["ids"]) for p in prompts], width, left=True)
-        types = {k: chat.padded([p["types"][k] for p in prompts], width, left=True) for k in prompts[0]["types"]}
-        images = chat.join_images([prompt["images"] for prompt in prompts])
-        inputs = {
-            k: v.to(self.device) for k, v in {"input_ids": ids, "attention_mask": mask, **types, **images}.items()
-        }
-        inputs = {k: v.to(self.core.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        out = self.model.generate(**inputs, **limits, pad_token_id=self.pad)
-        ends = self.core.generation_config.eos_token_id
-        return [answer_of(tokens.tolist(), self.rows.tokenizer, ends) for tokens in out[:, width:].cpu()]
+        return generation.generate(self, images, messages, limits=limits, seed=seed, batch_size=batch_size)
 
     # What the run says of itself
 
@@ -389,7 +368,7 @@ class VisionLanguage:
         """Family, what trains, how pairs are laid out and what beta means."""
         layout = {"auto": "one sequence a pair where that is exact, checked on the first batch"}
         return {
-            "family": f"{type(self.core).__name__}, {type(self.processor).__name__}",
+            "family": f"{type(self.base_model).__name__}, {type(self.processor).__name__}",
             "target": f"token log-probs, {'vision tower and ' if self.train_vision_tower else ''}language model",
             "reduction": self._reduction(),
             "layout": layout.get(self.scorer.layout, self.scorer.layout),

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from dpo_mm.cli.main import flags, main
+from dpo_mm.cli.main import main, parse_overrides
 
 
 def test_flags_are_read() -> None:
-    assert flags(["--learning-rate", "1e-4", "--compare.seed=3"]) == {"learning_rate": "1e-4", "compare.seed": "3"}
+    assert parse_overrides(["--learning-rate", "1e-4", "--compare.seed=3"]) == {
+        "learning_rate": "1e-4",
+        "compare.seed": "3",
+    }
     with pytest.raises(ValueError, match="'x' is not a flag"):
-        flags(["x"])
-    assert flags(["--resume", "--steps", "-1"]) == {"resume": "true", "steps": "-1"}
+        parse_overrides(["x"])
+    assert parse_overrides(["--resume", "--steps", "-1"]) == {"resume": "true", "steps": "-1"}
 
 
 def test_a_mistake_is_one_line(

@@ -34,7 +34,7 @@ RED = Image.new("RGB", (8, 4), (200, 20, 20))
     ],
 )
 def test_every_mode_becomes_rgb(image: Image.Image, kind: str, expected: tuple[int, int, int]) -> None:
-    found = image_files.decode(saved(image, kind))
+    found = image_files.decode_image(saved(image, kind))
     assert found.mode == "RGB" and found.size == (8, 4)
     assert np.abs(np.asarray(found, dtype=int) - expected).max() <= 1
 
@@ -44,7 +44,7 @@ def test_a_photo_is_turned_upright() -> None:
     image.paste((0, 0, 0), (0, 0, 4, 4))
     exif = Image.Exif()
     exif[0x0112] = 6
-    found = image_files.decode(saved(image, "PNG", exif=exif))
+    found = image_files.decode_image(saved(image, "PNG", exif=exif))
     assert found.size == (4, 8)
     assert np.asarray(found)[:4].max() == 0 and np.asarray(found)[4:].min() == 255
 
@@ -76,9 +76,9 @@ def bomb() -> bytes:
 )
 def test_what_is_no_picture_is_refused(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        image_files.decode(data)
+        image_files.decode_image(data)
 
 
 def test_png_is_lossless() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    assert np.array_equal(np.asarray(image_files.decode(image_files.encode_png(noise))), np.asarray(noise))
+    assert np.array_equal(np.asarray(image_files.decode_image(image_files.encode_png(noise))), np.asarray(noise))

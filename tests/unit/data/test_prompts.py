@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_mm.data.prompts import Prompt, read_prompt_set, read_prompts
+from dpo_mm.data.prompts import PromptSpec, read_prompt_set, read_prompts
 
 TAGS = {"single_object": 3, "two_object": 2, "counting": 2, "colors": 2, "position": 2, "color_attr": 2}
 
@@ -42,9 +42,9 @@ def test_partiprompts_keeps_quotation_marks_and_commas(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     assert read_prompt_set(str(path)).prompts == (
-        Prompt('The words "Fly an airplane" on a wall, in grey', "Outdoor Scenes"),
-        Prompt('"', "Abstract"),
-        Prompt("Salvador Dalí", "People"),
+        PromptSpec('The words "Fly an airplane" on a wall, in grey', "Outdoor Scenes"),
+        PromptSpec('"', "Abstract"),
+        PromptSpec("Salvador Dalí", "People"),
     )
     assert read_prompt_set(str(path)).form == "PartiPrompts" and not read_prompt_set(str(path)).balanced
 
@@ -62,7 +62,7 @@ def test_dpg_is_a_folder_of_a_file_a_prompt(tmp_path: Path) -> None:
     for name in ("256", "COCOval2014000000000042", "diffusiondb3", "posescript12"):
         (tmp_path / f"{name}.txt").write_text(f"A long prompt\nof {name}.\n")
     found = read_prompt_set(str(tmp_path))
-    assert found.form == "DPG-Bench" and Prompt("A long prompt of 256.", "all") in found.prompts
+    assert found.form == "DPG-Bench" and PromptSpec("A long prompt of 256.", "all") in found.prompts
     assert {prompt.category for prompt in found.prompts} == {"all", "COCOval", "diffusiondb", "posescript"}
     (tmp_path / "drawtext1.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"drawtext1\.txt is empty"):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from dpo_mm.data.schema import decided, load_pairs, make_image_rows, split_by_prompt
+from dpo_mm.data.schema import drop_ties, load_pairs, make_image_rows, split_by_prompt
 from tests.conftest import rows
 
 
@@ -68,9 +68,9 @@ def test_missing_files_and_other_formats_are_named(tmp_path: Path) -> None:
 
 def test_ties_never_become_wins() -> None:
     given = [{**row, "preference": p} for row, p in zip(rows(4), ("a", "tie", "both_bad", "b"), strict=True)]
-    assert list(decided(make_image_rows(given))["id"]) == ["row-0", "row-3"]
+    assert list(drop_ties(make_image_rows(given))["id"]) == ["row-0", "row-3"]
     with pytest.raises(ValueError, match="none of the 2 pairs has a winner"):
-        decided(make_image_rows([{**row, "preference": "tie"} for row in rows(2)]))
+        drop_ties(make_image_rows([{**row, "preference": "tie"} for row in rows(2)]))
 
 
 def test_unknown_columns_are_refused_when_rows_are_made() -> None:

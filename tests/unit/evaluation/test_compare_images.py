@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_mm.assets import locate
+from dpo_mm.assets import resolve_asset
 from dpo_mm.config import CompareConfig
 from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.evaluation.compare_images import (
-    Drawn,
-    Plan,
+    SamplingPlan,
+    ScoredImages,
+    aa_control,
     by_category,
-    compare,
+    compare_images,
     comparisons,
-    control,
     diversity,
-    plan_of,
+    sampling_plan,
     verdict,
 )
-from dpo_mm.evaluation.verdict import earned
+from dpo_mm.evaluation.verdict import note_against_sft
 from dpo_mm.policies.families import load_policy
 from tests.contracts.families import WORDS
 from tests.contracts.test_diffusion import disturbed
@@ -34,17 +34,19 @@ def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[fl
     return [float(np.asarray(image).mean()) / 255 for image in images]
 
 
-def drawn(scores: dict[str, np.ndarray], images: np.ndarray, samples: int = 2) -> Drawn:
+def drawn(scores: dict[str, np.ndarray], images: np.ndarray, samples: int = 2) -> ScoredImages:
     count = len(images)
     prompts = tuple(f"prompt {n // samples}" for n in range(count))
-    return Drawn(Plan(prompts, tuple(range(count)), samples), [Image.fromarray(i) for i in images], scores)
+    return ScoredImages(
+        SamplingPlan(prompts, tuple(range(count)), samples), [Image.fromarray(i) for i in images], scores
+    )
 
 
 def noise(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
 
 
-def pair(gain: float, guard: float, tuned_images: np.ndarray | None = None) -> tuple[Drawn, Drawn]:
+def pair(gain: float, guard: float, tuned_images: np.ndarray | None = None) -> tuple[ScoredImages, ScoredImages]:
     rng = np.random.default_rng(0)
     scores = rng.random(80)
     change = rng.normal(0, 0.05, (2, 80))
@@ -82,18 +84,18 @@ def test_the_base_against_itself_shows_nothing() -> None:
     read = []
     for seed in range(20):
         scores = np.random.default_rng(seed).random(160)
-        one = control(drawn({"judge": scores}, noise(160, seed), samples=4), "judge", seed=0)
+        one = aa_control(drawn({"judge": scores}, noise(160, seed), samples=4), "judge", seed=0)
         assert one is not None
         read.append(one.verdict)
     assert read.count("no evidence") >= 18
-    assert control(drawn({"judge": np.ones(4)}, noise(4, 0), samples=1), "judge", seed=0) is None
+    assert aa_control(drawn({"judge": np.ones(4)}, noise(4, 0), samples=1), "judge", seed=0) is None
 
 
 def test_categories_are_those_of_the_prompts() -> None:
     names = read_prompts("shapes-held-out", limit=12)
     scores = {"judge": np.zeros(24)}
     prompts = tuple(name for name in names for _ in range(2))
-    base = Drawn(Plan(prompts, tuple(range(24)), 2), [], scores)
+    base = ScoredImages(SamplingPlan(prompts, tuple(range(24)), 2), [], scores)
     found = by_category(base, base, "judge", seed=0)
     assert [one.metric for one in found] == sorted(
         ["single object", "two objects", "counting", "colours", "position", "colour attribution"]
@@ -103,17 +105,17 @@ def test_categories_are_those_of_the_prompts() -> None:
 
 def test_baselines_are_judged_in_words() -> None:
     base, tuned = pair(0.3, 0.0)
-    assert "DPO earned its keep" in earned(comparisons(base, tuned, CONFIG)[0])
-    assert "SFT on the chosen would have done better" in earned(comparisons(tuned, base, CONFIG)[0])
-    assert "SFT is cheaper" in earned(comparisons(*pair(0.0, 0.0), CONFIG)[0])
+    assert "DPO earned its keep" in note_against_sft(comparisons(base, tuned, CONFIG)[0])
+    assert "SFT on the chosen would have done better" in note_against_sft(comparisons(tuned, base, CONFIG)[0])
+    assert "SFT is cheaper" in note_against_sft(comparisons(*pair(0.0, 0.0), CONFIG)[0])
 
 
 def test_prompts_are_spread_and_seeds_are_theirs() -> None:
     few = read_prompts("shapes-held-out", limit=6)
     assert len({name for name in few}) == 6 and few == read_prompts("shapes-held-out", limit=6)
-    assert len(read_prompts("shapes-held-out")) == len(Path(locate("shapes-held-out")).read_text().splitlines())
+    assert len(read_prompts("shapes-held-out")) == len(Path(resolve_asset("shapes-held-out")).read_text().splitlines())
     assert seeds_of("x", 3, seed=0) == seeds_of("x", 4, seed=0)[:3] != seeds_of("y", 3, seed=0)
-    plan = plan_of(CompareConfig(model="-", output_dir="-", max_prompts=3, images_per_prompt=2))
+    plan = sampling_plan(CompareConfig(model="-", output_dir="-", max_prompts=3, images_per_prompt=2))
     assert plan.prompts == tuple(p for p in read_prompts("shapes-held-out", limit=3) for _ in range(2))
     assert plan.first(1).prompts == plan.prompts[::2] and plan.first(1).samples == 1
 
@@ -136,7 +138,7 @@ def test_a_comparison_writes_its_report(tiny_model: str, tmp_path: Path) -> None
         num_inference_steps=2,
         scales=(0.5,),
     )
-    outcome = compare(config, title="<b>t</b>", command="cmd", baseline=str(tmp_path / "adapter"))
+    outcome = compare_images(config, title="<b>t</b>", command="cmd", baseline=str(tmp_path / "adapter"))
     kept = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert sum(one["headline"] for one in kept["comparisons"]) == 1
     wanted = {"metric", "judge", "headline", "base", "tuned", "difference", "low", "high", "n", "verdict"}

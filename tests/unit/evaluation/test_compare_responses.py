@@ -12,9 +12,17 @@ from PIL import Image
 
 from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import Question
-from dpo_mm.data.schema import Answer
+from dpo_mm.data.schema import Response
 from dpo_mm.evaluation import compare_responses as module
-from dpo_mm.evaluation.compare_responses import Answered, compare_answers, comparisons, cost, counted, examples, judged
+from dpo_mm.evaluation.compare_responses import (
+    ScoredResponses,
+    compare_responses,
+    comparisons,
+    examples,
+    note_counts,
+    note_tokens,
+    score_responses,
+)
 from dpo_mm.evaluation.statistics import paired_shares
 from dpo_mm.policies.families import load_policy
 from tests.contracts.tiny_vlms import save
@@ -25,8 +33,8 @@ QUESTIONS = [Question(str(n), (RED,), "Describe the picture.", TRUTH, f"{n % 2} 
 CONFIG = CompareResponsesConfig("m", "o", "q", judges=("chair_s", "chair_i", "recall", "num_words"), guards=("recall",))
 
 
-def answered(texts: list[str], config: CompareResponsesConfig = CONFIG) -> Answered:
-    return judged([Answer(text, len(text.split()), False) for text in texts], QUESTIONS, config)
+def answered(texts: list[str], config: CompareResponsesConfig = CONFIG) -> ScoredResponses:
+    return score_responses([Response(text, len(text.split()), False) for text in texts], QUESTIONS, config)
 
 
 INVENTS, RIGHT, MUTE = "a red circle, a blue star and a green cross.", TRUTH, "a red circle."
@@ -44,30 +52,30 @@ def test_a_rate_is_a_sum_over_a_sum_and_its_interval_holds_the_difference() -> N
 def test_winning_by_silence_is_over_optimised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sides = {"base": answered([INVENTS] * 40), "tuned": answered([MUTE] * 40)}
     monkeypatch.setattr(module, "read_questions", lambda *_, **__: QUESTIONS)
-    monkeypatch.setattr(module, "opened", lambda *_: None)
-    monkeypatch.setattr(module, "ask", lambda *_, base, **__: sides["base" if base else "tuned"])
+    monkeypatch.setattr(module, "_load", lambda *_: None)
+    monkeypatch.setattr(module, "generate_responses", lambda *_, base, **__: sides["base" if base else "tuned"])
     config = dataclasses.replace(CONFIG, output_dir=str(tmp_path))
-    assert compare_answers(config, title="t", command="c").verdict == "over-optimised"
+    assert compare_responses(config, title="t", command="c").verdict == "over-optimised"
     sides["tuned"] = answered([RIGHT] * 40)
-    outcome = compare_answers(config, title="t", command="c")
+    outcome = compare_responses(config, title="t", command="c")
     assert outcome.verdict == "better" and "40 mended, 0 broken" in outcome.notes[0]
     page = outcome.report.read_text()
     assert "<mark>green cross</mark>" in page and "CHAIR_i" in page
 
 
 def test_what_answers_cost_is_told_with_where_the_loops_are() -> None:
-    base = Answered([Answer("", 10, hit_limit=False)] * 98 + [Answer("", 200, hit_limit=True)] * 2)
-    tuned = Answered([Answer("", 10, hit_limit=False)] * 100)
+    base = ScoredResponses([Response("", 10, hit_limit=False)] * 98 + [Response("", 200, hit_limit=True)] * 2)
+    tuned = ScoredResponses([Response("", 10, hit_limit=False)] * 100)
     told = "Tokens an answer: 13.8, 99th percentile 200 with the base; 10.0, 99th percentile 10 tuned."
-    assert cost(base, tuned) == told
+    assert note_tokens(base, tuned) == told
 
 
 def test_counts_come_with_exact_intervals() -> None:
     base, tuned = answered([INVENTS] * 8 + [RIGHT] * 32), answered([RIGHT] * 40)
-    note = counted(base, tuned, "chair_s")
+    note = note_counts(base, tuned, "chair_s")
     assert note is not None and note.startswith("CHAIR_s: 8 of 40 answers") and "-100% relative" in note
     assert "McNemar p 0.0078" in note
-    assert counted(base, tuned, "chair_i") is None
+    assert note_counts(base, tuned, "chair_i") is None
 
 
 def test_examples_show_what_changed_first_in_turns() -> None:
@@ -110,7 +118,7 @@ def test_bad_shares_are_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
         paired_shares([[1, 2], [np.nan, 1]], [[1, 2], [1, 1]], metric="m", judge="j")
     with pytest.raises(ValueError, match="not among the judges"):
-        compare_answers(dataclasses.replace(CONFIG, guards=("cer",)), title="t", command="c")
+        compare_responses(dataclasses.replace(CONFIG, guards=("cer",)), title="t", command="c")
 
 
 def test_a_real_model_against_itself_shows_no_difference(tmp_path: Path) -> None:
@@ -124,7 +132,7 @@ def test_a_real_model_against_itself_shows_no_difference(tmp_path: Path) -> None
         judges=("cer", "num_tokens"),
         max_new_tokens=5,
     )
-    outcome = compare_answers(config, title="Itself", command="c")
+    outcome = compare_responses(config, title="Itself", command="c")
     assert outcome.verdict == "no evidence" and all(one.difference == 0 for one in outcome.comparisons)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["decoding"].startswith("greedy")
 
@@ -138,7 +146,7 @@ def test_base_weights_answer_as_before_the_adapter(tmp_path: Path) -> None:
     changed.model.save_pretrained(other)
     ask = {"images": [[RED]], "messages": ["What?"], "max_new_tokens": 6, "do_sample": False}
     before = policy.generate(**ask)
-    policy.attach(other)
+    policy.load_adapter(other)
     assert policy.generate(**ask) != before
     with policy.base_weights():
         assert policy.generate(**ask) == before

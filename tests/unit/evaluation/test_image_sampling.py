@@ -14,15 +14,15 @@ from PIL import Image
 
 from dpo_mm.config import CompareConfig
 from dpo_mm.evaluation import image_sampling
-from dpo_mm.evaluation.compare_images import compare
-from dpo_mm.evaluation.image_sampling import Plan, Studio
-from dpo_mm.evaluation.image_store import Gallery
+from dpo_mm.evaluation.compare_images import compare_images
+from dpo_mm.evaluation.image_sampling import ImageSampler, SamplingPlan
+from dpo_mm.evaluation.image_store import ImageStore
 from dpo_mm.policies.families import load_policy
 from tests.contracts.families import WORDS
 from tests.contracts.test_diffusion import config as train_config
 from tests.contracts.test_diffusion import disturbed
 
-PLAN = Plan((WORDS[0], WORDS[0], WORDS[1], WORDS[1]), (1, 2, 3, 4), 2)
+PLAN = SamplingPlan((WORDS[0], WORDS[0], WORDS[1], WORDS[1]), (1, 2, 3, 4), 2)
 CONFIG = CompareConfig(
     model="-",
     output_dir="-",
@@ -68,40 +68,40 @@ def hashes(folder: Path) -> dict[tuple[str, int], str]:
 
 
 def test_only_what_is_missing_or_damaged_is_drawn_again(counted: Any, tmp_path: Path) -> None:
-    first = Studio(counted, CONFIG, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
+    first = ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
     before = hashes(tmp_path)
     assert len(counted.drawn) == 4 and len(asked) == 4 and len(before) == 4
-    again = Studio(counted, CONFIG, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
+    again = ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
     assert len(counted.drawn) == 4 and len(asked) == 4
     assert np.array_equal(first.scores[CONFIG.judges[0]], again.scores[CONFIG.judges[0]])
     files = [file for file in first.images.files]  # type: ignore[attr-defined]
     files[1].unlink()
     files[2].write_bytes(files[2].read_bytes()[:-20])
-    Studio(counted, CONFIG, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
+    ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
     assert counted.drawn[4:] == [(WORDS[0], 2), (WORDS[1], 3)] and len(asked) == 4
     assert hashes(tmp_path) == before
 
 
 def test_another_way_of_drawing_is_another_picture(counted: Any, tmp_path: Path) -> None:
-    gallery = Gallery(tmp_path)
+    gallery = ImageStore(tmp_path)
     for change in ({}, {"num_inference_steps": 3}, {"guidance_scale": 1.0}, {}):
         config = dataclasses.replace(CONFIG, **change)
-        Studio(counted, config, gallery).draw(PLAN, scale=0.0, label="base")
+        ImageSampler(counted, config, gallery).generate(PLAN, scale=0.0, label="base")
     assert len(counted.drawn) == 12 and len(set(gallery.rows)) == 12
 
 
 def test_the_base_is_the_base_with_and_without_an_adapter(counted: Any, tmp_path: Path) -> None:
-    gallery = Gallery(tmp_path / "pictures")
-    Studio(counted, CONFIG, gallery).draw(PLAN, scale=0.0, label="base")
+    gallery = ImageStore(tmp_path / "pictures")
+    ImageSampler(counted, CONFIG, gallery).generate(PLAN, scale=0.0, label="base")
     counted.prepare(train_config())
     disturbed(counted)
     counted.save(tmp_path / "adapter")
     tuned = load_policy(counted.source)
-    tuned.attach(tmp_path / "adapter")
-    studio = Studio(tuned, CONFIG, gallery, str(tmp_path / "adapter"))
+    tuned.load_adapter(tmp_path / "adapter")
+    studio = ImageSampler(tuned, CONFIG, gallery, str(tmp_path / "adapter"))
     bare, adapted = studio.sampling(0.0), studio.sampling(1.0)
-    assert Gallery.key(bare, "x", 1) == Gallery.key(
-        Studio(load_policy(counted.source), CONFIG, gallery).sampling(0.0), "x", 1
+    assert ImageStore.key(bare, "x", 1) == ImageStore.key(
+        ImageSampler(load_policy(counted.source), CONFIG, gallery).sampling(0.0), "x", 1
     )
     assert adapted["weights"] != bare["weights"] and adapted["adapter"] and bare["adapter"] is None
     assert bare["scheduler"].split()[0] == type(tuned.scheduler).__name__ and bare["dtype"] == "float32"
@@ -111,9 +111,9 @@ def test_the_base_is_the_base_with_and_without_an_adapter(counted: Any, tmp_path
 def test_a_judge_whose_card_has_changed_is_asked_again(
     counted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Studio(counted, CONFIG, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
+    ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
     monkeypatch.setattr(image_sampling, "judge_card", lambda name: {"name": name, "code_sha256": "another"})
-    Studio(counted, CONFIG, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
+    ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
     assert len(counted.drawn) == 4 and len(asked) == 8
 
 
@@ -123,13 +123,13 @@ def test_a_judge_whose_card_has_changed_is_asked_again(
 def test_a_judge_that_gives_no_numbers_is_named(judge: str, message: str, counted: Any, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, judges=(f"tests.unit.evaluation.test_image_sampling:{judge}",))
     with pytest.raises(ValueError, match=message):
-        Studio(counted, config, Gallery(tmp_path)).draw(PLAN, scale=0.0, label="base")
+        ImageSampler(counted, config, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
 
 
 def test_scores_of_categories_weigh_alike_where_the_set_says_so() -> None:
-    plan = Plan(("a", "b", "c", "d"), (1, 2, 3, 4), 1, ("x", "x", "x", "y"), balanced=True)
+    plan = SamplingPlan(("a", "b", "c", "d"), (1, 2, 3, 4), 1, ("x", "x", "x", "y"), balanced=True)
     assert plan.weights == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])
-    assert Plan(("a", "b"), (1, 2), 1, ("x", "y")).weights is None
+    assert SamplingPlan(("a", "b"), (1, 2), 1, ("x", "y")).weights is None
     assert plan.first(1).categories == plan.categories and plan.first(1).balanced
 
 
@@ -144,12 +144,12 @@ def test_a_comparison_that_is_run_again_draws_nothing_and_finds_the_same(
         prompts=str(tmp_path / "prompts.txt"),
         images_per_prompt=2,
     )
-    found = compare(config, title="t", command="c")
+    found = compare_images(config, title="t", command="c")
     assert found.verdict == "no evidence" and len(asked) > 0
     assert len(list((tmp_path / "out" / "pictures" / "base").glob("*.png"))) == 2 * len(WORDS)
     monkeypatch.setattr(
-        Studio, "_batches", lambda self, pairs, scale: iter(()) if not pairs else pytest.fail("drawn again")
+        ImageSampler, "_batches", lambda self, pairs, scale: iter(()) if not pairs else pytest.fail("drawn again")
     )
-    again = compare(dataclasses.replace(config, save_images=False), title="t", command="c")
+    again = compare_images(dataclasses.replace(config, save_images=False), title="t", command="c")
     assert again.comparisons == found.comparisons
     assert not (tmp_path / "out" / "pictures").exists() and again.report.exists()

@@ -11,21 +11,21 @@ import pytest
 from PIL import Image
 
 from dpo_mm.evaluation import image_store as module
-from dpo_mm.evaluation.image_store import Gallery, Pictures
+from dpo_mm.evaluation.image_store import ImageStore, Pictures
 
 HOW: dict[str, Any] = {"model": "m", "revision": None, "adapter": None, "weights": "w", "scale": 1.0, "steps": 4}
 RED, BLUE = Image.new("RGB", (8, 8), "#ff0000"), Image.new("RGB", (8, 8), "#0000ff")
 
 
-def filled(folder: Path) -> Gallery:
-    gallery = Gallery(folder)
+def filled(folder: Path) -> ImageStore:
+    gallery = ImageStore(folder)
     gallery.add(HOW, [("a red circle", 1, RED), ("a blue circle", 2, BLUE)], label="tuned")
     return gallery
 
 
 def test_a_picture_is_found_by_what_decides_it_alone(tmp_path: Path) -> None:
     filled(tmp_path)
-    again = Gallery(tmp_path)
+    again = ImageStore(tmp_path)
     path = again.find({**HOW, "model": "elsewhere/m", "adapter": "copy"}, "a red circle", 1)
     assert path is not None and Image.open(path).getpixel((0, 0)) == (255, 0, 0)
     for change in ({"steps": 5}, {"weights": "v"}, {"scale": 0.5}):
@@ -50,10 +50,10 @@ def test_a_damaged_picture_is_none(harm: str, tmp_path: Path) -> None:
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-9] if harm == "cut" else b"another picture")
-    again = Gallery(tmp_path)
+    again = ImageStore(tmp_path)
     assert again.find(HOW, "a red circle", 1) is None and again.find(HOW, "a blue circle", 2) is not None
     again.add(HOW, [("a red circle", 1, RED)], label="tuned")
-    assert Gallery(tmp_path).find(HOW, "a red circle", 1) is not None
+    assert ImageStore(tmp_path).find(HOW, "a red circle", 1) is not None
 
 
 def test_what_a_kill_left_half_is_taken_away(tmp_path: Path) -> None:
@@ -61,19 +61,19 @@ def test_what_a_kill_left_half_is_taken_away(tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text(manifest.read_text()[:-30])
     (tmp_path / "tuned" / ".half.png.7.part").write_bytes(b"half")
-    again = Gallery(tmp_path)
+    again = ImageStore(tmp_path)
     assert not list(tmp_path.rglob("*.part"))
     assert again.find(HOW, "a red circle", 1) is not None and again.find(HOW, "a blue circle", 2) is None
     again.add(HOW, [("a blue circle", 2, BLUE)], label="tuned")
-    assert len(Gallery(tmp_path).rows) == 2
+    assert len(ImageStore(tmp_path).rows) == 2
     manifest.write_text("{broken\n" + manifest.read_text())
     with pytest.raises(ValueError, match=r"manifest\.jsonl is damaged"):
-        Gallery(tmp_path)
+        ImageStore(tmp_path)
 
 
 def test_scores_are_of_a_judge_a_picture_and_a_prompt(tmp_path: Path) -> None:
     filled(tmp_path).note("judge", "card", [("hash", "a red circle", 0.25)])
-    again = Gallery(tmp_path)
+    again = ImageStore(tmp_path)
     assert again.score("card", "hash", "a red circle") == 0.25
     for other in (("another card", "hash", "a red circle"), ("card", "other", "a red circle"), ("card", "hash", "x")):
         assert again.score(*other) is None
@@ -99,4 +99,4 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half(
         filled(tmp_path)
     monkeypatch.undo()
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.part"))
-    assert Gallery(tmp_path).rows == {}
+    assert ImageStore(tmp_path).rows == {}

@@ -21,9 +21,9 @@ from dpo_mm.evaluation.report import (
     TextExample,
     contact_sheet,
     is_rate,
-    pieces,
     render,
     terminal_table,
+    text_spans,
     write_report,
 )
 from dpo_mm.evaluation.statistics import Comparison
@@ -164,23 +164,23 @@ def test_scores_that_are_no_verdicts_are_numbers_and_large_images_are_smooth_and
 
 
 def test_pieces_mark_what_they_are_told_and_join_to_the_text():
-    cut = pieces("a cat and a dog", ((2, 5), (12, 15), (12, 13)))
+    cut = text_spans("a cat and a dog", ((2, 5), (12, 15), (12, 13)))
     assert [piece.text for piece in cut if piece.marked] == ["cat", "d", "og"]
     assert "".join(piece.text for piece in cut) == "a cat and a dog"
-    assert pieces("") == []
+    assert text_spans("") == []
     for wrong in ((3, 2), (-1, 2), (0, 16)):
         with pytest.raises(ValueError, match="outside its text of 15"):
-            pieces("a cat and a dog", (wrong,))
+            text_spans("a cat and a dog", (wrong,))
 
 
 def test_long_loops_are_folded_with_their_length_and_short_ones_are_not():
     text = "Total: 12.40\n" + "thank you " * 30 + "goodbye"
-    cut = pieces(text, ((250, 260),))
+    cut = text_spans(text, ((250, 260),))
     folded = [piece for piece in cut if piece.repeats]
     assert [(piece.repeats, len(piece.text), piece.marked) for piece in folded] == [(27, 270, True)]
     assert "".join(piece.text for piece in cut) == text
-    assert not any(piece.repeats for piece in pieces("ha " * 20))
-    assert not any(piece.repeats for piece in pieces("A sentence that is said twice, as poems do. " * 2))
+    assert not any(piece.repeats for piece in text_spans("ha " * 20))
+    assert not any(piece.repeats for piece in text_spans("A sentence that is said twice, as poems do. " * 2))
     page = render(report(text_examples=(TextExample(None, "Read.", text, "short", None),)))
     assert "27 more times, 270 characters" in page
 

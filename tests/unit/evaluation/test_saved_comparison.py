@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_mm.evaluation.image_store import Gallery
-from dpo_mm.evaluation.saved_comparison import read_finished
+from dpo_mm.evaluation.image_store import ImageStore
+from dpo_mm.evaluation.saved_comparison import load_comparison
 from tests.conftest import picture
 
 PROMPTS = ("a red circle", "two blue squares", "a photo of <b>a dog</b>")
@@ -17,7 +17,7 @@ SCORES = {"a red circle": (0.0, 1.0), "two blue squares": (1.0, 0.0), "a photo o
 
 def finished_run(folder: Path) -> Path:
     """What `compare` leaves: pictures of base, tuned and another scale, the words of two judges."""
-    gallery = Gallery(folder / "pictures")
+    gallery = ImageStore(folder / "pictures")
     for side, scale in (("base", 0.0), ("tuned", 1.0), ("scale-0.5", 0.5)):
         drawn = [(prompt, n, picture(10 * n + int(4 * scale), 64)) for n, prompt in enumerate(PROMPTS)]
         gallery.add({"weights": side, "scale": scale}, drawn, label=side)
@@ -33,35 +33,35 @@ def finished_run(folder: Path) -> Path:
 
 
 def test_base_stands_beside_tuned(tmp_path: Path) -> None:
-    found = read_finished(finished_run(tmp_path))
+    found = load_comparison(finished_run(tmp_path))
     assert found.judges == ("faithfulness", "aesthetic"), "the headline's judge comes first"
-    assert [one.prompt for one in found.twins] == list(PROMPTS) and [one.seed for one in found.twins] == [0, 1, 2]
-    assert found.twins[0].base.read_bytes() != found.twins[0].tuned.read_bytes()
-    assert found.twins[0].scores == {"faithfulness": (0.0, 1.0), "aesthetic": (0.25, 0.35)}
+    assert [one.prompt for one in found.pairs] == list(PROMPTS) and [one.seed for one in found.pairs] == [0, 1, 2]
+    assert found.pairs[0].base.read_bytes() != found.pairs[0].tuned.read_bytes()
+    assert found.pairs[0].scores == {"faithfulness": (0.0, 1.0), "aesthetic": (0.25, 0.35)}
     assert found.categories() == ["all", "colours", "counting"]
 
 
 def test_filters(tmp_path: Path) -> None:
-    found = read_finished(finished_run(tmp_path))
+    found = load_comparison(finished_run(tmp_path))
     of = lambda **more: [PROMPTS.index(one.prompt) for one in found.chosen("faithfulness", **more)]
     assert of() == [0, 1, 2]
     assert of(outcome="better") == [0] and of(outcome="worse") == [1] and of(outcome="the same") == [2]
-    assert of(of=found.twins[1].category) == [1]
+    assert of(of=found.pairs[1].category) == [1]
     assert sorted(of(by_change=True)[:2]) == [0, 1] and of(by_change=True)[2] == 2
 
 
 def test_a_score_that_should_be_low_gains_by_falling(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    one = replace(read_finished(finished_run(tmp_path)).twins[0], scores={"cer": (0.5, 0.2)})
+    one = replace(load_comparison(finished_run(tmp_path)).pairs[0], scores={"cer": (0.5, 0.2)})
     assert one.gain("cer") == pytest.approx(0.3) and one.gain("wer") == 0
 
 
 def test_what_is_no_comparison_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no pictures of a finished comparison; expected metrics\.json and pictures/"):
-        read_finished(tmp_path)
+        load_comparison(tmp_path)
     folder = finished_run(tmp_path)
     kept = [line for line in (folder / "pictures/manifest.jsonl").read_text().splitlines() if '"tuned/' not in line]
     (folder / "pictures/manifest.jsonl").write_text("\n".join(kept) + "\n")
     with pytest.raises(ValueError, match="no prompt was drawn by base and tuned"):
-        read_finished(folder)
+        load_comparison(folder)

@@ -11,13 +11,13 @@ from scipy import stats
 from dpo_mm.evaluation import statistics
 from dpo_mm.evaluation.statistics import (
     Comparison,
+    confirmed_verdict,
     holm,
     mcnemar,
-    overall,
+    minimum_detectable_effect,
     paired,
     rate_interval,
-    settled,
-    smallest_detectable,
+    run_verdict,
 )
 
 FIELDS = ["metric", "judge", "headline", "base", "tuned", "difference", "low", "high", "n", "verdict"]
@@ -69,8 +69,8 @@ def test_repeating_every_item_as_another_seed_buys_nothing():
     assert repeated.high - repeated.low > 3.5 * (naive.high - naive.low)
     assert (repeated.wins, repeated.losses, repeated.clusters, repeated.n) == (once.wins, once.losses, 60, 960)
     assert repeated.p == pytest.approx(once.p)
-    assert smallest_detectable(base.repeat(16), tuned.repeat(16), ids.repeat(16)) == pytest.approx(
-        smallest_detectable(base, tuned, ids)
+    assert minimum_detectable_effect(base.repeat(16), tuned.repeat(16), ids.repeat(16)) == pytest.approx(
+        minimum_detectable_effect(base, tuned, ids)
     )
 
 
@@ -206,7 +206,7 @@ def test_holm_by_hand():
 def test_the_smallest_detectable_difference_is_found_four_times_in_five():
     rng = np.random.default_rng(6)
     base = rng.normal(size=400)
-    effect = smallest_detectable(base, base + rng.normal(size=400), np.arange(400))
+    effect = minimum_detectable_effect(base, base + rng.normal(size=400), np.arange(400))
     assert effect == pytest.approx(2.8 / 20, rel=0.1)
     found = sum(
         compare(np.zeros(400), rng.normal(2.8 / 20, 1.0, 400), resamples=400).verdict == "better" for _ in range(200)
@@ -217,22 +217,22 @@ def test_the_smallest_detectable_difference_is_found_four_times_in_five():
 def test_overall_reads_the_guards_only_where_the_headline_won():
     better = compare(np.zeros(50), np.ones(50))
     worse, same = compare(np.ones(50), np.zeros(50)), compare(np.ones(50), np.ones(50))
-    assert overall(better, []) == overall(better, [same, better]) == "better"
-    assert overall(better, [same, worse]) == "over-optimised"
-    assert overall(same, [worse]) == "no evidence"
-    assert overall(worse, [better]) == "worse"
+    assert run_verdict(better, []) == run_verdict(better, [same, better]) == "better"
+    assert run_verdict(better, [same, worse]) == "over-optimised"
+    assert run_verdict(same, [worse]) == "no evidence"
+    assert run_verdict(worse, [better]) == "worse"
 
 
 def test_a_verdict_wants_the_votes_beside_the_interval():
     few_gain_much = compare(np.zeros(30), np.r_[np.full(8, 9.0), np.full(7, -0.1), np.zeros(15)])
     assert few_gain_much.verdict == "better" and few_gain_much.p > 0.05
-    assert settled(few_gain_much) == overall(few_gain_much, []) == "no evidence"
+    assert confirmed_verdict(few_gain_much) == run_verdict(few_gain_much, []) == "no evidence"
     most_lose_little = compare(np.zeros(60), np.r_[np.full(15, 9.0), np.full(45, -0.1)])
     assert most_lose_little.verdict == "better" and most_lose_little.p < 0.05
-    assert settled(most_lose_little) == "no evidence"
+    assert confirmed_verdict(most_lose_little) == "no evidence"
     alike = compare(np.zeros(30), np.ones(30))
-    assert settled(alike) == "better" and settled(compare(np.ones(30), np.zeros(30))) == "worse"
-    assert settled(dataclasses.replace(alike, verdict="changed")) == "changed"
+    assert confirmed_verdict(alike) == "better" and confirmed_verdict(compare(np.ones(30), np.zeros(30))) == "worse"
+    assert confirmed_verdict(dataclasses.replace(alike, verdict="changed")) == "changed"
 
 
 def test_the_settled_verdict_is_seldom_wrong_of_few_prompts():
@@ -241,7 +241,7 @@ def test_the_settled_verdict_is_seldom_wrong_of_few_prompts():
     prompts, rates = np.repeat(np.arange(24), 2), np.repeat(rng.uniform(0.05, 0.85, 24), 2)
     draw = lambda: (rng.random(48) < rates).astype(float)
     found = [compare(draw(), draw(), clusters=prompts, resamples=400) for _ in range(400)]
-    wrong = sum(settled(one) != "no evidence" for one in found) / len(found)
+    wrong = sum(confirmed_verdict(one) != "no evidence" for one in found) / len(found)
     assert wrong < 0.045 < sum(one.verdict != "no evidence" for one in found) / len(found) < 0.09
 
 
@@ -270,7 +270,7 @@ def test_nothing_is_found_where_nothing_is_only_with_the_prompts_kept_together()
 
 def test_holm_stands_beside_each_p_and_leaves_the_rest():
     found = [compare(np.zeros(n), np.ones(n)) for n in (6, 12)]
-    both = statistics.corrected(found)
+    both = statistics.holm_corrected(found)
     assert [one.p_holm for one in both] == pytest.approx([2 * 0.5**6, 4 * 0.5**12])
     assert [dataclasses.replace(one, p_holm=None) for one in both] == found
 

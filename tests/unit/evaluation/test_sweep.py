@@ -8,7 +8,7 @@ import pytest
 
 from dpo_mm.evaluation.charts import pareto_chart
 from dpo_mm.evaluation.statistics import Comparison
-from dpo_mm.evaluation.sweep import Point, advice, marked
+from dpo_mm.evaluation.sweep import SweepPoint, advice, mark_recommended
 
 
 def judged(tuned: float, verdict: str = "no evidence", base: float = 0.5) -> Comparison:
@@ -20,8 +20,8 @@ def judged(tuned: float, verdict: str = "no evidence", base: float = 0.5) -> Com
 
 def point(
     name: str, scale: float, head: tuple[float, str], guard: tuple[float, str] | None, step: int | None = None
-) -> Point:
-    return Point(name, scale, step, judged(*head), None if guard is None else judged(*guard))
+) -> SweepPoint:
+    return SweepPoint(name, scale, step, judged(*head), None if guard is None else judged(*guard))
 
 
 BASE = point("scale 0", 0.0, (0.5, "no evidence"), (0.5, "no evidence"))
@@ -31,13 +31,19 @@ STRONG = point("scale 1.5", 1.5, (0.8, "better"), (0.3, "worse"))
 BEATEN = point("step 100", 1.0, (0.55, "better"), (0.4, "no evidence"), 100)
 
 
-def best(*points: Point) -> str | None:
-    return next((one.name for one in marked(points) if one.recommended), None)
+def best(*points: SweepPoint) -> str | None:
+    return next((one.name for one in mark_recommended(points) if one.recommended), None)
 
 
 def test_the_front_is_what_no_other_beats_on_both() -> None:
-    assert [one.on_front for one in marked((BASE, HALF, WHOLE, STRONG, BEATEN))] == [False, True, True, True, False]
-    twins = marked((HALF, dataclasses.replace(HALF, name="twin")))
+    assert [one.on_front for one in mark_recommended((BASE, HALF, WHOLE, STRONG, BEATEN))] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+    twins = mark_recommended((HALF, dataclasses.replace(HALF, name="twin")))
     assert [one.on_front for one in twins] == [True, True]
 
 
@@ -53,13 +59,13 @@ def test_the_front_is_what_no_other_beats_on_both() -> None:
         (tuple(dataclasses.replace(one, guard=None) for one in (BASE, HALF, STRONG)), "scale 1.5"),
     ],
 )
-def test_the_rule_picks(points: tuple[Point, ...], expected: str | None) -> None:
+def test_the_rule_picks(points: tuple[SweepPoint, ...], expected: str | None) -> None:
     assert best(*points) == expected
-    words = advice(marked(points))
+    words = advice(mark_recommended(points))
     assert (f"Recommended: {expected}." in words) if expected else "leave it off" in words
 
 
 def test_the_picture_needs_two_judges() -> None:
-    points = marked((BASE, HALF, WHOLE))
+    points = mark_recommended((BASE, HALF, WHOLE))
     assert 'aria-label="Headline across' in pareto_chart(points, True) and "scale 0.5" in pareto_chart(points, True)
     assert pareto_chart([dataclasses.replace(one, guard=None) for one in points], True) == ""

@@ -17,12 +17,22 @@ from PIL import Image
 
 from dpo_mm.config import MineConfig, RelabelConfig
 from dpo_mm.data.schema import load_pairs
-from dpo_mm.judges import JUDGES, Named, better_of, judge_card, load_judge, metric_of, named, self_test, weights
+from dpo_mm.judges import (
+    JUDGES,
+    JudgeName,
+    better_of,
+    judge_card,
+    load_judge,
+    metric_of,
+    parse_judge_name,
+    self_test,
+    weights,
+)
 from dpo_mm.judges import clip as clip_judges
 from dpo_mm.judges.clip import OPENAI, Preprocessing, head, pooled, prepare
 from dpo_mm.judges.relabel import relabel
 from dpo_mm.judges.weights import fill, in_batches, read_state
-from dpo_mm.mining.mine_images import mine
+from dpo_mm.mining.mine_images import mine_images
 from tests.contracts.families.words import clip_tokenizer as tokenizer
 
 SIDE, WIDTH = 32, 24
@@ -351,8 +361,8 @@ def test_only_a_name_with_hub_fetches(tmp_path: Path, monkeypatch: pytest.Monkey
         return str(tmp_path / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    assert weights.find(clip_judges.LAION_HEAD, Named("laion_aesthetic", "", "hub")).name.startswith("sac+logos")
-    assert weights.find(clip_judges.PICK_SCORE, Named("pick_score", "", "hub")) == tmp_path / "model.safetensors"
+    assert weights.find(clip_judges.LAION_HEAD, JudgeName("laion_aesthetic", "", "hub")).name.startswith("sac+logos")
+    assert weights.find(clip_judges.PICK_SCORE, JudgeName("pick_score", "", "hub")) == tmp_path / "model.safetensors"
     assert [name.rpartition("/")[2] for name in asked[2:]] == [
         "config.json",
         "tokenizer.json",
@@ -385,7 +395,7 @@ def test_several_of_them_mine_and_relabel(
     hps, pick, guard = f"hps_v2.1:{tiny}@{checkpoint}", f"pick_score@{pick_folder}", f"clip_score:{tiny}@{checkpoint}"
     how = {"images_per_prompt": 4, "num_inference_steps": 1, "output_dir": str(tmp_path / "mined")}
     mined = load_pairs(
-        str(mine(MineConfig(tiny_model, str(tmp_path / "prompts.txt"), judges=(hps, pick), guards=guard, **how)))
+        str(mine_images(MineConfig(tiny_model, str(tmp_path / "prompts.txt"), judges=(hps, pick), guards=guard, **how)))
     )
     assert len(mined) and set(mined["axis"]) == {f"{hps}+{pick}"}
     for row in mined:
@@ -413,9 +423,13 @@ def test_a_card_says_what_a_number_hangs_on(tiny: str, checkpoint: Path, pick_fo
 
 
 def test_names_are_read() -> None:
-    assert named("clip_score:ViT-B-32/openai@/w/a.pt") == ("clip_score", "ViT-B-32/openai", "/w/a.pt")
-    assert named("hps_v2.1@hub") == ("hps_v2.1", "", "hub") and named("aesthetic") == ("aesthetic", "", "")
-    assert named("aesthetic:score") is None and named("mine:score") is None
+    assert parse_judge_name("clip_score:ViT-B-32/openai@/w/a.pt") == ("clip_score", "ViT-B-32/openai", "/w/a.pt")
+    assert parse_judge_name("hps_v2.1@hub") == ("hps_v2.1", "", "hub") and parse_judge_name("aesthetic") == (
+        "aesthetic",
+        "",
+        "",
+    )
+    assert parse_judge_name("aesthetic:score") is None and parse_judge_name("mine:score") is None
     assert metric_of("mine:score") == "score" and better_of("clip_score:ViT-B-32/openai") == "higher"
     assert sum(judge.opens for judge in JUDGES.values()) == 9
     with pytest.raises(ValueError, match="has no model 'ViT-B-3'; did you mean"):

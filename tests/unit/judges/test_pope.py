@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dpo_mm.data.schema import Answer
+from dpo_mm.data.schema import Response
 from dpo_mm.judges import better_of, load_judge
 from dpo_mm.judges.pope import said
 
@@ -49,7 +49,7 @@ def test_answers_are_read_kindly(texts: tuple[str, ...], meaning: bool | None) -
 
 
 def rate(name: str, answers: list[str], truths: list[str]) -> float:
-    shares = np.array(load_judge(name)([Answer(text, 1, hit_limit=False) for text in answers], truths))
+    shares = np.array(load_judge(name)([Response(text, 1, hit_limit=False) for text in answers], truths))
     return float(shares[:, 0].sum() / shares[:, 1].sum())
 
 

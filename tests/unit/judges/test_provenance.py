@@ -13,7 +13,7 @@ import yaml
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_response_rows
 from dpo_mm.judges import JUDGES
-from dpo_mm.judges.provenance import by_rule, headline_first, judges_of, made_by
+from dpo_mm.judges.provenance import by_rule, made_by, order_judges, training_judges_of
 from dpo_mm.training.model_card import write_card
 from tests.conftest import rows
 
@@ -45,18 +45,20 @@ def test_a_set_names_its_judges(
     sources: list[str | None], expected: tuple[str, ...], write_pairs: Callable[..., str]
 ) -> None:
     some = [{**row, "source": sources[n % len(sources)], "axis": "aesthetic"} for n, row in enumerate(rows(4))]
-    assert judges_of(write_pairs(some)) == expected
+    assert training_judges_of(write_pairs(some)) == expected
 
 
 def test_answers_name_their_judge_as_their_axis(tmp_path: Path) -> None:
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "axis": "cer", "source": "own failures on x, chosen: truth"}
     make_response_rows([row]).to_parquet(str(tmp_path / "pairs.parquet"))
-    assert judges_of(str(tmp_path / "pairs.parquet")) == judges_of(str(tmp_path)) == ("cer",)
+    assert training_judges_of(str(tmp_path / "pairs.parquet")) == training_judges_of(str(tmp_path)) == ("cer",)
 
 
 def test_shipped_sets_name_theirs_and_what_is_not_there_none() -> None:
-    assert judges_of("shapes-faithfulness") == ("faithfulness",) and judges_of("shapes-aesthetic") == ("aesthetic",)
-    assert judges_of("some/hub-set") == judges_of("missing.parquet") == ()
+    assert training_judges_of("shapes-faithfulness") == ("faithfulness",) and training_judges_of(
+        "shapes-aesthetic"
+    ) == ("aesthetic",)
+    assert training_judges_of("some/hub-set") == training_judges_of("missing.parquet") == ()
 
 
 def test_an_adapter_is_asked_by_its_card_then_by_its_set(tmp_path: Path, write_pairs: Callable[..., str]) -> None:
@@ -74,12 +76,12 @@ def test_an_adapter_is_asked_by_its_card_then_by_its_set(tmp_path: Path, write_p
 
 def test_no_learned_judge_that_made_the_pairs_is_at_the_head() -> None:
     mine, rule = f"{HERE}:learned", f"{HERE}:counting"
-    assert headline_first((mine, "aesthetic"), [mine]) == ("aesthetic", mine)
-    assert headline_first((mine, "aesthetic"), []) == (mine, "aesthetic")
-    assert headline_first(("faithfulness", "aesthetic"), ["faithfulness"]) == ("faithfulness", "aesthetic")
-    assert headline_first((rule, mine), [rule, mine]) == (rule, mine)
+    assert order_judges((mine, "aesthetic"), [mine]) == ("aesthetic", mine)
+    assert order_judges((mine, "aesthetic"), []) == (mine, "aesthetic")
+    assert order_judges(("faithfulness", "aesthetic"), ["faithfulness"]) == ("faithfulness", "aesthetic")
+    assert order_judges((rule, mine), [rule, mine]) == (rule, mine)
     with pytest.raises(ValueError, match="made the training pairs, so none can be the headline; add one that did not"):
-        headline_first((mine,), [mine])
+        order_judges((mine,), [mine])
 
 
 def test_every_rule_of_ours_is_one() -> None:

@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 
 from dpo_mm.config import RelabelConfig
 from dpo_mm.data.image_files import encode_png
-from dpo_mm.data.schema import decided, load_pairs
+from dpo_mm.data.schema import drop_ties, load_pairs
 from dpo_mm.judges import relabel as module
 from dpo_mm.judges.relabel import given_probability, labels, likeliest, relabel, spread
 
@@ -90,7 +90,7 @@ def test_new_labels_stand_beside_the_old(config: RelabelConfig) -> None:
         {"judge": f"{HERE}:brightness", "score_a": 200.0, "score_b": 100.0, "p_a": by["kept"]["p_a"]}
     ]
     assert by["kept"]["score_a"] - by["kept"]["score_b"] == pytest.approx(2.0)
-    assert sorted(decided(rows)["id"]) == ["kept", "turned", "was a tie"]
+    assert sorted(drop_ties(rows)["id"]) == ["kept", "turned", "was a tie"]
     counts = {key: value for key, value in done.summary.items() if isinstance(value, int)}
     assert list(counts.values()) == [5, 5, 0, 0, 2, 1, 1, 1]
     written = json.loads(Path(config.output).with_suffix(".json").read_text())

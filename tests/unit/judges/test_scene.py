@@ -10,20 +10,20 @@ from PIL import Image, ImageFilter
 
 from dpo_mm.judges.scene import faithfulness, look, satisfies
 from dpo_mm.worlds import shapes
-from dpo_mm.worlds.shapes import Request, Wanted
+from dpo_mm.worlds.shapes import ObjectSpec, SceneSpec
 
 COUNT = 2000
 
 
 @pytest.fixture(scope="module")
-def truths() -> list[tuple[Request, Image.Image]]:
+def truths() -> list[tuple[SceneSpec, Image.Image]]:
     rng = np.random.default_rng(0)
     groups = [[r for r in shapes.requests() if r.category == c] for c in shapes.CATEGORIES]
     asked = [groups[n % 6][rng.integers(len(groups[n % 6]))] for n in range(COUNT)]
     return [(request, shapes.render(shapes.sample_scene(request, rng))) for request in asked]
 
 
-def right(truths: list[tuple[Request, Image.Image]], change: Callable[[Image.Image], Image.Image]) -> float:
+def right(truths: list[tuple[SceneSpec, Image.Image]], change: Callable[[Image.Image], Image.Image]) -> float:
     return float(np.mean([satisfies(change(image), request) for request, image in truths]))
 
 
@@ -42,7 +42,7 @@ def noisy(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) + noise).round().clip(0, 255).astype(np.uint8))
 
 
-def test_rendered_truths_are_right(truths: list[tuple[Request, Image.Image]]) -> None:
+def test_rendered_truths_are_right(truths: list[tuple[SceneSpec, Image.Image]]) -> None:
     assert len(truths) == COUNT
     assert right(truths, lambda image: image) >= 0.99
 
@@ -50,12 +50,12 @@ def test_rendered_truths_are_right(truths: list[tuple[Request, Image.Image]]) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [jpeg, blurred, noisy])
 def test_light_damage_is_forgiven(
-    damage: Callable[[Image.Image], Image.Image], truths: list[tuple[Request, Image.Image]]
+    damage: Callable[[Image.Image], Image.Image], truths: list[tuple[SceneSpec, Image.Image]]
 ) -> None:
     assert right(truths, damage) >= 0.97
 
 
-def wrong(request: Request, rng: np.random.Generator) -> Request:
+def wrong(request: SceneSpec, rng: np.random.Generator) -> SceneSpec:
     """The request with exactly one attribute changed so that no scene of it satisfies the original."""
     while True:
         which = int(rng.integers(len(request.objects)))
@@ -73,7 +73,7 @@ def wrong(request: Request, rng: np.random.Generator) -> Request:
             opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
             return dataclasses.replace(request, relation=opposite[request.relation])
         elif kind == "extra" and len(request.objects) == 1 and one.count < 4:
-            return dataclasses.replace(request, objects=(one, Wanted(str(rng.choice(shapes.SHAPES)))))
+            return dataclasses.replace(request, objects=(one, ObjectSpec(str(rng.choice(shapes.SHAPES)))))
         else:
             continue
         if sorted(map(str, (changed, *others))) != sorted(map(str, request.objects)):
@@ -83,7 +83,7 @@ def wrong(request: Request, rng: np.random.Generator) -> Request:
 
 
 @pytest.mark.slow
-def test_scenes_with_one_thing_wrong_are_rejected(truths: list[tuple[Request, Image.Image]]) -> None:
+def test_scenes_with_one_thing_wrong_are_rejected(truths: list[tuple[SceneSpec, Image.Image]]) -> None:
     rng = np.random.default_rng(2)
     rejected = []
     for request, _ in truths:
@@ -100,8 +100,8 @@ def test_nothing_satisfies_a_blank_or_noisy_picture() -> None:
 
 def test_what_is_seen_is_where_it_stands() -> None:
     things = (
-        shapes.Thing("star", "yellow", 20, 18, 24, shapes.COLOURS["yellow"]),
-        shapes.Thing("square", "blue", 45, 46, 20, shapes.COLOURS["blue"]),
+        shapes.SceneObject("star", "yellow", 20, 18, 24, shapes.COLOURS["yellow"]),
+        shapes.SceneObject("square", "blue", 45, 46, 20, shapes.COLOURS["blue"]),
     )
     seen = {one.shape: one for one in look(shapes.render(shapes.Scene(things, (240,) * 3, (200,) * 3)))}
     assert set(seen) == {"star", "square"}
@@ -110,9 +110,9 @@ def test_what_is_seen_is_where_it_stands() -> None:
     assert seen["star"].width == pytest.approx(24, abs=2)
 
 
-def test_a_smudge_beside_the_scene_counts(truths: list[tuple[Request, Image.Image]]) -> None:
+def test_a_smudge_beside_the_scene_counts(truths: list[tuple[SceneSpec, Image.Image]]) -> None:
     image = shapes.render(
-        shapes.Scene((shapes.Thing("circle", "red", 20, 20, 24, (222, 42, 42)),), (240,) * 3, (240,) * 3)
+        shapes.Scene((shapes.SceneObject("circle", "red", 20, 20, 24, (222, 42, 42)),), (240,) * 3, (240,) * 3)
     )
     assert faithfulness([image], ["a red circle"]) == [1.0]
     image.paste((45, 90, 220), (50, 40, 54, 62))

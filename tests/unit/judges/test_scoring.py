@@ -18,7 +18,7 @@ from dpo_mm.cli.main import app
 from dpo_mm.config import JudgeConfig
 from dpo_mm.judges import scoring as module
 from dpo_mm.judges.scoring import score
-from dpo_mm.judges.self_test import CLIP_PROBABILITIES, Check, clip_golden, self_test
+from dpo_mm.judges.self_test import CLIP_PROBABILITIES, CheckResult, clip_golden, self_test
 from tests import forked
 from tests.conftest import picture
 
@@ -132,14 +132,14 @@ def test_pictures_without_prompts_are_named(config: JudgeConfig, folder: Path, t
         score(config)
 
 
-def checks(name: str) -> dict[str, Check]:
+def checks(name: str) -> dict[str, CheckResult]:
     return {check.name: check for check in self_test(name)}
 
 
 def test_a_judge_is_tested_by_what_any_judge_must_do() -> None:
     good = checks("faithfulness")
     assert all(check.passed for name, check in good.items() if name != "golden values")
-    assert good["golden values"].passed is None and "no public ones" in good["golden values"].seen
+    assert good["golden values"].passed is None and "no public ones" in good["golden values"].observed
     assert checks("aesthetic")["captions"].passed is None
     assert not checks(f"{HERE}:restless")["repeats itself"].passed
     assert not checks(f"{HERE}:crowd")["batches don't matter"].passed

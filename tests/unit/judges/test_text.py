@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_mm.data.schema import Answer
-from dpo_mm.judges import JUDGES, Share, better_of, explain, load_judge
+from dpo_mm.data.schema import Response
+from dpo_mm.judges import JUDGES, Ratio, better_of, explain, load_judge
 from dpo_mm.judges import captions as chair
 from dpo_mm.judges import text as judges
 
 
-def said(text: str, *, cut: bool = False) -> Answer:
-    return Answer(text, len(text), cut)
+def said(text: str, *, cut: bool = False) -> Response:
+    return Response(text, len(text), cut)
 
 
 @pytest.mark.parametrize(
@@ -32,15 +32,15 @@ def said(text: str, *, cut: bool = False) -> Answer:
     ],
 )
 def test_the_loop_that_a_text_ends_in(text: str, expected: tuple[int, int, int] | None) -> None:
-    assert judges.find_loop(text) == expected
+    assert judges.find_repetition(text) == expected
 
 
 @given(st.text(alphabet="xyz", max_size=20), st.text(alphabet="abc", min_size=1, max_size=6), st.integers(12, 40))
 def test_a_planted_loop_is_found_and_cut(before: str, unit: str, rounds: int) -> None:
     text = before + unit * rounds
-    loop = judges.find_loop(text)
+    loop = judges.find_repetition(text)
     assert loop is not None and loop.start <= len(before) and len(unit) % loop.period == 0
-    assert judges.cut_loop(text) == text[: loop.start + 3 * loop.period]
+    assert judges.truncate_repetition(text) == text[: loop.start + 3 * loop.period]
 
 
 @pytest.mark.parametrize(
@@ -54,19 +54,19 @@ def test_a_planted_loop_is_found_and_cut(before: str, unit: str, rounds: int) ->
     ],
 )
 def test_a_loop_that_the_truth_has_too_is_cut_where_it_has_outrun_the_truth(text: str, truth: str, kept: str) -> None:
-    assert judges.cut_loop(text, truth) == kept
+    assert judges.truncate_repetition(text, truth) == kept
 
 
 def test_degeneration_is_a_repeated_tail_at_the_limit_that_the_truth_does_not_have() -> None:
     loop, table = "0.0 " * 40, "Total " + "0.0 " * 40
     answers = [said(loop, cut=True), said(loop), said("a long and honest answer that never ends", cut=True)]
-    assert judges.degeneration(answers, ["short"] * 3) == [Share(1, 1), Share(0, 1), Share(0, 1)]
-    assert judges.degeneration([said(loop, cut=True)], [table]) == [Share(0, 1)]
+    assert judges.degeneration(answers, ["short"] * 3) == [Ratio(1, 1), Ratio(0, 1), Ratio(0, 1)]
+    assert judges.degeneration([said(loop, cut=True)], [table]) == [Ratio(0, 1)]
 
 
 def test_runaway_counts_short_units_alone() -> None:
     answers = [said("a" * 31), said("a" * 30), said("abcde" * 31), said("abcdef" * 31), said("a" * 99)]
-    found = judges.runaway(answers, ["", "", "", "", "b" + "a" * 99])
+    found = judges.trailing_repetition(answers, ["", "", "", "", "b" + "a" * 99])
     assert [share.hits for share in found] == [1, 0, 1, 0, 0]
 
 
@@ -79,10 +79,10 @@ def test_repetition_is_what_exceeds_the_truth() -> None:
 
 
 def test_error_rates_sum_over_answers() -> None:
-    assert judges.cer([said("kitten"), said("")], ["sitting", "ab"]) == [Share(3, 7), Share(2, 2)]
-    assert judges.cer([said("aaaa")], ["a"]) == [Share(3, 1)]
-    assert judges.wer([said("the cat sat")], ["the cat sat down"]) == [Share(1, 4)]
-    assert judges.anls([said("Hello "), said("xyz")], ["hello", "abc"]) == [Share(1, 1), Share(0, 1)]
+    assert judges.cer([said("kitten"), said("")], ["sitting", "ab"]) == [Ratio(3, 7), Ratio(2, 2)]
+    assert judges.cer([said("aaaa")], ["a"]) == [Ratio(3, 1)]
+    assert judges.wer([said("the cat sat")], ["the cat sat down"]) == [Ratio(1, 4)]
+    assert judges.anls([said("Hello "), said("xyz")], ["hello", "abc"]) == [Ratio(1, 1), Ratio(0, 1)]
 
 
 def test_json_is_asked_for_where_the_truth_is_json() -> None:
@@ -95,7 +95,7 @@ def test_json_is_asked_for_where_the_truth_is_json() -> None:
         said("text"),
     ]
     found = judges.valid_json(answers, [truth] * 4 + ["text"])
-    assert found == [Share(1, 1), Share(0, 1), Share(0, 1), Share(0, 1), Share(0, 0)]
+    assert found == [Ratio(1, 1), Ratio(0, 1), Ratio(0, 1), Ratio(0, 1), Ratio(0, 0)]
 
 
 def test_chair_counts_inventions_recall_and_kinds_once() -> None:
@@ -105,9 +105,9 @@ def test_chair_counts_inventions_recall_and_kinds_once() -> None:
         said(""),
         said("a red circle and a blue star."),
     ]
-    assert chair.chair_i(answers, [truth] * 3) == [Share(1, 2), Share(0, 0), Share(0, 2)]
-    assert chair.chair_s(answers, [truth] * 3) == [Share(1, 1), Share(0, 1), Share(0, 1)]
-    assert chair.recall(answers, [truth] * 3) == [Share(1, 2), Share(0, 2), Share(2, 2)]
+    assert chair.chair_i(answers, [truth] * 3) == [Ratio(1, 2), Ratio(0, 0), Ratio(0, 2)]
+    assert chair.chair_s(answers, [truth] * 3) == [Ratio(1, 1), Ratio(0, 1), Ratio(0, 1)]
+    assert chair.recall(answers, [truth] * 3) == [Ratio(1, 2), Ratio(0, 2), Ratio(2, 2)]
 
 
 def test_another_vocabulary_is_another_function() -> None:
@@ -138,13 +138,13 @@ def test_every_judge_of_answers_loads_and_gives_a_share_each() -> None:
 
 def test_a_loop_that_is_in_the_truth_is_no_finding() -> None:
     row = "rain, rain, rain, rain"
-    assert judges.explain_loop(Answer(row, 20, hit_limit=False), row).reason == ""
-    assert "rain" in judges.explain_loop(Answer(row + ", rain" * 30, 200, hit_limit=True), row).reason
+    assert judges.explain_loop(Response(row, 20, hit_limit=False), row).reason == ""
+    assert "rain" in judges.explain_loop(Response(row + ", rain" * 30, 200, hit_limit=True), row).reason
 
 
 def test_inventions_and_omissions_count_together() -> None:
     truth = "a red circle and a blue star."
     answers = [
-        Answer(words, 5, hit_limit=False) for words in (truth, "a red circle.", "a red circle and a green cross.")
+        Response(words, 5, hit_limit=False) for words in (truth, "a red circle.", "a red circle and a green cross.")
     ]
-    assert [share.hits / share.of for share in chair.faults(answers, [truth] * 3)] == [0, 1 / 3, 2 / 4]
+    assert [share.hits / share.of for share in chair.hallucination_f1_error(answers, [truth] * 3)] == [0, 1 / 3, 2 / 4]

@@ -13,7 +13,7 @@ import torch
 
 from dpo_mm.judges import judge_card, load_judge, load_pairwise, metric_of
 from dpo_mm.judges.self_test import self_test
-from dpo_mm.judges.soft_tifa import Atom, ask, mean_of, of_geneval, plural, read_atoms, spellings
+from dpo_mm.judges.soft_tifa import TifaQuestion, ask, mean_of, of_geneval, plural, read_questions, spellings
 from dpo_mm.judges.vqa import PREFERS, SHOWS, Asked, Vlm, in_both_orders, open_vlm, place, token_ids, wrap
 from tests.contracts import tiny_vlms
 
@@ -153,9 +153,9 @@ def test_atoms_of_geneval() -> None:
         "Is the bench to the left of the tie?",
     ]
     counting = {"include": [{"class": "knife", "count": 3}], "exclude": [{"class": "knife", "count": 4}]}
-    assert of_geneval(counting)[1] == Atom("How many knives are in the image?", "three")
+    assert of_geneval(counting)[1] == TifaQuestion("How many knives are in the image?", "three")
     one = {"include": [{"class": "dog", "count": 1}], "exclude": [{"class": "dog", "count": 2}]}
-    assert of_geneval(one)[1] == Atom("How many dogs are in the image?", "one")
+    assert of_geneval(one)[1] == TifaQuestion("How many dogs are in the image?", "one")
     colours = {"include": [{"class": "scissors", "count": 1, "color": "purple"}]}
     assert [atom.question for atom in of_geneval(colours)] == [
         "Are there any scissors in the image?",
@@ -185,8 +185,8 @@ def test_soft_tifa_means() -> None:
 
 def test_each_picture_is_asked_its_own_prompts_atoms() -> None:
     atoms = {
-        PROMPTS[0]: [Atom("Is it red?", "Yes"), Atom("How many?", "two")],
-        PROMPTS[1]: [Atom("Is it blue?", "Yes")],
+        PROMPTS[0]: [TifaQuestion("Is it red?", "Yes"), TifaQuestion("How many?", "two")],
+        PROMPTS[1]: [TifaQuestion("Is it blue?", "Yes")],
     }
     asked: list[Asked] = []
 
@@ -240,7 +240,7 @@ def test_soft_tifa_of_a_model_and_a_file(folder: str, tmp_path: Path) -> None:
 def test_broken_questions_are_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_atoms(tmp_path / "questions.jsonl")
+        read_questions(tmp_path / "questions.jsonl")
 
 
 def test_a_judge_without_its_model_or_questions_is_refused(tmp_path: Path) -> None:

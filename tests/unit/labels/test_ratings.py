@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_mm.labels.export import export, opened, standing
+from dpo_mm.labels.export import export, model_ratings, open_votes
 from dpo_mm.labels.fresh_samples import draw_samples
 from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.ratings import MEAN, POINTS, PRIOR, fit, ratings
@@ -100,10 +100,10 @@ def voted(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def test_every_two_of_several_folders_are_pairs(voted: tuple[str, Path]) -> None:
-    store, rows = opened(voted[0])
+    store, rows = open_votes(voted[0])
     assert sorted(rows["id"]) == sorted(f"{n}--{a}--{b}" for n in "12" for a, b in ("ab", "ac", "bc"))
-    assert [one.model for one in standing(store, rows)] == ["a", "b", "c"]
-    best = standing(store, rows)[0]
+    assert [one.model for one in model_ratings(store, rows)] == ["a", "b", "c"]
+    best = model_ratings(store, rows)[0]
     assert best.losses == best.ties == 0
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dpo_mm.mining.mine_images as mining
 from dpo_mm.config import MineConfig
 from dpo_mm.data.schema import load_pairs
-from dpo_mm.mining import mine_images
-from dpo_mm.mining.mine_images import choose_pairs, mine, names, together
+from dpo_mm.mining.mine_images import choose_pairs, mean_z_score, mine_images, parse_judges
 from tests.contracts.families import WORDS
 
 
@@ -55,12 +55,12 @@ def redness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float
 
 def test_judges_rank_together_by_z_scores_within_a_prompt() -> None:
     one, other = np.array([1.0, 2.0, 3.0, 10.0, 10.0, 10.0]), np.array([300.0, 0.0, 0.0, 5.0, 7.0, 9.0])
-    assert together([one], 3) is one
-    got = together([one, other], 3)
+    assert mean_z_score([one], 3) is one
+    got = mean_z_score([one, other], 3)
     z = lambda values: (values - values.mean()) / values.std()
     expected = [(z(one[:3]) + z(other[:3])) / 2, z(other[3:]) / 2]
     np.testing.assert_allclose(got, np.concatenate(expected))
-    np.testing.assert_allclose(together([1000 * one + 7, other], 3), got, atol=1e-12)
+    np.testing.assert_allclose(mean_z_score([1000 * one + 7, other], 3), got, atol=1e-12)
 
 
 def test_every_guard_holds() -> None:
@@ -70,8 +70,8 @@ def test_every_guard_holds() -> None:
 
 
 def test_judges_are_named_as_a_list_or_with_commas() -> None:
-    assert names("a,b:c@d") == ("a", "b:c@d") and names(("a", "b")) == ("a", "b")
-    assert names("a") == ("a",) and names(None) == ()
+    assert parse_judges("a,b:c@d") == ("a", "b:c@d") and parse_judges(("a", "b")) == ("a", "b")
+    assert parse_judges("a") == ("a",) and parse_judges(None) == ()
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def config(tiny_model: str, tmp_path: Path) -> MineConfig:
 
 
 def test_mined_rows_say_how_they_came_about(config: MineConfig) -> None:
-    rows = load_pairs(str(mine(config)))
+    rows = load_pairs(str(mine_images(config)))
     assert sorted(rows["prompt"]) == sorted(WORDS)
     for row in rows:
         better, worse = ("a", "b") if row["preference"] == "a" else ("b", "a")
@@ -101,13 +101,13 @@ def test_mined_rows_say_how_they_came_about(config: MineConfig) -> None:
 def test_an_ensemble_with_guards_mines(config: MineConfig) -> None:
     here = "tests.unit.mining.test_mine_images"
     judges = (f"{here}:brightness", f"{here}:darkness", f"{here}:redness")
-    alone = mine(dataclasses.replace(config, judges=f"{here}:redness", output_dir=config.output_dir + "-1"))
-    both = mine(dataclasses.replace(config, judges=judges, guards=f"{here}:nothing"))
+    alone = mine_images(dataclasses.replace(config, judges=f"{here}:redness", output_dir=config.output_dir + "-1"))
+    both = mine_images(dataclasses.replace(config, judges=judges, guards=f"{here}:nothing"))
     assert load_pairs(str(both))["axis"][0] == "+".join(judges)
     ids = [sorted(load_pairs(str(path))["id"]) for path in (alone, both)]
     assert ids[0] == ids[1], "brightness and darkness, turned round, cancel out"
     with pytest.raises(ValueError, match="draw more samples"):
-        mine(
+        mine_images(
             dataclasses.replace(
                 config, guards=(f"{here}:nothing", f"{here}:darkness"), output_dir=config.output_dir + "-2"
             )
@@ -115,7 +115,7 @@ def test_an_ensemble_with_guards_mines(config: MineConfig) -> None:
 
 
 def test_mining_goes_on_after_finished_shards(config: MineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = mine_images._mine_shard, []
+    real, calls = mining._mine_shard, []
 
     def cut(*arguments: object) -> object:
         calls.append(arguments[1])
@@ -123,24 +123,24 @@ def test_mining_goes_on_after_finished_shards(config: MineConfig, monkeypatch: p
             raise KeyboardInterrupt
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(mine_images, "_mine_shard", cut)
+    monkeypatch.setattr(mining, "_mine_shard", cut)
     with pytest.raises(KeyboardInterrupt):
-        mine(config)
-    path = mine(config)
+        mine_images(config)
+    path = mine_images(config)
     assert [len(prompts) for prompts in calls] == [2, 1, 1]  # type: ignore[arg-type]
-    whole = mine(dataclasses.replace(config, output_dir=config.output_dir + "-whole"))
+    whole = mine_images(dataclasses.replace(config, output_dir=config.output_dir + "-whole"))
     columns = ["id", "preference", "score_a", "seed_a"]
     assert load_pairs(str(path)).select_columns(columns)[:] == load_pairs(str(whole)).select_columns(columns)[:]
 
 
 def test_what_cannot_be_mined_is_said(config: MineConfig) -> None:
     with pytest.raises(ValueError, match="draw more samples or lower min_score_gap"):
-        mine(dataclasses.replace(config, judges="tests.unit.mining.test_mine_images:nothing"))
+        mine_images(dataclasses.replace(config, judges="tests.unit.mining.test_mine_images:nothing"))
     with pytest.raises(ValueError, match=r"mined with other settings \(judge"):
-        mine(config)
+        mine_images(config)
     with pytest.raises(ValueError, match="at least 2 pictures"):
-        mine(dataclasses.replace(config, images_per_prompt=1))
+        mine_images(dataclasses.replace(config, images_per_prompt=1))
     with pytest.raises(ValueError, match="judge 'faithfulnes' is unknown; did you mean 'faithfulness'"):
-        mine(dataclasses.replace(config, judges="faithfulnes", output_dir=config.output_dir + "-2"))
+        mine_images(dataclasses.replace(config, judges="faithfulnes", output_dir=config.output_dir + "-2"))
     with pytest.raises(ValueError, match="no such file"):
-        mine(dataclasses.replace(config, prompts="nothing.txt", output_dir=config.output_dir + "-3"))
+        mine_images(dataclasses.replace(config, prompts="nothing.txt", output_dir=config.output_dir + "-3"))

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import dpo_mm.mining.mine_responses as mining
 from dpo_mm.config import MineResponsesConfig
 from dpo_mm.data.questions import Question
-from dpo_mm.data.schema import Answer, load_responses
-from dpo_mm.errors import Stopped
-from dpo_mm.mining import mine_responses
-from dpo_mm.mining.mine_responses import mine_answers, pair
-from dpo_mm.policies.vlm.chat import Conversations
+from dpo_mm.data.schema import Response, load_responses
+from dpo_mm.errors import TrainingInterrupted
+from dpo_mm.mining.mine_responses import build_pair, mine_responses
+from dpo_mm.policies.vlm.chat import ConversationEncoder
 from tests.contracts.tiny_vlms import build, save
 
 RED = Image.new("RGB", (8, 8), "#ff0000")
@@ -32,7 +32,7 @@ def config(**more: object) -> MineResponsesConfig:
 
 
 def test_a_loop_is_rejected_cut_and_left_open_with_its_reason() -> None:
-    row = pair(PAGE, [Answer("1 2 3", 5, False), Answer("1 " + "7 " * 60, 121, True)], WAYS, config())
+    row = build_pair(PAGE, [Response("1 2 3", 5, False), Response("1 " + "7 " * 60, 121, True)], WAYS, config())
     assert row is not None
     assert row["rejected"] == "1 7 7 7" and row["rejected_truncated"] and row["chosen"] == "1 2 3"
     assert row["reason"] == "' 7' x 60 at the end, cut at the token limit" and row["decoding"] == WAYS[1]
@@ -40,39 +40,39 @@ def test_a_loop_is_rejected_cut_and_left_open_with_its_reason() -> None:
 
 
 def test_what_did_not_fail_makes_no_pair() -> None:
-    assert pair(PAGE, [Answer("1 2 9", 5, False)], WAYS, config()) is None
-    assert pair(PAGE, [Answer("1 2 3 4", 7, False)], WAYS, config(judges="cer", min_score_gap=0.5)) is None
-    row = pair(PAGE, [Answer("1 2 3 4", 7, False)], WAYS, config(judges="cer"))
+    assert build_pair(PAGE, [Response("1 2 9", 5, False)], WAYS, config()) is None
+    assert build_pair(PAGE, [Response("1 2 3 4", 7, False)], WAYS, config(judges="cer", min_score_gap=0.5)) is None
+    row = build_pair(PAGE, [Response("1 2 3 4", 7, False)], WAYS, config(judges="cer"))
     assert row is not None and row["rejected"] == "1 2 3 4" and not row["rejected_truncated"]
 
 
 def test_the_best_of_its_own_is_chosen_and_recall_breaks_ties() -> None:
     answers = [
-        Answer("a green cross.", 4, False),
-        Answer("a red circle.", 4, False),
-        Answer("a red circle and a blue star.", 8, False),
+        Response("a green cross.", 4, False),
+        Response("a red circle.", 4, False),
+        Response("a red circle and a blue star.", 8, False),
     ]
-    row = pair(SCENE, answers, WAYS, config(judges="chair_i", chosen="best"))
+    row = build_pair(SCENE, answers, WAYS, config(judges="chair_i", chosen="best"))
     assert row is not None and (row["chosen"], row["rejected"]) == (answers[2].text, answers[0].text)
-    assert pair(SCENE, answers[1:], WAYS, config(judges="chair_i", chosen="best")) is None
+    assert build_pair(SCENE, answers[1:], WAYS, config(judges="chair_i", chosen="best")) is None
 
 
 def test_a_corrected_answer_keeps_what_was_right_or_merely_misread() -> None:
     page = dataclasses.replace(PAGE, truth="Mines ....... 44\nRoads ........ 75")
-    looping = Answer("Nines ....... 44\nRoads " + "." * 170, 200, True)
-    row = pair(page, [looping], WAYS, config(chosen="corrected"))
+    looping = Response("Nines ....... 44\nRoads " + "." * 170, 200, True)
+    row = build_pair(page, [looping], WAYS, config(chosen="corrected"))
     assert row is not None and row["chosen"] == "Nines ....... 44\nRoads ........ 75"
     assert row["rejected"] == "Nines ....... 44\nRoads " + "." * 11, "past the 8 dots of the truth"
     assert row["source"].endswith("chosen: corrected")
-    caption = Answer("a blue star and a green cross.", 8, False)
-    row = pair(SCENE, [caption], WAYS, config(judges="hallucination_f1_error", chosen="corrected"))
+    caption = Response("a blue star and a green cross.", 8, False)
+    row = build_pair(SCENE, [caption], WAYS, config(judges="hallucination_f1_error", chosen="corrected"))
     assert row is not None and row["chosen"] == "a blue star and a red circle."
     assert row["reason"] == "invented: green cross; left out: red circle"
 
 
 def test_an_open_answer_has_no_end_of_turn() -> None:
     model, processor = build("llava")
-    rows = Conversations(processor, model, max_length=None, overlong_rows="raise")
+    rows = ConversationEncoder(processor, model, max_length=None, overlong_rows="raise")
     end = rows.tokenizer.eos_token_id
     row = {"id": "r", "images": [RED], "prompt": "What?", "chosen": "a red circle", "rejected": "na na na"}
     whole, opened = (rows.encode_row({**row, "rejected_truncated": value}) for value in (False, True))
@@ -100,7 +100,7 @@ def asked(tmp_path: Path) -> MineResponsesConfig:
 
 
 def test_mined_rows_are_a_preference_set(asked: MineResponsesConfig) -> None:
-    rows = load_responses(str(mine_answers(asked)))
+    rows = load_responses(str(mine_responses(asked)))
     assert len(rows) == 5
     for number, row in enumerate(rows):
         assert row["chosen"][0]["content"][0]["text"] == f"a red field {number}"
@@ -109,7 +109,7 @@ def test_mined_rows_are_a_preference_set(asked: MineResponsesConfig) -> None:
 
 
 def test_mining_goes_on_after_finished_shards(asked: MineResponsesConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = mine_responses._mine_shard, []
+    real, calls = mining._mine_shard, []
 
     def cut(*arguments: object) -> object:
         calls.append(arguments[1])
@@ -117,19 +117,19 @@ def test_mining_goes_on_after_finished_shards(asked: MineResponsesConfig, monkey
             raise KeyboardInterrupt
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(mine_responses, "_mine_shard", cut)
+    monkeypatch.setattr(mining, "_mine_shard", cut)
     with pytest.raises(KeyboardInterrupt):
-        mine_answers(asked)
-    again = mine_answers(asked)
+        mine_responses(asked)
+    again = mine_responses(asked)
     assert len(calls) == 4  # the first shard was not asked again
-    whole = mine_answers(dataclasses.replace(asked, output_dir=asked.output_dir + "-whole"))
+    whole = mine_responses(dataclasses.replace(asked, output_dir=asked.output_dir + "-whole"))
     assert load_responses(str(again))["rejected"] == load_responses(str(whole))["rejected"]
 
 
 def test_asked_to_stop_it_ends_after_its_shard_and_goes_on(
     asked: MineResponsesConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = mine_responses._mine_shard, []
+    real, calls = mining._mine_shard, []
 
     def signalled(*arguments: object) -> object:
         calls.append(arguments[1])
@@ -138,20 +138,20 @@ def test_asked_to_stop_it_ends_after_its_shard_and_goes_on(
         return real(*arguments)  # type: ignore[arg-type]
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(mine_responses, "_mine_shard", signalled)
-    with pytest.raises(Stopped, match=r"2 of 3 shards in .*mined; run it again"):
-        mine_answers(asked)
+    monkeypatch.setattr(mining, "_mine_shard", signalled)
+    with pytest.raises(TrainingInterrupted, match=r"2 of 3 shards in .*mined; run it again"):
+        mine_responses(asked)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert len(load_responses(str(mine_answers(asked)))) == 5 and len(calls) == 3
+    assert len(load_responses(str(mine_responses(asked)))) == 5 and len(calls) == 3
 
 
 def test_two_processes_share_the_questions(asked: MineResponsesConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = load_responses(str(mine_answers(asked)))
+    whole = load_responses(str(mine_responses(asked)))
     shared = dataclasses.replace(asked, output_dir=asked.output_dir + "-shared")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, shards in (("1", ["00001"]), ("0", ["00000", "00001", "00002"])):
         monkeypatch.setenv("RANK", rank)
-        pairs = mine_answers(shared)
+        pairs = mine_responses(shared)
         found = sorted(path.stem.removeprefix("shard-") for path in Path(shared.output_dir).glob("shard-*"))
         assert found == shards and pairs.exists() == (rank == "0")
     assert load_responses(str(pairs))["rejected"] == whole["rejected"]
@@ -168,10 +168,10 @@ def test_two_processes_share_the_questions(asked: MineResponsesConfig, monkeypat
 )
 def test_what_cannot_be_mined_is_refused(change: dict[str, object], message: str, asked: MineResponsesConfig) -> None:
     with pytest.raises(ValueError, match=message):
-        mine_answers(dataclasses.replace(asked, **change))  # type: ignore[arg-type]
+        mine_responses(dataclasses.replace(asked, **change))  # type: ignore[arg-type]
 
 
 def test_a_question_without_truth_is_named(asked: MineResponsesConfig) -> None:
     Path(asked.questions).write_text(json.dumps({"id": "lost", "prompt": "What?"}))
     with pytest.raises(ValueError, match="question lost has no truth"):
-        mine_answers(asked)
+        mine_responses(asked)

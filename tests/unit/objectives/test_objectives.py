@@ -22,18 +22,18 @@ from torch import Tensor
 
 from dpo_mm import objectives
 from dpo_mm.objectives import (
+    BATCH_INPUTS,
+    DATASET_INPUTS,
     DIVERGENCES,
-    FROM_BATCH,
-    FROM_DATA,
     MPO,
     OBJECTIVES,
-    OF_DELTA,
+    SUPPORTS_DIVERGENCE,
     LogProbs,
+    deltas,
+    keyword_settings,
     log_ratios,
-    margins,
     mixture,
     scored,
-    settings_of,
     takes,
 )
 
@@ -188,7 +188,7 @@ CASES = [
     Case("sppo_hard", BETA, each(lambda p: (p.rw - 1 / 0.6) ** 2 + (p.rl + 1 / 0.6) ** 2)),
     Case("apo_zero", BETA, each(lambda p: 1 - sig(0.3 * p.rw) + sig(0.3 * p.rl))),
     Case("apo_down", BETA, each(lambda p: sig(0.3 * p.rw) + 1 - sig(0.3 * p.delta))),
-    Case("safe", BETA, each(lambda p: -ls(0.3 * p.delta)), {"loser_scale": P}),
+    Case("sdpo", BETA, each(lambda p: -ls(0.3 * p.delta)), {"rejected_gradient_scale": P}),
     Case("linear", {"beta": 5, "floor": 0.1}, each(lambda p: linear_by_hand(p, 5)), image=True),
     Case("linear", {"beta": 400, "floor": 0.1}, each(lambda p: linear_by_hand(p, 400)), image=True),  # either bound
     Case("mapo", {"train_timesteps": 10}, each(mapo_by_hand), image=True),
@@ -212,7 +212,7 @@ CASES = [
 
 def build(pairs: list[Pair], *, image: bool = False, dtype: torch.dtype = torch.float64) -> tuple[LogProbs, LogProbs]:
     w, l, ref_w, ref_l, n_w, n_l = (torch.tensor(column, dtype=dtype) for column in zip(*pairs, strict=True))  # noqa: E741
-    return LogProbs(w, l, n_w, n_l, exact=not image), LogProbs(ref_w, ref_l, n_w, n_l, exact=not image)
+    return LogProbs(w, l, n_w, n_l, is_likelihood=not image), LogProbs(ref_w, ref_l, n_w, n_l, is_likelihood=not image)
 
 
 def call(case: Case, policy: LogProbs, reference: LogProbs) -> Tensor:
@@ -268,7 +268,7 @@ def test_a_pairs_loss_is_its_own(case: Case) -> None:
 
 EQUAL = {
     **dict.fromkeys(
-        ("sigmoid", "sigmoid_norm", "robust", "dpop", "aot", "aot_unpaired", "soft", "margin", "safe", "anchor"), LN2
+        ("sigmoid", "sigmoid_norm", "robust", "dpop", "aot", "aot_unpaired", "soft", "margin", "sdpo", "anchor"), LN2
     ),
     **dict.fromkeys(("image_conditional", "tdpo"), LN2),
     "hinge": 1.0,
@@ -284,7 +284,7 @@ EQUAL = {
     "apo_down": 1.0,
     "symmetric_image": 3 * LN2,
 }
-NEUTRAL = {"probability": 1.0, "loser_scale": 1.0}
+NEUTRAL = {"probability": 1.0, "rejected_gradient_scale": 1.0}
 """Data that say nothing; 0 for the rest."""
 
 
@@ -294,7 +294,9 @@ def test_where_policy_equals_reference() -> None:
     for name, value in EQUAL.items():
         for pairs, image in ((PAIRS, False), (IMAGES, True)):
             _, reference = build(pairs, image=image, dtype=torch.float32)
-            data = {k: torch.full((3,), NEUTRAL.get(k, 0.0)) for k in (*FROM_DATA, *FROM_BATCH) if takes(name, k)}
+            data = {
+                k: torch.full((3,), NEUTRAL.get(k, 0.0)) for k in (*DATASET_INPUTS, *BATCH_INPUTS) if takes(name, k)
+            }
             found = OBJECTIVES[name](reference, reference, beta=0.3, **data)
             assert found.tolist() == pytest.approx([value] * 3, rel=3e-7), name
 
@@ -307,12 +309,12 @@ def test_swapping_the_sides_negates_delta_exactly(values: list[float]) -> None:
     """Mutation that it catches: a delta summed in another order for the rejected side."""
     a, b, c, d = (torch.tensor([v]) for v in values)
     one = torch.ones(1)
-    policy, reference = LogProbs(a, b, one, one, exact=True), LogProbs(c, d, one, one, exact=True)
-    turned = LogProbs(b, a, one, one, exact=True), LogProbs(d, c, one, one, exact=True)
-    assert torch.equal(margins(policy, reference), -margins(*turned))
-    assert torch.equal(margins(policy, policy), torch.zeros(1))
+    policy, reference = LogProbs(a, b, one, one, is_likelihood=True), LogProbs(c, d, one, one, is_likelihood=True)
+    turned = LogProbs(b, a, one, one, is_likelihood=True), LogProbs(d, c, one, one, is_likelihood=True)
+    assert torch.equal(deltas(policy, reference), -deltas(*turned))
+    assert torch.equal(deltas(policy, policy), torch.zeros(1))
     assert log_ratios(policy, reference) == log_ratios(*turned)[::-1]
-    logit = 0.3 * margins(policy, reference)
+    logit = 0.3 * deltas(policy, reference)
     assert torch.equal(objectives.sigmoid(*turned, beta=0.3), -torch.nn.functional.logsigmoid(-logit))
 
 
@@ -339,14 +341,18 @@ def extreme(name: str, values: list[float], dtype: torch.dtype, beta: float) -> 
     """A policy with leaves, and its objective, every input out to 1e4."""
     case = first_case(name)
     w, l, c, d = (torch.tensor([v, -v, v], dtype=dtype) for v in values)  # noqa: E741
-    policy = LogProbs(w.requires_grad_(), l.requires_grad_(), c.new_ones(3), c.new_ones(3), exact=not case.image)
-    reference = LogProbs(torch.zeros_like(c), torch.zeros_like(c), policy.terms_chosen, policy.terms_rejected, True)
+    policy = LogProbs(
+        w.requires_grad_(), l.requires_grad_(), c.new_ones(3), c.new_ones(3), is_likelihood=not case.image
+    )
+    reference = LogProbs(
+        torch.zeros_like(c), torch.zeros_like(c), policy.num_tokens_chosen, policy.num_tokens_rejected, True
+    )
     given = {"reference": reference} if takes(name, "reference") else {}
     given |= {k: c for k in ("corrupted_ratio", "other_ratio", "kl_rejected", "reward_shift", "z") if takes(name, k)}
     given |= {k: d for k in ("crossed_ratio", "kl_chosen", "score_margin") if takes(name, k)}
-    given |= {k: torch.full_like(c, 0.5) for k in ("probability", "loser_scale") if takes(name, k)}
+    given |= {k: torch.full_like(c, 0.5) for k in ("probability", "rejected_gradient_scale") if takes(name, k)}
     chosen = {k: v for k, v in case.settings.items() if k != "beta"} | (
-        {"beta": beta} if "beta" in settings_of(name) else {}
+        {"beta": beta} if "beta" in keyword_settings(name) else {}
     )
     return policy, lambda: OBJECTIVES[name](policy, **given, **chosen)
 
@@ -376,11 +382,11 @@ def check_finite(name: str, values: list[float], dtype: torch.dtype, beta: float
         assert side.grad is None or torch.isfinite(side.grad).all()
 
 
-@pytest.mark.parametrize("name", OF_DELTA)
+@pytest.mark.parametrize("name", SUPPORTS_DIVERGENCE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_divergences_are_finite_far_out(name: str, dtype: torch.dtype) -> None:
     case = first_case(name)
-    data = {k: torch.tensor([0.5], dtype=dtype) for k in FROM_DATA}
+    data = {k: torch.tensor([0.5], dtype=dtype) for k in DATASET_INPUTS}
     assert len(DIVERGENCES) == 4
     for divergence in DIVERGENCES:
         for alpha in (-1.0, 0.5, 1.0, 2.0):
@@ -388,7 +394,11 @@ def test_divergences_are_finite_far_out(name: str, dtype: torch.dtype) -> None:
             for w, l in ((1e4, -1e4), (-1e4, 1e4), (1e4, 1e4), (-1e4, 0.0)):  # noqa: E741
                 sides = [torch.tensor([v], dtype=dtype, requires_grad=True) for v in (w, l)]
                 one, zero = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
-                found = loss(LogProbs(*sides, one, one, exact=True), LogProbs(zero, zero, one, one, exact=True), data)
+                found = loss(
+                    LogProbs(*sides, one, one, is_likelihood=True),
+                    LogProbs(zero, zero, one, one, is_likelihood=True),
+                    data,
+                )
                 found.sum().backward()
                 assert torch.isfinite(found).all()
                 assert all(torch.isfinite(side.grad).all() for side in sides)
@@ -411,8 +421,8 @@ def test_divergences_by_hand() -> None:
         loss = mixture({"hinge": 1.0, "sft": 0.5}, BETA, divergence=name, divergence_alpha=0.3)(policy, reference, {})
         wanted = [max(0.0, 1 - 0.3 * (f(p.rw) - f(p.rl))) - 0.5 * p.w / p.n_w for p in PAIRS]
         assert loss.tolist() == pytest.approx(wanted, rel=1e-12)
-        assert margins(*scored(policy, policy, divergence=name)).tolist() == [0, 0, 0]
-    assert all(name in OBJECTIVES for name in OF_DELTA) and len(OF_DELTA) == 10
+        assert deltas(*scored(policy, policy, divergence=name)).tolist() == [0, 0, 0]
+    assert all(name in OBJECTIVES for name in SUPPORTS_DIVERGENCE) and len(SUPPORTS_DIVERGENCE) == 10
 
 
 def test_divergences_go_on_as_straight_lines_past_e_to_the_30() -> None:
@@ -447,7 +457,7 @@ def test_the_defaults_are_those_published() -> None:
         "symmetric_image": {"contrast_weight": 0.5, "closeness_weight": 1e-4},
         "tdpo": {"kl_weight": 0.5},
     }
-    found = {n: {k: p.default for k, p in settings_of(n).items() if p.default is not p.empty} for n in OBJECTIVES}
+    found = {n: {k: p.default for k, p in keyword_settings(n).items() if p.default is not p.empty} for n in OBJECTIVES}
     assert {name: defaults for name, defaults in found.items() if defaults} == wanted
     defaults = [
         inspect.signature(f).parameters[k].default for f, k in ((scored, "alpha"), (mixture, "divergence_alpha"))
@@ -488,7 +498,7 @@ def test_safe_scales_the_rejected_gradient_alone() -> None:
         policy.chosen.requires_grad_()
         policy.rejected.requires_grad_()
     scale = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
-    loss = objectives.safe(scaled, reference, beta=0.3, loser_scale=scale)
+    loss = objectives.sdpo(scaled, reference, beta=0.3, rejected_gradient_scale=scale)
     assert torch.equal(loss, objectives.sigmoid(plain, reference, beta=0.3))
     loss.sum().backward()
     objectives.sigmoid(plain, reference, beta=0.3).sum().backward()
@@ -500,15 +510,15 @@ def test_the_safe_scale_by_hand_and_a_pair_at_a_time() -> None:
     """The authors' code takes one scale a micro-batch: then a pair's would change with its neighbours."""
     chosen = torch.tensor([[1.0, 2.0], [1.0, 0.0], [0.1, 0.0], [0.0, 0.0]])
     rejected = torch.tensor([[3.0, 4.0], [-1.0, 5.0], [1.0, 2.0], [1.0, 1.0]])
-    scale = objectives.safe_scale(chosen, rejected, slack=0.1)
+    scale = objectives.sdpo_lambda_image(chosen, rejected, slack=0.1)
     assert scale.tolist() == pytest.approx([0.9 * 5 / 11, 1.0, 0.09, 1.0])
-    alone = [objectives.safe_scale(chosen[n : n + 1], rejected[n : n + 1], slack=0.1).item() for n in range(4)]
+    alone = [objectives.sdpo_lambda_image(chosen[n : n + 1], rejected[n : n + 1], slack=0.1).item() for n in range(4)]
     assert alone == scale.tolist()
-    assert torch.allclose(objectives.safe_scale(7 * chosen, 7 * rejected, slack=0.1), scale)
+    assert torch.allclose(objectives.sdpo_lambda_image(7 * chosen, 7 * rejected, slack=0.1), scale)
     generator = torch.Generator().manual_seed(0)
     g_w = torch.randn(200, 4, 8, generator=generator)
     g_l = g_w + torch.randn(200, 4, 8, generator=generator)
-    step = g_w - objectives.safe_scale(g_w, g_l, slack=0.0)[:, None, None] * g_l
+    step = g_w - objectives.sdpo_lambda_image(g_w, g_l, slack=0.0)[:, None, None] * g_l
     assert ((step * g_w).flatten(1).sum(1) >= -1e-4).all()  # the chosen error does not rise, to first order
     assert (((g_w - g_l) * g_w).flatten(1).sum(1) < -1e-4).any()  # unscaled it would
 
@@ -535,16 +545,16 @@ def test_the_preserving_scale_is_of_gradients_at_the_answers_logits() -> None:
     masks = (torch.ones(1, 3), torch.ones(1, 4))
     ids = (torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 3, 4]]))
     for slack in (0.5, 0.9):
-        found = objectives.preserving_scale(tokens, masks, ids, slack=slack)
+        found = objectives.sdpo_lambda_text(tokens, masks, ids, slack=slack)
         assert found.item() == pytest.approx(((1 - slack) * square / inner).clamp(0, 1).item(), rel=1e-5)
     assert not found.requires_grad and 0 < found < 1
     padded = [torch.nn.functional.pad(part, (0, 2)) for part in (*tokens, *masks, *ids)]
-    again = objectives.preserving_scale(
+    again = objectives.sdpo_lambda_text(
         (padded[0], padded[1]), (padded[2], padded[3]), (padded[4], padded[5]), slack=0.9
     )
     assert torch.equal(again, found)
     apart = (torch.tensor([[3, 1, 2]]), ids[1])
-    assert objectives.preserving_scale(tokens, masks, apart, slack=0.9).item() == 1
+    assert objectives.sdpo_lambda_text(tokens, masks, apart, slack=0.9).item() == 1
 
 
 def test_linear_has_no_gradient_through_its_weight() -> None:
@@ -605,7 +615,7 @@ def test_a_mixture_is_the_sum_by_weight() -> None:
     assert alone.tolist() == pytest.approx([-2 * p.w / p.n_w for p in PAIRS])
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if "beta" in settings_of(name)])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if "beta" in keyword_settings(name)])
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
 def test_a_beta_out_of_range_is_refused(name: str, beta: float) -> None:
     case = first_case(name)
@@ -616,7 +626,7 @@ def test_a_beta_out_of_range_is_refused(name: str, beta: float) -> None:
         )
 
 
-SMOOTHED = [name for name in OBJECTIVES if "label_smoothing" in settings_of(name)]
+SMOOTHED = [name for name in OBJECTIVES if "label_smoothing" in keyword_settings(name)]
 BAD = [(name, "label_smoothing", value) for name in SMOOTHED for value in (-0.1, 0.5, 1.0)] + [
     ("exo_pair", "label_smoothing", 0.0),
     ("dpop", "penalty", -1.0),
@@ -650,9 +660,9 @@ def test_settings_out_of_range_are_refused(name: str, setting: str, value: float
 
 
 def test_every_setting_has_a_range_that_is_tested() -> None:
-    every = {(name, key) for name in OBJECTIVES for key in settings_of(name)}
+    every = {(name, key) for name in OBJECTIVES for key in keyword_settings(name)}
     tested = {(name, setting) for name, setting, _ in BAD} | {
-        (n, "beta") for n in OBJECTIVES if "beta" in settings_of(n)
+        (n, "beta") for n in OBJECTIVES if "beta" in keyword_settings(n)
     }
     assert every - tested == {("anchor", "anchor_shift")}  # any number will do
     assert len(SMOOTHED) == 8 and len(every) == 51
@@ -673,7 +683,7 @@ def test_token_functions_refuse_weights_out_of_range() -> None:
     with pytest.raises(ValueError, match="edited_token_weight must be at least 0"):
         objectives.segment_mean(tokens, mask, mask, edited_token_weight=-1)
     with pytest.raises(ValueError, match="slack must be in"):
-        objectives.safe_scale(tokens, tokens, slack=1.0)
+        objectives.sdpo_lambda_image(tokens, tokens, slack=1.0)
 
 
 def test_a_mixture_says_what_is_wrong() -> None:
@@ -704,7 +714,7 @@ def test_a_mixture_says_what_is_wrong() -> None:
 
 def test_arguments_are_settings_or_given() -> None:
     """Every argument after the tensors is keyword-only; what the data or the batch gives has no default."""
-    given = (*FROM_DATA, *FROM_BATCH)
+    given = (*DATASET_INPUTS, *BATCH_INPUTS)
     used = set()
     for name, function in OBJECTIVES.items():
         for key, parameter in inspect.signature(function).parameters.items():
@@ -731,7 +741,7 @@ def test_the_page_has_them_all() -> None:
     assert set(rows) - {"name", "---"} == set(OBJECTIVES)
     for name in OBJECTIVES:
         assert (rows[name][4].strip() == "yes") == takes(name, "reference"), name
-        needed = {key for key in (*FROM_DATA, *FROM_BATCH) if takes(name, key)}
+        needed = {key for key in (*DATASET_INPUTS, *BATCH_INPUTS) if takes(name, key)}
         assert set(re.findall(r"`(\w+)`", rows[name][6])) == needed, name
 
 

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dpo_mm.data.image_files import decode
+from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.schema import load_pairs, load_responses
 from dpo_mm.sources import SOURCES
-from dpo_mm.sources.importing import Imported, import_set
+from dpo_mm.sources.importing import ImportResult, import_set
 
 CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -36,7 +36,7 @@ def file_of(seed: int, kind: str = "JPEG") -> bytes:
 
 def grey(cell: dict[str, Any]) -> int:
     data = cell["bytes"]
-    return int(np.asarray(decode(data))[0, 0, 0])
+    return int(np.asarray(decode_image(data))[0, 0, 0])
 
 
 def cell(seed: int, kind: str = "JPEG") -> dict[str, Any]:
@@ -58,10 +58,10 @@ def pictures(folder: Path, *names: str) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., tuple[Imported, list[dict[str, Any]]]]:
+def run(tmp_path: Path) -> Callable[..., tuple[ImportResult, list[dict[str, Any]]]]:
     """Imports from tmp_path/set, or a part of it, and gives what there is to know and the rows as written."""
 
-    def run(source: str, part: str = "", **options: Any) -> tuple[Imported, list[dict[str, Any]]]:
+    def run(source: str, part: str = "", **options: Any) -> tuple[ImportResult, list[dict[str, Any]]]:
         found = import_set(source, str(tmp_path / "set" / part), str(tmp_path / "out"), **options)
         rows = [row for file in sorted(found.folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
         assert len(rows) == found.rows

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_mm.config import TrainConfig, build
+from dpo_mm.config import TrainConfig, config_from_mapping
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.diffusion.noise_process import RectifiedFlow
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training import run as module
 from dpo_mm.training.auto_beta import PAIRS, measure_beta
 from dpo_mm.training.pair_stream import PairStream
-from dpo_mm.training.run import plan, train
+from dpo_mm.training.run import dry_run, train
 from tests.contracts.families.stable_diffusion import stable_diffusion_v
 
 
@@ -30,7 +30,7 @@ def config(model: str, pairs: str, out: Path, **more: Any) -> TrainConfig:
 class Said:
     """A policy whose log-probs stand in the rows."""
 
-    exact = False
+    modality = "image"
 
     def __init__(self) -> None:
         self.model = torch.nn.Linear(1, 1)
@@ -39,7 +39,9 @@ class Said:
         return {side: torch.tensor([row[side] for row in rows]) for side in ("chosen", "rejected")}
 
     def log_probs(self, model: Any, batch: Any) -> LogProbs:
-        return LogProbs(batch["chosen"], batch["rejected"], *[torch.ones(len(batch["chosen"]))] * 2, exact=False)
+        return LogProbs(
+            batch["chosen"], batch["rejected"], *[torch.ones(len(batch["chosen"]))] * 2, is_likelihood=False
+        )
 
 
 def test_beta_is_one_over_a_share_of_the_spread() -> None:
@@ -48,7 +50,7 @@ def test_beta_is_one_over_a_share_of_the_spread() -> None:
     given, stream = TrainConfig("-", "-", "-", batch_size=4), PairStream(rows, seed=0, length=4)
     assert measure_beta(Said(), stream, given) == 22.0
     policy = Said()
-    policy.exact = True
+    policy.modality = "text"
     assert measure_beta(policy, stream, given) == 0.89
     assert PAIRS == 64
     alike = PairStream([rows[0]] * 4, seed=0, length=4)
@@ -64,7 +66,7 @@ def test_a_measured_beta_is_said_kept_and_taken_up_again(
     whole = config(tiny_model, pairs, tmp_path / "whole", beta="auto")
     trained = train(whole)
     assert trained.settings["effective beta"].startswith(f"{trained.beta:g} as the Diffusion-DPO authors mean it")
-    assert "measured on the first pairs" in plan(whole)["effective beta"]
+    assert "measured on the first pairs" in dry_run(whole)["effective beta"]
     cut = dataclasses.replace(whole, output_dir=str(tmp_path / "cut"), save_every=4, steps=4)
     train(cut)
     kept = json.loads((tmp_path / "cut" / "checkpoint-4" / "dpo_mm.json").read_text())
@@ -79,7 +81,10 @@ def test_a_measured_beta_is_said_kept_and_taken_up_again(
 
 def test_beta_is_a_number_or_auto(tiny_model: str, pairs: str, out: str) -> None:
     needed = {"model": "m", "pairs": "p", "output_dir": "o"}
-    found = [build(TrainConfig, {**needed, "beta": beta}, where="flags").beta for beta in ("500", 500, 0.1, "auto")]
+    found = [
+        config_from_mapping(TrainConfig, {**needed, "beta": beta}, where="flags").beta
+        for beta in ("500", 500, 0.1, "auto")
+    ]
     assert found == [500.0, 500.0, 0.1, "auto"] and [type(one) for one in found] == [float, float, float, str]
     with pytest.raises(ValueError, match="beta 'soon' is no number; expected one above 0, or auto"):
         train(config(tiny_model, pairs, Path(out), beta="soon"))
@@ -95,18 +100,18 @@ def test_weighting_epsilon_is_the_error_of_the_noise(process: str, pairs: str, t
     """
     policy = load_policy(str(stable_diffusion_v(tmp_path / "model")))
     if process == "velocity":
-        policy.noising = RectifiedFlow(1000, lambda levels, tokens: levels)
+        policy.noise_process = RectifiedFlow(1000, lambda levels, tokens: levels)
     policy.prepare(config("-", pairs, tmp_path))
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(4, 4, 16, 16, generator=generator) for _ in range(2))
-    timestep = policy.noising.timesteps(torch.tensor([0.1, 0.4, 0.6, 0.9]), tokens=256)
+    timestep = policy.noise_process.timesteps(torch.tensor([0.1, 0.4, 0.6, 0.9]), tokens=256)
     prompt = {"embeds": torch.randn(4, 16, 16, generator=generator)}
-    noisy = policy.noising.noisy(latents, noise, timestep)
+    noisy = policy.noise_process.add_noise(latents, noise, timestep)
     with torch.no_grad():
         said = policy.denoise(policy.model, noisy, timestep, prompt)
-        plain = policy.errors(policy.model, latents, noise, timestep, prompt)
+        plain = policy.denoising_errors(policy.model, latents, noise, timestep, prompt).mean
         policy.config = dataclasses.replace(policy.config, loss_weighting="epsilon")
-        weighted = policy.errors(policy.model, latents, noise, timestep, prompt)
+        weighted = policy.denoising_errors(policy.model, latents, noise, timestep, prompt).mean
     if process == "v":
         kept = policy.scheduler.alphas_cumprod[timestep].double()[:, None, None, None]
         predicted = kept.sqrt() * said + (1 - kept).sqrt() * noisy
@@ -115,4 +120,4 @@ def test_weighting_epsilon_is_the_error_of_the_noise(process: str, pairs: str, t
     expected = (predicted - noise).square().flatten(1).mean(1)
     torch.testing.assert_close(weighted.double(), expected, rtol=1e-4, atol=1e-6)
     assert (weighted < 0.999 * plain).all()
-    assert ("kept" if process == "v" else "(1 - s)^2") in policy.describe(policy.config)["weighting"]
+    assert ("alpha_bar(t)" if process == "v" else "(1 - s)^2") in policy.describe(policy.config)["weighting"]

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo_mm.training.callbacks import DISPLACED, DRIFTED, WINDOW, Displacement, ErrorDrift
+from dpo_mm.training.callbacks import DISPLACED, DRIFTED, WINDOW, ChosenErrorWarning, ChosenLikelihoodWarning
 
 
-def fed(watch: Displacement | ErrorDrift, values: list[float]) -> None:
+def fed(watch: ChosenLikelihoodWarning | ChosenErrorWarning, values: list[float]) -> None:
     for step, value in enumerate(values):
         watch.on_log(None, SimpleNamespace(global_step=step), None, logs={watch.name: value})
         watch.on_log(None, SimpleNamespace(global_step=step), None, logs={"eval_loss": 0.0})
@@ -18,10 +18,14 @@ def fed(watch: Displacement | ErrorDrift, values: list[float]) -> None:
 
 @pytest.mark.parametrize(
     ("watch", "limit", "worse", "advice"),
-    [(Displacement, DISPLACED, -0.01, "sft_weight"), (ErrorDrift, DRIFTED, 0.01, "objective safe")],
+    [(ChosenLikelihoodWarning, DISPLACED, -0.01, "sft_weight"), (ChosenErrorWarning, DRIFTED, 0.01, "objective sdpo")],
 )
 def test_a_drift_is_warned_of_once_with_what_to_do(
-    watch: type[Displacement | ErrorDrift], limit: float, worse: float, advice: str, caplog: pytest.LogCaptureFixture
+    watch: type[ChosenLikelihoodWarning | ChosenErrorWarning],
+    limit: float,
+    worse: float,
+    advice: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Mutations that it catches: the sign of the limit, one value for a mean, a warning at every log."""
     with caplog.at_level(logging.WARNING, logger="dpo_mm.training.drift"):

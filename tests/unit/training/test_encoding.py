@@ -12,7 +12,7 @@ import torch
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
-from dpo_mm.data.schema import decided, load_pairs
+from dpo_mm.data.schema import drop_ties, load_pairs
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training import arrow_shards, encoding
 from dpo_mm.training.encoding import encode
@@ -21,7 +21,7 @@ from tests.conftest import picture, rows
 
 def test_what_is_kept_is_what_the_encoder_says(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     policy = load_policy(tiny_model)
-    found = encode(policy, decided(load_pairs(pairs)), where="pairs", cache=tmp_path)
+    found = encode(policy, drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)
     assert len(found) == 12
     row = found[1]
     mean, std = policy.encode_images([picture(3), picture(2)])
@@ -36,23 +36,23 @@ def test_a_second_run_encodes_nothing(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = load_policy(tiny_model)
-    encode(policy, decided(load_pairs(pairs)), where="pairs", cache=tmp_path)
+    encode(policy, drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(type(policy), "encode_images", refuse)
     monkeypatch.setattr(type(policy), "encode_prompts", refuse)
-    assert len(encode(policy, decided(load_pairs(pairs)), where="pairs", cache=tmp_path)) == 12
+    assert len(encode(policy, drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)) == 12
     with pytest.raises(AssertionError, match="encoded again"):
-        encode(policy, decided(load_pairs(pairs)).select(range(4)), where="pairs", cache=tmp_path)
+        encode(policy, drop_ties(load_pairs(pairs)).select(range(4)), where="pairs", cache=tmp_path)
 
 
 def test_a_run_cut_short_goes_on_where_it_was(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "SHARD", 4)
-    policy, given = load_policy(tiny_model), decided(load_pairs(pairs))
+    policy, given = load_policy(tiny_model), drop_ties(load_pairs(pairs))
     real, calls = encoding._columns, []
 
     def cut(*arguments: Any) -> Any:
@@ -77,7 +77,7 @@ def damaged(write_pairs: Callable[..., str]) -> str:
 
 
 def test_a_damaged_picture_is_named(damaged: str, tiny_model: str, tmp_path: Path) -> None:
-    given = decided(load_pairs(damaged))
+    given = drop_ties(load_pairs(damaged))
     with pytest.raises(
         ValueError, match=r"row row-3 of d\.parquet: image_b does not decode .*--undecodable-images skip"
     ):
@@ -85,7 +85,7 @@ def test_a_damaged_picture_is_named(damaged: str, tiny_model: str, tmp_path: Pat
 
 
 def test_a_damaged_picture_is_left_out_where_asked(damaged: str, tiny_model: str, tmp_path: Path) -> None:
-    given = decided(load_pairs(damaged))
+    given = drop_ties(load_pairs(damaged))
     found = encode(load_policy(tiny_model), given, where="d.parquet", cache=tmp_path, undecodable_images="drop")
     assert found.ids() == ["row-0", "row-1", "row-2", "row-4", "row-5"]
     noted = json.loads((found.folder / "quarantine.jsonl").read_text())
@@ -100,7 +100,7 @@ def test_a_full_disk_is_said(tiny_model: str, pairs: str, tmp_path: Path, monkey
 
     monkeypatch.setattr(Dataset, "save_to_disk", full)
     with pytest.raises(OSError, match=r"could not write .*No space left on device; free space or set DPO_MM_CACHE"):
-        encode(load_policy(tiny_model), decided(load_pairs(pairs)), where="pairs", cache=tmp_path)
+        encode(load_policy(tiny_model), drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)
 
 
 def test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives(
@@ -111,10 +111,10 @@ def test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives(
 
     policy = load_policy(tiny_model)
     policy.prepare(TrainConfig(model="-", pairs="-", output_dir="-", seed=7))
-    row = encode(policy, decided(load_pairs(pairs)), where="pairs", cache=tmp_path)[0]
+    row = encode(policy, drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)[0]
     batches = [policy.collate([{**row, "visit": visit}]) for visit in (0, 1, 0)]
     for batch, visit in zip(batches, (0, 1, 0), strict=True):
-        noise = torch.from_numpy(random_draws.noise(7, "row-0", visit, (4, 16, 16), what="posterior"))
+        noise = torch.from_numpy(random_draws.sample_noise(7, "row-0", visit, (4, 16, 16), what="posterior"))
         for side, place in (("chosen", 0), ("rejected", 1)):
             with torch.no_grad():
                 own = policy.vae.encode(policy.pixels(picture(place))[None]).latent_dist
@@ -147,14 +147,14 @@ def test_a_pair_shares_the_frame_of_its_aspect_ratio(
 ) -> None:
     monkeypatch.setattr(encoding, "SHARD", 3)
     policy = load_policy(tiny_model)
-    found = encode(policy, decided(load_pairs(several)), where="several", cache=tmp_path, buckets=True)
+    found = encode(policy, drop_ties(load_pairs(several)), where="several", cache=tmp_path, buckets=True)
     assert dict(zip(found.frames, map(len, found.groups), strict=True)) == {"24x40": 1, "32x32": 3, "40x24": 3}
     assert found.ids() == ["row-4", "row-0", "row-3", "row-6", "row-1", "row-2", "row-5"]
     for frame, group in zip(found.frames, found.groups, strict=True):
         width, height = (int(side) // 2 for side in frame.split("x"))
         for number in group:
             assert found[number]["chosen_mean"].shape == found[number]["rejected_std"].shape == (4, height, width)
-    with policy.framed((40, 24)):
+    with policy.at_size((40, 24)):
         mean, _ = policy.encode_images([policy_picture(several, "row-1")])
     torch.testing.assert_close(found[4]["rejected_mean"], mean[0], atol=1e-5, rtol=0)
 
@@ -164,7 +164,7 @@ def policy_picture(path: str, row: str) -> Any:
 
 
 def test_without_buckets_all_are_cropped_to_one_square(several: str, tiny_model: str, tmp_path: Path) -> None:
-    found = encode(load_policy(tiny_model), decided(load_pairs(several)), where="several", cache=tmp_path)
+    found = encode(load_policy(tiny_model), drop_ties(load_pairs(several)), where="several", cache=tmp_path)
     assert found.frames == ["32x32"] and found.groups == [range(7)]
     assert found.ids() == [f"row-{n}" for n in range(7)]
 
@@ -186,7 +186,7 @@ def test_a_run_trains_on_frames_of_its_own(several: str, tiny_model: str, tmp_pa
 def test_halves_are_as_near_as_their_bits(
     precision: str, apart: float, tiny_model: str, pairs: str, tmp_path: Path
 ) -> None:
-    policy, given = load_policy(tiny_model), decided(load_pairs(pairs))
+    policy, given = load_policy(tiny_model), drop_ties(load_pairs(pairs))
     exact, half = (encode(policy, given, where="p", cache=tmp_path, precision=kind) for kind in ("fp32", precision))
     for name in ("chosen_mean", "rejected_std"):
         assert half[3][name].dtype == torch.float32
@@ -198,13 +198,13 @@ def test_halves_are_as_near_as_their_bits(
 
 def test_what_fp16_cannot_hold_is_said() -> None:
     with pytest.raises(ValueError, match=r"set: embeds is too large for fp16 \(7e\+04\); take cache_precision bf16"):
-        arrow_shards.halved({"embeds": torch.full((1, 2), 7e4)}, "fp16", where="set")
+        arrow_shards.cast_columns({"embeds": torch.full((1, 2), 7e4)}, "fp16", where="set")
 
 
 def test_ids_and_masks_stay_whole(tmp_path: Path) -> None:
     kept = {"id": ["a", "b"], "mask": torch.tensor([[1, 0], [1, 1]]), "x": torch.tensor([[0.1], [70000.0]])}
-    arrow_shards.keep(tmp_path / "pairs-00000", {"1x1": arrow_shards.halved(kept, "bf16", where="-")})
-    found = arrow_shards.Shards(tmp_path, list(arrow_shards.parts_of(tmp_path, "pairs")))
+    arrow_shards.write_shard(tmp_path / "pairs-00000", {"1x1": arrow_shards.cast_columns(kept, "bf16", where="-")})
+    found = arrow_shards.Shards(tmp_path, list(arrow_shards.list_parts(tmp_path, "pairs")))
     assert found[1]["mask"].dtype == torch.int64 and found[1]["mask"].tolist() == [1, 1]
     assert found[0]["id"] == "a" and found[1]["x"].item() == pytest.approx(70000, rel=2**-8)
 
@@ -222,7 +222,7 @@ def test_prompts_of_unequal_lengths_keep_their_mask(tiny_model: str, pairs: str,
     policy.encode_prompts = ragged
     encoding_shard, encoding.SHARD = encoding.SHARD, 1
     try:
-        found = encode(policy, decided(load_pairs(pairs)), where="pairs", cache=tmp_path / "ragged")
+        found = encode(policy, drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path / "ragged")
     finally:
         encoding.SHARD = encoding_shard
     policy.prepare(TrainConfig(model="-", pairs="-", output_dir="-"))
@@ -241,14 +241,14 @@ def test_too_full_a_disk_is_said_before_anything_is_encoded(
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 4096))  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"encoding takes about 0\.2 MiB and .* has 0\.0 MiB free; .*DPO_MM_CACHE"):
-        encode(load_policy(tiny_model), decided(load_pairs(pairs)), where="pairs", cache=tmp_path)
+        encode(load_policy(tiny_model), drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)
     assert not list(tmp_path.rglob("pairs-*"))
 
 
 def test_what_is_said_of_the_disk_is_what_is_taken(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     policy = load_policy(tiny_model)
     a_prompt, a_pair = encoding.sample_bytes(policy, "fp32")
-    found = encode(policy, decided(load_pairs(pairs)), where="pairs", cache=tmp_path)
+    found = encode(policy, drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)
     taken = sum(file.stat().st_size for file in found.folder.rglob("*.arrow"))
     assert 1 <= taken / (12 * a_pair + 3 * a_prompt) < 1.2
 
@@ -258,16 +258,18 @@ def test_two_processes_share_the_shards_out(
 ) -> None:
     """The one that comes first leaves the other's shards to it and waits; both read the same."""
     monkeypatch.setattr(encoding, "SHARD", 2)
-    policy, given = load_policy(tiny_model), decided(load_pairs(pairs))
+    policy, given = load_policy(tiny_model), drop_ties(load_pairs(pairs))
     whole = encode(policy, given, where="pairs", cache=tmp_path / "whole")
-    monkeypatch.setattr(encoding, "PATIENCE", 0.3)
+    monkeypatch.setattr(encoding, "SHARD_TIMEOUT_S", 0.3)
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         made: list[str] = []
-        keep = arrow_shards.keep
+        keep = arrow_shards.write_shard
         monkeypatch.setattr(
-            arrow_shards, "keep", lambda place, sets, made=made, keep=keep: made.append(place.name) or keep(place, sets)
+            arrow_shards,
+            "write_shard",
+            lambda place, sets, made=made, keep=keep: made.append(place.name) or keep(place, sets),
         )
         if rank == "1":
             with pytest.raises(ValueError, match=r"complete\.json has not come .*on a shared disk"):
@@ -276,7 +278,7 @@ def test_two_processes_share_the_shards_out(
         else:
             shared = encode(policy, given, where="pairs", cache=tmp_path / "shared")
             assert made == ["prompts-00000", "pairs-00000", "pairs-00002", "pairs-00004"]
-        monkeypatch.setattr(arrow_shards, "keep", keep)
+        monkeypatch.setattr(arrow_shards, "write_shard", keep)
     assert shared.ids() == whole.ids()
     assert all(torch.equal(shared[n]["chosen_mean"], whole[n]["chosen_mean"]) for n in range(12))
 
@@ -287,7 +289,7 @@ def test_two_runs_that_encode_the_same_set_do_not_hinder_each_other(
     """Each shard is there already by the time that ours would be renamed to its name."""
     import shutil
 
-    whole = encode(load_policy(tiny_model), decided(load_pairs(pairs)), where="pairs", cache=tmp_path / "one")
+    whole = encode(load_policy(tiny_model), drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path / "one")
     real = Path.rename
 
     def second(self: Path, target: Path) -> Path:
@@ -296,5 +298,5 @@ def test_two_runs_that_encode_the_same_set_do_not_hinder_each_other(
         return real(self, target)
 
     monkeypatch.setattr(Path, "rename", second)
-    ours = encode(load_policy(tiny_model), decided(load_pairs(pairs)), where="pairs", cache=tmp_path / "two")
+    ours = encode(load_policy(tiny_model), drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path / "two")
     assert len(ours) == len(whole) and not list((tmp_path / "two").rglob(".*.[0-9]*"))

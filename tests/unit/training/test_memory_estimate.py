@@ -13,9 +13,9 @@ from torch import nn
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
-from dpo_mm.training.builders import opened, training_arguments
-from dpo_mm.training.memory_estimate import Alive, counted, state_bytes
-from dpo_mm.training.run import plan, train
+from dpo_mm.training.builders import build_policy, training_arguments
+from dpo_mm.training.memory_estimate import PeakMemoryMode, counted, state_bytes
+from dpo_mm.training.run import dry_run, train
 from tests.contracts.families import BUILDERS
 
 
@@ -24,13 +24,13 @@ def config(model: str, **changes: Any) -> TrainConfig:
 
 
 def of(model: str, **changes: Any) -> Any:
-    policy = opened(config(model, **changes), weights=False)
+    policy = build_policy(config(model, **changes), weights=False)
     policy.prepare(config(model, **changes))
     return counted(policy, config(model, **changes))[0]
 
 
 def test_what_is_alive_is_counted_as_it_comes_and_goes() -> None:
-    with Alive() as alive:
+    with PeakMemoryMode() as alive:
         one = torch.zeros(256)
         view = one[:10]
         two = one + 1
@@ -52,9 +52,9 @@ def test_a_step_on_fake_tensors_lives_as_the_real_one(tiny_model: str) -> None:
     policy = load_policy(tiny_model)
     policy.prepare(config(tiny_model))
     rows = [memory_estimate._row(policy)] * 2
-    policy.drop_encoders()
+    policy.free_encoders()
     batch = policy.collate(rows)
-    with Alive() as real:
+    with PeakMemoryMode() as real:
         memory_estimate._step(policy, config(tiny_model), batch)
     assert of(tiny_model).step == pytest.approx(real.peak, rel=0.02)
 
@@ -66,7 +66,7 @@ UNCOUNTED = {"qwen-image", "z-image"}
 @pytest.mark.parametrize("family", sorted(UNCOUNTED))
 def test_a_family_that_is_not_counted_says_what_is_known(family: str, pairs: str, out: str, tmp_path: Path) -> None:
     folder = BUILDERS[family].build(tmp_path / "model")
-    said = plan(TrainConfig(str(folder), pairs, out, resolution=BUILDERS[family].size))
+    said = dry_run(TrainConfig(str(folder), pairs, out, resolution=BUILDERS[family].size))
     assert said["memory"].endswith("activations beside it") and "disk" not in said
 
 
@@ -109,7 +109,7 @@ def test_a_plan_says_memory_and_disk_and_reads_no_weights(
 
     monkeypatch.setattr(safetensors.torch, "load_file", refuse)
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", refuse)
-    said = plan(dataclasses.replace(config(tiny_model), pairs=pairs, output_dir=out))
+    said = dry_run(dataclasses.replace(config(tiny_model), pairs=pairs, output_dir=out))
     assert "MiB to train" in said["memory"] and "activations" in said["memory"]
     assert said["disk"].endswith("for 12 pairs of 3 prompts, encoded")
     assert not Path(out).exists()

@@ -67,7 +67,7 @@ def test_one_group_is_ordered_as_a_set_without_groups() -> None:
 
 def test_watched_rows_come_in_turn_in_whole_batches() -> None:
     rows = grouped(3, 2)
-    watched = stream(rows, shuffle=False, draws=2, length=12)
+    watched = stream(rows, shuffle=False, num_fixed_draws=2, length=12)
     found = [(int(watched[n]["id"]), watched[n]["visit"]) for n in range(12)]
     assert found[:8] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 0), (1, 0)]
     assert found[8:] == [(3, 0), (4, 0), (3, 1), (4, 1)]

@@ -14,7 +14,13 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encoded_sets
 from dpo_mm.training.pair_stream import PairStream
-from dpo_mm.training.reference import FILE, Following, adapter_off, choose, keep_reference
+from dpo_mm.training.reference import (
+    REFERENCE_FILE,
+    TrackingReference,
+    adapter_off,
+    build_reference,
+    precompute_reference_log_probs,
+)
 from dpo_mm.training.run import train
 
 
@@ -43,12 +49,14 @@ class Line:
 def test_a_following_reference_by_hand(name: str, wanted: list[float]) -> None:
     """Mutations that it catches: decay for 1 - decay, following before the step, weights that aren't given back."""
     policy = Line()
-    made = choose(policy, TrainConfig("-", "-", "-", reference=name, reference_ema_decay=0.75, reference_sync_steps=2))
-    assert isinstance(made, Following) and list(made.kept) == ["weight"]
+    made = build_reference(
+        policy, TrainConfig("-", "-", "-", reference=name, reference_ema_decay=0.75, reference_sync_steps=2)
+    )
+    assert isinstance(made, TrackingReference) and list(made.kept) == ["weight"]
     found = []
     for step, value in enumerate((2.0, 3.0, 4.0), start=1):
         policy.model.weight.data.fill_(value)
-        made.follow(step)
+        made.update(step)
         found.append(made(policy.model, {}))
         assert policy.model.weight.item() == value
     assert found == wanted
@@ -56,7 +64,7 @@ def test_a_following_reference_by_hand(name: str, wanted: list[float]) -> None:
 
 def test_a_following_reference_is_asked_without_gradient_and_gives_weights_back_when_asking_fails() -> None:
     policy = Line()
-    made = Following(policy, decay=0.0, every=1)
+    made = TrackingReference(policy, decay=0.0, every=1)
     policy.model.weight.data.fill_(5.0)
 
     def fail(model: Any, batch: Any) -> float:
@@ -70,11 +78,11 @@ def test_a_following_reference_is_asked_without_gradient_and_gives_weights_back_
 
 def test_wrong_numbers_and_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="reference_ema_decay must be in"):
-        Following(Line(), decay=1.0, every=1)
+        TrackingReference(Line(), decay=1.0, every=1)
     with pytest.raises(ValueError, match="reference_sync_steps must be at least 1"):
-        Following(Line(), decay=0.5, every=0)
-    with pytest.raises(ValueError, match=f"{FILE} is missing"):
-        Following(Line(), decay=0.5, every=1).load(tmp_path)
+        TrackingReference(Line(), decay=0.5, every=0)
+    with pytest.raises(ValueError, match=f"{REFERENCE_FILE} is missing"):
+        TrackingReference(Line(), decay=0.5, every=1).load(tmp_path)
 
 
 @pytest.mark.slow
@@ -85,8 +93,8 @@ def test_a_following_reference_lives_in_checkpoints(name: str, tiny_model: str, 
     whole = train(config(tiny_model, pairs, tmp_path / "whole", **more))
     cut = config(tiny_model, pairs, tmp_path / "cut", **more)
     train(dataclasses.replace(cut, steps=4))
-    kept = load_file(tmp_path / "cut" / "checkpoint-4" / FILE)
-    assert kept and not (tmp_path / "cut" / FILE).exists()
+    kept = load_file(tmp_path / "cut" / "checkpoint-4" / REFERENCE_FILE)
+    assert kept and not (tmp_path / "cut" / REFERENCE_FILE).exists()
     resumed = train(dataclasses.replace(cut, resume=True))
     losses = [[entry["loss"] for entry in run.history if "loss" in entry] for run in (whole, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
@@ -111,12 +119,12 @@ def test_kept_references_equal_those_asked_in_the_step_to_the_bit(
     policy = load_policy(tiny_model)
     rows = encoded_sets(policy, given).rows
     policy.prepare(given)
-    fixed = PairStream(rows, seed=0, length=0, draws=2, strata=5 * stratified_timesteps)
-    kept = keep_reference(policy, fixed, given)
+    fixed = PairStream(rows, seed=0, length=0, num_fixed_draws=2, num_strata=5 * stratified_timesteps)
+    kept = precompute_reference_log_probs(policy, fixed, given)
     for parameter in policy.model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05
-    stream = PairStream(kept, seed=0, length=60, draws=2, strata=5 * stratified_timesteps)
+    stream = PairStream(kept, seed=0, length=60, num_fixed_draws=2, num_strata=5 * stratified_timesteps)
     for start in range(0, 60, 5):
         batch = policy.collate([stream[n] for n in range(start, start + 5)])
         online = adapter_off(policy)(policy.model, batch)
@@ -127,5 +135,5 @@ def test_kept_references_equal_those_asked_in_the_step_to_the_bit(
 def test_more_fixed_draws_than_visits_are_fresh_draws() -> None:
     """Seven visits of each row, as the shapes recipe makes: 16 kept draws are the same run, 4 are not."""
     rows = [{"id": str(n)} for n in range(5)]
-    fresh, sixteen, four = (PairStream(rows, seed=0, length=35, draws=k) for k in (0, 16, 4))
+    fresh, sixteen, four = (PairStream(rows, seed=0, length=35, num_fixed_draws=k) for k in (0, 16, 4))
     assert [sixteen[n] for n in range(35)] == [fresh[n] for n in range(35)] != [four[n] for n in range(35)]

@@ -16,11 +16,11 @@ from dpo_mm.objectives import OBJECTIVES
 from dpo_mm.policies.families import load_policy
 from dpo_mm.policies.vlm.chat import corrupted, edits
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
-from dpo_mm.training.builders import check, opened
+from dpo_mm.training.builders import build_policy, validate_config
 from dpo_mm.training.pair_stream import PairStream
-from dpo_mm.training.reference import keep_reference
-from dpo_mm.training.run import plan, train
-from dpo_mm.training.trainer import DPOTrainer
+from dpo_mm.training.reference import precompute_reference_log_probs
+from dpo_mm.training.run import dry_run, train
+from dpo_mm.training.trainer import PreferenceTrainer
 from tests.contracts.tiny_vlms import picture, save
 
 
@@ -70,7 +70,7 @@ def test_edited_tokens_are_those_that_the_other_side_does_not_share() -> None:
 
 
 def encoded(model: str, pairs: str, folder: Path, **more: object) -> tuple[object, dict[str, object]]:
-    policy = opened(config(model, pairs, folder, **more))
+    policy = build_policy(config(model, pairs, folder, **more))
     return policy, policy.collate(policy.encode(load_responses(pairs))[:2])
 
 
@@ -93,7 +93,7 @@ def test_tails_and_edits_weigh_the_tokens_as_their_papers_say(model: str, pairs:
     policy, other = encoded(model, pairs, tmp_path, edited_token_weight=5.0)
     with torch.no_grad():
         found = policy.log_probs(policy.model, other)  # type: ignore[attr-defined]
-    assert found.terms_chosen.tolist() == [1, 1]
+    assert found.num_tokens_chosen.tolist() == [1, 1]
     for row in range(2):
         marks = other["chosen_edited"][row, : len(tokens[0][row])].tolist()  # type: ignore[index]
         weights = [5.0 if mark else 1.0 for mark in marks]
@@ -107,7 +107,7 @@ def test_the_corrupted_ratio_is_that_of_the_chosen_answer_with_other_pictures(
     settings = config(model, pairs, tmp_path, objective={"image_conditional": 1.0})
     policy, batch = encoded(model, pairs, tmp_path, objective={"image_conditional": 1.0})
     policy.prepare(settings)  # type: ignore[attr-defined]
-    trainer = DPOTrainer(policy, settings, [None])
+    trainer = PreferenceTrainer(policy, settings, [None])
     assert trainer.compute_loss(policy.model, batch).item() == pytest.approx(math.log(2), abs=1e-6)  # type: ignore[attr-defined]
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ def test_the_corrupted_ratio_is_that_of_the_chosen_answer_with_other_pictures(
 
 def test_kept_features_leave_the_corrupted_pictures_as_they_are(model: str, pairs: str, tmp_path: Path) -> None:
     settings = config(model, pairs, tmp_path, objective={"image_conditional": 1.0})
-    policy = opened(settings)
+    policy = build_policy(settings)
     rows = policy.encode(load_responses(pairs))[:3]
     policy.prepare(settings)
     plain, kept = policy.collate(rows), policy.collate(policy.cache_vision_features(rows))
@@ -175,11 +175,13 @@ def test_the_reference_is_kept_for_the_next_run_on_the_same_rows(
 
     def kept(**more: object) -> tuple[int, list[float]]:
         settings = config(model, pairs, tmp_path, reference="precomputed", **more)
-        policy = opened(settings)
+        policy = build_policy(settings)
         rows = policy.encode(load_responses(pairs))[: 5 if more.get("lora_rank") == 3 else 6]
         policy.prepare(settings)
         asked.clear()
-        found = keep_reference(policy, PairStream(rows, seed=0, length=len(rows), draws=1), settings)
+        found = precompute_reference_log_probs(
+            policy, PairStream(rows, seed=0, length=len(rows), num_fixed_draws=1), settings
+        )
         return sum(asked), [float(found[n]["reference_rejected"]) for n in range(5)]
 
     first = kept()
@@ -193,7 +195,7 @@ def test_the_reference_is_kept_for_the_next_run_on_the_same_rows(
 def test_the_split_is_by_picture_where_the_prompt_is_always_the_same(model: str, pairs: str, tmp_path: Path) -> None:
     trained = train(config(model, pairs, tmp_path))
     assert any("eval_rewards/chosen" in entry for entry in trained.history)
-    assert plan(config(model, pairs, tmp_path))["pairs"].endswith("6 to train on")
+    assert dry_run(config(model, pairs, tmp_path))["pairs"].endswith("6 to train on")
 
 
 @pytest.mark.parametrize(
@@ -215,9 +217,9 @@ def test_options_that_do_not_go_are_refused(
 
 def test_an_image_generator_takes_no_setting_of_text(tiny_model: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layout is a setting of vision-language models"):
-        check(config(tiny_model, "pairs", tmp_path, pair_layout="separate"))
+        validate_config(config(tiny_model, "pairs", tmp_path, pair_layout="separate"))
     with pytest.raises(ValueError, match="image_conditional"):
-        check(config(tiny_model, "pairs", tmp_path, objective={"image_conditional": 1.0}))
+        validate_config(config(tiny_model, "pairs", tmp_path, objective={"image_conditional": 1.0}))
 
 
 def test_rows_without_a_picture_have_none_to_corrupt(tmp_path: Path) -> None:
@@ -242,4 +244,4 @@ def test_every_objective_trains_text(objective: str, model: str, pairs: str, tmp
 @pytest.mark.parametrize("objective", sorted(NOT_OF_TEXT))
 def test_objectives_that_cannot_train_text_are_refused(objective: str, model: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=objective):
-        check(config(model, "pairs", tmp_path, objective=objective))
+        validate_config(config(model, "pairs", tmp_path, objective=objective))

@@ -15,9 +15,9 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_image_rows
 from dpo_mm.objectives import OBJECTIVES, LogProbs
 from dpo_mm.policies.diffusion.diffusion_policy import LORA_FILE
-from dpo_mm.training.builders import loss_of
-from dpo_mm.training.metrics import by_level, measures
-from dpo_mm.training.run import plan, train
+from dpo_mm.training.builders import build_loss
+from dpo_mm.training.metrics import reward_metrics, split_by_noise_quartile
+from dpo_mm.training.run import dry_run, train
 from tests.conftest import rows
 
 
@@ -125,7 +125,7 @@ def test_fixed_draws_repeat_and_fresh_ones_do_not() -> None:
     from dpo_mm.training.pair_stream import PairStream
 
     rows = [{"id": str(n)} for n in range(3)]
-    fixed = PairStream(rows, seed=0, length=12, draws=2)
+    fixed = PairStream(rows, seed=0, length=12, num_fixed_draws=2)
     assert [fixed[i]["visit"] for i in range(12)] == [0] * 3 + [1] * 3 + [0] * 3 + [1] * 3
     fresh = PairStream(rows, seed=0, length=12)
     assert [fresh[i]["visit"] for i in range(12)] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
@@ -179,15 +179,15 @@ def test_bf16_starts_at_ln_2(tiny_model: str, pairs: str, out: str) -> None:
 
 def test_measures_are_signed_and_ties_count_half() -> None:
     one = torch.ones(3)
-    reference = LogProbs(-one, -one, one, one, exact=False)
-    policy = LogProbs(torch.tensor([-0.5, -1.0, -2.0]), torch.tensor([-1.5, -1.0, -1.0]), one, one, exact=False)
-    found = measures(policy, reference, beta=2.0)
+    reference = LogProbs(-one, -one, one, one, is_likelihood=False)
+    policy = LogProbs(torch.tensor([-0.5, -1.0, -2.0]), torch.tensor([-1.5, -1.0, -1.0]), one, one, is_likelihood=False)
+    found = reward_metrics(policy, reference, beta=2.0)
     assert found["rewards/accuracies"].tolist() == [1.0, 0.5, 0.0]
     assert found["rewards/margins"].tolist() == [2.0, 0.0, -2.0]
     assert found["rewards/chosen"].tolist() == [1.0, 0.0, -2.0]
     assert found["errors/chosen"].tolist() == [0.5, 1.0, 2.0]
     assert found["rewards/absolute_margins"].tolist() == [2.0, 0.0, 2.0]
-    assert "errors/chosen" not in measures(dataclasses.replace(policy, exact=True), reference, beta=2.0)
+    assert "errors/chosen" not in reward_metrics(dataclasses.replace(policy, is_likelihood=True), reference, beta=2.0)
 
 
 def test_quarters_of_the_schedule_hold_their_own_pairs() -> None:
@@ -196,7 +196,7 @@ def test_quarters_of_the_schedule_hold_their_own_pairs() -> None:
         "rewards/accuracies": torch.tensor([1.0, 0.0, 0.5, 1.0]),
         "rewards/margins": torch.tensor([1.0, 2.0, 3.0, 4.0]),
     }
-    split = by_level(found, torch.tensor([0.0, 0.249, 0.25, 0.99]))
+    split = split_by_noise_quartile(found, torch.tensor([0.0, 0.249, 0.25, 0.99]))
     means = {name: value.nanmean().item() for name, value in split.items()}
     assert [means[f"rewards/margins_quartile{n}"] for n in (1, 2, 4)] == [1.5, 3.0, 4.0]
     assert [means[f"rewards/accuracies_quartile{n}"] for n in (1, 2, 4)] == [0.5, 0.5, 1.0]
@@ -232,7 +232,7 @@ def test_wrong_settings_name_themselves(
 
 
 def test_the_plan_says_beta_in_every_convention(tiny_model: str, pairs: str, out: str) -> None:
-    said = plan(config(tiny_model, pairs, out))
+    said = dry_run(config(tiny_model, pairs, out))
     assert (
         "5000 as the Diffusion-DPO authors mean it = 2500 in diffusers' script = 4.88 on summed"
         in said["effective beta"]
@@ -244,8 +244,8 @@ def test_the_plan_says_beta_in_every_convention(tiny_model: str, pairs: str, out
 
 def test_the_loss_of_a_mixture_is_its_sum() -> None:
     one = torch.ones(2)
-    policy = LogProbs(-one, -2 * one, one, one, exact=False)
-    reference = LogProbs(-1.5 * one, -1.5 * one, one, one, exact=False)
+    policy = LogProbs(-one, -2 * one, one, one, is_likelihood=False)
+    reference = LogProbs(-1.5 * one, -1.5 * one, one, one, is_likelihood=False)
     mixed = TrainConfig("-", "-", "-", objective={"sigmoid": 0.8, "hinge": 0.2}, beta=0.5, sft_weight=2.0)
     expected = 0.8 * math.log1p(math.exp(-0.5)) + 0.2 * 0.5 + 2.0 * 2.0
-    assert loss_of(mixed, exact=False)(policy, reference, {}).tolist() == pytest.approx([expected] * 2)
+    assert build_loss(mixed, modality="image")(policy, reference, {}).tolist() == pytest.approx([expected] * 2)

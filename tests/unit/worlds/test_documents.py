@@ -80,8 +80,8 @@ def test_a_silver_transcription_is_right_or_lost_in_a_run_of_the_page() -> None:
     rng = np.random.default_rng(0)
     lost = 0
     for page in documents.pages(300, 5):
-        truth, silver = documents.transcription(page), documents.silver_transcription(page, rng, 200)
-        loop = text.find_loop(silver)
+        truth, silver = documents.transcription(page), documents.pseudo_labelled_transcription(page, rng, 200)
+        loop = text.find_repetition(silver)
         if silver != truth:
             assert len(silver) == 200 and loop is not None and truth.startswith(silver[: loop.start + 2 * loop.period])
             lost += 1

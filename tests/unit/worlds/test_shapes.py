@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_mm.assets import locate
+from dpo_mm.assets import resolve_asset
 from dpo_mm.worlds import shapes
 
 
@@ -35,8 +35,8 @@ def test_held_out_combinations_are_new() -> None:
 
 def test_shipped_lists_are_the_split() -> None:
     train, held_out = shapes.split()
-    assert Path(locate("shapes-train")).read_text().splitlines() == train
-    assert Path(locate("shapes-held-out")).read_text().splitlines() == held_out
+    assert Path(resolve_asset("shapes-train")).read_text().splitlines() == train
+    assert Path(resolve_asset("shapes-held-out")).read_text().splitlines() == held_out
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,8 @@ def test_scenes_hold_what_was_asked_for() -> None:
 
 
 def test_relations_mean_what_they_say() -> None:
-    def at(x: float, y: float) -> shapes.Thing:
-        return shapes.Thing("star", "red", x, y, 10, (255, 0, 0))
+    def at(x: float, y: float) -> shapes.SceneObject:
+        return shapes.SceneObject("star", "red", x, y, 10, (255, 0, 0))
 
     assert shapes.holds("left of", at(10, 30), at(40, 30)) and not shapes.holds("left of", at(40, 30), at(10, 30))
     assert shapes.holds("above", at(30, 10), at(30, 40)) and not shapes.holds("below", at(30, 10), at(30, 40))
@@ -81,7 +81,7 @@ def test_drawing_is_deterministic_and_smooth() -> None:
     request = shapes.parse("a big circle")
     one, two = (shapes.render(shapes.sample_scene(request, np.random.default_rng(4))) for _ in range(2))
     assert np.array_equal(np.asarray(one), np.asarray(two)) and one.size == (64, 64)
-    scene = shapes.Scene((shapes.Thing("circle", "red", 32.0, 32.0, 30.0, (255, 0, 0)),), (255,) * 3, (255,) * 3)
+    scene = shapes.Scene((shapes.SceneObject("circle", "red", 32.0, 32.0, 30.0, (255, 0, 0)),), (255,) * 3, (255,) * 3)
     green = np.asarray(shapes.render(scene))[..., 1]
     assert 40 < ((green > 20) & (green < 235)).sum() < 200
     assert (green < 20).sum() == pytest.approx(np.pi * 15**2, rel=0.08)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of, covering
+from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of, cover
 
 
 def test_buckets_are_those_of_sdxl_that_keep_its_area() -> None:
@@ -36,7 +36,7 @@ def test_both_sides_share_the_bucket_between_them() -> None:
 @pytest.mark.parametrize("size", [(64, 64), (100, 40), (37, 91), (33, 1000), (31, 30)])
 @pytest.mark.parametrize("frame", [(64, 64), (96, 40), (40, 96)])
 def test_a_crop_covers_its_frame_from_the_centre(size: tuple[int, int], frame: tuple[int, int]) -> None:
-    scaled, (left, top, right, bottom) = covering(size, frame)
+    scaled, (left, top, right, bottom) = cover(size, frame)
     assert (right - left, bottom - top) == frame
     assert left >= 0 and top >= 0 and right <= scaled[0] and bottom <= scaled[1]
     assert abs(left - (scaled[0] - right)) <= 1 and abs(top - (scaled[1] - bottom)) <= 1
@@ -48,5 +48,5 @@ def test_a_square_is_cropped_as_it_always_was() -> None:
     image = Image.fromarray(np.arange(90 * 60 * 3, dtype=np.uint8).reshape(60, 90, 3))
     scale = 32 / 60
     old = image.resize((round(90 * scale), 32), Image.Resampling.LANCZOS).crop((8, 0, 40, 32))
-    scaled, box = covering(image.size, (32, 32))
+    scaled, box = cover(image.size, (32, 32))
     assert np.array_equal(np.asarray(image.resize(scaled, Image.Resampling.LANCZOS).crop(box)), np.asarray(old))

@@ -16,13 +16,13 @@ from diffusers import (
 
 from dpo_mm.policies.diffusion.collate import padded
 from dpo_mm.policies.diffusion.latents import latent_scale
-from dpo_mm.policies.diffusion.noise_process import noising_of
+from dpo_mm.policies.diffusion.noise_process import noise_process_for
 
 LEVELS = torch.tensor([0.001, 0.25, 0.5, 0.999])
 
 
 def process(scheduler: Any) -> Any:
-    return noising_of(scheduler, source="m")
+    return noise_process_for(scheduler, source="m")
 
 
 def draw() -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +37,7 @@ def test_variance_preserving_is_the_schedulers_own(kind: str) -> None:
     timestep = ours.timesteps(LEVELS, tokens=64)
     assert timestep.tolist() == [1, 250, 500, 999]
     torch.testing.assert_close(
-        ours.noisy(latents, noise, timestep), scheduler.add_noise(latents, noise, timestep), atol=1e-6, rtol=1e-5
+        ours.add_noise(latents, noise, timestep), scheduler.add_noise(latents, noise, timestep), atol=1e-6, rtol=1e-5
     )
     velocity = scheduler.get_velocity(latents, noise, timestep)
     expected = velocity if kind == "v_prediction" else noise
@@ -69,7 +69,7 @@ def test_a_flow_is_noised_as_the_scheduler_does() -> None:
     ours, (latents, noise) = process(scheduler), draw()
     timestep = scheduler.timesteps[[1, 300, 600, 998]]
     torch.testing.assert_close(
-        ours.noisy(latents, noise, timestep), scheduler.scale_noise(latents, timestep, noise), atol=1e-6, rtol=1e-5
+        ours.add_noise(latents, noise, timestep), scheduler.scale_noise(latents, timestep, noise), atol=1e-6, rtol=1e-5
     )
     assert torch.equal(ours.target(latents, noise, timestep), noise - latents)
 
@@ -86,7 +86,7 @@ def test_a_targets_error_times_its_factor_is_the_noises_error(scheduler: Any) ->
     """Noise read back out of a wrong prediction, by solving for it, misses by factor * the target's squared error."""
     ours, (latents, noise) = process(scheduler), draw()
     timestep = ours.timesteps(LEVELS, tokens=1)
-    noisy, target = (f(latents, noise, timestep).double() for f in (ours.noisy, ours.target))
+    noisy, target = (f(latents, noise, timestep).double() for f in (ours.add_noise, ours.target))
     wrong = target + 0.1
     if ours.name == "epsilon":
         found = wrong
@@ -96,7 +96,7 @@ def test_a_targets_error_times_its_factor_is_the_noises_error(scheduler: Any) ->
     else:
         found = noisy + (1 - timestep.double()[:, None, None, None] / 1000) * wrong
     missed = (found - noise).square().mean((1, 2, 3))
-    torch.testing.assert_close(missed, 0.01 * ours.epsilon_factor(timestep).double(), atol=1e-8, rtol=1e-4)
+    torch.testing.assert_close(missed, 0.01 * ours.epsilon_error_scale(timestep).double(), atol=1e-8, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

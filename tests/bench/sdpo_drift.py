@@ -1,6 +1,6 @@
-"""The chosen pictures' denoising error under `sigmoid` and `safe`, training alone, on the shapes recipe cut short.
+"""The chosen pictures' denoising error under `sigmoid` and `sdpo`, training alone, on the shapes recipe cut short.
 
-    python -m tests.bench.safe_drift OUTPUT.json [NAME...]
+    python -m tests.bench.sdpo_drift OUTPUT.json [NAME...]
 
 Same pairs and draws for all; errors relative to the reference's, means of ten steps. Adds to OUTPUT.json what isn't there.
 """
@@ -12,13 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dpo_mm.cli.main import quietly
+from dpo_mm.cli.main import suppress_library_output
 from dpo_mm.recipe import read_recipe
 
 STEPS = 60
 VARIATIONS: dict[str, dict[str, str]] = {
     "sigmoid": {},
-    "safe, slack 0.9": {"objective": "safe", "objective_kwargs": "slack:0.9"},
+    "sdpo, slack 0.9": {"objective": "sdpo", "objective_kwargs": "slack:0.9"},
 }
 
 
@@ -26,7 +26,7 @@ def errors(name: str) -> dict[str, list[float]]:
     """Mean errors of each ten steps, by side."""
     from dpo_mm.training.run import train
 
-    with quietly(), tempfile.TemporaryDirectory() as folder:
+    with suppress_library_output(), tempfile.TemporaryDirectory() as folder:
         given = {**VARIATIONS[name], "output_dir": folder, "log_every": "10", "steps": str(STEPS), "eval_fraction": "0"}
         log = train(read_recipe("faithfulness", "shapes", given).train).history
     sides = ("errors/chosen", "errors/rejected", "rewards/accuracies")
@@ -39,7 +39,7 @@ def main(out: Path, names: list[str]) -> None:
         rows = json.loads(out.read_text())["rows"] if out.exists() else []
         rows = [row for row in rows if row["name"] != name] + [{"name": name, **found}]
         kept = {
-            "command": "python -m tests.bench.safe_drift docs/benchmarks/safe_drift.json",
+            "command": "python -m tests.bench.sdpo_drift docs/benchmarks/sdpo_drift.json",
             "steps": STEPS,
             "rows": rows,
         }
