@@ -1,0 +1,89 @@
+"""mypy reads every public name from an installed wheel, and a mistake in a user's script is an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.test_wheel import wheel as wheel
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = """
+from pathlib import Path
+
+import dpo_mm
+from dpo_mm import CompareConfig, CompareResponsesConfig, MineConfig, MineResponsesConfig, TrainConfig
+
+config = TrainConfig(model="shapes-sd", pairs="shapes-faithfulness", output_dir="runs/user", steps=4)
+result: dpo_mm.TrainResult = dpo_mm.train(config)
+folder: Path = result.folder
+compared: dpo_mm.CompareResult = dpo_mm.compare(CompareConfig("shapes-sd", "runs/compare", adapter=str(folder)))
+differences: list[float] = [comparison.difference for comparison in compared.comparisons]
+mined: Path = dpo_mm.mine(MineConfig("shapes-sd", "shapes-train", "runs/mined", judges="faithfulness"))
+dpo_mm.compare(CompareResponsesConfig("page-reader", "runs/ocr", "pages-held-out"))
+dpo_mm.mine(MineResponsesConfig("page-reader", "pages-train", "runs/own", judges="cer"))
+policy = dpo_mm.load_policy("shapes-sd")
+if policy.modality == "image":
+    policy.sample(["a red circle"], [0], steps=4, guidance=2.0, batch_size=1)
+"""
+MISTAKES = """
+import dpo_mm
+
+dpo_mm.train(dpo_mm.CompareConfig("a", "b"))
+dpo_mm.TrainConfig(model="a", pairs="b", output_dir="c", steps="many")
+dpo_mm.load_policy("a").generate([], [], max_new_tokens=1, do_sample=False)
+dpo_mm.nothing
+"""
+
+SETTINGS = """[mypy]
+strict = true
+ignore_missing_imports = true
+follow_imports = skip
+[mypy-dpo_mm.*]
+follow_imports = silent
+"""
+"""Other libraries are Any here, which leaves dpo-mm's own types and takes a tenth of the time."""
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a new environment that has the wheel installed, and this environment's libraries."""
+    folder = tmp_path_factory.mktemp("user") / "env"
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "bin" / "python"
+
+
+def check(python: Path, folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    (folder / "user.py").write_text(script)
+    (folder / "mypy.ini").write_text(SETTINGS)
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--python-executable",
+        str(python),
+        "--cache-dir",
+        str(python.parent / "cache"),
+    ]
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    return subprocess.run([*command, "user.py"], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_mypy_accepts_a_user_script_and_finds_its_mistakes(python: Path, tmp_path: Path) -> None:
+    accepted = check(python, tmp_path, SCRIPT)
+    assert accepted.returncode == 0, accepted.stdout + accepted.stderr
+    refused = check(python, tmp_path, MISTAKES)
+    lines = [line for line in refused.stdout.splitlines() if ": error:" in line]
+    assert [line.split(":")[1] for line in lines] == ["4", "5", "6", "7"], refused.stdout
