@@ -52,12 +52,12 @@ class Flux(DiffusionPolicy):
 
 
 def text_tokens(policy: DiffusionPolicy) -> int:
-    return TOKENS[bool(policy.model.config.guidance_embeds)]
+    return TOKENS[bool(policy.pipe.transformer.config.guidance_embeds)]
 
 
 def channels(policy: DiffusionPolicy) -> int:
     """Channels of the latents before they are packed."""
-    return policy.model.config.in_channels // 4
+    return policy.pipe.transformer.config.in_channels // 4
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def velocity(
     if source is not None:
         more, their_ids = packed(policy, source, kind=1)
         tokens, ids = torch.cat([tokens, more], dim=1), torch.cat([ids, their_ids])
-    told = policy.model.config.guidance_embeds
+    told = policy.pipe.transformer.config.guidance_embeds
     found = denoiser(
         hidden_states=tokens,
         timestep=timestep / policy.scheduler.config.num_train_timesteps,

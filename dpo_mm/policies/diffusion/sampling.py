@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -22,7 +22,8 @@ def load_adapter(policy: DiffusionPolicy, folder: Path) -> None:
         policy.pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="tuned")
     elif (folder / policy.denoiser).is_dir():
         policy.base_denoiser = policy.model
-        tuned = type(policy.model).from_pretrained(folder / policy.denoiser, dtype=policy.dtype, use_safetensors=True)
+        denoiser: Any = type(policy.model)
+        tuned = denoiser.from_pretrained(folder / policy.denoiser, dtype=policy.dtype, use_safetensors=True)
         setattr(policy.pipe, policy.denoiser, tuned.to(policy.device))
     else:
         raise ValueError(f"adapter {str(folder)!r}: neither {LORA_FILE} nor a folder {policy.denoiser}/ there")
