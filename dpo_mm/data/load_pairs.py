@@ -29,11 +29,11 @@ class Pairs:
     edits: bool = False
 
     def decoded(self, part: range) -> Iterator[dict[str, Any]]:
-        """These rows with `pictures`: the side that won, the other, and for a model that edits the source.
+        """These rows with their `number` and `pictures`: the side that won, the other, and for a model that edits the source.
 
         Raises ValueError that names set, row and fix where one does not decode.
         """
-        for row in _undecoded(self.rows.select(part)):
+        for number, row in zip(part, _undecoded(self.rows.select(part)), strict=True):
             sides = ["image_a", "image_b"] if row["preference"] == "a" else ["image_b", "image_a"]
             sides += ["image_source"] if self.edits else []
             found: list[Any] = []
@@ -44,7 +44,7 @@ class Pairs:
                     self._refuse(row["id"], column, error)
                     break
             if len(found) == len(sides):
-                yield {**row, "pictures": found}
+                yield {**row, "number": number, "pictures": found}
 
     def _refuse(self, row: str, column: str, error: Exception) -> None:
         if self.undecodable_images == "raise":
@@ -77,13 +77,14 @@ def check_sources(rows: Dataset, where: str, *, pipeline: str, is_image_editing:
 
 
 def data_columns(rows: Dataset) -> dict[str, list[float]]:
-    """Columns of FROM_DATA that every row can fill, by id: the winner's probability and the judged margin."""
+    """Columns of DATASET_INPUTS that every row can fill, in order: the winner's probability and the judged margin."""
     wanted = {"probability": _probability, "score_margin": _score_margin}
     assert set(wanted) == set(DATASET_INPUTS)
     plain = rows.select_columns(["preference", "p_a", "votes_a", "votes_b", "score_a", "score_b"])
     filled = {name: [function(row) for row in plain] for name, function in wanted.items()}
-    ids = rows["id"]
-    return {name: dict(zip(ids, values, strict=True)) for name, values in filled.items() if None not in values}  # type: ignore[misc]
+    return {
+        name: [value for value in values if value is not None] for name, values in filled.items() if None not in values
+    }
 
 
 def _probability(row: dict[str, Any]) -> float | None:

@@ -71,8 +71,13 @@ def cast_columns(columns: Mapping[str, Any], precision: str, *, where: str) -> d
     found = dict(columns)
     for name, values in columns.items():
         if isinstance(values, Tensor) and values.is_floating_point():
+            if not values.isfinite().all():
+                raise ValueError(
+                    f"{where}: {name} is not finite after encoding. An encoder overflows in half precision or has broken "
+                    "weights: train with precision fp32 or bf16"
+                )
             found[name] = values.to(CACHE_DTYPES[precision])
-            if precision == "fp16" and found[name].isinf().any() and not values.isinf().any():
+            if precision == "fp16" and found[name].isinf().any():
                 largest = values.abs().max().item()
                 raise ValueError(f"{where}: {name} is too large for fp16 ({largest:.3g}); take cache_precision bf16")
     return found
