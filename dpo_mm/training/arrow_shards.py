@@ -131,8 +131,9 @@ def list_parts(folder: Path, kind: str) -> Iterator[Part]:
 
 def row_bytes(columns: Mapping[str, Tensor], precision: str) -> int:
     """Bytes on disk of the tensors of one row, (rows, ...) each."""
-    kept = cast_columns(columns, precision, where="a row")
-    return sum(values[0].numel() * values.element_size() for values in kept.values())
+    half = CACHE_DTYPES[precision].itemsize
+    sizes = ((v[0].numel(), half if v.is_floating_point() else v.element_size()) for v in columns.values())
+    return sum(count * size for count, size in sizes)
 
 
 def check_disk(folder: Path, wanted: int) -> int:

@@ -126,7 +126,7 @@ class PreferenceTrainer(Trainer):
         if evaluating:
             by_noise = "level" in inputs and reference_logps is not None
             quartiles = split_by_noise_quartile(metrics, inputs["level"]) if by_noise else {}
-            self._metrics["eval"].append(metrics | quartiles | {"number": inputs["number"]})
+            self._metrics["eval"].append(metrics | quartiles | {k: inputs[k] for k in ("number",) if k in inputs})
         else:
             self.skip_callback.record_batch(inputs["id"], inputs.get("timestep"), losses)
             self._metrics["train"].append(metrics)
