@@ -80,7 +80,7 @@ class PreferenceTrainer(Trainer):
             **kwargs,
         )
         shard = self._shard if self.is_fsdp_enabled else None
-        self.reference = build_reference(policy, config, shard) if "reference" in self.required_inputs else None
+        self.reference = build_reference(policy, config, shard) if "reference_logps" in self.required_inputs else None
         self.model_accepts_loss_kwargs = False
         self.skip_callback = SkipNonFiniteStepsCallback()
         self.add_callback(self.skip_callback)
