@@ -284,7 +284,8 @@ def _image_or_vlm_config(
 
     flags = list(context.args)
     if config and config.startswith("--"):
-        config, flags = None, [config, *flags]
+        flags.insert(0, config)
+        config = None
     values = _command_settings(image_config, config, section, flags)
     is_vlm = "questions" in values or (
         "model" in values

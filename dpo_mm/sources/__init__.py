@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from dpo_mm.sources import image_pair_sets as pairs
 from dpo_mm.sources import rankings
-from dpo_mm.sources import response_pair_sets as answers
+from dpo_mm.sources import response_pair_sets as responses
 from dpo_mm.sources import row_formats as forms
 from dpo_mm.sources.parquet_writer import Item, Row
 
@@ -19,10 +19,10 @@ Converter = Callable[[Iterable[Row], str | None], Iterator[Item]]
 
 
 class Source(NamedTuple):
-    """A set, or a form. kind: images (pairs of them) or answers. hub: where it is unless told. axes: the first is the
+    """A set, or a form. kind: images or responses (pairs of them). hub: where it is unless told. axes: the first is the
     default; files: annotation files by axis ("" for all), each the first of its names that is there; whole: on the hub
     it is a folder of files and no table. grouped: rows are paired among each other. uncertain: it has ties, votes,
-    scores or margins that a copy should still have. own: your table, with your ids.
+    scores or margins that a copy should still have. keeps_ids: rows have ids that stay.
     """
 
     convert: Converter
@@ -35,7 +35,7 @@ class Source(NamedTuple):
     whole: bool = False
     grouped: bool = False
     uncertain: bool = False
-    own: bool = False
+    keeps_ids: bool = False
 
 
 SOURCES: dict[str, Source] = {
@@ -127,28 +127,28 @@ SOURCES: dict[str, Source] = {
         uncertain=True,
     ),
     "rlhf-v": Source(
-        answers.rlhf_v,
-        "answers",
+        responses.rlhf_v,
+        "responses",
         "openbmb/RLHF-V-Dataset",
         "cc-by-nc-4.0",
         ("faithfulness",),
         "Non-commercial. text is a JSON string.",
     ),
     "rlaif-v": Source(
-        answers.rlaif_v, "answers", "openbmb/RLAIF-V-Dataset", "cc-by-nc-4.0", ("faithfulness",), "Non-commercial."
+        responses.rlaif_v, "responses", "openbmb/RLAIF-V-Dataset", "cc-by-nc-4.0", ("faithfulness",), "Non-commercial."
     ),
     "vl-feedback": Source(
-        answers.vl_feedback,
-        "answers",
+        responses.vl_feedback,
+        "responses",
         "MMInstruction/VLFeedback",
         None,
-        ("overall", *answers.ASPECTS),
+        ("overall", *responses.ASPECTS),
         "Four answers a question; all pairs that are rated apart, the gap as margin. Its card names no licence.",
         uncertain=True,
     ),
     "mmpr": Source(
-        answers.mmpr,
-        "answers",
+        responses.mmpr,
+        "responses",
         "OpenGVLab/MMPR",
         "mit",
         notes="Rows with no image and with several. annotations.zip and images.zip are read where they lie.",
@@ -156,8 +156,8 @@ SOURCES: dict[str, Source] = {
         whole=True,
     ),
     "povid": Source(
-        answers.povid,
-        "answers",
+        responses.povid,
+        "responses",
         "YiyangAiLab/POVID_preference_data_for_VLLMs",
         "cc-by-4.0",
         ("faithfulness",),
@@ -165,13 +165,16 @@ SOURCES: dict[str, Source] = {
         whole=True,
     ),
     "llama-factory": Source(
-        forms.llama_factory, "answers", notes="ShareGPT or OpenAI turns with ranking: true.", own=True
+        forms.llama_factory, "responses", notes="ShareGPT or OpenAI turns with ranking: true.", keeps_ids=True
     ),
-    "trl": Source(forms.trl, "answers", notes="Preference rows, with or without an explicit prompt.", own=True),
-    "own-images": Source(
-        forms.own_images, "images", notes="CSV, JSON lines, JSON or Parquet of your own pairs.", own=True
+    "trl": Source(forms.trl, "responses", notes="Preference rows, with or without an explicit prompt.", keeps_ids=True),
+    "custom-images": Source(
+        forms.custom_images, "images", notes="CSV, JSON lines, JSON or Parquet of your own pairs.", keeps_ids=True
     ),
-    "own-answers": Source(
-        forms.own_answers, "answers", notes="CSV, JSON lines, JSON or Parquet of your own answers.", own=True
+    "custom-responses": Source(
+        forms.custom_responses,
+        "responses",
+        notes="CSV, JSON lines, JSON or Parquet of your own responses.",
+        keeps_ids=True,
     ),
 }

@@ -121,12 +121,12 @@ def _finisher(
         if min_score_gap is not None and (gap is None or gap < min_score_gap):
             return LeftOut(f"margin is {'unknown' if gap is None else f'below {min_score_gap:g}'}")
         row = {**row, "source": row.get("source") or source, "license": row.get("license") or license or entry.license}
-        row["id"] = row["id"] if entry.own else f"{source}-{split}-{row['id']}"
+        row["id"] = row["id"] if entry.keeps_ids else f"{source}-{split}-{row['id']}"
         try:
             for column in ("image_a", "image_b"):
                 if entry.kind == "images":
                     row[column] = _picture(row[column], files)
-            if entry.kind == "answers":
+            if entry.kind == "responses":
                 row["images"] = [_picture(cell, files) for cell in row.get("images") or []]
         except FileNotFoundError as error:
             return LeftOut("a picture is not there" if error.errno else str(error))

@@ -55,7 +55,7 @@ def _conversation(row: Row, prompt: list[Any], chosen: list[Any], rejected: list
     }
 
 
-def own_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
+def custom_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     """A table with `prompt, image_a, image_b` (paths beside it), `preference` (a | b | tie | both_bad), and any other
     column of `ImagePreference`. Raises ValueError that names the row for another preference or a bad number.
     """
@@ -70,7 +70,7 @@ def own_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
         yield {"id": name, "image_a": row["image_a"], "image_b": row["image_b"], **_told(row, known)}
 
 
-def own_answers(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
+def custom_responses(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     """A table with `prompt, chosen, rejected`, `image` (a path beside it) or `images`, and any other column of
     `ResponsePreference`. Raises ValueError that names the row for a bad number.
     """

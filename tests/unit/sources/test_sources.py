@@ -475,7 +475,7 @@ def test_your_own_table_of_pairs(folder: Path, run: Any, tmp_path: Path) -> None
         table.writerow(("one", "a cat, asleep", "x/1.png", "x/2.png", "b", "0.25", "1", "mine", "cc0-1.0"))
         table.writerow(("two", "a dog", "x/1.png", "../2.png", "tie", "", "", "", ""))
     pictures(folder, "x/1.png", "x/2.png")
-    found, (got,) = run("own-images")
+    found, (got,) = run("custom-images")
     assert (got["id"], got["prompt"], got["preference"], got["p_a"], got["votes_a"]) == (
         "one",
         "a cat, asleep",
@@ -483,13 +483,13 @@ def test_your_own_table_of_pairs(folder: Path, run: Any, tmp_path: Path) -> None
         0.25,
         1,
     )
-    assert got["license"] == "cc0-1.0" and got["source"] == "own-images" and got["score_a"] is None
+    assert got["license"] == "cc0-1.0" and got["source"] == "custom-images" and got["score_a"] is None
     assert found.left_out == {"a picture's path leads out of its folder": 1}
     (folder / "labels.csv").write_text("prompt,image_a,image_b,preference\np,x/1.png,x/2.png,left\n")
     with pytest.raises(
         ValueError, match=r"labels\.csv, row 0: preference is 'left'; expected one of a, b, tie, both_bad"
     ):
-        import_set("own-images", str(folder), str(tmp_path / "again"))
+        import_set("custom-images", str(folder), str(tmp_path / "again"))
 
 
 def test_your_own_table_of_answers(folder: Path, run: Any, tmp_path: Path) -> None:
@@ -498,12 +498,12 @@ def test_your_own_table_of_answers(folder: Path, run: Any, tmp_path: Path) -> No
         json.dumps(row) + "\n\n" + json.dumps({**row, "image": "https://x.invalid/1.png"})
     )
     pictures(folder, "1.png")
-    found, (got,) = run("own-answers")
+    found, (got,) = run("custom-responses")
     assert texts(got) == ([("image", None), ("text", "What?")], "A", "B") and got["score_gap"] == 0.5
     assert found.left_out == {"a picture is a URL, and nothing is fetched from one": 1}
     (folder / "mine.jsonl").write_text(json.dumps({**row, "score_gap": "much"}))
     with pytest.raises(ValueError, match=r"mine\.jsonl, row 0: score_gap is 'much'; expected a number"):
-        import_set("own-answers", str(folder), str(tmp_path / "again"))
+        import_set("custom-responses", str(folder), str(tmp_path / "again"))
 
 
 def test_every_source_is_tested_here() -> None:
