@@ -1,4 +1,4 @@
-"""The command line: quickstart | import | doctor | relabel | train | verify | mine | judge | compare | demo | label."""
+"""Commands of `dpo-mm`, except for `demo` and `label`, which have their own files."""
 
 from __future__ import annotations
 
