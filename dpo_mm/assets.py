@@ -1,4 +1,4 @@
-"""Find bundled assets by name: tiny base models, prompt lists, preference datasets, presets, recipes and pages.
+"""Find bundled assets: tiny models, prompt lists, preference datasets, presets, recipes and pages.
 
 In a checkout they are in folders next to the package (data/, recipes/, demos/). In an installed wheel they are inside it.
 """

@@ -99,7 +99,7 @@ class TrainConfig:
     """auto | shared_prefix | separate. shared_prefix puts both responses behind one copy of the prompt, which saves time.
     auto uses it if a check on the first batch shows that log-probs stay the same."""
     cache_vision_features: bool = False
-    """Compute the features of a frozen vision tower once and keep them in memory. It saves time in each step."""
+    """Compute the features of a frozen vision tower once and cache them in memory. It saves time in each step."""
     ld_alpha: float = 1.0
     """Weight of tokens beyond the length of the shorter response, in [0, 1] (alpha of LD-DPO). 1: all tokens count alike."""
     edited_token_weight: float = 1.0
@@ -246,7 +246,7 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class RelabelConfig:
-    """Settings for new soft labels of an image preference dataset from several judges. The old labels stay in the rows."""
+    """Settings for relabelling image pairs with judges. The old labels stay in the rows."""
 
     pairs: str
     """Preference pairs: a Parquet file, a folder of Parquet files, a dataset on the hub, or the name of a bundled dataset."""
@@ -326,7 +326,7 @@ class MineResponsesConfig:
     """Branch, tag or commit of the model on the hub. null: the default branch."""
     chosen: str = "ground_truth"
     """ground_truth | best | corrected. best: the model's best response, by the judge and then by `tie_break`. corrected: the
-    rejected response, in which only the mistakes that the judge found are corrected."""
+    rejected response, in which only the mistakes that the judge flagged are corrected."""
     tie_break: str = "recall"
     """Judge that decides between responses with equal scores if chosen is best."""
     responses_per_question: int = 1
@@ -362,5 +362,5 @@ class MineResponsesConfig:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """Return a config as plain values that JSON and YAML can hold."""
+    """Return a config as plain values for JSON and YAML."""
     return dataclasses.asdict(config)

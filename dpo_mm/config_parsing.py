@@ -1,4 +1,4 @@
-"""Parse configs from YAML files and command-line flags, with errors that name the file, the key and the fix."""
+"""Parse configs from YAML files and command-line flags. Errors name the file, the key and the fix."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def config_from_mapping(kind: type[T], values: Mapping[str, Any], *, source: str
     missing = [name for name in required if name not in values]
     if missing:
         raise ValueError(
-            f"{source}: {' and '.join(missing)} missing; give it in the file or as --{missing[0].replace('_', '-')}"
+            f"{source}: {' and '.join(missing)} missing. Give it in the file or as --{missing[0].replace('_', '-')}"
         )
     return kind(**{key: _coerce(value, hints[key], f"{source}: {key}") for key, value in values.items()})
 

@@ -1,4 +1,4 @@
-"""Make long work resumable: atomic files, a record of the settings, missing shards, and a clean exit on SIGTERM."""
+"""Make long work resumable: atomic files, recorded settings, missing shards, clean exit on SIGTERM."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The command line: `dpo-mm` and its commands."""
+"""Commands of the command line `dpo-mm`."""

@@ -73,7 +73,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            raise ValueError(f"{argument!r} is not a flag; expected --key value")
+            raise ValueError(f"{argument!r} is not a flag. Expected --key value")
         key, equals, value = argument[2:].partition("=")
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
@@ -262,7 +262,7 @@ def verify(context: typer.Context, config: ConfigFile) -> None:
 
 
 def _print_checks(checks: Iterable[Any]) -> int:
-    """Print one line per check when it is done, and return the number of failures. `passed` is None without a result."""
+    """Print one line per check when it is done, and return the number of failures."""
     failed = 0
     for check in checks:
         failed += check.passed is False
@@ -344,7 +344,7 @@ def judge(
     if device:
         os.environ["DPO_MM_DEVICE"] = device
     if not self_test and not images:
-        raise ValueError("images missing; give --images FOLDER or --images DATASET, or --self-test")
+        raise ValueError("images missing. Give --images FOLDER or --images DATASET, or --self-test")
     with suppress_library_output():
         if self_test:
             from dpo_mm.judges.self_test import self_test as run_checks

@@ -1,4 +1,4 @@
-"""Load image pairs for encoding: decoded images with the chosen one first, and the columns that objectives use."""
+"""Load image pairs for encoding: decoded images, chosen first, and the columns that objectives use."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class Pairs:
     edits: bool = False
 
     def decoded(self, part: range) -> Iterator[dict[str, Any]]:
-        """Yield these rows with `pictures`: the chosen image, the rejected one and, for a model that edits, the source.
+        """Yield these rows with their decoded images in `pictures`.
+
+        They are the chosen image, the rejected one and, for a model that edits, the image to edit.
 
         Raises:
             ValueError: if an image does not decode and undecodable_images is "raise".

@@ -1,6 +1,6 @@
-"""Read prompt lists: a bundled list by name, a text file with one prompt per line, or a published benchmark's own files.
+"""Read prompt lists: bundled lists, text files, and the files of published benchmarks.
 
-The format is recognised by file names and contents: GenEval's evaluation_metadata.jsonl, PartiPrompts.tsv,
+A text file has one prompt per line. The format is recognised by file names and contents: GenEval's evaluation_metadata.jsonl, PartiPrompts.tsv,
 T2I-CompBench's *_val.txt or a folder of them, DPG-Bench's folder with one text file per prompt. Categories come from the
 file. Prompts of plain text that describe the bundled shapes get a shapes category. All others have the category "all".
 """
@@ -94,7 +94,7 @@ def _named(lines: Iterable[str], kind: str) -> tuple[PromptSpec, ...]:
 
 
 def _folder(path: Path) -> PromptSet:
-    """Read T2I-CompBench's folder of lists, or DPG-Bench's folder of prompts, whose file names begin with their origin."""
+    """Read T2I-CompBench's folder of lists, or DPG-Bench's folder of prompts. Its file names begin with the category."""
     files = sorted(path.glob("*.txt"))
     lists = [file for file in files if file.name.removesuffix("_val.txt") in COMPBENCH]
     if lists:

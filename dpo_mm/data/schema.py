@@ -63,8 +63,9 @@ def image_preference() -> Features:
 
 
 def response_preference() -> Features:
-    """Return the features of `ResponsePreference`: TRL's conversational preference with images, and the row's origin.
+    """Return the features of `ResponsePreference`.
 
+    They are TRL's conversational preference with images, and columns about the row's label and origin.
     `rejected_truncated` is true if the rejected response was truncated, so no end-of-turn token follows it. `reason` says
     why it was rejected. `probability` is that of chosen being better, in [0, 1]. `score_gap` is by how much, in the
     judge's unit.
@@ -98,7 +99,7 @@ def response_preference() -> Features:
 
 
 def make_image_rows(rows: list[dict[str, Any]]) -> Dataset:
-    """Build a dataset of `ImagePreference` rows. Columns that a row leaves out are null.
+    """Build a dataset of `ImagePreference` rows. Missing columns are null.
 
     Raises:
         ValueError: if a column is not part of ImagePreference, or as `validate`.
@@ -145,7 +146,7 @@ def load_responses(path: str) -> Dataset:
 
 
 def make_response_rows(rows: list[dict[str, Any]]) -> Dataset:
-    """Build a dataset of `ResponsePreference` rows. Columns that a row leaves out are null, and texts become messages.
+    """Build a dataset of `ResponsePreference` rows. Texts become messages, and missing columns are null.
 
     Raises:
         ValueError: if a column is not part of ResponsePreference.

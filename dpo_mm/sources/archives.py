@@ -109,7 +109,10 @@ class ImageFiles:
         return _read_location(location)
 
     def _find(self, path: PurePosixPath) -> ImageLocation | None:
-        """The image of that name with the most equal folders, counted from the end. None if none or several have as many."""
+        """Find the image of that name whose folders agree best, counted from the end.
+
+        Returns None if there is no such image, or if two agree equally well.
+        """
         if self._locations is None:
             self._locations = self._index_by_name()
         candidates = sorted(
@@ -155,7 +158,7 @@ def _matching_parts(path: PurePosixPath, name: PurePosixPath) -> int:
 
 
 def _members(archive_path: Path, parts: list[Path], scratch: Path) -> Iterator[tuple[str, ImageLocation]]:
-    """Yield name and location of each file in an archive. An archive that is damaged or unsafe raises ValueError."""
+    """Yield name and location of each file in an archive. Raises ValueError if it is damaged or unsafe."""
     stream = JoinedParts(parts)
     try:
         if archive_path.suffix.lower() == ".zip":

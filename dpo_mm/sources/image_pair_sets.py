@@ -45,7 +45,7 @@ def pickapic(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
 
 
 def open_image_binarized(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """Convert open-image-preferences, binarized: `prompt, chosen, rejected` (images), `chosen_model, rejected_model`."""
+    """Convert open-image-preferences: `prompt, chosen, rejected` (images), `chosen_model, rejected_model`."""
     for row in rows:
         yield {
             "id": str(row["_number"]),
@@ -94,7 +94,7 @@ def _last_two_parts(url: str) -> str:
 
 
 def _plurality(votes: Counter[str]) -> str:
-    """The image with more votes. If they are equal or outnumbered by votes for neither, a tie or both_bad."""
+    """Return the image with more votes, or tie or both_bad if neither has more than the other votes."""
     a, b = votes["image_1"], votes["image_2"]
     neither = votes["both_good"] + votes["both_bad"]
     if a != b and max(a, b) > neither:
@@ -103,7 +103,10 @@ def _plurality(votes: Counter[str]) -> str:
 
 
 def rapidata(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """Convert Rapidata: `prompt, image1, image2, votes_image1, votes_image2, model1, model2`. p_a = v1 / (v1 + v2)."""
+    """Convert Rapidata: `prompt, image1, image2, votes_image1, votes_image2, model1, model2`.
+
+    `p_a` is the fraction of votes for image1.
+    """
     for row in rows:
         a, b = row["votes_image1"] or 0, row["votes_image2"] or 0
         if a + b == 0:

@@ -1,4 +1,4 @@
-"""Import a public or custom dataset: read raw rows, convert them, load their images, and write them as Parquet.
+"""Import a dataset: read raw rows, convert them, load their images, and write them as Parquet.
 
 These steps are the same for every dataset. Only the converter differs, see `dpo_mm.sources.SOURCES`.
 """
@@ -133,7 +133,7 @@ def _convert(entry: Source, origin: Origin, axis: str | None, done: int) -> Iter
 def _row_finisher(
     entry: Source, origin: Origin, source: str, license: str | None, min_score_gap: float | None, folder: Path
 ) -> Callable[[Row], Item]:
-    """Build the function that completes a converted row: images as bytes, source, licence, id. It may leave the row out."""
+    """Build the function that completes a converted row with images, source, licence and id."""
     files, split = ImageFiles(origin.folder, folder / SCRATCH), origin.split
 
     def finish(row: Row) -> Item:

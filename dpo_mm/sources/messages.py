@@ -1,4 +1,4 @@
-"""Build chat messages from questions and responses. Images become parts of a message, never `<image>` in a text."""
+"""Build chat messages from questions and responses. Images are parts of a message, not `<image>` in a text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def assistant_message(text: str) -> list[Message]:
 
 
 def to_messages(conversation: Any) -> list[Message]:
-    """Convert turns of ShareGPT (`from`, `value`) or OpenAI (`role`, `content`) to messages. Texts are unchanged.
+    """Convert turns of ShareGPT (`from`, `value`) or OpenAI (`role`, `content`) to messages.
 
     Raises:
         KeyError: if a turn has neither format.

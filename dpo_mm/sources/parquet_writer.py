@@ -1,6 +1,6 @@
-"""Write rows as Parquet shards. Each shard is written completely or not at all, so an interrupted import resumes.
+"""Write rows as Parquet shards. An interrupted import resumes with the shard that it was writing.
 
-`import.json` in the same folder records the import's settings, its progress, and the rows that were left out, by reason.
+A shard is written to a temporary file and then renamed. `import.json` in the same folder records the import's settings, its progress, and the rows that were left out, by reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHARD_ROWS, SHARD_BYTES, GROUP_BYTES = 10_000, 2**28, 2**25
 
 
 class LeftOut(NamedTuple):
-    """A row that a converter leaves out. Reasons are counted, so they do not contain anything of the row itself."""
+    """A row that a converter leaves out. Rows are counted by reason, so a reason does not quote the row."""
 
     reason: str
 

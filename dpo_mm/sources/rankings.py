@@ -1,4 +1,7 @@
-"""Converters for datasets that rank or rate several images of a prompt. Every two of them form a pair, equal ones a tie."""
+"""Converters for datasets that rank or rate several images of a prompt.
+
+Every two of them form a pair. Equal ones are a tie.
+"""
 
 from __future__ import annotations
 
@@ -111,8 +114,9 @@ ASPECTS = {
 
 
 def vision_reward_db(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """Convert VisionRewardDB: `image, prompt, annotation{18 integers}, meta_result[], meta_mask[]`, one image per row.
+    """Convert VisionRewardDB, which has one image per row.
 
+    Columns: `image, prompt, annotation{18 integers}, meta_result[], meta_mask[]`.
     Pairs are formed within a prompt. Scores are in [0, 1]. The overall score is the fraction of the checklist's
     applicable questions (`meta_mask`) with the answer yes. Without a checklist it is the mean of the aspects, each over
     its range. Every aspect can be the axis.
@@ -135,9 +139,9 @@ def _vision_reward_score(row: Row, axis: str) -> float | None:
     }
     if axis != "overall":
         return scores.get(axis)
-    answers, mask = row.get("meta_result"), row.get("meta_mask")
-    if answers and mask and len(answers) == len(mask) and any(mask):
-        return sum(answer > 0 for answer, applies in zip(answers, mask, strict=True) if applies) / sum(map(bool, mask))
+    results, mask = row.get("meta_result"), row.get("meta_mask")
+    if results and mask and len(results) == len(mask) and any(mask):
+        return sum(result > 0 for result, applies in zip(results, mask, strict=True) if applies) / sum(map(bool, mask))
     return sum(scores.values()) / len(scores) if scores else None
 
 

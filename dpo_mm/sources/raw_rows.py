@@ -82,7 +82,7 @@ def _files(folder: Path, split: str, patterns: Patterns) -> tuple[Path, ...]:
 
 
 def _is_split(name: str, split: str) -> bool:
-    """Match train, train-00000-of-00645-b66ac786 and train_0001 (Rapidata numbers its splits), but not train_aes."""
+    """Match train, train-00000-of-00645-b66ac786 and train_0001 (Rapidata), but not train_aes."""
     return re.fullmatch(rf"{re.escape(split)}([-_]\d+)?(-of-\d+)?(-[0-9a-f]{{6,}})?", name) is not None
 
 
@@ -147,7 +147,7 @@ def _rows_by_file(origin: Origin, start: int) -> Iterator[tuple[str, Iterator[An
 
 
 def _stream_hub(origin: Origin, start: int) -> Iterator[Any]:
-    """Stream rows with `datasets`, images undecoded. The dataset has the split, or numbered parts of it (Rapidata)."""
+    """Stream rows with `datasets`, images undecoded. A split may have numbered parts (Rapidata)."""
     from datasets import Image, Value, concatenate_datasets, load_dataset
 
     splits: Any = load_dataset(origin.hub, streaming=True)
@@ -190,7 +190,7 @@ def _text_rows(file: Path) -> Iterator[Row]:
 
 
 def _json_objects(text: Any, source_name: str) -> Iterator[Row]:
-    """Yield the objects of a JSON list or of JSON lines one at a time, because a list can be larger than memory."""
+    """Yield the objects of a JSON list or of JSON lines. A list may be larger than memory."""
     decoder, buffer, number = json.JSONDecoder(), text.read(CHUNK), 0
     at = len(buffer) - len(buffer.lstrip())
     at += buffer.startswith("[", at)

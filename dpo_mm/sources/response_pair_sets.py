@@ -57,7 +57,7 @@ def rlaif_v(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
 
 
 def mmpr(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """Convert MMPR: `image` (a path, a list of paths, or none), `question` with `<image>` for each, `chosen, rejected`."""
+    """Convert MMPR: `image` (a path, a list of paths, or none), `question` with `<image>`s, `chosen, rejected`."""
     for row in rows:
         image = row.get("image") or []
         images = [image] if isinstance(image, str) else list(image)

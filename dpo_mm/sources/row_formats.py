@@ -12,7 +12,10 @@ from dpo_mm.sources.response_pair_sets import IMAGE_COUNT_MISMATCH, response_pai
 
 
 def llama_factory(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """Convert LLaMA-Factory's ranking format: `conversations, chosen, rejected` (ShareGPT or OpenAI turns), `images, system`."""
+    """Convert LLaMA-Factory's ranking format.
+
+    Columns: `conversations, chosen, rejected` (ShareGPT or OpenAI turns), `images, system`.
+    """
     for row in rows:
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
         turns_before = to_messages([*system, *row["conversations"]])
