@@ -1,6 +1,7 @@
 """Write rows as Parquet shards. An interrupted import resumes with the shard that it was writing.
 
-A shard is written to a temporary file and then renamed. `import.json` in the same folder records the import's settings, its progress, and the rows that were left out, by reason.
+A shard is written to a temporary file and then renamed. `import.json` in the same folder records the import's settings,
+its progress, and the rows that were left out, by reason.
 """
 
 from __future__ import annotations
