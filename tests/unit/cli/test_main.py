@@ -149,3 +149,17 @@ def test_train_dry_run_prints_the_plan_and_writes_nothing(tiny_model: str, pairs
     assert done.returncode == 0, done.stderr
     assert "effective beta" in done.stdout and "7 of 4 x 1 pairs" in done.stdout and "reduction" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_demo_label_models_generate_into_samples_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    page = type("Page", (), {"run": lambda self, *arguments, **options: calls.append(arguments)})()
+    monkeypatch.setattr(
+        "dpo_mm.labels.fresh_samples.draw_samples", lambda *arguments, **options: calls.append(arguments)
+    )
+    monkeypatch.setattr("dpo_mm.demo_server.load_page", lambda name: page)
+    result = CliRunner().invoke(app, ["demo", "label", "--models", "m,m+a", "--samples-dir", "s"])
+    assert result.exit_code == 0, result.output
+    assert calls == [(["m", "m+a"], "shapes-held-out", "s"), ("s", "labels.sqlite")]
+    result = CliRunner().invoke(app, ["demo", "label", "--models", "m,m+a", "--pairs", "p"])
+    assert "--pairs and --models exclude each other" in str(result.exception)
