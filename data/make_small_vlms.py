@@ -355,7 +355,7 @@ It exists so that preference tuning can be tried, tested and measured without a 
 
 Made by `python data/make_small_vlms.py {kind}` from what code draws{given["texts"]}.
 
-- Stock classes: LlavaForConditionalGeneration (CLIP tower, Llama), {policy.core.num_parameters():,} parameters, half precision.
+- Stock classes: LlavaForConditionalGeneration (CLIP tower, Llama), {policy.base_model.num_parameters():,} parameters, half precision.
 - {given["side"]}x{given["side"]} pixels, patches of {PATCH}; {len(policy.rows.tokenizer)} tokens.
 - The vision tower first learned what stands in each patch ({look[3]:,} steps of {batch}), then all of it was fine-tuned: {steps} (steps of {batch}).
 - {given["imperfect"]}

@@ -34,14 +34,15 @@ class Pairs:
     edits: bool = False
 
     def decoded(self, part: range) -> Iterator[dict[str, Any]]:
-        """Yield these rows with their decoded images in `pictures`.
+        """Yield these rows with their `number` and their decoded images in `pictures`.
 
-        They are the chosen image, the rejected one and, for a model that edits, the image to edit.
+        The images are the chosen one, the rejected one and, for a model that edits, the image to edit. `number` is the row's
+        position in `rows`.
 
         Raises:
             ValueError: if an image does not decode and undecodable_images is "raise".
         """
-        for row in _undecoded(self.rows.select(part)):
+        for number, row in zip(part, _undecoded(self.rows.select(part)), strict=True):
             columns = ["image_a", "image_b"] if row["preference"] == "a" else ["image_b", "image_a"]
             columns += ["image_source"] if self.edits else []
             images: list[Any] = []
@@ -52,7 +53,7 @@ class Pairs:
                     self._raise_or_list(row["id"], column, error)
                     break
             if len(images) == len(columns):
-                yield {**row, "pictures": images}
+                yield {**row, "number": number, "pictures": images}
 
     def _raise_or_list(self, row: str, column: str, error: Exception) -> None:
         if self.undecodable_images == "raise":
@@ -98,7 +99,7 @@ def check_sources(rows: Dataset, dataset_name: str, *, pipeline: str, is_image_e
 
 
 def data_columns(rows: Dataset) -> dict[str, list[float]]:
-    """Return the columns of DATASET_INPUTS that every row can fill, by row id.
+    """Return the columns of DATASET_INPUTS that every row can fill, one value per row.
 
     `probability` is the probability that the chosen side is better. `score_margin` is its lead in the judge's score.
     """
@@ -106,8 +107,11 @@ def data_columns(rows: Dataset) -> dict[str, list[float]]:
     assert set(columns) == set(DATASET_INPUTS)
     plain = rows.select_columns(["preference", "p_a", "votes_a", "votes_b", "score_a", "score_b"])
     values_of = {name: [function(row) for row in plain] for name, function in columns.items()}
-    ids = rows["id"]
-    return {name: dict(zip(ids, values, strict=True)) for name, values in values_of.items() if None not in values}  # type: ignore[misc]
+    return {
+        name: [value for value in values if value is not None]
+        for name, values in values_of.items()
+        if None not in values
+    }
 
 
 def _probability(row: dict[str, Any]) -> float | None:

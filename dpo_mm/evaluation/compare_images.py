@@ -38,27 +38,34 @@ COLLAPSE = 0.9
 """Share of the base's diversity below which a headline gain counts as over-optimised."""
 DRIFT = 0.1
 """Relative change of a picture's looks that is worth a remark, where it is significant."""
+BASE_AND_TUNED = ("base", "tuned")
 PIXELS = "pixels"
 """What stands for a judge's name beside diversity."""
 
 
 def comparisons(
-    base: ScoredImages, tuned: ScoredImages, config: CompareConfig, *, suffix: str = "", made: Sequence[str] = ()
+    base: ScoredImages,
+    tuned: ScoredImages,
+    config: CompareConfig,
+    *,
+    models: tuple[str, str] = BASE_AND_TUNED,
+    made: Sequence[str] = (),
 ) -> list[Comparison]:
     """Each judge and the diversity, tuned against base, intervals clustered by prompt; the first judge is the headline.
 
-    suffix: what is compared where it isn't plainly tuned with base; then nothing is a headline. made: judges that made
+    models: names of the two; only of base and tuned is a metric primary. made: judges that built
     the training pairs, which are marked. The sign tests' p are corrected for the number of judges.
     """
     found = [
         dataclasses.replace(
-            compare_scores(base, tuned, judge, metric=metric_of(judge) + suffix, seed=config.seed),
-            headline=judge == config.judges[0] and not suffix,
+            compare_scores(base, tuned, judge, metric=metric_of(judge), seed=config.seed),
+            headline=judge == config.judges[0] and models == BASE_AND_TUNED,
+            models=models,
             built_training_pairs=judge in made,
         )
         for judge in config.judges
     ]
-    return holm_corrected(found) + compare_diversity(base, tuned, seed=config.seed, suffix=suffix)
+    return holm_corrected(found) + compare_diversity(base, tuned, seed=config.seed, models=models)
 
 
 def compare_scores(base: ScoredImages, tuned: ScoredImages, judge: str, *, metric: str, seed: int) -> Comparison:
@@ -68,13 +75,15 @@ def compare_scores(base: ScoredImages, tuned: ScoredImages, judge: str, *, metri
     return paired(*scores, clusters=prompts, metric=metric, judge=judge, weights=weights, seed=seed)
 
 
-def compare_diversity(base: ScoredImages, tuned: ScoredImages, *, seed: int, suffix: str = "") -> list[Comparison]:
+def compare_diversity(
+    base: ScoredImages, tuned: ScoredImages, *, seed: int, models: tuple[str, str] = BASE_AND_TUNED
+) -> list[Comparison]:
     """How much pictures of a prompt differ, tuned against base; none with one sample a prompt."""
     if base.plan.samples < 2:
         return []
     names = np.array(base.plan.prompts[:: base.plan.samples])
     both = diversity(base), diversity(tuned)
-    return [paired(*both, clusters=names, metric=f"diversity{suffix}", judge=PIXELS, seed=seed)]
+    return [paired(*both, clusters=names, metric="diversity", judge=PIXELS, models=models, seed=seed)]
 
 
 def diversity(drawn: ScoredImages) -> np.ndarray:
@@ -92,7 +101,7 @@ def compare_image_statistics(base: ScoredImages, tuned: ScoredImages, *, seed: i
             clusters=prompts,
             metric=words,
             judge=IMAGE_STATISTICS,
-            neither=True,
+            direction="neutral",
             seed=seed,
         )
         for name, words in MEASURES.items()
@@ -181,8 +190,8 @@ def compare_images(
     word, notes = verdict(found), note_training_judges(found) + image_notes(found)
     if baseline:
         sft = ImageSampler(_load(config, baseline), config, gallery, baseline).generate(plan, scale=1.0, label="sft")
-        against = comparisons(sft, tuned, config, suffix=" (DPO against SFT)")
-        found += comparisons(base, sft, config, suffix=" (SFT on the chosen)") + against
+        against = comparisons(sft, tuned, config, models=("sft", "tuned"))
+        found += comparisons(base, sft, config, models=("base", "sft")) + against
         notes.insert(0, note_against_sft(against[0]))
     points = mark_recommended(list(run_sweep(studio, base, tuned)))
     notes += [advice(points)] if points else []
@@ -255,7 +264,7 @@ def image_notes(found: Sequence[Comparison]) -> list[str]:
     words = [note_diversity(one) for one in found if one.judge == PIXELS and one.verdict == "worse"]
     for one in found:
         change = one.difference / one.base if one.base else 0.0
-        if one.judge == IMAGE_STATISTICS and one.verdict == "changed" and abs(change) >= DRIFT:
+        if one.judge == IMAGE_STATISTICS and one.verdict == "differs" and abs(change) >= DRIFT:
             name = one.metric.partition(",")[0].capitalize()
             words.append(
                 f"{name} changed by {change:+.0%}: look whether that, and not what was meant, pleases a judge."

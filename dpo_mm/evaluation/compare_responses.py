@@ -36,10 +36,10 @@ def comparisons(
     tuned: ScoredResponses,
     config: CompareResponsesConfig,
     *,
-    suffix: str = "",
+    models: tuple[str, str] = ("base", "tuned"),
     made: Sequence[str] = (),
 ) -> list[Comparison]:
-    """Each judge, tuned against base; the first is the headline, unless a suffix says that something else is compared.
+    """Each judge, tuned against base; the first is primary if these are base and tuned.
 
     made: judges that made the training pairs, which are marked. The sign tests' p are corrected for the number of judges
     that have a better way.
@@ -48,17 +48,18 @@ def comparisons(
         paired_shares(
             base.shares[judge],
             tuned.shares[judge],
-            metric=metric_of(judge) + suffix,
+            metric=metric_of(judge),
+            models=models,
             judge=judge,
-            headline=judge == config.judges[0] and not suffix,
-            better=better_of(judge),
+            headline=judge == config.judges[0] and models == ("base", "tuned"),
+            direction=better_of(judge),
             seed=config.seed,
         )
         for judge in config.judges
     ]
     found = [dataclasses.replace(one, built_training_pairs=one.judge in made) for one in found]
-    tested = iter(holm_corrected([one for one in found if better_of(one.judge) != "neither"]))
-    return [one if better_of(one.judge) == "neither" else next(tested) for one in found]
+    tested = iter(holm_corrected([one for one in found if better_of(one.judge) != "neutral"]))
+    return [one if better_of(one.judge) == "neutral" else next(tested) for one in found]
 
 
 def by_category(
@@ -72,7 +73,7 @@ def by_category(
             tuned.shares[judge][names == name],
             metric=str(name),
             judge=judge,
-            better=better_of(judge),
+            direction=better_of(judge),
             seed=seed,
         )
         for name in sorted(set(names))
@@ -184,8 +185,8 @@ def compare_responses(
     notes += note_training_judges(found) + note_unconfirmed(found)
     if baseline:
         sft = generate_responses(_load(config, baseline), questions, config, base=False, title="asking SFT", keep=keep)
-        against = comparisons(sft, tuned, config, suffix=" (DPO against SFT)")
-        found += comparisons(base, sft, config, suffix=" (SFT on the chosen)") + against
+        against = comparisons(sft, tuned, config, models=("sft", "tuned"))
+        found += comparisons(base, sft, config, models=("base", "sft")) + against
         notes.append(note_against_sft(against[0]))
     notes.append(note_tokens(base, tuned))
     report = Report(

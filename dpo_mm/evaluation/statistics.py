@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-Verdict = Literal["better", "no evidence", "worse", "changed"]
-Overall = Literal["better", "no evidence", "worse", "changed", "over-optimised"]
+Verdict = Literal["better", "no evidence", "worse", "differs"]
+Direction = Literal["higher", "lower", "neutral"]
+"""Which way is better. Neutral: neither, so that a comparison can only find that the models differ."""
+Overall = Literal["better", "no evidence", "worse", "differs", "over-optimised"]
 
 LEVEL = 0.05  # two-sided, everywhere
 FEWEST_VOTES = 6  # five coins fall alike one time in sixteen: below six, no vote is evidence
@@ -29,7 +31,7 @@ DETECTABLE = 2.8  # standard errors: 1.96 for the level, 0.84 for 80 % power
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base against tuned on one metric.
+    """Two models on one metric: base and tuned, unless `models` has other names.
 
     base, tuned: means over items. difference: tuned - base, low to high its 95 % interval. n: items.
     wins, ties, losses: prompts (clusters) where tuned is better, the same, worse; p: their exact sign test.
@@ -55,6 +57,7 @@ class Comparison:
     p_holm: float | None = None
     detectable: float | None = None
     built_training_pairs: bool = False
+    models: tuple[str, str] = ("base", "tuned")
 
     @property
     def win_rate(self) -> float:
@@ -64,7 +67,7 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """The fields in their order and the win rate, as plain Python values that JSON takes."""
         fields = {name: getattr(value, "item", lambda v=value: v)() for name, value in dataclasses.asdict(self).items()}
-        return {**fields, "win_rate": self.win_rate}
+        return {**fields, "models": list(self.models), "win_rate": self.win_rate}
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,8 @@ def paired(
     metric: str,
     judge: str,
     headline: bool = False,
-    higher_is_better: bool = True,
-    neither: bool = False,
+    direction: Direction = "higher",
+    models: tuple[str, str] = ("base", "tuned"),
     weights: ArrayLike | None = None,
     seed: int = 0,
     resamples: int = 4000,
@@ -112,7 +115,7 @@ def paired(
     """Compare scores of the same prompt and seed, with a 95 % interval that resamples whole clusters.
 
     base, tuned: finite scores or booleans, (items,). clusters: id of the prompt of each, (items,). resamples: > 0.
-    neither: neither way is better, so "changed" where the interval leaves out 0. weights: of the items in both means,
+    direction: neutral gives "differs" if the interval excludes 0. models: names of the two. weights: of the items in both means,
     (items,), > 0, equal within a cluster; None: all alike.
     The sign test respects the clusters: each has one vote, the sign of its mean difference; ties have none.
     Returns "better" or "worse" only where the interval leaves out 0. It never does so where fewer than six clusters
@@ -127,14 +130,14 @@ def paired(
         for scores in (before, after)
     ]
     scale = max(np.abs(before).max(), np.abs(after).max())
-    votes = _votes(groups, scale) * (1 if higher_is_better else -1)
+    votes = _votes(groups, scale) * (-1 if direction == "lower" else 1)
     wins, losses = int((votes > 0).sum()), int((votes < 0).sum())
     low, high = _interval(groups, scale, seed, resamples)
     if wins + losses < FEWEST_VOTES:
         low, high = min(low, 0.0), max(high, 0.0)
     if min(before.min(), after.min()) >= 0 and max(before.max(), after.max()) <= 1:
         low, high = max(low, -1.0), min(high, 1.0)
-    verdict = _verdict(low, high, higher_is_better)
+    verdict = _verdict(low, high, direction)
     return Comparison(
         metric=metric,
         judge=judge,
@@ -145,13 +148,14 @@ def paired(
         low=low,
         high=high,
         n=len(before),
-        verdict="changed" if neither and verdict != "no evidence" else verdict,
+        verdict=verdict,
         wins=wins,
         ties=len(votes) - wins - losses,
         losses=losses,
         p=_sign_test(wins, losses),
         clusters=len(votes),
         detectable=DETECTABLE * groups.error,
+        models=models,
     )
 
 
@@ -162,14 +166,15 @@ def paired_shares(
     metric: str,
     judge: str,
     headline: bool = False,
-    better: Literal["higher", "lower", "neither"] = "higher",
+    direction: Direction = "higher",
+    models: tuple[str, str] = ("base", "tuned"),
     seed: int = 0,
     resamples: int = 4000,
 ) -> Comparison:
     """Compare rates that are a sum over a sum, such as CHAIR_i or character error rates, item by item.
 
     base, tuned: (items, 2), hits and what they are of; an item where either counts nothing leaves the votes, not the
-    sums. The interval resamples items, with both models' parts of each. better neither: "changed" where it leaves out 0.
+    sums. The interval resamples items, with both models' parts of each. direction: as in `paired`.
     Never so where fewer than six items differ, as in `paired`. Raises ValueError for other shapes, numbers that are
     not finite, or fewer than 2 items; a rate of nothing at all is 0. Source: as `paired`, for a ratio of sums.
     """
@@ -181,7 +186,7 @@ def paired_shares(
     each = np.column_stack([before, after])
     centre = float(_difference(*each.T))
     both = each[(before[:, 1] > 0) & (after[:, 1] > 0)]
-    votes = np.sign(both[:, 2] / both[:, 3] - both[:, 0] / both[:, 1]) * (-1 if better == "lower" else 1)
+    votes = np.sign(both[:, 2] / both[:, 3] - both[:, 0] / both[:, 1]) * (-1 if direction == "lower" else 1)
     wins, losses = int((votes > 0).sum()), int((votes < 0).sum())
     low = high = centre
     error = 0.0
@@ -201,7 +206,7 @@ def paired_shares(
         error = float(found.standard_error)
     if wins + losses < FEWEST_VOTES:
         low, high = min(low, 0.0), max(high, 0.0)
-    verdict = _verdict(low, high, better == "higher")
+    verdict = _verdict(low, high, direction)
     return Comparison(
         metric=metric,
         judge=judge,
@@ -212,13 +217,14 @@ def paired_shares(
         low=low,
         high=high,
         n=len(each),
-        verdict="changed" if better == "neither" and verdict != "no evidence" else verdict,
+        verdict=verdict,
         wins=wins,
         ties=len(each) - wins - losses,
         losses=losses,
         p=_sign_test(wins, losses),
         clusters=len(each),
         detectable=DETECTABLE * error,
+        models=models,
     )
 
 
@@ -361,10 +367,12 @@ def _interval(groups: _Clusters, scale: float, seed: int, resamples: int) -> tup
     return float(centre - (centre - result.low) * stretch), float(centre + (result.high - centre) * stretch)
 
 
-def _verdict(low: float, high: float, higher_is_better: bool) -> Verdict:
+def _verdict(low: float, high: float, direction: Direction) -> Verdict:
     if low <= 0 <= high:
         return "no evidence"
-    return "better" if (low > 0) == higher_is_better else "worse"
+    if direction == "neutral":
+        return "differs"
+    return "better" if (low > 0) == (direction == "higher") else "worse"
 
 
 def _sign_test(wins: int, losses: int) -> float:

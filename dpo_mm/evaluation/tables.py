@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RATES = re.compile(r"\b(rates?|right|share|accuracy|precision|recall|F1|CHAIR_[is])\b", re.IGNORECASE)
-BESIDE = re.compile(r" \(([^()]*\bSFT\b[^()]*)\)$")
+GROUPS = {("base", "tuned"): "", ("base", "sft"): "SFT on the chosen side", ("sft", "tuned"): "DPO against SFT"}
+"""Heading of the rows of each pair of models."""
 TONES = {"better": "good", "worse": "bad", "over-optimised": "warn"}
 
 
@@ -34,6 +35,7 @@ class Row:
 
     metric: str
     judge: str
+    group: str
     headline: bool
     base: str
     tuned: str
@@ -60,20 +62,14 @@ def terminal_table(comparisons: Sequence[Comparison]) -> Table:
     table = Table(header_style="bold", border_style="dim")
     for name in ("metric", "base", "tuned", "difference", "95 % interval", "verdict"):
         table.add_column(name, justify="left" if name in ("metric", "verdict") else "right")
-    for what, group in itertools.groupby(rows_of(comparisons), lambda row: within(row.metric)):
-        if what:
-            table.add_row(Text(what, style="italic"))
+    for heading, group in itertools.groupby(rows_of(comparisons), lambda row: row.group):
+        if heading:
+            table.add_row(Text(heading, style="italic"))
         for row in group:
-            metric = Text(BESIDE.sub("", row.metric), style="bold" if row.headline else "")
+            metric = Text(row.metric, style="bold" if row.headline else "")
             tone = {"good": "green", "bad": "red"}.get(row.tone, "dim")
             table.add_row(metric, row.base, row.tuned, row.difference, row.interval, Text(row.verdict, tone))
     return table
-
-
-def within(metric: str) -> str:
-    """Which models a metric compares where they aren't plainly base and tuned, from the brackets at its end; else ""."""
-    found = BESIDE.search(metric)
-    return found[1] if found else ""
 
 
 def is_rate(comparison: Comparison) -> bool:
@@ -101,6 +97,7 @@ def _row(one: Comparison, percent: bool, reach: float) -> Row:
     return Row(
         metric=one.metric,
         judge=one.judge,
+        group=GROUPS[one.models],
         headline=one.headline,
         base=_plain(one.base, percent, places),
         tuned=_plain(one.tuned, percent, places),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_mm.evaluation.statistics import LEVEL, Comparison, confirmed_verdict
-from dpo_mm.evaluation.tables import within
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,27 @@ def note_training_judges(found: Sequence[Comparison]) -> list[str]:
 
 
 def note_unconfirmed(found: Sequence[Comparison]) -> list[str]:
-    """Judges whose interval leaves out 0 but not their sign test, as it is or corrected for their number, in words."""
-    words = []
+    """Notes on metrics whose interval excludes 0 while the sign test, plain or after Holm's correction, confirms nothing.
+
+    Args:
+        found: comparisons of base and tuned, and others, which are ignored.
+    """
+    notes = []
     for one in found:
-        if one.p_holm is None or one.verdict == "no evidence" or within(one.metric):
+        if one.p_holm is None or one.verdict == "no evidence" or one.models != ("base", "tuned"):
             continue
-        said = f"{one.metric} is {one.verdict} by its interval, but its sign test (p {one.p:.2g}) does not"
-        if one.headline and confirmed_verdict(one) != one.verdict:
-            words.append(f"{said} say so: the verdict wants both.")
+        if confirmed_verdict(one) != one.verdict:
+            both = " A verdict needs both." if one.headline else ""
+            notes.append(
+                f"{one.metric} is {one.verdict} by its interval, but the sign test does not confirm it (p {one.p:.2g}, "
+                f"{one.wins} better, {one.losses} worse).{both}"
+            )
         elif one.p_holm > LEVEL:
-            words.append(f"{said} outlast Holm's correction for the number of judges (p {one.p_holm:.2g}).")
-    return words
+            notes.append(
+                f"{one.metric} is {one.verdict} by its interval and its sign test (p {one.p:.2g}), but not after Holm's "
+                f"correction for the number of judges (p {one.p_holm:.2g})."
+            )
+    return notes
 
 
 def note_against_sft(against: Comparison) -> str:
@@ -55,7 +64,7 @@ def note_against_sft(against: Comparison) -> str:
     words = {
         "better": f"DPO earned its keep: {against.metric} {span}.",
         "worse": f"SFT on the chosen would have done better: {against.metric} {span}. Prefer it here.",
-        "changed": f"DPO and SFT differ, neither for better: {against.metric} {span}.",
+        "differs": f"DPO and SFT differ, neither for better: {against.metric} {span}.",
         "no evidence": f"No evidence that DPO does better than SFT on the chosen here: {against.metric} {span}. SFT is cheaper.",
     }
     return words[confirmed_verdict(against)]

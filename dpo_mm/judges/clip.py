@@ -26,6 +26,7 @@ from dpo_mm.data.image_files import to_rgb
 from dpo_mm.errors import did_you_mean
 from dpo_mm.judges import JudgeName, LazyJudge
 from dpo_mm.judges.weights import Published, device, fill, find, in_batches, read_state, weights_card
+from dpo_mm.model_loading import load_module
 
 BATCH = 32
 HEAD = (0, 2, 4, 6, 7)
@@ -308,7 +309,7 @@ def transformers_tower(folder: Path, on: torch.device) -> Tower:
     import transformers as hf
 
     try:
-        model: Any = hf.CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        model: Any = load_module(hf.CLIPModel, str(folder), dtype=torch.float32)
         tokenizer: Any = hf.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]

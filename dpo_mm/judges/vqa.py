@@ -21,6 +21,7 @@ from PIL import Image
 from dpo_mm.data.image_files import to_rgb
 from dpo_mm.judges import JudgeName, LazyJudge
 from dpo_mm.judges.weights import device, in_batches, sha256
+from dpo_mm.model_loading import load_module
 
 BATCH = 8
 SHOWS = 'Does this figure show "{prompt}"? Please answer Yes or No.'
@@ -112,9 +113,7 @@ def open_vlm(source: str, revision: str | None, on: torch.device) -> Vlm:
 
     dtype: Any = torch.float32 if on.type == "cpu" else "auto"
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            source, revision=revision, dtype=dtype, use_safetensors=True
-        )
+        model: Any = load_module(AutoModelForImageTextToText, source, revision=revision, dtype=dtype)
         processor: Any = AutoProcessor.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

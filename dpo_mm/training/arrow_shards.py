@@ -71,8 +71,13 @@ def cast_columns(columns: Mapping[str, Any], precision: str, *, where: str) -> d
     found = dict(columns)
     for name, values in columns.items():
         if isinstance(values, Tensor) and values.is_floating_point():
+            if not values.isfinite().all():
+                raise ValueError(
+                    f"{where}: {name} is not finite after encoding. An encoder overflows in half precision or has broken "
+                    "weights: train with precision fp32 or bf16"
+                )
             found[name] = values.to(CACHE_DTYPES[precision])
-            if precision == "fp16" and found[name].isinf().any() and not values.isinf().any():
+            if precision == "fp16" and found[name].isinf().any():
                 largest = values.abs().max().item()
                 raise ValueError(f"{where}: {name} is too large for fp16 ({largest:.3g}); take cache_precision bf16")
     return found
@@ -126,8 +131,9 @@ def list_parts(folder: Path, kind: str) -> Iterator[Part]:
 
 def row_bytes(columns: Mapping[str, Tensor], precision: str) -> int:
     """Bytes on disk of the tensors of one row, (rows, ...) each."""
-    kept = cast_columns(columns, precision, where="a row")
-    return sum(values[0].numel() * values.element_size() for values in kept.values())
+    half = CACHE_DTYPES[precision].itemsize
+    sizes = ((v[0].numel(), half if v.is_floating_point() else v.element_size()) for v in columns.values())
+    return sum(count * size for count, size in sizes)
 
 
 def check_disk(folder: Path, wanted: int) -> int:

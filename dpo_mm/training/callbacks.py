@@ -30,6 +30,7 @@ class SkipNonFiniteStepsCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.skipped, self.consecutive_skips = 0, 0
+        self.attempted, self.skipped_last = 0, False
         self.batches: list[tuple[Sequence[str], Tensor | None, Tensor]] = []
         self.norms: tuple[list[str], Tensor] | None = None
 
@@ -48,6 +49,7 @@ class SkipNonFiniteStepsCallback(TrainerCallback):
             self.measure(model)
         assert self.norms is not None
         finite = bool(torch.isfinite(self.norms[1]).all())
+        self.attempted, self.skipped_last = self.attempted + 1, not finite
         diagnosis = "" if finite else self.diagnosis()
         self.batches, self.norms = [], None
         if finite:
@@ -123,13 +125,29 @@ class ProgressBarCallback(TrainerCallback):
 
 
 class UpdateReferenceCallback(TrainerCallback):
-    """Lets a reference follow the policy after each step."""
+    """Update a tracking reference after each step that was taken."""
 
-    def __init__(self, reference: TrackingReference) -> None:
-        self.reference = reference
+    def __init__(self, reference: TrackingReference, skips: SkipNonFiniteStepsCallback) -> None:
+        self.reference, self.skips = reference, skips
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.reference.update(state.global_step)
+        if not self.skips.skipped_last or self.reference.decay == 0:  # a copy of the policy adds nothing up
+            self.reference.update(state.global_step)
+
+
+class RestoreRewardsCallback(TrainerCallback):
+    """Undo what a skipped step added to BCO's running mean of the rewards, which one bad batch would make NaN for good."""
+
+    def __init__(self, run_state: dict[str, Any], skips: SkipNonFiniteStepsCallback) -> None:
+        self.run_state, self.skips = run_state, skips
+        self.before: dict[str, float] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = dict(self.run_state["rewards"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.skips.skipped_last:
+            self.run_state["rewards"] = self.before
 
 
 WINDOW = 10

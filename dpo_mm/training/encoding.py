@@ -271,12 +271,24 @@ def _columns(
             parts = [policy.encode_images(some[i : i + count]) for i in range(0, len(rows), count)]
             facts = policy.size_conditioning(some)
         columns[f"{side}_mean"] = torch.cat([mean for mean, _ in parts])
+        _refuse_non_finite(columns[f"{side}_mean"], rows, side)
         if side != "source":
             columns[f"{side}_std"] = torch.cat([std for _, std in parts])
             columns |= {f"{side}_{name}": fact for name, fact in facts.items()}
     for name, values in optional.items():
-        columns[name] = [values[row["id"]] for row in rows]
+        columns[name] = [values[row["number"]] for row in rows]
     return columns
+
+
+def _refuse_non_finite(latents: torch.Tensor, rows: Sequence[dict[str, Any]], side: str) -> None:
+    """Raise ValueError for latents that are not finite. A half-precision autoencoder that overflows gives them."""
+    finite = latents.flatten(1).isfinite().all(1)
+    if not finite.all():
+        row = rows[int((~finite).nonzero()[0])]["id"]
+        raise ValueError(
+            f"row {row}: the latents of its {side} image are not finite numbers. The autoencoder overflows in half precision "
+            "or has broken weights: train with precision fp32 or bf16"
+        )
 
 
 def _write(path: Path, text: str) -> None:

@@ -51,12 +51,11 @@ class PairStream(Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         number, second = divmod(number, 2) if self.antithetic else (number, 0)
         round_, row = self._ungrouped(number) if len(buckets_of(self.rows)) == 1 else self._in_bucket(number)
-        return self.row_at_epoch(
-            row,
-            round_ % self.num_fixed_draws if self.num_fixed_draws else round_,
-            number=number,
-            sign=-1 if second else 1,
-        )
+        visit = round_ % self.num_fixed_draws if self.num_fixed_draws else round_
+        found = self.row_at_epoch(row, visit, number=number, sign=-1 if second else 1)
+        if not self.shuffle:  # evaluation: rows that only fill up a batch count for nothing
+            found["number"] = number if round_ < self.num_fixed_draws else -1
+        return found
 
     def row_at_epoch(self, row: int, visit: int, *, number: int = 0, sign: int = 1) -> dict[str, Any]:
         """A row at one of its visits. number: its place in the stream, which strata go by unless draws are fixed."""

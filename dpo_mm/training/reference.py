@@ -100,6 +100,7 @@ class TrackingReference:
     def _swap(self) -> None:
         for name, parameter in self.trained.items():
             parameter.data, self.kept[name] = self.kept[name], parameter.data
+        torch.clear_autocast_cache()  # it holds half-precision copies by parameter, not by the parameter's data
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -99,6 +99,12 @@ def train(config: TrainConfig) -> TrainResult:
             )
         if watched is not None and not any("eval_loss" in e and e["step"] == config.steps for e in history):
             trainer.evaluate()
+    skips = trainer.skip_callback
+    if not checkpoint and skips.skipped and skips.skipped == skips.attempted:
+        raise FloatingPointError(
+            f"none of the {skips.skipped} steps had a finite gradient, so nothing was trained or written. "
+            "Lower learning_rate or beta, take precision bf16 or fp32, and look for broken rows"
+        )
     trainer.save_result()
     if trainer.is_world_process_zero():
         name = Path(config.output_dir).name

@@ -28,6 +28,7 @@ from dpo_mm.training.builders import DEFAULT_SLACK, build_loss, required_inputs,
 from dpo_mm.training.callbacks import (
     ChosenErrorWarning,
     ChosenLikelihoodWarning,
+    RestoreRewardsCallback,
     SkipNonFiniteStepsCallback,
     UpdateReferenceCallback,
 )
@@ -83,9 +84,10 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.skip_callback = SkipNonFiniteStepsCallback()
         self.add_callback(self.skip_callback)
+        self.add_callback(RestoreRewardsCallback(self.run_state, self.skip_callback))
         self.add_callback(ChosenLikelihoodWarning() if policy.modality == "text" else ChosenErrorWarning())
         if isinstance(self.reference, TrackingReference):
-            self.add_callback(UpdateReferenceCallback(self.reference))
+            self.add_callback(UpdateReferenceCallback(self.reference, self.skip_callback))
 
     def _shard(self, model: nn.Module) -> None:
         """Spread a frozen copy over the processes, as the model itself will be. Raises ValueError under FSDP1."""
@@ -124,7 +126,7 @@ class PreferenceTrainer(Trainer):
         if evaluating:
             by_noise = "level" in inputs and reference_logps is not None
             quartiles = split_by_noise_quartile(metrics, inputs["level"]) if by_noise else {}
-            self._metrics["eval"].append(metrics | quartiles)
+            self._metrics["eval"].append(metrics | quartiles | {k: inputs[k] for k in ("number",) if k in inputs})
         else:
             self.skip_callback.record_batch(inputs["id"], inputs.get("timestep"), losses)
             self._metrics["train"].append(metrics)
@@ -167,19 +169,35 @@ class PreferenceTrainer(Trainer):
                 self.run_state["rewards"] = {"mean": shift.item(), "count": count + 2.0 * len(chosen)}
         return statistics
 
-    def _averages(self, split: str) -> dict[str, float]:
-        """Mean of each metric since the last call, over all processes."""
-        batches, self._metrics[split] = self._metrics[split], []
+    def _eval_averages(self) -> dict[str, float]:
+        """Mean of each metric over the evaluation rows, each counted once.
+
+        With several processes, accelerate repeats the first rows to fill up the last batch. With buckets, so does the
+        stream. The rows' numbers tell them apart.
+        """
+        batches, self._metrics["eval"] = self._metrics["eval"], []
+        names = list(batches[0])
+        values = torch.stack([torch.cat([batch[name].double() for batch in batches]) for name in names], dim=1)
+        padded = self.accelerator.pad_across_processes(values, pad_index=-1)
+        gathered = self.accelerator.gather(padded)[:, :].cpu()  # type: ignore[index]
+        numbers = gathered[:, names.index("number")].long().tolist()
+        first = {number: place for place, number in reversed(list(enumerate(numbers))) if number >= 0}
+        means = gathered[[first[number] for number in sorted(first)]].nanmean(0).tolist()
+        metrics = dict(zip(names, means, strict=True))
+        return {k: v for k, v in metrics.items() if k != "number" and ("_quartile" not in k or not math.isnan(v))}
+
+    def _train_averages(self) -> dict[str, float]:
+        """Mean of each metric over the training batches since the last log, over all processes."""
+        batches, self._metrics["train"] = self._metrics["train"], []
         if not batches:
             return {}
         stacked = torch.stack([torch.cat([batch[name] for batch in batches]) for name in batches[0]])
         means = self.accelerator.gather(stacked.nanmean(1)[None]).nanmean(0)  # type: ignore[union-attr]
-        metrics = dict(zip(batches[0], means.tolist(), strict=True))
-        return {name: value for name, value in metrics.items() if "_quartile" not in name or not math.isnan(value)}
+        return dict(zip(batches[0], means.tolist(), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._averages("train")}
+            logs = {**logs, **self._train_averages()}
             if self.skip_callback.skipped:
                 logs["skipped_steps"] = float(self.skip_callback.skipped)
         super().log(logs, start_time)
@@ -192,7 +210,7 @@ class PreferenceTrainer(Trainer):
         for batch in self.get_eval_dataloader():
             self.compute_loss(model, self._prepare_inputs(batch))
         model.train()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages("eval").items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._eval_averages().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics

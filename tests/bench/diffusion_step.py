@@ -288,10 +288,12 @@ def ours(policy: Any, config: TrainConfig, rows: Any, parts: Parts) -> Step:
     """Our step: rows from disk, the trainer's own loss."""
     draws = config.fixed_draws_per_row
     if config.reference == "precomputed":
-        rows = precompute_reference_log_probs(policy, PairStream(rows, seed=0, length=len(rows), draws=draws), config)
+        rows = precompute_reference_log_probs(
+            policy, PairStream(rows, seed=0, length=len(rows), num_fixed_draws=draws), config
+        )
     trainer = PreferenceTrainer(policy, config, rows)
     policy.model.train()
-    stream = PairStream(rows, seed=0, length=10**9, draws=draws, shuffle=False)
+    stream = PairStream(rows, seed=0, length=10**9, num_fixed_draws=draws, shuffle=False)
     asked, asks = trainer.reference, policy.log_probs
     visit = 0
 

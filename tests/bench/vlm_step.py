@@ -67,7 +67,7 @@ def ours(shape: Shape, rows: list[dict[str, Any]], tokens: int, **options: Any) 
         encoded = policy.cache_vision_features(encoded)
     if reference == "precomputed":
         encoded = precompute_reference_log_probs(
-            policy, PairStream(encoded, seed=0, length=len(encoded), draws=1), config
+            policy, PairStream(encoded, seed=0, length=len(encoded), num_fixed_draws=1), config
         )
     trainer = PreferenceTrainer(policy, config, encoded)
     policy.model.train()

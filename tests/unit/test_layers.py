@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
-    {"__version__", "worlds", "config", "config_parsing", "errors", "progress", "resumable", "assets"},
+    {"__version__", "worlds", "config", "config_parsing", "errors", "progress", "resumable", "assets", "model_loading"},
     {"objectives"},
     {"data"},
     {"policies", "judges", "sources", "doctor"},

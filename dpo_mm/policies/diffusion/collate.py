@@ -55,6 +55,8 @@ def collate(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> Batch:
     for name in DATASET_INPUTS:
         if name in rows[0]:
             batch[name] = torch.tensor([float(row[name]) for row in rows])
+    if "number" in rows[0]:
+        batch["number"] = torch.tensor([row["number"] for row in rows])
     for name in ("reference_chosen", "reference_rejected"):
         if name in rows[0]:
             batch[name] = torch.stack([row[name][row["visit"]] for row in rows])

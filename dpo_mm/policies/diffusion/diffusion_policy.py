@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.model_loading import load_module, load_pipeline
 from dpo_mm.objectives import LogProbs, sdpo_lambda_image
 from dpo_mm.policies.adapters import (
     LORA_FILE,
@@ -103,7 +104,7 @@ class DiffusionPolicy:
         """The stock pipeline."""
         from diffusers import DiffusionPipeline
 
-        return DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True)
+        return load_pipeline(DiffusionPipeline, source, revision=revision, dtype=dtype)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
         """What the denoiser is told of each prompt, on the CPU."""
@@ -332,7 +333,7 @@ class DiffusionPolicy:
         if has_lora(self.model):
             read_lora(self.model, self.denoiser, folder / LORA_FILE)
         else:
-            stored = type(self.model).from_pretrained(folder / self.denoiser, use_safetensors=True)  # type: ignore[attr-defined]
+            stored = load_module(type(self.model), str(folder / self.denoiser))
             self.model.load_state_dict(stored.state_dict())
 
     def usage_snippet(self, base: str, folder: str) -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
+from dpo_mm.model_loading import load_module
 from dpo_mm.policies.adapters import LORA_FILE, has_lora, lora_scaled
 
 if TYPE_CHECKING:
@@ -22,8 +23,7 @@ def load_adapter(policy: DiffusionPolicy, folder: Path) -> None:
         policy.pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="tuned")
     elif (folder / policy.denoiser).is_dir():
         policy.base_denoiser = policy.model
-        denoiser: Any = type(policy.model)
-        tuned = denoiser.from_pretrained(folder / policy.denoiser, dtype=policy.dtype, use_safetensors=True)
+        tuned = load_module(type(policy.model), str(folder / policy.denoiser), dtype=policy.dtype)
         setattr(policy.pipe, policy.denoiser, tuned.to(policy.device))
     else:
         raise ValueError(f"adapter {str(folder)!r}: neither {LORA_FILE} nor a folder {policy.denoiser}/ there")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_mm.model_loading import load_pipeline
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 OPTIONAL = ("text_encoder_3", "tokenizer_3")
@@ -38,9 +39,8 @@ class StableDiffusion3(DiffusionPolicy):
 
         folder = Path(source)
         left_out = [part for part in OPTIONAL if folder.is_dir() and not (folder / part).is_dir()]
-        return StableDiffusion3Pipeline.from_pretrained(
-            source, revision=revision, dtype=dtype, use_safetensors=True, **dict.fromkeys(left_out)
-        )
+        unused: dict[str, Any] = dict.fromkeys(left_out)
+        return load_pipeline(StableDiffusion3Pipeline, source, revision=revision, dtype=dtype, **unused)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_mm.model_loading import load_pipeline
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 
@@ -23,14 +24,8 @@ class StableDiffusion(DiffusionPolicy):
     def open(cls, source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
         from diffusers import StableDiffusionPipeline
 
-        return StableDiffusionPipeline.from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
+        unused = {"safety_checker": None, "requires_safety_checker": False}
+        return load_pipeline(StableDiffusionPipeline, source, revision=revision, dtype=dtype, **unused)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:

@@ -283,6 +283,8 @@ def collate(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
     for name in DATASET_INPUTS:
         if all(name in row for row in rows):
             batch[name] = torch.tensor([float(row[name]) for row in rows])
+    if "number" in rows[0]:
+        batch["number"] = torch.tensor([row["number"] for row in rows])
     if "corrupted_images" in rows[0]:
         batch["corrupted"] = collate([_corrupted_row(row) for row in rows], pad)
     for name in ("reference_chosen", "reference_rejected"):

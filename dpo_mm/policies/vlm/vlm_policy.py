@@ -22,6 +22,7 @@ from torch import nn
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import Response
+from dpo_mm.model_loading import load_module
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies.adapters import refuse_pickle
 from dpo_mm.policies.protocol import Batch
@@ -99,7 +100,7 @@ class VisionLanguage:
         except (OSError, ValueError) as error:
             raise ValueError(f"model {source!r} can't be opened: {' '.join(str(error).split())[:300]}") from error
         model_class, processor_class = classes_of(config, source)
-        core = model_class.from_pretrained(source, revision=revision, dtype=DTYPES[precision], use_safetensors=True)
+        core = load_module(model_class, source, revision=revision, dtype=DTYPES[precision])
         core.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         return cls(core, processor_class.from_pretrained(source, revision=revision), source, **options)
 
@@ -305,7 +306,7 @@ class VisionLanguage:
             if result.unexpected_keys or missing:
                 raise ValueError(f"{folder}: {(result.unexpected_keys + missing)[0]} does not fit this model's LoRA")
         else:
-            stored = type(self.model).from_pretrained(folder, use_safetensors=True)
+            stored = load_module(type(self.model), str(folder))
             self.model.load_state_dict(stored.state_dict())
 
     def load_adapter(self, folder: str | Path) -> None:
@@ -318,7 +319,7 @@ class VisionLanguage:
             self.model = PeftModel.from_pretrained(self.base_model, str(folder)).eval()
         elif (folder / "config.json").exists():
             self.base = self.base_model
-            tuned = type(self.base).from_pretrained(folder, dtype=self.base.dtype, use_safetensors=True)
+            tuned = load_module(type(self.base), str(folder), dtype=self.base.dtype)
             self.model = tuned.to(self.base.device).eval()
         else:
             raise ValueError(f"adapter {str(folder)!r}: neither {ADAPTER_FILE} nor config.json there")

@@ -145,7 +145,7 @@ def test_a_comparison_writes_its_report(tiny_model: str, tmp_path: Path) -> None
     assert all(wanted <= one.keys() for one in kept["comparisons"])
     first = kept["comparisons"][0]
     assert first["difference"] == pytest.approx(first["tuned"] - first["base"]) and first["difference"] != 0
-    against = next(one for one in kept["comparisons"] if "DPO against SFT" in one["metric"])
+    against = next(one for one in kept["comparisons"] if one["models"] == ["sft", "tuned"])
     assert against["difference"] == 0 and "SFT is cheaper" in outcome.notes[0]
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "metrics.json", "contact_sheet.png"}
     assert "&lt;b&gt;t&lt;/b&gt;" in outcome.report.read_text()

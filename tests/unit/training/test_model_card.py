@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -43,7 +44,10 @@ def test_results_are_replaced(tmp_path: Path) -> None:
     config = TrainConfig(model="some/reader", pairs="p.parquet", output_dir=str(tmp_path))
     write_card(config, {"objective": "dpo"}, text=True)
     for tuned in (0.4, 0.3):
-        found = [one("character error rate", tuned), one("character error rate (SFT on the chosen)", 0.9)]
+        found = [
+            one("character error rate", tuned),
+            dataclasses.replace(one("SFT's error rate", 0.9), models=("base", "sft")),
+        ]
         path = add_results(tmp_path, found, verdict="better", command="dpo-mm compare")
     assert path is not None
     card = path.read_text()
