@@ -149,8 +149,8 @@ def open_clip_tower(architecture: str, path: Path, preprocessing: Preprocessing,
 
     logging.disable(logging.WARNING)  # open_clip warns about random weights, which load_weights replaces
     try:
-        random_model: Any = open_clip.create_model(architecture, load_weights=False, pretrained_text=False)
         tokenize = open_clip.get_tokenizer(architecture)
+        random_model: Any = open_clip.create_model(architecture, load_weights=False, pretrained_text=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"the text tower of {architecture} cannot be opened ({shorten(error)})") from error
     finally:
