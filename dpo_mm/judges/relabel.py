@@ -377,7 +377,7 @@ def _summary(
 
 
 def _agreement(scores: np.ndarray, given: np.ndarray) -> dict[str, int]:
-    """How often a judge agrees with the dataset's label, of the pairs that both decide, and how often it scores equally."""
+    """Counts of pairs on which a judge agrees with the dataset's label, of those that both decide, and of equal scores."""
     gaps = scores[:, 0] - scores[:, 1]
     both = (given != 0.5) & (gaps != 0) & ~np.isnan(gaps)
     return {
