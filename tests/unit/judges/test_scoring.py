@@ -177,7 +177,7 @@ def test_judge_command_scores_and_runs_the_self_test(config: JudgeConfig) -> Non
     assert done.exit_code == 1 and "FAIL  same scores in batches" in done.stdout
     assert run(app, ["judge", "faithfulness", "--self-test"]).exit_code == 0
     done = run(app, ["judge", config.judge, "--images", config.images, "--output", config.output])
-    assert done.exit_code == 0 and "4 pictures, mean" in done.stdout and "1 without a score" in done.stdout
+    assert done.exit_code == 0 and "4 images, mean" in done.stdout and "1 without a score" in done.stdout
     assert "images missing" in str(run(app, ["judge", "faithfulness"]).exception)
 
 
