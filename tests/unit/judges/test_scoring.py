@@ -110,7 +110,7 @@ def test_sigterm_ends_it_well_and_it_goes_on(config: JudgeConfig) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     ended = process.wait(timeout=120)
-    assert ended.returncode == 143 and "the same command goes on from there" in ended.stderr
+    assert ended.returncode == 143 and "the same command resumes" in ended.stderr
     kept = sorted(Path(f"{config.output}.parts").glob("shard-*"))
     assert 0 < len(kept) < 5 and not Path(config.output).exists()
     times = [path.stat().st_mtime_ns for path in kept]
@@ -172,7 +172,7 @@ def test_the_command_scores_and_says_what_is_wrong_with_a_judge(config: JudgeCon
     assert done.exit_code == 1 and "FAIL  batches don't matter" in done.stdout
     assert run(app, ["judge", "faithfulness", "--self-test"]).exit_code == 0
     done = run(app, ["judge", config.judge, "--images", config.images, "--output", config.output])
-    assert done.exit_code == 0 and "4 pictures, mean" in done.stdout and "1 without a score" in done.stdout
+    assert done.exit_code == 0 and "4 images, mean" in done.stdout and "1 without a score" in done.stdout
     assert "images missing" in str(run(app, ["judge", "faithfulness"]).exception)
 
 
