@@ -69,7 +69,9 @@ def load_page(name: str) -> Any:
 
 
 def serve(build: Callable[[], DemoPage], *, port: int | None = None) -> None:
-    """Serve a page until it is interrupted, from a temporary empty folder, so that the server cannot reach your files.
+    """Serve a page from a temporary empty folder until it is interrupted.
+
+    The empty folder keeps your files out of reach of the server.
 
     Args:
         build: builds the page. It is called in the empty folder, so it must refer to other files by absolute path.

@@ -29,7 +29,8 @@ CHECKS: dict[str, CheckSpec] = {
     ),
     "labels-against-evidence": CheckSpec(
         "Labels that contradict the row's own votes or scores",
-        "A tie may have become a win, or a and b were swapped. Import the dataset again, or set preference from the votes.",
+        "A tie may have become a win, or a and b were swapped. Import the dataset again, "
+        "or set preference from the votes.",
     ),
     "contradictory-labels": CheckSpec(
         "The same pair with opposite winners",
@@ -95,7 +96,8 @@ CHECKS: dict[str, CheckSpec] = {
     ),
     "file-size-shortcut": CheckSpec(
         "File size predicts the winner",
-        "Encode both images alike. If the finding stays, annotators prefer detail. Decide whether you want to train on that.",
+        "Encode both images alike. If the finding stays, annotators prefer detail. "
+        "Decide whether you want to train on that.",
         IMAGES,
     ),
     "colour-shortcut": CheckSpec(
@@ -125,7 +127,8 @@ CHECKS: dict[str, CheckSpec] = {
     ),
     "trivial-features": CheckSpec(
         "A logistic regression on trivial features predicts the label",
-        "A model can predict these labels without learning your preference. Balance the features listed here, then run again.",
+        "A model can predict these labels without learning your preference. "
+        "Balance the features listed here, then run again.",
         severity="warning",
     ),
     "empty-responses": CheckSpec(

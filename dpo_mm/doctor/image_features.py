@@ -12,7 +12,7 @@ from PIL import Image
 from dpo_mm.data.image_files import decode_image, image_bytes
 
 FEATURES = ("resolution", "aspect", "bytes", "png", "jpeg", "webp", "brightness", "contrast", "saturation")
-"""Features of an image: logs of pixels, of width over height and of bytes; one indicator per format; colour on 0 to 1."""
+"""Features of an image: logs of pixels, aspect ratio and bytes. 1 for its format. Brightness and colour from 0 to 1."""
 SMALL_SIZE, THUMBNAIL_SIZE = 64, 4
 
 

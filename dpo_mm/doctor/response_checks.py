@@ -17,7 +17,7 @@ from dpo_mm.doctor.shortcuts import run_sign_test
 from dpo_mm.progress import progress_bar
 
 FEATURES = ("length", "list items", "headings", "bold", "code", "lines", "refusal", "unfinished end")
-"""Features of a response: log of its characters, logs of counts of markup, 1 for a refusal, 1 for no punctuation at the end."""
+"""Features of a response: logs of its length and of counts of markup. 1 for a refusal, 1 if it ends in a letter or digit."""
 TOKENS = re.compile(
     r"<image(?:_\d+)?>|<img>|\[IMG\]|<\|?(?:image|image_pad|vision_start|vision_end|im_start|im_end|eot_id|endoftext"
     r"|start_header_id)\|?>|<start_of_turn>|<end_of_turn>|\[/?INST\]",

@@ -52,7 +52,13 @@ def run_sign_test(differences: np.ndarray, groups: np.ndarray) -> ShortcutTest:
 
 
 class RegressionTest(NamedTuple):
-    """Result of the regression test. weights: (features,). scores: (pairs,), above 0 if the winner is predicted correctly."""
+    """Result of the regression test.
+
+    Args:
+        test: sign test of the scores.
+        weights: weights of the standardised features, (features,).
+        scores: cross-validated scores, (pairs,), above 0 if the winner is predicted correctly.
+    """
 
     test: ShortcutTest
     weights: np.ndarray

@@ -452,7 +452,9 @@ def test_examine_unreadable_dataset_raises_with_its_name(tmp_path: Path) -> None
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"caption": ["x"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet: has columns caption\. Expected prompt, image_a, .*dpo-mm import"):
+    with pytest.raises(
+        ValueError, match=r"x\.parquet: has columns caption\. Expected prompt, image_a, .*dpo-mm import"
+    ):
         examine(str(tmp_path / "x.parquet"))
     with pytest.raises(ValueError, match="no such file or folder"):
         examine(str(tmp_path / "y.parquet"))
