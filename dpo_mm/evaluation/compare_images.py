@@ -19,7 +19,14 @@ from dpo_mm.evaluation.image_sampling import ImageSampler, SamplingPlan, ScoredI
 from dpo_mm.evaluation.image_statistics import IMAGE_STATISTICS, MEASURES, pairwise_distance
 from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, ImageStore
 from dpo_mm.evaluation.report import Example, Report, write_report
-from dpo_mm.evaluation.statistics import Comparison, confirmed_verdict, holm_corrected, paired, run_verdict
+from dpo_mm.evaluation.statistics import (
+    BASE_AND_TUNED,
+    Comparison,
+    confirmed_verdict,
+    holm_corrected,
+    paired,
+    run_verdict,
+)
 from dpo_mm.evaluation.sweep import SweepPoint, advice, mark_recommended
 from dpo_mm.evaluation.verdict import (
     CompareResult,
@@ -43,38 +50,53 @@ PIXELS = "pixels"
 
 
 def comparisons(
-    base: ScoredImages, tuned: ScoredImages, config: CompareConfig, *, suffix: str = "", made: Sequence[str] = ()
+    base: ScoredImages,
+    tuned: ScoredImages,
+    config: CompareConfig,
+    *,
+    models: tuple[str, str] = BASE_AND_TUNED,
+    training_judges: Sequence[str] = (),
 ) -> list[Comparison]:
     """Each judge and the diversity, tuned against base, intervals clustered by prompt; the first judge is the headline.
 
-    suffix: what is compared where it isn't plainly tuned with base; then nothing is a headline. made: judges that made
+    models: names of the two; nothing is a headline unless they are base and tuned. training_judges: judges that made
     the training pairs, which are marked. The sign tests' p are corrected for the number of judges.
     """
     found = [
         dataclasses.replace(
-            compare_scores(base, tuned, judge, metric=metric_of(judge) + suffix, seed=config.seed),
-            headline=judge == config.judges[0] and not suffix,
-            built_training_pairs=judge in made,
+            compare_scores(base, tuned, judge, metric=metric_of(judge), seed=config.seed, models=models),
+            headline=judge == config.judges[0] and models == BASE_AND_TUNED,
+            built_training_pairs=judge in training_judges,
         )
         for judge in config.judges
     ]
-    return holm_corrected(found) + compare_diversity(base, tuned, seed=config.seed, suffix=suffix)
+    return holm_corrected(found) + compare_diversity(base, tuned, seed=config.seed, models=models)
 
 
-def compare_scores(base: ScoredImages, tuned: ScoredImages, judge: str, *, metric: str, seed: int) -> Comparison:
+def compare_scores(
+    base: ScoredImages,
+    tuned: ScoredImages,
+    judge: str,
+    *,
+    metric: str,
+    seed: int,
+    models: tuple[str, str] = BASE_AND_TUNED,
+) -> Comparison:
     """One judge, tuned against base."""
     prompts, weights = np.array(base.plan.prompts), base.plan.weights
     scores = base.scores[judge], tuned.scores[judge]
-    return paired(*scores, clusters=prompts, metric=metric, judge=judge, weights=weights, seed=seed)
+    return paired(*scores, clusters=prompts, metric=metric, judge=judge, models=models, weights=weights, seed=seed)
 
 
-def compare_diversity(base: ScoredImages, tuned: ScoredImages, *, seed: int, suffix: str = "") -> list[Comparison]:
+def compare_diversity(
+    base: ScoredImages, tuned: ScoredImages, *, seed: int, models: tuple[str, str] = BASE_AND_TUNED
+) -> list[Comparison]:
     """How much pictures of a prompt differ, tuned against base; none with one sample a prompt."""
     if base.plan.samples < 2:
         return []
     names = np.array(base.plan.prompts[:: base.plan.samples])
     both = diversity(base), diversity(tuned)
-    return [paired(*both, clusters=names, metric=f"diversity{suffix}", judge=PIXELS, seed=seed)]
+    return [paired(*both, clusters=names, metric="diversity", judge=PIXELS, models=models, seed=seed)]
 
 
 def diversity(drawn: ScoredImages) -> np.ndarray:
@@ -92,7 +114,7 @@ def compare_image_statistics(base: ScoredImages, tuned: ScoredImages, *, seed: i
             clusters=prompts,
             metric=words,
             judge=IMAGE_STATISTICS,
-            neither=True,
+            direction="neutral",
             seed=seed,
         )
         for name, words in MEASURES.items()
@@ -176,13 +198,13 @@ def compare_images(
     studio = ImageSampler(_load(config, config.adapter), config, gallery, config.adapter)
     base = studio.generate(plan, scale=0.0, label="base")
     tuned = studio.generate(plan, scale=1.0, label="tuned") if config.adapter else base
-    found = comparisons(base, tuned, config, made=made)
+    found = comparisons(base, tuned, config, training_judges=made)
     found += compare_image_statistics(base, tuned, seed=config.seed)
     word, notes = verdict(found), note_training_judges(found) + image_notes(found)
     if baseline:
         sft = ImageSampler(_load(config, baseline), config, gallery, baseline).generate(plan, scale=1.0, label="sft")
-        against = comparisons(sft, tuned, config, suffix=" (DPO against SFT)")
-        found += comparisons(base, sft, config, suffix=" (SFT on the chosen)") + against
+        against = comparisons(sft, tuned, config, models=("sft", "tuned"))
+        found += comparisons(base, sft, config, models=("base", "sft")) + against
         notes.insert(0, note_against_sft(against[0]))
     points = mark_recommended(list(run_sweep(studio, base, tuned)))
     notes += [advice(points)] if points else []
@@ -255,7 +277,7 @@ def image_notes(found: Sequence[Comparison]) -> list[str]:
     words = [note_diversity(one) for one in found if one.judge == PIXELS and one.verdict == "worse"]
     for one in found:
         change = one.difference / one.base if one.base else 0.0
-        if one.judge == IMAGE_STATISTICS and one.verdict == "changed" and abs(change) >= DRIFT:
+        if one.judge == IMAGE_STATISTICS and one.verdict == "differs" and abs(change) >= DRIFT:
             name = one.metric.partition(",")[0].capitalize()
             words.append(
                 f"{name} changed by {change:+.0%}: look whether that, and not what was meant, pleases a judge."

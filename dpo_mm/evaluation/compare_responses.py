@@ -13,7 +13,15 @@ from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.evaluation.report import Report, TextExample, write_report
 from dpo_mm.evaluation.response_sampling import ANSWERS, ScoredResponses, generate_responses, score_responses
-from dpo_mm.evaluation.statistics import Comparison, holm_corrected, mcnemar, paired_shares, rate_interval, run_verdict
+from dpo_mm.evaluation.statistics import (
+    BASE_AND_TUNED,
+    Comparison,
+    holm_corrected,
+    mcnemar,
+    paired_shares,
+    rate_interval,
+    run_verdict,
+)
 from dpo_mm.evaluation.verdict import (
     CompareResult,
     note_against_sft,
@@ -36,29 +44,30 @@ def comparisons(
     tuned: ScoredResponses,
     config: CompareResponsesConfig,
     *,
-    suffix: str = "",
-    made: Sequence[str] = (),
+    models: tuple[str, str] = BASE_AND_TUNED,
+    training_judges: Sequence[str] = (),
 ) -> list[Comparison]:
-    """Each judge, tuned against base; the first is the headline, unless a suffix says that something else is compared.
+    """Each judge, tuned against base; the first is the headline, unless the models are others than base and tuned.
 
-    made: judges that made the training pairs, which are marked. The sign tests' p are corrected for the number of judges
+    models: names of the two. training_judges: judges that made the training pairs, which are marked. The sign tests' p are corrected for the number of judges
     that have a better way.
     """
     found = [
         paired_shares(
             base.shares[judge],
             tuned.shares[judge],
-            metric=metric_of(judge) + suffix,
+            metric=metric_of(judge),
             judge=judge,
-            headline=judge == config.judges[0] and not suffix,
-            better=better_of(judge),
+            headline=judge == config.judges[0] and models == BASE_AND_TUNED,
+            direction=better_of(judge),
+            models=models,
             seed=config.seed,
         )
         for judge in config.judges
     ]
-    found = [dataclasses.replace(one, built_training_pairs=one.judge in made) for one in found]
-    tested = iter(holm_corrected([one for one in found if better_of(one.judge) != "neither"]))
-    return [one if better_of(one.judge) == "neither" else next(tested) for one in found]
+    found = [dataclasses.replace(one, built_training_pairs=one.judge in training_judges) for one in found]
+    tested = iter(holm_corrected([one for one in found if better_of(one.judge) != "neutral"]))
+    return [one if better_of(one.judge) == "neutral" else next(tested) for one in found]
 
 
 def by_category(
@@ -72,7 +81,7 @@ def by_category(
             tuned.shares[judge][names == name],
             metric=str(name),
             judge=judge,
-            better=better_of(judge),
+            direction=better_of(judge),
             seed=seed,
         )
         for name in sorted(set(names))
@@ -177,15 +186,15 @@ def compare_responses(
     policy = _load(config, config.adapter)
     base = generate_responses(policy, questions, config, base=True, title="asking the base", keep=keep)
     tuned = generate_responses(policy, questions, config, base=False, title="asking the tuned", keep=keep)
-    found = comparisons(base, tuned, config, made=made)
+    found = comparisons(base, tuned, config, training_judges=made)
     guards = [one for one in found if one.judge in config.guards]
     headline, word = config.judges[0], run_verdict(found[0], guards)
     notes = [note_counts(base, tuned, headline), history and beta and note_chosen_log_prob(history, beta)]
     notes += note_training_judges(found) + note_unconfirmed(found)
     if baseline:
         sft = generate_responses(_load(config, baseline), questions, config, base=False, title="asking SFT", keep=keep)
-        against = comparisons(sft, tuned, config, suffix=" (DPO against SFT)")
-        found += comparisons(base, sft, config, suffix=" (SFT on the chosen)") + against
+        against = comparisons(sft, tuned, config, models=("sft", "tuned"))
+        found += comparisons(base, sft, config, models=("base", "sft")) + against
         notes.append(note_against_sft(against[0]))
     notes.append(note_tokens(base, tuned))
     report = Report(

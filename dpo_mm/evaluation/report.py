@@ -24,7 +24,7 @@ from dpo_mm.evaluation.contact_sheet import PIXELATED, Example, contact_sheet, e
 from dpo_mm.evaluation.marked_text import TextExample, text_spans
 from dpo_mm.evaluation.statistics import LEVEL, Comparison
 from dpo_mm.evaluation.sweep import RULE, SweepPoint, advice
-from dpo_mm.evaluation.tables import TONES, Row, is_rate, rows_of, terminal_table, within
+from dpo_mm.evaluation.tables import TONES, Row, is_rate, rows_of, terminal_table
 from dpo_mm.resumable import atomic_write
 
 __all__ = [
@@ -103,7 +103,7 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(picture=_picture, pieces=text_spans, mark=mark_of, within=within)
+    environment.globals.update(picture=_picture, pieces=text_spans, mark=mark_of)
     template = environment.from_string(resources.files("dpo_mm.evaluation").joinpath("report.html").read_text("utf-8"))
     percent = is_rate(report.headline)
     rows = rows_of(report.comparisons)

@@ -13,15 +13,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-Verdict = Literal["better", "no evidence", "worse", "changed"]
-Overall = Literal["better", "no evidence", "worse", "changed", "over-optimised"]
+Direction = Literal["higher", "lower", "neutral"]
+Verdict = Literal["better", "no evidence", "worse", "differs"]
+Overall = Literal["better", "no evidence", "worse", "differs", "over-optimised"]
 
+BASE_AND_TUNED: tuple[str, str] = ("base", "tuned")
 LEVEL = 0.05  # two-sided, everywhere
 FEWEST_VOTES = 6  # five coins fall alike one time in sixteen: below six, no vote is evidence
 DETECTABLE = 2.8  # standard errors: 1.96 for the level, 0.84 for 80 % power
@@ -35,6 +37,7 @@ class Comparison:
     wins, ties, losses: prompts (clusters) where tuned is better, the same, worse; p: their exact sign test.
     p_holm: the same corrected for the judges (or categories) that stand beside it; None where it stands alone.
     detectable: the smallest true difference found with 80 % power here. built_training_pairs: this judge made the training pairs.
+    models: the two that are compared, of "base", "tuned" and "sft"; the first is in `base`, the second in `tuned`.
     """
 
     metric: str
@@ -55,6 +58,7 @@ class Comparison:
     p_holm: float | None = None
     detectable: float | None = None
     built_training_pairs: bool = False
+    models: tuple[str, str] = BASE_AND_TUNED
 
     @property
     def win_rate(self) -> float:
@@ -64,7 +68,7 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """The fields in their order and the win rate, as plain Python values that JSON takes."""
         fields = {name: getattr(value, "item", lambda v=value: v)() for name, value in dataclasses.asdict(self).items()}
-        return {**fields, "win_rate": self.win_rate}
+        return {**fields, "models": list(self.models), "win_rate": self.win_rate}
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,8 @@ def paired(
     metric: str,
     judge: str,
     headline: bool = False,
-    higher_is_better: bool = True,
-    neither: bool = False,
+    direction: Direction = "higher",
+    models: tuple[str, str] = BASE_AND_TUNED,
     weights: ArrayLike | None = None,
     seed: int = 0,
     resamples: int = 4000,
@@ -112,7 +116,7 @@ def paired(
     """Compare scores of the same prompt and seed, with a 95 % interval that resamples whole clusters.
 
     base, tuned: finite scores or booleans, (items,). clusters: id of the prompt of each, (items,). resamples: > 0.
-    neither: neither way is better, so "changed" where the interval leaves out 0. weights: of the items in both means,
+    direction: of a better score; neutral: "differs" where the interval leaves out 0. models: names of the two. weights: of the items in both means,
     (items,), > 0, equal within a cluster; None: all alike.
     The sign test respects the clusters: each has one vote, the sign of its mean difference; ties have none.
     Returns "better" or "worse" only where the interval leaves out 0. It never does so where fewer than six clusters
@@ -121,20 +125,20 @@ def paired(
     Raises ValueError for fewer than 2 clusters, unequal lengths, or scores that are not finite.
     Source: Cameron, Gelbach & Miller 2008 (cluster bootstrap); Hesterberg 2015 (1411.5279).
     """
+    _check_direction(direction)
     before, after, groups = _checked(base, tuned, clusters, weights)
     means = [
         float(np.average(scores, weights=None if weights is None else np.asarray(weights)))
         for scores in (before, after)
     ]
     scale = max(np.abs(before).max(), np.abs(after).max())
-    votes = _votes(groups, scale) * (1 if higher_is_better else -1)
+    votes = _votes(groups, scale) * (-1 if direction == "lower" else 1)
     wins, losses = int((votes > 0).sum()), int((votes < 0).sum())
     low, high = _interval(groups, scale, seed, resamples)
     if wins + losses < FEWEST_VOTES:
         low, high = min(low, 0.0), max(high, 0.0)
     if min(before.min(), after.min()) >= 0 and max(before.max(), after.max()) <= 1:
         low, high = max(low, -1.0), min(high, 1.0)
-    verdict = _verdict(low, high, higher_is_better)
     return Comparison(
         metric=metric,
         judge=judge,
@@ -145,13 +149,14 @@ def paired(
         low=low,
         high=high,
         n=len(before),
-        verdict="changed" if neither and verdict != "no evidence" else verdict,
+        verdict=_verdict(low, high, direction),
         wins=wins,
         ties=len(votes) - wins - losses,
         losses=losses,
         p=_sign_test(wins, losses),
         clusters=len(votes),
         detectable=DETECTABLE * groups.error,
+        models=models,
     )
 
 
@@ -162,17 +167,19 @@ def paired_shares(
     metric: str,
     judge: str,
     headline: bool = False,
-    better: Literal["higher", "lower", "neither"] = "higher",
+    direction: Direction = "higher",
+    models: tuple[str, str] = BASE_AND_TUNED,
     seed: int = 0,
     resamples: int = 4000,
 ) -> Comparison:
     """Compare rates that are a sum over a sum, such as CHAIR_i or character error rates, item by item.
 
     base, tuned: (items, 2), hits and what they are of; an item where either counts nothing leaves the votes, not the
-    sums. The interval resamples items, with both models' parts of each. better neither: "changed" where it leaves out 0.
+    sums. The interval resamples items, with both models' parts of each. direction, models: as in `paired`.
     Never so where fewer than six items differ, as in `paired`. Raises ValueError for other shapes, numbers that are
     not finite, or fewer than 2 items; a rate of nothing at all is 0. Source: as `paired`, for a ratio of sums.
     """
+    _check_direction(direction)
     before, after = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
     if before.shape != after.shape or before.ndim != 2 or before.shape[1] != 2 or len(before) < 2:
         raise ValueError(f"base is {before.shape}, tuned {after.shape}: expected (items, 2) in both, 2 items or more")
@@ -181,7 +188,7 @@ def paired_shares(
     each = np.column_stack([before, after])
     centre = float(_difference(*each.T))
     both = each[(before[:, 1] > 0) & (after[:, 1] > 0)]
-    votes = np.sign(both[:, 2] / both[:, 3] - both[:, 0] / both[:, 1]) * (-1 if better == "lower" else 1)
+    votes = np.sign(both[:, 2] / both[:, 3] - both[:, 0] / both[:, 1]) * (-1 if direction == "lower" else 1)
     wins, losses = int((votes > 0).sum()), int((votes < 0).sum())
     low = high = centre
     error = 0.0
@@ -201,7 +208,6 @@ def paired_shares(
         error = float(found.standard_error)
     if wins + losses < FEWEST_VOTES:
         low, high = min(low, 0.0), max(high, 0.0)
-    verdict = _verdict(low, high, better == "higher")
     return Comparison(
         metric=metric,
         judge=judge,
@@ -212,13 +218,14 @@ def paired_shares(
         low=low,
         high=high,
         n=len(each),
-        verdict="changed" if better == "neither" and verdict != "no evidence" else verdict,
+        verdict=_verdict(low, high, direction),
         wins=wins,
         ties=len(each) - wins - losses,
         losses=losses,
         p=_sign_test(wins, losses),
         clusters=len(each),
         detectable=DETECTABLE * error,
+        models=models,
     )
 
 
@@ -361,10 +368,18 @@ def _interval(groups: _Clusters, scale: float, seed: int, resamples: int) -> tup
     return float(centre - (centre - result.low) * stretch), float(centre + (result.high - centre) * stretch)
 
 
-def _verdict(low: float, high: float, higher_is_better: bool) -> Verdict:
+def _check_direction(direction: str) -> None:
+    """Raise ValueError unless the direction is one of `Direction`."""
+    if direction not in get_args(Direction):
+        raise ValueError(f"direction {direction!r} is unknown. Use one of {', '.join(get_args(Direction))}.")
+
+
+def _verdict(low: float, high: float, direction: Direction) -> Verdict:
     if low <= 0 <= high:
         return "no evidence"
-    return "better" if (low > 0) == higher_is_better else "worse"
+    if direction == "neutral":
+        return "differs"
+    return "better" if (low > 0) == (direction == "higher") else "worse"
 
 
 def _sign_test(wins: int, losses: int) -> float:

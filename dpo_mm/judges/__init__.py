@@ -30,7 +30,7 @@ from dpo_mm.assets import recipes_folder
 from dpo_mm.data.schema import Response
 from dpo_mm.errors import did_you_mean
 
-Better = Literal["higher", "lower", "neither"]
+Better = Literal["higher", "lower", "neutral"]
 
 
 class Ratio(NamedTuple):
@@ -111,7 +111,7 @@ JUDGES: dict[str, Judge] = {
     "valid_json": Judge("valid JSON rate", f"{_TEXT}:valid_json"),
     "truncated": Judge("cut at the limit, rate", f"{_TEXT}:truncated", "lower"),
     "num_tokens": Judge("tokens an answer", f"{_TEXT}:num_tokens", "lower"),
-    "num_words": Judge("words an answer", f"{_TEXT}:num_words", "neither"),
+    "num_words": Judge("words an answer", f"{_TEXT}:num_words", "neutral"),
     "chair_i": Judge("CHAIR_i", f"{_CAPTION}:chair_i", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
     "chair_s": Judge("CHAIR_s", f"{_CAPTION}:chair_s", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
     "hallucination_f1_error": Judge("inventions and omissions", f"{_CAPTION}:hallucination_f1_error", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
@@ -120,7 +120,7 @@ JUDGES: dict[str, Judge] = {
     "pope_precision": Judge("yes, precision", f"{_YES_NO}:precision"),
     "pope_recall": Judge("yes, recall", f"{_YES_NO}:recall"),
     "pope_f1": Judge("yes, F1", f"{_YES_NO}:f1"),
-    "yes_ratio": Judge("share of yes", f"{_YES_NO}:yes_ratio", "neither"),
+    "yes_ratio": Judge("share of yes", f"{_YES_NO}:yes_ratio", "neutral"),
 }  # fmt: skip
 
 

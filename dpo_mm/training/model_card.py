@@ -95,8 +95,6 @@ def write_card(
 
 def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdict: str, command: str) -> Path | None:
     """Put what a comparison showed into an adapter's card, in place of what stood there. None where it has no card."""
-    from dpo_mm.evaluation.tables import within
-
     path = Path(adapter) / CARD
     if not path.is_file():
         return None
@@ -104,7 +102,7 @@ def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdi
     rows = "\n".join(
         f"| {_cell(one.metric)} | {one.base:.4g} | {one.tuned:.4g} | {one.low:+.4g} to {one.high:+.4g} | {one.verdict} |"
         for one in comparisons
-        if not within(one.metric)
+        if one.models == ("base", "tuned")
     )
     table = f"| measure | base | tuned | difference, 95 % interval | verdict |\n|---|---|---|---|---|\n{rows}"
     return _write(path, f"{before}\n\n{RESULTS}\n\nVerdict: {verdict}. By `{_cell(command)}`.\n\n{table}\n")

@@ -46,6 +46,6 @@ def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
     forked.run(*command, "--output-dir", str(tmp_path), call=forked.script, cwd=ROOT, check=True)
     kept = json.loads((tmp_path / "metrics.json").read_text())
     assert [one["judge"] for one in kept["comparisons"] if one["headline"]] == [judge]
-    assert any("DPO against SFT" in one["metric"] for one in kept["comparisons"])
+    assert any(one["models"] == ["sft", "tuned"] for one in kept["comparisons"])
     assert (tmp_path / "adapter" / adapter).exists() and (tmp_path / "adapter-sft" / adapter).exists()
     assert (tmp_path / "report.html").exists()

@@ -105,8 +105,8 @@ def test_categories_are_those_of_the_prompts() -> None:
 
 def test_baselines_are_judged_in_words() -> None:
     base, tuned = pair(0.3, 0.0)
-    assert "DPO earned its keep" in note_against_sft(comparisons(base, tuned, CONFIG)[0])
-    assert "SFT on the chosen would have done better" in note_against_sft(comparisons(tuned, base, CONFIG)[0])
+    assert "DPO beats SFT on the same data" in note_against_sft(comparisons(base, tuned, CONFIG)[0])
+    assert "SFT on the chosen side is better than DPO" in note_against_sft(comparisons(tuned, base, CONFIG)[0])
     assert "SFT is cheaper" in note_against_sft(comparisons(*pair(0.0, 0.0), CONFIG)[0])
 
 
@@ -145,7 +145,7 @@ def test_a_comparison_writes_its_report(tiny_model: str, tmp_path: Path) -> None
     assert all(wanted <= one.keys() for one in kept["comparisons"])
     first = kept["comparisons"][0]
     assert first["difference"] == pytest.approx(first["tuned"] - first["base"]) and first["difference"] != 0
-    against = next(one for one in kept["comparisons"] if "DPO against SFT" in one["metric"])
+    against = next(one for one in kept["comparisons"] if one["models"] == ["sft", "tuned"])
     assert against["difference"] == 0 and "SFT is cheaper" in outcome.notes[0]
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "metrics.json", "contact_sheet.png"}
     assert "&lt;b&gt;t&lt;/b&gt;" in outcome.report.read_text()

@@ -46,7 +46,7 @@ def test_a_rate_is_a_sum_over_a_sum_and_its_interval_holds_the_difference() -> N
     assert found["chair_i"].base == pytest.approx(30 / 110) and found["chair_i"].tuned == pytest.approx(10 / 90)
     assert found["chair_i"].low < found["chair_i"].difference < found["chair_i"].high < 0
     assert found["chair_i"].verdict == "better" and found["chair_s"].headline and found["chair_s"].wins == 20
-    assert found["recall"].verdict == "no evidence" and found["num_words"].verdict == "changed"
+    assert found["recall"].verdict == "no evidence" and found["num_words"].verdict == "differs"
 
 
 def test_winning_by_silence_is_over_optimised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -85,10 +85,10 @@ def test_examples_show_what_changed_first_in_turns() -> None:
     assert all(one.note == "base: invented: green cross" for one in shown)
 
 
-@pytest.mark.parametrize("better", ["higher", "lower", "neither"])
-def test_shares_that_never_differ_are_no_evidence(better: str) -> None:
+@pytest.mark.parametrize("direction", ["higher", "lower", "neutral"])
+def test_shares_that_never_differ_are_no_evidence(direction: str) -> None:
     same = np.tile([1.0, 2.0], (30, 1))
-    found = paired_shares(same, same, metric="m", judge="j", better=better)  # type: ignore[arg-type]
+    found = paired_shares(same, same, metric="m", judge="j", direction=direction)  # type: ignore[arg-type]
     assert found.verdict == "no evidence" and found.difference == 0 and found.ties == 30
 
 

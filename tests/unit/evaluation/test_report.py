@@ -287,11 +287,14 @@ def test_the_sweep_needs_two_scales():
 
 def test_the_terminal_table_reads_like_the_page_and_takes_no_markup():
     output = io.StringIO()
-    rows = (comparison("[red]right[/red] rate", headline=True), comparison("diversity (against SFT)", verdict="worse"))
+    rows = (
+        comparison("[red]right[/red] rate", headline=True),
+        comparison("diversity", verdict="worse", models=("sft", "tuned")),
+    )
     Console(file=output, width=160).print(terminal_table(rows))
     first, against, second = (
         line for line in output.getvalue().splitlines() if "right" in line or "diversity" in line or "SFT" in line
     )
-    assert "against SFT" in against and "better" not in against
+    assert "DPO against SFT" in against and "better" not in against and "│    SFT │    DPO │" in against
     assert "[red]right[/red] rate" in first and "+12.5 pts" in first and "better" in first
     assert "0.50 " in second and "+0.06 to +0.19" in second and "worse" in second

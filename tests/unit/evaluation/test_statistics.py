@@ -21,7 +21,18 @@ from dpo_mm.evaluation.statistics import (
 )
 
 FIELDS = ["metric", "judge", "headline", "base", "tuned", "difference", "low", "high", "n", "verdict"]
-FIELDS += ["wins", "ties", "losses", "p", "clusters", "p_holm", "detectable", "built_training_pairs", "win_rate"]
+FIELDS += [
+    "wins",
+    "ties",
+    "losses",
+    "p",
+    "clusters",
+    "p_holm",
+    "detectable",
+    "built_training_pairs",
+    "models",
+    "win_rate",
+]
 
 
 def compare(base, tuned, clusters=None, **options) -> Comparison:
@@ -53,7 +64,7 @@ def test_the_difference_is_tuned_minus_base_and_its_sign_gives_the_verdict():
 
 def test_lower_is_better_turns_the_verdict_and_the_votes_but_not_the_difference():
     base, tuned = np.full(50, 0.5) + np.arange(50) / 1000, np.full(50, 0.2)
-    result = compare(base, tuned, higher_is_better=False)
+    result = compare(base, tuned, direction="lower")
     assert result.difference < 0 and result.high < 0
     assert (result.verdict, result.wins, result.losses) == ("better", 50, 0)
 
@@ -172,7 +183,7 @@ def test_as_dict_is_json_in_the_order_of_the_contract():
     result = compare(np.array([True, False]), np.array([True, True]), headline=np.bool_(True))
     plain = dataclasses.replace(result, base=np.float32(0.5), n=np.int64(2)).as_dict()
     assert list(plain) == FIELDS
-    assert {type(value) for value in plain.values()} == {str, bool, float, int, type(None)}
+    assert {type(value) for value in plain.values()} == {str, bool, float, int, type(None), list}
     assert json.loads(json.dumps(plain, allow_nan=False))["base"] == 0.5
 
 
@@ -232,7 +243,7 @@ def test_a_verdict_wants_the_votes_beside_the_interval():
     assert confirmed_verdict(most_lose_little) == "no evidence"
     alike = compare(np.zeros(30), np.ones(30))
     assert confirmed_verdict(alike) == "better" and confirmed_verdict(compare(np.ones(30), np.zeros(30))) == "worse"
-    assert confirmed_verdict(dataclasses.replace(alike, verdict="changed")) == "changed"
+    assert confirmed_verdict(dataclasses.replace(alike, verdict="differs")) == "differs"
 
 
 def test_the_settled_verdict_is_seldom_wrong_of_few_prompts():
@@ -286,11 +297,25 @@ def test_weights_make_the_mean_one_of_categories():
 
 
 def test_what_has_no_better_way_is_changed():
-    up = compare(np.zeros(40), np.ones(40), neither=True)
-    assert up.verdict == "changed" and compare(np.ones(40), np.ones(40), neither=True).verdict == "no evidence"
+    up = compare(np.zeros(40), np.ones(40), direction="neutral")
+    assert up.verdict == "differs" and compare(np.ones(40), np.ones(40), direction="neutral").verdict == "no evidence"
 
 
 def test_the_win_rate_counts_a_tie_half():
     tuned = np.array([1.0] * 6 + [0.0] * 2 + [-1.0] * 2)
     assert compare(np.zeros(10), tuned).win_rate == pytest.approx(0.7)
-    assert compare(np.zeros(10), tuned, higher_is_better=False).win_rate == pytest.approx(0.3)
+    assert compare(np.zeros(10), tuned, direction="lower").win_rate == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("direction", ["neither", "up", ""])
+def test_unknown_direction_raises(direction):
+    with pytest.raises(ValueError, match=r"direction .* is unknown\. Use one of higher, lower, neutral"):
+        compare(np.zeros(9), np.ones(9), direction=direction)
+    with pytest.raises(ValueError, match=r"direction .* is unknown"):
+        statistics.paired_shares(np.ones((9, 2)), np.ones((9, 2)), metric="m", judge="j", direction=direction)
+
+
+def test_models_of_a_comparison_are_written_as_a_list():
+    result = compare(np.zeros(9), np.ones(9), models=("sft", "tuned"))
+    assert result.as_dict()["models"] == ["sft", "tuned"] and result.as_dict()["metric"] == "wholly right rate"
+    assert compare(np.zeros(9), np.ones(9)).models == ("base", "tuned")

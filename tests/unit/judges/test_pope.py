@@ -68,4 +68,4 @@ def test_the_share_of_yes_is_the_models_and_not_the_truths() -> None:
     assert rate("yes_ratio", ["yes"] * 4, ["no"] * 4) == 1.0
     assert rate("pope_recall", ["yes"] * 4, ["yes", "no", "no", "no"]) == 1.0
     assert rate("pope_precision", ["yes"] * 4, ["yes", "no", "no", "no"]) == 0.25
-    assert better_of("yes_ratio") == "neither" and better_of("pope_f1") == "higher"
+    assert better_of("yes_ratio") == "neutral" and better_of("pope_f1") == "higher"

@@ -133,7 +133,7 @@ def test_every_judge_of_answers_loads_and_gives_a_share_each() -> None:
         if judge.function.startswith(("dpo_mm.judges.text", "dpo_mm.judges.captions")):
             found = load_judge(name)(answers, truths)
             assert len(found) == 2 and all(share.hits >= 0 and share.of >= 0 for share in found), name
-    assert better_of("cer") == "lower" and better_of("recall") == "higher" and better_of("num_words") == "neither"
+    assert better_of("cer") == "lower" and better_of("recall") == "higher" and better_of("num_words") == "neutral"
 
 
 def test_a_loop_that_is_in_the_truth_is_no_finding() -> None:
