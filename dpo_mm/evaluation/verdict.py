@@ -1,4 +1,4 @@
-"""The result of a comparison and the notes beside its verdict."""
+"""Result of a comparison, and the notes that every comparison may print next to its verdict."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_mm.evaluation.statistics import LEVEL, Comparison, confirmed_verdict
-from dpo_mm.evaluation.tables import within
+from dpo_mm.evaluation.statistics import BASE_AND_TUNED, LEVEL, Comparison, confirmed_verdict
 
 
 @dataclass(frozen=True)
 class CompareResult:
-    """What a comparison found, and the folder that its report is in."""
+    """Result of a comparison.
+
+    Args:
+        verdict: verdict of the primary metric: better, worse, no evidence, differs or over-optimised.
+        comparisons: one per judge and pair of models.
+        notes: caveats, one or two sentences each.
+        report: path of report.html.
+    """
 
     verdict: str
     comparisons: tuple[Comparison, ...]
@@ -20,42 +26,56 @@ class CompareResult:
     report: Path
 
 
-def note_training_judges(found: Sequence[Comparison]) -> list[str]:
-    """That judges made the training pairs, in words; whether one of them stands at the head."""
-    named = [one.judge for one in found if one.built_training_pairs]
-    if not named:
+def note_training_judges(comparisons: Sequence[Comparison]) -> list[str]:
+    """Name the judges that also built the training pairs, and explain it if one of them is the primary metric."""
+    judges = [comparison.judge for comparison in comparisons if comparison.built_training_pairs]
+    if not judges:
         return []
-    head = next(one for one in found if one.headline)
-    words = f"{' and '.join(named)} made the training pairs: the model was taught what pleases them."
-    if head.built_training_pairs:
-        words += (
-            f" {head.judge} may stand at the head all the same: it judges by rule, with nothing learned that could be "
-            "fooled, and of other prompts. What its rule does not look at, this report does not see."
+    primary = next(comparison for comparison in comparisons if comparison.headline)
+    note = f"{' and '.join(judges)} also built the training pairs, so the score is optimistic."
+    if primary.built_training_pairs:
+        note += (
+            f" {primary.judge} is still the primary metric, because it is rule-based and was applied to other prompts. "
+            "It cannot detect problems outside its rule."
         )
-    return [words]
+    return [note]
 
 
-def note_unconfirmed(found: Sequence[Comparison]) -> list[str]:
-    """Judges whose interval leaves out 0 but not their sign test, as it is or corrected for their number, in words."""
-    words = []
-    for one in found:
-        if one.p_holm is None or one.verdict == "no evidence" or within(one.metric):
+def note_unconfirmed(comparisons: Sequence[Comparison]) -> list[str]:
+    """Name the metrics whose interval excludes 0 but whose sign test does not agree, before or after Holm's correction."""
+    notes = []
+    for comparison in comparisons:
+        tested = comparison.p_holm is not None and comparison.models == BASE_AND_TUNED
+        if not tested or comparison.verdict == "no evidence":
             continue
-        said = f"{one.metric} is {one.verdict} by its interval, but its sign test (p {one.p:.2g}) does not"
-        if one.headline and confirmed_verdict(one) != one.verdict:
-            words.append(f"{said} say so: the verdict wants both.")
-        elif one.p_holm > LEVEL:
-            words.append(f"{said} outlast Holm's correction for the number of judges (p {one.p_holm:.2g}).")
-    return words
+        start = f"{comparison.metric}: {comparison.verdict} by its 95 % interval, but"
+        needed = " The verdict needs both." if comparison.headline else ""
+        if comparison.p > LEVEL:
+            notes.append(f"{start} the sign test does not confirm it (p = {comparison.p:.2g}).{needed}")
+        elif confirmed_verdict(comparison) != comparison.verdict:
+            notes.append(f"{start} most votes go the other way (sign test, p = {comparison.p:.2g}).{needed}")
+        elif comparison.p_holm is not None and comparison.p_holm > LEVEL:
+            notes.append(
+                f"{start} the sign test does not confirm it after Holm's correction for the number of judges "
+                f"(p = {comparison.p:.2g}, corrected {comparison.p_holm:.2g})."
+            )
+    return notes
 
 
-def note_against_sft(against: Comparison) -> str:
-    """Whether DPO earned its keep over SFT on the same chosen pictures at equal steps, in words."""
-    span = f"{against.difference:+.3f}, 95 % interval {against.low:+.3f} to {against.high:+.3f}"
-    words = {
-        "better": f"DPO earned its keep: {against.metric} {span}.",
-        "worse": f"SFT on the chosen would have done better: {against.metric} {span}. Prefer it here.",
-        "changed": f"DPO and SFT differ, neither for better: {against.metric} {span}.",
-        "no evidence": f"No evidence that DPO does better than SFT on the chosen here: {against.metric} {span}. SFT is cheaper.",
+def note_against_sft(comparison: Comparison) -> str:
+    """Say whether DPO beats SFT on the same chosen side at equal steps.
+
+    Args:
+        comparison: the primary metric, SFT as base and DPO as tuned.
+    """
+    result = (
+        f"{comparison.metric} {comparison.difference:+.3f} "
+        f"(95 % interval {comparison.low:+.3f} to {comparison.high:+.3f})"
+    )
+    notes = {
+        "better": f"DPO beats SFT on the same data: {result}.",
+        "worse": f"SFT on the chosen side is better than DPO here: {result}. Use SFT.",
+        "differs": f"DPO and SFT on the chosen side differ: {result}. This metric has no better direction.",
+        "no evidence": f"No evidence that DPO is better than SFT on the chosen side: {result}. SFT is cheaper.",
     }
-    return words[confirmed_verdict(against)]
+    return notes[confirmed_verdict(comparison)]
