@@ -335,7 +335,7 @@ def card(kind: str, given: dict[str, Any], folder: Path, batch: int) -> str:
         str(folder), "", given["questions"], judges=given["judges"], max_new_tokens=given["limit"]
     )
     policy, questions = load_policy(str(folder)), read_questions(config.questions)
-    found = generate_responses(policy, questions, config, base=True, title="asking for the card")
+    found = generate_responses(policy, questions, config, base=True, title="for the model card")
     rates = {name: shares.sum(0) for name, shares in found.shares.items()}
     measured = "\n".join(
         f"| {metric_of(name)} | {hits / max(of, 1):.3f} | {hits:g} of {of:g} |" for name, (hits, of) in rates.items()

@@ -181,7 +181,7 @@ def compare(
     from dpo_mm.training.model_card import add_results
 
     _know_judges(config.judges)
-    about: dict[str, Any] = {"title": title, "command": command, "baseline": sft_adapter}
+    about: dict[str, Any] = {"title": title, "command": command, "sft_adapter": sft_adapter}
     if training is not None:
         about |= {"history": training.history, "settings": training.settings}
     if isinstance(config, CompareResponsesConfig):

@@ -189,7 +189,7 @@ def asked(config: CompareResponsesConfig, adapter: str | None, work: Path) -> Sc
         policy.load_adapter(adapter)
     config = dataclasses.replace(config, adapter=adapter)
     return generate_responses(
-        policy, read_questions(config.questions), config, base=adapter is None, title="asking", keep=work
+        policy, read_questions(config.questions), config, base=adapter is None, title="OCR model", keep=work
     )
 
 

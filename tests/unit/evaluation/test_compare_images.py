@@ -138,7 +138,7 @@ def test_a_comparison_writes_its_report(tiny_model: str, tmp_path: Path) -> None
         num_inference_steps=2,
         scales=(0.5,),
     )
-    outcome = compare_images(config, title="<b>t</b>", command="cmd", baseline=str(tmp_path / "adapter"))
+    outcome = compare_images(config, title="<b>t</b>", command="cmd", sft_adapter=str(tmp_path / "adapter"))
     kept = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert sum(one["headline"] for one in kept["comparisons"]) == 1
     wanted = {"metric", "judge", "headline", "base", "tuned", "difference", "low", "high", "n", "verdict"}

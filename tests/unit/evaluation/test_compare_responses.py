@@ -23,7 +23,7 @@ from dpo_mm.evaluation.compare_responses import (
     note_tokens,
     score_responses,
 )
-from dpo_mm.evaluation.statistics import paired_shares
+from dpo_mm.evaluation.statistics import paired_ratios
 from dpo_mm.policies.families import load_policy
 from tests.contracts.tiny_vlms import save
 
@@ -58,7 +58,7 @@ def test_winning_by_silence_is_over_optimised(monkeypatch: pytest.MonkeyPatch, t
     assert compare_responses(config, title="t", command="c").verdict == "over-optimised"
     sides["tuned"] = answered([RIGHT] * 40)
     outcome = compare_responses(config, title="t", command="c")
-    assert outcome.verdict == "better" and "40 mended, 0 broken" in outcome.notes[0]
+    assert outcome.verdict == "better" and "40 fixed, 0 broken" in outcome.notes[0]
     page = outcome.report.read_text()
     assert "<mark>green cross</mark>" in page and "CHAIR_i" in page
 
@@ -66,15 +66,19 @@ def test_winning_by_silence_is_over_optimised(monkeypatch: pytest.MonkeyPatch, t
 def test_what_answers_cost_is_told_with_where_the_loops_are() -> None:
     base = ScoredResponses([Response("", 10, hit_limit=False)] * 98 + [Response("", 200, hit_limit=True)] * 2)
     tuned = ScoredResponses([Response("", 10, hit_limit=False)] * 100)
-    told = "Tokens an answer: 13.8, 99th percentile 200 with the base; 10.0, 99th percentile 10 tuned."
+    told = "Tokens per response: 13.8 (99th percentile 200) with the base model, 10.0 (99th percentile 10) with the tuned model."
     assert note_tokens(base, tuned) == told
 
 
 def test_counts_come_with_exact_intervals() -> None:
     base, tuned = answered([INVENTS] * 8 + [RIGHT] * 32), answered([RIGHT] * 40)
     note = note_counts(base, tuned, "chair_s")
-    assert note is not None and note.startswith("CHAIR_s: 8 of 40 answers") and "-100% relative" in note
-    assert "McNemar p 0.0078" in note
+    assert (
+        note is not None
+        and note.startswith("CHAIR_s: 8 of 40 responses of the base model")
+        and "a relative change of -100%" in note
+    )
+    assert "exact McNemar test p = 0.0078" in note
     assert note_counts(base, tuned, "chair_i") is None
 
 
@@ -88,16 +92,16 @@ def test_examples_show_what_changed_first_in_turns() -> None:
 @pytest.mark.parametrize("direction", ["higher", "lower", "neutral"])
 def test_shares_that_never_differ_are_no_evidence(direction: str) -> None:
     same = np.tile([1.0, 2.0], (30, 1))
-    found = paired_shares(same, same, metric="m", judge="j", direction=direction)  # type: ignore[arg-type]
+    found = paired_ratios(same, same, metric="m", judge="j", direction=direction)  # type: ignore[arg-type]
     assert found.verdict == "no evidence" and found.difference == 0 and found.ties == 30
 
 
 def test_few_changes_are_no_evidence_however_large() -> None:
     base, tuned = np.tile([0.0, 1.0], (400, 1)), np.tile([0.0, 1.0], (400, 1))
     tuned[:5, 0] = 1
-    assert paired_shares(base, tuned, metric="m", judge="j").verdict == "no evidence"
+    assert paired_ratios(base, tuned, metric="m", judge="j").verdict == "no evidence"
     tuned[:40, 0] = 1
-    assert paired_shares(base, tuned, metric="m", judge="j").verdict == "better"
+    assert paired_ratios(base, tuned, metric="m", judge="j").verdict == "better"
 
 
 def test_the_interval_of_shares_covers_the_truth_about_95_times_in_100() -> None:
@@ -105,7 +109,7 @@ def test_the_interval_of_shares_covers_the_truth_about_95_times_in_100() -> None
     for _ in range(150):
         of = rng.integers(1, 6, (2, 120))
         hits = rng.binomial(of, [[0.3], [0.2]])
-        found = paired_shares(
+        found = paired_ratios(
             np.column_stack([hits[0], of[0]]), np.column_stack([hits[1], of[1]]), metric="m", judge="j", resamples=400
         )
         covered += found.low <= -0.1 <= found.high
@@ -114,9 +118,9 @@ def test_the_interval_of_shares_covers_the_truth_about_95_times_in_100() -> None
 
 def test_bad_shares_are_refused() -> None:
     with pytest.raises(ValueError, match="expected \\(items, 2\\)"):
-        paired_shares([[1, 2]], [[1, 2]], metric="m", judge="j")
+        paired_ratios([[1, 2]], [[1, 2]], metric="m", judge="j")
     with pytest.raises(ValueError, match="not finite"):
-        paired_shares([[1, 2], [np.nan, 1]], [[1, 2], [1, 1]], metric="m", judge="j")
+        paired_ratios([[1, 2], [np.nan, 1]], [[1, 2], [1, 1]], metric="m", judge="j")
     with pytest.raises(ValueError, match="not among the judges"):
         compare_responses(dataclasses.replace(CONFIG, guards=("cer",)), title="t", command="c")
 

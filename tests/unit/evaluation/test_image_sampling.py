@@ -83,25 +83,25 @@ def test_only_what_is_missing_or_damaged_is_drawn_again(counted: Any, tmp_path: 
 
 
 def test_another_way_of_drawing_is_another_picture(counted: Any, tmp_path: Path) -> None:
-    gallery = ImageStore(tmp_path)
+    store = ImageStore(tmp_path)
     for change in ({}, {"num_inference_steps": 3}, {"guidance_scale": 1.0}, {}):
         config = dataclasses.replace(CONFIG, **change)
-        ImageSampler(counted, config, gallery).generate(PLAN, scale=0.0, label="base")
-    assert len(counted.drawn) == 12 and len(set(gallery.rows)) == 12
+        ImageSampler(counted, config, store).generate(PLAN, scale=0.0, label="base")
+    assert len(counted.drawn) == 12 and len(set(store.rows)) == 12
 
 
 def test_the_base_is_the_base_with_and_without_an_adapter(counted: Any, tmp_path: Path) -> None:
-    gallery = ImageStore(tmp_path / "pictures")
-    ImageSampler(counted, CONFIG, gallery).generate(PLAN, scale=0.0, label="base")
+    store = ImageStore(tmp_path / "pictures")
+    ImageSampler(counted, CONFIG, store).generate(PLAN, scale=0.0, label="base")
     counted.prepare(train_config())
     disturbed(counted)
     counted.save(tmp_path / "adapter")
     tuned = load_policy(counted.source)
     tuned.load_adapter(tmp_path / "adapter")
-    studio = ImageSampler(tuned, CONFIG, gallery, str(tmp_path / "adapter"))
-    bare, adapted = studio.sampling(0.0), studio.sampling(1.0)
+    sampler = ImageSampler(tuned, CONFIG, store, str(tmp_path / "adapter"))
+    bare, adapted = sampler.settings(0.0), sampler.settings(1.0)
     assert ImageStore.key(bare, "x", 1) == ImageStore.key(
-        ImageSampler(load_policy(counted.source), CONFIG, gallery).sampling(0.0), "x", 1
+        ImageSampler(load_policy(counted.source), CONFIG, store).settings(0.0), "x", 1
     )
     assert adapted["weights"] != bare["weights"] and adapted["adapter"] and bare["adapter"] is None
     assert bare["scheduler"].split()[0] == type(tuned.scheduler).__name__ and bare["dtype"] == "float32"
@@ -118,7 +118,7 @@ def test_a_judge_whose_card_has_changed_is_asked_again(
 
 
 @pytest.mark.parametrize(
-    ("judge", "message"), [("no_number", "says nan of a picture of"), ("too_few", "gave 1 scores for 4")]
+    ("judge", "message"), [("no_number", "returned nan for an image of"), ("too_few", "returned 1 scores for 4")]
 )
 def test_a_judge_that_gives_no_numbers_is_named(judge: str, message: str, counted: Any, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, judges=(f"tests.unit.evaluation.test_image_sampling:{judge}",))

@@ -1,4 +1,4 @@
-"""Pictures that are kept are found again by how they were drawn, and only as they were drawn."""
+"""ImageFiles that are kept are found again by how they were drawn, and only as they were drawn."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 from PIL import Image
 
 from dpo_mm.evaluation import image_store as module
-from dpo_mm.evaluation.image_store import ImageStore, Pictures
+from dpo_mm.evaluation.image_store import ImageFiles, ImageStore
 
 HOW: dict[str, Any] = {"model": "m", "revision": None, "adapter": None, "weights": "w", "scale": 1.0, "steps": 4}
 RED, BLUE = Image.new("RGB", (8, 8), "#ff0000"), Image.new("RGB", (8, 8), "#0000ff")
 
 
 def filled(folder: Path) -> ImageStore:
-    gallery = ImageStore(folder)
-    gallery.add(HOW, [("a red circle", 1, RED), ("a blue circle", 2, BLUE)], label="tuned")
-    return gallery
+    store = ImageStore(folder)
+    store.add(HOW, [("a red circle", 1, RED), ("a blue circle", 2, BLUE)], label="tuned")
+    return store
 
 
 def test_a_picture_is_found_by_what_decides_it_alone(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_what_a_kill_left_half_is_taken_away(tmp_path: Path) -> None:
 
 
 def test_scores_are_of_a_judge_a_picture_and_a_prompt(tmp_path: Path) -> None:
-    filled(tmp_path).note("judge", "card", [("hash", "a red circle", 0.25)])
+    filled(tmp_path).add_scores("judge", "card", [("hash", "a red circle", 0.25)])
     again = ImageStore(tmp_path)
     assert again.score("card", "hash", "a red circle") == 0.25
     for other in (("another card", "hash", "a red circle"), ("card", "other", "a red circle"), ("card", "hash", "x")):
@@ -82,7 +82,7 @@ def test_scores_are_of_a_judge_a_picture_and_a_prompt(tmp_path: Path) -> None:
 def test_pictures_are_decoded_when_asked_for(tmp_path: Path) -> None:
     filled(tmp_path)
     files = sorted((tmp_path / "tuned").glob("*.png"))
-    pictures = Pictures([*files, tmp_path / "missing.png"])
+    pictures = ImageFiles([*files, tmp_path / "missing.png"])
     assert len(pictures) == 3 and pictures[0].mode == "RGB" and len(pictures[1:]) == 2
     with pytest.raises(FileNotFoundError):
         pictures[2]

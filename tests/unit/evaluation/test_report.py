@@ -116,7 +116,7 @@ def test_the_page_needs_nothing_from_outside_and_forbids_scripts():
 @pytest.mark.parametrize("headlines", [0, 2])
 def test_there_is_exactly_one_headline(headlines):
     marked = tuple(comparison(headline=n < headlines) for n in range(3))
-    with pytest.raises(ValueError, match=f"{headlines} headline"):
+    with pytest.raises(ValueError, match=f"{headlines} primary metrics"):
         report(comparisons=marked)
 
 
@@ -137,8 +137,8 @@ def test_rates_are_shown_in_per_cent_and_other_numbers_are_not():
 def test_a_control_that_moved_is_not_passed_over():
     calm = Page(render(report(control=comparison(low=-0.1, verdict="no evidence")))).words
     moved = Page(render(report(control=comparison()))).words
-    assert "as it should be" in calm and "Don't trust" not in calm
-    assert "Don't trust" in moved and "as it should be" not in moved
+    assert "This is the expected result" in calm and "do not trust" not in calm
+    assert "do not trust" in moved and "expected result" not in moved
 
 
 def test_base_stands_left_of_tuned_with_the_judges_marks():
@@ -269,8 +269,8 @@ def test_the_last_evaluation_is_shown_by_noise():
         for n in (1, 2)
     ]
     charts = history_charts(log)
-    assert [chart.title for chart in charts] == ["Implicit accuracy by noise", "Margin by noise"]
-    assert all("from the cleanest quarter to the noisiest: 0.21, 0.22, 0.23, 0.24" in chart.svg for chart in charts)
+    assert [chart.title for chart in charts] == ["Implicit accuracy by noise", "Reward margin by noise"]
+    assert all("from the least noisy quartile to the noisiest: 0.21, 0.22, 0.23, 0.24" in chart.svg for chart in charts)
     assert (
         history_charts(
             [log[0] | {"eval_rewards/accuracies_quartile3": math.nan, "eval_rewards/margins_quartile1": math.inf}]

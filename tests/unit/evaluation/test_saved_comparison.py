@@ -17,15 +17,15 @@ SCORES = {"a red circle": (0.0, 1.0), "two blue squares": (1.0, 0.0), "a photo o
 
 def finished_run(folder: Path) -> Path:
     """What `compare` leaves: pictures of base, tuned and another scale, the words of two judges."""
-    gallery = ImageStore(folder / "pictures")
+    store = ImageStore(folder / "pictures")
     for side, scale in (("base", 0.0), ("tuned", 1.0), ("scale-0.5", 0.5)):
         drawn = [(prompt, n, picture(10 * n + int(4 * scale), 64)) for n, prompt in enumerate(PROMPTS)]
-        gallery.add({"weights": side, "scale": scale}, drawn, label=side)
-    for row in list(gallery.rows.values()):
+        store.add({"weights": side, "scale": scale}, drawn, label=side)
+    for row in list(store.rows.values()):
         place = {"base": 0, "tuned": 1}.get(row["file"].split("/")[0])
         if place is not None:
-            gallery.note("aesthetic", "b", [(row["sha256"], row["prompt"], 0.25 + place / 10)])
-            gallery.note("faithfulness", "a", [(row["sha256"], row["prompt"], SCORES[row["prompt"]][place])])
+            store.add_scores("aesthetic", "b", [(row["sha256"], row["prompt"], 0.25 + place / 10)])
+            store.add_scores("faithfulness", "a", [(row["sha256"], row["prompt"], SCORES[row["prompt"]][place])])
     rows = [{"judge": "aesthetic", "headline": False}, {"judge": "faithfulness", "headline": True}]
     settings = {"model": "shapes-sd", "adapter": "none"}
     (folder / "metrics.json").write_text(json.dumps({"comparisons": rows, "settings": settings}))
@@ -58,10 +58,10 @@ def test_a_score_that_should_be_low_gains_by_falling(tmp_path: Path) -> None:
 
 
 def test_what_is_no_comparison_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no pictures of a finished comparison; expected metrics\.json and pictures/"):
+    with pytest.raises(ValueError, match=r"no images of a finished comparison\. Expected metrics\.json and pictures/"):
         load_comparison(tmp_path)
     folder = finished_run(tmp_path)
     kept = [line for line in (folder / "pictures/manifest.jsonl").read_text().splitlines() if '"tuned/' not in line]
     (folder / "pictures/manifest.jsonl").write_text("\n".join(kept) + "\n")
-    with pytest.raises(ValueError, match="no prompt was drawn by base and tuned"):
+    with pytest.raises(ValueError, match="no prompt has an image of base and tuned"):
         load_comparison(folder)

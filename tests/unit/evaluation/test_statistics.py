@@ -9,14 +9,13 @@ import pytest
 from scipy import stats
 
 from dpo_mm.evaluation import statistics
+from dpo_mm.evaluation.significance import LEVEL, holm, mcnemar, rate_interval
 from dpo_mm.evaluation.statistics import (
     Comparison,
     confirmed_verdict,
-    holm,
-    mcnemar,
     minimum_detectable_effect,
     paired,
-    rate_interval,
+    paired_ratios,
     run_verdict,
 )
 
@@ -257,8 +256,8 @@ def test_the_settled_verdict_is_seldom_wrong_of_few_prompts():
 
 
 def test_constants_are_those_of_the_docstrings():
-    assert 2 * 0.5**statistics.FEWEST_VOTES <= statistics.LEVEL < 2 * 0.5 ** (statistics.FEWEST_VOTES - 1)
-    assert pytest.approx(stats.norm.ppf(0.975) + stats.norm.ppf(0.8), abs=0.01) == statistics.DETECTABLE
+    assert 2 * 0.5**statistics.MIN_VOTES <= LEVEL < 2 * 0.5 ** (statistics.MIN_VOTES - 1)
+    assert pytest.approx(stats.norm.ppf(0.975) + stats.norm.ppf(0.8), abs=0.01) == statistics.MDE_STANDARD_ERRORS
 
 
 def false_alarms(*, clustered: bool, replicates: int = 300) -> float:
@@ -312,7 +311,7 @@ def test_unknown_direction_raises(direction):
     with pytest.raises(ValueError, match=r"direction .* is unknown\. Use one of higher, lower, neutral"):
         compare(np.zeros(9), np.ones(9), direction=direction)
     with pytest.raises(ValueError, match=r"direction .* is unknown"):
-        statistics.paired_shares(np.ones((9, 2)), np.ones((9, 2)), metric="m", judge="j", direction=direction)
+        paired_ratios(np.ones((9, 2)), np.ones((9, 2)), metric="m", judge="j", direction=direction)
 
 
 def test_models_of_a_comparison_are_written_as_a_list():

@@ -62,10 +62,12 @@ def test_the_front_is_what_no_other_beats_on_both() -> None:
 def test_the_rule_picks(points: tuple[SweepPoint, ...], expected: str | None) -> None:
     assert best(*points) == expected
     words = advice(mark_recommended(points))
-    assert (f"Recommended: {expected}." in words) if expected else "leave it off" in words
+    assert (f"Recommended: {expected}." in words) if expected else "No strength of the adapter is recommended" in words
 
 
 def test_the_picture_needs_two_judges() -> None:
     points = mark_recommended((BASE, HALF, WHOLE))
-    assert 'aria-label="Headline across' in pareto_chart(points, True) and "scale 0.5" in pareto_chart(points, True)
+    assert 'aria-label="Primary metric and guardrail' in pareto_chart(points, True) and "scale 0.5" in pareto_chart(
+        points, True
+    )
     assert pareto_chart([dataclasses.replace(one, guard=None) for one in points], True) == ""
