@@ -297,7 +297,9 @@ def image_notes(results: Sequence[Comparison]) -> list[str]:
         change = result.difference / result.base if result.base else 0.0
         if result.judge == IMAGE_STATISTICS and result.verdict == "differs" and abs(change) >= DRIFT:
             name = result.metric.partition(",")[0].capitalize()
-            notes.append(f"{name} changed by {change:+.0%}. Check that this change is not what raised a judge's score.")
+            notes.append(
+                f"{name} changed by {100 * change:+.0f} %. Check that this change is not what raised a judge's score."
+            )
     return notes + note_unconfirmed(results)
 
 
@@ -305,16 +307,16 @@ def note_diversity(result: Comparison) -> str:
     """Explain a significant loss of diversity."""
     fraction = result.tuned / result.base
     if fraction < COLLAPSE:
-        meaning = f"Less than {COLLAPSE:.0%} counts as a collapse."
+        meaning = f"Less than {100 * COLLAPSE:.0f} % counts as a collapse."
     else:
-        meaning = f"This is statistically significant, but above the {COLLAPSE:.0%} threshold for a collapse."
-    return f"Diversity fell to {fraction:.1%} of the base model's. {meaning}"
+        meaning = f"This is statistically significant, but above the {100 * COLLAPSE:.0f} % threshold for a collapse."
+    return f"Diversity fell to {100 * fraction:.1f} % of the base model's. {meaning}"
 
 
 def _summary(primary: Comparison, run: str) -> str:
     """Sum up the primary metric and the verdict on the run."""
     return (
-        f"{primary.metric}: {primary.base:.3f} with the base model, {primary.tuned:.3f} with the tuned model "
+        f"{primary.metric[:1].upper()}{primary.metric[1:]}: {primary.base:.3f} with the base model, {primary.tuned:.3f} with the tuned model "
         f"({primary.difference:+.3f}, 95 % interval {primary.low:+.3f} to {primary.high:+.3f}, clustered by prompt). "
         f"{primary.wins} prompts improved, {primary.losses} got worse, {primary.ties} did not change. Verdict: {run}."
     )

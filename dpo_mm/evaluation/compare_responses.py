@@ -136,10 +136,10 @@ def note_counts(base: ScoredResponses, tuned: ScoredResponses, judge: str) -> st
     (base_low, base_high), (tuned_low, tuned_high) = (rate_interval(hit, n) for hit in hits)
     test = mcnemar(*(ratios[:, 0] > 0 for ratios in both))
     fixed, broken = (test.only_base, test.only_tuned)[:: -1 if better_of(judge) == "higher" else 1]
-    change = f", a relative change of {hits[1] / hits[0] - 1:+.0%}" if hits[0] else ""
+    change = f", a relative change of {100 * (hits[1] / hits[0] - 1):+.0f} %" if hits[0] else ""
     return (
-        f"{metric_of(judge)}: {hits[0]} of {n} responses of the base model (exact interval {base_low:.1%} to "
-        f"{base_high:.1%}) and {hits[1]} of the tuned model ({tuned_low:.1%} to {tuned_high:.1%}){change}. "
+        f"{metric_of(judge)}: {hits[0]} of {n} responses of the base model (exact interval {100 * base_low:.1f} to "
+        f"{100 * base_high:.1f} %) and {hits[1]} of the tuned model ({100 * tuned_low:.1f} to {100 * tuned_high:.1f} %){change}. "
         f"{fixed} fixed, {broken} broken, exact McNemar test p = {test.p:.2g}."
     )
 
@@ -241,7 +241,7 @@ def compare_responses(
 def _summary(primary: Comparison, run: str) -> str:
     """Sum up the primary metric and the verdict on the run."""
     return (
-        f"{primary.metric}: {primary.base:.3f} with the base model, {primary.tuned:.3f} with the tuned model "
+        f"{primary.metric[:1].upper()}{primary.metric[1:]}: {primary.base:.3f} with the base model, {primary.tuned:.3f} with the tuned model "
         f"({primary.difference:+.3f}, 95 % interval {primary.low:+.3f} to {primary.high:+.3f}). "
         f"{primary.wins} responses improved, {primary.losses} got worse, {primary.ties} did not change. Verdict: {run}."
     )

@@ -139,7 +139,7 @@ def render(report: Report) -> str:
         tone=TONES.get(report.verdict, "none"),
         rows=rows,
         unit=report.unit,
-        win_rate=f"{report.headline.win_rate:.0%}",
+        win_rate=f"{100 * report.headline.win_rate:.0f} %",
         primary=next(row for row in rows if row.headline),
         categories=rows_of(report.categories, percent),
         control=rows_of((report.control,), percent)[0] if report.control else None,

@@ -27,6 +27,8 @@ GROUPS = {
     ("sft", "tuned"): ("DPO against SFT", "SFT", "DPO"),
 }
 """Heading of the comparisons of two models, and the names of the two."""
+JUDGE_NAMES = {IMAGE_STATISTICS: "image statistics", "pixels": "pixel distances"}
+"""Text for comparisons that no judge made."""
 TONES = {"better": "good", "worse": "bad", "over-optimised": "warn"}
 
 
@@ -40,7 +42,7 @@ class Row:
         tone: name of the verdict's colour.
         votes: prompts that are better, the same and worse. Empty for image statistics.
         tests: p of the sign test and of Holm's correction. Empty if there is no correction.
-        detectable: minimum detectable effect. Empty if it is unknown or 0.
+        detectable: minimum detectable effect. Empty if it is unknown or rounds to 0.
         built_training_pairs: whether the judge also built the training pairs.
         n, clusters: number of items, and of prompts.
         left, width, dot: start and width of the bar and position of the difference, per cent of the track.
@@ -125,11 +127,11 @@ def _row(comparison: Comparison, percent: bool, reach: float) -> Row:
     tests = (
         f"sign test p {comparison.p:.2g}, {comparison.p_holm:.2g} after Holm" if comparison.p_holm is not None else ""
     )
-    mde = _signed(comparison.detectable, percent, digits).lstrip("+") + unit if comparison.detectable else ""
+    mde = _signed(comparison.detectable or 0.0, percent, digits).lstrip("+")
     group, *models = GROUPS.get(comparison.models, (" and ".join(comparison.models), *comparison.models))
     return Row(
         metric=comparison.metric,
-        judge=comparison.judge,
+        judge=JUDGE_NAMES.get(comparison.judge, comparison.judge),
         headline=comparison.headline,
         base=_plain(comparison.base, percent, digits),
         tuned=_plain(comparison.tuned, percent, digits),
@@ -139,7 +141,7 @@ def _row(comparison: Comparison, percent: bool, reach: float) -> Row:
         tone=TONES.get(comparison.verdict, "none"),
         votes="" if comparison.judge == IMAGE_STATISTICS else votes,
         tests=tests,
-        detectable=mde,
+        detectable=mde + unit if float(mde) else "",
         built_training_pairs=comparison.built_training_pairs,
         n=comparison.n,
         clusters=comparison.clusters,

@@ -32,10 +32,11 @@ def note_training_judges(comparisons: Sequence[Comparison]) -> list[str]:
     if not judges:
         return []
     primary = next(comparison for comparison in comparisons if comparison.headline)
-    note = f"{' and '.join(judges)} also built the training pairs, so the score is optimistic."
+    names = f"The judge {judges[0]}" if len(judges) == 1 else f"The judges {' and '.join(judges)}"
+    note = f"{names} also built the training pairs, so the score is optimistic."
     if primary.built_training_pairs:
         note += (
-            f" {primary.judge} is still the primary metric, because it is rule-based and was applied to other prompts. "
+            f" The judge {primary.judge} is still the primary metric, because it is rule-based and was applied to other prompts. "
             "It cannot detect problems outside its rule."
         )
     return [note]
@@ -70,7 +71,7 @@ def note_against_sft(comparison: Comparison) -> str:
     """
     result = (
         f"{comparison.metric} {comparison.difference:+.3f} "
-        f"(95 % interval {comparison.low:+.3f} to {comparison.high:+.3f})"
+        f"(95 % interval {comparison.low:+.3f} to {comparison.high:+.3f}, sign test p = {comparison.p:.2g})"
     )
     notes = {
         "better": f"DPO beats SFT on the same data: {result}.",

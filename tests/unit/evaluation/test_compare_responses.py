@@ -76,7 +76,7 @@ def test_counts_come_with_exact_intervals() -> None:
     assert (
         note is not None
         and note.startswith("CHAIR_s: 8 of 40 responses of the base model")
-        and "a relative change of -100%" in note
+        and "a relative change of -100 %" in note
     )
     assert "exact McNemar test p = 0.0078" in note
     assert note_counts(base, tuned, "chair_i") is None

@@ -182,7 +182,7 @@ def test_long_loops_are_folded_with_their_length_and_short_ones_are_not():
     assert not any(piece.repeats for piece in text_spans("ha " * 20))
     assert not any(piece.repeats for piece in text_spans("A sentence that is said twice, as poems do. " * 2))
     page = render(report(text_examples=(TextExample(None, "Read.", text, "short", None),)))
-    assert "27 more times, 270 characters" in page
+    assert "27 more repeats, 270 characters" in page
 
 
 def test_metrics_json_keeps_the_contract(tmp_path):

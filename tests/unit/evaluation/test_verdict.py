@@ -48,6 +48,8 @@ def test_judge_that_built_the_pairs_is_named_and_explained_if_primary() -> None:
     guard = dataclasses.replace(BETTER, built_training_pairs=True)
     primary = dataclasses.replace(BETTER, judge="valid_json", headline=True)
     assert note_training_judges([primary]) == []
-    assert note_training_judges([primary, guard]) == ["cer also built the training pairs, so the score is optimistic."]
+    assert note_training_judges([primary, guard]) == [
+        "The judge cer also built the training pairs, so the score is optimistic."
+    ]
     (words,) = note_training_judges([dataclasses.replace(primary, built_training_pairs=True)])
-    assert "valid_json is still the primary metric, because it is rule-based" in words
+    assert "The judge valid_json is still the primary metric, because it is rule-based" in words
