@@ -106,7 +106,7 @@ def test_an_ensemble_with_guards_mines(config: MineConfig) -> None:
     assert load_pairs(str(both))["axis"][0] == "+".join(judges)
     ids = [sorted(load_pairs(str(path))["id"]) for path in (alone, both)]
     assert ids[0] == ids[1], "brightness and darkness, turned round, cancel out"
-    with pytest.raises(ValueError, match="draw more samples"):
+    with pytest.raises(ValueError, match="Increase images_per_prompt"):
         mine_images(
             dataclasses.replace(
                 config, guards=(f"{here}:nothing", f"{here}:darkness"), output_dir=config.output_dir + "-2"
@@ -134,11 +134,11 @@ def test_mining_goes_on_after_finished_shards(config: MineConfig, monkeypatch: p
 
 
 def test_what_cannot_be_mined_is_said(config: MineConfig) -> None:
-    with pytest.raises(ValueError, match="draw more samples or lower min_score_gap"):
+    with pytest.raises(ValueError, match="Increase images_per_prompt or lower min_score_gap"):
         mine_images(dataclasses.replace(config, judges="tests.unit.mining.test_mine_images:nothing"))
     with pytest.raises(ValueError, match=r"mined with other settings \(judge"):
         mine_images(config)
-    with pytest.raises(ValueError, match="at least 2 pictures"):
+    with pytest.raises(ValueError, match="at least 2 images"):
         mine_images(dataclasses.replace(config, images_per_prompt=1))
     with pytest.raises(ValueError, match="judge 'faithfulnes' is unknown; did you mean 'faithfulness'"):
         mine_images(dataclasses.replace(config, judges="faithfulnes", output_dir=config.output_dir + "-2"))

@@ -139,7 +139,7 @@ def test_asked_to_stop_it_ends_after_its_shard_and_goes_on(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(mining, "_mine_shard", signalled)
-    with pytest.raises(TrainingInterrupted, match=r"2 of 3 shards in .*mined; run it again"):
+    with pytest.raises(TrainingInterrupted, match=r"2 of 3 shards in .*mined\. Run the same command"):
         mine_responses(asked)
     assert signal.getsignal(signal.SIGTERM) is before
     assert len(load_responses(str(mine_responses(asked)))) == 5 and len(calls) == 3
@@ -160,10 +160,10 @@ def test_two_processes_share_the_questions(asked: MineResponsesConfig, monkeypat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chosen": "mine"}, "expected 'ground_truth', 'best' or 'corrected'"),
+        ({"chosen": "mine"}, "Use 'ground_truth', 'best' or 'corrected'"),
         ({"chosen": "corrected", "judges": "cer"}, "does not say how to correct"),
-        ({"chosen": "best", "responses_per_question": 1}, "at least 1 answer"),
-        ({"judges": "valid_json"}, "none of its answers to 5 questions failed by valid_json"),
+        ({"chosen": "best", "responses_per_question": 1}, "use at least 2"),
+        ({"judges": "valid_json"}, "no response to 5 questions failed by valid_json"),
     ],
 )
 def test_what_cannot_be_mined_is_refused(change: dict[str, object], message: str, asked: MineResponsesConfig) -> None:
@@ -173,5 +173,5 @@ def test_what_cannot_be_mined_is_refused(change: dict[str, object], message: str
 
 def test_a_question_without_truth_is_named(asked: MineResponsesConfig) -> None:
     Path(asked.questions).write_text(json.dumps({"id": "lost", "prompt": "What?"}))
-    with pytest.raises(ValueError, match="question lost has no truth"):
+    with pytest.raises(ValueError, match="question lost has no ground truth"):
         mine_responses(asked)
