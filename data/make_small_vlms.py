@@ -336,7 +336,7 @@ def card(kind: str, given: dict[str, Any], folder: Path, batch: int) -> str:
     )
     policy, questions = load_policy(str(folder)), read_questions(config.questions)
     found = generate_responses(policy, questions, config, base=True, title="for the model card")
-    rates = {name: shares.sum(0) for name, shares in found.shares.items()}
+    rates = {name: counts.sum(0) for name, counts in found.ratios.items()}
     measured = "\n".join(
         f"| {metric_of(name)} | {hits / max(of, 1):.3f} | {hits:g} of {of:g} |" for name, (hits, of) in rates.items()
     )

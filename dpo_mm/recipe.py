@@ -227,7 +227,7 @@ def _check_judges(names: Iterable[str]) -> None:
 
 
 def sft_baseline_config(config: TrainConfig) -> TrainConfig:
-    """Return the config of the SFT baseline: fine-tuning on the same chosen side, with the same steps and adapter."""
+    """Return the config of the SFT baseline: the same chosen side, steps and adapter."""
     return dataclasses.replace(
         config,
         objective="sft",

@@ -84,7 +84,7 @@ def history_charts(history: Sequence[dict[str, float]]) -> list[Chart]:
 
 
 def scale_chart(scales: Sequence[tuple[float, Comparison]], percent: bool) -> str:
-    """Draw the tuned score at each LoRA scale, with the interval of its difference from the base. Empty below two scales."""
+    """Draw the tuned score and its interval at each LoRA scale. Empty below two scales."""
     if len(scales) < 2:
         return ""
     figure, axes = _empty_figure(width=4.8)
@@ -202,7 +202,7 @@ def _empty_figure(width: float = 4.2, height: float = 2.6) -> tuple[Figure, Axes
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """Convert a figure to one <svg> element without declarations, styles or unused ids. label: text for screen readers."""
+    """Convert a figure to one <svg> element without declarations, styles or unused ids."""
     import matplotlib
 
     style = {"frameon": False, "fontsize": 8.5, "labelcolor": INK["quiet"], "handlelength": 1.4}

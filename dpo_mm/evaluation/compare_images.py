@@ -1,4 +1,4 @@
-"""Compare base and tuned image generators: same held-out prompts, same seeds, scored by judges and compared in pairs.
+"""Compare base and tuned image generators on the same held-out prompts and seeds.
 
 `image_sampling` generates and scores the images. The functions here compare the scores, and `compare_images` runs all
 of it and writes the report.
@@ -28,7 +28,13 @@ from dpo_mm.evaluation.statistics import (
     run_verdict,
 )
 from dpo_mm.evaluation.sweep import SweepPoint, advice, mark_recommended
-from dpo_mm.evaluation.verdict import CompareResult, note_against_sft, note_training_judges, note_unconfirmed
+from dpo_mm.evaluation.verdict import (
+    CompareResult,
+    note_against_sft,
+    note_training_judges,
+    note_unconfirmed,
+    run_summary,
+)
 from dpo_mm.judges import metric_of
 from dpo_mm.judges.provenance import made_by, order_judges
 from dpo_mm.policies.families import load_image_policy
@@ -101,7 +107,7 @@ def compare_diversity(
 
 
 def diversity(scored: ScoredImages) -> np.ndarray:
-    """Compute the mean pairwise RMS pixel distance of each prompt's images at a quarter of their size, (prompts,)."""
+    """Compute the mean pairwise pixel distance of each prompt's images, (prompts,)."""
     return pairwise_distance(scored.image_statistics.small, scored.plan.samples)
 
 
@@ -163,7 +169,7 @@ def verdict(results: Sequence[Comparison]) -> str:
 
 
 def examples(base: ScoredImages, tuned: ScoredImages, judge: str, *, count: int) -> list[Example]:
-    """Choose example images for the report: by the plan's order, one of each category in turn, never the best ones."""
+    """Choose example images by the plan's order, one of each category in turn, never the best ones."""
     rows_by_category: dict[str, list[int]] = {}
     for row in range(0, len(base.images), base.plan.samples):
         rows_by_category.setdefault(str(base.plan.category_per_image[row]), []).append(row)
@@ -227,7 +233,7 @@ def compare_images(
     report = Report(
         title=title,
         verdict=run,
-        summary=_summary(results[0], run),
+        summary=run_summary(results[0], run, unit="prompts"),
         command=command,
         comparisons=tuple(results),
         categories=tuple(by_category(base, tuned, primary, seed=config.seed)),
@@ -267,7 +273,7 @@ def run_sweep(sampler: ImageSampler, base: ScoredImages, tuned: ScoredImages) ->
 def sweep_point(
     base: ScoredImages, scored: ScoredImages, config: CompareConfig, *, scale: float, step: int | None = None
 ) -> SweepPoint:
-    """Compare images of one adapter strength with the base, by the first judge and the second if there is one."""
+    """Compare one adapter strength with the base, by the first judge and the second if there is one."""
     name = f"scale {scale:g}" if step is None else f"step {step}"
     primary, *others = config.judges
     guard = compare_scores(base, scored, others[0], metric=metric_of(others[0]), seed=config.seed) if others else None
@@ -275,7 +281,7 @@ def sweep_point(
 
 
 def list_checkpoints(config: CompareConfig) -> list[tuple[int, str]]:
-    """List step and folder of each checkpoint in the adapter's folder. Empty unless the config compares checkpoints.
+    """List step and folder of the adapter's checkpoints. Empty unless the config compares checkpoints.
 
     Raises:
         ValueError: if there are none.
@@ -285,13 +291,13 @@ def list_checkpoints(config: CompareConfig) -> list[tuple[int, str]]:
     folders = [path for path in Path(config.adapter).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     if not folders:
         raise ValueError(
-            f"checkpoints: {config.adapter} contains none. Train with save_every, and with save_total_limit large enough."
+            f"checkpoints: {config.adapter} contains none. Train with save_every and a large save_total_limit."
         )
     return sorted((int(path.name.rpartition("-")[2]), str(path)) for path in folders)
 
 
 def image_notes(results: Sequence[Comparison]) -> list[str]:
-    """Write the notes on lost diversity, changed image statistics and verdicts that the sign test does not confirm."""
+    """Write the notes on lost diversity, changed image statistics and unconfirmed verdicts."""
     notes = [note_diversity(result) for result in results if result.judge == PIXELS and result.verdict == "worse"]
     for result in results:
         change = result.difference / result.base if result.base else 0.0
@@ -311,15 +317,6 @@ def note_diversity(result: Comparison) -> str:
     else:
         meaning = f"This is statistically significant, but above the {100 * COLLAPSE:.0f} % threshold for a collapse."
     return f"Diversity fell to {100 * fraction:.1f} % of the base model's. {meaning}"
-
-
-def _summary(primary: Comparison, run: str) -> str:
-    """Sum up the primary metric and the verdict on the run."""
-    return (
-        f"{primary.metric[:1].upper()}{primary.metric[1:]}: {primary.base:.3f} with the base model, {primary.tuned:.3f} with the tuned model "
-        f"({primary.difference:+.3f}, 95 % interval {primary.low:+.3f} to {primary.high:+.3f}, clustered by prompt). "
-        f"{primary.wins} prompts improved, {primary.losses} got worse, {primary.ties} did not change. Verdict: {run}."
-    )
 
 
 def _settings(config: CompareConfig, plan: SamplingPlan, sampler: ImageSampler) -> dict[str, str]:

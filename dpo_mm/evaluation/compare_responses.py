@@ -20,7 +20,13 @@ from dpo_mm.evaluation.response_sampling import (
 )
 from dpo_mm.evaluation.significance import mcnemar, rate_interval
 from dpo_mm.evaluation.statistics import BASE_AND_TUNED, Comparison, holm_corrected, paired_ratios, run_verdict
-from dpo_mm.evaluation.verdict import CompareResult, note_against_sft, note_training_judges, note_unconfirmed
+from dpo_mm.evaluation.verdict import (
+    CompareResult,
+    note_against_sft,
+    note_training_judges,
+    note_unconfirmed,
+    run_summary,
+)
 from dpo_mm.judges import better_of, explain, metric_of
 from dpo_mm.judges.provenance import made_by, order_judges
 from dpo_mm.policies.families import load_text_policy
@@ -53,8 +59,8 @@ def comparisons(
     """
     results = [
         paired_ratios(
-            base.shares[judge],
-            tuned.shares[judge],
+            base.ratios[judge],
+            tuned.ratios[judge],
             metric=metric_of(judge),
             judge=judge,
             headline=judge == config.judges[0] and models == BASE_AND_TUNED,
@@ -76,8 +82,8 @@ def by_category(
     categories = np.array([question.category for question in questions])
     results = [
         paired_ratios(
-            base.shares[judge][categories == name],
-            tuned.shares[judge][categories == name],
+            base.ratios[judge][categories == name],
+            tuned.ratios[judge][categories == name],
             metric=str(name),
             judge=judge,
             direction=better_of(judge),
@@ -100,7 +106,7 @@ def examples(
     others: list[tuple[str, TextExample]] = []
     for number, question in enumerate(questions):
         before, after = base.responses[number], tuned.responses[number]
-        hits = base.shares[judge][number, 0], tuned.shares[judge][number, 0]
+        hits = base.ratios[judge][number, 0], tuned.ratios[judge][number, 0]
         explanations = [explain(judge, response, question.truth) for response in (before, after)]
         reasons = zip(("base", "tuned"), explanations, strict=True)
         note = "; ".join(f"{model}: {explanation.reason}" for model, explanation in reasons if explanation.reason)
@@ -128,8 +134,8 @@ def _interleaved(named: list[tuple[str, TextExample]]) -> list[TextExample]:
 
 
 def note_counts(base: ScoredResponses, tuned: ScoredResponses, judge: str) -> str | None:
-    """Report a rate as counts with exact intervals and McNemar's test. None unless the judge answers yes or no."""
-    both = [base.shares[judge], tuned.shares[judge]]
+    """Report a rate as counts with exact intervals and McNemar's test. None for other metrics than yes or no."""
+    both = [base.ratios[judge], tuned.ratios[judge]]
     if not all(((ratios[:, 1] == 1) & np.isin(ratios[:, 0], (0, 1))).all() for ratios in both):
         return None
     hits, n = [int(ratios[:, 0].sum()) for ratios in both], len(both[0])
@@ -145,7 +151,7 @@ def note_counts(base: ScoredResponses, tuned: ScoredResponses, judge: str) -> st
 
 
 def note_tokens(base: ScoredResponses, tuned: ScoredResponses) -> str:
-    """Report the length of the responses: the mean, and the 99th percentile, which shows repetition loops."""
+    """Report the mean length and the 99th percentile, which shows repetition loops."""
     both = [np.array([response.tokens for response in scored.responses]) for scored in (base, tuned)]
     lengths = [f"{tokens.mean():.1f} (99th percentile {np.percentile(tokens, 99):.0f})" for tokens in both]
     return f"Tokens per response: {lengths[0]} with the base model, {lengths[1]} with the tuned model."
@@ -208,8 +214,8 @@ def compare_responses(
     config = dataclasses.replace(config, judges=order_judges(config.judges, training_judges))
     questions, folder = read_questions(config.questions, limit=config.max_questions), Path(config.output_dir)
     policy = _load(config, config.adapter)
-    base = generate_responses(policy, questions, config, base=True, title="base model", keep=folder)
-    tuned = generate_responses(policy, questions, config, base=False, title="tuned model", keep=folder)
+    base = generate_responses(policy, questions, config, base=True, title="base model", output_dir=folder)
+    tuned = generate_responses(policy, questions, config, base=False, title="tuned model", output_dir=folder)
     results = comparisons(base, tuned, config, training_judges=training_judges)
     guards = [result for result in results if result.judge in config.guards]
     primary, run = config.judges[0], run_verdict(results[0], guards)
@@ -217,7 +223,7 @@ def compare_responses(
     notes += note_training_judges(results) + note_unconfirmed(results)
     if sft_adapter:
         sft_policy = _load(config, sft_adapter)
-        sft = generate_responses(sft_policy, questions, config, base=False, title="SFT model", keep=folder)
+        sft = generate_responses(sft_policy, questions, config, base=False, title="SFT model", output_dir=folder)
         against_sft = comparisons(sft, tuned, config, models=("sft", "tuned"))
         results += comparisons(base, sft, config, models=("base", "sft")) + against_sft
         notes.append(note_against_sft(against_sft[0]))
@@ -225,7 +231,7 @@ def compare_responses(
     report = Report(
         title=title,
         verdict=run,
-        summary=_summary(results[0], run),
+        summary=run_summary(results[0], run, unit="responses"),
         command=command,
         comparisons=tuple(results),
         categories=tuple(by_category(base, tuned, questions, primary, seed=config.seed)),
@@ -236,15 +242,6 @@ def compare_responses(
         unit="questions",
     )
     return CompareResult(run, tuple(results), report.notes, write_report(folder, report))
-
-
-def _summary(primary: Comparison, run: str) -> str:
-    """Sum up the primary metric and the verdict on the run."""
-    return (
-        f"{primary.metric[:1].upper()}{primary.metric[1:]}: {primary.base:.3f} with the base model, {primary.tuned:.3f} with the tuned model "
-        f"({primary.difference:+.3f}, 95 % interval {primary.low:+.3f} to {primary.high:+.3f}). "
-        f"{primary.wins} responses improved, {primary.losses} got worse, {primary.ties} did not change. Verdict: {run}."
-    )
 
 
 def _settings(config: CompareResponsesConfig, count: int) -> dict[str, str]:

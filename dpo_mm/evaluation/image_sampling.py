@@ -1,4 +1,4 @@
-"""Image generation of a comparison: each image is generated once and scored once, with its settings on disk."""
+"""Image generation of a comparison: each image is generated and scored once."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SamplingPlan:
 
     @property
     def weights(self) -> np.ndarray | None:
-        """Weight of each image in a mean, (images,), such that categories count equally. None: images count equally."""
+        """Weight of each image in a mean, (images,), if categories count equally. None if images do."""
         if not self.balanced:
             return None
         _, index, count = np.unique(self.category_per_image, return_inverse=True, return_counts=True)

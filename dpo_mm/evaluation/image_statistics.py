@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 MAX_SIDE = 64
-"""Longest edge, in pixels, of the small copies that diversity compares. They have a quarter of the size if that is less."""
+"""Longest edge of the small copies, pixels, at most. They have a quarter of the image's size if that is less."""
 IMAGE_STATISTICS = "looks"
 """Judge's name in comparisons of these statistics."""
 METRICS = {"saturation": "saturation", "sharpness": "sharpness", "bytes": "file size, bytes"}

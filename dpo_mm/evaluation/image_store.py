@@ -24,9 +24,9 @@ from dpo_mm.resumable import atomic_write
 
 FOLDER, MANIFEST, SCORES = "pictures", "manifest.jsonl", "scores.jsonl"
 NAMES = ("model", "revision", "adapter")
-"""Names that a row has in addition to the hash of the weights. Only the hash decides whether an image is the same."""
+"""Names that do not identify an image. The hash of the weights does."""
 COMPRESS_LEVEL = 1
-"""PNG compression level. A large image is written in a twentieth of the time of the best level, and is a tenth larger."""
+"""PNG compression level: a twentieth of the best level's time, for files a tenth larger."""
 
 
 class ImageFiles(Sequence[Image.Image]):
@@ -143,7 +143,7 @@ def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines, and remove an incomplete last line so that the next row starts on its own line.
+    """Read a file of JSON lines and remove an incomplete last line from it.
 
     Returns:
         The rows. Empty if the file does not exist.

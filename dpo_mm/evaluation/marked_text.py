@@ -1,4 +1,4 @@
-"""Responses of base and tuned for a page: what a judge objects to is highlighted, repetition loops are folded."""
+"""Text of responses for a page, with errors highlighted and repetition loops folded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Response generation of a comparison: each response is saved as it comes, so that an interrupted comparison resumes."""
+"""Response generation of a comparison. Each batch is saved, so that an interrupted comparison resumes."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class ScoredResponses:
 
     Args:
         responses: one per question, (questions,).
-        shares: hits and totals by judge, (questions, 2) each.
+        ratios: hits and totals by judge, (questions, 2) each.
     """
 
     responses: list[Response]
-    shares: dict[str, np.ndarray] = field(default_factory=dict)
+    ratios: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def generate_responses(
@@ -46,7 +46,7 @@ def generate_responses(
     *,
     base: bool,
     title: str,
-    keep: Path | None = None,
+    output_dir: Path | None = None,
 ) -> ScoredResponses:
     """Generate and score one response per question.
 
@@ -56,30 +56,30 @@ def generate_responses(
         config: decoding settings and judges.
         base: whether the model responds without its adapter.
         title: name of the model, in the progress bar and in answers.jsonl.
-        keep: folder of answers.jsonl. Each response is saved there with its settings. A batch that is in the file with
+        output_dir: folder of answers.jsonl. Each response is saved there with its settings. A batch that is in the file with
             the same settings is not generated again. None: nothing is saved.
     """
     responses: list[Response] = []
-    saved = {row["key"]: row for row in read_lines(keep / RESPONSES_FILE)} if keep else {}
+    saved = {row["key"]: row for row in read_lines(output_dir / RESPONSES_FILE)} if output_dir else {}
     with (
         progress_bar(f"generating responses: {title}", len(questions)) as advance,
         policy.base_weights() if base else contextlib.nullcontext(),
     ):
-        settings = generation_settings(policy, config, base=base) if keep else {}
+        settings = generation_settings(policy, config, base=base) if output_dir else {}
         for start in range(0, len(questions), config.batch_size):
             part = questions[start : start + config.batch_size]
             keys = [_key(settings, part, number) for number in range(len(part))]
-            if keep and all(key in saved for key in keys):
+            if output_dir and all(key in saved for key in keys):
                 batch = [Response(*(saved[key][name] for name in Response._fields)) for key in keys]
             else:
                 batch = _generate_batch(policy, part, config, seed=config.seed + start)
-                if keep:
+                if output_dir:
                     rows = [
                         {"key": key, "question": question.id, "by": title, **response._asdict(), **settings}
                         for key, question, response in zip(keys, part, batch, strict=True)
                     ]
-                    keep.mkdir(parents=True, exist_ok=True)
-                    append_lines(keep / RESPONSES_FILE, rows)
+                    output_dir.mkdir(parents=True, exist_ok=True)
+                    append_lines(output_dir / RESPONSES_FILE, rows)
             responses += batch
             advance(len(part))
     return score_responses(responses, questions, config)

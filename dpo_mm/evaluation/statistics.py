@@ -320,7 +320,7 @@ def confirmed_verdict(comparison: Comparison) -> Verdict:
 
 
 def run_verdict(headline: Comparison, guards: Sequence[Comparison]) -> Overall:
-    """Return the verdict on a run: the primary metric's, or "over-optimised" if it is better and a guardrail is worse.
+    """Return the primary metric's verdict, or "over-optimised" if it is better and a guardrail is worse.
 
     The primary metric needs its sign test (`confirmed_verdict`). A guardrail metric is worse by its interval alone: a
     false warning costs less than a missed one.

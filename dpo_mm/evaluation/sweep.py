@@ -1,4 +1,4 @@
-"""Strength of the adapter: LoRA scales and checkpoints by two judges, and the point that a fixed rule recommends."""
+"""Strength of the adapter: LoRA scales and checkpoints by two judges, and the recommended one."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def terminal_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def is_rate(comparison: Comparison) -> bool:
-    """Return whether to show a comparison in per cent: by a word of `RATES` in its metric and values in [0, 1]."""
+    """Return whether to show a comparison in per cent."""
     in_range = all(0 <= value <= 1 for value in (comparison.base, comparison.tuned))
     return in_range and bool(RATES.search(comparison.metric))
 

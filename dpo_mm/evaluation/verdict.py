@@ -26,6 +26,23 @@ class CompareResult:
     report: Path
 
 
+def run_summary(primary: Comparison, verdict: str, *, unit: str) -> str:
+    """Sum up a run in a few sentences.
+
+    Args:
+        primary: comparison by the primary metric.
+        verdict: verdict on the run.
+        unit: what has one vote, in the plural: prompts or responses.
+    """
+    metric = primary.metric[:1].upper() + primary.metric[1:]
+    clustered = ", clustered by prompt" if unit == "prompts" else ""
+    return (
+        f"{metric}: {primary.base:.3f} with the base model, {primary.tuned:.3f} with the tuned model "
+        f"({primary.difference:+.3f}, 95 % interval {primary.low:+.3f} to {primary.high:+.3f}{clustered}). "
+        f"{primary.wins} {unit} improved, {primary.losses} got worse, {primary.ties} did not change. Verdict: {verdict}."
+    )
+
+
 def note_training_judges(comparisons: Sequence[Comparison]) -> list[str]:
     """Name the judges that also built the training pairs, and explain it if one of them is the primary metric."""
     judges = [comparison.judge for comparison in comparisons if comparison.built_training_pairs]
@@ -36,14 +53,14 @@ def note_training_judges(comparisons: Sequence[Comparison]) -> list[str]:
     note = f"{names} also built the training pairs, so the score is optimistic."
     if primary.built_training_pairs:
         note += (
-            f" The judge {primary.judge} is still the primary metric, because it is rule-based and was applied to other prompts. "
-            "It cannot detect problems outside its rule."
+            f" The judge {primary.judge} is still the primary metric, because it is rule-based and was applied to other "
+            "prompts. It cannot detect problems outside its rule."
         )
     return [note]
 
 
 def note_unconfirmed(comparisons: Sequence[Comparison]) -> list[str]:
-    """Name the metrics whose interval excludes 0 but whose sign test does not agree, before or after Holm's correction."""
+    """Name the metrics whose interval excludes 0 but whose sign test, or its corrected p, does not."""
     notes = []
     for comparison in comparisons:
         tested = comparison.p_holm is not None and comparison.models == BASE_AND_TUNED

@@ -1,4 +1,4 @@
-"""Preference pairs from a model's own images: several images per prompt, scored by judges, the best paired with the worst.
+"""Preference pairs from a model's own images: the best of several per prompt against the worst.
 
 Several judges rank together by the mean of their z-scores within a prompt. Guardrail judges prevent one quality from
 improving at the expense of another: aesthetics at the expense of the prompt, or one judge's preference at the expense
@@ -152,7 +152,7 @@ def _row(
     worst: int,
     config: MineConfig,
 ) -> dict[str, Any]:
-    """Build the row of a pair. The winner's seed decides whether it is a or b, so that the position carries no signal."""
+    """Build a pair's row. The winner's seed decides whether it is a or b: the position carries no signal."""
     first, second, preference = (best, worst, "a") if seeds[best] % 2 else (worst, best, "b")
     guards = "+".join(parse_judges(config.guards))
     return {
