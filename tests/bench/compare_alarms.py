@@ -26,7 +26,8 @@ from dpo_mm.config import CompareConfig
 from dpo_mm.evaluation.compare_images import compare_images, comparisons, verdict
 from dpo_mm.evaluation.image_sampling import ImageSampler, sampling_plan
 from dpo_mm.evaluation.image_store import FOLDER, ImageStore
-from dpo_mm.evaluation.statistics import Comparison, rate_interval
+from dpo_mm.evaluation.significance import rate_interval
+from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.policies.families import load_image_policy
 
 TARGET = Path(__file__).parents[2] / "docs" / "benchmarks" / "compare-alarms.json"
@@ -62,7 +63,7 @@ def against_itself(config: CompareConfig) -> str:
 def against_other_seeds(studio: ImageSampler, pair: int) -> tuple[str, Comparison]:
     """The whole verdict on two sets of the base's pictures as if one were a tuned model's, and its headline."""
     one, other = (
-        studio.draw(
+        studio.generate(
             sampling_plan(dataclasses.replace(studio.config, seed=APART + 2 * pair + side)), scale=0.0, label="base"
         )
         for side in (0, 1)

@@ -189,12 +189,12 @@ def asked(config: CompareResponsesConfig, adapter: str | None, work: Path) -> Sc
         policy.load_adapter(adapter)
     config = dataclasses.replace(config, adapter=adapter)
     return generate_responses(
-        policy, read_questions(config.questions), config, base=adapter is None, title="asking", keep=work
+        policy, read_questions(config.questions), config, base=adapter is None, title="OCR model", output_dir=work
     )
 
 
 def rates(found: ScoredResponses) -> dict[str, float]:
-    return {name: float(part[:, 0].sum() / max(part[:, 1].sum(), 1)) for name, part in found.shares.items()}
+    return {name: float(part[:, 0].sum() / max(part[:, 1].sum(), 1)) for name, part in found.ratios.items()}
 
 
 def best_rates(work: Path, seed: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
