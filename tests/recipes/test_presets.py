@@ -72,7 +72,7 @@ def test_preset_cites_the_source_of_its_numbers(name: str) -> None:
     text = " ".join(line.lstrip("# ") for line in comments)
     assert comments
     if recipe(name).train.model not in BUNDLED:
-        assert re.search(r"\d{4}\.\d{5}|\bours, not tuned\b|examples/", text, re.IGNORECASE)
+        assert re.search(r"\d{4}\.\d{5}|\bours and not tuned\b|examples/", text, re.IGNORECASE)
 
 
 @pytest.fixture(scope="module")

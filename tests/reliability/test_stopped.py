@@ -70,7 +70,7 @@ def test_sigterm_while_encoding_leaves_complete_shards_and_resumes(tiny_model: s
     file.write_text(f"model: {tiny_model}\npairs: {pairs}\n")
     train = ["train", str(file), "--output-dir", str(tmp_path / "out"), "--steps", "1", "--eval-fraction", "0"]
     stopped = run(encode_and_stop, 3, *train, cache=tmp_path / "cut")
-    assert stopped.returncode == 143 and "the same command goes on from there" in stopped.stderr, stopped.stderr[-1500:]
+    assert stopped.returncode == 143 and "the same command resumes" in stopped.stderr, stopped.stderr[-1500:]
     assert shards(tmp_path / "cut") == ["pairs-00000", "prompts-00000"]
     assert not list((tmp_path / "cut").rglob(".*")) and not (tmp_path / "out").exists()
     resumed, whole = (run(encode_and_stop, 0, *train, cache=tmp_path / name) for name in ("cut", "whole"))
@@ -104,7 +104,7 @@ def test_sigterm_while_judging_leaves_complete_shards_and_resumes(tiny_model: st
         return ["mine", *(part for key, value in settings.items() for part in (f"--{key}", value))]
 
     stopped = run(mine_and_stop, 2, *arguments("cut"), cache=tmp_path)
-    assert stopped.returncode == 143 and "the same command goes on from there" in stopped.stderr, stopped.stderr[-1500:]
+    assert stopped.returncode == 143 and "the same command resumes" in stopped.stderr, stopped.stderr[-1500:]
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["mining.json", "shard-00000.parquet"]
     before = (tmp_path / "cut" / "shard-00000.parquet").stat().st_mtime_ns
     resumed, whole = (run(mine_and_stop, 0, *arguments(name), cache=tmp_path) for name in ("cut", "whole"))

@@ -79,7 +79,7 @@ def damaged(write_pairs: Callable[..., str]) -> str:
 def test_a_damaged_picture_is_named(damaged: str, tiny_model: str, tmp_path: Path) -> None:
     given = drop_ties(load_pairs(damaged))
     with pytest.raises(
-        ValueError, match=r"row row-3 of d\.parquet: image_b does not decode .*--undecodable-images skip"
+        ValueError, match=r"row row-3 of d\.parquet: image_b does not decode .*undecodable_images: drop"
     ):
         encode(load_policy(tiny_model), given, where="d.parquet", cache=tmp_path)
 
