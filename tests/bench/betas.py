@@ -26,7 +26,7 @@ def main(out: Path) -> None:
             found = measure_beta(policy, training_stream(config, rows, 1), config)
             table.append({"recipe": f"{task}, {preset}", "by_hand": config.beta, "auto": found})
     command = f"python -m tests.bench.betas {out}"
-    out.write_text(json.dumps({"command": command, "share": SHARE[False], "rows": table}, indent=1) + "\n")
+    out.write_text(json.dumps({"command": command, "share": SHARE["image"], "rows": table}, indent=1) + "\n")
     print(out.read_text())
 
 

@@ -62,7 +62,7 @@ def against_itself(config: CompareConfig) -> str:
 def against_other_seeds(studio: ImageSampler, pair: int) -> tuple[str, Comparison]:
     """The whole verdict on two sets of the base's pictures as if one were a tuned model's, and its headline."""
     one, other = (
-        studio.draw(
+        studio.generate(
             sampling_plan(dataclasses.replace(studio.config, seed=APART + 2 * pair + side)), scale=0.0, label="base"
         )
         for side in (0, 1)

@@ -322,7 +322,7 @@ def ours(policy: Any, config: TrainConfig, rows: Any, parts: Parts) -> Step:
             policy.log_probs = asks
         with parts.part("backward"):
             loss.backward()
-        trainer._measured["train"].clear()
+        trainer._metrics["train"].clear()
         return float(loss.detach())
 
     return step

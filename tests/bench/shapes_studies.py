@@ -61,7 +61,7 @@ def run(name: str, seed: int, work: Path) -> dict[str, Any]:
             folder,
         )
         right = {
-            side: studio.draw(plan, scale=scale, label=side).scores[asked.judges[0]]
+            side: studio.generate(plan, scale=scale, label=side).scores[asked.judges[0]]
             for side, scale in (("base", 0.0), ("tuned", 1.0))
         }
     return {

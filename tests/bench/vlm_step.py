@@ -85,7 +85,7 @@ def trl(shape: Shape, rows: list[dict[str, Any]], tokens: int, *, head: bool) ->
     """TRL's own collator and loss. head: its GPU path, where the head sees completions alone."""
     import trl.trainer.utils as internals
     from trl import DPOConfig
-    from trl import PreferenceTrainer as Theirs
+    from trl import DPOTrainer as Theirs
 
     model, processor = build(shape, tokens)
     features = {name: Value("string") for name in ("prompt", "chosen", "rejected")} | {"images": List(Image())}
