@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 
+ROW_GROUP_BYTES = 64 * 2**20
+"""Largest size of a row group, about. A reader holds one in memory, and a column of one must stay below 2 GiB."""
+
+
 def write_rows(rows: list[dict[str, Any]], path: Path, *, make: Callable[..., Dataset], features: Features) -> None:
     """Write rows as a Parquet file, completely or not at all. A shard without rows is an empty file.
 
@@ -25,7 +29,8 @@ def write_rows(rows: list[dict[str, Any]], path: Path, *, make: Callable[..., Da
 
     dataset = make(rows) if rows else Dataset.from_dict({name: [] for name in features}, features=features)
     with atomic_write(path) as temporary:
-        dataset.to_parquet(str(temporary))
+        size = dataset.data.nbytes
+        dataset.to_parquet(str(temporary), batch_size=max(1, len(dataset) * ROW_GROUP_BYTES // max(size, 1)))
 
 
 def combine_shards(paths: list[Path], target: Path, *, nothing: str) -> Path:
@@ -47,9 +52,16 @@ def combine_shards(paths: list[Path], target: Path, *, nothing: str) -> Path:
 
     if not all(path.exists() for path in paths):
         return target
-    table = pa.concat_tables([pq.read_table(path) for path in paths])
-    if table.num_rows == 0:
+    files = [pq.ParquetFile(path) for path in paths]
+    filled = [file for file in files if file.metadata.num_rows]
+    if not filled:
         raise ValueError(nothing)
-    with atomic_write(target) as temporary:
-        pq.write_table(table, temporary)
+    schema = pa.unify_schemas([file.schema_arrow for file in filled], promote_options="permissive")
+    with atomic_write(target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for file in filled:
+            for number in range(file.num_row_groups):
+                table = file.read_row_group(number).cast(schema)
+                writer.write_table(
+                    table, row_group_size=max(1, table.num_rows * ROW_GROUP_BYTES // max(table.nbytes, 1))
+                )
     return target

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.worlds import shapes
@@ -77,11 +78,20 @@ def read_prompt_set(name: str, *, limit: int | None = None) -> PromptSet:
 
 
 def _file(path: Path) -> PromptSet:
-    lines = _text(path).splitlines()
-    if path.suffix == ".jsonl":
+    text = _text(path)
+    lines = text.split("\n")  # not splitlines(), which also splits at U+2028 and other characters inside a prompt
+    listed = _json_list(text) if path.suffix != ".jsonl" and text.lstrip()[:1] == "[" else None
+    if listed is not None:
+        return _objects(path, [(f"entry {n}", entry) for n, entry in enumerate(listed, start=1)])
+    if path.suffix in (".json", ".jsonl") or _is_json_lines(lines):
         return _json_lines(path, lines)
     if path.suffix == ".tsv" or lines[:1] == ["Prompt\tCategory\tChallenge\tNote"]:
         return _table(path, lines)
+    header = [cell.strip().lower() for cell in next(csv.reader(lines[:1]), [])]
+    if "prompt" in header and (path.suffix == ".csv" or len(header) > 1):
+        return _csv(text)
+    if path.suffix == ".csv":
+        raise ValueError(f"{path}: columns {', '.join(header)}. Expected a column prompt, and optionally category")
     kind = path.name.removesuffix("_val.txt")
     if path.name.endswith("_val.txt") and kind in COMPBENCH:
         return PromptSet(_named(lines, kind), "T2I-CompBench")
@@ -98,7 +108,7 @@ def _folder(path: Path) -> PromptSet:
     files = sorted(path.glob("*.txt"))
     lists = [file for file in files if file.name.removesuffix("_val.txt") in COMPBENCH]
     if lists:
-        parts = (_named(_text(file).splitlines(), file.name.removesuffix("_val.txt")) for file in lists)
+        parts = (_named(_text(file).split("\n"), file.name.removesuffix("_val.txt")) for file in lists)
         return PromptSet(tuple(prompt for part in parts for prompt in part), "T2I-CompBench")
     if not files:
         raise ValueError(
@@ -113,22 +123,55 @@ def _folder(path: Path) -> PromptSet:
     return PromptSet(tuple(prompts), "DPG-Bench")
 
 
+def _json_list(text: str) -> list[Any] | None:
+    """Parse a JSON list, or return None if the text is not one: a line of prompts may begin with a bracket."""
+    try:
+        entries = json.loads(text)
+    except ValueError:
+        return None
+    return entries if isinstance(entries, list) else None
+
+
+def _is_json_lines(lines: list[str]) -> bool:
+    """Tell if the first line that is not empty is a JSON object."""
+    first = next((line for line in lines if line.strip()), "")
+    try:
+        return first.lstrip().startswith("{") and isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
+
+
+def _csv(text: str) -> PromptSet:
+    """Read a comma-separated table with a column prompt, and optionally category."""
+    rows = csv.DictReader(io.StringIO(text))
+    rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
+    pairs = (((row["prompt"] or "").strip(), (row.get("category") or "all").strip()) for row in rows)
+    return PromptSet(tuple(PromptSpec(text, kind) for text, kind in pairs if text), "CSV")
+
+
 def _json_lines(path: Path, lines: list[str]) -> PromptSet:
-    """Read GenEval's objects (tag, include, prompt), or other objects with a prompt and optionally a category."""
-    prompts, official = [], True
+    rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append((f"line {number}", json.loads(line)))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error}). Expected an object with a prompt") from None
+    return _objects(path, rows)
+
+
+def _objects(path: Path, rows: list[tuple[str, Any]]) -> PromptSet:
+    """Read GenEval's objects (tag, include, prompt), other objects with a prompt and optionally a category, or texts."""
+    prompts, official = [], True
+    for place, row in rows:
+        row = {"prompt": row} if isinstance(row, str) else row
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise ValueError(f"{path}, line {number}: no prompt. Expected {{'tag': ..., 'prompt': ...}} as in GenEval")
+            raise ValueError(f"{path}, {place}: no prompt. Expected {{'tag': ..., 'prompt': ...}} as in GenEval")
         official = official and "tag" in row and "include" in row
         kind = str(row.get("tag") or row.get("category") or "all")
         prompts.append(PromptSpec(row["prompt"].strip(), kind.replace("_", " ")))
-    return PromptSet(tuple(prompts), "GenEval" if official else "JSON lines", balanced=official)
+    return PromptSet(tuple(prompts), "GenEval" if official else "JSON", balanced=official)
 
 
 def _table(path: Path, lines: list[str]) -> PromptSet:

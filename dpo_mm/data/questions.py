@@ -111,8 +111,17 @@ def _rows(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
 
         rows = (row for batch in pq.ParquetFile(path).iter_batches(256) for row in batch.to_pylist())
     else:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
+        try:
+            entries = json.loads(text) if path.suffix != ".jsonl" and text.lstrip().startswith("[") else None
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: not JSON ({error}). Expected a list of objects, or one object per line"
+            ) from None
+        lines = text.split("\n")  # not splitlines(), which also splits at U+2028 inside a text
         rows = (_parsed(line, path, number) for number, line in enumerate(lines) if line.strip())
+        if entries is not None:
+            rows = (_checked_row(entry, path, f"entry {number + 1}") for number, entry in enumerate(entries))
     for number, row in enumerate(rows):
         if limit is not None and number >= limit:
             return
@@ -124,8 +133,12 @@ def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{path}, line {number + 1}: not JSON ({error}). Expected one object per line") from None
+    return _checked_row(row, path, f"line {number + 1}")
+
+
+def _checked_row(row: Any, path: Path, position: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number + 1}: expected an object with prompt, images and ground_truth")
+        raise ValueError(f"{path}, {position}: expected an object with prompt, images and ground_truth")
     return row
 
 
@@ -139,7 +152,7 @@ def _question(row: dict[str, Any], path: Path, number: int) -> Question:
         str(row.get("id") or number),
         tuple(_image(cell, path, number) for cell in cells),
         row["prompt"],
-        str(row.get("ground_truth") or ""),
+        "" if row.get("ground_truth") is None else str(row["ground_truth"]),
         str(row.get("category") or "all"),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -178,7 +179,7 @@ def _open(path: str) -> Dataset:
     if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
         return load_from_disk(str(folder))  # type: ignore[return-value]
     if folder.is_file() or folder.is_dir():
-        files = [folder] if folder.is_file() else sorted(folder.glob("*.parquet"))
+        files = [folder] if folder.is_file() else _split_files(folder)
         if not files:
             raise ValueError(
                 f"{path}: no *.parquet in this folder. A preference dataset is Parquet with the columns {', '.join(REQUIRED)}"
@@ -192,6 +193,27 @@ def _open(path: str) -> Dataset:
             f"{path}: no such file or folder. Give a Parquet file, a folder of Parquet files, a bundled dataset or a hub id"
         )
     return load_dataset(path, split="train")  # type: ignore[return-value]
+
+
+SPLIT = re.compile(r"^(train|training|test|validation|valid|val|dev|eval)(?=[-_.\d])", re.IGNORECASE)
+"""Begin of a Parquet file's name that holds one split of a dataset."""
+
+
+def _split_files(folder: Path) -> list[Path]:
+    """Parquet files of a folder: those of the split `train` if the names have splits, else all.
+
+    Raises:
+        ValueError: if the names have several splits and none is `train`.
+    """
+    files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+    splits = {file: match[1].lower() if (match := SPLIT.match(file.name)) else "" for file in files}
+    training = [file for file in files if splits[file] in ("train", "training")]
+    if not training and len(set(splits.values())) > 1:
+        raise ValueError(
+            f"{folder}: files of several splits ({', '.join(sorted({split or 'without a split' for split in splits.values()}))}) "
+            "and none is train. Name the file to use"
+        )
+    return training or files
 
 
 def _read_parquet(files: list[Path]) -> Dataset:
@@ -296,29 +318,64 @@ def digest(rows: Dataset) -> str:
 
 
 def split_by_prompt(rows: Dataset, fraction: float, *, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Split rows into training rows and evaluation rows, so that no prompt is in both.
+    """Split rows into training rows and evaluation rows, so that no prompt and no prompt's image is in both.
 
-    The same text with other images counts as another prompt.
+    Rows with images in the prompt belong together if they share an image, by its content and not its file name. Other rows
+    belong together if they have the same prompt.
 
     Args:
         rows: preference rows.
-        fraction: fraction of the prompts in the evaluation split, in [0, 1).
+        fraction: fraction of the groups in the evaluation split, in [0, 1).
         seed: seed of the split.
 
     Returns:
-        Training rows and evaluation rows. The latter are None if the fraction is less than one prompt.
+        Training rows and evaluation rows. The latter are None if the fraction is less than one group.
     """
     import numpy as np
 
-    prompts = [str(prompt) for prompt in rows["prompt"]]
-    for column in {"images", "image_source"} & set(rows.column_names):
-        cells = rows.select_columns(column).with_format("arrow")[column].to_pylist()
-        digests = [hashlib.sha256(repr(cell).encode()).hexdigest() for cell in cells]
-        prompts = [f"{digest} {prompt}" for digest, prompt in zip(digests, prompts, strict=True)]
-    names = sorted(set(prompts))
+    groups = _groups(rows) if fraction else [""] * len(rows)
+    names = sorted(set(groups))
     count = int(len(names) * fraction)
     if count == 0:
         return rows, None
     held_out = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
-    train = [n for n, prompt in enumerate(prompts) if prompt not in held_out]
-    return rows.select(train), rows.select([n for n, prompt in enumerate(prompts) if prompt in held_out])
+    train = [n for n, group in enumerate(groups) if group not in held_out]
+    return rows.select(train), rows.select([n for n, group in enumerate(groups) if group in held_out])
+
+
+def _groups(rows: Dataset) -> list[str]:
+    """Name of the group of each row, see `split_by_prompt`: a prompt, or the first of the images that link its rows."""
+    prompts = [str(prompt) for prompt in rows["prompt"]]
+    columns = sorted({"images", "image_source"} & set(rows.column_names))
+    if not columns:
+        return prompts
+    parents: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parents.setdefault(key, key) != key:
+            parents[key] = key = parents[parents[key]]
+        return key
+
+    keys: list[str] = []
+    for batch in rows.select_columns(columns).with_format("arrow").iter(64):
+        for cells in batch.to_pylist():
+            images = [digest for column in columns for digest in _image_digests(cells[column])]
+            first = images[0] if images else prompts[len(keys)]
+            for other in images[1:]:
+                one, two = sorted((root(first), root(other)))
+                parents[two] = one
+            keys.append(first)
+    return [root(key) for key in keys]
+
+
+def _image_digests(cell: Any) -> list[str]:
+    """Hash the content of the images of one cell: one image, a list of them, or none."""
+    images = [image for image in (cell if isinstance(cell, list) else [cell]) if image]
+    return [hashlib.blake2b(_content(image), digest_size=16).hexdigest() for image in images]
+
+
+def _content(image: dict[str, Any]) -> bytes:
+    try:
+        return image["bytes"] or Path(image["path"]).read_bytes()
+    except (OSError, TypeError):
+        return str(image.get("path")).encode()  # refused with its row when it is decoded

@@ -10,7 +10,7 @@ import torch
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
-from dpo_mm.training.encoding import encoded_sets
+from dpo_mm.training.encoding import encode_splits
 
 TESTS = Path(__file__).parents[1]
 TRAPS = {
@@ -59,7 +59,7 @@ def prepare_policy_and_rows(model: str, pairs: str, out: Path, precision: str = 
     """A policy whose adapter changes the model, and four encoded rows in their first epoch."""
     policy = load_policy(model, precision=precision)
     train_config = config(model, pairs, out)
-    rows = encoded_sets(policy, train_config).rows
+    rows = encode_splits(policy, train_config).rows
     policy.prepare(train_config)
     torch.manual_seed(0)
     for parameter in policy.model.parameters():
@@ -104,7 +104,7 @@ def _trainer(train_config: TrainConfig) -> tuple[Any, Any]:
     from dpo_mm.training.trainer import PreferenceTrainer
 
     policy = load_policy(train_config.model)
-    rows = encoded_sets(policy, train_config).rows
+    rows = encode_splits(policy, train_config).rows
     policy.free_encoders()
     policy.prepare(train_config)
     return policy, PreferenceTrainer(policy, train_config, rows)

@@ -87,7 +87,7 @@ def test_beta_is_a_number_or_auto(tiny_model: str, pairs: str, out: str) -> None
         for beta in ("500", 500, 0.1, "auto")
     ]
     assert found == [500.0, 500.0, 0.1, "auto"] and [type(one) for one in found] == [float, float, float, str]
-    with pytest.raises(ValueError, match="beta 'soon' is no number; expected one above 0, or auto"):
+    with pytest.raises(ValueError, match=r"beta is 'soon'\. Expected a number above 0, or auto"):
         train(config(tiny_model, pairs, Path(out), beta="soon"))
     with pytest.raises(ValueError, match="weighting 'noise' is unknown"):
         train(config(tiny_model, pairs, Path(out), loss_weighting="noise"))
