@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,8 @@ from dpo_mm.config import (
     MineConfig,
     MineResponsesConfig,
     TrainConfig,
-    config_from_mapping,
-    read_yaml,
 )
+from dpo_mm.config_parsing import config_from_mapping, known_names, read_yaml, with_field_names
 from dpo_mm.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -75,7 +75,11 @@ def read_recipe(task: str, preset: str, overrides: Mapping[str, str]) -> Recipe:
     folders = {"train": output / "adapter", "compare": output, "mine": output / "mined"}
     overrides = {key: value for key, value in overrides.items() if key not in ("output_dir", "baseline")}
     settings: dict[str, Any] = {
-        step: {**values[step], **_overrides_for(step, config_type, overrides), "output_dir": str(folders[step])}
+        step: {
+            **with_field_names(config_type, values[step], source=f"{file_name}: {step}"),
+            **_overrides_for(step, config_type, overrides),
+            "output_dir": str(folders[step]),
+        }
         for step, config_type in config_types.items()
         if step in values
     }
@@ -84,7 +88,7 @@ def read_recipe(task: str, preset: str, overrides: Mapping[str, str]) -> Recipe:
         settings["train"].setdefault("pairs", str(folders["mine"] / "pairs.parquet"))
     settings["compare"].setdefault("adapter", str(folders["train"]))
     configs = {
-        step: config_from_mapping(config_types[step], own, where=f"{file_name}: {step}")
+        step: config_from_mapping(config_types[step], own, source=f"{file_name}: {step}")
         for step, own in settings.items()
     }
     return Recipe(title=values.get("title", task), baseline=baseline, **configs)
@@ -92,15 +96,17 @@ def read_recipe(task: str, preset: str, overrides: Mapping[str, str]) -> Recipe:
 
 def _overrides_for(step: str, config_type: Any, overrides: Mapping[str, str]) -> dict[str, str]:
     """Return the overrides that apply to one step. `step.name` takes precedence over `name`."""
-    known = {field.name for field in dataclasses.fields(config_type)}
-    general = {key: value for key, value in overrides.items() if key in known}
-    return general | {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{step}.")}
+    general = {key: value for key, value in overrides.items() if key in known_names(config_type)}
+    specific = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{step}.")}
+    return with_field_names(config_type, general, source="flags") | with_field_names(
+        config_type, specific, source=f"flags: {step}"
+    )
 
 
 def _check_known(overrides: Mapping[str, str], config_types: Mapping[str, Any], file_name: str) -> None:
     """Raise ValueError for an override that no step has."""
-    names = {step: {field.name for field in dataclasses.fields(kind)} for step, kind in config_types.items()}
-    known = set().union(*names.values())
+    names = {step: known_names(config_type) for step, config_type in config_types.items()}
+    known = list(dict.fromkeys(itertools.chain.from_iterable(names.values())))
     for key in overrides:
         step, _, name = key.partition(".")
         if key not in known and name not in names.get(step, ()):

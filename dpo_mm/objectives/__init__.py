@@ -1,12 +1,12 @@
-"""The preference objectives: pure functions from log-probs to one loss a pair.
+"""The preference objectives: pure functions from log-probs to one loss per pair.
 
 Symbols, for one pair: w is chosen, l rejected; r = log p_policy - log p_reference is the log-ratio (beta * r is the
 implicit reward) and delta = r_w - r_l. An image's log-prob is -1/2 of its denoising error, so that `beta` means what the
 Diffusion-DPO authors' code means by it; the diffusers research script leaves the 1/2 out, and its beta is half of ours.
 
 To add an objective: write the function in the file of its kind and name it in the table at that file's end. Arguments
-after the tensors are settings (`beta`, ...) unless their name stands in FROM_DATA or FROM_BATCH: those are filled in by
-the trainer.
+after the tensors are settings (`beta`, ...) unless their name is in DATASET_INPUTS or BATCH_INPUTS: the trainer
+fills those in.
 """
 
 from dpo_mm.objectives.denoising import linear, mapo, sdpo, sdpo_lambda_image

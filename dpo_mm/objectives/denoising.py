@@ -1,7 +1,7 @@
-"""Objectives made for image generators.
+"""Objectives for image generators.
 
-Departures: `sdpo` takes its scale a pair; the authors' code takes it a micro-batch, so that its result depends on the
-batch size. `linear`'s margin is the paper's, of whole errors, twice the size of delta.
+Departures: `sdpo` has one scale per pair. The authors' code has one per micro-batch, so its result depends on the batch
+size. `linear`'s margin is the paper's, of whole errors, which is twice delta.
 """
 
 from __future__ import annotations
@@ -25,59 +25,108 @@ from dpo_mm.objectives.log_probs import (
 )
 
 
-def sdpo(policy: LogProbs, reference: LogProbs, *, beta: float, rejected_gradient_scale: Tensor) -> Tensor:
-    """`sigmoid` whose step does not raise the chosen side's error: the rejected side's gradient alone is scaled.
+def sdpo(policy_logps: LogProbs, reference_logps: LogProbs, *, beta: float, rejected_gradient_scale: Tensor) -> Tensor:
+    """`sigmoid` with a scaled gradient of the rejected side, so that the chosen error does not rise.
 
-    rejected_gradient_scale: lambda of each pair, [0, 1], (pairs,), no gradient (see `sdpo_lambda_image`). The value is that of `sigmoid`.
-    Returns (pairs,). Raises ValueError where beta <= 0. Source: Diffusion-SDPO, Fu et al. 2025 (2511.03317).
+        -log s(beta (r_w - lambda r_l)),  with the value of `sigmoid` and lambda only in the gradient
+
+    Args:
+        policy_logps, reference_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+        beta: inverse temperature, 1/nats, > 0.
+        rejected_gradient_scale: lambda, [0, 1], (pairs,), without gradient. See `sdpo_lambda_image`.
+
+    Returns:
+        Loss per pair, (pairs,). Its value is that of `sigmoid`.
+
+    Raises:
+        ValueError: if beta is not above 0.
+
+    Source: Diffusion-SDPO, Fu et al. 2025 (2511.03317).
     """
     check_beta(beta)
-    chosen, rejected = log_ratios(policy, reference)
+    chosen, rejected = log_ratios(policy_logps, reference_logps)
     rejected = rejected.detach() + rejected_gradient_scale * (rejected - rejected.detach())
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
 def sdpo_lambda_image(chosen_gradient: Tensor, rejected_gradient: Tensor, *, slack: float) -> Tensor:
-    """lambda of each pair: the largest share of the rejected side's gradient that keeps the chosen error from rising.
+    """Largest scale of the rejected gradient that keeps the chosen error from rising.
 
-    chosen_gradient, rejected_gradient: of each side's error with respect to the network's output, (pairs, ...); for a
-    denoiser prediction - target will do, a common factor cancels. slack: the paper's mu, [0, 1); 0.9 for SD1.5, 0.6
-    for SDXL. Returns clip((1 - mu) |g_w|^2 / <g_l, g_w>, 0, 1), 1 where the inner product is not positive; (pairs,),
-    float32, no gradient. Raises ValueError outside the range. Source: Diffusion-SDPO (2511.03317), the scale in closed form.
+        clip((1 - slack) |g_w|^2 / <g_l, g_w>, 0, 1), and 1 if <g_l, g_w> <= 0
+
+    Args:
+        chosen_gradient, rejected_gradient: gradient of each side's error with respect to the network's output, (pairs, ...).
+            For a denoiser prediction - target is enough, because a common factor cancels.
+        slack: the paper's mu, [0, 1). 0.9 for SD1.5, 0.6 for SDXL.
+
+    Returns:
+        lambda per pair, (pairs,), float32, without gradient.
+
+    Raises:
+        ValueError: if slack is out of range.
+
+    Source: Diffusion-SDPO (2511.03317), the scale in closed form.
     """
     winner, loser = (g.detach().float().flatten(1) for g in (chosen_gradient, rejected_gradient))
     return sdpo_lambda((winner * winner).sum(1), (winner * loser).sum(1), slack=slack)
 
 
-def linear(policy: LogProbs, reference: LogProbs, *, beta: float, floor: float) -> Tensor:
-    """Difference of the errors, weighted by a line instead of DPO's sigmoid, so that won pairs go on teaching.
+def linear(policy_logps: LogProbs, reference_logps: LogProbs, *, beta: float, floor: float) -> Tensor:
+    """Difference of the errors with a linear weight, so that ordered pairs keep a gradient.
 
-    beta: > 0, of the whole error margin m = (err_w - ref_w) - (err_l - ref_l) = -2 delta. floor: the paper's eta, the
-    least weight, (0, 0.5). Returns (pairs,); its weight has no gradient. Images alone: raises ValueError for a
-    likelihood, and outside the ranges. Source: Linear-DPO, Li et al. 2026 (2605.21123).
+        clamp(1/2 + 0.2 beta m, floor, 1 - floor) (err_w - err_l),  m = -2 delta
+
+    Only for image generators. The weight has no gradient.
+
+    Args:
+        policy_logps, reference_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+        beta: > 0, of the margin of whole errors, m.
+        floor: the paper's eta, the smallest weight, (0, 0.5).
+
+    Returns:
+        Loss per pair, (pairs,).
+
+    Raises:
+        ValueError: for likelihoods, or if an argument is out of range.
+
+    Source: Linear-DPO, Li et al. 2026 (2605.21123).
     """
-    check_denoising(policy, "linear")
+    check_denoising(policy_logps, "linear")
     check_beta(beta)
     require(0 < floor < 0.5, f"floor must be in (0, 0.5), got {floor}; it is the least weight of a pair")
-    weight = (0.5 + 0.2 * beta * -2 * deltas(policy, reference)).clamp(floor, 1 - floor).detach()
-    chosen, rejected = denoising_errors(policy)
+    weight = (0.5 + 0.2 * beta * -2 * deltas(policy_logps, reference_logps)).clamp(floor, 1 - floor).detach()
+    chosen, rejected = denoising_errors(policy_logps)
     return weight * (chosen - rejected)
 
 
 def mapo(
-    policy: LogProbs, *, ratio_weight: float = 0.1, error_scale: float = 0.5, train_timesteps: float = 1000
+    policy_logps: LogProbs, *, ratio_weight: float = 0.1, error_scale: float = 0.5, train_timesteps: float = 1000
 ) -> Tensor:
-    """Denoising error of the chosen side with a term that widens its lead; no reference. Images alone.
+    """Denoising error of the chosen side with a term that widens its lead. It needs no reference.
 
-    ratio_weight: the paper's beta, >= 0. error_scale: s, > 0. train_timesteps: T of the noise schedule, > 0.
-    Returns (pairs,); err_w + ratio_weight * ln 2 where both errors are alike. Raises ValueError for a likelihood, and
-    outside the ranges. Source: Hong et al. 2024 (2406.06424), as in the authors' code (0.1, 0.5, 1000).
+        err_w - ratio_weight log s(T [f(s err_w) - f(s err_l)]),  f(x) = x / (e^x - 1)
+
+    Only for image generators.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+        ratio_weight: the paper's beta, >= 0.
+        error_scale: s, > 0.
+        train_timesteps: T of the noise schedule, > 0.
+
+    Returns:
+        Loss per pair, (pairs,). It is err_w + ratio_weight ln 2 if both errors are equal.
+
+    Raises:
+        ValueError: for likelihoods, or if an argument is out of range.
+
+    Source: Hong et al. 2024 (2406.06424), with the constants of the authors' code.
     """
-    check_denoising(policy, "mapo")
+    check_denoising(policy_logps, "mapo")
     check_at_least_zero(ratio_weight=ratio_weight)
     require(error_scale > 0, f"error_scale must be above 0, got {error_scale}; the paper uses 0.5")
     require(train_timesteps > 0, f"train_timesteps must be above 0, got {train_timesteps}; mostly 1000")
-    chosen, rejected = denoising_errors(policy)
+    chosen, rejected = denoising_errors(policy_logps)
     lead = _over_expm1(error_scale * chosen) - _over_expm1(error_scale * rejected)
     return chosen - ratio_weight * F.logsigmoid(train_timesteps * lead)
 

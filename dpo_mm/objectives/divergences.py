@@ -1,8 +1,8 @@
-"""f-divergences from the reference: what stands in for the log-ratio r is f'(e^r).
+"""f-divergences from the reference: the score f'(e^r) replaces the log-ratio r.
 
-The partition function that comes with them cancels in a difference of scores alone, so they go with the objectives of
-delta, `pairwise.OF_DELTA`, and no others. Departure: past e^30 the exponentials go on as straight lines, so that
-values and gradients stay finite (TRL's forward KL overflows; its alpha divergence stops the gradient at e^80).
+The partition function of a divergence cancels only in a difference of scores, so divergences apply to the objectives of
+delta (`pairwise.SUPPORTS_DIVERGENCE`) and to no others. Departure: past e^30 the exponentials continue as straight lines, so
+that values and gradients are finite (TRL's forward KL overflows; its alpha divergence stops the gradient at e^80).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STEEPEST = 30.0
 
 
 def _exp(x: Tensor) -> Tensor:
-    """e^x up to e^30, its tangent from there on; any shape."""
+    """Return e^x up to e^30 and its tangent above, any shape."""
     return torch.exp(x.clamp(max=STEEPEST)) * (1 + F.relu(x - STEEPEST))
 
 
@@ -54,21 +54,32 @@ DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def scored(policy: LogProbs, reference: LogProbs, *, divergence: str, alpha: float = 0.5) -> tuple[LogProbs, LogProbs]:
-    """Policy and reference whose log-ratios are the divergence's scores f'(e^r), to be given to an objective of delta.
+def scored(
+    policy_logps: LogProbs, reference_logps: LogProbs, *, divergence: str, alpha: float = 0.5
+) -> tuple[LogProbs, LogProbs]:
+    """Replace log-ratios by an f-divergence's scores f'(e^r), for an objective of delta.
 
-    divergence: a name in DIVERGENCES. alpha: of the alpha divergence alone, finite. Scores are 0 where r is 0.
-    Raises ValueError for an unknown name or an alpha that is no number.
-    Source: f-DPO, Wang et al. 2023 (2309.16240) table 1.
+    Args:
+        policy_logps, reference_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+        divergence: a name in DIVERGENCES.
+        alpha: parameter of the alpha divergence, finite. Others ignore it.
+
+    Returns:
+        Policy and reference whose log-ratios are the scores. A score is 0 if r is 0.
+
+    Raises:
+        ValueError: if the divergence is unknown or alpha is not finite.
+
+    Source: f-DPO, Wang et al. 2023 (2309.16240), table 1.
     """
     if divergence not in DIVERGENCES:
         from dpo_mm.errors import did_you_mean
 
         raise ValueError(f"divergence {divergence!r} is unknown; {did_you_mean(divergence, DIVERGENCES)}")
     require(math.isfinite(alpha), f"the divergence's alpha must be finite, got {alpha}")
-    chosen, rejected = (DIVERGENCES[divergence](r, alpha) for r in log_ratios(policy, reference))
+    chosen, rejected = (DIVERGENCES[divergence](r, alpha) for r in log_ratios(policy_logps, reference_logps))
     zero = torch.zeros_like(chosen)
     return (
-        dataclasses.replace(policy, chosen=chosen, rejected=rejected),
-        dataclasses.replace(reference, chosen=zero, rejected=zero),
+        dataclasses.replace(policy_logps, chosen=chosen, rejected=rejected),
+        dataclasses.replace(reference_logps, chosen=zero, rejected=zero),
     )

@@ -1,4 +1,4 @@
-"""What the objectives act on: log-probs of both sides of each pair, and what is made of them.
+"""Log-probs of both sides of each pair, their log-ratios, and the checks that objectives share.
 
 Symbols, for one pair: w is chosen, l rejected; r = log p_policy - log p_reference is the log-ratio (beta * r is the
 implicit reward) and delta = r_w - r_l.
@@ -14,10 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogProbs:
-    """How likely a model finds the chosen and the rejected side of each pair.
+    """Log-probs of the chosen and the rejected side of each pair under one model.
 
-    chosen, rejected: nats, (pairs,), float32. terms_chosen, terms_rejected: tokens counted, (pairs,); 1 for an image.
-    is_likelihood: True for token log-probs, False for the denoising surrogate -1/2 * error.
+    Attributes:
+        chosen, rejected: nats, (pairs,), float32.
+        num_tokens_chosen, num_tokens_rejected: tokens counted, (pairs,). 1 for an image.
+        is_likelihood: True for token log-probs, False for the denoising surrogate -1/2 * error.
     """
 
     chosen: Tensor
@@ -27,7 +29,7 @@ class LogProbs:
     is_likelihood: bool
 
     def detach(self) -> LogProbs:
-        """The same numbers without gradient."""
+        """Return the same values without gradient."""
         return LogProbs(
             self.chosen.detach(),
             self.rejected.detach(),
@@ -37,38 +39,91 @@ class LogProbs:
         )
 
 
-def log_ratios(policy: LogProbs, reference: LogProbs) -> tuple[Tensor, Tensor]:
-    """r of the chosen and of the rejected side, nats, each (pairs,)."""
-    return policy.chosen - reference.chosen, policy.rejected - reference.rejected
+def log_ratios(policy_logps: LogProbs, reference_logps: LogProbs) -> tuple[Tensor, Tensor]:
+    """Log-ratios of chosen and rejected.
+
+    Args:
+        policy_logps, reference_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+
+    Returns:
+        r_w and r_l, nats, (pairs,) each.
+    """
+    return policy_logps.chosen - reference_logps.chosen, policy_logps.rejected - reference_logps.rejected
 
 
-def deltas(policy: LogProbs, reference: LogProbs) -> Tensor:
-    """delta = r_w - r_l, nats, (pairs,); exactly 0 where policy equals reference, negated by swapping the sides."""
-    chosen, rejected = log_ratios(policy, reference)
+def deltas(policy_logps: LogProbs, reference_logps: LogProbs) -> Tensor:
+    """Difference of the log-ratios of chosen and rejected.
+
+        delta = r_w - r_l
+
+    Args:
+        policy_logps, reference_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+
+    Returns:
+        Nats, (pairs,). Exactly 0 if policy equals reference. Swapping the sides negates it.
+    """
+    chosen, rejected = log_ratios(policy_logps, reference_logps)
     return chosen - rejected
 
 
-def per_token_deltas(policy: LogProbs, reference: LogProbs) -> Tensor:
-    """delta of the log-ratios a term: r_w / terms_w - r_l / terms_l, nats, (pairs,); delta itself for images."""
-    chosen, rejected = log_ratios(policy, reference)
-    return chosen / policy.num_tokens_chosen - rejected / policy.num_tokens_rejected
+def per_token_deltas(policy_logps: LogProbs, reference_logps: LogProbs) -> Tensor:
+    """Difference of the log-ratios per token.
+
+        r_w / tokens_w - r_l / tokens_l
+
+    Args:
+        policy_logps, reference_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+
+    Returns:
+        Nats per token, (pairs,). For images it is delta.
+    """
+    chosen, rejected = log_ratios(policy_logps, reference_logps)
+    return chosen / policy_logps.num_tokens_chosen - rejected / policy_logps.num_tokens_rejected
 
 
-def denoising_errors(policy: LogProbs) -> tuple[Tensor, Tensor]:
-    """Mean squared errors of both sides, each (pairs,): the surrogate -1/2 * error read backwards."""
-    return -2 * policy.chosen, -2 * policy.rejected
+def denoising_errors(policy_logps: LogProbs) -> tuple[Tensor, Tensor]:
+    """Mean squared errors of both sides, from the surrogate -1/2 * error.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+
+    Returns:
+        Errors of chosen and of rejected, (pairs,) each.
+    """
+    return -2 * policy_logps.chosen, -2 * policy_logps.rejected
 
 
 def smoothed_logsigmoid_loss(logit: Tensor, label_smoothing: float) -> Tensor:
-    """-(1 - e) log sigmoid(logit) - e log sigmoid(-logit), with e the label_smoothing; any shape."""
+    """Logistic loss with label smoothing e.
+
+        -(1 - e) log s(logit) - e log s(-logit)
+
+    Args:
+        logit: any shape.
+        label_smoothing: e, [0, 0.5).
+
+    Returns:
+        The same shape as logit.
+    """
     loss = -F.logsigmoid(logit)
     return loss if label_smoothing == 0 else (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-logit)
 
 
 def sdpo_lambda(square: Tensor, inner: Tensor, *, slack: float) -> Tensor:
-    """clip((1 - slack) square / inner, 0, 1), 1 where inner is not positive: Diffusion-SDPO's lambda in closed form.
+    """Diffusion-SDPO's lambda in closed form.
 
-    square: |g_w|^2, inner: <g_l, g_w>, (pairs,) each. Raises ValueError where slack is outside [0, 1).
+        clip((1 - slack) square / inner, 0, 1), and 1 if inner <= 0
+
+    Args:
+        square: |g_w|^2, (pairs,).
+        inner: <g_l, g_w>, (pairs,).
+        slack: the paper's mu, [0, 1).
+
+    Returns:
+        lambda per pair, (pairs,).
+
+    Raises:
+        ValueError: if slack is out of range.
     """
     require(0 <= slack < 1, f"slack must be in [0, 1), got {slack}; the paper uses 0.9 for SD1.5 and 0.6 for SDXL")
     opposed = inner <= 0
@@ -76,7 +131,7 @@ def sdpo_lambda(square: Tensor, inner: Tensor, *, slack: float) -> Tensor:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises ValueError with the message unless the condition holds."""
+    """Raise ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -97,15 +152,15 @@ def check_at_least_zero(**settings: float) -> None:
         require(value >= 0, f"{name} must be at least 0, got {value}")
 
 
-def check_likelihood(policy: LogProbs, name: str) -> None:
+def check_likelihood(policy_logps: LogProbs, name: str) -> None:
     require(
-        policy.is_likelihood,
+        policy_logps.is_likelihood,
         f"{name} exponentiates a likelihood, and a denoising error is none; for image generators use mapo or sigmoid",
     )
 
 
-def check_denoising(policy: LogProbs, name: str) -> None:
+def check_denoising(policy_logps: LogProbs, name: str) -> None:
     require(
-        not policy.is_likelihood,
+        not policy_logps.is_likelihood,
         f"{name} acts on denoising errors, which a text model has none of; use sigmoid or simpo",
     )

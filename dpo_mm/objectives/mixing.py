@@ -35,18 +35,22 @@ BATCH_INPUTS = (
 
 
 def keyword_settings(name: str) -> dict[str, inspect.Parameter]:
-    """The settings that an objective takes, by name. Raises ValueError for an unknown objective."""
+    """Settings that an objective takes, by name.
+
+    Raises:
+        ValueError: if the objective is unknown.
+    """
     if name not in OBJECTIVES:
         from dpo_mm.errors import did_you_mean
 
         raise ValueError(f"objective {name!r} is unknown; {did_you_mean(name, OBJECTIVES)}")
     parameters = inspect.signature(OBJECTIVES[name]).parameters
-    given = ("policy", "reference", *DATASET_INPUTS, *BATCH_INPUTS)
+    given = ("policy_logps", "reference_logps", *DATASET_INPUTS, *BATCH_INPUTS)
     return {key: value for key, value in parameters.items() if key not in given}
 
 
 def takes(name: str, argument: str) -> bool:
-    """Whether an objective takes this argument, such as "reference" or "z"."""
+    """Tell if an objective takes this argument, such as "reference_logps" or "z"."""
     return argument in inspect.signature(OBJECTIVES[name]).parameters
 
 
@@ -57,19 +61,29 @@ def mixture(
     divergence: str = "reverse_kl",
     divergence_alpha: float = 0.5,
 ) -> Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor]:
-    """One loss out of objectives by weight, each with those of `settings` that it takes.
+    """Build one loss from several objectives by weight.
 
-    divergence: a name in DIVERGENCES, for the objectives of delta. divergence_alpha: of the alpha divergence alone.
-    Returns a function of (policy, reference, data) that gives (pairs,); `data` holds what stands in FROM_DATA and
-    FROM_BATCH. Raises ValueError for an unknown objective, a setting that none of them takes or that one of them lacks,
-    a divergence where it doesn't apply, or a missing column.
-    Source of mixing: MPO, Wang et al. 2024 (2411.10442) eq. 2.
+    Args:
+        weights: weight by name of an objective.
+        settings: keyword arguments. Each objective gets those that it takes.
+        divergence: a name in DIVERGENCES, for objectives of delta.
+        divergence_alpha: parameter of the alpha divergence.
+
+    Returns:
+        A function of (policy_logps, reference_logps, data) that returns the loss per pair, (pairs,). `data` has the values of
+        DATASET_INPUTS and BATCH_INPUTS.
+
+    Raises:
+        ValueError: if an objective is unknown, a setting is not taken by any or missing for one, a divergence does not apply, or
+        a column is missing.
+
+    Source: mixing as in MPO, Wang et al. 2024 (2411.10442), eq. 2.
     """
     require(bool(weights), "no objective given; name one, such as 'sigmoid'")
     known = {name: keyword_settings(name) for name in weights}
     _check_settings(known, settings)
     if divergence != "reverse_kl":
-        wrong = [name for name in weights if takes(name, "reference") and name not in SUPPORTS_DIVERGENCE]
+        wrong = [name for name in weights if takes(name, "reference_logps") and name not in SUPPORTS_DIVERGENCE]
         fix = f"it goes with {', '.join(SUPPORTS_DIVERGENCE)}"
         require(not wrong, f"divergence {divergence!r} does not go with {' and '.join(wrong)}; {fix}")
     parts = [
@@ -77,13 +91,13 @@ def mixture(
         for name, weight in weights.items()
     ]
 
-    def loss(policy: LogProbs, reference: LogProbs | None, data: Mapping[str, Tensor]) -> Tensor:
-        total = torch.zeros_like(policy.chosen)
-        scores = policy, reference
-        if divergence != "reverse_kl" and reference is not None:
-            scores = scored(policy, reference, divergence=divergence, alpha=divergence_alpha)
+    def loss(policy_logps: LogProbs, reference_logps: LogProbs | None, data: Mapping[str, Tensor]) -> Tensor:
+        total = torch.zeros_like(policy_logps.chosen)
+        scores = policy_logps, reference_logps
+        if divergence != "reverse_kl" and reference_logps is not None:
+            scores = scored(policy_logps, reference_logps, divergence=divergence, alpha=divergence_alpha)
         for weight, name, function in parts:
-            compared, against = scores if takes(name, "reference") else (policy, None)
+            compared, against = scores if takes(name, "reference_logps") else (policy_logps, None)
             total = total + weight * function(compared, **_inputs(name, against, data))
         return total
 
@@ -105,8 +119,8 @@ def _check_settings(known: Mapping[str, Mapping[str, inspect.Parameter]], settin
             require(given, f"objective {name!r} needs the setting {key!r}, which is not given and has no default")
 
 
-def _inputs(name: str, reference: LogProbs | None, data: Mapping[str, Tensor]) -> dict[str, object]:
-    inputs: dict[str, object] = {"reference": reference} if takes(name, "reference") else {}
+def _inputs(name: str, reference_logps: LogProbs | None, data: Mapping[str, Tensor]) -> dict[str, object]:
+    inputs: dict[str, object] = {"reference_logps": reference_logps} if takes(name, "reference_logps") else {}
     for key in (*DATASET_INPUTS, *BATCH_INPUTS):
         if takes(name, key):
             whose = "the column" if key in DATASET_INPUTS else "the batch's"

@@ -1,8 +1,8 @@
-"""Objectives that ask no reference.
+"""Objectives without a reference model.
 
-Departures: the likelihood term of `orpo` and `cpo` counts the completion alone (TRL's ORPO counts the prompt's tokens
-too) and is a mean a pair; TRL averages over all tokens of the batch, so that a long completion weighs more there.
-On images `sft`, `simpo` and `cpo` act on the surrogate -1/2 * error, and the likelihood term is the denoising error.
+Departures: the likelihood term of `orpo` and `cpo` counts only the completion (TRL's ORPO also counts the prompt's tokens)
+and is a mean per pair. TRL averages over all tokens of the batch, so long completions weigh more there. On images `sft`,
+`simpo` and `cpo` act on the surrogate -1/2 * error, and the likelihood term is the denoising error.
 """
 
 from __future__ import annotations
@@ -24,28 +24,54 @@ from dpo_mm.objectives.log_probs import (
 )
 
 SURE = -1e-7
-"""Largest log-prob a token whose odds are asked for; at 0 they are infinite."""
+"""Largest log-prob per token whose odds are computed. At 0 they are infinite."""
 
 
-def sft(policy: LogProbs) -> Tensor:
-    """Plain fine-tuning on the chosen side: mean negative log-likelihood a token; an image's denoising error.
+def sft(policy_logps: LogProbs) -> Tensor:
+    """Supervised fine-tuning on the chosen side.
 
-    Returns (pairs,). Source: the SFT term of RPO, Pang et al. 2024 (2404.19733) eq. 2; for images, the training loss.
+        -log p_w per token for text, err_w for images
+
+    Args:
+        policy_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+
+    Returns:
+        Loss per pair, (pairs,).
+
+    Source: the SFT term of RPO, Pang et al. 2024 (2404.19733), eq. 2; for images, the training loss.
     """
-    return -policy.chosen / policy.num_tokens_chosen if policy.is_likelihood else denoising_errors(policy)[0]
+    return (
+        -policy_logps.chosen / policy_logps.num_tokens_chosen
+        if policy_logps.is_likelihood
+        else denoising_errors(policy_logps)[0]
+    )
 
 
-def orpo(policy: LogProbs, *, ratio_weight: float = 0.1) -> Tensor:
-    """Fine-tuning on the chosen side, with a term that raises its odds over the rejected side's. Text alone.
+def orpo(policy_logps: LogProbs, *, ratio_weight: float = 0.1) -> Tensor:
+    """Fine-tuning on the chosen side, with a term that raises its odds over the rejected side's.
 
-    ratio_weight: the paper's lambda, >= 0. Odds are of the mean log-prob a token. Returns (pairs,).
-    Raises ValueError for a denoising surrogate, which is no likelihood, and outside the range.
-    Source: Hong et al. 2024 (2403.07691) eq. 6 and 7, lambda 0.1.
+        sft - ratio_weight log s(log odds_w - log odds_l),  odds of the mean log-prob per token
+
+    Only for text.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+        ratio_weight: the paper's lambda, >= 0.
+
+    Returns:
+        Loss per pair, (pairs,).
+
+    Raises:
+        ValueError: for a denoising surrogate, which is not a likelihood, or if ratio_weight is negative.
+
+    Source: Hong et al. 2024 (2403.07691), eq. 6 and 7, with lambda 0.1.
     """
-    check_likelihood(policy, "orpo")
+    check_likelihood(policy_logps, "orpo")
     check_at_least_zero(ratio_weight=ratio_weight)
-    odds = _log_odds(policy.chosen / policy.num_tokens_chosen) - _log_odds(policy.rejected / policy.num_tokens_rejected)
-    return sft(policy) - ratio_weight * F.logsigmoid(odds)
+    odds = _log_odds(policy_logps.chosen / policy_logps.num_tokens_chosen) - _log_odds(
+        policy_logps.rejected / policy_logps.num_tokens_rejected
+    )
+    return sft(policy_logps) - ratio_weight * F.logsigmoid(odds)
 
 
 def _log_odds(log_prob: Tensor) -> Tensor:
@@ -54,32 +80,59 @@ def _log_odds(log_prob: Tensor) -> Tensor:
     return sure - torch.log(-torch.expm1(sure))
 
 
-def simpo(policy: LogProbs, *, beta: float, target_margin: float = 1.375, label_smoothing: float = 0.0) -> Tensor:
-    """Logistic loss on the difference of mean log-probs a token, with a margin asked for.
+def simpo(policy_logps: LogProbs, *, beta: float, target_margin: float = 1.375, label_smoothing: float = 0.0) -> Tensor:
+    """Logistic loss on the difference of mean log-probs per token, with a target margin.
 
-    beta: 1/nats, > 0; 2.5 in the paper's runs. target_margin: the paper's gamma, in units of beta * nats, >= 0.
-    label_smoothing: share of flipped labels, [0, 0.5). Returns (pairs,). Raises ValueError outside the ranges.
-    Source: Meng et al. 2024 (2405.14734) eq. 6.
+        -log s(beta (log p_w / tokens_w - log p_l / tokens_l) - target_margin)
+
+    Args:
+        policy_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+        beta: 1/nats, > 0. The paper uses 2.5.
+        target_margin: the paper's gamma, in units of beta times nats, >= 0.
+        label_smoothing: fraction of labels assumed to be flipped, [0, 0.5).
+
+    Returns:
+        Loss per pair, (pairs,).
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Source: Meng et al. 2024 (2405.14734), eq. 6.
     """
     check_beta(beta)
     check_smoothing(label_smoothing)
     check_at_least_zero(target_margin=target_margin)
-    delta = policy.chosen / policy.num_tokens_chosen - policy.rejected / policy.num_tokens_rejected
+    delta = (
+        policy_logps.chosen / policy_logps.num_tokens_chosen - policy_logps.rejected / policy_logps.num_tokens_rejected
+    )
     return smoothed_logsigmoid_loss(beta * delta - target_margin, label_smoothing)
 
 
-def cpo(policy: LogProbs, *, beta: float, nll_weight: float = 1.0, label_smoothing: float = 0.0) -> Tensor:
-    """DPO with a uniform reference, and fine-tuning on the chosen side to keep the policy in place.
+def cpo(policy_logps: LogProbs, *, beta: float, nll_weight: float = 1.0, label_smoothing: float = 0.0) -> Tensor:
+    """DPO with a uniform reference, plus fine-tuning on the chosen side.
 
-    beta: 1/nats, > 0. nll_weight: >= 0. label_smoothing: share of flipped labels, [0, 0.5). Returns (pairs,).
-    Raises ValueError outside the ranges. Source: Xu et al. 2024 (2401.08417), with eq. 3 as the preference term.
+        -log s(beta (log p_w - log p_l)) + nll_weight sft
+
+    Args:
+        policy_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+        beta: inverse temperature, 1/nats, > 0.
+        nll_weight: >= 0.
+        label_smoothing: fraction of labels assumed to be flipped, [0, 0.5).
+
+    Returns:
+        Loss per pair, (pairs,).
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Source: Xu et al. 2024 (2401.08417), with eq. 3 as the preference term.
     """
     check_beta(beta)
     check_smoothing(label_smoothing)
     check_at_least_zero(nll_weight=nll_weight)
-    return smoothed_logsigmoid_loss(beta * (policy.chosen - policy.rejected), label_smoothing) + nll_weight * sft(
-        policy
-    )
+    return smoothed_logsigmoid_loss(
+        beta * (policy_logps.chosen - policy_logps.rejected), label_smoothing
+    ) + nll_weight * sft(policy_logps)
 
 
 REFERENCE_FREE: dict[str, Callable[..., Tensor]] = {"sft": sft, "orpo": orpo, "simpo": simpo, "cpo": cpo}

@@ -1,7 +1,7 @@
-"""What acts on the log-probs of single tokens, before they become `LogProbs`. Text alone.
+"""Functions of the log-probs of single tokens, before they become `LogProbs`. Only for text.
 
-Departures: `shared_length` weighs policy and reference alike, as the paper's ratio needs and as TRL does; ms-swift and
-LLaMA-Factory weigh the policy alone. `sdpo_lambda_text` is ours, after a paper on images.
+Departures: `shared_length` weights policy and reference alike, as the paper's ratio needs and as TRL does. ms-swift and
+LLaMA-Factory weight only the policy. `sdpo_lambda_text` is ours, after a paper on images.
 """
 
 from __future__ import annotations
@@ -15,11 +15,20 @@ from dpo_mm.objectives.log_probs import check_at_least_zero, require, sdpo_lambd
 def shared_length(
     chosen: Tensor, rejected: Tensor, chosen_mask: Tensor, rejected_mask: Tensor, *, ld_alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of both sides in which the tokens past the shorter side's length count less (LD-DPO).
+    """Sum token log-probs with a smaller weight past the shorter side's length (LD-DPO).
 
-    chosen, rejected: log-prob of each token, nats, (pairs, length), lengths may differ. Masks: 1 for a completion's
-    token, the same shapes. ld_alpha: the paper's alpha, [0, 1]; 1 is the plain sum.
-    Returns nats, (pairs,) each. Raises ValueError outside the range. Source: Liu et al. 2024 (2409.06411).
+    Args:
+        chosen, rejected: log-prob per token, nats, (pairs, length). Lengths may differ.
+        chosen_mask, rejected_mask: 1 for a completion's token, of the same shapes.
+        ld_alpha: the paper's alpha, [0, 1]. 1 is the plain sum.
+
+    Returns:
+        Log-probs of chosen and of rejected, nats, (pairs,) each.
+
+    Raises:
+        ValueError: if ld_alpha is out of range.
+
+    Source: Liu et al. 2024 (2409.06411).
     """
     require(0 <= ld_alpha <= 1, f"ld_alpha must be in [0, 1], got {ld_alpha}; 0.5 is a usual choice")
     shared = torch.minimum(chosen_mask.sum(1), rejected_mask.sum(1))[:, None]
@@ -33,11 +42,23 @@ def _with_tail(tokens: Tensor, mask: Tensor, shared: Tensor, ld_alpha: float) ->
 
 
 def segment_mean(tokens: Tensor, mask: Tensor, edited: Tensor, *, edited_token_weight: float = 5.0) -> Tensor:
-    """Mean log-prob a token in which corrected spans count more: (sum_kept + g sum_edited) / (|kept| + g |edited|).
+    """Mean log-prob per token in which corrected spans count more.
 
-    tokens: nats, (pairs, length). mask: 1 for a completion's token; edited: 1 for a corrected one, the same shape.
-    edited_token_weight: the paper's gamma, >= 0. Returns nats a token, (pairs,); its `LogProbs` has 1 term a side.
-    Raises ValueError outside the range. Source: RLHF-V's DDPO, Yu et al. 2023 (2312.00849), gamma 5.
+        (sum of unchanged + g sum of edited) / (|unchanged| + g |edited|)
+
+    Args:
+        tokens: nats, (pairs, length).
+        mask: 1 for a completion's token.
+        edited: 1 for a corrected token, of the same shape.
+        edited_token_weight: the paper's gamma g, >= 0.
+
+    Returns:
+        Nats per token, (pairs,). A `LogProbs` of them counts one token per side.
+
+    Raises:
+        ValueError: if edited_token_weight is negative.
+
+    Source: RLHF-V's DDPO, Yu et al. 2023 (2312.00849), with gamma 5.
     """
     check_at_least_zero(edited_token_weight=edited_token_weight)
     weight = mask * torch.where(edited.bool(), edited_token_weight, 1.0)
@@ -45,12 +66,19 @@ def segment_mean(tokens: Tensor, mask: Tensor, edited: Tensor, *, edited_token_w
 
 
 def on_policy_weight(tokens: Tensor, mask: Tensor, log_collision: Tensor) -> Tensor:
-    """How much one side looks like the policy's own: mean a token of p / sum p^2, geometric, no gradient (WPO).
+    """Weight of one side by its similarity to the policy's own samples (WPO).
 
-    tokens: log-prob of each token under the policy, nats, (pairs, length). mask: 1 for a completion's token.
-    log_collision: log of the sum of squared probabilities over the vocabulary at each token, (pairs, length).
-    Returns (pairs,), 1 for what the policy would sample; a pair's loss is multiplied by both sides' weights.
-    Source: Zhou et al. 2024 (2406.11827) eq. 2 with sampled alignment.
+        exp(mean per token of (log p - log sum p^2)), geometric, without gradient
+
+    Args:
+        tokens: log-prob of each token under the policy, nats, (pairs, length).
+        mask: 1 for a completion's token.
+        log_collision: log of the sum of squared probabilities over the vocabulary, per token, (pairs, length).
+
+    Returns:
+        Weight per pair, (pairs,). 1 for a text that the policy would sample. A pair's loss is multiplied by both sides' weights.
+
+    Source: Zhou et al. 2024 (2406.11827), eq. 2, with sampled alignment.
     """
     aligned = (tokens - log_collision).detach().masked_fill(mask == 0, 0).sum(1)
     return torch.exp(aligned / mask.sum(1).clamp(min=1))
@@ -59,15 +87,25 @@ def on_policy_weight(tokens: Tensor, mask: Tensor, log_collision: Tensor) -> Ten
 def sdpo_lambda_text(
     tokens: tuple[Tensor, Tensor], masks: tuple[Tensor, Tensor], ids: tuple[Tensor, Tensor], *, slack: float
 ) -> Tensor:
-    """`sdpo`'s lambda of each pair for answers: what of the rejected side's gradient the chosen side can stand.
+    """`sdpo`'s lambda for text: the largest scale of the rejected gradient that the chosen side tolerates.
 
-    The network's output is a logit for each context and token; both sides' gradients meet where contexts are the same,
-    in the answers' common beginning and at the first token that differs. Taken at the logits of the answers' own
-    tokens: 1 - p for the token that stands there, -p for the other side's.
+    The network's output is one logit per context and token. Both sides' gradients meet if the contexts are equal: in the
+    common beginning of the two responses and at the first token that differs. They are taken at the logits of the responses'
+    own tokens: 1 - p for the token of that side, -p for the other side's.
 
-    Each a tuple (chosen, rejected) of (pairs, length), lengths may differ. tokens: log-prob of each token, nats. masks:
-    1 for a completion's token. ids: the tokens. slack: mu, [0, 1). Returns (pairs,), [0, 1], no gradient; 1 where the
-    answers have no common beginning. Raises ValueError outside the range. After Diffusion-SDPO (2511.03317).
+    Args:
+        tokens: log-prob per token of (chosen, rejected), nats, (pairs, length) each. Lengths may differ.
+        masks: 1 for a completion's token, of the same shapes.
+        ids: token ids, of the same shapes.
+        slack: mu, [0, 1).
+
+    Returns:
+        lambda per pair, (pairs,), [0, 1], without gradient. 1 if the responses have no common beginning.
+
+    Raises:
+        ValueError: if slack is out of range.
+
+    Source: after Diffusion-SDPO (2511.03317), which is on images.
     """
     length = min(part.shape[1] for part in tokens)
     (p_w, p_l), (m_w, m_l) = ([part.detach()[:, :length] for part in side] for side in (tokens, masks))

@@ -88,7 +88,7 @@ def test_examples_list_changed_responses_first_by_category() -> None:
     base, tuned = scored([RIGHT] * 20 + [HALLUCINATED] * 20), scored([RIGHT] * 40)
     shown = examples(base, tuned, QUESTIONS, "chair_s", count=6)
     assert all(one.base == HALLUCINATED and one.base[slice(*one.base_marks[0])] == "green cross" for one in shown)
-    assert all(one.note == "base: invented: green cross" for one in shown)
+    assert all(one.note == "base: hallucinated: green cross" for one in shown)
 
 
 @pytest.mark.parametrize("direction", ["higher", "lower", "neutral"])

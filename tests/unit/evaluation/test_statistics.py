@@ -36,7 +36,7 @@ FIELDS += [
 
 def compare(base, tuned, clusters=None, **options) -> Comparison:
     clusters = np.arange(len(base)) if clusters is None else clusters
-    return paired(base, tuned, clusters=clusters, metric="wholly right rate", judge="scene", **options)
+    return paired(base, tuned, clusters=clusters, metric="fully correct rate", judge="scene", **options)
 
 
 def rates(rng, prompts, seeds, base, tuned):
@@ -316,5 +316,5 @@ def test_unknown_direction_raises(direction):
 
 def test_models_of_a_comparison_are_written_as_a_list():
     result = compare(np.zeros(9), np.ones(9), models=("sft", "tuned"))
-    assert result.as_dict()["models"] == ["sft", "tuned"] and result.as_dict()["metric"] == "wholly right rate"
+    assert result.as_dict()["models"] == ["sft", "tuned"] and result.as_dict()["metric"] == "fully correct rate"
     assert compare(np.zeros(9), np.ones(9)).models == ("base", "tuned")

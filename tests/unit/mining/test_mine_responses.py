@@ -35,7 +35,7 @@ def test_loop_is_rejected_truncated_without_end_of_turn_and_with_reason() -> Non
     row = build_pair(PAGE, [Response("1 2 3", 5, False), Response("1 " + "7 " * 60, 121, True)], DECODINGS, config())
     assert row is not None
     assert row["rejected"] == "1 7 7 7" and row["rejected_truncated"] and row["chosen"] == "1 2 3"
-    assert row["reason"] == "' 7' x 60 at the end, cut at the token limit" and row["decoding"] == DECODINGS[1]
+    assert row["reason"] == "' 7' x 60 at the end, truncated at the token limit" and row["decoding"] == DECODINGS[1]
     assert row["id"] == "page/1" and row["score_gap"] == 1 and row["axis"] == "degeneration"
 
 
@@ -67,7 +67,7 @@ def test_corrected_response_changes_only_what_the_judge_rejects() -> None:
     caption = Response("a blue star and a green cross.", 8, False)
     row = build_pair(SCENE, [caption], DECODINGS, config(judges="hallucination_f1_error", chosen="corrected"))
     assert row is not None and row["chosen"] == "a blue star and a red circle."
-    assert row["reason"] == "invented: green cross; left out: red circle"
+    assert row["reason"] == "hallucinated: green cross; missing: red circle"
 
 
 def test_truncated_response_has_no_end_of_turn() -> None:
@@ -163,7 +163,7 @@ def test_two_processes_share_the_shards(mining_config: MineResponsesConfig, monk
     ("change", "message"),
     [
         ({"chosen": "mine"}, "Use 'ground_truth', 'best' or 'corrected'"),
-        ({"chosen": "corrected", "judges": "cer"}, "does not say how to correct"),
+        ({"chosen": "corrected", "judges": "cer"}, "cannot correct a response"),
         ({"chosen": "best", "responses_per_question": 1}, "use at least 2"),
         ({"judges": "valid_json"}, "no response to 5 questions failed by valid_json"),
     ],
