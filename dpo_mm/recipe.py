@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,17 +97,19 @@ def read_recipe(task: str, preset: str, overrides: Mapping[str, str]) -> Recipe:
 def _overrides_for(step: str, config_type: Any, overrides: Mapping[str, str]) -> dict[str, str]:
     """Return the overrides that apply to one step. `step.name` takes precedence over `name`."""
     general = {key: value for key, value in overrides.items() if key in known_names(config_type)}
-    dotted = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{step}.")}
-    names = with_field_names(config_type, general, source="flags")
-    return names | with_field_names(config_type, dotted, source=f"flags: {step}")
+    specific = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{step}.")}
+    return with_field_names(config_type, general, source="flags") | with_field_names(
+        config_type, specific, source=f"flags: {step}"
+    )
 
 
 def _check_known(overrides: Mapping[str, str], config_types: Mapping[str, Any], file_name: str) -> None:
     """Raise ValueError for an override that no step has."""
-    known = list(dict.fromkeys(name for kind in config_types.values() for name in known_names(kind)))
+    names = {step: known_names(config_type) for step, config_type in config_types.items()}
+    known = list(dict.fromkeys(itertools.chain.from_iterable(names.values())))
     for key in overrides:
         step, _, name = key.partition(".")
-        if key not in known and not (step in config_types and name in known_names(config_types[step])):
+        if key not in known and name not in names.get(step, ()):
             raise ValueError(f"{file_name}: {key!r} is not a setting; {did_you_mean(key, known)}")
 
 

@@ -20,10 +20,12 @@ from dpo_mm.evaluation.statistics import BASE_AND_TUNED, Comparison
 if TYPE_CHECKING:
     from rich.table import Table
 
-RATES = re.compile(r"\b(rates?|right|share|fraction|accuracy|precision|recall|F1|CHAIR_[is])\b", re.IGNORECASE)
+RATES = re.compile(
+    r"\b(rates?|right|share|fraction|ratio|repetition|accuracy|precision|recall|F1|CHAIR_[is])\b", re.IGNORECASE
+)
 GROUPS = {
     BASE_AND_TUNED: ("", "Base", "Tuned"),
-    ("base", "sft"): ("SFT on the chosen", "Base", "SFT"),
+    ("base", "sft"): ("SFT on the chosen side", "Base", "SFT"),
     ("sft", "tuned"): ("DPO against SFT", "SFT", "DPO"),
 }
 """Heading of the comparisons of two models, and the names of the two."""

@@ -66,16 +66,17 @@ def note_unconfirmed(comparisons: Sequence[Comparison]) -> list[str]:
         tested = comparison.p_holm is not None and comparison.models == BASE_AND_TUNED
         if not tested or comparison.verdict == "no evidence":
             continue
-        start = f"{comparison.metric}: {comparison.verdict} by its 95 % interval, but"
-        needed = " The verdict needs both." if comparison.headline else ""
-        if comparison.p > LEVEL:
-            notes.append(f"{start} the sign test does not confirm it (p = {comparison.p:.2g}).{needed}")
-        elif confirmed_verdict(comparison) != comparison.verdict:
-            notes.append(f"{start} most votes go the other way (sign test, p = {comparison.p:.2g}).{needed}")
+        start = f"{comparison.metric} is {comparison.verdict} by its interval"
+        if confirmed_verdict(comparison) != comparison.verdict:
+            needed = " A verdict needs both." if comparison.headline else ""
+            notes.append(
+                f"{start}, but the sign test does not confirm it (p {comparison.p:.2g}, "
+                f"{comparison.wins} better, {comparison.losses} worse).{needed}"
+            )
         elif comparison.p_holm is not None and comparison.p_holm > LEVEL:
             notes.append(
-                f"{start} the sign test does not confirm it after Holm's correction for the number of judges "
-                f"(p = {comparison.p:.2g}, corrected {comparison.p_holm:.2g})."
+                f"{start} and its sign test (p {comparison.p:.2g}), but not after Holm's correction for the number of "
+                f"judges (p {comparison.p_holm:.2g})."
             )
     return notes
 

@@ -316,5 +316,5 @@ def test_unknown_direction_raises(direction):
 
 def test_models_of_a_comparison_are_written_as_a_list():
     result = compare(np.zeros(9), np.ones(9), models=("sft", "tuned"))
-    assert result.as_dict()["models"] == ["sft", "tuned"] and result.as_dict()["metric"] == "wholly right rate"
+    assert result.as_dict()["models"] == ["sft", "tuned"] and result.as_dict()["metric"] == "fully correct rate"
     assert compare(np.zeros(9), np.ones(9)).models == ("base", "tuned")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -19,10 +20,10 @@ from dpo_mm.training.model_card import add_results, write_card
 from dpo_mm.training.run import train
 
 
-def one(metric: str, tuned: float, models: tuple[str, str] = ("base", "tuned")) -> Comparison:
+def one(metric: str, tuned: float) -> Comparison:
     return Comparison(
         metric=metric, judge="cer", headline=True, base=0.5, tuned=tuned, difference=tuned - 0.5, low=-0.3, high=-0.1,
-        n=10, verdict="better", wins=8, ties=1, losses=1, p=0.01, clusters=10, models=models,
+        n=10, verdict="better", wins=8, ties=1, losses=1, p=0.01, clusters=10,
     )  # fmt: skip
 
 
@@ -43,11 +44,14 @@ def test_results_are_replaced(tmp_path: Path) -> None:
     config = TrainConfig(model="some/reader", pairs="p.parquet", output_dir=str(tmp_path))
     write_card(config, {"objective": "dpo"}, text=True)
     for tuned in (0.4, 0.3):
-        found = [one("character error rate", tuned), one("word error rate", 0.9, ("base", "sft"))]
+        found = [
+            one("character error rate", tuned),
+            dataclasses.replace(one("SFT's error rate", 0.9), models=("base", "sft")),
+        ]
         path = add_results(tmp_path, found, verdict="better", command="dpo-mm compare")
     assert path is not None
     card = path.read_text()
-    assert card.count("## Compared") == 1 and "| 0.3 |" in card and "| 0.4 |" not in card and "word error" not in card
+    assert card.count("## Compared") == 1 and "| 0.3 |" in card and "| 0.4 |" not in card and "SFT" not in card
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
