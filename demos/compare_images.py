@@ -276,8 +276,8 @@ def add_controls(model: DemoModel) -> list[Any]:
         return [
             prompt,
             gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, min_width=140, elem_id="seed"),
-            gr.Slider(1, 100, model.steps, step=1, label="Inference steps", min_width=140, elem_id="steps"),
-            gr.Slider(1, 15, model.guidance, step=0.5, label="Guidance scale", min_width=140, elem_id="guidance"),
+            gr.Slider(1, 100, model.steps, step=1, label="Steps", min_width=140, elem_id="steps"),
+            gr.Slider(1, 15, model.guidance, step=0.5, label="Guidance", min_width=140, elem_id="guidance"),
             gr.Slider(
                 0,
                 2 if len(model.scales) > 2 else 1,
