@@ -1,8 +1,10 @@
-"""f-divergences from the reference: what stands in for the log-ratio r is f'(e^r).
+"""f-divergences from the reference: they replace the log-ratio r by the score f'(e^r).
 
-The partition function that comes with them cancels in a difference of scores alone, so they go with the objectives of
-delta, `pairwise.OF_DELTA`, and no others. Departure: past e^30 the exponentials go on as straight lines, so that
-values and gradients stay finite (TRL's forward KL overflows; its alpha divergence stops the gradient at e^80).
+The partition function of an f-divergence cancels only in a difference of scores. So divergences are supported for the
+objectives of delta, `pairwise.SUPPORTS_DIVERGENCE`, and for no others.
+
+Departure: above e^30 the exponentials continue as straight lines, so that values and gradients stay finite. TRL's
+forward KL overflows, and its alpha divergence stops the gradient at e^80.
 """
 
 from __future__ import annotations
@@ -17,32 +19,37 @@ from torch import Tensor
 
 from dpo_mm.objectives.log_probs import LogProbs, log_ratios, require
 
-STEEPEST = 30.0
-"""Exponent past which `_exp` is a straight line."""
+MAX_EXPONENT = 30.0
+"""Exponent above which `_exp` is a straight line."""
 
 
 def _exp(x: Tensor) -> Tensor:
-    """e^x up to e^30, its tangent from there on; any shape."""
-    return torch.exp(x.clamp(max=STEEPEST)) * (1 + F.relu(x - STEEPEST))
+    """e^x up to e^30, and its tangent above, for any shape."""
+    return torch.exp(x.clamp(max=MAX_EXPONENT)) * (1 + F.relu(x - MAX_EXPONENT))
 
 
 def reverse_kl(ratio: Tensor, alpha: float) -> Tensor:
-    """f(t) = t log t: r itself, DPO's own."""
+    """Score of reverse KL, f(t) = t log t: the log-ratio r itself, as in DPO."""
     return ratio
 
 
 def forward_kl(ratio: Tensor, alpha: float) -> Tensor:
-    """f(t) = -log t + t - 1: 1 - e^-r."""
+    """Score of forward KL, f(t) = -log t + t - 1: 1 - e^-r."""
     return 1 - _exp(-ratio)
 
 
 def js(ratio: Tensor, alpha: float) -> Tensor:
-    """Jensen-Shannon: log 2 + log sigmoid(r)."""
+    """Score of the Jensen-Shannon divergence: log 2 + log sigmoid(r)."""
     return math.log(2) + F.logsigmoid(ratio)
 
 
 def alpha_divergence(ratio: Tensor, alpha: float) -> Tensor:
-    """(e^((alpha - 1) r) - 1) / (alpha - 1); r itself at alpha 1. TRL's alpha; the paper's is 1 - alpha."""
+    """Score of the alpha divergence: (e^((alpha - 1) r) - 1) / (alpha - 1).
+
+    Args:
+        ratio: log-ratio r, nats, any shape.
+        alpha: TRL's alpha, which is 1 - alpha of the paper. At 1 the score is r itself.
+    """
     return ratio if abs(alpha - 1) < 1e-6 else (_exp((alpha - 1) * ratio) - 1) / (alpha - 1)
 
 
@@ -54,21 +61,35 @@ DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def scored(policy: LogProbs, reference: LogProbs, *, divergence: str, alpha: float = 0.5) -> tuple[LogProbs, LogProbs]:
-    """Policy and reference whose log-ratios are the divergence's scores f'(e^r), to be given to an objective of delta.
+def apply_divergence(
+    policy_logps: LogProbs, reference_logps: LogProbs, *, divergence: str, alpha: float = 0.5
+) -> tuple[LogProbs, LogProbs]:
+    """Replace the log-ratios by a divergence's scores, as inputs for an objective of delta (f-DPO).
 
-    divergence: a name in DIVERGENCES. alpha: of the alpha divergence alone, finite. Scores are 0 where r is 0.
-    Raises ValueError for an unknown name or an alpha that is no number.
-    Source: f-DPO, Wang et al. 2023 (2309.16240) table 1.
+        r -> f'(e^r)
+
+    Args:
+        policy_logps: log-probs of chosen and rejected under the policy, nats, (pairs,) each.
+        reference_logps: the same under the reference.
+        divergence: a name in DIVERGENCES.
+        alpha: parameter of the alpha divergence, finite. The others ignore it.
+
+    Returns:
+        Policy and reference log-probs whose log-ratios are the scores. A score is 0 if r is 0.
+
+    Raises:
+        ValueError: if the divergence is unknown or alpha is not finite.
+
+    Source: Wang et al. 2023 (2309.16240), table 1.
     """
     if divergence not in DIVERGENCES:
         from dpo_mm.errors import did_you_mean
 
         raise ValueError(f"divergence {divergence!r} is unknown; {did_you_mean(divergence, DIVERGENCES)}")
     require(math.isfinite(alpha), f"the divergence's alpha must be finite, got {alpha}")
-    chosen, rejected = (DIVERGENCES[divergence](r, alpha) for r in log_ratios(policy, reference))
+    chosen, rejected = (DIVERGENCES[divergence](r, alpha) for r in log_ratios(policy_logps, reference_logps))
     zero = torch.zeros_like(chosen)
     return (
-        dataclasses.replace(policy, chosen=chosen, rejected=rejected),
-        dataclasses.replace(reference, chosen=zero, rejected=zero),
+        dataclasses.replace(policy_logps, chosen=chosen, rejected=rejected),
+        dataclasses.replace(reference_logps, chosen=zero, rejected=zero),
     )

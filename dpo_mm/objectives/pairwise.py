@@ -1,8 +1,13 @@
-"""Objectives of the margin delta = r_w - r_l: what counts is how much more the policy prefers chosen to rejected.
+"""Objectives of the difference delta: they compare how much the policy prefers chosen over rejected.
 
-Departures: `ipo` takes the log-ratio a token, as its authors confirmed they did. `discopop`'s product of a sigmoid and
-an exponential is computed as one exponential, so that it is finite everywhere. `aot` sorts the pairs it is given: on
-several processes each sorts its own, and the quantiles are coarser than the whole batch's.
+Symbols, for one pair: w is chosen and l is rejected. r = log p_policy - log p_reference is the log-ratio, beta * r the
+implicit reward, delta = r_w - r_l and beta * delta the reward margin. A bar is the mean per token, and an image has one
+token. s(x) = 1 / (1 + e^-x).
+
+Departures from the papers:
+
+- `ipo` takes the log-ratio per token. The authors confirmed that they did the same.
+- `discopop` computes its product of a sigmoid and an exponential as one exponential, so that it is finite everywhere.
 """
 
 from __future__ import annotations
@@ -27,154 +32,280 @@ from dpo_mm.objectives.log_probs import (
 )
 
 
-def sigmoid(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Logistic loss on the implicit-reward margin: DPO, or cDPO where labels are noisy.
+def sigmoid(policy_logps: LogProbs, reference_logps: LogProbs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Logistic loss on the reward margin (DPO, or conservative DPO with label smoothing).
 
-    policy, reference: nats, (pairs,). beta: 1/nats, > 0. label_smoothing: share of flipped labels, [0, 0.5).
-    Returns the loss of each pair, (pairs,); ln 2 where policy equals reference. Raises ValueError outside those ranges.
-    Source: Rafailov et al. 2023 (2305.18290) eq. 7; Wallace et al. 2023 (2311.12908) eq. 14; Mitchell 2023 eq. 3.
+        -(1 - e) log s(beta * delta) - e log s(-beta * delta),  e = label_smoothing
+
+    The loss raises the chosen log-ratio over the rejected one, and pairs that are ordered wrongly pull hardest.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected under the policy, nats, (pairs,) each.
+        reference_logps: the same under the reference.
+        beta: inverse temperature, 1/nats, > 0.
+        label_smoothing: fraction of labels assumed to be flipped, in [0, 0.5).
+
+    Returns:
+        Loss per pair, (pairs,). It is ln 2 if policy and reference agree.
+
+    Raises:
+        ValueError: if beta or label_smoothing is out of range.
+
+    Source: Rafailov et al. 2023 (2305.18290), eq. 7; Wallace et al. 2023 (2311.12908), eq. 14; Mitchell 2023, eq. 3.
     """
     check_beta(beta)
     check_smoothing(label_smoothing)
-    return smoothed_logsigmoid_loss(beta * deltas(policy, reference), label_smoothing)
+    return smoothed_logsigmoid_loss(beta * deltas(policy_logps, reference_logps), label_smoothing)
 
 
-def sigmoid_norm(policy: LogProbs, reference: LogProbs, *, beta: float) -> Tensor:
-    """`sigmoid` on log-ratios a token, so that a long completion weighs as much as a short one.
+def sigmoid_norm(policy_logps: LogProbs, reference_logps: LogProbs, *, beta: float) -> Tensor:
+    """Logistic loss on log-ratios per token (length-normalised DPO).
 
-    Returns (pairs,); equals `sigmoid` for images. Raises ValueError where beta <= 0.
-    Source: length-normalised DPO of Tulu 3, Lambert et al. 2024 (2411.15124).
+        -log s(beta * delta_bar),  delta_bar = r_w / tokens_w - r_l / tokens_l
+
+    A long completion counts as much as a short one.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected under the policy, nats, (pairs,) each.
+        reference_logps: the same under the reference.
+        beta: inverse temperature, 1/nats, > 0.
+
+    Returns:
+        Loss per pair, (pairs,). It equals `sigmoid` for images.
+
+    Raises:
+        ValueError: if beta is out of range.
+
+    Source: Tulu 3, Lambert et al. 2024 (2411.15124), length-normalised DPO.
     """
     check_beta(beta)
-    return -F.logsigmoid(beta * per_token_deltas(policy, reference))
+    return -F.logsigmoid(beta * per_token_deltas(policy_logps, reference_logps))
 
 
-def robust(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 0.1) -> Tensor:
-    """DPO's loss made unbiased under a known share of flipped labels.
+def robust(policy_logps: LogProbs, reference_logps: LogProbs, *, beta: float, label_smoothing: float = 0.1) -> Tensor:
+    """Logistic loss that is unbiased if a known fraction of labels is flipped (robust DPO).
 
-    Shapes and ranges as `sigmoid`. Returns (pairs,); may be negative. Raises ValueError outside the ranges.
-    Source: Chowdhury et al. 2024 (2403.00409) eq. 12.
+        [-(1 - e) log s(beta * delta) + e log s(-beta * delta)] / (1 - 2 e),  e = label_smoothing
+
+    In expectation over the flips, it equals the loss on clean labels.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected under the policy, nats, (pairs,) each.
+        reference_logps: the same under the reference.
+        beta: inverse temperature, 1/nats, > 0.
+        label_smoothing: fraction of labels that are flipped, in [0, 0.5).
+
+    Returns:
+        Loss per pair, (pairs,). It may be negative.
+
+    Raises:
+        ValueError: if beta or label_smoothing is out of range.
+
+    Source: Chowdhury et al. 2024 (2403.00409), eq. 12.
     """
     check_beta(beta)
     check_smoothing(label_smoothing)
-    logit = beta * deltas(policy, reference)
+    logit = beta * deltas(policy_logps, reference_logps)
     return (-(1 - label_smoothing) * F.logsigmoid(logit) + label_smoothing * F.logsigmoid(-logit)) / (
         1 - 2 * label_smoothing
     )
 
 
-def hinge(policy: LogProbs, reference: LogProbs, *, beta: float) -> Tensor:
-    """Hinge loss on the margin, zero once beta * delta reaches 1.
+def hinge(policy_logps: LogProbs, reference_logps: LogProbs, *, beta: float) -> Tensor:
+    """Hinge loss on the reward margin.
 
-    Returns (pairs,). Raises ValueError where beta <= 0. Source: SLiC, Zhao et al. 2023 (2305.10425), as in DPO's form.
+        max(0, 1 - beta * delta)
+
+    A pair has no gradient once its reward margin reaches 1.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected under the policy, nats, (pairs,) each.
+        reference_logps: the same under the reference.
+        beta: inverse temperature, 1/nats, > 0.
+
+    Returns:
+        Loss per pair, (pairs,).
+
+    Raises:
+        ValueError: if beta is out of range.
+
+    Source: SLiC, Zhao et al. 2023 (2305.10425), on DPO's implicit rewards.
     """
     check_beta(beta)
-    return F.relu(1 - beta * deltas(policy, reference))
+    return F.relu(1 - beta * deltas(policy_logps, reference_logps))
 
 
-def ipo(policy: LogProbs, reference: LogProbs, *, beta: float) -> Tensor:
-    """Squared distance of the length-normalised margin from 1 / (2 beta).
+def ipo(policy_logps: LogProbs, reference_logps: LogProbs, *, beta: float) -> Tensor:
+    """Squared distance of the length-normalised delta from a target (IPO).
 
-    beta: the paper's tau, > 0. The log-ratio of each side is divided by its number of terms (1 for an image).
-    Returns (pairs,). Raises ValueError where beta <= 0.
-    Source: Azar et al. 2023 (2310.12036) eq. 17; the authors confirmed the per-token mean.
+        (delta_bar - 1 / (2 beta))^2,  delta_bar = r_w / tokens_w - r_l / tokens_l
+
+    The target is a margin to reach and not to exceed, so certain labels do not push the policy ever further.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected under the policy, nats, (pairs,) each.
+        reference_logps: the same under the reference.
+        beta: the paper's tau, 1/nats, > 0.
+
+    Returns:
+        Loss per pair, (pairs,).
+
+    Raises:
+        ValueError: if beta is out of range.
+
+    Source: Azar et al. 2023 (2310.12036), eq. 17. The authors confirmed the mean per token.
     """
     check_beta(beta)
-    return (per_token_deltas(policy, reference) - 1 / (2 * beta)) ** 2
+    return (per_token_deltas(policy_logps, reference_logps) - 1 / (2 * beta)) ** 2
 
 
-def exo_pair(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 1e-3) -> Tensor:
-    """Reverse KL from the policy's preference, Bernoulli(sigmoid(beta * delta)), to the labels' smoothed one.
+def exo_pair(
+    policy_logps: LogProbs, reference_logps: LogProbs, *, beta: float, label_smoothing: float = 1e-3
+) -> Tensor:
+    """Reverse KL divergence from the policy's preference to the smoothed label (EXO, and DMPO).
 
-    label_smoothing: (0, 0.5); 0 would make the divergence infinite. Returns (pairs,), at least 0, and 0 where the policy's
-    preference is 1 - label_smoothing; not ln 2 at equality. Raises ValueError outside the ranges.
-    Source: EXO, Ji et al. 2024 (2402.00856) eq. 16, epsilon 1e-3; the same divergence is DMPO's (2507.07510), whose
-    alpha is `label_smoothing`.
+        KL(Bernoulli(s(beta * delta)) || Bernoulli(1 - e)),  e = label_smoothing
+
+    Reverse KL is mode-seeking: pairs far on the wrong side pull little.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected under the policy, nats, (pairs,) each.
+        reference_logps: the same under the reference.
+        beta: inverse temperature, 1/nats, > 0.
+        label_smoothing: EXO's epsilon, DMPO's alpha, in (0, 0.5). The divergence would be infinite at 0.
+
+    Returns:
+        Loss per pair, (pairs,), at least 0. It is 0 if the policy's preference is 1 - label_smoothing, and not ln 2 if
+        policy and reference agree.
+
+    Raises:
+        ValueError: if beta or label_smoothing is out of range.
+
+    Source: EXO, Ji et al. 2024 (2402.00856), eq. 16, epsilon 1e-3; DMPO, Li 2025 (2507.07510), the same divergence.
     """
     check_beta(beta)
     require(
         0 < label_smoothing < 0.5,
-        f"label_smoothing must be in (0, 0.5) for exo_pair, got {label_smoothing}; the paper uses 1e-3",
+        f"label_smoothing must be in (0, 0.5) for exo_pair, got {label_smoothing}. The paper uses 1e-3",
     )
-    logit = beta * deltas(policy, reference)
-    wins = torch.sigmoid(logit) * (F.logsigmoid(logit) - math.log1p(-label_smoothing))
-    return wins + torch.sigmoid(-logit) * (F.logsigmoid(-logit) - math.log(label_smoothing))
+    logit = beta * deltas(policy_logps, reference_logps)
+    chosen_part = torch.sigmoid(logit) * (F.logsigmoid(logit) - math.log1p(-label_smoothing))
+    return chosen_part + torch.sigmoid(-logit) * (F.logsigmoid(-logit) - math.log(label_smoothing))
 
 
-def dpop(policy: LogProbs, reference: LogProbs, *, beta: float, penalty: float = 50.0) -> Tensor:
-    """DPO-positive: DPO that is charged for a chosen side less likely than under the reference.
+def dpop(policy_logps: LogProbs, reference_logps: LogProbs, *, beta: float, penalty: float = 50.0) -> Tensor:
+    """Logistic loss that penalises a chosen side less likely than under the reference (DPO-positive).
 
-    penalty: the paper's lambda, >= 0. Returns (pairs,); equals `sigmoid` where r_w >= 0. Raises ValueError outside the
-    ranges. Source: Smaug, Pal et al. 2024 (2402.13228), lambda 5 to 50.
+        -log s(beta * (delta - lambda * max(0, -r_w))),  lambda = penalty
+
+    A chosen side that falls below the reference costs lambda times its fall, so the margin does not grow at its expense.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected under the policy, nats, (pairs,) each.
+        reference_logps: the same under the reference.
+        beta: inverse temperature, 1/nats, > 0.
+        penalty: the paper's lambda, >= 0.
+
+    Returns:
+        Loss per pair, (pairs,). It equals `sigmoid` if r_w >= 0.
+
+    Raises:
+        ValueError: if beta or penalty is out of range.
+
+    Source: Smaug, Pal et al. 2024 (2402.13228), lambda 5 to 50.
     """
     check_beta(beta)
     check_at_least_zero(penalty=penalty)
-    chosen, rejected = log_ratios(policy, reference)
+    chosen, rejected = log_ratios(policy_logps, reference_logps)
     return -F.logsigmoid(beta * (chosen - rejected - penalty * F.relu(-chosen)))
 
 
-def discopop(policy: LogProbs, reference: LogProbs, *, beta: float, temperature: float = 0.05) -> Tensor:
-    """A loss found by search: logistic for pairs on the wrong side, exponential for those on the right one.
+def discopop(policy_logps: LogProbs, reference_logps: LogProbs, *, beta: float, temperature: float = 0.05) -> Tensor:
+    """Blend of a logistic and an exponential loss that was found by program search (DiscoPOP).
 
-    temperature: the paper's tau, (0, 1]; above 1 the loss would explode on the wrong side. Returns (pairs,);
-    (ln 2 + 1) / 2 at equality. Not monotone. Raises ValueError outside the ranges.
-    Source: Lu et al. 2024 (2406.08414) eq. 5, tau 0.05.
+        (1 - m) * (-log s(beta * delta)) + m * exp(-beta * delta),  m = s(beta * delta / tau),  tau = temperature
+
+    Pairs on the wrong side get the logistic loss, pairs on the right side the exponential one.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected under the policy, nats, (pairs,) each.
+        reference_logps: the same under the reference.
+        beta: inverse temperature, 1/nats, > 0.
+        temperature: the paper's tau, in (0, 1]. Above 1 the loss would explode on the wrong side.
+
+    Returns:
+        Loss per pair, (pairs,). It is (ln 2 + 1) / 2 if policy and reference agree, and not monotone in delta.
+
+    Raises:
+        ValueError: if beta or temperature is out of range.
+
+    Source: Lu et al. 2024 (2406.08414), eq. 5, tau 0.05.
     """
     check_beta(beta)
-    require(0 < temperature <= 1, f"temperature must be in (0, 1], got {temperature}; the paper uses 0.05")
-    logit = beta * deltas(policy, reference)
-    exponential = torch.exp(F.logsigmoid(logit / temperature) - logit)  # sigmoid(logit / tau) * exp(-logit)
+    require(0 < temperature <= 1, f"temperature must be in (0, 1], got {temperature}. The paper uses 0.05")
+    logit = beta * deltas(policy_logps, reference_logps)
+    exponential = torch.exp(F.logsigmoid(logit / temperature) - logit)  # s(logit / tau) * exp(-logit)
     return torch.sigmoid(-logit / temperature) * -F.logsigmoid(logit) + exponential
 
 
-def aot(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Alignment by optimal transport: the policy's margins dominate the reference's, quantile by quantile.
+def soft(policy_logps: LogProbs, reference_logps: LogProbs, *, beta: float, probability: Tensor) -> Tensor:
+    """Logistic loss with a soft label per pair (geometric DPO).
 
-    Sorts the pairs given, so it needs a batch of many: the i-th loss is that of the i-th quantile, not of the i-th pair.
-    Returns (pairs,); ln 2 where policy equals reference. Raises ValueError outside the ranges of `sigmoid`.
-    Source: Melnyk et al. 2024 (2406.05882), paired form.
+        -p log s(beta * delta) - (1 - p) log s(-beta * delta),  p = probability
+
+    The margin stops growing when the policy's preference equals the label, so a contested pair pulls little.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected under the policy, nats, (pairs,) each.
+        reference_logps: the same under the reference.
+        beta: inverse temperature, 1/nats, > 0.
+        probability: probability that chosen wins, from votes or a judge, in [0, 1], (pairs,).
+
+    Returns:
+        Loss per pair, (pairs,). It equals `sigmoid` if probability is 1.
+
+    Raises:
+        ValueError: if beta is out of range.
+
+    Source: Furuta et al. 2024 (2409.06691). It is conservative DPO with one smoothing per pair.
     """
     check_beta(beta)
-    check_smoothing(label_smoothing)
-    ours, theirs = (side.chosen - side.rejected for side in (policy, reference))
-    return smoothed_logsigmoid_loss(beta * (ours.sort().values - theirs.sort().values), label_smoothing)
-
-
-def aot_unpaired(policy: LogProbs, reference: LogProbs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """`aot` without pairing: the chosen log-ratios dominate the rejected ones, quantile by quantile.
-
-    Sorts what is given, as `aot`; chosen and rejected need not belong together. Returns (pairs,).
-    Raises ValueError outside the ranges of `sigmoid`.
-    Source: Melnyk et al. 2024 (2406.05882), unpaired form.
-    """
-    check_beta(beta)
-    check_smoothing(label_smoothing)
-    chosen, rejected = log_ratios(policy, reference)
-    return smoothed_logsigmoid_loss(beta * (chosen.sort().values - rejected.sort().values), label_smoothing)
-
-
-def soft(policy: LogProbs, reference: LogProbs, *, beta: float, probability: Tensor) -> Tensor:
-    """DPO with soft labels: probability that the chosen side wins, from votes or a judge.
-
-    probability: [0, 1], (pairs,). Returns (pairs,); equals `sigmoid` where probability is 1.
-    Raises ValueError where beta <= 0. Source: geometric DPO, Furuta et al. 2024 (2409.06691); cDPO with a label a pair.
-    """
-    check_beta(beta)
-    logit = beta * deltas(policy, reference)
+    logit = beta * deltas(policy_logps, reference_logps)
     return -probability * F.logsigmoid(logit) - (1 - probability) * F.logsigmoid(-logit)
 
 
 def margin(
-    policy: LogProbs, reference: LogProbs, *, beta: float, score_margin: Tensor, offset_scale: float = 1.0
+    policy_logps: LogProbs,
+    reference_logps: LogProbs,
+    *,
+    beta: float,
+    score_margin: Tensor,
+    offset_scale: float = 1.0,
 ) -> Tensor:
-    """DPO with an offset: the better the chosen side was judged, the larger the margin asked for.
+    """Logistic loss with an offset that grows with the judge's score gap (ODPO).
 
-    score_margin: the judge's difference, chosen minus rejected, (pairs,). offset_scale: the paper's alpha, >= 0.
-    Returns (pairs,). Raises ValueError outside the ranges. Source: ODPO, Amini et al. 2024 (2402.10571) eq. 6.
+        -log s(beta * delta - alpha * m),  m = score_margin,  alpha = offset_scale
+
+    The better chosen was scored than rejected, the larger is the reward margin that the loss requires.
+
+    Args:
+        policy_logps: log-probs of chosen and rejected under the policy, nats, (pairs,) each.
+        reference_logps: the same under the reference.
+        beta: inverse temperature, 1/nats, > 0.
+        score_margin: a judge's score of chosen minus its score of rejected, (pairs,).
+        offset_scale: the paper's alpha, >= 0.
+
+    Returns:
+        Loss per pair, (pairs,).
+
+    Raises:
+        ValueError: if beta or offset_scale is out of range.
+
+    Source: Amini et al. 2024 (2402.10571), eq. 6.
     """
     check_beta(beta)
     check_at_least_zero(offset_scale=offset_scale)
-    return -F.logsigmoid(beta * deltas(policy, reference) - offset_scale * score_margin)
+    return -F.logsigmoid(beta * deltas(policy_logps, reference_logps) - offset_scale * score_margin)
 
 
 PAIRWISE: dict[str, Callable[..., Tensor]] = {
@@ -187,8 +318,6 @@ PAIRWISE: dict[str, Callable[..., Tensor]] = {
     "dmpo": exo_pair,
     "dpop": dpop,
     "discopop": discopop,
-    "aot": aot,
-    "aot_unpaired": aot_unpaired,
     "soft": soft,
     "margin": margin,
 }
@@ -205,4 +334,4 @@ SUPPORTS_DIVERGENCE = (
     "soft",
     "margin",
 )
-"""Those of the difference alone, in which the partition function of an f-divergence cancels."""
+"""Objectives that depend on delta only, so that the partition function of an f-divergence cancels."""

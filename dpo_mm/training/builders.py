@@ -21,7 +21,7 @@ from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
 from dpo_mm.training.auto_beta import AUTO
 from dpo_mm.training.reference import resolve_reference_name
 
-OPTIONAL_INPUTS = ("reference", "z", "reward_shift", "corrupted_ratio", "rejected_gradient_scale")
+OPTIONAL_INPUTS = ("reference_logps", "z", "reward_shift", "corrupted_ratio", "rejected_gradient_scale")
 DEFAULT_SLACK = 0.9
 """`sdpo`'s slack where settings give none: Diffusion-SDPO's for SD1.5 (0.6 for SDXL)."""
 IMAGE_ONLY_SETTINGS = (
