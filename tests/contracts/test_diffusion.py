@@ -333,7 +333,7 @@ def test_kohyas_file_holds_the_same_adapter(
     """Its names are those of diffusers' own converter, and where diffusers reads it, it draws the same pixels."""
     policy, row = ready(family, lora_rank=4, lora_alpha=8, lora_format="kohya"), BUILDERS[family]
     if policy.kohya_prefix is None:
-        with pytest.raises(ValueError, match=r"lora_format 'kohya': .* has no names there"):
+        with pytest.raises(ValueError, match=r"lora_format 'kohya': .* has no names in kohya's format"):
             check_format(policy.config, None, family=type(policy).__name__)
         return
     disturbed(policy)
@@ -393,7 +393,7 @@ def test_a_fully_tuned_denoiser_is_saved_and_attached(
     fresh.load_adapter(tmp_path)
     assert np.array_equal(np.stack([np.asarray(i) for part in draw(fresh, 1.0) for i in part]), tuned)
     assert np.array_equal(np.stack([np.asarray(i) for part in draw(fresh, 0.0) for i in part]), base)
-    with pytest.raises(ValueError, match="no scale but 0 and 1"):
+    with pytest.raises(ValueError, match="supports only the scales 0 and 1"):
         draw(fresh, 0.5)
 
 
@@ -449,13 +449,13 @@ def test_a_missing_component_is_named(tmp_path: Path) -> None:
 
     folder = BUILDERS["stable-diffusion"].build(tmp_path / "m")
     shutil.rmtree(folder / "vae")
-    with pytest.raises(ValueError, match=r"has no vae; expected the folder vae/"):
+    with pytest.raises(ValueError, match=r"has no vae. Expected the folder vae/"):
         load_policy(str(folder))
 
 
 def test_an_unknown_family_is_named(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "MysteryPipeline"}')
-    with pytest.raises(ValueError, match=r"MysteryPipeline.*known: StableDiffusionPipeline"):
+    with pytest.raises(ValueError, match=r"MysteryPipeline.*Known: StableDiffusionPipeline"):
         load_policy(str(tmp_path))
     with pytest.raises(ValueError, match=r"neither model_index\.json"):
         load_policy(str(tmp_path / "nothing"))

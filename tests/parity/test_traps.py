@@ -24,7 +24,7 @@ TRAPS = {
     "diffusers: ties are wins of the first image": "unit/data/test_schema.py::test_ties_never_become_wins",
     "diffusers: the ratio's sign in ORPO": "unit/objectives/test_objectives.py::test_objective_matches_hand_arithmetic",
     "Salesforce, diffusers: sides flipped independently": "parity/test_traps.py::test_one_picture_on_both_sides_is_a_tie",
-    "DiffSynth: uniform noise": "unit/policies/diffusion/test_random_draws.py::test_noise_is_gaussian_and_timesteps_uniform",
+    "DiffSynth: uniform noise": "unit/policies/diffusion/test_random_draws.py::test_sample_noise_is_gaussian_and_levels_are_uniform",
     "InPO, SmPO: one timestep a micro-batch": "parity/test_traps.py::test_each_pair_has_a_timestep_of_its_own",
     "VideoDPO: noise not shared within a pair": "parity/test_traps.py::test_one_picture_on_both_sides_is_a_tie",
     "invoke-training: mean before the sigmoid": "unit/objectives/test_objectives.py::test_objective_single_pair_equals_its_loss_in_the_batch",

@@ -66,7 +66,7 @@ def test_pickled_weights_of_a_reader_and_its_adapter_are_not_read(tmp_path: Path
     reader = load_policy(model)
     poisoned(tmp_path / "adapter" / "adapter_model.bin", canary)
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
-    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors; pickled weights are not read"):
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors. Pickled weights are not loaded"):
         reader.load_adapter(tmp_path / "adapter")
     for weights in Path(model).glob("*.safetensors"):
         weights.unlink()
