@@ -1,9 +1,10 @@
-"""Make data/shapes: prompt lists, and two preference sets mined from the shipped base.
+"""Make data/shapes: lists of prompts, and two preference datasets mined from the bundled base model.
 
     python data/make_shapes_pairs.py         # about six minutes on 2 CPU cores
 
-Both sets hold the base's own pictures of training prompts, best against worst of a prompt by a judge of pixels, so that
-rejected is the model's own failure. `aesthetic` keeps a pair only where the prettier picture follows its prompt as well.
+Both datasets contain the base model's own images for training prompts. A judge pairs the best image of a prompt with the
+worst, so rejected is the model's own failure. `aesthetic` contains only pairs whose better image follows the prompt at least as
+well as the other one.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from dpo_mm.mining.mine_images import mine_images
 from dpo_mm.worlds import shapes
 
 HERE = Path(__file__).parent
-SAMPLER = {"num_inference_steps": 15, "guidance": 1.5, "batch_size": 48}
-SETS = {
+SAMPLER = {"num_inference_steps": 15, "guidance_scale": 1.5, "batch_size": 48}
+DATASETS = {
     "faithfulness": {"judges": "faithfulness", "max_prompts": 260, "images_per_prompt": 16, "pairs_per_prompt": 3},
     "aesthetic": {
         "judges": "aesthetic",
@@ -60,7 +61,7 @@ def main() -> None:
     for name, prompts in zip(("train", "held-out"), shapes.split(), strict=True):
         (folder / f"prompts-{name}.txt").write_text("\n".join(prompts) + "\n")
     table = []
-    for name, settings in SETS.items():
+    for name, settings in DATASETS.items():
         with suppress_library_output():
             work = str(options.work / name)
             mined = mine_images(MineConfig("shapes-sd", "shapes-train", work, **SAMPLER, **settings))  # type: ignore[arg-type]

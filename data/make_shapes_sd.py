@@ -1,10 +1,10 @@
-"""Make data/models/shapes-sd: a small Stable Diffusion pipeline that draws coloured shapes, from nothing but code.
+"""Make data/models/shapes-sd: a small Stable Diffusion pipeline for coloured shapes, trained only on rendered scenes.
 
-    python data/make_shapes_sd.py            # about 25 minutes on 2 CPU cores, fewer on a GPU
+    python data/make_shapes_sd.py            # about 25 minutes on 2 CPU cores, less on a GPU
 
-Stages, each kept in --work and skipped when it is there: render scenes, train the autoencoder, encode the scenes,
-train text encoder and UNet together, save the pipeline in half precision with its card.
-The denoiser sees only prompts of the training split; held-out combinations are new to it.
+Stages: render scenes, train the autoencoder, encode the scenes, train text encoder and UNet together, save the pipeline in
+half precision with its card. The trained parts are saved in --work, and a later run loads them.
+The denoiser is trained only on prompts of the training split, so held-out combinations are new to it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ MIX = {"single object": 1, "two objects": 2, "counting": 2, "colours": 1, "posit
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = 16
 HORIZON = 8_000
-"""Steps of the denoiser's schedule; it stops long before, good enough to recognise and imperfect enough to improve."""
+"""Steps of the denoiser's schedule. Training stops much earlier, with recognisable images that can still be improved."""
 
 
 def scenes(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """Rendered training scenes, (count, 3, 64, 64) uint8, and their prompts."""
+    """Render training scenes, (count, 3, 64, 64) uint8, with their prompts."""
     train, _ = shapes.split()
     by_category = {c: [p for p in train if shapes.parse(p).category == c] for c in shapes.CATEGORIES}
     weights = np.array([MIX[c] for c in shapes.CATEGORIES]) / sum(MIX.values())
@@ -70,29 +70,29 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch
 
 
 class Average:
-    """Exponential moving average of some modules' weights."""
+    """Exponential moving average of the weights of modules."""
 
     def __init__(self, *modules: torch.nn.Module, decay: float) -> None:
         self.live = [p for m in modules for p in m.parameters()]
-        self.kept = [p.detach().clone() for p in self.live]
+        self.shadow = [p.detach().clone() for p in self.live]
         self.decay, self.steps = decay, 0
 
     @torch.no_grad()
     def update(self) -> None:
         self.steps += 1
         decay = min(self.decay, self.steps / (self.steps + 10))
-        torch._foreach_lerp_(self.kept, [p.detach() for p in self.live], 1 - decay)
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.live], 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
-        for live, kept in zip(self.live, self.kept, strict=True):
+        for live, shadow in zip(self.live, self.shadow, strict=True):
             other = live.detach().clone()
-            live.copy_(kept)
-            kept.copy_(other)
+            live.copy_(shadow)
+            shadow.copy_(other)
 
 
 def train_autoencoder(images: torch.Tensor, prompts: list[str], steps: int, batch: int) -> AutoencoderKL:
-    """4x-downsampling autoencoder, absolute error plus a light KL so that latents keep a scale near one."""
+    """Train an autoencoder with 4x downsampling: absolute error plus a weak KL term, so latents have a scale near one."""
     torch.manual_seed(0)
     widths = (16, 32, 64)
     vae = AutoencoderKL(
@@ -124,7 +124,7 @@ def train_autoencoder(images: torch.Tensor, prompts: list[str], steps: int, batc
         average.update()
         if step % 500 == 0 or step == steps:
             average.swap()
-            rate, psnr = judged(vae, images[-300:], prompts[-300:])
+            rate, psnr = reconstruction_quality(vae, images[-300:], prompts[-300:])
             print(
                 f"autoencoder {step}/{steps} loss {loss:.4f} kl {kl:.2f} psnr {psnr:.1f} right {rate:.3f} {time.time() - started:.0f}s",
                 flush=True,
@@ -135,8 +135,8 @@ def train_autoencoder(images: torch.Tensor, prompts: list[str], steps: int, batc
 
 
 @torch.no_grad()
-def judged(vae: AutoencoderKL, images: torch.Tensor, prompts: list[str]) -> tuple[float, float]:
-    """Share of reconstructions that still satisfy their prompt, and PSNR in dB."""
+def reconstruction_quality(vae: AutoencoderKL, images: torch.Tensor, prompts: list[str]) -> tuple[float, float]:
+    """Fraction of reconstructions that still satisfy their prompt, and PSNR in dB."""
     x = to_input(images)
     y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(100)])
     right = np.mean(faithfulness(to_images(y), prompts))
@@ -144,7 +144,7 @@ def judged(vae: AutoencoderKL, images: torch.Tensor, prompts: list[str]) -> tupl
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer with a vocabulary of this world's words."""
+    """Build CLIP's byte-pair tokenizer with a vocabulary of the words in the prompts."""
     train, held_out = shapes.split()
     bpe = Tokenizer(BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = Lowercase(), WhitespaceSplit()
@@ -195,7 +195,7 @@ def make_denoiser(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DCondit
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior means and standard deviations, (n, 4, 16, 16) half precision on the CPU."""
+    """Encode images to posterior means and standard deviations, (n, 4, 16, 16) half precision on the CPU."""
     parts = [vae.encode(to_input(part)).latent_dist for part in images.split(256)]
     return torch.cat([p.mean.half().cpu() for p in parts]), torch.cat([p.std.half().cpu() for p in parts])
 
@@ -208,7 +208,7 @@ def train_denoiser(
     batch: int,
     work: Path,
 ) -> None:
-    """Epsilon prediction; one prompt in ten dropped for guidance; text encoder and UNet learn together."""
+    """Train text encoder and UNet together with epsilon prediction. One prompt in ten is dropped for guidance."""
     text, unet, generator = pipe.text_encoder, pipe.unet, torch.Generator().manual_seed(2)
     mean, std = (part.contiguous(memory_format=torch.channels_last) for part in latents)
     encoded = pipe.tokenizer([*prompts, ""], padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
@@ -242,7 +242,7 @@ def train_denoiser(
         if step % 1000 == 0 or step == steps:
             average.swap()
             print(
-                f"denoiser {step}/{steps} loss {total / 1000:.4f} {report(pipe, 2)} {time.time() - started:.0f}s",
+                f"denoiser {step}/{steps} loss {total / 1000:.4f} {correct_rates(pipe, 2)} {time.time() - started:.0f}s",
                 flush=True,
             )
             total = 0.0
@@ -251,8 +251,8 @@ def train_denoiser(
                 average.swap()
 
 
-def report(pipe: StableDiffusionPipeline, samples: int) -> dict[str, float]:
-    """Share of pictures wholly right on held-out prompts, at most twelve a category, by category and overall."""
+def correct_rates(pipe: StableDiffusionPipeline, samples: int) -> dict[str, float]:
+    """Rate of fully correct images on held-out prompts, at most twelve per category, by category and overall."""
     _, held_out = shapes.split()
     pipe.set_progress_bar_config(disable=True)
     rates = {}
@@ -299,34 +299,34 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     images, prompts = scenes(options.scenes, seed=0)
 
-    kept = options.work / "vae"
-    if kept.exists():
-        vae = AutoencoderKL.from_pretrained(kept).to(DEVICE, memory_format=torch.channels_last)
+    vae_path = options.work / "vae"
+    if vae_path.exists():
+        vae = AutoencoderKL.from_pretrained(vae_path).to(DEVICE, memory_format=torch.channels_last)
     else:
         vae = train_autoencoder(images, prompts, options.autoencoder_steps, batch=32)
         mean, std = encode(vae, images[:2000])
         vae.register_to_config(
             scaling_factor=round(float(1 / (mean.float().var() + std.float().square().mean()).sqrt()), 4)
         )
-        vae.save_pretrained(kept)
-    rate, psnr = judged(vae, images[-2000:], prompts[-2000:])
+        vae.save_pretrained(vae_path)
+    rate, psnr = reconstruction_quality(vae, images[-2000:], prompts[-2000:])
     print(f"autoencoder: {rate:.1%} of reconstructions right, PSNR {psnr:.1f} dB")
 
-    kept = options.work / f"step-{options.denoiser_steps}"
-    if kept.exists():
-        pipe = StableDiffusionPipeline.from_pretrained(kept)
+    pipe_path = options.work / f"step-{options.denoiser_steps}"
+    if pipe_path.exists():
+        pipe = StableDiffusionPipeline.from_pretrained(pipe_path)
     else:
         tokenizer = make_tokenizer(options.work / "tokenizer")
         pipe = assemble(vae, *make_denoiser(tokenizer), tokenizer)
         train_denoiser(pipe, encode(vae, images), prompts, options.denoiser_steps, batch=64, work=options.work)
     pipe.to("cpu", torch.float16)
     pipe.save_pretrained(options.output, safe_serialization=True)
-    stock = StableDiffusionPipeline.from_pretrained(options.output)
-    write_card(options, stock.to("cpu", torch.float32), rate, psnr)
+    reloaded = StableDiffusionPipeline.from_pretrained(options.output)
+    write_card(options, reloaded.to("cpu", torch.float32), rate, psnr)
 
 
 def write_card(options: argparse.Namespace, pipe: StableDiffusionPipeline, rate: float, psnr: float) -> None:
-    rates = report(pipe, 4)
+    rates = correct_rates(pipe, 4)
     sums = [
         f"| {p.relative_to(options.output)} | {p.stat().st_size:,} | `{hashlib.sha256(p.read_bytes()).hexdigest()}` |"
         for p in sorted(options.output.rglob("*.safetensors"))

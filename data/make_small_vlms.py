@@ -1,13 +1,13 @@
-"""Make data/models/page-reader and data/models/shapes-captioner: small LLaVA models, from nothing but code.
+"""Make data/models/page-reader and data/models/shapes-captioner: small LLaVA models, trained only on rendered images.
 
     python data/make_small_vlms.py reader        # about an hour on one CPU core
     python data/make_small_vlms.py captioner     # about half an hour
 
-Both are stock LlavaForConditionalGeneration (a CLIP vision tower, a projector, a Llama), fine-tuned on the training
-side of their world alone, and saved in half precision with processor and card. Each vision tower first learns what stands in
-each patch; in the reader, one head of the language model is shown where the next character stands. Neither is made to be
-right: the reader is fine-tuned last on transcriptions that loop, the captioner on web captions that name things which
-aren't there and leave out others. That is what preference tuning is for.
+Both are LlavaForConditionalGeneration of transformers (a CLIP vision tower, a projector, a Llama). They are fine-tuned on the
+training split of their synthetic task and saved in half precision with processor and card. Each vision tower first learns
+the content of each patch. In the OCR model, one attention head of the language model is trained to point at the next
+character. Both models have deliberate faults for preference tuning: the OCR model is fine-tuned last on transcriptions
+that loop, the captioner on web captions that hallucinate objects and omit others.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ TEMPLATE = (
 )
 Places = list[int]
 Sample = tuple[np.ndarray, str, str, Places]
-"""Picture (side, side, 3) uint8, prompt, answer, and the patch in which each of its characters stands (or none)."""
+"""Image (edge, edge, 3) uint8, prompt, response, and the patch that contains each of its characters (or NOWHERE)."""
 NOWHERE = -100
 
 
 def tokenizer(pattern: str, vocabulary: list[str]) -> Any:
-    """A tokenizer of the pieces that the pattern cuts; it decodes to the very text."""
+    """Build a tokenizer of the pieces that a pattern splits off. Decoding returns the exact text."""
     pieces = dict.fromkeys([*SPECIAL, *vocabulary])
     inner = Tokenizer(models.WordLevel({piece: n for n, piece in enumerate(pieces)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
@@ -66,14 +66,14 @@ def tokenizer(pattern: str, vocabulary: list[str]) -> Any:
 
 
 def reader_tokenizer() -> Any:
-    """Characters, and each prompt as one token."""
+    """Build the tokenizer of the OCR model: characters, and each prompt as one token."""
     prompts = list(documents.PROMPTS.values())
     pattern = "|".join(prompt.replace(".", r"\.") for prompt in sorted(prompts, key=len, reverse=True)) + r"|[\s\S]"
     return tokenizer(pattern, [*prompts, *documents.CHARACTERS])
 
 
 def captioner_tokenizer() -> Any:
-    """Words with the space before them."""
+    """Build the tokenizer of the captioner: words with the space before them."""
     words = [*shapes.COLOURS, *shapes.SHAPES, "and", "a", "an"]
     return tokenizer(
         rf"{caption_scenes.PROMPT[:-1]}\.| ?[a-z]+|[\s\S]",
@@ -82,7 +82,7 @@ def captioner_tokenizer() -> Any:
 
 
 def build(words: Any, side: int, width: int, layers: int) -> tuple[Any, Any]:
-    """A random LLaVA for square pictures of `side` pixels, and its processor."""
+    """Build a random LLaVA for square images with edges of `side` pixels, and its processor."""
     torch.manual_seed(0)
     size = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 32}
     config = hf.LlavaConfig(
@@ -120,26 +120,29 @@ def build(words: Any, side: int, width: int, layers: int) -> tuple[Any, Any]:
 
 
 LIMIT = 200
-"""Tokens of an answer of the reader, at most."""
+"""Maximum number of tokens of a response of the OCR model."""
 
 
 def read_samples(count: int, seed: int, *, short: bool = False, silver: bool = False) -> Iterator[Sample]:
-    """Pages of the training side; short: a line or two of each, as plain text; silver: as another reader read them."""
+    """Generate pages of the training split.
+
+    short: one or two lines of each, as plain text. silver: with pseudo-labelled transcriptions.
+    """
     rng = np.random.default_rng((seed, 1))
     for number, page in enumerate(documents.pages(count, seed)):
         if short:
             lines = page.lines[: 1 + number % 2]
             page = dataclasses.replace(page, lines=lines, form="text", header="", footer="")
-        picture, prompt = np.asarray(documents.render(page)), documents.PROMPTS[page.form]
-        answer, at = documents.transcription(page), places(page)
+        image, prompt = np.asarray(documents.render(page)), documents.PROMPTS[page.form]
+        response, patches = documents.transcription(page), places(page)
         if silver:
             read = documents.pseudo_labelled_transcription(page, rng, LIMIT)
-            answer, at = read, at[: len(read)] + [NOWHERE] * (len(read) - len(at))
-        yield picture, prompt, answer, at
+            response, patches = read, patches[: len(read)] + [NOWHERE] * (len(read) - len(patches))
+        yield image, prompt, response, patches
 
 
 def places(page: documents.DocumentPage) -> Places:
-    """The patch in which each character of a page's transcription stands."""
+    """Patch that contains each character of a page's transcription."""
     side = page.width // PATCH
     at = {
         (row, column): int(np.clip(y // PATCH, 0, side - 1)) * side + int(np.clip(x // PATCH, 0, side - 1))
@@ -147,20 +150,28 @@ def places(page: documents.DocumentPage) -> Places:
     }
     lines = [page.header, *page.lines, page.footer] if page.form == "json" else list(page.lines)
     size = lambda letter: len(json.dumps(letter, ensure_ascii=False)) - 2 if page.form == "json" else 1
-    found = [
+    patches_of_lines = [
         [at[row, column] for column, letter in enumerate(line) for _ in range(size(letter))]
         for row, line in enumerate(lines)
     ]
     nowhere = lambda text: [NOWHERE] * len(text)
     joined = lambda parts: [place for part in parts for place in (*part, *nowhere("n" * size("\n")))][: -size("\n")]
     if page.form == "text":
-        return joined(found)
+        return joined(patches_of_lines)
     texts = [nowhere(part) for part in ('{"header":"', '","body":"', '","footer":"', '"}')]
-    return [*texts[0], *found[0], *texts[1], *joined(found[1:-1]), *texts[2], *found[-1], *texts[3]]
+    return [
+        *texts[0],
+        *patches_of_lines[0],
+        *texts[1],
+        *joined(patches_of_lines[1:-1]),
+        *texts[2],
+        *patches_of_lines[-1],
+        *texts[3],
+    ]
 
 
 def caption_samples(count: int, seed: int) -> Iterator[Sample]:
-    """Scenes of the training side with their web captions."""
+    """Generate scenes of the training split with their web captions."""
     rng = np.random.default_rng((seed, 1))
     for scene in caption_scenes.scenes(count, seed):
         yield np.asarray(shapes.render(scene)), caption_scenes.PROMPT, caption_scenes.web_caption(scene, rng), []
@@ -170,7 +181,7 @@ def caption_samples(count: int, seed: int) -> Iterator[Sample]:
 class Pool:
     """Samples as tensors, in order of their length.
 
-    pixels (n, 3, side, side) uint8; ids, where the answer starts, and the patches of its tokens, (tokens,).
+    pixels: (n, 3, edge, edge) uint8. ids: (tokens,) each. starts: index of the response. places: patches of its tokens.
     """
 
     pixels: torch.Tensor
@@ -185,110 +196,114 @@ class Pool:
 
 def pool(samples: Iterator[Sample], words: Any, image_tokens: int) -> Pool:
     rows = []
-    for picture, prompt, answer, where in samples:
-        before = [1, *([words.convert_tokens_to_ids("<image>")] * image_tokens), *words.encode(prompt + "\n")]
-        told = words.encode(answer)
-        at = torch.tensor(where if where else [NOWHERE] * len(told))
-        assert len(at) == len(told), answer
-        end = [2] if len(told) < LIMIT else []
-        rows.append((picture, torch.tensor([*before, *told, *end]), len(before), at))
+    for image, prompt, response, patches in samples:
+        prefix = [1, *([words.convert_tokens_to_ids("<image>")] * image_tokens), *words.encode(prompt + "\n")]
+        response_ids = words.encode(response)
+        places = torch.tensor(patches if patches else [NOWHERE] * len(response_ids))
+        assert len(places) == len(response_ids), response
+        end = [2] if len(response_ids) < LIMIT else []
+        rows.append((image, torch.tensor([*prefix, *response_ids, *end]), len(prefix), places))
     rows.sort(key=lambda row: len(row[1]))
     pixels = torch.from_numpy(np.stack([row[0] for row in rows])).permute(0, 3, 1, 2).contiguous()
     return Pool(pixels, [row[1] for row in rows], [row[2] for row in rows], [row[3] for row in rows])
 
 
 LETTERS, LINES, COLUMNS = 2, 8, 24
-"""Of a patch of a page: letters told apart, and the lines and columns that its first one can stand in."""
+"""Labels of a patch of a page: number of letters, and of the lines and columns that its first letter can be in."""
 POINTING = 2
-"""Layer of the language model whose first head learns to look where the next character stands."""
+"""Layer of the language model whose first head learns to point at the next character."""
 Labelled = tuple[np.ndarray, np.ndarray]
-"""Picture (side, side, 3) uint8, and what stands in each patch, (patches, labels)."""
+"""Image (edge, edge, 3) uint8, and labels of each patch, (patches, labels)."""
 
 
 def labelled_pages(count: int, seed: int) -> Iterator[Labelled]:
-    """Pages, and of each patch its first and second character (0: none), line and column + 1."""
-    place = {letter: n for n, letter in enumerate(documents.CHARACTERS, start=1)}
+    """Generate pages with labels of each patch: first and second character (0: none), line and column + 1."""
+    index_of = {letter: n for n, letter in enumerate(documents.CHARACTERS, start=1)}
     side = documents.WIDTH // PATCH
     for page in documents.pages(count, seed):
-        found = np.zeros((side * side, LETTERS + 2), np.int64)
+        labels = np.zeros((side * side, LETTERS + 2), np.int64)
         for letter, x, y, line, column in documents.characters(page):
-            at = int(np.clip(y // PATCH, 0, side - 1)) * side + int(np.clip(x // PATCH, 0, side - 1))
-            nth = int((found[at, :LETTERS] > 0).sum())
-            if nth == 0:
-                found[at, LETTERS:] = min(line, LINES - 1), min(column + 1, COLUMNS - 1)
-            if nth < LETTERS:
-                found[at, nth] = place[letter]
-        yield np.asarray(documents.render(page)), found
+            patch = int(np.clip(y // PATCH, 0, side - 1)) * side + int(np.clip(x // PATCH, 0, side - 1))
+            num_letters = int((labels[patch, :LETTERS] > 0).sum())
+            if num_letters == 0:
+                labels[patch, LETTERS:] = min(line, LINES - 1), min(column + 1, COLUMNS - 1)
+            if num_letters < LETTERS:
+                labels[patch, num_letters] = index_of[letter]
+        yield np.asarray(documents.render(page)), labels
 
 
 def labelled_scenes(count: int, seed: int) -> Iterator[Labelled]:
-    """Scenes, and of each patch the shape and colour of the thing there (0: none)."""
+    """Generate scenes with labels of each patch: shape and colour of its object (0: none)."""
     side = shapes.SIZE // PATCH
-    middles = (np.arange(side) + 0.5) * PATCH
+    centres = (np.arange(side) + 0.5) * PATCH
     for scene in caption_scenes.scenes(count, seed):
-        found = np.zeros((side, side, 2), np.int64)
-        for thing in scene.things:
-            across, down = (np.abs(middles - middle) <= thing.size / 2 for middle in (thing.x, thing.y))
-            kind = 1 + shapes.SHAPES.index(thing.shape), 1 + list(shapes.COLOURS).index(thing.colour)
-            found[np.ix_(down, across)] = kind
-        yield np.asarray(shapes.render(scene)), found.reshape(side * side, 2)
+        labels = np.zeros((side, side, 2), np.int64)
+        for item in scene.things:
+            across, down = (np.abs(centres - centre) <= item.size / 2 for centre in (item.x, item.y))
+            kind = 1 + shapes.SHAPES.index(item.shape), 1 + list(shapes.COLOURS).index(item.colour)
+            labels[np.ix_(down, across)] = kind
+        yield np.asarray(shapes.render(scene)), labels.reshape(side * side, 2)
 
 
-def look_first(model: Any, samples: list[Labelled], sizes: tuple[int, ...], steps: int, batch: int) -> None:
-    """The vision tower learns what stands in each patch, before a word is said. sizes: values of each label."""
-    pixels = torch.from_numpy(np.stack([picture for picture, _ in samples])).permute(0, 3, 1, 2)
+def pretrain_vision_tower(model: Any, samples: list[Labelled], sizes: tuple[int, ...], steps: int, batch: int) -> None:
+    """Pretrain the vision tower to classify each patch. sizes: number of values of each label."""
+    pixels = torch.from_numpy(np.stack([image for image, _ in samples])).permute(0, 3, 1, 2)
     targets = torch.from_numpy(np.stack([labels for _, labels in samples]))
     tower = model.model.vision_tower
     head = torch.nn.Linear(tower.config.hidden_size, sum(sizes))
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], 2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     generator, started = torch.Generator().manual_seed(0), time.time()
     for step in range(1, steps + 1):
-        picked = torch.randint(len(samples), (batch,), generator=generator)
+        chosen_rows = torch.randint(len(samples), (batch,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            states = tower(pixels[picked].float() / 127.5 - 1).last_hidden_state[:, 1:]
+            states = tower(pixels[chosen_rows].float() / 127.5 - 1).last_hidden_state[:, 1:]
         parts = head(states.float()).split(sizes, -1)
-        losses = [F.cross_entropy(part.flatten(0, 1), targets[picked, :, n].flatten()) for n, part in enumerate(parts)]
+        losses = [
+            F.cross_entropy(part.flatten(0, 1), targets[chosen_rows, :, n].flatten()) for n, part in enumerate(parts)
+        ]
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()
         torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
         optimizer.step()
-        rate.step()
+        scheduler.step()
         if step % 100 == 0:
-            truth = targets[picked, :, 0]
-            right = (parts[0].argmax(-1) == truth)[truth > 0].float().mean()
-            shown = [round(float(one.detach()), 3) for one in losses]
-            print(f"look {step}/{steps} {shown} right {right:.3f} {time.time() - started:.0f} s", flush=True)
+            ground_truth = targets[chosen_rows, :, 0]
+            accuracy = (parts[0].argmax(-1) == ground_truth)[ground_truth > 0].float().mean()
+            loss_values = [round(float(one.detach()), 3) for one in losses]
+            print(
+                f"look {step}/{steps} {loss_values} accuracy {accuracy:.3f} {time.time() - started:.0f} s", flush=True
+            )
 
 
 def batches(pool: Pool, size: int, steps: int, rng: np.random.Generator) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of samples of about one length, in random order."""
+    """Generate batches of samples of similar length, in random order."""
     for _ in range(steps):
         window = min(len(pool.ids), 6 * size)
         start = int(rng.integers(len(pool.ids) - window + 1))
-        picked = start + rng.permutation(window)[:size]
-        longest = max(len(pool.ids[n]) for n in picked)
+        chosen_rows = start + rng.permutation(window)[:size]
+        longest = max(len(pool.ids[n]) for n in chosen_rows)
         ids, labels = torch.zeros(size, longest, dtype=torch.long), torch.full((size, longest), -100)
         places = torch.full((size, longest), NOWHERE)
-        for row, n in enumerate(picked):
+        for row, n in enumerate(chosen_rows):
             ids[row, : len(pool.ids[n])] = pool.ids[n]
             start = pool.starts[n]
             labels[row, start : len(pool.ids[n])] = pool.ids[n][start:]
             places[row, start : start + len(pool.places[n])] = pool.places[n]
-        mask = torch.arange(longest) < torch.tensor([len(pool.ids[n]) for n in picked])[:, None]
-        pixels = pool.pixels[torch.from_numpy(picked)].float() / 127.5 - 1
+        mask = torch.arange(longest) < torch.tensor([len(pool.ids[n]) for n in chosen_rows])[:, None]
+        pixels = pool.pixels[torch.from_numpy(chosen_rows)].float() / 127.5 - 1
         inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask.long(), "pixel_values": pixels}
         yield {**inputs, "places": places}
 
 
 def fit(model: Any, stages: list[tuple[Pool, int]], batch: int, rate: float, work: Path) -> None:
-    """Train on each pool for its number of steps, one cosine over all.
+    """Train on each pool for its number of steps, with one cosine schedule over all.
 
-    Where answers have places, one attention head also learns to look at the patch of the character to come.
+    If the responses have places, one attention head also learns to point at the patch of the next character.
     """
     total = sum(steps for _, steps in stages)
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.01)
-    learning = torch.optim.lr_scheduler.LambdaLR(
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / 200) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1, s / total))))
     )
     rng, started, step, recent = np.random.default_rng(0), time.time(), 0, 0.0
@@ -299,22 +314,22 @@ def fit(model: Any, stages: list[tuple[Pool, int]], batch: int, rate: float, wor
         for inputs in batches(samples, batch, steps, rng):
             places = inputs.pop("places")[:, 1:]
             with torch.autocast("cpu", torch.bfloat16):
-                out = model(**inputs, output_attentions=pointing)
-            loss, aside = out.loss, torch.zeros(())
+                output = model(**inputs, output_attentions=pointing)
+            loss, pointing_loss = output.loss, torch.zeros(())
             if pointing:
-                looked = out.attentions[POINTING][:, 0, :-1].float()
-                there = looked.gather(-1, (1 + places.clamp_min(0))[..., None])[..., 0]
-                aside = -there.clamp_min(1e-6).log()[places >= 0].mean()
+                attention = output.attentions[POINTING][:, 0, :-1].float()
+                target_attention = attention.gather(-1, (1 + places.clamp_min(0))[..., None])[..., 0]
+                pointing_loss = -target_attention.clamp_min(1e-6).log()[places >= 0].mean()
             optimizer.zero_grad()
-            (loss + aside).backward()
+            (loss + pointing_loss).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            learning.step()
+            scheduler.step()
             step += 1
             recent = 0.98 * recent + 0.02 * float(loss.detach()) if step > 1 else float(loss.detach())
             if step % 100 == 0:
                 print(
-                    f"step {step}/{total} loss {recent:.4f} place {float(aside.detach()):.3f} {time.time() - started:.0f} s",
+                    f"step {step}/{total} loss {recent:.4f} place {float(pointing_loss.detach()):.3f} {time.time() - started:.0f} s",
                     flush=True,
                 )
             if step % 1000 == 0:
@@ -322,45 +337,45 @@ def fit(model: Any, stages: list[tuple[Pool, int]], batch: int, rate: float, wor
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
-    """The model in half precision, its processor, and the hash of its weights."""
+    """Save the model in half precision with its processor, and print the hash of its weights."""
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     print(json.dumps({"folder": str(folder), "parameters": model.num_parameters(), "sha256": digest}))
 
 
-def card(kind: str, given: dict[str, Any], folder: Path, batch: int) -> str:
-    """The model's card, with what it does on 400 held-out questions at greedy decoding."""
+def card(kind: str, spec: dict[str, Any], folder: Path, batch: int) -> str:
+    """Write the model's card, with its metrics on 400 held-out questions under greedy decoding."""
     config = CompareResponsesConfig(
-        str(folder), "", given["questions"], judges=given["judges"], max_new_tokens=given["limit"]
+        str(folder), "", spec["questions"], judges=spec["judges"], max_new_tokens=spec["limit"]
     )
     policy, questions = load_policy(str(folder)), read_questions(config.questions)
-    found = generate_responses(policy, questions, config, base=True, title="asking for the card")
-    rates = {name: shares.sum(0) for name, shares in found.shares.items()}
+    scored = generate_responses(policy, questions, config, base=True, title="generating responses for the card")
+    rates = {name: shares.sum(0) for name, shares in scored.shares.items()}
     measured = "\n".join(
         f"| {metric_of(name)} | {hits / max(of, 1):.3f} | {hits:g} of {of:g} |" for name, (hits, of) in rates.items()
     )
     weights = folder / "model.safetensors"
-    look = given["look"]
-    steps = ", then ".join(f"{n:,} on {name}" for _, stages in given["courses"] for name, _, _, n in stages)
+    look = spec["look"]
+    steps = ", then ".join(f"{n:,} on {name}" for _, stages in spec["courses"] for name, _, _, n in stages)
     return f"""---
 license: apache-2.0
 pipeline_tag: image-text-to-text
 library_name: transformers
 ---
-# {given["folder"]}
+# {spec["folder"]}
 
-{given["what"]}
+{spec["what"]}
 It exists so that preference tuning can be tried, tested and measured without a download; it can do nothing else.
 
-Made by `python data/make_small_vlms.py {kind}` from what code draws{given["texts"]}.
+Made by `python data/make_small_vlms.py {kind}` from what code draws{spec["texts"]}.
 
 - Stock classes: LlavaForConditionalGeneration (CLIP tower, Llama), {policy.base_model.num_parameters():,} parameters, half precision.
-- {given["side"]}x{given["side"]} pixels, patches of {PATCH}; {len(policy.rows.tokenizer)} tokens.
+- {spec["side"]}x{spec["side"]} pixels, patches of {PATCH}; {len(policy.rows.tokenizer)} tokens.
 - The vision tower first learned what stands in each patch ({look[3]:,} steps of {batch}), then all of it was fine-tuned: {steps} (steps of {batch}).
-- {given["imperfect"]}
+- {spec["imperfect"]}
 
-On 400 held-out questions ({given["questions"]}), greedy, at most {given["limit"]} tokens:
+On 400 held-out questions ({spec["questions"]}), greedy, at most {spec["limit"]} tokens:
 
 | measure | value | count |
 |---|---|---|
@@ -421,34 +436,34 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work-vlm"))
     parser.add_argument("--out", type=Path, default=HERE / "models")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
-    parser.add_argument("--only-card", action="store_true", help="measure what is there and write its card")
-    given = parser.parse_args()
-    kind = KINDS[given.kind]
-    if given.only_card:
-        folder = given.out / kind["folder"]
-        (folder / "README.md").write_text(card(given.kind, kind, folder, given.batch))
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the steps, for a trial")
+    parser.add_argument("--only-card", action="store_true", help="only measure an existing model and write its card")
+    options = parser.parse_args()
+    kind = KINDS[options.kind]
+    if options.only_card:
+        folder = options.out / kind["folder"]
+        (folder / "README.md").write_text(card(options.kind, kind, folder, options.batch))
         return
     words, image_tokens = kind["words"](), (kind["side"] // PATCH) ** 2
     model, processor = build(words, kind["side"], **kind["size"])
     print(f"{model.num_parameters():,} parameters, {len(words)} tokens")
     labelled, sizes, count, steps = kind["look"]
-    if (given.work / "look").exists():
-        model = hf.LlavaForConditionalGeneration.from_pretrained(given.work / "look")
+    if (options.work / "look").exists():
+        model = hf.LlavaForConditionalGeneration.from_pretrained(options.work / "look")
     else:
-        samples = list(labelled(int(count * min(1, given.scale * 4)), 99))
-        look_first(model, samples, sizes, int(steps * given.scale), given.batch)
-        model.save_pretrained(given.work / "look")
+        samples = list(labelled(int(count * min(1, options.scale * 4)), 99))
+        pretrain_vision_tower(model, samples, sizes, int(steps * options.scale), options.batch)
+        model.save_pretrained(options.work / "look")
     seeds = itertools.count(100)
     for rate, stages in kind["courses"]:
         course = []
-        for _, options, count, steps in stages:
-            samples = kind["samples"](int(count * min(1, given.scale * 4)), next(seeds), **options)
-            course.append((pool(samples, words, image_tokens), int(steps * given.scale)))
-        fit(model, course, given.batch, rate, given.work)
-    save(model, processor, given.out / kind["folder"])
-    (given.out / kind["folder"] / "README.md").write_text(
-        card(given.kind, kind, given.out / kind["folder"], given.batch)
+        for _, sample_options, count, steps in stages:
+            samples = kind["samples"](int(count * min(1, options.scale * 4)), next(seeds), **sample_options)
+            course.append((pool(samples, words, image_tokens), int(steps * options.scale)))
+        fit(model, course, options.batch, rate, options.work)
+    save(model, processor, options.out / kind["folder"])
+    (options.out / kind["folder"] / "README.md").write_text(
+        card(options.kind, kind, options.out / kind["folder"], options.batch)
     )
 
 

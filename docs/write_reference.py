@@ -47,27 +47,18 @@ PEERS = {
     "lora_alpha": "PEFT `lora_alpha`",
     "lora_targets": "PEFT `target_modules`",
     "max_length": "TRL `max_length`",
-    "steps": "Trainer `max_steps`",
-    "batch_size": "Trainer `per_device_train_batch_size`",
-    "accumulate": "Trainer `gradient_accumulation_steps`",
     "learning_rate": "Trainer `learning_rate`",
     "warmup_steps": "Trainer `warmup_steps`",
-    "optimizer": "Trainer `optim`",
-    "schedule": "Trainer `lr_scheduler_type`",
     "max_grad_norm": "Trainer `max_grad_norm`",
     "weight_decay": "Trainer `weight_decay`",
     "precision": "Trainer `bf16`, `fp16`",
     "gradient_checkpointing": "Trainer `gradient_checkpointing`",
     "seed": "Trainer `seed`",
     "output_dir": "Trainer `output_dir`",
-    "eval_every": "Trainer `eval_steps`",
-    "save_every": "Trainer `save_steps`",
     "save_total_limit": "Trainer `save_total_limit`",
-    "log_every": "Trainer `logging_steps`",
-    "workers": "Trainer `dataloader_num_workers`",
     "resume": "Trainer `resume_from_checkpoint`",
 }
-"""Names of the same setting of a training run in transformers' Trainer, TRL or PEFT."""
+"""Names of the same setting of a training run in transformers' Trainer, TRL or PEFT. TRAINER_NAMES of config.py has more."""
 
 ONLY = {
     "images": ("IMAGE_ONLY_SETTINGS", "OF_IMAGES"),
@@ -146,6 +137,28 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+def _peers() -> dict[str, str]:
+    from dpo_mm.config import TRAINER_NAMES
+
+    return PEERS | {field: f"Trainer `{name}`" for name, field in TRAINER_NAMES.items()}
+
+
+def trainer_names_table() -> list[str]:
+    """The names of transformers' TrainingArguments that TrainConfig accepts too."""
+    from dpo_mm.config import TRAINER_NAMES
+
+    return [
+        "### Names of transformers' Trainer",
+        "",
+        "Files and flags may use these names of transformers' `TrainingArguments` for a training run. Giving both names of a "
+        "setting is an error. In Python, use the names of the fields.",
+        "",
+        "| name of the Trainer | setting |",
+        "|---|---|",
+        *(f"| `{name}` | `{field}` |" for name, field in TRAINER_NAMES.items()),
+    ]
+
+
 def _type(text: str) -> str:
     """A type in words: float or null."""
     return _cell(text.replace(" | None", " or null").replace(" | ", " or "))
@@ -153,14 +166,15 @@ def _type(text: str) -> str:
 
 def settings_page() -> str:
     """One section per dataclass, one row per setting."""
-    only = applies_to()
+    only, peers = applies_to(), _peers()
     parts = [
         "---\nhide:\n  - toc\n---\n",
         "# Settings",
         "",
         "Every setting of every command, generated from the dataclasses in `dpo_mm/config.py` by "
         "`python docs/write_reference.py`. In a YAML file a setting has the name below. On the command line it is a flag, "
-        "with dashes instead of underscores. An unknown setting is refused, and the error names the nearest known one.",
+        "with dashes instead of underscores, and `null` is written `none`. An unknown setting is refused, and the error names the "
+        "nearest known one.",
     ]
     for file in config_files():
         for name, text, fields in dataclasses_of(file.read_text()):
@@ -171,9 +185,10 @@ def settings_page() -> str:
             parts += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
             for one in fields:
                 row = [f"**`{one.name}`**<br>{_type(one.type)}", one.default, _cell(one.meaning)]
-                row += [only.get(one.name, "both"), PEERS.get(one.name, "")] if train else []
+                row += [only.get(one.name, "both"), peers.get(one.name, "")] if train else []
                 parts.append(f"| {' | '.join(row)} |")
             parts += ["", "</div>"]
+            parts += ["", *trainer_names_table()] if train else []
     return "\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
 
 

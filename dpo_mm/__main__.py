@@ -1,4 +1,4 @@
-"""`python -m dpo_mm` is `dpo-mm`."""
+"""Run the command line: `python -m dpo_mm` is the same as `dpo-mm`."""
 
 from dpo_mm.cli.main import main
 

@@ -1,6 +1,6 @@
-"""What ships with the package: tiny base models, prompt lists and preference sets, found by name.
+"""Find bundled assets: tiny models, prompt lists, preference datasets, presets, recipes and pages.
 
-In a checkout they stand in data/ beside the package; in an installed wheel inside it.
+In a checkout they are in folders next to the package (data/, recipes/, demos/). In an installed wheel they are inside it.
 """
 
 from __future__ import annotations
@@ -21,32 +21,36 @@ BUNDLED = {
     "shapes-train": "shapes/prompts-train.txt",
     "shapes-held-out": "shapes/prompts-held-out.txt",
 }
+"""Path of each bundled asset in the data folder, by name."""
 
 
 def data_folder() -> Path:
-    """The folder of shipped data."""
+    """Return the folder of bundled data."""
     inside = _PACKAGE / "bundled"
     return inside if inside.is_dir() else _PACKAGE.parent / "data"
 
 
 def presets_folder() -> Path:
-    """The folder of recipe presets."""
+    """Return the folder of recipe presets."""
     inside = _PACKAGE / "bundled" / "presets"
     return inside if inside.is_dir() else _PACKAGE.parent / "recipes" / "presets"
 
 
 def recipes_folder() -> Path:
-    """The folder of recipe scripts; a wheel has the one that a preset names a judge of."""
+    """Return the folder of recipe scripts. A wheel only has the script whose judge a preset names."""
     inside = _PACKAGE / "bundled" / "recipes"
     return inside if inside.is_dir() else _PACKAGE.parent / "recipes"
 
 
 def demos_folder() -> Path:
-    """The folder of pages."""
+    """Return the folder of demo pages."""
     inside = _PACKAGE / "bundled" / "demos"
     return inside if inside.is_dir() else _PACKAGE.parent / "demos"
 
 
 def resolve_asset(name: str) -> str:
-    """The path of a shipped model, prompt list or set; any other name is returned as it is."""
+    """Return the path of a bundled model, prompt list or dataset. Any other name is returned unchanged.
+
+    An existing file or folder of that name comes first.
+    """
     return str(data_folder() / BUNDLED[name]) if name in BUNDLED and not Path(name).exists() else name

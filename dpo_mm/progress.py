@@ -1,4 +1,4 @@
-"""A progress bar with the time left, on standard error, for everything that takes longer than a second."""
+"""A progress bar with the remaining time, on standard error, for work that takes longer than a second."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 Advance = Callable[[int], None]
+"""Function that moves a progress bar by a number of steps."""
 
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int | None) -> Iterator[Advance]:
-    """Within it `advance(n)` moves a bar of `total` steps (None: unknown); silent but for the main process."""
+    """Context manager that prints a progress bar in the main process.
+
+    Args:
+        title: text in front of the bar.
+        total: number of steps. None: unknown.
+
+    Returns:
+        A function `advance(n)` that moves the bar by n steps.
+    """
     import os
 
     from rich.console import Console

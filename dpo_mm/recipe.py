@@ -15,9 +15,8 @@ from dpo_mm.config import (
     MineConfig,
     MineResponsesConfig,
     TrainConfig,
-    config_from_mapping,
-    read_yaml,
 )
+from dpo_mm.config_parsing import config_from_mapping, known_names, read_yaml, with_field_names
 from dpo_mm.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -65,29 +64,27 @@ def read_recipe(task: str, preset: str, given: Mapping[str, str]) -> Recipe:
     parts: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name in values:
-            own = {**values[name], **_for(name, kind, flags), "output_dir": str(places[name])}
-            parts[name] = own
+            own = with_field_names(kind, values[name], source=f"{where}: {name}")
+            parts[name] = {**own, **_for(name, kind, flags), "output_dir": str(places[name])}
     _refuse_unknown(flags, {name: kinds[name] for name in parts}, where)
     if "mine" in parts:
         parts["train"].setdefault("pairs", str(places["mine"] / "pairs.parquet"))
     parts["compare"].setdefault("adapter", str(places["train"]))
-    built = {name: config_from_mapping(kinds[name], own, where=f"{where}: {name}") for name, own in parts.items()}
+    built = {name: config_from_mapping(kinds[name], own, source=f"{where}: {name}") for name, own in parts.items()}
     return Recipe(title=values.get("title", task), baseline=baseline, **built)
 
 
 def _for(name: str, kind: Any, flags: Mapping[str, str]) -> dict[str, str]:
-    known = {field.name for field in dataclasses.fields(kind)}
-    plain = {key: value for key, value in flags.items() if key in known}
-    return plain | {key.partition(".")[2]: value for key, value in flags.items() if key.startswith(f"{name}.")}
+    plain = {key: value for key, value in flags.items() if key in known_names(kind)}
+    dotted = {key.partition(".")[2]: value for key, value in flags.items() if key.startswith(f"{name}.")}
+    return with_field_names(kind, plain, source="flags") | with_field_names(kind, dotted, source=f"flags: {name}")
 
 
 def _refuse_unknown(flags: Mapping[str, str], kinds: Mapping[str, Any], where: str) -> None:
-    known = {field.name for kind in kinds.values() for field in dataclasses.fields(kind)}
+    known = list(dict.fromkeys(name for kind in kinds.values() for name in known_names(kind)))
     for key in flags:
-        part, dot, rest = key.partition(".")
-        if key not in known and not (
-            dot and part in kinds and rest in {f.name for f in dataclasses.fields(kinds[part])}
-        ):
+        part, _, rest = key.partition(".")
+        if key not in known and not (part in kinds and rest in known_names(kinds[part])):
             raise ValueError(f"{where}: {key!r} is not a setting; {did_you_mean(key, known)}")
 
 

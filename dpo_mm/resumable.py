@@ -1,6 +1,4 @@
-"""What lets work be cut and go on: files that are whole or not there, folders that know what they are made with, the shards
-that are left, and an end when asked.
-"""
+"""Make long work resumable: atomic files, recorded settings, missing shards, clean exit on SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,63 +13,86 @@ from pathlib import Path
 from typing import Any
 
 PLAN_FILE = "mining.json"
+"""Default name of the record of a folder's settings."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, fix: str | None = None) -> Iterator[Path]:
-    """A file beside `path` to write to, renamed to it in the end; gone where anything fails.
+    """Context manager that gives a temporary file in the same folder and renames it to `path` at the end.
 
-    fix: what a user can do about it; with it an OSError says that `path` could not be written, why, and this.
+    If anything fails, the temporary file is removed and `path` is unchanged.
+
+    Args:
+        path: file to write.
+        fix: advice for the user if writing fails.
+
+    Raises:
+        OSError: if `fix` is given and writing fails. The message contains the path, the reason and the fix.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield beside
-        beside.replace(path)
+        yield temporary
+        temporary.replace(path)
     except OSError as error:
         if fix is None:
             raise
-        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}; {fix}") from error
+        reason = f"could not write {path}: {error.strerror or error}"
+        raise OSError(error.errno, f"{reason}. {fix[:1].upper()}{fix[1:]}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def check_settings_unchanged(
     folder: Path, plan: Mapping[str, Any], *, done: str, flag: str = "output_dir", file: str = PLAN_FILE
 ) -> None:
-    """Note the settings that a folder is made with; where it goes and how much at once are free to change.
+    """Record the settings of a folder's work in the folder, and refuse to continue it with other settings.
 
-    done, flag: what was done to it and which setting names it, for the error.
-    Raises ValueError where it was begun with other settings, and which.
+    `output_dir` and `batch_size` may change.
+
+    Args:
+        folder: output folder. It is created.
+        plan: settings of this run, as values that JSON can hold.
+        done: participle for the error, for example "mined".
+        flag: name of the setting that chooses the folder, for the error.
+        file: name of the record in the folder.
+
+    Raises:
+        ValueError: if the folder was begun with other settings. The error names them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    now, kept = json.loads(json.dumps(plan)), folder / file
-    before = json.loads(kept.read_text()) if kept.exists() else now
+    settings, record = json.loads(json.dumps(plan)), folder / file
+    before = json.loads(record.read_text()) if record.exists() else settings
     free = ("output_dir", "batch_size")
     changed = [
-        f"{k}: {before.get(k)!r:.200} -> {v!r:.200}" for k, v in now.items() if k not in free and before.get(k) != v
+        f"{name}: {before.get(name)!r:.200} -> {value!r:.200}"
+        for name, value in settings.items()
+        if name not in free and before.get(name) != value
     ]
     if changed:
-        raise ValueError(f"{folder} was {done} with other settings ({'; '.join(changed)}); choose another {flag}")
-    with atomic_write(kept) as beside:
-        beside.write_text(json.dumps(now, indent=1))
+        raise ValueError(f"{folder} was {done} with other settings ({', '.join(changed)}). Choose another {flag}")
+    with atomic_write(record) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1))
 
 
-def missing_shards(places: Sequence[Path]) -> list[int]:
-    """The shards that this process (RANK of WORLD_SIZE) has still to make, by number."""
+def missing_shards(paths: Sequence[Path]) -> list[int]:
+    """Return the numbers of the missing shards that are this process's part (RANK of WORLD_SIZE)."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return [number for number in range(rank, len(places), world) if not places[number].exists()]
+    return [number for number in range(rank, len(paths), world) if not paths[number].exists()]
 
 
 @contextlib.contextmanager
 def exit_cleanly_on_sigterm() -> Iterator[None]:
-    """Within it SIGTERM ends the process with status 143, what is finished is there; a handler that is set is left alone."""
+    """Context manager in which SIGTERM ends the process with status 143 and a message.
+
+    Work that was completed before is on disk. It does nothing if a handler is already set, or outside the main thread.
+    """
 
     def stop(number: int, frame: Any) -> None:
-        print("stopped as asked; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        print("interrupted by SIGTERM. Completed work is saved, and the same command resumes it", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM)
 
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
     signal.signal(signal.SIGTERM, stop)
@@ -82,7 +103,7 @@ def exit_cleanly_on_sigterm() -> Iterator[None]:
 
 
 class StopRequest:
-    """A request to stop that SIGTERM sets, for work that finishes a part and saves before it ends."""
+    """A request to stop, set by SIGTERM, for work that completes and saves its current part before it ends."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -91,7 +112,7 @@ class StopRequest:
     def on_sigterm(self) -> Iterator[None]:
         """Context manager in which the first SIGTERM sets `requested` and the second ends the process at once.
 
-        It does nothing outside the main thread, which alone can handle signals.
+        It does nothing outside the main thread, because only that can handle signals.
         """
 
         def request(number: int, frame: Any) -> None:

@@ -1,12 +1,13 @@
-"""Teach an image generator to draw prettier pictures, without disobeying its prompt for it.
+"""Train an image generator to generate more aesthetic images that still follow their prompts.
 
-    python recipes/aesthetic.py                           # shipped model and pairs, minutes on 2 CPU cores
-    python recipes/aesthetic.py --baseline sft            # SFT on the same chosen pictures beside it
+    python recipes/aesthetic.py                           # bundled model and pairs, minutes on 2 CPU cores
+    python recipes/aesthetic.py --baseline sft            # also trains SFT on the same chosen images
     python recipes/aesthetic.py --preset sd15 --pairs pairs.parquet --prompts prompts.txt --judges my_judges:score
 
-The same walk as faithfulness.py (`dpo_mm.recipe.run_recipe`), other strings: the shipped pairs were judged by beauty, and a
-pair was kept only where the prettier picture follows its prompt at least as well. The report's headline is the
-aesthetic judge; the faithfulness judge stands guard, and a gain that costs obedience is called over-optimised.
+The workflow is that of faithfulness.py (`dpo_mm.recipe.run_recipe`) with other settings. An aesthetic judge built the
+bundled pairs, and only pairs whose chosen image follows the prompt at least as well were included. The primary metric of
+the report is the aesthetic judge. The faithfulness judge is a guardrail metric: if it falls, the report calls the gain
+over-optimised.
 """
 
 import shlex
@@ -17,9 +18,9 @@ from dpo_mm.recipe import read_recipe, run_recipe
 
 
 def main(arguments: list[str]) -> None:
-    given = parse_overrides(arguments)
+    overrides = parse_overrides(arguments)
     with suppress_library_output():
-        recipe = read_recipe("aesthetic", given.pop("preset", "shapes"), given)
+        recipe = read_recipe("aesthetic", overrides.pop("preset", "shapes"), overrides)
         run_recipe(recipe, command=shlex.join(["python", "recipes/aesthetic.py", *arguments]))
 
 

@@ -1,13 +1,14 @@
-"""Teach a captioner to stop inventing, from its own failures.
+"""Train a captioner to hallucinate fewer objects, on its own failures.
 
-    python recipes/captioner.py                           # shipped captioner and scenes, minutes on 2 CPU cores
-    python recipes/captioner.py --baseline sft            # SFT on the same right captions beside it
-    python recipes/captioner.py --preset smolvlm --questions photos.jsonl --judge my_judges:invented
+    python recipes/captioner.py                           # bundled captioner and scenes, minutes on 2 CPU cores
+    python recipes/captioner.py --baseline sft            # also trains SFT on the same right captions
+    python recipes/captioner.py --preset smolvlm --mine.questions photos.jsonl --mine.judges my_judges:hallucinated
 
-What happens is `dpo_mm.recipe.run_recipe`: ask the model for captions and keep those that name what isn't there (rejected is
-what it said, chosen the right caption), train a LoRA with DPO and an SFT term, caption held-out pictures with base and
-tuned, judge invention, recall and length, write a report. The settings are in recipes/presets/captioner-*.yaml; any of
-them is a flag. Recall stands guard: a captioner that says nothing invents nothing.
+`dpo_mm.recipe.run_recipe` runs these steps: generate captions and select those with hallucinated objects (rejected is the
+model's caption, chosen the right one), train a LoRA with DPO and an SFT term, caption held-out images with the base and
+the tuned model, score hallucination, recall and length, write a report. The settings are in
+recipes/presets/captioner-*.yaml, and each of them is a flag. Recall is a guardrail metric, since a captioner that says
+nothing hallucinates nothing.
 """
 
 import shlex
@@ -18,9 +19,9 @@ from dpo_mm.recipe import read_recipe, run_recipe
 
 
 def main(arguments: list[str]) -> None:
-    given = parse_overrides(arguments)
+    overrides = parse_overrides(arguments)
     with suppress_library_output():
-        recipe = read_recipe("captioner", given.pop("preset", "shapes"), given)
+        recipe = read_recipe("captioner", overrides.pop("preset", "shapes"), overrides)
         run_recipe(recipe, command=shlex.join(["python", "recipes/captioner.py", *arguments]))
 
 

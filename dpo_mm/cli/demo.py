@@ -8,30 +8,46 @@ import typer
 
 from dpo_mm.cli.terminal import suppress_library_output
 
-demo = typer.Typer(no_args_is_help=True, help="Pages for the browser, served to this machine alone.")
-Port = Annotated[int | None, typer.Option(help="Port on 127.0.0.1; the first free one from 7860 unless given.")]
+demo = typer.Typer(no_args_is_help=True, help="Serve a page: label pairs, or compare models.")
+Port = Annotated[int | None, typer.Option(help="Port on 127.0.0.1. Default: the first free one from 7860.")]
+Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+BUNDLED_PAIRS = "shapes-faithfulness"
 
 
 @demo.command("label")
 def demo_label(
-    pairs: Annotated[str, typer.Option(help="Parquet, a hub set, a shipped one, or a folder.")] = "shapes-faithfulness",
-    votes: Annotated[str, typer.Option(help="SQLite file that the votes go to as they are cast.")] = "labels.sqlite",
+    pairs: Annotated[
+        str,
+        typer.Option(
+            help="Pairs to label: a Parquet file, a dataset on the hub, a bundled dataset, or a folder with one subfolder of "
+            "images per model."
+        ),
+    ] = BUNDLED_PAIRS,
+    votes: Annotated[str, typer.Option(help="SQLite file. Each vote is saved at once.")] = "labels.sqlite",
     models: Annotated[
-        str | None, typer.Option(help="MODEL,MODEL+ADAPTER,...: draw fresh samples of these into the folder --pairs.")
+        str | None,
+        typer.Option(help="MODEL,MODEL+ADAPTER,...: generate fresh images with these models and label them."),
     ] = None,
-    prompts: Annotated[str, typer.Option(help="Prompts of the fresh samples.")] = "shapes-held-out",
-    max_prompts: Annotated[int, typer.Option(help="So many prompts of them.")] = 50,
-    num_inference_steps: Annotated[int, typer.Option(help="Steps of the fresh samples.")] = 15,
-    guidance_scale: Annotated[float, typer.Option(help="Guidance of the fresh samples.")] = 1.5,
+    samples_dir: Annotated[str, typer.Option(help="Folder for the fresh images.")] = "samples",
+    prompts: Annotated[str, typer.Option(help="Prompts of the fresh images.")] = "shapes-held-out",
+    max_prompts: Annotated[int, typer.Option(help="Largest number of prompts, spread over the categories.")] = 50,
+    num_inference_steps: Annotated[int, typer.Option(help="Denoising steps per fresh image.")] = 15,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance of the fresh images.")] = 1.5,
     port: Port = None,
 ) -> None:
-    """Label pairs blind, by keyboard, several people at once; ratings of the models behind them."""
+    """Label pairs of images in a blind test.
+
+    The page hides which model made an image. Several people can vote at once, by keyboard. It is served to this machine
+    only.
+    """
     from dpo_mm.demo_server import load_page
 
     if models:
         from dpo_mm.labels.fresh_samples import draw_samples
 
-        pairs = "samples" if pairs == "shapes-faithfulness" else pairs
+        if pairs != BUNDLED_PAIRS:
+            raise ValueError("--pairs and --models exclude each other. The folder for fresh images is --samples-dir")
+        pairs = samples_dir
         with suppress_library_output():
             draw_samples(
                 models.split(","), prompts, pairs, limit=max_prompts, steps=num_inference_steps, guidance=guidance_scale
@@ -41,18 +57,23 @@ def demo_label(
 
 @demo.command("images")
 def demo_images(
-    model: Annotated[str, typer.Option(help="Folder, hub id or shipped model.")] = "shapes-sd",
+    model: Annotated[str, typer.Option(help="Base model: a folder, a hub id, or a bundled model.")] = "shapes-sd",
     adapter: Annotated[
-        str | None, typer.Option(help="Tuned adapter or denoiser; the shipped model has its own.")
+        str | None, typer.Option(help="Tuned adapter or denoiser. Default for the bundled model: its own.")
     ] = None,
-    judges: Annotated[str | None, typer.Option(help="Names or module:function, with commas.")] = None,
+    judges: Annotated[
+        str | None, typer.Option(help="Names of judges, or module:function, separated by commas.")
+    ] = None,
     comparison: Annotated[
-        str | None, typer.Option(help="Folder of a finished comparison: its pictures too, with filters.")
+        str | None, typer.Option(help="Folder of a saved comparison. Its images are shown too, with filters.")
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    precision: Precision = "fp32",
     port: Port = None,
 ) -> None:
-    """Draw base and tuned from the same seed, side by side."""
+    """Generate images with base and tuned model.
+
+    Both use the same prompt and seed. The page is served to this machine only.
+    """
     from dpo_mm.demo_server import load_page
 
     with suppress_library_output():
@@ -61,15 +82,24 @@ def demo_images(
 
 @demo.command("captions")
 def demo_captions(
-    model: Annotated[str | None, typer.Option(help="Folder or hub id; the shipped captioner and reader.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model: a folder or a hub id. Default: the bundled captioner and OCR model.")
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="Tuned adapter or model.")] = None,
-    questions: Annotated[str | None, typer.Option(help="Examples to click: a shipped name, Parquet or JSONL.")] = None,
-    judge: Annotated[str, typer.Option(help="What marks mistakes where the truth is known.")] = "degeneration",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 256,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    questions: Annotated[
+        str | None, typer.Option(help="Questions to offer as examples: a synthetic dataset, Parquet or JSON lines.")
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(help="Judge that marks mistakes, for examples with a ground truth.")
+    ] = "degeneration",
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens per response.")] = 256,
+    precision: Precision = "fp32",
     port: Port = None,
 ) -> None:
-    """Ask base and tuned about one picture, side by side."""
+    """Respond to a question with base and tuned model.
+
+    Both responses are shown next to the image. The page is served to this machine only.
+    """
     from dpo_mm.demo_server import load_page
 
     with suppress_library_output():

@@ -8,41 +8,44 @@ import typer
 
 from dpo_mm.cli.terminal import print_rows
 
-label = typer.Typer(no_args_is_help=True, help="Votes that people cast on pairs.")
-
-
-Moved = Annotated[str | None, typer.Option(help="The set that was labelled, where it has moved.")]
-
-
+label = typer.Typer(no_args_is_help=True, help="Export votes, or rate models by them.")
 Votes = Annotated[str, typer.Argument(help="SQLite file of the votes.")]
+Pairs = Annotated[str | None, typer.Option(help="The dataset that was labelled, if it has moved since.")]
 
 
 @label.command("export")
 def label_export(
     votes: Votes,
-    output: Annotated[str | None, typer.Option(help="File to write; labels.parquet or labels.json.")] = None,
-    form: Annotated[
-        str, typer.Option("--format", help="rows: preference rows, Parquet; label-studio or argilla: JSON.")
+    output: Annotated[str | None, typer.Option(help="File to write. Default: labels.parquet or labels.json.")] = None,
+    format: Annotated[
+        str, typer.Option(help="rows (preference rows, Parquet), label-studio or argilla (JSON).")
     ] = "rows",
-    pairs: Moved = None,
+    pairs: Pairs = None,
 ) -> None:
-    """Write the votes as preference rows, or for other tools."""
+    """Write votes as preference rows or for other tools.
+
+    The rows can be trained on: dpo-mm train CONFIG.yaml --pairs labels.parquet
+    """
     from datasets import disable_progress_bars
 
     from dpo_mm.labels.export import export
 
     disable_progress_bars()
-    output = output or ("labels.parquet" if form == "rows" else "labels.json")
-    print_rows(export(votes, output, pairs=pairs, form=form))
-    print(f"Exported: {output}" + (f"\nNext: dpo-mm train CONFIG.yaml --pairs {output}" if form == "rows" else ""))
+    output = output or ("labels.parquet" if format == "rows" else "labels.json")
+    print_rows(export(votes, output, pairs=pairs, form=format))
+    print(f"Exported: {output}" + (f"\nNext: dpo-mm train CONFIG.yaml --pairs {output}" if format == "rows" else ""))
 
 
 @label.command("ratings")
-def label_ratings(votes: Votes, pairs: Moved = None) -> None:
-    """How the models stand by the votes: Bradley-Terry ratings with 95 % intervals."""
+def label_ratings(votes: Votes, pairs: Pairs = None) -> None:
+    """Rate the models by the votes on their images.
+
+    The ratings are those of the Bradley-Terry model, with 95 % intervals.
+    """
     from dpo_mm.labels.export import model_ratings, open_votes
 
-    for one in model_ratings(*open_votes(votes, pairs)):
+    for rating in model_ratings(*open_votes(votes, pairs)):
         print(
-            f"{one.rating:6.0f}  ({one.low:.0f} to {one.high:.0f})  {one.wins} won, {one.ties} tied, {one.losses} lost  {one.model}"
+            f"{rating.rating:6.0f}  ({rating.low:.0f} to {rating.high:.0f})  {rating.wins} won, {rating.ties} tied, "
+            f"{rating.losses} lost  {rating.model}"
         )

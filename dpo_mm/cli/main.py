@@ -1,4 +1,4 @@
-"""The command line: quickstart | import | doctor | relabel | train | verify | mine | judge | compare | demo | label."""
+"""Commands of `dpo-mm`, except for `demo` and `label`, which have their own files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dpo_mm import __version__
 from dpo_mm.cli import demo, label
 from dpo_mm.cli.terminal import print_rows, suppress_library_output
 from dpo_mm.resumable import exit_cleanly_on_sigterm
@@ -18,17 +19,41 @@ from dpo_mm.resumable import exit_cleanly_on_sigterm
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(demo.demo, name="demo")
 app.add_typer(label.label, name="label")
-FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+SETTINGS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+Pairs = Annotated[
+    str, typer.Argument(help="A Parquet file, a folder of Parquet files, a dataset on the hub, or a bundled dataset.")
+]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the plan (rows, steps, memory, effective beta) and stop.")
+    bool,
+    typer.Option("--dry-run", help="Print the plan (rows, steps, memory, disk, effective beta) and exit."),
+]
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="YAML file of settings.")]
+OptionalConfigFile = Annotated[
+    str | None, typer.Argument(metavar="CONFIG.yaml", help="YAML file of settings, or of a whole recipe.")
 ]
 
 
+def _print_version(requested: bool) -> None:
+    if requested:
+        print(f"dpo-mm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Preference optimisation for image generators and vision-language models."""
+
+
 def main() -> None:
-    """Run a command; whatever the user can mend is one line on standard error, with exit status 2."""
+    """Run a command. An error that the user can fix is one line on standard error, with exit status 2."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        with exit_cleanly_on_sigterm():  # but training, which saves first, and mining of answers, which ends its shard
+        # On SIGTERM, training saves a checkpoint first, and mining of responses completes its shard.
+        with exit_cleanly_on_sigterm():
             app()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DPO_MM_TRACEBACK"):
@@ -38,16 +63,17 @@ def main() -> None:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
-    """`--key value`, `--key=value` and a bare `--key` (true) as a mapping, dashes as underscores.
+    """Parse `--key value`, `--key=value` and a bare `--key` (true) as a mapping. Dashes become underscores.
 
-    Raises ValueError for anything else.
+    Raises:
+        ValueError: if an argument is not a flag.
     """
     values: dict[str, str] = {}
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            raise ValueError(f"{argument!r} is not a flag; expected --key value")
+            raise ValueError(f"{argument!r} is not a flag. Expected --key value")
         key, equals, value = argument[2:].partition("=")
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
@@ -56,15 +82,17 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
 
 
 def command_line() -> str:
+    """Return the command that runs, quoted for a shell."""
     return shlex.join(["dpo-mm", *sys.argv[1:]])
 
 
-def _command_settings(path: str | None, name: str, given: dict[str, str]) -> dict[str, Any]:
-    """A command's settings: its section of a recipe, or the whole of a flat file, with the flags on top."""
-    from dpo_mm.config import read_yaml
+def _command_settings(kind: type[Any], path: str | None, section: str, flags: list[str]) -> dict[str, Any]:
+    """Settings of a command: its section of a recipe, or all of a flat file. Flags override them."""
+    from dpo_mm.config_parsing import read_yaml, with_field_names
 
     values = read_yaml(path) if path else {}
-    return {**values.get(name, values), **given}
+    in_file = with_field_names(kind, values.get(section, values), source=path or "")
+    return {**in_file, **with_field_names(kind, parse_overrides(flags), source="flags")}
 
 
 @app.command()
@@ -72,14 +100,18 @@ def quickstart(
     task: Annotated[
         str,
         typer.Option(
-            help="images: a generator that follows its prompt; captioner: one that stops inventing; ocr: a reader that stops looping."
+            help="images: an image generator learns to follow its prompt. captioner: a captioner stops hallucinating "
+            "objects. ocr: an OCR model stops repeating itself."
         ),
     ] = "images",
-    output_dir: Annotated[str, typer.Option(help="Where the adapter and the report go.")] = "runs/quickstart",
-    baseline: Annotated[str | None, typer.Option(help="sft: also train SFT on the same chosen pictures.")] = None,
+    output_dir: Annotated[str, typer.Option(help="Folder for the adapter and the report.")] = "runs/quickstart",
+    baseline: Annotated[str | None, typer.Option(help="sft: also train an SFT baseline on the chosen side.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of training and sampling.")] = 0,
 ) -> None:
-    """Tune a shipped model, compare it with its base, write a report."""
+    """Tune a bundled model and report the effect.
+
+    The tuned model is compared with its base on held-out prompts or questions.
+    """
     from dpo_mm.config import CompareResponsesConfig
     from dpo_mm.recipe import read_recipe, run_recipe
 
@@ -88,9 +120,9 @@ def quickstart(
         from dpo_mm.errors import did_you_mean
 
         raise ValueError(f"task {task!r} is unknown; {did_you_mean(task, tasks)}")
-    given = {"output_dir": output_dir, "seed": str(seed), **({"baseline": baseline} if baseline else {})}
+    flags = {"output_dir": output_dir, "seed": str(seed), **({"baseline": baseline} if baseline else {})}
     with suppress_library_output():
-        recipe = read_recipe(*tasks[task], given)
+        recipe = read_recipe(*tasks[task], flags)
         run_recipe(recipe, command=command_line())
     config = recipe.compare
     again = f"dpo-mm compare --model {config.model} --adapter {config.adapter} --output-dir {output_dir}-again"
@@ -104,43 +136,60 @@ def quickstart(
 @app.command("import")
 def import_(
     source: Annotated[
-        str, typer.Argument(help="Dataset or file format, such as pickapic. The name 'list' prints all names.")
+        str,
+        typer.Argument(
+            help="Name of a dataset or file format, for example pickapic. The name 'list' prints all names."
+        ),
     ],
-    path: Annotated[str, typer.Argument(help="A folder, a file, a hub id, or hub for the set's own place there.")],
-    output: Annotated[str, typer.Argument(help="Folder of Parquet to write; one that was cut is gone on with.")],
-    split: Annotated[str, typer.Option(help="The set's split.")] = "train",
-    axis: Annotated[str | None, typer.Option(help="What was judged, where the set says it for several axes.")] = None,
-    min_score_gap: Annotated[float | None, typer.Option(help="Leave out pairs that are less apart, ties too.")] = None,
-    max_rows: Annotated[int | None, typer.Option(help="Rows to write, at most.")] = None,
-    license: Annotated[str | None, typer.Option(help="The set's licence, where its source names none.")] = None,
+    path: Annotated[
+        str, typer.Argument(help="A folder, a file, a hub id, or 'hub' for the dataset's usual place on the hub.")
+    ],
+    output: Annotated[str, typer.Argument(help="Output folder for Parquet files. An interrupted import resumes.")],
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    axis: Annotated[
+        str | None, typer.Option(help="Preference axis to import, for datasets with several (for example aesthetic).")
+    ] = None,
+    min_score_gap: Annotated[
+        float | None, typer.Option(help="Drop pairs whose scores differ by less than this, ties included.")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Largest number of rows to write.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the dataset, if its source names none.")] = None,
 ) -> None:
-    """Bring a preference set into the form that train takes, streamed; ties, votes, scores and licences are kept."""
+    """Convert a preference dataset to rows that train.
+
+    Rows are streamed. Ties, votes, scores and licences stay in the rows.
+    """
     from datasets import disable_progress_bars
 
     from dpo_mm.sources.importing import import_set
 
     disable_progress_bars()
-    found = import_set(
+    result = import_set(
         source, path, output, split=split, axis=axis, min_score_gap=min_score_gap, limit=max_rows, license=license
     )
-    counted = {name: f"{count:,}" for name, count in sorted(found.preferences.items())}
+    preferences = {name: f"{count:,}" for name, count in sorted(result.preferences.items())}
     left_out = {
-        f"left out: {reason}": f"{count:,} (the first: {found.examples[reason]})"
-        for reason, count in found.left_out.items()
+        f"left out: {reason}": f"{count:,} (the first: {result.examples[reason]})"
+        for reason, count in result.left_out.items()
     }
-    print_rows({"rows": f"{found.rows:,} in {found.shards} files", **counted, **left_out})
-    place = shlex.quote(output)
-    print(f"Imported: {output}\nNext: dpo-mm doctor {place} && dpo-mm train CONFIG.yaml --pairs {place}")
+    print_rows({"rows": f"{result.rows:,} in {result.shards} files", **preferences, **left_out})
+    folder = shlex.quote(output)
+    print(f"Imported: {output}\nNext: dpo-mm doctor {folder} && dpo-mm train CONFIG.yaml --pairs {folder}")
 
 
 @app.command()
 def doctor(
-    pairs: Annotated[str, typer.Argument(help="Parquet, a folder of it, a hub set, or a shipped one.")],
-    held_out: Annotated[str | None, typer.Option(help="A set, or a list of prompts, that must not be in it.")] = None,
-    output: Annotated[str | None, typer.Option(help="HTML file to write as well.")] = None,
+    pairs: Pairs,
+    held_out: Annotated[
+        str | None, typer.Option(help="Dataset or list of prompts that must have nothing in common with PAIRS.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="HTML file to write in addition.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
 ) -> None:
-    """Look for what is wrong with a preference set. Exit status: 0 no errors, 1 errors found, 2 it can't be read."""
+    """Check a preference dataset for mistakes.
+
+    The exit status is 0 without errors, 1 with errors, and 2 if the dataset cannot be read.
+    """
     from datasets import disable_progress_bars
     from rich.console import Console
 
@@ -158,13 +207,17 @@ def doctor(
         sys.exit(1)
 
 
-@app.command(context_settings=FLAGS)
-def train(context: typer.Context, config: str, dry_run: DryRun = False) -> None:
-    """Train as CONFIG.yaml says; any setting can be given as --key value."""
-    from dpo_mm.config import TrainConfig, config_from_mapping
+@app.command(context_settings=SETTINGS_AS_FLAGS)
+def train(context: typer.Context, config: ConfigFile, dry_run: DryRun = False) -> None:
+    """Train a model on preference pairs.
+
+    Every setting is a flag too and overrides the file: --learning-rate 1e-5 sets learning_rate.
+    """
+    from dpo_mm.config import TrainConfig
+    from dpo_mm.config_parsing import config_from_mapping
 
     settings = config_from_mapping(
-        TrainConfig, _command_settings(config, "train", parse_overrides(context.args)), where=config
+        TrainConfig, _command_settings(TrainConfig, config, "train", context.args), source=config
     )
     with suppress_library_output():
         from dpo_mm.errors import TrainingInterrupted
@@ -174,28 +227,33 @@ def train(context: typer.Context, config: str, dry_run: DryRun = False) -> None:
             print_rows(run.dry_run(settings))
             return
         try:
-            trained = run.train(settings)
-        except TrainingInterrupted as stopped:
-            print(stopped, file=sys.stderr)
+            result = run.train(settings)
+        except TrainingInterrupted as interruption:
+            print(interruption, file=sys.stderr)
             sys.exit(143)
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    print_rows(trained.settings)
-    print(f"Trained: {trained.folder}")
+    print_rows(result.settings)
+    print(f"Trained: {result.folder}")
     print(
-        f"Next: dpo-mm compare --model {settings.model} --adapter {trained.folder} --output-dir {trained.folder}-compared"
+        f"Next: dpo-mm compare --model {settings.model} --adapter {result.folder} --output-dir {result.folder}-compared"
     )
 
 
-@app.command(context_settings=FLAGS)
-def verify(context: typer.Context, config: str) -> None:
-    """Check CONFIG.yaml on this machine with a few steps: repeats itself, resumes to the same bits, files come back."""
+@app.command(context_settings=SETTINGS_AS_FLAGS)
+def verify(context: typer.Context, config: ConfigFile) -> None:
+    """Check a training config with a few steps.
+
+    A short run on this machine must repeat itself, resume to the same bits, and load again from its files. Every setting
+    of train is a flag too.
+    """
     import tempfile
 
-    from dpo_mm.config import TrainConfig, config_from_mapping
+    from dpo_mm.config import TrainConfig
+    from dpo_mm.config_parsing import config_from_mapping
 
-    values = {"output_dir": "", **_command_settings(config, "train", parse_overrides(context.args))}
-    settings = config_from_mapping(TrainConfig, values, where=config)
+    values = {"output_dir": "", **_command_settings(TrainConfig, config, "train", context.args)}
+    settings = config_from_mapping(TrainConfig, values, source=config)
     with tempfile.TemporaryDirectory(prefix="dpo-mm-verify-") as folder, suppress_library_output():
         from dpo_mm.training.verify import verify
 
@@ -204,7 +262,7 @@ def verify(context: typer.Context, config: str) -> None:
 
 
 def _print_checks(checks: Iterable[Any]) -> int:
-    """Checks, a line each as they are done; how many failed. One that says nothing (None) is no failure."""
+    """Print one line per check when it is done, and return the number of failures."""
     failed = 0
     for check in checks:
         failed += check.passed is False
@@ -213,100 +271,124 @@ def _print_checks(checks: Iterable[Any]) -> int:
     return failed
 
 
-def _image_or_vlm_config(context: typer.Context, name: str, pictures: type[Any], answers: type[Any]) -> Any:
-    """The settings of a command that takes image generators and vision-language models, told apart by the model.
+def _image_or_vlm_config(
+    context: typer.Context, config: str | None, section: str, image_config: type[Any], vlm_config: type[Any]
+) -> Any:
+    """Settings of a command for image generators and vision-language models. The model decides which.
 
-    A file of settings may come first: click would take the first flag for it, were it an argument of the command.
+    Flags are not options of the command, so click takes the first flag as the argument CONFIG if there is no file.
     """
     from dpo_mm.assets import resolve_asset
-    from dpo_mm.config import config_from_mapping
+    from dpo_mm.config_parsing import config_from_mapping
     from dpo_mm.policies.families import VLM_POLICY, policy_path_for
 
-    config = context.args[0] if context.args and not context.args[0].startswith("--") else None
-    values = _command_settings(config, name, parse_overrides(context.args[1:] if config else context.args))
-    language = "questions" in values or (
+    flags = list(context.args)
+    if config and config.startswith("--"):
+        flags.insert(0, config)
+        config = None
+    values = _command_settings(image_config, config, section, flags)
+    is_vlm = "questions" in values or (
         "model" in values
         and "prompts" not in values
         and policy_path_for(resolve_asset(values["model"]), revision=values.get("revision")) == VLM_POLICY
     )
-    return config_from_mapping(answers if language else pictures, values, where=config or "flags")
+    return config_from_mapping(vlm_config if is_vlm else image_config, values, source=config or "flags")
 
 
-@app.command(context_settings=FLAGS)
-def mine(context: typer.Context) -> None:
-    """Pairs from a model's own pictures (best against worst) or its own wrong answers: mine [FILE.yaml] --key value ..."""
+@app.command(context_settings=SETTINGS_AS_FLAGS)
+def mine(context: typer.Context, config: OptionalConfigFile = None) -> None:
+    """Build preference pairs from a model's own outputs.
+
+    Images: the best against the worst by a judge. Responses: a failure against a better response. Every setting is a flag,
+    for example --seed 1.
+    """
     from dpo_mm.config import MineConfig, MineResponsesConfig
 
-    settings = _image_or_vlm_config(context, "mine", MineConfig, MineResponsesConfig)
+    settings = _image_or_vlm_config(context, config, "mine", MineConfig, MineResponsesConfig)
     with suppress_library_output():
         from dpo_mm.errors import TrainingInterrupted
         from dpo_mm.recipe import mine
 
         try:
             path = mine(settings)
-        except TrainingInterrupted as stopped:
-            print(stopped, file=sys.stderr)
+        except TrainingInterrupted as interruption:
+            print(interruption, file=sys.stderr)
             sys.exit(143)
     print(f"Mined: {path}\nNext: dpo-mm train CONFIG.yaml --pairs {path}")
 
 
 @app.command()
 def judge(
-    judge: Annotated[str, typer.Argument(help="A name, a name with its model (NAME:MODEL@WHERE), or module:function.")],
-    images: Annotated[str | None, typer.Option(help="Folder of pictures, or a preference set.")] = None,
+    judge: Annotated[
+        str, typer.Argument(help="Name of a judge, a name with its model (NAME:MODEL@WHERE), or module:function.")
+    ],
+    images: Annotated[str | None, typer.Option(help="Folder of images, or a preference dataset.")] = None,
     output: Annotated[
-        str, typer.Option(help="Parquet file to write; the judge's card goes beside it.")
+        str, typer.Option(help="Parquet file for the scores. The judge's card is written next to it, as JSON.")
     ] = "scores.parquet",
-    prompts: Annotated[str | None, typer.Option(help="A prompt a line, in the order of the pictures' names.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU where there is one.")] = None,
-    self_test: Annotated[bool, typer.Option("--self-test", help="Check the judge itself and stop.")] = False,
+    prompts: Annotated[
+        str | None, typer.Option(help="Text file with one prompt per line, in the order of the images' names.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the GPU if there is one.")] = None,
+    self_test: Annotated[bool, typer.Option("--self-test", help="Verify the judge and exit.")] = False,
     reference_image: Annotated[
-        str | None, typer.Option(help="With --self-test: CLIP.png of github.com/openai/CLIP.")
+        str | None, typer.Option(help="For --self-test: the file CLIP.png of github.com/openai/CLIP.")
     ] = None,
 ) -> None:
-    """Score pictures, or check that a judge is the one it is named after."""
+    """Score images with a judge, or verify the judge.
+
+    --self-test checks that the judge computes what its published implementation computes.
+    """
     from dpo_mm.config import JudgeConfig
 
     if device:
         os.environ["DPO_MM_DEVICE"] = device
     if not self_test and not images:
-        raise ValueError("images missing; give --images FOLDER or --images SET, or --self-test")
+        raise ValueError("images missing. Give --images FOLDER or --images DATASET, or --self-test")
     with suppress_library_output():
         if self_test:
-            from dpo_mm.judges.self_test import self_test as checks
+            from dpo_mm.judges.self_test import self_test as run_checks
 
-            if _print_checks(checks(judge, reference_image)):
+            if _print_checks(run_checks(judge, reference_image)):
                 sys.exit(1)
             return
         from dpo_mm.judges.scoring import score
 
-        found = score(JudgeConfig(judge, str(images), output, prompts))
-    if found:
-        broken = f", {found.broken} without a score (column error says why)" * bool(found.broken)
-        print(f"Scored: {found.path} ({found.scored} pictures, mean {found.mean:.4f}{broken})")
+        result = score(JudgeConfig(judge, str(images), output, prompts))
+    if result:
+        broken = f", {result.broken} without a score (the reason is in the column error)" * bool(result.broken)
+        print(f"Scored: {result.path} ({result.scored} images, mean {result.mean:.4f}{broken})")
 
 
-@app.command(context_settings=FLAGS)
-def relabel(context: typer.Context, pairs: str) -> None:
-    """New labels of a set's pairs by several judges: relabel SET --judges a,b,c --output FILE.parquet --key value ..."""
-    from dpo_mm.config import RelabelConfig, config_from_mapping
+@app.command(context_settings=SETTINGS_AS_FLAGS)
+def relabel(context: typer.Context, pairs: Pairs) -> None:
+    """Label the pairs of a dataset again with judges.
 
-    settings = config_from_mapping(RelabelConfig, {"pairs": pairs, **parse_overrides(context.args)}, where="flags")
+    Settings are flags: --judges a,b,c --output relabelled.parquet. The old labels stay in the rows.
+    """
+    from dpo_mm.config import RelabelConfig
+    from dpo_mm.config_parsing import config_from_mapping
+
+    settings = config_from_mapping(RelabelConfig, {"pairs": pairs, **parse_overrides(context.args)}, source="flags")
     with suppress_library_output():
         from dpo_mm.judges.relabel import relabel
 
-        done = relabel(settings)
-    if done:
-        print_rows({key: str(value) for key, value in done.summary.items() if isinstance(value, int)})
-        print(f"Relabelled: {done.path}\nNext: dpo-mm train CONFIG.yaml --pairs {done.path} --objective soft")
+        result = relabel(settings)
+    if result:
+        print_rows({key: str(value) for key, value in result.summary.items() if isinstance(value, int)})
+        print(f"Relabelled: {result.path}\nNext: dpo-mm train CONFIG.yaml --pairs {result.path} --objective soft")
 
 
-@app.command(context_settings=FLAGS)
-def compare(context: typer.Context) -> None:
-    """Base and tuned on the same seeds or questions, judged, with a report: compare [FILE.yaml] --key value ..."""
+@app.command(context_settings=SETTINGS_AS_FLAGS)
+def compare(context: typer.Context, config: OptionalConfigFile = None) -> None:
+    """Compare base and tuned model and write a report.
+
+    Both generate from the same held-out prompts and seeds, or respond to the same questions. Judges score the outputs.
+    Every setting is a flag, for example --seed 1.
+    """
     from dpo_mm.config import CompareConfig, CompareResponsesConfig
 
-    settings = _image_or_vlm_config(context, "compare", CompareConfig, CompareResponsesConfig)
+    settings = _image_or_vlm_config(context, config, "compare", CompareConfig, CompareResponsesConfig)
     with suppress_library_output():
         from dpo_mm.recipe import compare, print_result
 

@@ -1,4 +1,4 @@
-"""What the command line says and what it keeps quiet."""
+"""Terminal output: tables of names and values, and silence for other libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def suppress_library_output() -> Iterator[None]:
-    """Within it the libraries' own bars and notices are off; ours remain."""
+    """Context manager that disables the progress bars and notices of other libraries."""
     import datasets
     import diffusers
     import transformers
@@ -22,7 +22,7 @@ def suppress_library_output() -> Iterator[None]:
 
 
 def print_rows(rows: dict[str, str]) -> None:
-    """Names and values, one a line."""
+    """Print names and values, one per line."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,1 +1,1 @@
-"""Rows and files: row schemas, prompts, questions, image files, loading pairs."""
+"""Row schemas, prompts, questions, image files, and loading of preference pairs."""

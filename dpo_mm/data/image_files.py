@@ -1,6 +1,6 @@
-"""Picture files as 8-bit RGB: turned upright, flattened on white, within limits of our own.
+"""Decode image files to 8-bit RGB: EXIF rotation is applied and transparency is flattened on white.
 
-A file that is damaged, animated, a vector drawing or a decompression bomb is refused with the reason.
+A file that is damaged, animated, a vector image or a decompression bomb is refused with the reason.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 100_000_000
+"""Largest number of pixels of an image. Larger ones are refused."""
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The picture in a file's bytes, RGB. Raises ValueError with the reason where there is none to be had."""
+    """Decode the bytes of an image file to an RGB image.
+
+    Raises:
+        ValueError: if the file is empty, damaged, animated, text (SVG, HTML) or has more than MAX_PIXELS pixels.
+    """
     if not data:
         raise ValueError("it is empty")
     if data.lstrip()[:5].lower() in (b"<svg ", b"<?xml", b"<html", b"<!doc"):
-        raise ValueError("it is text (SVG or HTML), not a picture")
+        raise ValueError("it is text (SVG or HTML), not an image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -40,14 +45,22 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def image_bytes(cell: Mapping[str, Any] | None) -> bytes:
-    """The file of an undecoded picture, from its row or from disk. Raises ValueError where it is missing, OSError where gone."""
+    """Return the image file of an undecoded cell, from the row itself or from disk.
+
+    Args:
+        cell: `bytes` and `path`, as `datasets` stores images. `bytes` come first.
+
+    Raises:
+        ValueError: if the cell has neither bytes nor a path.
+        OSError: if the file at the path cannot be read.
+    """
     if not cell or not (cell.get("bytes") or cell.get("path")):
         raise ValueError("it is missing")
     return cell["bytes"] or Path(cell["path"]).read_bytes()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as 8-bit RGB: 16 bits scaled down, transparency laid on white."""
+    """Convert any Pillow mode to 8-bit RGB: 16-bit values are scaled, transparency is flattened on white."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
         top = 65535 if image.mode.startswith("I") else 1.0
@@ -59,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """A picture as PNG bytes."""
+    """Encode an image as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

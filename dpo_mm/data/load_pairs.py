@@ -1,4 +1,4 @@
-"""Pairs as they are encoded: pictures decoded, the side that won first, and what objectives take from the data."""
+"""Load image pairs for encoding: decoded images, chosen first, and the columns that objectives use."""
 
 from __future__ import annotations
 
@@ -17,40 +17,51 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Decided rows of `image_preference`. undecodable_images: raise | skip, then noted in the quarantine file.
+    """Decided rows of `image_preference` with undecoded images.
 
-    edits: whether the picture to edit is wanted too.
+    Args:
+        rows: rows in which a or b wins.
+        where: name of the dataset, for errors.
+        undecodable_images: raise | drop. Dropped rows are listed in the file `dropped_rows_file`.
+        dropped_rows_file: JSON-lines file for dropped rows.
+        edits: True if the model edits an image. Then the image to edit is decoded too.
     """
 
     rows: Dataset
     where: str
     undecodable_images: str
-    quarantine: Path
+    dropped_rows_file: Path
     edits: bool = False
 
     def decoded(self, part: range) -> Iterator[dict[str, Any]]:
-        """These rows with their `number` and `pictures`: the side that won, the other, and for a model that edits the source.
+        """Yield these rows with their `number` and their decoded images in `pictures`.
 
-        Raises ValueError that names set, row and fix where one does not decode.
+        The images are the chosen one, the rejected one and, for a model that edits, the image to edit. `number` is the row's
+        position in `rows`.
+
+        Raises:
+            ValueError: if an image does not decode and undecodable_images is "raise".
         """
         for number, row in zip(part, _undecoded(self.rows.select(part)), strict=True):
-            sides = ["image_a", "image_b"] if row["preference"] == "a" else ["image_b", "image_a"]
-            sides += ["image_source"] if self.edits else []
-            found: list[Any] = []
-            for column in sides:
+            columns = ["image_a", "image_b"] if row["preference"] == "a" else ["image_b", "image_a"]
+            columns += ["image_source"] if self.edits else []
+            images: list[Any] = []
+            for column in columns:
                 try:
-                    found.append(image_files.decode_image(image_files.image_bytes(row[column])))
+                    images.append(image_files.decode_image(image_files.image_bytes(row[column])))
                 except (ValueError, OSError) as error:
-                    self._refuse(row["id"], column, error)
+                    self._raise_or_list(row["id"], column, error)
                     break
-            if len(found) == len(sides):
-                yield {**row, "number": number, "pictures": found}
+            if len(images) == len(columns):
+                yield {**row, "number": number, "pictures": images}
 
-    def _refuse(self, row: str, column: str, error: Exception) -> None:
+    def _raise_or_list(self, row: str, column: str, error: Exception) -> None:
         if self.undecodable_images == "raise":
-            reason = f"row {row} of {self.where}: {column} does not decode ({error})"
-            raise ValueError(f"{reason}; drop it with --undecodable-images skip") from None
-        with self.quarantine.open("a") as file:
+            raise ValueError(
+                f"row {row} of {self.where}: {column} does not decode ({error}). "
+                "Fix the file, or train with undecodable_images: drop"
+            ) from None
+        with self.dropped_rows_file.open("a") as file:
             file.write(json.dumps({"row": row, "column": column, "reason": str(error)}) + "\n")
 
 
@@ -62,28 +73,44 @@ def _undecoded(rows: Dataset) -> Dataset:
     return rows
 
 
-def check_sources(rows: Dataset, where: str, *, pipeline: str, is_image_editing: bool) -> None:
-    """Raises ValueError where a model that edits has no picture to edit, or one that doesn't edit has some."""
+def check_sources(rows: Dataset, dataset_name: str, *, pipeline: str, is_image_editing: bool) -> None:
+    """Check that rows have a source image if, and only if, the model edits images.
+
+    Args:
+        rows: decided rows of `image_preference`.
+        dataset_name: name of the dataset, for errors.
+        pipeline: name of the model's pipeline, for errors.
+        is_image_editing: True if the model edits an image.
+
+    Raises:
+        ValueError: if a model that edits gets a row without `image_source`, or another model gets one with it.
+    """
     tables = rows.select_columns("image_source").with_format("arrow").iter(1000)
-    given = [there for table in tables for there in table["image_source"].is_valid().to_pylist()]
-    if is_image_editing and not all(given):
+    has_source = [valid for table in tables for valid in table["image_source"].is_valid().to_pylist()]
+    if is_image_editing and not all(has_source):
         raise ValueError(
-            f"row {rows['id'][given.index(False)]} of {where}: image_source is missing; {pipeline} edits a picture, and rows for it bring it"
+            f"row {rows['id'][has_source.index(False)]} of {dataset_name}: image_source is missing. {pipeline} edits an image, "
+            "so every row needs the image to edit"
         )
-    if any(given) and not is_image_editing:
+    if any(has_source) and not is_image_editing:
         raise ValueError(
-            f"{where}: rows have an image_source, which {pipeline} can't take; drop the column or train a model that edits"
+            f"{dataset_name}: rows have an image_source, which {pipeline} does not use. Drop the column, or train a model that edits"
         )
 
 
 def data_columns(rows: Dataset) -> dict[str, list[float]]:
-    """Columns of DATASET_INPUTS that every row can fill, in order: the winner's probability and the judged margin."""
-    wanted = {"probability": _probability, "score_margin": _score_margin}
-    assert set(wanted) == set(DATASET_INPUTS)
+    """Return the columns of DATASET_INPUTS that every row can fill, one value per row.
+
+    `probability` is the probability that the chosen side is better. `score_margin` is its lead in the judge's score.
+    """
+    columns = {"probability": _probability, "score_margin": _score_margin}
+    assert set(columns) == set(DATASET_INPUTS)
     plain = rows.select_columns(["preference", "p_a", "votes_a", "votes_b", "score_a", "score_b"])
-    filled = {name: [function(row) for row in plain] for name, function in wanted.items()}
+    values_of = {name: [function(row) for row in plain] for name, function in columns.items()}
     return {
-        name: [value for value in values if value is not None] for name, values in filled.items() if None not in values
+        name: [value for value in values if value is not None]
+        for name, values in values_of.items()
+        if None not in values
     }
 
 

@@ -1,4 +1,4 @@
-"""Write rows as Parquet and combine shards into one file."""
+"""Write rows as Parquet, and combine shards into one file."""
 
 from __future__ import annotations
 
@@ -12,25 +12,56 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 
+ROW_GROUP_BYTES = 64 * 2**20
+"""Largest size of a row group, about. A reader holds one in memory, and a column of one must stay below 2 GiB."""
+
+
 def write_rows(rows: list[dict[str, Any]], path: Path, *, make: Callable[..., Dataset], features: Features) -> None:
-    """Rows as Parquet, written aside and renamed; a shard without pairs is an empty file of the same columns."""
+    """Write rows as a Parquet file, completely or not at all. A shard without rows is an empty file.
+
+    Args:
+        rows: rows as `make` takes them.
+        path: file to write.
+        make: function from rows to a Dataset.
+        features: columns of the file if there are no rows.
+    """
     from datasets import Dataset
 
-    found = make(rows) if rows else Dataset.from_dict({name: [] for name in features}, features=features)
-    with atomic_write(path) as beside:
-        found.to_parquet(str(beside))
+    dataset = make(rows) if rows else Dataset.from_dict({name: [] for name in features}, features=features)
+    with atomic_write(path) as temporary:
+        size = dataset.data.nbytes
+        dataset.to_parquet(str(temporary), batch_size=max(1, len(dataset) * ROW_GROUP_BYTES // max(size, 1)))
 
 
-def combine_shards(places: list[Path], target: Path, *, nothing: str) -> Path:
-    """Shards as one file, once all are there. Raises ValueError with `nothing` where they hold no row."""
+def combine_shards(paths: list[Path], target: Path, *, nothing: str) -> Path:
+    """Combine shards into one Parquet file, if all shards exist.
+
+    Args:
+        paths: the shards in order.
+        target: file to write.
+        nothing: error message if the shards have no rows.
+
+    Returns:
+        `target`, also if it is not written because shards are missing.
+
+    Raises:
+        ValueError: if the shards have no rows.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not all(place.exists() for place in places):
+    if not all(path.exists() for path in paths):
         return target
-    table = pa.concat_tables([pq.read_table(place) for place in places])
-    if table.num_rows == 0:
+    files = [pq.ParquetFile(path) for path in paths]
+    filled = [file for file in files if file.metadata.num_rows]
+    if not filled:
         raise ValueError(nothing)
-    with atomic_write(target) as beside:
-        pq.write_table(table, beside)
+    schema = pa.unify_schemas([file.schema_arrow for file in filled], promote_options="permissive")
+    with atomic_write(target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for file in filled:
+            for number in range(file.num_row_groups):
+                table = file.read_row_group(number).cast(schema)
+                writer.write_table(
+                    table, row_group_size=max(1, table.num_rows * ROW_GROUP_BYTES // max(table.nbytes, 1))
+                )
     return target

@@ -1,7 +1,8 @@
-"""Questions to a vision-language model: images, a prompt, and the true answer where it is known.
+"""Read questions for a vision-language model: images, a prompt and, if known, the ground truth.
 
-By name from the embedded worlds, drawn at need, or from a file: Parquet or JSON lines with columns `images` (or `image`),
-`prompt`, and where they are known `truth`, `id` and `category`. In JSON lines an image is a path beside the file.
+A name selects a synthetic dataset, which is rendered when it is read. A file is Parquet or JSON lines with the columns
+`images` (or `image`), `prompt` and, optionally, `ground_truth`, `id` and `category`. In JSON lines an image is a path
+relative to the file.
 """
 
 from __future__ import annotations
@@ -18,11 +19,20 @@ from dpo_mm.errors import did_you_mean
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 0
 DEFAULT_COUNT = 400
+"""Number of questions of a synthetic dataset if there is no limit."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask: images, prompt (a text or chat messages), the truth ("" where unknown) and its category."""
+    """A question to a vision-language model.
+
+    Args:
+        id: unique name.
+        images: images of the prompt, possibly none.
+        prompt: a text, or chat messages.
+        truth: the ground truth, "" if unknown.
+        category: category for the report.
+    """
 
     id: str
     images: tuple[Image.Image, ...]
@@ -32,22 +42,27 @@ class Question:
 
 
 def read_questions(name: str, *, limit: int | None = None) -> list[Question]:
-    """The questions of a shipped world or a file, at most `limit`; of a world 400 where no limit is given.
+    """Read the questions of a synthetic dataset or of a file.
 
-    Raises ValueError that names the file and row where one is missing, unreadable or lacks a column.
+    Args:
+        name: name of a synthetic dataset (a key of WORLDS), or path of a Parquet or JSON-lines file.
+        limit: largest number of questions. None: all of a file, DEFAULT_COUNT of a synthetic dataset.
+
+    Raises:
+        ValueError: if the file is missing or empty, or a row is not readable or has no prompt.
     """
     if name in WORLDS:
         return list(WORLDS[name](DEFAULT_COUNT if limit is None else limit))
     path = Path(name)
     if not path.is_file():
         raise ValueError(
-            f"questions {name!r}: no such file; {did_you_mean(name, WORLDS)}, or give Parquet or JSON lines with columns "
+            f"questions {name!r}: no such file; {did_you_mean(name, WORLDS)}. Or give Parquet or JSON lines with columns "
             "images, prompt and ground_truth"
         )
-    found = [_question(row, path, number) for number, row in enumerate(_rows(path, limit))]
-    if not found:
-        raise ValueError(f"{name}: no questions in it; expected a row a question")
-    return found
+    questions = [_question(row, path, number) for number, row in enumerate(_rows(path, limit))]
+    if not questions:
+        raise ValueError(f"{name}: no questions in the file. Expected one row per question")
+    return questions
 
 
 def _pages(count: int, *, held_out: bool) -> Iterator[Question]:
@@ -55,9 +70,9 @@ def _pages(count: int, *, held_out: bool) -> Iterator[Question]:
 
     seed = HELD_OUT_SEED if held_out else TRAIN_SEED
     for number, page in enumerate(documents.pages(count, seed, held_out=held_out)):
-        prompt, truth = documents.PROMPTS[page.form], documents.transcription(page)
+        prompt, ground_truth = documents.PROMPTS[page.form], documents.transcription(page)
         kind = page.kind if page.form == "text" else f"{page.kind}, json"
-        yield Question(f"page-{number}", (documents.render(page),), prompt, truth, kind)
+        yield Question(f"page-{number}", (documents.render(page),), prompt, ground_truth, kind)
 
 
 def _scenes(count: int, *, held_out: bool) -> Iterator[Question]:
@@ -75,8 +90,8 @@ def _sums(count: int, *, held_out: bool) -> Iterator[Question]:
     from dpo_mm.worlds import sums
 
     seed = HELD_OUT_SEED if held_out else TRAIN_SEED
-    for number, one in enumerate(sums.sums(count, seed, held_out=held_out)):
-        yield Question(f"sum-{number}", (), one.prompt, str(one.number), one.kind)
+    for number, task in enumerate(sums.sums(count, seed, held_out=held_out)):
+        yield Question(f"sum-{number}", (), task.prompt, str(task.number), task.kind)
 
 
 WORLDS: dict[str, Callable[[int], Iterator[Question]]] = {
@@ -87,6 +102,7 @@ WORLDS: dict[str, Callable[[int], Iterator[Question]]] = {
     "sums-train": lambda count: _sums(count, held_out=False),
     "sums-held-out": lambda count: _sums(count, held_out=True),
 }
+"""Synthetic datasets by name: functions from a number of questions to the questions."""
 
 
 def _rows(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
@@ -95,8 +111,17 @@ def _rows(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
 
         rows = (row for batch in pq.ParquetFile(path).iter_batches(256) for row in batch.to_pylist())
     else:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
+        try:
+            entries = json.loads(text) if path.suffix != ".jsonl" and text.lstrip().startswith("[") else None
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: not JSON ({error}). Expected a list of objects, or one object per line"
+            ) from None
+        lines = text.split("\n")  # not splitlines(), which also splits at U+2028 inside a text
         rows = (_parsed(line, path, number) for number, line in enumerate(lines) if line.strip())
+        if entries is not None:
+            rows = (_checked_row(entry, path, f"entry {number + 1}") for number, entry in enumerate(entries))
     for number, row in enumerate(rows):
         if limit is not None and number >= limit:
             return
@@ -107,31 +132,37 @@ def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{path}, line {number + 1}: not JSON ({error}); expected an object a line") from None
+        raise ValueError(f"{path}, line {number + 1}: not JSON ({error}). Expected one object per line") from None
+    return _checked_row(row, path, f"line {number + 1}")
+
+
+def _checked_row(row: Any, path: Path, position: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number + 1}: expected an object with prompt, images and truth")
+        raise ValueError(f"{path}, {position}: expected an object with prompt, images and ground_truth")
     return row
 
 
 def _question(row: dict[str, Any], path: Path, number: int) -> Question:
     if not row.get("prompt"):
-        raise ValueError(f"{path}, row {number}: no prompt; columns are images (or image), prompt and ground_truth")
+        raise ValueError(
+            f"{path}, row {number}: no prompt. Expected the columns images (or image), prompt and ground_truth"
+        )
     cells = row.get("images") or ([row["image"]] if row.get("image") else [])
     return Question(
         str(row.get("id") or number),
         tuple(_image(cell, path, number) for cell in cells),
         row["prompt"],
-        str(row.get("ground_truth") or ""),
+        "" if row.get("ground_truth") is None else str(row["ground_truth"]),
         str(row.get("category") or "all"),
     )
 
 
 def _image(cell: Any, path: Path, number: int) -> Image.Image:
-    """A picture from its bytes or its path, as `datasets` keeps them."""
+    """Decode an image from its bytes or its path, as `datasets` stores them."""
     from dpo_mm.data.image_files import decode_image
 
-    data, place = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, cell)
+    data, image_path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, cell)
     try:
-        return decode_image(data or (path.parent / str(place)).read_bytes())
+        return decode_image(data or (path.parent / str(image_path)).read_bytes())
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path}, row {number}: image {place or ''} can't be read ({error})") from None
+        raise ValueError(f"{path}, row {number}: image {image_path or ''} cannot be read ({error})") from None

@@ -1,13 +1,14 @@
-"""Rows of preference sets, as Arrow features, and their validation.
+"""Row schemas of preference datasets, as Arrow features, with loading and validation.
 
-`ImagePreference`: two pictures of one prompt and what was said of them. Chosen and rejected are derived late
-(`drop_ties`), so that a tie never turns into a win. `ResponsePreference`: two answers to one prompt, with its images.
+`ImagePreference` is two images of one prompt with their label, votes or scores. Chosen and rejected are derived late
+(`drop_ties`), so that a tie never turns into a win. `ResponsePreference` is two responses to one prompt with its images.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 
 PREFERENCES = ("a", "b", "tie", "both_bad")
 REQUIRED = ("prompt", "image_a", "image_b", "preference")
-IN_MEMORY = 2**30
-"""Bytes; Parquet up to this size is read into memory."""
+MAX_BYTES_IN_MEMORY = 2**30
+"""Parquet files up to this total size are read into memory."""
 
 
 class Response(NamedTuple):
-    """What a model said: its text, how many tokens that took, and whether it was cut at the limit."""
+    """A generated response: its text, its number of tokens, and True if it was truncated at the token limit."""
 
     text: str
     tokens: int
@@ -29,9 +30,10 @@ class Response(NamedTuple):
 
 
 def image_preference() -> Features:
-    """Features of `ImagePreference`. p_a: probability that a wins, [0, 1]; votes and scores where they are known.
+    """Return the features of `ImagePreference`.
 
-    image_source: the picture that the prompt says how to edit, for models that edit; null for those that draw from text.
+    `p_a` is the probability that a wins, in [0, 1]. Votes and scores are null if unknown. `image_source` is the image to
+    edit, for models that edit. It is null for models that generate from text.
     """
     from datasets import Features, Image, Value
 
@@ -62,10 +64,12 @@ def image_preference() -> Features:
 
 
 def response_preference() -> Features:
-    """Features of `ResponsePreference`, TRL's conversational preference with images, and where a row comes from.
+    """Return the features of `ResponsePreference`.
 
-    rejected_truncated: the rejected answer was cut, so that no end of turn belongs after it. reason: why it was rejected.
-    probability: that chosen is the better one, [0, 1]. score_gap: by how much, in the judge's unit.
+    They are TRL's conversational preference with images, and columns about the row's label and origin.
+    `rejected_truncated` is true if the rejected response was truncated, so no end-of-turn token follows it. `reason` says
+    why it was rejected. `probability` is that of chosen being better, in [0, 1]. `score_gap` is by how much, in the
+    judge's unit.
     """
     from datasets import Features, Image, List, Value
 
@@ -96,31 +100,44 @@ def response_preference() -> Features:
 
 
 def make_image_rows(rows: list[dict[str, Any]]) -> Dataset:
-    """A set of `ImagePreference` rows; columns that a row leaves out are null. Raises ValueError as `validate` does."""
+    """Build a dataset of `ImagePreference` rows. Missing columns are null.
+
+    Raises:
+        ValueError: if a column is not part of ImagePreference, or as `validate`.
+    """
     from datasets import Dataset
 
     features = image_preference()
     full = [{name: row.get(name) for name in features} for row in rows]
     unknown = sorted({key for row in rows for key in row} - set(features))
     if unknown:
-        raise ValueError(f"column {unknown[0]!r} is not part of ImagePreference; known: {', '.join(features)}")
-    return validate(Dataset.from_list(full, features=features), where="rows")
+        raise ValueError(f"column {unknown[0]!r} is not part of ImagePreference. Known columns: {', '.join(features)}")
+    return validate(Dataset.from_list(full, features=features), dataset_name="rows")
 
 
-def load_pairs(path: str, *, where: str | None = None) -> Dataset:
-    """An image preference set from a Parquet file, a folder of them, a set saved by `datasets`, or the hub.
+def load_pairs(path: str, *, dataset_name: str | None = None) -> Dataset:
+    """Load an image preference dataset, with every column of `ImagePreference`.
 
-    Raises ValueError that names the set, the row and the fix where it is missing, empty or not valid.
+    Args:
+        path: a Parquet file, a folder of Parquet files, a folder saved by `datasets`, a hub id, or a bundled dataset.
+        dataset_name: name of the dataset in errors. None: `path`.
+
+    Raises:
+        ValueError: if the dataset is missing, empty or not valid. The error names the row and the fix.
     """
     from dpo_mm.assets import resolve_asset
 
-    return validate(_open(resolve_asset(path)), where=where or path)
+    return validate(_open(resolve_asset(path)), dataset_name=dataset_name or path)
 
 
 def load_responses(path: str) -> Dataset:
-    """A set of `ResponsePreference` rows, from where `load_pairs` takes its own.
+    """Load a response preference dataset.
 
-    Raises ValueError that names the set and the fix where it is missing, empty or lacks a column.
+    Args:
+        path: a Parquet file, a folder of Parquet files, a folder saved by `datasets`, a hub id, or a bundled dataset.
+
+    Raises:
+        ValueError: if the dataset is missing or empty, or has no column prompt, chosen or rejected.
     """
     from dpo_mm.assets import resolve_asset
 
@@ -130,16 +147,19 @@ def load_responses(path: str) -> Dataset:
 
 
 def make_response_rows(rows: list[dict[str, Any]]) -> Dataset:
-    """A set of `ResponsePreference` rows; columns that a row leaves out are null, texts become messages.
+    """Build a dataset of `ResponsePreference` rows. Texts become messages, and missing columns are null.
 
-    Raises ValueError for a column that is not part of it.
+    Raises:
+        ValueError: if a column is not part of ResponsePreference.
     """
     from datasets import Dataset
 
     features = response_preference()
     unknown = sorted({key for row in rows for key in row} - set(features))
     if unknown:
-        raise ValueError(f"column {unknown[0]!r} is not part of ResponsePreference; known: {', '.join(features)}")
+        raise ValueError(
+            f"column {unknown[0]!r} is not part of ResponsePreference. Known columns: {', '.join(features)}"
+        )
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     full = [
         {name: _as_message(row.get(name), roles[name]) if name in roles else row.get(name) for name in features}
@@ -159,10 +179,10 @@ def _open(path: str) -> Dataset:
     if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
         return load_from_disk(str(folder))  # type: ignore[return-value]
     if folder.is_file() or folder.is_dir():
-        files = [folder] if folder.is_file() else sorted(folder.glob("*.parquet"))
+        files = [folder] if folder.is_file() else _split_files(folder)
         if not files:
             raise ValueError(
-                f"{path}: no *.parquet in this folder; a preference set is Parquet with columns {', '.join(REQUIRED)}"
+                f"{path}: no *.parquet in this folder. A preference dataset is Parquet with the columns {', '.join(REQUIRED)}"
             )
         try:
             return _read_parquet(files)
@@ -170,121 +190,192 @@ def _open(path: str) -> Dataset:
             raise ValueError(f"{path}: not readable as Parquet ({' '.join(str(error).split())[:200]})") from error
     if path.count("/") != 1 or path.startswith((".", "/")) or folder.suffix:
         raise ValueError(
-            f"{path}: no such file or folder; give a Parquet file, a folder of them, a shipped set or a hub id"
+            f"{path}: no such file or folder. Give a Parquet file, a folder of Parquet files, a bundled dataset or a hub id"
         )
     return load_dataset(path, split="train")  # type: ignore[return-value]
 
 
+SPLIT = re.compile(r"^(train|training|test|validation|valid|val|dev|eval)(?=[-_.\d])", re.IGNORECASE)
+"""Begin of a Parquet file's name that holds one split of a dataset."""
+
+
+def _split_files(folder: Path) -> list[Path]:
+    """Parquet files of a folder: those of the split `train` if the names have splits, else all.
+
+    Raises:
+        ValueError: if the names have several splits and none is `train`.
+    """
+    files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+    splits = {file: match[1].lower() if (match := SPLIT.match(file.name)) else "" for file in files}
+    training = [file for file in files if splits[file] in ("train", "training")]
+    if not training and len(set(splits.values())) > 1:
+        raise ValueError(
+            f"{folder}: files of several splits ({', '.join(sorted({split or 'without a split' for split in splits.values()}))}) "
+            "and none is train. Name the file to use"
+        )
+    return training or files
+
+
 def _read_parquet(files: list[Path]) -> Dataset:
-    """Small sets straight into memory, large ones through the cache of `datasets`, mapped from disk."""
+    """Read small files into memory, and map large ones from the disk cache of `datasets`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
 
-    if sum(file.stat().st_size for file in files) > IN_MEMORY:
+    if sum(file.stat().st_size for file in files) > MAX_BYTES_IN_MEMORY:
         return Dataset.from_parquet([str(file) for file in files])  # type: ignore[return-value]
     return Dataset(pa.concat_tables([pq.read_table(file) for file in files], promote_options="default"))
 
 
-def validate(rows: Dataset, *, where: str) -> Dataset:
-    """The same rows with every column of `ImagePreference`, checked but for the images' bytes.
+def validate(rows: Dataset, *, dataset_name: str) -> Dataset:
+    """Check rows and return them with every column of `ImagePreference`. Images are not decoded.
 
-    Raises ValueError that names the set, the column or row, what was expected, and the likely fix.
+    Raises:
+        ValueError: if a column is missing, there is no row, or a preference, prompt or image column is not valid.
     """
     from datasets import Image
 
-    _require_columns(rows, REQUIRED, where)
+    _require_columns(rows, REQUIRED, dataset_name)
     for number, (preference, prompt) in enumerate(zip(rows["preference"], rows["prompt"], strict=True)):
         if preference not in PREFERENCES:
             raise ValueError(
-                f"{where}, row {number}: preference is {preference!r}; expected one of {', '.join(PREFERENCES)}"
+                f"{dataset_name}, row {number}: preference is {preference!r}. Expected one of {', '.join(PREFERENCES)}"
             )
         if not isinstance(prompt, str):
-            raise ValueError(f"{where}, row {number}: prompt is {prompt!r}; expected text")
+            raise ValueError(f"{dataset_name}, row {number}: prompt is {prompt!r}. Expected text")
     for column in ("image_a", "image_b", *(["image_source"] if "image_source" in rows.column_names else [])):
-        held = rows.features[column]
+        feature = rows.features[column]
         try:
             rows = rows.cast_column(column, Image())
-        except Exception as error:  # Arrow has a kind of its own for each pair of types
+        except Exception as error:  # Arrow raises a different class for each pair of types
             raise ValueError(
-                f"{where}: column {column!r} holds {held}; expected pictures, as {{bytes, path}} or as paths"
+                f"{dataset_name}: column {column!r} contains {feature}. Expected images, as {{bytes, path}} or as paths"
             ) from error
     return _complete(rows)
 
 
-def _require_columns(rows: Dataset, columns: tuple[str, ...], where: str) -> None:
+def _require_columns(rows: Dataset, columns: tuple[str, ...], dataset_name: str) -> None:
     for column in columns:
         if column not in rows.column_names:
             spare = [name for name in rows.column_names if name not in columns]
             close = difflib.get_close_matches(column, spare, n=1, cutoff=0.5)
-            hint = f"; is it {close[0]!r}? rename it" if close else f"; expected {', '.join(columns)}"
-            raise ValueError(f"{where}: column {column!r} is missing (has {', '.join(rows.column_names)}){hint}")
+            hint = f"Is it {close[0]!r}? Rename it" if close else f"Expected {', '.join(columns)}"
+            raise ValueError(
+                f"{dataset_name}: column {column!r} is missing (has {', '.join(rows.column_names)}). {hint}"
+            )
     if len(rows) == 0:
-        raise ValueError(f"{where}: the set is empty; expected at least one pair")
+        raise ValueError(f"{dataset_name}: the dataset is empty. Expected at least one pair")
 
 
 def _complete(rows: Dataset) -> Dataset:
-    """Columns that are not there are null; rows without an id are called by their number."""
+    """Add missing columns as nulls, and the row number as id for rows without one."""
     import pyarrow as pa
     from datasets import Dataset, Features, concatenate_datasets
 
-    wanted = image_preference()
-    missing = Features({name: wanted[name] for name in wanted if name not in (*rows.column_names, "id")})
-    if missing:  # all at once: each change of a Dataset takes milliseconds
+    features = image_preference()
+    missing = Features({name: features[name] for name in features if name not in (*rows.column_names, "id")})
+    if missing:  # one concatenation, because each change of a Dataset takes milliseconds
         nulls = pa.table({name: pa.nulls(len(rows), feature.pa_type) for name, feature in missing.items()})
         rows = concatenate_datasets([rows, Dataset(nulls.cast(missing.arrow_schema))], axis=1)
     return _with_ids(rows)
 
 
 def _with_ids(rows: Dataset) -> Dataset:
-    """Rows without an id are called by their number."""
-    given = list(rows["id"]) if "id" in rows.column_names else [None] * len(rows)
-    if all(isinstance(value, str) for value in given):
+    """Add the row number as id for rows without one."""
+    ids = list(rows["id"]) if "id" in rows.column_names else [None] * len(rows)
+    if all(isinstance(value, str) for value in ids):
         return rows
-    names = [str(number) if value is None else str(value) for number, value in enumerate(given)]
+    names = [str(number) if value is None else str(value) for number, value in enumerate(ids)]
     rows = rows.remove_columns([name for name in ("id",) if name in rows.column_names])
     return rows.add_column("id", names)  # type: ignore[arg-type]
 
 
 def drop_ties(rows: Dataset) -> Dataset:
-    """The rows where one side won; ties and both-bad rows are left out. Raises ValueError where none remains."""
-    kept = [n for n, preference in enumerate(rows["preference"]) if preference in ("a", "b")]
-    if not kept:
+    """Return the rows that have a winner, without ties and both_bad.
+
+    Raises:
+        ValueError: if no row has a winner.
+    """
+    decided = [n for n, preference in enumerate(rows["preference"]) if preference in ("a", "b")]
+    if not decided:
         raise ValueError(
-            f"none of the {len(rows)} pairs has a winner (all are ties or both_bad); nothing to learn from"
+            f"none of the {len(rows)} pairs has a winner (all are ties or both_bad), so there is nothing to train on"
         )
-    return rows.select(kept)
+    return rows.select(decided)
 
 
 def digest(rows: Dataset) -> str:
-    """What a set says, in 16 hex digits: its texts and labels in order, and its pictures by their size in bytes."""
+    """Hash a dataset to 16 hex digits: its texts and labels in order, and the size in bytes of each image."""
     import pyarrow.compute as pc
 
-    found, plain = hashlib.sha256(), rows.with_format("arrow")
+    sha256, arrow = hashlib.sha256(), rows.with_format("arrow")
     for name in sorted(rows.column_names):
-        column = plain[name][:]  # type: ignore[call-overload]
+        column = arrow[name][:]  # type: ignore[call-overload]
         if str(column.type).startswith("struct<bytes"):
             column = pc.binary_length(pc.struct_field(column, "bytes"))
-        found.update(f"{name} {column.to_pylist()!r}".encode())
-    return found.hexdigest()[:16]
+        sha256.update(f"{name} {column.to_pylist()!r}".encode())
+    return sha256.hexdigest()[:16]
 
 
 def split_by_prompt(rows: Dataset, fraction: float, *, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Training rows and rows to watch, whole prompts apart, about `fraction` of the prompts; None where too few.
+    """Split rows into training rows and evaluation rows, so that no prompt and no prompt's image is in both.
 
-    A prompt with images is another prompt with other images.
+    Rows with images in the prompt belong together if they share an image, by its content and not its file name. Other rows
+    belong together if they have the same prompt.
+
+    Args:
+        rows: preference rows.
+        fraction: fraction of the groups in the evaluation split, in [0, 1).
+        seed: seed of the split.
+
+    Returns:
+        Training rows and evaluation rows. The latter are None if the fraction is less than one group.
     """
     import numpy as np
 
-    prompts = [str(prompt) for prompt in rows["prompt"]]
-    for column in {"images", "image_source"} & set(rows.column_names):
-        pictures = rows.select_columns(column).with_format("arrow")[column].to_pylist()
-        digests = [hashlib.sha256(repr(images).encode()).hexdigest() for images in pictures]
-        prompts = [f"{digest} {prompt}" for digest, prompt in zip(digests, prompts, strict=True)]
-    names = sorted(set(prompts))
+    groups = _groups(rows) if fraction else [""] * len(rows)
+    names = sorted(set(groups))
     count = int(len(names) * fraction)
     if count == 0:
         return rows, None
-    apart = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
-    inside = [n for n, prompt in enumerate(prompts) if prompt not in apart]
-    return rows.select(inside), rows.select([n for n, prompt in enumerate(prompts) if prompt in apart])
+    held_out = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
+    train = [n for n, group in enumerate(groups) if group not in held_out]
+    return rows.select(train), rows.select([n for n, group in enumerate(groups) if group in held_out])
+
+
+def _groups(rows: Dataset) -> list[str]:
+    """Name of the group of each row, see `split_by_prompt`: a prompt, or the first of the images that link its rows."""
+    prompts = [str(prompt) for prompt in rows["prompt"]]
+    columns = sorted({"images", "image_source"} & set(rows.column_names))
+    if not columns:
+        return prompts
+    parents: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parents.setdefault(key, key) != key:
+            parents[key] = key = parents[parents[key]]
+        return key
+
+    keys: list[str] = []
+    for batch in rows.select_columns(columns).with_format("arrow").iter(64):
+        for cells in batch.to_pylist():
+            images = [digest for column in columns for digest in _image_digests(cells[column])]
+            first = images[0] if images else prompts[len(keys)]
+            for other in images[1:]:
+                one, two = sorted((root(first), root(other)))
+                parents[two] = one
+            keys.append(first)
+    return [root(key) for key in keys]
+
+
+def _image_digests(cell: Any) -> list[str]:
+    """Hash the content of the images of one cell: one image, a list of them, or none."""
+    images = [image for image in (cell if isinstance(cell, list) else [cell]) if image]
+    return [hashlib.blake2b(_content(image), digest_size=16).hexdigest() for image in images]
+
+
+def _content(image: dict[str, Any]) -> bytes:
+    try:
+        return image["bytes"] or Path(image["path"]).read_bytes()
+    except (OSError, TypeError):
+        return str(image.get("path")).encode()  # refused with its row when it is decoded

@@ -1,11 +1,14 @@
-"""Judges: functions that score pictures against their prompts, or answers against the truth. No judge sees a policy.
+"""Judges: functions that score images against prompts, or responses against ground truths.
 
-Of pictures: `score(images, prompts) -> [one number a picture]`. Of answers: `score(answers, truths) -> [one Share an
-answer]`, so that a rate is the sum of its hits over the sum of what it counts, as CHAIR and character error rates are.
-A judge of two pictures side by side says for each pair how likely a is the better one.
-To add one: write the function and name it in JUDGES, or name your own as "module:function" wherever a judge is asked for.
-A judge that needs a model is named with it, as in `clip_score:ViT-B-32/openai@weights.safetensors`: the judge, its model
-after a colon, and after an @ where its files are. It is opened once a process, and its weights load when it first judges.
+An image judge is `score(images, prompts) -> list[float]`, one number per image. A response judge is
+`score(responses, ground_truths) -> list[Ratio]`, one ratio per response. A rate is the sum of the hits divided by the
+sum of the totals, as for CHAIR and character error rates. A pairwise judge returns, for each pair of images, the
+probability that image a is better. No judge receives a policy.
+
+To add a judge, write the function and list it in JUDGES. Or pass your own function as "module:function" to any setting
+that expects a judge. The name of a judge that needs a model contains the model after a colon and the location of its
+files after an @: `clip_score:ViT-B-32/openai@weights.safetensors`. Such a judge is opened once per process. Its weights
+load when it scores for the first time.
 """
 
 from __future__ import annotations
@@ -34,14 +37,19 @@ Better = Literal["higher", "lower", "neutral"]
 
 
 class Ratio(NamedTuple):
-    """So many hits of so many: one answer's part in a rate. of 0: the judge has nothing to say of this answer."""
+    """One response's part in a rate: hits divided by a total. A total of 0 means that the judge skips this response."""
 
     hits: float
     of: float
 
 
 class Explanation(NamedTuple):
-    """What a judge found wrong with one answer: in words ("" for nothing), and where, in characters."""
+    """A judge's explanation of one response.
+
+    Attributes:
+        reason: text, or "" if nothing is wrong.
+        marks: start and end of each wrong span, in characters.
+    """
 
     reason: str
     marks: tuple[tuple[int, int], ...] = ()
@@ -49,20 +57,20 @@ class Explanation(NamedTuple):
 
 Score = Callable[[Sequence[Image.Image], Sequence[str]], list[float]]
 Prefer = Callable[[Sequence[Image.Image], Sequence[Image.Image], Sequence[str]], list[float]]
-"""(pictures a, pictures b, prompts) -> how likely a is the better one of each pair, [0, 1]; 1/2 is a tie."""
+"""(images a, images b, prompts) -> probability that a is the better one of each pair, in [0, 1]. 1/2 is a tie."""
 ResponseScore = Callable[[Sequence[Response], Sequence[str]], list[Ratio]]
 
 
 class JudgeName(NamedTuple):
-    """A judge's name in its parts: `judge:model@where`; what is not said is empty."""
+    """The parts of a judge's name, `judge:model@location`. A missing part is an empty string."""
 
     judge: str
     model: str
-    where: str
+    location: str
 
 
 class LazyJudge(NamedTuple):
-    """A judge that needs a model: its function (Score or Prefer), which loads the model at its first call, and its card."""
+    """A judge that needs a model: its function (Score or Prefer) and its card. The first call loads the model."""
 
     function: Callable[..., list[float]]
     card: Callable[[], dict[str, Any]]
@@ -70,11 +78,17 @@ class LazyJudge(NamedTuple):
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge by name: what it measures, in a report's words, where its function stands, and which way is better.
+    """An entry of JUDGES.
 
-    explain: where a function stands that says of (answer, truth) what is wrong, as a Finding. correct: one that gives the
-    answer with that mended and nothing else, as text. opens: the function takes a Named and gives an Opened. pairwise: it
-    is a Prefer, not a Score. reads: it looks at the prompt.
+    Attributes:
+        metric: name of the metric in reports.
+        function: path of the judge's function, `module:function`.
+        better: direction in which the score improves.
+        explain: path of a function (response, ground truth) -> Explanation, or None.
+        correct: path of a function (response, ground truth) -> response in which only the faults are corrected, or None.
+        needs_model: True if `function` takes a JudgeName and returns a LazyJudge.
+        pairwise: True if the judge is a Prefer, not a Score.
+        uses_prompt: False if the score does not depend on the prompt.
     """
 
     metric: str
@@ -82,107 +96,117 @@ class Judge:
     better: Better = "higher"
     explain: str | None = None
     correct: str | None = None
-    opens: bool = False
+    needs_model: bool = False
     pairwise: bool = False
-    reads: bool = True
+    uses_prompt: bool = True
 
 
 _TEXT, _CAPTION = "dpo_mm.judges.text", "dpo_mm.judges.captions"
-_CLIP, _VQA, _ATOMS = "dpo_mm.judges.clip", "dpo_mm.judges.vqa", "dpo_mm.judges.soft_tifa"
-_YES_NO = "dpo_mm.judges.pope"
+_CLIP, _VQA, _TIFA = "dpo_mm.judges.clip", "dpo_mm.judges.vqa", "dpo_mm.judges.soft_tifa"
+_POPE = "dpo_mm.judges.pope"
 JUDGES: dict[str, Judge] = {
-    "faithfulness": Judge("wholly right rate", "dpo_mm.judges.scene:faithfulness"),
-    "aesthetic": Judge("aesthetic score", "dpo_mm.judges.aesthetic:aesthetic", reads=False),
-    "clip_score": Judge("CLIPScore, 2.5 max(cos, 0)", f"{_CLIP}:clip_score", opens=True),
-    "laion_aesthetic": Judge("LAION aesthetic v2, 1 to 10", f"{_CLIP}:laion_aesthetic", opens=True, reads=False),
-    "hps_v2": Judge("HPS v2, cos", f"{_CLIP}:hps_v2", opens=True),
-    "hps_v2.1": Judge("HPS v2.1, cos", f"{_CLIP}:hps_v21", opens=True),
-    "pick_score": Judge("PickScore v1, exp(s) cos", f"{_CLIP}:pick_score", opens=True),
-    "vqa_score": Judge("VQAScore, P(Yes)", f"{_VQA}:vqa_score", opens=True),
-    "vlm_prefers": Judge("preferred by a VLM in both orders", f"{_VQA}:vlm_prefers", opens=True, pairwise=True),
-    "soft_tifa_gm": Judge("Soft-TIFA GM", f"{_ATOMS}:soft_tifa_gm", opens=True),
-    "soft_tifa_am": Judge("Soft-TIFA AM", f"{_ATOMS}:soft_tifa_am", opens=True),
-    "degeneration": Judge("degeneration rate", f"{_TEXT}:degeneration", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
-    "trailing_repetition": Judge("runaway rate", f"{_TEXT}:trailing_repetition", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
-    "repetition": Judge("excess repetition, share", f"{_TEXT}:repetition", "lower", f"{_TEXT}:explain_loop", f"{_TEXT}:correct_loop"),
+    "faithfulness": Judge("fully correct rate", "dpo_mm.judges.scene:faithfulness"),
+    "aesthetic": Judge("aesthetic score", "dpo_mm.judges.aesthetic:aesthetic", uses_prompt=False),
+    "clip_score": Judge("CLIPScore, 2.5 max(cos, 0)", f"{_CLIP}:clip_score", needs_model=True),
+    "laion_aesthetic": Judge("LAION aesthetic v2, 1 to 10", f"{_CLIP}:laion_aesthetic", needs_model=True, uses_prompt=False),
+    "hps_v2": Judge("HPS v2, cos", f"{_CLIP}:hps_v2", needs_model=True),
+    "hps_v2.1": Judge("HPS v2.1, cos", f"{_CLIP}:hps_v21", needs_model=True),
+    "pick_score": Judge("PickScore v1, exp(s) cos", f"{_CLIP}:pick_score", needs_model=True),
+    "vqa_score": Judge("VQAScore, P(Yes)", f"{_VQA}:vqa_score", needs_model=True),
+    "vlm_prefers": Judge("VLM preference (both orders)", f"{_VQA}:vlm_prefers", needs_model=True, pairwise=True),
+    "soft_tifa_gm": Judge("Soft-TIFA GM", f"{_TIFA}:soft_tifa_gm", needs_model=True),
+    "soft_tifa_am": Judge("Soft-TIFA AM", f"{_TIFA}:soft_tifa_am", needs_model=True),
+    "degeneration": Judge("degeneration rate", f"{_TEXT}:degeneration", "lower", f"{_TEXT}:explain_repetition", f"{_TEXT}:correct_repetition"),
+    "trailing_repetition": Judge("trailing repetition rate", f"{_TEXT}:trailing_repetition", "lower", f"{_TEXT}:explain_repetition", f"{_TEXT}:correct_repetition"),
+    "repetition": Judge("excess repetition (rep-10)", f"{_TEXT}:repetition", "lower", f"{_TEXT}:explain_repetition", f"{_TEXT}:correct_repetition"),
     "cer": Judge("character error rate", f"{_TEXT}:cer", "lower"),
     "wer": Judge("word error rate", f"{_TEXT}:wer", "lower"),
     "anls": Judge("ANLS", f"{_TEXT}:anls"),
     "valid_json": Judge("valid JSON rate", f"{_TEXT}:valid_json"),
-    "truncated": Judge("cut at the limit, rate", f"{_TEXT}:truncated", "lower"),
-    "num_tokens": Judge("tokens an answer", f"{_TEXT}:num_tokens", "lower"),
-    "num_words": Judge("words an answer", f"{_TEXT}:num_words", "neutral"),
+    "truncated": Judge("truncation rate", f"{_TEXT}:truncated", "lower"),
+    "num_tokens": Judge("tokens per response", f"{_TEXT}:num_tokens", "lower"),
+    "num_words": Judge("words per response", f"{_TEXT}:num_words", "neutral"),
     "chair_i": Judge("CHAIR_i", f"{_CAPTION}:chair_i", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
     "chair_s": Judge("CHAIR_s", f"{_CAPTION}:chair_s", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
-    "hallucination_f1_error": Judge("inventions and omissions", f"{_CAPTION}:hallucination_f1_error", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
+    "hallucination_f1_error": Judge("hallucination F1 error", f"{_CAPTION}:hallucination_f1_error", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
     "recall": Judge("object recall", f"{_CAPTION}:recall"),
-    "pope_accuracy": Judge("yes or no, accuracy", f"{_YES_NO}:accuracy"),
-    "pope_precision": Judge("yes, precision", f"{_YES_NO}:precision"),
-    "pope_recall": Judge("yes, recall", f"{_YES_NO}:recall"),
-    "pope_f1": Judge("yes, F1", f"{_YES_NO}:f1"),
-    "yes_ratio": Judge("share of yes", f"{_YES_NO}:yes_ratio", "neutral"),
+    "pope_accuracy": Judge("POPE accuracy", f"{_POPE}:accuracy"),
+    "pope_precision": Judge("POPE precision", f"{_POPE}:precision"),
+    "pope_recall": Judge("POPE recall", f"{_POPE}:recall"),
+    "pope_f1": Judge("POPE F1", f"{_POPE}:f1"),
+    "yes_ratio": Judge("yes ratio", f"{_POPE}:yes_ratio", "neutral"),
 }  # fmt: skip
 
 
 LIBRARIES = ("dpo-mm", "torch", "torchvision", "transformers", "open_clip_torch", "pillow", "numpy")
-"""What a judge's numbers may hang on, named with its version in every card."""
+"""Libraries that can change a judge's numbers. Every card lists their versions."""
 
 
 def parse_judge_name(name: str) -> JudgeName | None:
-    """A name's parts where its judge stands in JUDGES; None for a module:function."""
+    """Split a judge's name into its parts. Return None if the judge is not in JUDGES (`module:function`)."""
     judge = re.split("[:@]", name, maxsplit=1)[0]
-    if judge not in JUDGES or (judge != name and not JUDGES[judge].opens):
+    if judge not in JUDGES or (judge != name and not JUDGES[judge].needs_model):
         return None
-    model, _, where = name.removeprefix(judge).partition("@")
-    return JudgeName(judge, model.removeprefix(":"), where)
+    model, _, location = name.removeprefix(judge).partition("@")
+    return JudgeName(judge, model.removeprefix(":"), location)
 
 
 def load_judge(name: str) -> Any:
-    """A judge's function by its name in JUDGES or as module:function.
+    """Load a judge's scoring function.
 
-    Raises ValueError where there is none, where its files are not there, or where it compares pictures side by side.
+    Args:
+        name: a name in JUDGES, or `module:function`.
+
+    Raises:
+        ValueError: if the judge is unknown, its files are missing, or it is a pairwise judge.
     """
     if is_pairwise(name):
-        raise ValueError(f"judge {name!r} compares two pictures and scores none; use it with dpo-mm relabel")
-    return _function(name)
+        raise ValueError(f"judge {name!r} compares two images and does not score one. Use it with dpo-mm relabel.")
+    return _judge_function(name)
 
 
 def load_pairwise(name: str) -> Prefer:
-    """The function of a judge that compares pictures side by side. Raises ValueError as `load_judge`."""
+    """Load the function of a pairwise judge.
+
+    Raises:
+        ValueError: if the judge is unknown, its files are missing, or it scores single images.
+    """
     if not is_pairwise(name):
-        raise ValueError(f"judge {name!r} scores pictures one by one; expected one that compares two")
-    return _function(name)
+        raise ValueError(f"judge {name!r} scores single images. Expected a judge that compares two images.")
+    return _judge_function(name)
 
 
-def _function(name: str) -> Any:
-    found = parse_judge_name(name)
-    if found and JUDGES[found.judge].opens:
-        return _opened(name).function
-    return _import(name, JUDGES[found.judge].function if found else name)
+def _judge_function(name: str) -> Any:
+    parsed = parse_judge_name(name)
+    if parsed and JUDGES[parsed.judge].needs_model:
+        return _lazy_judge(name).function
+    return _import_function(name, JUDGES[parsed.judge].function if parsed else name)
 
 
 @functools.cache
-def _opened(name: str) -> LazyJudge:
-    found = parse_judge_name(name)
-    assert found is not None
-    opened: LazyJudge = _import(name, JUDGES[found.judge].function)(found)
-    return opened
+def _lazy_judge(name: str) -> LazyJudge:
+    parsed = parse_judge_name(name)
+    assert parsed is not None
+    lazy_judge: LazyJudge = _import_function(name, JUDGES[parsed.judge].function)(parsed)
+    return lazy_judge
 
 
-def _import(name: str, target: str) -> Any:
+def _import_function(name: str, target: str) -> Any:
     module, colon, function = target.partition(":")
     if not colon:
         raise ValueError(
-            f"judge {name!r} is unknown; {did_you_mean(name, JUDGES)}, or give your own as module:function"
+            f"judge {name!r} is unknown; {did_you_mean(name, JUDGES)} (A custom judge is written as module:function.)"
         )
     try:
-        return getattr(_module(module), function)
+        return getattr(_import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"judge {name!r} can't be loaded ({error}); expected an importable module:function") from error
+        raise ValueError(
+            f"judge {name!r} cannot be imported ({error}). Expected an importable module:function."
+        ) from error
 
 
-def _module(name: str) -> ModuleType:
-    """Import a module. A bundled recipe is one too, wherever Python was started: `custom_judge` is in its preset.
+def _import_module(name: str) -> ModuleType:
+    """Import a module, or a bundled recipe (`custom_judge`), which is importable from any working directory.
 
     Raises ImportError if neither exists.
     """
@@ -199,49 +223,55 @@ def _module(name: str) -> ModuleType:
 
 
 def metric_of(name: str) -> str:
-    """What a judge measures, in the words of a report, with the model that it was named with."""
-    found = parse_judge_name(name)
-    if found is None:
+    """Name of the metric of a judge in reports, followed by the model in its name if there is one."""
+    parsed = parse_judge_name(name)
+    if parsed is None:
         return name.rpartition(":")[2]
-    model = Path(found.model).name if Path(found.model).is_dir() else found.model
-    return f"{JUDGES[found.judge].metric} ({model})" if model else JUDGES[found.judge].metric
+    model = Path(parsed.model).name if Path(parsed.model).is_dir() else parsed.model
+    return f"{JUDGES[parsed.judge].metric} ({model})" if model else JUDGES[parsed.judge].metric
 
 
 def better_of(name: str) -> Better:
-    """Which way is better; for a judge of your own its function's attribute `better`, or higher."""
-    found = parse_judge_name(name)
-    return JUDGES[found.judge].better if found else getattr(_function(name), "better", "higher")
+    """Direction in which a judge's score improves. A custom judge sets it with the attribute `better` (default: higher)."""
+    parsed = parse_judge_name(name)
+    return JUDGES[parsed.judge].better if parsed else getattr(_judge_function(name), "better", "higher")
 
 
 def is_pairwise(name: str) -> bool:
-    """Whether a judge compares two pictures; one of your own says so by its function's attribute `pairwise`."""
-    found = parse_judge_name(name)
-    return JUDGES[found.judge].pairwise if found else bool(getattr(_function(name), "pairwise", False))
+    """Check if a judge compares two images. A custom judge declares it with the attribute `pairwise`."""
+    parsed = parse_judge_name(name)
+    return JUDGES[parsed.judge].pairwise if parsed else bool(getattr(_judge_function(name), "pairwise", False))
 
 
 def judge_card(name: str) -> dict[str, Any]:
-    """What a report has to say of a judge so that its numbers can be had again, as plain values that JSON can hold.
+    """Describe a judge so that its numbers can be reproduced.
 
-    name, metric, better, pairwise, versions; with a model: model, formula, weights by file name (sha256, published),
-    preprocessing, template; else function and the sha256 of the file it stands in. Loads no weights, but reads them for
-    their hash. Raises ValueError as `load_judge`.
+    The files are read for their hash, but no weights are loaded.
+
+    Returns:
+        JSON values: name, metric, better, pairwise, versions. For a judge with a model also model, formula, weights by
+        file name (sha256, published), preprocessing and template. For any other judge also the function and the sha256
+        of its source file.
+
+    Raises:
+        ValueError: if the judge is unknown or its files are missing.
     """
-    found, function = parse_judge_name(name), _function(name)
-    about: dict[str, Any] = {
+    parsed, function = parse_judge_name(name), _judge_function(name)
+    card: dict[str, Any] = {
         "name": name,
         "metric": metric_of(name),
         "better": better_of(name),
         "pairwise": is_pairwise(name),
     }
-    if found and JUDGES[found.judge].opens:
-        about |= _opened(name).card()
+    if parsed and JUDGES[parsed.judge].needs_model:
+        card |= _lazy_judge(name).card()
     else:
-        about |= _code(function)
-    return about | {"versions": {library: _version(library) for library in LIBRARIES}}
+        card |= _function_card(function)
+    return card | {"versions": {library: _version(library) for library in LIBRARIES}}
 
 
-def _code(function: Any) -> dict[str, str | None]:
-    """Where a function (or what a partial or an object with __call__ stands for) is written, and the hash of that file."""
+def _function_card(function: Any) -> dict[str, str | None]:
+    """Path of a function and the hash of its source file. A partial or a callable object is unwrapped first."""
     inner: Any = inspect.unwrap(getattr(function, "func", function))
     inner = inner if hasattr(inner, "__qualname__") else type(inner)
     try:
@@ -259,19 +289,23 @@ def _version(library: str) -> str:
         return "not installed"
 
 
-def explain(name: str, answer: Response, truth: str) -> Explanation:
-    """What a judge found wrong with an answer; nothing where it doesn't say."""
-    where = JUDGES[name].explain if name in JUDGES else None
-    return load_judge(where)(answer, truth) if where else Explanation("")
+def explain(name: str, response: Response, ground_truth: str) -> Explanation:
+    """Explain the faults of a response by a judge. The explanation is empty if the judge gives none."""
+    path = JUDGES[name].explain if name in JUDGES else None
+    return load_judge(path)(response, ground_truth) if path else Explanation("")
 
 
-def correct(name: str, answer: Response, truth: str) -> str:
-    """An answer with what a judge found wrong mended, and nothing else. Raises ValueError for a judge that can't."""
-    where = JUDGES[name].correct if name in JUDGES else None
-    if where is None:
-        able = ", ".join(one for one, judge in JUDGES.items() if judge.correct)
+def correct(name: str, response: Response, ground_truth: str) -> str:
+    """Correct the faults of a response by a judge and leave the rest unchanged.
+
+    Raises:
+        ValueError: if the judge has no correction.
+    """
+    path = JUDGES[name].correct if name in JUDGES else None
+    if path is None:
+        correcting = ", ".join(other for other, judge in JUDGES.items() if judge.correct)
         raise ValueError(
-            f"judge {name!r} does not say how to correct an answer; take chosen: ground_truth, or one of {able}"
+            f"judge {name!r} cannot correct a response. Set chosen: ground_truth, or use one of {correcting}."
         )
-    text: str = load_judge(where)(answer, truth)
+    text: str = load_judge(path)(response, ground_truth)
     return text

@@ -1,9 +1,12 @@
-"""Judges of yes-or-no questions about a picture, as POPE asks them ("Is there a dog in the image?").
+"""Judges of yes-or-no questions about an image, as in POPE ("Is there a dog in the image?").
 
-Accuracy, precision, recall and F1 of "yes", and how often the model says yes at all: a model that says yes to everything
-has full recall, so the PREDICTED share of yes stands beside (a known evaluator counts the truth's by mistake). Each is a
-share of sums, so that precision and F1 are the whole set's. Answers are read kindly: "Yes, there is one." is a yes and
-"There isn't any dog." a no; what says neither is wrong, and no yes. Questions whose truth is neither are left out.
+The judges are accuracy, precision, recall and F1 of "yes", and the yes ratio. A model that always answers yes has full
+recall, so report the yes ratio too. The yes ratio counts the PREDICTED "yes" (a known evaluator counts those of the
+ground truth by mistake). Every metric is a ratio of sums, so precision and F1 are those of the whole dataset.
+
+Responses are parsed leniently: "Yes, there is one." is a yes and "There isn't any dog." a no. A response that is neither
+counts as wrong and not as a yes. Questions whose ground truth is neither are skipped.
+
 Source: POPE, Li et al. 2023 (2305.10355).
 """
 
@@ -15,61 +18,81 @@ from collections.abc import Callable, Sequence
 from dpo_mm.data.schema import Response
 from dpo_mm.judges import Ratio
 
-EITHER = re.compile(
+UNDECIDED = re.compile(
     r"\byes (or|and|/) ?no\b|\byes/no\b|\bnot (sure|certain)\b|\b(unsure|unclear|uncertain)\b|\bcan(no|')?t (tell|say)\b"
 )
-SAID = re.compile(r"\b(yes|yeah|yep|no|nope)\b")
-DENIED = re.compile(
+YES_OR_NO = re.compile(r"\b(yes|yeah|yep|no|nope)\b")
+NEGATED = re.compile(
     r"\b(not|none|nothing|never|cannot|without|neither|absent)\b|n't\b|\b(is|are|see|has|contains?|shows?) no\b"
 )
-STATED = re.compile(
+AFFIRMED = re.compile(
     r"\b(there (is|are)|i (can )?see|it (is|does)|correct|true|indeed|present|visible|shows?|contains?)\b"
 )
 REFUTED = re.compile(r"\b(incorrect|false|untrue)\b")
 
 
-def said(text: str) -> bool | None:
-    """True where an answer says yes, False where no, None where neither: by its first yes or no, else by its first sentence."""
+def parse_yes_no(text: str) -> bool | None:
+    """Parse a response: True for yes, False for no, None for neither.
+
+    The first yes or no decides. Without one, the first sentence decides.
+    """
     plain = " ".join(text.lower().replace("’", "'").split())
-    if EITHER.search(plain):
+    if UNDECIDED.search(plain):
         return None
-    word = SAID.search(re.sub(r"\b(is|are|see|has|contains?|shows?) no\b", "isn't", plain))
+    word = YES_OR_NO.search(re.sub(r"\b(is|are|see|has|contains?|shows?) no\b", "isn't", plain))
     if word:
         return word[1].startswith("y")
-    first = re.split(r"[.!?]", plain)[0]
-    if DENIED.search(first) or REFUTED.search(first):
+    first_sentence = re.split(r"[.!?]", plain)[0]
+    if NEGATED.search(first_sentence) or REFUTED.search(first_sentence):
         return False
-    return True if STATED.search(first) else None
+    return True if AFFIRMED.search(first_sentence) else None
 
 
-def _each(
-    answers: Sequence[Response], truths: Sequence[str], share: Callable[[bool | None, bool], Ratio]
+def _ratios(
+    responses: Sequence[Response], ground_truths: Sequence[str], ratio: Callable[[bool | None, bool], Ratio]
 ) -> list[Ratio]:
-    pairs = ((said(answer.text), said(truth)) for answer, truth in zip(answers, truths, strict=True))
-    return [Ratio(0, 0) if truth is None else share(answer, truth) for answer, truth in pairs]
+    """Ratio of each parsed response and its parsed ground truth. A ground truth that is neither gives 0 of 0."""
+    pairs = (
+        (parse_yes_no(response.text), parse_yes_no(ground_truth))
+        for response, ground_truth in zip(responses, ground_truths, strict=True)
+    )
+    return [Ratio(0, 0) if expected is None else ratio(predicted, expected) for predicted, expected in pairs]
 
 
-def accuracy(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
-    """Whether the answer says what the truth does."""
-    return _each(answers, truths, lambda answer, truth: Ratio(float(answer is truth), 1))
+def accuracy(responses: Sequence[Response], ground_truths: Sequence[str]) -> list[Ratio]:
+    """POPE accuracy: responses that agree with the ground truth."""
+    return _ratios(responses, ground_truths, lambda predicted, expected: Ratio(float(predicted is expected), 1))
 
 
-def precision(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
-    """Of the answers that say yes, those where the truth does."""
-    return _each(answers, truths, lambda answer, truth: Ratio(float(answer is True and truth), float(answer is True)))
+def precision(responses: Sequence[Response], ground_truths: Sequence[str]) -> list[Ratio]:
+    """POPE precision: ground truths that are yes, of the responses that are yes."""
+    return _ratios(
+        responses,
+        ground_truths,
+        lambda predicted, expected: Ratio(float(predicted is True and expected), float(predicted is True)),
+    )
 
 
-def recall(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
-    """Of the truths that say yes, those where the answer does."""
-    return _each(answers, truths, lambda answer, truth: Ratio(float(answer is True and truth), float(truth)))
+def recall(responses: Sequence[Response], ground_truths: Sequence[str]) -> list[Ratio]:
+    """POPE recall: responses that are yes, of the ground truths that are yes."""
+    return _ratios(
+        responses,
+        ground_truths,
+        lambda predicted, expected: Ratio(float(predicted is True and expected), float(expected)),
+    )
 
 
-def f1(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
-    """F1 of yes: twice what both say yes to, of all that either does."""
-    yes = lambda answer, truth: float(answer is True) + float(truth)
-    return _each(answers, truths, lambda a, t: Ratio(2.0 * (a is True and t), yes(a, t)))
+def f1(responses: Sequence[Response], ground_truths: Sequence[str]) -> list[Ratio]:
+    """POPE F1 of yes: twice the number where both are yes, divided by the yes of both together."""
+    return _ratios(
+        responses,
+        ground_truths,
+        lambda predicted, expected: Ratio(
+            2.0 * (predicted is True and expected), float(predicted is True) + float(expected)
+        ),
+    )
 
 
-def yes_ratio(answers: Sequence[Response], truths: Sequence[str]) -> list[Ratio]:
-    """How often the answer says yes."""
-    return _each(answers, truths, lambda answer, truth: Ratio(float(answer is True), 1))
+def yes_ratio(responses: Sequence[Response], ground_truths: Sequence[str]) -> list[Ratio]:
+    """POPE yes ratio: fraction of responses that are yes."""
+    return _ratios(responses, ground_truths, lambda predicted, _: Ratio(float(predicted is True), 1))

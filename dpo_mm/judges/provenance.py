@@ -1,8 +1,9 @@
-"""Which judges made the pairs that an adapter was trained on: they may stand in its report, but not at its head.
+"""Judges that built the training pairs of an adapter: allowed in its report, but not as the primary metric if learned.
 
-A tuned model has learned what pleases the judge that chose its pairs, with all that the judge gets wrong; so a learned
-judge is no witness for a model that it taught. A judge by rule (it counts, runs or compares, nothing in it is learned)
-may be one, on other prompts, and is marked. A set says it itself: mined rows name their judge.
+A tuned model has learned to raise the score of the judge that chose its pairs, including that judge's errors. So a
+learned judge gives no independent evidence for a model that was trained on its choices. A rule-based judge (it counts,
+runs or compares, and no part of it is learned) can be the primary metric on other prompts, and the report marks it.
+Mined rows name their judge, so the dataset itself contains the information.
 """
 
 from __future__ import annotations
@@ -17,74 +18,80 @@ import yaml
 from dpo_mm.assets import resolve_asset
 from dpo_mm.judges import JUDGES, load_judge, parse_judge_name
 
-MADE = re.compile(r"\b(?:(?:mined|relabelled|judged) (?:with|by)|guarded by) ([^,]+)")
+BUILT_BY = re.compile(r"\b(?:(?:mined|relabelled|judged) (?:with|by)|guarded by) ([^,]+)")
 CARD_KEY = "pairs_made_by"
 
 
 def training_judges_of(pairs: str) -> tuple[str, ...]:
-    """Names of the judges that made a preference set, as its rows' `source` and `axis` have them.
+    """Names of the judges that built a preference dataset, from the columns `source` and `axis`.
 
-    Empty for votes of people, for a set that is not a Parquet file (or a folder of them) here, and where none is named.
+    Empty for human votes, for a dataset that is not a local Parquet file or a folder of them, and if no row names a judge.
     """
     import pyarrow.parquet as pq
 
     path = Path(resolve_asset(pairs))
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.is_file() else []
-    found: dict[str, None] = {}
+    judges: dict[str, None] = {}
     for file in files:
         try:
-            opened = pq.ParquetFile(file)
-        except Exception:  # whatever reads the pairs says what is wrong with them
+            parquet = pq.ParquetFile(file)
+        except Exception:  # load_pairs reports what is wrong with the file
             return ()
-        columns = [name for name in ("source", "axis") if name in opened.schema_arrow.names]
-        for batch in opened.iter_batches(columns=columns) if "source" in columns else ():
+        columns = [name for name in ("source", "axis") if name in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(columns=columns) if "source" in columns else ():
             rows = {(row["source"] or "", row.get("axis") or "") for row in batch.to_pylist()}
-            found |= dict.fromkeys(name for row in sorted(rows) for name in _named(*row))
-    return tuple(found)
+            judges |= dict.fromkeys(name for row in sorted(rows) for name in _judges_in_row(*row))
+    return tuple(judges)
 
 
-def _named(source: str, axis: str) -> list[str]:
+def _judges_in_row(source: str, axis: str) -> list[str]:
     if source.startswith("own failures") and axis:
         return [axis]
-    return [name for names in MADE.findall(source) for name in names.split("+")]
+    return [name for names in BUILT_BY.findall(source) for name in names.split("+")]
 
 
 def made_by(adapter: str | None) -> tuple[str, ...]:
-    """Names of the judges that made an adapter's training pairs: what its card says, else what the set that it names says."""
+    """Names of the judges that built an adapter's training pairs.
+
+    They come from the adapter's model card, or else from the dataset that the adapter names.
+    """
     folder = Path(adapter or "")
     if adapter is None or not folder.is_dir():
         return ()
     card = folder / "README.md"
     if card.is_file():
-        front = card.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---\n")[0]
+        front_matter = card.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---\n")[0]
         try:
-            said = yaml.safe_load(front)
+            metadata = yaml.safe_load(front_matter)
         except yaml.YAMLError:
-            said = None
-        if isinstance(said, dict) and CARD_KEY in said:
-            return tuple(str(name) for name in said[CARD_KEY] or ())
+            metadata = None
+        if isinstance(metadata, dict) and CARD_KEY in metadata:
+            return tuple(str(name) for name in metadata[CARD_KEY] or ())
     settings = folder / "dpo_mm.json"
     return training_judges_of(json.loads(settings.read_text()).get("pairs") or "") if settings.is_file() else ()
 
 
-def by_rule(name: str) -> bool:
-    """Whether nothing in a judge is learned: one of JUDGES without a model, or a function whose attribute `by_rule` says so."""
-    found = parse_judge_name(name)
-    if found:
-        return not JUDGES[found.judge].opens
+def is_rule_based(name: str) -> bool:
+    """Check if no part of a judge is learned: a judge in JUDGES without a model, or a function with `by_rule = True`."""
+    parsed = parse_judge_name(name)
+    if parsed:
+        return not JUDGES[parsed.judge].needs_model
     return bool(getattr(load_judge(name), "by_rule", False))
 
 
-def order_judges(judges: Sequence[str], made: Iterable[str]) -> tuple[str, ...]:
-    """The judges, before all others the first that may be the headline: it did not make the pairs, or judges by rule.
+def order_judges(judges: Sequence[str], training_judges: Iterable[str]) -> tuple[str, ...]:
+    """Order the judges so that the first is allowed as the primary metric.
 
-    Raises ValueError where none may.
+    A judge is allowed if it did not build the training pairs, or is rule-based.
+
+    Raises:
+        ValueError: if no judge is allowed.
     """
-    taught = set(made)
-    head = next((name for name in judges if name not in taught or by_rule(name)), None)
-    if head is None:
+    built_pairs = set(training_judges)
+    primary = next((name for name in judges if name not in built_pairs or is_rule_based(name)), None)
+    if primary is None:
         raise ValueError(
-            f"judges: {', '.join(judges)} made the training pairs, so none can be the headline; add one that did not, "
-            "or say `by_rule = True` on a function in which nothing is learned"
+            f"judges: {', '.join(judges)} built the training pairs, so none of them can be the primary metric. Add a "
+            "judge that did not, or set `by_rule = True` on a function with no learned part."
         )
-    return (head, *(name for name in judges if name != head))
+    return (primary, *(name for name in judges if name != primary))

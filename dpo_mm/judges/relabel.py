@@ -1,13 +1,16 @@
-"""New labels of a preference set by an ensemble of judges, before training.
+"""Relabelling: new labels of a preference dataset from an ensemble of judges, before training.
 
     q_j = sigmoid((s_j(a) - s_j(b)) / tau_j)        judge j's probability that a wins
-    p   = mean of q_j over the judges               what the ensemble says
-    logit(p) + logit(h)                             where the set's own label counts too, h: how likely it makes a
+    p   = mean of q_j over the judges               the ensemble's probability
+    logit(p) + logit(h)                             if the dataset's own label counts too; h: its probability of a
 
-Averaging several reward models' predictions before preference training: RankDPO, Karthik et al. 2024 (2410.18013); the
-adding of log-odds is Bayes' rule for errors that are independent. A pair that the judges find equal is a tie, never a
-win; a tie of the set becomes a win only where judges say so; both_bad stays. The old label is kept beside the new one.
-Judging is the long part: it is done in shards that a restarted run skips. Processes share them (RANK of WORLD_SIZE).
+Averaging the predictions of several reward models before preference training follows RankDPO, Karthik et al. 2024
+(2410.18013). Adding log-odds is Bayes' rule for independent errors. If the judges score a pair equally, it is a tie and
+never a win. A tie of the dataset becomes a win only if the judges decide so. both_bad is unchanged. The old label is
+written in its own column.
+
+Scoring takes most of the time. It is done in shards, which a restarted run skips. Several processes (RANK of WORLD_SIZE)
+divide the shards among them.
 """
 
 from __future__ import annotations
@@ -36,21 +39,34 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 BATCH = 512
-"""Rows in memory while writing."""
-EXACT = 1e-9
-"""Probabilities nearer to 1/2 than this are 1/2: rounding makes no winner."""
+"""Rows in memory during writing."""
+TIE_TOLERANCE = 1e-9
+"""Probabilities closer to 1/2 than this are ties, so that rounding does not decide."""
 
 
 class Labels(NamedTuple):
-    """Of each pair: the new probability that a wins, the judges' own, (judges, pairs), and whether the pair is kept."""
+    """New labels of all pairs.
+
+    Attributes:
+        p: probability that a wins, (pairs,).
+        each: the same for each judge, (judges, pairs).
+        accepted: False for pairs that are left out, (pairs,).
+    """
 
     p: np.ndarray
     each: np.ndarray
-    kept: np.ndarray
+    accepted: np.ndarray
 
 
-class Made(NamedTuple):
-    """What is written: judges' scores, (judges, pairs, 2), their units, the labels, and the preference of each pair."""
+class RelabelledPairs(NamedTuple):
+    """Everything that is written.
+
+    Attributes:
+        scores: scores of the judges, (judges, pairs, 2).
+        units: tau of each judge.
+        labels: the new labels.
+        preferences: the new preference of each pair.
+    """
 
     scores: np.ndarray
     units: Sequence[float]
@@ -59,44 +75,48 @@ class Made(NamedTuple):
 
 
 class RelabelResult(NamedTuple):
-    """What came of it: the file, and the counts by name, as they also stand in the JSON file beside it."""
+    """The written file, and the summary, which is also in the JSON file next to it."""
 
     path: Path
     summary: dict[str, Any]
 
 
 def relabel(config: RelabelConfig) -> RelabelResult | None:
-    """Judge a set's pairs and write it with new labels; None where other processes have shards to finish yet.
+    """Score the pairs of a dataset with judges and write them with new labels.
 
-    Raises ValueError for a setting out of range, an unknown judge, a picture that does not decode, or no pair left.
+    Returns:
+        The result, or None if other processes still have unfinished shards.
+
+    Raises:
+        ValueError: if a setting is out of range, a judge is unknown, an image does not decode, or no pair is left.
     """
     _check(config)
     rows, folder = load_pairs(config.pairs), Path(f"{config.output}.parts")
     cards = {name: judge_card(name) for name in config.judges}
-    same = {name: card.get("weights") or card.get("code_sha256") for name, card in cards.items()}
-    told = hashlib.sha256("\0".join([*rows["id"], *rows["prompt"]]).encode()).hexdigest()
-    plan = {"pairs": config.pairs, "ids and prompts": told, "judges": same, "shard_size": config.shard_size}
+    judge_files = {name: card.get("weights") or card.get("code_sha256") for name, card in cards.items()}
+    content = hashlib.sha256("\0".join([*rows["id"], *rows["prompt"]]).encode()).hexdigest()
+    plan = {"pairs": config.pairs, "ids and prompts": content, "judges": judge_files, "shard_size": config.shard_size}
     check_settings_unchanged(folder, plan, done="judged", flag="output")
-    scores = _judged(rows, config, folder)
+    scores = _score_shards(rows, config, folder)
     if scores is None:
         return None
-    given = np.array([given_probability(row) for row in _plain(rows)])
+    given = np.array([given_probability(row) for row in _label_columns(rows)])
     units = _units(scores, given, config)
-    found = labels(scores, units, given, trust=config.trust, agreement=config.agreement)
-    found = found._replace(kept=found.kept & ~np.isnan(found.p))
-    if not found.kept.any():
-        raise ValueError(f"{config.pairs}: the judges agree on none of {len(rows)} pairs; lower agreement")
-    new = [_preference(p, old, config.tie) for p, old in zip(found.p, rows["preference"], strict=True)]
-    made = Made(scores, units, found, new)
-    _write(rows, made, config)
-    summary = _summary(list(rows["preference"]), given, made, config, cards)
+    new = labels(scores, units, given, trust=config.trust, agreement=config.agreement)
+    new = new._replace(accepted=new.accepted & ~np.isnan(new.p))
+    if not new.accepted.any():
+        raise ValueError(f"{config.pairs}: the judges agree on none of {len(rows)} pairs. Lower agreement.")
+    preferences = [_preference(p, old, config.tie) for p, old in zip(new.p, rows["preference"], strict=True)]
+    relabelled = RelabelledPairs(scores, units, new, preferences)
+    _write(rows, relabelled, config)
+    summary = _summary(list(rows["preference"]), given, relabelled, config, cards)
     Path(config.output).with_suffix(".json").write_text(json.dumps(summary, indent=1))
     return RelabelResult(Path(config.output), summary)
 
 
 def _check(config: RelabelConfig) -> None:
     if not config.judges:
-        raise ValueError("judges: none is named; give at least one, several with commas")
+        raise ValueError("judges is empty. Name at least one judge, several separated by commas.")
     if config.scale not in ("spread", "labels"):
         raise ValueError(f"scale {config.scale!r} is unknown; expected 'spread' or 'labels'")
     if config.scales and (len(config.scales) != len(config.judges) or min(config.scales) <= 0):
@@ -108,7 +128,7 @@ def _check(config: RelabelConfig) -> None:
     if config.undecodable_images not in ("raise", "drop"):
         raise ValueError(f"undecodable_images {config.undecodable_images!r} is unknown; expected 'raise' or 'drop'")
     if not config.output.endswith(".parquet"):
-        raise ValueError(f"output {config.output!r}: expected the name of a file that ends in .parquet")
+        raise ValueError(f"output {config.output!r}: expected a file name that ends in .parquet")
     for name in config.judges:
         load_pairwise(name) if is_pairwise(name) else load_judge(name)
 
@@ -119,24 +139,28 @@ def _check(config: RelabelConfig) -> None:
 def labels(
     scores: np.ndarray, units: Sequence[float], given: np.ndarray, *, trust: float | None = None, agreement: float = 0.5
 ) -> Labels:
-    """What judges say of pairs, and the set's own labels with them where they are trusted.
+    """Combine the judges' scores, and the dataset's own labels if they are trusted, into new labels.
 
-    scores: (judges, pairs, 2), a then b, higher is better. units: tau of each judge, in its scores, > 0; inf: no say.
-    given: the set's probability that a wins, (pairs,). trust, agreement: as in `RelabelConfig`.
+    Args:
+        scores: (judges, pairs, 2), a then b, higher is better.
+        units: tau of each judge, in its scores, > 0. Infinity gives the judge no weight.
+        given: the dataset's probability that a wins, (pairs,).
+        trust: probability that the dataset's label is right, [0.5, 1), or None to ignore it.
+        agreement: smallest fraction of judges that must agree for a pair to be accepted, [0.5, 1].
     """
     gaps = scores[..., 0] - scores[..., 1]
     each = expit(gaps / np.array(units)[:, None])
     p = each.mean(0)
     if trust is not None:
-        held = 0.5 + (2 * trust - 1) * (given - 0.5)
-        p = expit(logit(p.clip(1e-12, 1 - 1e-12)) + logit(held))
-    half = np.abs(each - 0.5) < EXACT
-    for_a = ((each > 0.5) & ~half).mean(0) + half.mean(0) / 2
-    return Labels(p, each, np.maximum(for_a, 1 - for_a) >= agreement - EXACT)
+        prior = 0.5 + (2 * trust - 1) * (given - 0.5)
+        p = expit(logit(p.clip(1e-12, 1 - 1e-12)) + logit(prior))
+    tied = np.abs(each - 0.5) < TIE_TOLERANCE
+    for_a = ((each > 0.5) & ~tied).mean(0) + tied.mean(0) / 2
+    return Labels(p, each, np.maximum(for_a, 1 - for_a) >= agreement - TIE_TOLERANCE)
 
 
 def given_probability(row: dict[str, Any]) -> float:
-    """How likely the set makes a: its p_a, or its votes, or its label; 1/2 for a tie or both_bad."""
+    """Probability that a wins by the dataset: its p_a, or its votes, or its label. A tie or both_bad gives 1/2."""
     if row["p_a"] is not None:
         return float(row["p_a"])
     votes = (row["votes_a"] or 0) + (row["votes_b"] or 0)
@@ -146,126 +170,134 @@ def given_probability(row: dict[str, Any]) -> float:
 def _preference(p: float, old: str, tie: float) -> str:
     if old == "both_bad":
         return old
-    if abs(p - 0.5) <= max(tie, EXACT):
+    if abs(p - 0.5) <= max(tie, TIE_TOLERANCE):
         return "tie"
     return "a" if p > 0.5 else "b"
 
 
 def spread(gaps: np.ndarray) -> float:
-    """Root mean square of a judge's differences; infinite where it sees none, so that it has no say."""
-    size = float(np.sqrt(np.mean(gaps**2)))
-    return size or math.inf
+    """Root mean square of a judge's score gaps. It is infinite if all are 0, so that the judge has no weight."""
+    rms = float(np.sqrt(np.mean(gaps**2)))
+    return rms or math.inf
 
 
-def likeliest(gaps: np.ndarray, given: np.ndarray) -> float:
-    """tau that makes labels likeliest, sum of given · log sigmoid(gap / tau) + (1 - given) · log sigmoid(-gap / tau).
+def most_likely_unit(gaps: np.ndarray, given: np.ndarray) -> float:
+    """tau that maximises the likelihood of labels: sum of given · log sigmoid(gap / tau) + (1 - given) · log sigmoid(-gap / tau).
 
-    Two made-up pairs of the judge's root mean square gap, one for it and one against, keep a judge that is never wrong
-    from being certain. Infinite where the judge is right no more often than wrong: it has no say.
+    Two artificial pairs with the judge's root mean square gap, one for it and one against, prevent certainty for a judge
+    that is never wrong. The result is infinite if the judge is right no more often than wrong, so it has no weight.
+
+    Args:
+        gaps: score gaps, a minus b, (pairs,).
+        given: the dataset's probability that a wins, (pairs,).
     """
-    size = spread(gaps)
-    if math.isinf(size):
-        return size
-    gaps, given = np.append(gaps, [size, size]) / size, np.append(given, [1.0, 0.0])
+    rms = spread(gaps)
+    if math.isinf(rms):
+        return rms
+    gaps, given = np.append(gaps, [rms, rms]) / rms, np.append(given, [1.0, 0.0])
 
     def slope(k: float) -> float:
         return float(((given - expit(k * gaps)) * gaps).sum())
 
-    return math.inf if slope(0) <= 0 else size / float(brentq(slope, 0, 1e4))
+    return math.inf if slope(0) <= 0 else rms / float(brentq(slope, 0, 1e4))
 
 
 def _units(scores: np.ndarray, given: np.ndarray, config: RelabelConfig) -> list[float]:
     if config.scales:
         return list(config.scales)
     gaps = scores[..., 0] - scores[..., 1]
-    there = ~np.isnan(gaps)
+    scored = ~np.isnan(gaps)
     if config.scale == "spread":
-        return [spread(own[seen]) for own, seen in zip(gaps, there, strict=True)]
+        return [spread(of_judge[valid]) for of_judge, valid in zip(gaps, scored, strict=True)]
     decided = given != 0.5
-    return [likeliest(own[seen & decided], given[seen & decided]) for own, seen in zip(gaps, there, strict=True)]
+    return [
+        most_likely_unit(of_judge[valid & decided], given[valid & decided])
+        for of_judge, valid in zip(gaps, scored, strict=True)
+    ]
 
 
-# Judging
+# Scoring
 
 
-def _judged(rows: Dataset, config: RelabelConfig, folder: Path) -> np.ndarray | None:
-    """Scores, (judges, pairs, 2), NaN where a picture does not decode; None while other processes' shards are missing."""
+def _score_shards(rows: Dataset, config: RelabelConfig, folder: Path) -> np.ndarray | None:
+    """Scores, (judges, pairs, 2), NaN if an image does not decode. None while other processes' shards are missing."""
     starts = range(0, len(rows), config.shard_size)
-    places = [folder / f"shard-{number:05}.npy" for number in range(len(starts))]
-    left = missing_shards(places)
-    if left:
+    paths = [folder / f"shard-{number:05}.npy" for number in range(len(starts))]
+    missing = missing_shards(paths)
+    if missing:
         with (
             exit_cleanly_on_sigterm(),
-            progress_bar("judging", sum(_size(rows, starts[n], config) for n in left)) as advance,
+            progress_bar("judging", sum(_length(rows, starts[n], config) for n in missing)) as advance,
         ):
-            for number in left:
-                part = rows.select(range(starts[number], starts[number] + _size(rows, starts[number], config)))
-                found = _shard(part, config, first=starts[number])
-                with atomic_write(places[number]) as beside, beside.open("wb") as file:
-                    np.save(file, found)
+            for number in missing:
+                part = rows.select(range(starts[number], starts[number] + _length(rows, starts[number], config)))
+                scores = _score_shard(part, config, first=starts[number])
+                with atomic_write(paths[number]) as temporary, temporary.open("wb") as file:
+                    np.save(file, scores)
                 advance(len(part))
-    if not all(place.exists() for place in places):
+    if not all(path.exists() for path in paths):
         return None
-    return np.concatenate([np.load(place) for place in places], axis=1)
+    return np.concatenate([np.load(path) for path in paths], axis=1)
 
 
-def _size(rows: Dataset, start: int, config: RelabelConfig) -> int:
+def _length(rows: Dataset, start: int, config: RelabelConfig) -> int:
     return min(config.shard_size, len(rows) - start)
 
 
-def _shard(part: Dataset, config: RelabelConfig, *, first: int) -> np.ndarray:
-    pictures, whole = [], []
-    for number, row in enumerate(_cells(part)):
+def _score_shard(part: Dataset, config: RelabelConfig, *, first: int) -> np.ndarray:
+    images, decoded = [], []
+    for number, row in enumerate(_stored_rows(part)):
         try:
-            pictures.append([_picture(row[f"image_{side}"]) for side in "ab"])
-            whole.append(number)
+            images.append([_decode(row[f"image_{side}"]) for side in "ab"])
+            decoded.append(number)
         except ValueError as error:
             if config.undecodable_images == "raise":
-                where = f"{config.pairs}, row {first + number}"
                 raise ValueError(
-                    f"{where}: a picture does not decode ({error}); drop such rows with --undecodable-images drop"
+                    f"{config.pairs}, row {first + number}: an image does not decode ({error}). Fix the file, or leave "
+                    "such rows out with --undecodable-images drop."
                 ) from error
-    found = np.full((len(config.judges), len(part), 2), np.nan)
-    if whole:
-        prompts = [part["prompt"][number] for number in whole]
-        for place, name in enumerate(config.judges):
-            found[place, whole] = scored(name, [a for a, _ in pictures], [b for _, b in pictures], prompts)
-    return found
+    scores = np.full((len(config.judges), len(part), 2), np.nan)
+    if decoded:
+        prompts = [part["prompt"][number] for number in decoded]
+        for index, name in enumerate(config.judges):
+            scores[index, decoded] = score_pairs(name, [a for a, _ in images], [b for _, b in images], prompts)
+    return scores
 
 
-def scored(name: str, a: list[Image.Image], b: list[Image.Image], prompts: list[str]) -> np.ndarray:
-    """A judge's scores of pairs, (pairs, 2), higher is better; a pairwise judge's probability of a, and of b.
+def score_pairs(name: str, a: list[Image.Image], b: list[Image.Image], prompts: list[str]) -> np.ndarray:
+    """Score pairs with a judge, (pairs, 2), higher is better. A pairwise judge gives the probabilities of a and of b.
 
-    Raises ValueError where the judge gives something that is no number.
+    Raises:
+        ValueError: if a score is not a finite number.
     """
     if is_pairwise(name):
-        likely = np.array(load_pairwise(name)(a, b, prompts), dtype=float)
-        found = np.stack([likely, 1 - likely], axis=1)
+        p_a = np.array(load_pairwise(name)(a, b, prompts), dtype=float)
+        scores = np.stack([p_a, 1 - p_a], axis=1)
     else:
         values = np.array(load_judge(name)([*a, *b], [*prompts, *prompts]), dtype=float)
-        found = values.reshape(2, -1).T * (-1 if better_of(name) == "lower" else 1)
-    if not np.isfinite(found).all():
-        pair = int(np.flatnonzero(~np.isfinite(found).all(1))[0])
+        scores = values.reshape(2, -1).T * (-1 if better_of(name) == "lower" else 1)
+    if not np.isfinite(scores).all():
+        pair = int(np.flatnonzero(~np.isfinite(scores).all(1))[0])
         raise ValueError(
-            f"judge {name!r} gives {found[pair].tolist()} for the prompt {prompts[pair]!r}; expected numbers"
+            f"judge {name!r} returns {scores[pair].tolist()} for the prompt {prompts[pair]!r}. Expected finite numbers."
         )
-    return found
+    return scores
 
 
-def _picture(cell: dict[str, Any] | None) -> Image.Image:
+def _decode(cell: dict[str, Any] | None) -> Image.Image:
     try:
         return decode_image(image_bytes(cell))
     except OSError as error:
         raise ValueError(str(error)) from error
 
 
-def _cells(rows: Dataset) -> Iterator[dict[str, Any]]:
-    """Rows as they are stored, pictures undecoded."""
+def _stored_rows(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """Rows as stored, with encoded images."""
     for start in range(0, len(rows), BATCH):
         yield from rows.with_format("arrow")[start : start + BATCH].to_pylist()
 
 
-def _plain(rows: Dataset) -> Any:
+def _label_columns(rows: Dataset) -> Any:
     return rows.select_columns(["preference", "p_a", "votes_a", "votes_b"])
 
 
@@ -273,74 +305,79 @@ def _plain(rows: Dataset) -> Any:
 
 
 def columns(rows: Dataset) -> Features:
-    """The set's columns with what relabelling adds: given_preference, given_p_a, and each judge's say."""
+    """Columns of the dataset, and those that relabelling adds: given_preference, given_p_a, and each judge's scores."""
     from datasets import Features, List, Value
 
     number, text = Value("float64"), Value("string")
-    say = {"judge": text, "score_a": number, "score_b": number, "p_a": number}
-    return Features({**rows.features, "given_preference": text, "given_p_a": number, "judged": List(say)})
+    of_judge = {"judge": text, "score_a": number, "score_b": number, "p_a": number}
+    return Features({**rows.features, "given_preference": text, "given_p_a": number, "judged": List(of_judge)})
 
 
-def _write(rows: Dataset, made: Made, config: RelabelConfig) -> None:
+def _write(rows: Dataset, relabelled: RelabelledPairs, config: RelabelConfig) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = columns(rows).arrow_schema
-    place = Path(config.output)
-    cells = enumerate(_cells(rows))
-    with atomic_write(place) as beside, pq.ParquetWriter(beside, schema) as writer:
-        while batch := list(itertools.islice(cells, BATCH)):
-            new = [_row(row, n, made, config) for n, row in batch if made.labels.kept[n]]
+    stored = enumerate(_stored_rows(rows))
+    with atomic_write(Path(config.output)) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        while batch := list(itertools.islice(stored, BATCH)):
+            new = [_row(row, n, relabelled, config) for n, row in batch if relabelled.labels.accepted[n]]
             writer.write_table(pa.Table.from_pylist(new, schema=schema))
 
 
-def _row(row: dict[str, Any], n: int, made: Made, config: RelabelConfig) -> dict[str, Any]:
-    """A row with its new label; scores are the mean over judges, each in its unit."""
-    scores, each = made.scores[:, n], made.labels.each[:, n]
-    says = [
+def _row(row: dict[str, Any], n: int, relabelled: RelabelledPairs, config: RelabelConfig) -> dict[str, Any]:
+    """A row with its new label. Its scores are means over the judges, each in its unit."""
+    scores, each = relabelled.scores[:, n], relabelled.labels.each[:, n]
+    of_judges = [
         {"judge": name, "score_a": a, "score_b": b, "p_a": p}
         for name, (a, b), p in zip(config.judges, scores, each, strict=True)
     ]
-    names, (a, b) = "+".join(config.judges), (scores / np.array(made.units)[:, None]).mean(0)
-    bad = made.preferences[n] == "both_bad"
+    names, (a, b) = "+".join(config.judges), (scores / np.array(relabelled.units)[:, None]).mean(0)
+    both_bad = relabelled.preferences[n] == "both_bad"
     return {
         **row,
-        "preference": made.preferences[n],
-        "p_a": None if bad else made.labels.p[n],
+        "preference": relabelled.preferences[n],
+        "p_a": None if both_bad else relabelled.labels.p[n],
         "score_a": a,
         "score_b": b,
         "axis": row["axis"] or names,
         "source": f"{row['source'] or config.pairs}, relabelled by {names}",
         "given_preference": row["preference"],
         "given_p_a": row["p_a"],
-        "judged": says,
+        "judged": of_judges,
     }
 
 
 def _summary(
-    before: Sequence[str], given: np.ndarray, made: Made, config: RelabelConfig, cards: dict[str, Any]
+    before: Sequence[str], given: np.ndarray, relabelled: RelabelledPairs, config: RelabelConfig, cards: dict[str, Any]
 ) -> dict[str, Any]:
-    whole, scale = ~np.isnan(made.labels.p), "given" if config.scales else config.scale
-    kept = [(before[n], made.preferences[n]) for n in np.flatnonzero(made.labels.kept).tolist()]
+    decoded, scale = ~np.isnan(relabelled.labels.p), "given" if config.scales else config.scale
+    accepted = relabelled.labels.accepted
+    changes = [(before[n], relabelled.preferences[n]) for n in np.flatnonzero(accepted).tolist()]
     return {
         "pairs": len(before),
-        "kept": len(kept),
-        "left out, judges disagree": int((whole & ~made.labels.kept).sum()),
-        "left out, a picture does not decode": int((~whole).sum()),
-        "labels as before": sum(old == new for old, new in kept),
-        "wins turned to the other side": sum({old, new} == {"a", "b"} for old, new in kept),
-        "wins that became ties": sum(old in ("a", "b") and new == "tie" for old, new in kept),
-        "ties that became wins": sum(old == "tie" and new in ("a", "b") for old, new in kept),
+        "kept": len(changes),
+        "left out, judges disagree": int((decoded & ~accepted).sum()),
+        "left out, a picture does not decode": int((~decoded).sum()),
+        "labels as before": sum(old == new for old, new in changes),
+        "wins turned to the other side": sum({old, new} == {"a", "b"} for old, new in changes),
+        "wins that became ties": sum(old in ("a", "b") and new == "tie" for old, new in changes),
+        "ties that became wins": sum(old == "tie" and new in ("a", "b") for old, new in changes),
         "judges": [
-            {"judge": name, **_says(made.scores[place], given), "unit": _finite(made.units[place]), "card": cards[name]}
-            for place, name in enumerate(config.judges)
+            {
+                "judge": name,
+                **_agreement(relabelled.scores[index], given),
+                "unit": _finite(relabelled.units[index]),
+                "card": cards[name],
+            }
+            for index, name in enumerate(config.judges)
         ],
         "settings": {"trust": config.trust, "agreement": config.agreement, "tie": config.tie, "scale": scale},
     }
 
 
-def _says(scores: np.ndarray, given: np.ndarray) -> dict[str, int]:
-    """How often a judge sides with the set's own label, of the pairs where both decide, and how often it decides nothing."""
+def _agreement(scores: np.ndarray, given: np.ndarray) -> dict[str, int]:
+    """Counts of pairs on which a judge agrees with the dataset's label, of those that both decide, and of equal scores."""
     gaps = scores[:, 0] - scores[:, 1]
     both = (given != 0.5) & (gaps != 0) & ~np.isnan(gaps)
     return {

@@ -1,8 +1,9 @@
-"""Scores of a judge for a folder of pictures or a preference set, as Parquet: one row a picture.
+"""Scores of a judge for a folder of images or a preference dataset, as Parquet with one row per image.
 
-Prompts come from metadata.jsonl in the folder ({"file_name": ..., "prompt": ...}), from a text file beside each picture,
-or from a list given, a prompt a line in the order of the pictures' names. A picture that does not decode has no score and
-a reason. Finished shards are kept; a restarted run goes on after them. Processes share them (RANK of WORLD_SIZE).
+Prompts come from metadata.jsonl in the folder ({"file_name": ..., "prompt": ...}), from a text file next to each image,
+or from a text file with one prompt per line in the order of the file names. An image that does not decode has no score
+and a reason. Finished shards stay on disk, and a restarted run skips them. Several processes (RANK of WORLD_SIZE) divide
+the shards among them.
 """
 
 from __future__ import annotations
@@ -28,8 +29,15 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-class Picture(NamedTuple):
-    """A picture to score: its name, its prompt, and its file or its row and side in a set."""
+class ImageToScore(NamedTuple):
+    """An image to score.
+
+    Attributes:
+        id: file name, or row id and side ("row-0/a").
+        prompt: its prompt.
+        file: its file, or None for an image of a dataset.
+        row, side: row number and side (a or b) in a dataset.
+    """
 
     id: str
     prompt: str
@@ -39,7 +47,7 @@ class Picture(NamedTuple):
 
 
 class ScoreResult(NamedTuple):
-    """The file written, how many pictures have a score, how many don't, and their mean score."""
+    """The written file, the number of images with and without a score, and the mean score."""
 
     path: Path
     scored: int
@@ -48,121 +56,141 @@ class ScoreResult(NamedTuple):
 
 
 def score(config: JudgeConfig) -> ScoreResult | None:
-    """Score pictures as the config says; None where other processes have shards to finish yet.
+    """Score images with a judge and write a Parquet file, with the judge's card as JSON next to it.
 
-    Raises ValueError for an unknown judge, pictures without prompts, or a folder begun with other settings.
+    Returns:
+        The result, or None if other processes still have unfinished shards.
+
+    Raises:
+        ValueError: if the judge is unknown, an image has no prompt, or the output was started with other settings.
     """
     load_judge(config.judge)
-    pictures, rows = read_images(config.images, config.prompts)
+    images, rows = read_images(config.images, config.prompts)
     card, folder = judge_card(config.judge), Path(f"{config.output}.parts")
-    plan = {"judge": config.judge, "images": config.images, "prompts": config.prompts, "pictures": len(pictures)}
+    plan = {"judge": config.judge, "images": config.images, "prompts": config.prompts, "pictures": len(images)}
     plan |= {"weights": card.get("weights") or card.get("code_sha256"), "shard_size": config.shard_size}
     check_settings_unchanged(folder, plan, done="judged", flag="output")
-    shards = [pictures[i : i + config.shard_size] for i in range(0, len(pictures), config.shard_size)]
-    places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
-    left = missing_shards(places)
-    if left:
-        with exit_cleanly_on_sigterm(), progress_bar("judging", sum(len(shards[n]) for n in left)) as advance:
-            for number in left:
-                _write(_shard(shards[number], rows, config.judge), places[number])
+    shards = [images[i : i + config.shard_size] for i in range(0, len(images), config.shard_size)]
+    paths = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
+    missing = missing_shards(paths)
+    if missing:
+        with exit_cleanly_on_sigterm(), progress_bar("judging", sum(len(shards[n]) for n in missing)) as advance:
+            for number in missing:
+                _write(_score_shard(shards[number], rows, config.judge), paths[number])
                 advance(len(shards[number]))
-    if not all(place.exists() for place in places):
+    if not all(path.exists() for path in paths):
         return None
-    path = combine_shards(places, Path(config.output), nothing="")
-    path.with_suffix(".json").write_text(json.dumps(card, indent=1))
-    return _counted(path)
+    output = combine_shards(paths, Path(config.output), nothing="")
+    output.with_suffix(".json").write_text(json.dumps(card, indent=1))
+    return _result(output)
 
 
-def read_images(images: str, prompts: str | None) -> tuple[list[Picture], Dataset | None]:
-    """The pictures of a folder, or of both sides of a preference set, with the set. Raises ValueError without prompts."""
+def read_images(images: str, prompts: str | None) -> tuple[list[ImageToScore], Dataset | None]:
+    """List the images of a folder, or of both sides of a preference dataset, with their prompts.
+
+    Args:
+        images: a folder of images, or a preference dataset.
+        prompts: text file with one prompt per line, for a folder.
+
+    Returns:
+        The images, and the dataset if they come from one.
+
+    Raises:
+        ValueError: if an image has no prompt, or prompts are passed for a dataset.
+    """
     folder = Path(images)
     if folder.is_dir() and any(path.suffix.lower() in SUFFIXES for path in folder.iterdir()):
-        return _of_folder(folder, prompts), None
+        return _images_of_folder(folder, prompts), None
     if prompts:
-        raise ValueError(f"{images}: prompts are for a folder of pictures; a preference set has its own")
+        raise ValueError(
+            f"{images}: --prompts is only for a folder of images. A preference dataset has its own prompts."
+        )
     rows = load_pairs(images)
-    named = zip(rows["id"], rows["prompt"], strict=True)
+    ids_and_prompts = enumerate(zip(rows["id"], rows["prompt"], strict=True))
     return [
-        Picture(f"{name}/{side}", prompt, row=n, side=side) for n, (name, prompt) in enumerate(named) for side in "ab"
+        ImageToScore(f"{row_id}/{side}", prompt, row=n, side=side)
+        for n, (row_id, prompt) in ids_and_prompts
+        for side in "ab"
     ], rows
 
 
-def _of_folder(folder: Path, prompts: str | None) -> list[Picture]:
+def _images_of_folder(folder: Path, prompts: str | None) -> list[ImageToScore]:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if prompts:
-        lines = _text(Path(prompts)).splitlines()
+        lines = _read_text(Path(prompts)).splitlines()
         if len(lines) != len(files):
             raise ValueError(
-                f"{prompts}: {len(lines)} prompts for {len(files)} pictures; expected a line for each, in order"
+                f"{prompts}: {len(lines)} prompts for {len(files)} images. Expected one line per image, in the order of "
+                "the file names."
             )
-        return [Picture(file.name, line.strip(), file) for file, line in zip(files, lines, strict=True)]
-    known = _metadata(folder / "metadata.jsonl")
-    pictures = []
+        return [ImageToScore(file.name, line.strip(), file) for file, line in zip(files, lines, strict=True)]
+    metadata = _read_metadata(folder / "metadata.jsonl")
+    images = []
     for file in files:
-        beside = file.with_suffix(".txt")
-        if file.name not in known and not beside.is_file():
+        text_file = file.with_suffix(".txt")
+        if file.name not in metadata and not text_file.is_file():
             raise ValueError(
-                f"{file}: no prompt; expected a line for it in metadata.jsonl, a {beside.name} beside it, or --prompts FILE"
+                f"{file}: no prompt. Add a line to metadata.jsonl, a file {text_file.name} next to the image, or pass "
+                "--prompts FILE."
             )
-        prompt = known[file.name] if file.name in known else _text(beside).strip()
-        pictures.append(Picture(file.name, prompt, file))
-    return pictures
+        prompt = metadata[file.name] if file.name in metadata else _read_text(text_file).strip()
+        images.append(ImageToScore(file.name, prompt, file))
+    return images
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    found = {}
-    for number, line in enumerate(_text(path).splitlines() if path.is_file() else [], start=1):
+def _read_metadata(path: Path) -> dict[str, str]:
+    prompts = {}
+    for number, line in enumerate(_read_text(path).splitlines() if path.is_file() else [], start=1):
         try:
             row = json.loads(line)
-            found[str(row["file_name"])] = str(row["prompt"] if "prompt" in row else row["text"])
+            prompts[str(row["file_name"])] = str(row["prompt"] if "prompt" in row else row["text"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: expected {{'file_name': ..., 'prompt': ...}}") from error
-    return found
+    return prompts
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected text")
+        raise ValueError(f"{path}: no such file. Expected a text file.")
     return path.read_text()
 
 
-def _shard(pictures: Sequence[Picture], rows: Dataset | None, judge: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = [
-        {"id": one.id, "prompt": one.prompt, "judge": judge, "score": None, "error": None} for one in pictures
+def _score_shard(images: Sequence[ImageToScore], rows: Dataset | None, judge: str) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = [
+        {"id": image.id, "prompt": image.prompt, "judge": judge, "score": None, "error": None} for image in images
     ]
     decoded: list[tuple[int, Image.Image]] = []
-    for place, one in enumerate(pictures):
+    for index, image in enumerate(images):
         try:
-            decoded.append((place, decode_image(_bytes(one, rows))))
+            decoded.append((index, decode_image(_encoded(image, rows))))
         except (ValueError, OSError) as error:
-            found[place]["error"] = str(error)
-    scores = (
-        load_judge(judge)([i for _, i in decoded], [pictures[place].prompt for place, _ in decoded]) if decoded else []
-    )
-    for (place, _), value in zip(decoded, scores, strict=True):
-        found[place]["score"] = float(value)
-    return found
+            records[index]["error"] = str(error)
+    if decoded:
+        scores = load_judge(judge)([image for _, image in decoded], [images[index].prompt for index, _ in decoded])
+        for (index, _), value in zip(decoded, scores, strict=True):
+            records[index]["score"] = float(value)
+    return records
 
 
-def _bytes(one: Picture, rows: Dataset | None) -> bytes:
-    if one.file:
-        return one.file.read_bytes()
+def _encoded(image: ImageToScore, rows: Dataset | None) -> bytes:
+    if image.file:
+        return image.file.read_bytes()
     assert rows is not None
-    cell = rows.with_format("arrow")[one.row : one.row + 1].column(f"image_{one.side}")[0].as_py()
+    cell = rows.with_format("arrow")[image.row : image.row + 1].column(f"image_{image.side}")[0].as_py()
     return image_bytes(cell)
 
 
-def _write(found: list[dict[str, Any]], path: Path) -> None:
+def _write(records: list[dict[str, Any]], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     text = pa.string()
     schema = pa.schema({"id": text, "prompt": text, "judge": text, "score": pa.float64(), "error": text})
-    with atomic_write(path) as beside:
-        pq.write_table(pa.Table.from_pylist(found, schema=schema), beside)
+    with atomic_write(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(records, schema=schema), temporary)
 
 
-def _counted(path: Path) -> ScoreResult:
+def _result(path: Path) -> ScoreResult:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

@@ -1,13 +1,14 @@
-"""Whether a judge on this machine is the one it is named after, as far as that can be checked without a data set.
+"""Self-test of a judge: checks, without a dataset, that the judge on this machine is the one of its name.
 
-Its files against the sha256 that their authors published; the same scores twice, and in batches as one by one; pictures
-of the world of shapes score higher with their own captions than with others'; and golden values, where any are public:
+The files are compared with the sha256 that their authors published. Scores must be the same twice, and the same one by
+one as in batches. Images of the synthetic shapes must score higher with their own captions than with others'. Golden
+values are compared if any are public:
 
-- clip_score with OpenAI's ViT-B/32: the label probabilities of CLIP.png printed in the README of github.com/openai/CLIP
-  (the picture, sha256 308a3ca4..., is to be had there). They come from half precision, hence the tolerance.
-- laion_aesthetic: its head at three embeddings, computed by the project from the published file with numpy, float64.
+- clip_score with OpenAI's ViT-B/32: the label probabilities of CLIP.png in the README of github.com/openai/CLIP, which
+  also contains the image (sha256 308a3ca4...). They come from half precision, hence the tolerance.
+- laion_aesthetic: its head at three embeddings, computed by the project from the published file with numpy in float64.
 
-For PickScore, HPS, VQAScore and Soft-TIFA no example score with a picture to go with it was found: none is recorded.
+For PickScore, HPS, VQAScore and Soft-TIFA no published score with its image was found, so none is recorded.
 """
 
 from __future__ import annotations
@@ -24,146 +25,165 @@ from dpo_mm.judges import JUDGES, is_pairwise, judge_card, load_judge, load_pair
 from dpo_mm.worlds import shapes
 
 CAPTIONS = ("a red circle", "a blue square", "a green triangle", "a yellow star")
-CLIP_PNG = "308a3ca4503f1c7a07803916c369d78c4ef501e5ab7fc727da9b5e1d2f9ec85b"
+CLIP_PNG_SHA256 = "308a3ca4503f1c7a07803916c369d78c4ef501e5ab7fc727da9b5e1d2f9ec85b"
 CLIP_LABELS = ("a diagram", "a dog", "a cat")
 CLIP_PROBABILITIES = (0.9927937, 0.00421068, 0.00299572)
-HEAD_VALUES = {"nothing": 5.23664585, "all alike": 4.88328485, "the first alone": 4.54505240}
-"""LAION's head at an embedding of zeros, of ones, and of a one and zeros."""
+HEAD_VALUES = {"zeros": 5.23664585, "ones": 4.88328485, "one, then zeros": 4.54505240}
+"""Golden values of LAION's head at three embeddings."""
 
 
 class CheckResult(NamedTuple):
-    """One check: whether it passed (None: it says nothing here), and what was seen."""
+    """Result of one check.
+
+    Attributes:
+        name: name of the check.
+        passed: None if the check does not apply.
+        observed: observed values.
+    """
 
     name: str
     passed: bool | None
     observed: str
 
 
-BLIND = CheckResult("captions", None, "this judge doesn't read prompts, or has questions about its own alone")
+CAPTIONS_NOT_APPLICABLE = CheckResult(
+    "captions", None, "this judge ignores prompts, or only scores the prompts of its questions"
+)
 
 
-def self_test(name: str, picture: str | None = None) -> Iterator[CheckResult]:
-    """Checks of a judge, one after another. picture: CLIP.png, for the golden values that need it.
+def self_test(name: str, reference_image: str | None = None) -> Iterator[CheckResult]:
+    """Run the checks of a judge, one after another.
 
-    Raises ValueError as `load_judge`.
+    Args:
+        name: the judge.
+        reference_image: path of CLIP.png, for the golden values that need it.
+
+    Raises:
+        ValueError: if the judge is unknown or its files are missing.
     """
-    card, found = judge_card(name), parse_judge_name(name)
-    yield from weights(card)
-    images, prompts = pictures(found.where if found and "questions" in card else None)
+    card, parsed = judge_card(name), parse_judge_name(name)
+    yield from check_weights(card)
+    images, prompts = captioned_images(parsed.location if parsed and "questions" in card else None)
     if is_pairwise(name):
-        yield from pairwise(name, images, prompts)
+        yield from check_pairwise(name, images, prompts)
         return
     judge = load_judge(name)
-    together = np.array(judge(images, prompts), dtype=float)
+    batched = np.array(judge(images, prompts), dtype=float)
+    repeated = np.array(judge(images, prompts))
+    yield CheckResult("same scores twice", bool((batched == repeated).all()), "the same images, scored twice")
+    single = np.array([judge([image], [prompt])[0] for image, prompt in zip(images, prompts, strict=True)])
+    difference = float(np.abs(single - batched).max())
     yield CheckResult(
-        "repeats itself", bool((together == np.array(judge(images, prompts))).all()), "the same pictures twice"
+        "same scores in batches",
+        difference <= tolerance(card, batched),
+        f"largest difference between one by one and batched: {difference:.2g}",
     )
-    apart = np.array([judge([image], [prompt])[0] for image, prompt in zip(images, prompts, strict=True)])
-    gap = float(np.abs(apart - together).max())
-    yield CheckResult(
-        "batches don't matter", gap <= tolerance(card, together), f"one by one and together: {gap:.2g} apart at most"
-    )
-    reads = bool(not found or JUDGES[found.judge].reads) and "questions" not in card
-    yield order(judge, images, prompts, least=tolerance(card, together)) if reads else BLIND
-    yield golden(name, judge, card, picture)
+    if (not parsed or JUDGES[parsed.judge].uses_prompt) and "questions" not in card:
+        yield check_captions(judge, images, prompts, min_difference=tolerance(card, batched))
+    else:
+        yield CAPTIONS_NOT_APPLICABLE
+    yield check_golden_values(name, judge, card, reference_image)
 
 
-def weights(card: dict[str, Any]) -> Iterator[CheckResult]:
-    """Files against their published sha256."""
-    for file, about in card.get("weights", {}).items():
-        known = about["published"]
-        words = {True: "as published", False: "NOT as published", None: "no published sha256 is recorded"}
-        yield CheckResult(f"weights {file}", known, f"sha256 {about['sha256']}, {words[known]}")
+def check_weights(card: dict[str, Any]) -> Iterator[CheckResult]:
+    """Compare the files in a card with their published sha256."""
+    for file, weights in card.get("weights", {}).items():
+        published = weights["published"]
+        text = {True: "as published", False: "NOT as published", None: "no published sha256 is recorded"}
+        yield CheckResult(f"weights {file}", published, f"sha256 {weights['sha256']}, {text[published]}")
 
 
-def pictures(questions: str | None) -> tuple[list[Image.Image], list[str]]:
-    """Pictures of shapes with their captions, or with the first prompts of a file of questions."""
-    drawn = [shapes.sample_scene(shapes.parse(text), np.random.default_rng(n)) for n, text in enumerate(CAPTIONS)]
-    images = [shapes.render(scene) for scene in drawn]
+def captioned_images(questions: str | None) -> tuple[list[Image.Image], list[str]]:
+    """Images of the synthetic shapes with their captions, or with the first prompts of a file of questions."""
+    scenes = [shapes.sample_scene(shapes.parse(text), np.random.default_rng(n)) for n, text in enumerate(CAPTIONS)]
+    images = [shapes.render(scene) for scene in scenes]
     if questions is None:
         return images, list(CAPTIONS)
     from dpo_mm.judges.soft_tifa import read_questions
 
-    known = itertools.cycle(read_questions(Path(questions).expanduser()))
-    return images, [next(known) for _ in images]
+    prompts = itertools.cycle(read_questions(Path(questions).expanduser()))
+    return images, [next(prompts) for _ in images]
 
 
 def tolerance(card: dict[str, Any], scores: np.ndarray) -> float:
-    """What rounding may do to a score: half precision on a GPU for a model in its own precision, else float32."""
+    """Largest rounding error of a score: that of half precision for a VLM on a GPU, else that of float32."""
     import torch
 
-    size = max(1.0, float(np.abs(scores).max()))
-    return size * (2e-2 if "template" in card and torch.cuda.is_available() else 1e-4)
+    largest = max(1.0, float(np.abs(scores).max()))
+    return largest * (2e-2 if "template" in card and torch.cuda.is_available() else 1e-4)
 
 
-def order(judge: Any, images: Sequence[Image.Image], prompts: Sequence[str], *, least: float) -> CheckResult:
-    """Pictures score higher with their own captions than with others', in the mean, by more than `least`."""
+def check_captions(
+    judge: Any, images: Sequence[Image.Image], prompts: Sequence[str], *, min_difference: float
+) -> CheckResult:
+    """Check that images score higher on average with their own captions than with others', by `min_difference`."""
     rows = [(image, prompt) for image in images for prompt in prompts]
     scores = np.array(judge([image for image, _ in rows], [prompt for _, prompt in rows])).reshape(len(images), -1)
     own = float(np.diag(scores).mean())
     other = float((scores.sum() - np.diag(scores).sum()) / (scores.size - len(images)))
-    seen = f"own {own:.4f}, others' {other:.4f} in the mean of {len(images)} pictures"
-    return CheckResult("captions", own - other > least, seen)
+    observed = f"mean score with own captions {own:.4f}, with others' {other:.4f} ({len(images)} images)"
+    return CheckResult("captions", own - other > min_difference, observed)
 
 
-def golden(name: str, judge: Any, card: dict[str, Any], picture: str | None) -> CheckResult:
-    """Golden values where they are public; what there is, and what it takes, where they aren't checked."""
-    found = parse_judge_name(name)
-    if found and found.judge == "laion_aesthetic":
-        return laion_golden(name, card)
-    if not found or found.judge != "clip_score" or "ViT-B-32" not in card["model"]:
-        return CheckResult("golden values", None, "no public ones are recorded for this judge")
-    if picture is None:
-        return CheckResult(
-            "golden values", None, "of OpenAI's ViT-B/32 for CLIP.png of github.com/openai/CLIP: --picture CLIP.png"
-        )
+def check_golden_values(name: str, judge: Any, card: dict[str, Any], reference_image: str | None) -> CheckResult:
+    """Compare with golden values if they are public, or report what the check needs."""
+    parsed = parse_judge_name(name)
+    if parsed and parsed.judge == "laion_aesthetic":
+        return check_laion_head(name, card)
+    if not parsed or parsed.judge != "clip_score" or "ViT-B-32" not in card["model"]:
+        return CheckResult("golden values", None, "no public values are recorded for this judge")
+    if reference_image is None:
+        needed = "OpenAI's ViT-B/32 on CLIP.png of github.com/openai/CLIP. Pass --reference-image CLIP.png."
+        return CheckResult("golden values", None, needed)
     from dpo_mm.data.image_files import decode_image
     from dpo_mm.judges.weights import sha256
 
-    if sha256(Path(picture)) != CLIP_PNG:
-        return CheckResult(
-            "golden values", False, f"{picture} is not the CLIP.png whose values are known (sha256 {CLIP_PNG[:8]}...)"
-        )
-    image = decode_image(Path(picture).read_bytes())
-    return clip_golden(judge([image] * 3, list(CLIP_LABELS)))
+    if sha256(Path(reference_image)) != CLIP_PNG_SHA256:
+        wrong = f"{reference_image} is not the CLIP.png with known values (sha256 {CLIP_PNG_SHA256[:8]}...)"
+        return CheckResult("golden values", False, wrong)
+    image = decode_image(Path(reference_image).read_bytes())
+    return compare_clip_probabilities(judge([image] * 3, list(CLIP_LABELS)))
 
 
-def clip_golden(scores: Sequence[float]) -> CheckResult:
-    """CLIPScores of the three labels as the probabilities that OpenAI prints: softmax of 100 cos."""
+def compare_clip_probabilities(scores: Sequence[float]) -> CheckResult:
+    """Compare CLIPScores of the three labels with the probabilities that OpenAI prints: softmax of 100 cos."""
     logits = 100 * np.array(scores) / 2.5
     p = np.exp(logits - logits.max())
     p /= p.sum()
-    near = bool(np.abs(p - np.array(CLIP_PROBABILITIES)).max() < 2e-3)
+    passed = bool(np.abs(p - np.array(CLIP_PROBABILITIES)).max() < 2e-3)
     return CheckResult(
-        "golden values", near, f"probabilities {p.round(5).tolist()}, OpenAI's README prints {CLIP_PROBABILITIES}"
+        "golden values", passed, f"probabilities {p.round(5).tolist()}, OpenAI's README prints {CLIP_PROBABILITIES}"
     )
 
 
-def laion_golden(name: str, card: dict[str, Any]) -> CheckResult:
-    """LAION's head at three embeddings."""
+def check_laion_head(name: str, card: dict[str, Any]) -> CheckResult:
+    """Compare LAION's head with its golden values at three embeddings."""
     import torch
 
     from dpo_mm.judges.clip import LAION_HEAD, head, read_head
-    from dpo_mm.judges.weights import find
+    from dpo_mm.judges.weights import find_weights
 
-    found = parse_judge_name(name)
-    assert found is not None
-    path = find(LAION_HEAD, found)
+    parsed = parse_judge_name(name)
+    assert parsed is not None
+    path = find_weights(LAION_HEAD, parsed)
     if not card["weights"][path.name]["published"]:
-        return CheckResult("golden values", None, "those of the published head; this is another file")
+        return CheckResult("golden values", None, "recorded for the published head only, and this is another file")
     inputs = torch.stack([torch.zeros(768), torch.ones(768), torch.eye(768)[0]])
     values = head(inputs, read_head(path)).tolist()
-    near = bool(np.allclose(values, list(HEAD_VALUES.values()), atol=1e-4))
+    passed = bool(np.allclose(values, list(HEAD_VALUES.values()), atol=1e-4))
     return CheckResult(
-        "golden values", near, f"head {[round(v, 5) for v in values]}, recorded {list(HEAD_VALUES.values())}"
+        "golden values", passed, f"head {[round(v, 5) for v in values]}, recorded {list(HEAD_VALUES.values())}"
     )
 
 
-def pairwise(name: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> Iterator[CheckResult]:
-    """A judge of pairs: the other way round it says the opposite; how often it decides at all."""
-    judge, other = load_pairwise(name), [*images[1:], images[0]]
-    one, back = np.array(judge(images, other, prompts)), np.array(judge(other, images, prompts))
-    yield CheckResult("swapped pairs", bool(np.allclose(one + back, 1)), f"{one.tolist()}, swapped {back.tolist()}")
-    yield CheckResult("captions", bool(one.mean() > 0.5), f"{int((one > 0.5).sum())} of {len(one)} for the picture with that caption, "
-                f"{int((one == 0.5).sum())} ties (changed its mind with the order, or not understood)")  # fmt: skip
-    yield CheckResult("golden values", None, "no public ones are recorded for this judge")
+def check_pairwise(name: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> Iterator[CheckResult]:
+    """Check a pairwise judge: swapped pairs give the opposite result, and own captions win more often."""
+    judge, others = load_pairwise(name), [*images[1:], images[0]]
+    forward, swapped = np.array(judge(images, others, prompts)), np.array(judge(others, images, prompts))
+    yield CheckResult(
+        "swapped pairs", bool(np.allclose(forward + swapped, 1)), f"{forward.tolist()}, swapped {swapped.tolist()}"
+    )
+    wins, ties = int((forward > 0.5).sum()), int((forward == 0.5).sum())
+    observed = f"the image with that caption wins {wins} of {len(forward)}, {ties} ties (orders disagree, or unparsed)"
+    yield CheckResult("captions", bool(forward.mean() > 0.5), observed)
+    yield CheckResult("golden values", None, "no public values are recorded for this judge")

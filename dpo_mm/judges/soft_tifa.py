@@ -1,12 +1,15 @@
-"""Faithfulness atom by atom: yes-or-no and how-many questions about a picture, answered by a vision-language model.
+"""Soft-TIFA: faithfulness as the mean probability of right answers to yes-or-no and counting questions about an image.
 
     soft_tifa_am = mean of P(answer | image, question) over a prompt's questions
-    soft_tifa_gm = their geometric mean: one atom missed is a prompt missed
+    soft_tifa_gm = their geometric mean, so one missed question fails the prompt
 
-Source: Soft-TIFA of GenEval 2 (2512.16853). Departures: an answer counts by its spellings that are one token, each token
-once (the authors take each spelling's first token, which can count one twice), from the raw logits.
+A vision-language model answers the questions.
 
-Questions come from a JSONL file, a prompt a line, in either form:
+Source: Soft-TIFA of GenEval 2 (2512.16853). Departures: an answer counts by its spellings that are one token, and each
+token counts once (the authors take the first token of each spelling, which can count a token twice). The probabilities
+come from the raw logits.
+
+Questions come from a JSONL file with one prompt per line, in one of two formats:
 
     {"prompt": "two red dogs", "vqa_list": [["How many dogs are in the image?", "two"], ["Are the dogs red?", "Yes"]]}
     {"prompt": "a photo of a dog right of a tie", "tag": "position", "include": [...]}      GenEval's evaluation_metadata
@@ -23,12 +26,12 @@ import numpy as np
 from PIL import Image
 
 from dpo_mm.judges import JudgeName, LazyJudge
-from dpo_mm.judges.vqa import Asked, Vlm, card_of, check, open_vlm
+from dpo_mm.judges.vqa import Vlm, VlmQuestion, find_model, model_card, open_vlm
 from dpo_mm.judges.weights import device, sha256
 
 TEMPLATE = "{question} Answer in one word."
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-PLACES = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 PLURALS = {
     "person": "people",
     "knife": "knives",
@@ -36,145 +39,168 @@ PLURALS = {
     **{same: same for same in ("sheep", "skis", "scissors", "broccoli")},
 }
 
-PAIRS = ("skis", "scissors")
-"""Spoken of as many, though one."""
+PLURAL_ONLY = ("skis", "scissors")
+"""Objects that take a plural verb even if there is one."""
 
 
 class TifaQuestion(NamedTuple):
-    """One question about a picture and its right answer."""
+    """A question about an image and its right answer."""
 
     question: str
     answer: str
 
 
-def soft_tifa_am(named: JudgeName) -> LazyJudge:
-    """The mean of a prompt's atoms: `soft_tifa_am:MODEL@QUESTIONS.jsonl`."""
-    return _open(named, geometric=False)
+def soft_tifa_am(judge_name: JudgeName) -> LazyJudge:
+    """Arithmetic mean over a prompt's questions: `soft_tifa_am:MODEL@QUESTIONS.jsonl`."""
+    return _lazy_judge(judge_name, geometric=False)
 
 
-def soft_tifa_gm(named: JudgeName) -> LazyJudge:
-    """The geometric mean of a prompt's atoms: `soft_tifa_gm:MODEL@QUESTIONS.jsonl`."""
-    return _open(named, geometric=True)
+def soft_tifa_gm(judge_name: JudgeName) -> LazyJudge:
+    """Geometric mean over a prompt's questions: `soft_tifa_gm:MODEL@QUESTIONS.jsonl`."""
+    return _lazy_judge(judge_name, geometric=True)
 
 
-def _open(named: JudgeName, *, geometric: bool) -> LazyJudge:
-    check(named, None)
-    if not named.where:
-        raise ValueError(f"judge {named.judge!r} needs questions: {named.judge}:{named.model}@QUESTIONS.jsonl")
-    path = Path(named.where).expanduser()
-    atoms = read_questions(path)
+def _lazy_judge(judge_name: JudgeName, *, geometric: bool) -> LazyJudge:
+    if not judge_name.location:
+        raise ValueError(
+            f"judge {judge_name.judge!r} needs questions: {judge_name.judge}:{judge_name.model or 'MODEL'}@QUESTIONS.jsonl"
+        )
+    folder = find_model(judge_name, revision=None)
+    path = Path(judge_name.location).expanduser()
+    questions = read_questions(path)
 
     def judge(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        parts = ask(open_vlm(named.model, None, device()), images, prompts, atoms, where=named.where)
-        return [mean_of(part, geometric=geometric) for part in parts]
+        vlm = open_vlm(folder, device())
+        answers = answer_probabilities(vlm, images, prompts, questions, file_name=judge_name.location)
+        return [mean_of(probabilities, geometric=geometric) for probabilities in answers]
 
     def card() -> dict[str, Any]:
-        formula = f"{'geometric ' * geometric}mean of P(answer) over the prompt's questions"
-        questions = {"questions": {"file": path.name, "sha256": sha256(path), "prompts": len(atoms)}}
-        return card_of(named.model, None) | {"formula": formula, "template": TEMPLATE} | questions
+        return model_card(judge_name, folder) | {
+            "formula": f"{'geometric ' * geometric}mean of P(answer) over the prompt's questions",
+            "template": TEMPLATE,
+            "questions": {"file": path.name, "sha256": sha256(path), "prompts": len(questions)},
+        }
 
     return LazyJudge(judge, card)
 
 
-def ask(
+def answer_probabilities(
     vlm: Vlm,
     images: Sequence[Image.Image],
     prompts: Sequence[str],
-    atoms: Mapping[str, Sequence[TifaQuestion]],
+    questions: Mapping[str, Sequence[TifaQuestion]],
     *,
-    where: str,
+    file_name: str,
 ) -> list[list[float]]:
-    """How likely each atom's right answer is, [0, 1], a list a picture. Raises ValueError for a prompt without atoms."""
-    unknown = next((prompt for prompt in prompts if prompt not in atoms), None)
+    """Probabilities of the right answers to the questions about each image.
+
+    Args:
+        vlm: the model that answers.
+        images: images to score.
+        prompts: prompt of each image.
+        questions: questions by prompt.
+        file_name: the file of the questions, for the error.
+
+    Returns:
+        One list per image with a probability in [0, 1] per question.
+
+    Raises:
+        ValueError: if a prompt has no questions.
+    """
+    unknown = next((prompt for prompt in prompts if prompt not in questions), None)
     if unknown is not None:
-        raise ValueError(f"{where}: no questions about the prompt {unknown!r}; add a line for it")
-    asked = [
-        Asked((image,), TEMPLATE.format(question=atom.question), spellings(atom.answer))
+        raise ValueError(f"{file_name}: no questions for the prompt {unknown!r}. Add a line for it.")
+    batch = [
+        VlmQuestion((image,), TEMPLATE.format(question=question.question), spellings(question.answer))
         for image, prompt in zip(images, prompts, strict=True)
-        for atom in atoms[prompt]
+        for question in questions[prompt]
     ]
-    found = iter(vlm.probability(asked))
-    return [[next(found) for _ in atoms[prompt]] for prompt in prompts]
+    probabilities = iter(vlm.probability(batch))
+    return [[next(probabilities) for _ in questions[prompt]] for prompt in prompts]
 
 
-def mean_of(parts: Sequence[float], *, geometric: bool) -> float:
-    """The mean of probabilities, or their geometric mean (0 where one is 0)."""
-    values = np.array(parts)
+def mean_of(probabilities: Sequence[float], *, geometric: bool) -> float:
+    """Arithmetic or geometric mean of probabilities. The geometric mean is 0 if one of them is 0."""
+    values = np.array(probabilities)
     if not geometric:
         return float(values.mean())
     return float(np.exp(np.log(values).mean())) if (values > 0).all() else 0.0
 
 
 def spellings(answer: str) -> tuple[str, ...]:
-    """Ways to write an answer at the start of a reply: small and capital, a number in digits too, after a space or not."""
+    """Spellings of an answer at the start of a reply: lower case, capitalised, digits for a number, with and without a space."""
     word = answer.strip()
-    ways = [word, word.lower(), word.capitalize()]
-    ways += [str(NUMBERS.index(word.lower()))] if word.lower() in NUMBERS else []
-    ways += [NUMBERS[int(word)]] if word.isdecimal() and int(word) < len(NUMBERS) else []
-    return tuple(dict.fromkeys(f"{space}{way}" for space in ("", " ") for way in ways))
+    forms = [word, word.lower(), word.capitalize()]
+    forms += [str(NUMBERS.index(word.lower()))] if word.lower() in NUMBERS else []
+    forms += [NUMBERS[int(word)]] if word.isdecimal() and int(word) < len(NUMBERS) else []
+    return tuple(dict.fromkeys(f"{space}{form}" for space in ("", " ") for form in forms))
 
 
 def read_questions(path: Path) -> dict[str, list[TifaQuestion]]:
-    """Atoms by prompt from a JSONL file. Raises ValueError that names the line, what was expected and what is there."""
+    """Read questions by prompt from a JSONL file.
+
+    Raises:
+        ValueError: if the file is missing, empty or malformed. The message names the line and the expected format.
+    """
     if not path.is_file():
         raise ValueError(
-            f"questions {str(path)!r}: no such file; expected JSON lines with prompt and vqa_list or include"
+            f"questions {str(path)!r}: no such file. Expected JSON lines with prompt and vqa_list or include."
         )
-    found: dict[str, list[TifaQuestion]] = {}
+    questions: dict[str, list[TifaQuestion]] = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if line.strip():
-            where = f"{path}, line {number}"
+            line_name = f"{path}, line {number}"
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{where}: not JSON ({error})") from error
-            prompt, atoms = _atoms(row, where)
-            found[prompt] = atoms
-    if not found:
-        raise ValueError(f"questions {str(path)!r}: the file is empty; expected a prompt a line")
-    return found
+                raise ValueError(f"{line_name}: not JSON ({error})") from error
+            prompt, of_prompt = _parse_row(row, line_name)
+            questions[prompt] = of_prompt
+    if not questions:
+        raise ValueError(f"questions {str(path)!r}: the file is empty. Expected one prompt per line.")
+    return questions
 
 
-def _atoms(row: Any, where: str) -> tuple[str, list[TifaQuestion]]:
+def _parse_row(row: Any, line_name: str) -> tuple[str, list[TifaQuestion]]:
     try:
-        atoms = [TifaQuestion(*pair) for pair in row["vqa_list"]] if "vqa_list" in row else of_geneval(row)
+        questions = [TifaQuestion(*pair) for pair in row["vqa_list"]] if "vqa_list" in row else geneval_questions(row)
         prompt = row["prompt"]
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
-            f"{where}: expected prompt with vqa_list [[question, answer], ...] or include ({error!r})"
+            f"{line_name}: expected prompt with vqa_list [[question, answer], ...] or include ({error!r})"
         ) from error
     if (
         not isinstance(prompt, str)
-        or not atoms
-        or not all(isinstance(text, str) and text for one in atoms for text in one)
+        or not questions
+        or not all(isinstance(text, str) and text for question in questions for text in question)
     ):
-        raise ValueError(f"{where}: expected a prompt and questions with answers, all of them text")
-    return prompt, atoms
+        raise ValueError(f"{line_name}: expected a prompt and questions with answers, all of them text")
+    return prompt, questions
 
 
-def of_geneval(row: Mapping[str, Any]) -> list[TifaQuestion]:
-    """The atoms of a line of GenEval's metadata: each object's presence, number, colour, and place beside another."""
-    objects, atoms = row["include"], []
-    for thing in objects:
-        name, many = thing["class"], thing["count"] > 1
-        the = f"Are the {plural(name)}" if many or name in PAIRS else f"Is the {name}"
-        atoms.append(TifaQuestion(_any(name, many=many), "Yes"))
-        if many or any(other["class"] == name for other in row.get("exclude", ())):
-            atoms.append(TifaQuestion(f"How many {plural(name)} are in the image?", NUMBERS[thing["count"]]))
-        if "color" in thing:
-            atoms.append(TifaQuestion(f"{the} {thing['color']}?", "Yes"))
-        if "position" in thing:
-            relation, other = thing["position"]
-            atoms.append(TifaQuestion(f"{the} {PLACES[relation]} the {objects[other]['class']}?", "Yes"))
-    return atoms
+def geneval_questions(row: Mapping[str, Any]) -> list[TifaQuestion]:
+    """Questions for a row of GenEval's metadata: presence, number, colour and relative position of each object."""
+    objects, questions = row["include"], []
+    for item in objects:
+        name, several = item["class"], item["count"] > 1
+        subject = f"Are the {plural(name)}" if several or name in PLURAL_ONLY else f"Is the {name}"
+        questions.append(TifaQuestion(_presence_question(name, several=several), "Yes"))
+        if several or any(other["class"] == name for other in row.get("exclude", ())):
+            questions.append(TifaQuestion(f"How many {plural(name)} are in the image?", NUMBERS[item["count"]]))
+        if "color" in item:
+            questions.append(TifaQuestion(f"{subject} {item['color']}?", "Yes"))
+        if "position" in item:
+            relation, other = item["position"]
+            questions.append(TifaQuestion(f"{subject} {RELATIONS[relation]} the {objects[other]['class']}?", "Yes"))
+    return questions
 
 
-def _any(name: str, *, many: bool) -> str:
-    if many or name in PAIRS:
+def _presence_question(name: str, *, several: bool) -> str:
+    if several or name in PLURAL_ONLY:
         return f"Are there any {plural(name)} in the image?"
     return f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"
 
 
 def plural(name: str) -> str:
-    """The plural of one of GenEval's 80 objects."""
+    """Plural of one of GenEval's 80 objects."""
     return PLURALS.get(name) or name + ("es" if name.endswith(("s", "sh", "ch", "x")) else "s")

@@ -1,15 +1,16 @@
-"""Files of judges: where they are looked for, that they are what was published, and that reading them runs no code.
+"""Files of judges: where they are found, a check against their published hash, and loading that runs no code.
 
-A file is looked for where the judge's name says (`@file`, `@folder`), else under $DPO_MM_WEIGHTS and in the hub's cache.
-It is fetched from the hub only where the name says `@hub`.
+A file is found at the location in the judge's name (`@file`, `@folder`), or else under $DPO_MM_WEIGHTS or in the hub's
+cache. It is downloaded from the hub only if the name ends in `@hub`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,88 +21,131 @@ from dpo_mm.judges import JudgeName
 
 T = TypeVar("T")
 R = TypeVar("R")
-NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
-"""Keys of older CLIP checkpoints that are no weights."""
+NON_WEIGHT_KEYS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
+"""Keys of older CLIP checkpoints that are not weights."""
 
 
 class Published(NamedTuple):
-    """A file as it was published: repository on the hub, its name there (others after it), its sha256, what goes with it."""
+    """A published file of weights.
+
+    Attributes:
+        repo: repository on the hub.
+        files: names of the file in the repository, the preferred one first.
+        sha256: published hash, or None if none is recorded.
+        companions: other files that the weights need.
+    """
 
     repo: str
     files: tuple[str, ...]
     sha256: str | None = None
-    beside: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
 
 
 def weights_folder() -> Path:
-    """Where judges' files are looked for: $DPO_MM_WEIGHTS, or weights in $DPO_MM_CACHE, by default ~/.cache/dpo-mm."""
+    """Folder of the judges' files: $DPO_MM_WEIGHTS, or `weights` in $DPO_MM_CACHE (default: ~/.cache/dpo-mm)."""
     cache = (
         os.environ.get("DPO_MM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-mm"
     )
     return Path(os.environ.get("DPO_MM_WEIGHTS") or Path(cache) / "weights")
 
 
-def find(published: Published, named: JudgeName) -> Path:
-    """The file on this machine. Raises ValueError that says which file to get and where to put it."""
-    if named.where == "hub":
-        return _fetch(published, named)
-    given = Path(named.where).expanduser() if named.where else None
-    if given and given.is_file():
-        return given
-    if given and not given.is_dir():
-        raise ValueError(f"judge {named.judge!r}: {named.where}: no such file or folder")
-    folders = [given] if given else [weights_folder(), *_cached(published)]
+def find_weights(published: Published, judge_name: JudgeName) -> Path:
+    """Find a published file on this machine, or download it if the judge's name ends in `@hub`.
+
+    Raises:
+        ValueError: if the file is missing. The message names the file and the path where it belongs.
+    """
+    if judge_name.location == "hub":
+        return _download(published, judge_name)
+    location = Path(judge_name.location).expanduser() if judge_name.location else None
+    if location and location.is_file():
+        return location
+    if location and not location.is_dir():
+        raise ValueError(f"judge {judge_name.judge!r}: {judge_name.location}: no such file or folder")
+    folders = [location] if location else [weights_folder(), *_cached_snapshots(published)]
     for folder in folders:
         for file in published.files:
-            for place in (folder / published.repo / file, folder / file):
-                if place.is_file():
-                    return place
-    folder = given or weights_folder()
-    with_model = f"{named.judge}:{named.model}" if named.model else named.judge
+            for path in (folder / published.repo / file, folder / file):
+                if path.is_file():
+                    return path
+    folder = location or weights_folder()
+    with_model = f"{judge_name.judge}:{judge_name.model}" if judge_name.model else judge_name.judge
     raise ValueError(
-        f"judge {named.judge!r} needs {published.files[0]} of huggingface.co/{published.repo}: put it at "
-        f"{folder / published.repo / published.files[0]}, or name the judge {with_model}@FILE with the file's path, "
-        f"or {with_model}@hub to have it fetched"
+        f"judge {judge_name.judge!r} needs {published.files[0]} of huggingface.co/{published.repo}. Save it as "
+        f"{folder / published.repo / published.files[0]}, name the judge {with_model}@FILE with the path of the file, "
+        f"or name it {with_model}@hub to download the file."
     )
 
 
-def _cached(published: Published) -> list[Path]:
+def cached_file(repo: str, file: str, revision: str | None = None) -> Path | None:
+    """Path of a file in the hub's cache, or None if it is not cached. Sends no request."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = [try_to_load_from_cache(published.repo, file) for file in published.files]
-    return [Path(path).parent for path in found if isinstance(path, str)]
+    try:
+        path = try_to_load_from_cache(repo, file, revision=revision)
+    except ValueError:  # not a valid name of a repository
+        return None
+    return Path(path) if isinstance(path, str) else None
 
 
-def _fetch(published: Published, named: JudgeName) -> Path:
+def _cached_snapshots(published: Published) -> list[Path]:
+    paths = [cached_file(published.repo, file) for file in published.files]
+    return [path.parent for path in paths if path]
+
+
+@contextlib.contextmanager
+def hub_offline() -> Iterator[None]:
+    """Context manager in which the hub's client reads only its cache, as with HF_HUB_OFFLINE=1."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _download(published: Published, judge_name: JudgeName) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for file in published.files:
         try:
-            for other in published.beside:
-                hf_hub_download(published.repo, other)
+            for companion in published.companions:
+                hf_hub_download(published.repo, companion)
             return Path(hf_hub_download(published.repo, file))
         except LocalEntryNotFoundError as error:
-            raise ValueError(_unreachable(published, named)) from error
+            raise ValueError(_unreachable(published, judge_name)) from error
         except EntryNotFoundError:
             continue
-        except Exception as error:  # the hub's client has many kinds
-            raise ValueError(f"{_unreachable(published, named)} ({' '.join(str(error).split())[:200]})") from error
-    raise ValueError(f"judge {named.judge!r}: huggingface.co/{published.repo} has no {' or '.join(published.files)}")
-
-
-def _unreachable(published: Published, named: JudgeName) -> str:
-    place = weights_folder() / published.repo / published.files[0]
-    return (
-        f"judge {named.judge!r}: the hub can't be reached; get {published.files[0]} of huggingface.co/{published.repo} "
-        f"on another machine and put it at {place}"
+        except Exception as error:  # the hub's client raises many types
+            raise ValueError(f"{_unreachable(published, judge_name)} ({shorten(error)})") from error
+    raise ValueError(
+        f"judge {judge_name.judge!r}: huggingface.co/{published.repo} has no {' or '.join(published.files)}"
     )
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: safetensors, or what torch reads with weights_only, under `state_dict` or bare.
+def _unreachable(published: Published, judge_name: JudgeName) -> str:
+    path = weights_folder() / published.repo / published.files[0]
+    return (
+        f"judge {judge_name.judge!r}: the hub cannot be reached. Download {published.files[0]} of "
+        f"huggingface.co/{published.repo} on another machine and save it as {path}."
+    )
 
-    Raises ValueError where it is broken or holds anything but tensors, which reading would have to run.
+
+def shorten(error: Exception, length: int = 200) -> str:
+    """Text of an error on one line, at most `length` characters."""
+    return " ".join(str(error).split())[:length]
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint.
+
+    The file is safetensors, or a PyTorch file read with weights_only. Its tensors may be under `state_dict`.
+
+    Raises:
+        ValueError: if the file is broken, or contains anything but tensors (reading it would run code).
     """
     try:
         if path.suffix == ".safetensors":
@@ -110,48 +154,56 @@ def read_state(path: Path) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format and torch version has its own kinds
-        reason = " ".join(str(error).split())[:160]
+    except Exception as error:  # each format and torch version raises other types
         raise ValueError(
-            f"{path}: not readable as plain weights ({reason}); expected safetensors, or a PyTorch file of tensors alone"
+            f"{path}: not readable as plain weights ({shorten(error, 160)}). Expected safetensors, or a PyTorch file "
+            "that contains only tensors."
         ) from error
     state = state.get("state_dict", state)
-    named = {str(name).removeprefix("module."): value for name, value in state.items()}
-    strange = next((name for name, value in named.items() if not isinstance(value, Tensor)), None)
-    if strange is not None:
-        raise ValueError(f"{path}: {strange!r} is no tensor; expected a file of weights")
-    return named
+    tensors = {str(name).removeprefix("module."): value for name, value in state.items()}
+    wrong = next((name for name, value in tensors.items() if not isinstance(value, Tensor)), None)
+    if wrong is not None:
+        raise ValueError(f"{path}: {wrong!r} is not a tensor. Expected a file of weights.")
+    return tensors
 
 
-def fill(model: nn.Module, path: Path) -> nn.Module:
-    """The model with a checkpoint's weights, all of them. Raises ValueError that names a key that doesn't fit."""
-    state = {name: value for name, value in read_state(path).items() if name not in NO_WEIGHTS}
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    if missing or extra or shapes:
-        wrong = (
-            f"lacks {missing[0]}" if missing else f"has {extra[0]}" if extra else f"has another shape of {shapes[0]}"
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """Load all weights of a checkpoint into a model and return the model.
+
+    Raises:
+        ValueError: if a key is missing, unexpected or of another shape. The message names it.
+    """
+    state = {name: value for name, value in read_state(path).items() if name not in NON_WEIGHT_KEYS}
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    reshaped = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
+    if missing or extra or reshaped:
+        difference = (
+            f"lacks {missing[0]}"
+            if missing
+            else f"has the unexpected {extra[0]}"
+            if extra
+            else f"has another shape of {reshaped[0]}"
         )
-        raise ValueError(f"{path}: {wrong}; are these weights of another model?")
+        raise ValueError(f"{path}: {difference}. The weights may belong to another model.")
     model.load_state_dict(state)
     return model
 
 
 def sha256(path: Path) -> str:
-    """The file's sha256, read once for as long as the file stays the same."""
-    found = path.stat()
-    return _sha256(path, found.st_size, found.st_mtime_ns)
+    """Hash of a file's content. The file is read again only if its size or modification time changes."""
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache
-def _sha256(path: Path, size: int, changed: int) -> str:
+def _sha256(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_card(*files: tuple[Path, Published]) -> dict[str, Any]:
-    """Files with their sha256, and whether that is the one published; None where none is recorded."""
+    """Describe files: repository, sha256, and if it is the published one (None if no published hash is recorded)."""
     return {
         path.name: {
             "repo": published.repo,
@@ -163,23 +215,23 @@ def weights_card(*files: tuple[Path, Published]) -> dict[str, Any]:
 
 
 def device() -> torch.device:
-    """Where judges run: $DPO_MM_DEVICE, or this process's GPU, or the CPU."""
+    """Device of the judges: $DPO_MM_DEVICE, or this process's GPU, or the CPU."""
     if os.environ.get("DPO_MM_DEVICE"):
         return torch.device(os.environ["DPO_MM_DEVICE"])
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def in_batches(function: Callable[[Sequence[T]], list[R]], items: Sequence[T], size: int) -> list[R]:
-    """What a function gives of all items, `size` at a time; a batch that the GPU can't hold is halved."""
-    found: list[R] = []
+    """Apply a function to all items, `size` per batch. A batch that does not fit on the GPU is halved."""
+    results: list[R] = []
     for start in range(0, len(items), size):
         batch = items[start : start + size]
         try:
-            found += function(batch)
+            results += function(batch)
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             torch.cuda.empty_cache()
-            found += in_batches(function, batch, (len(batch) + 1) // 2)
-    return found
+            results += in_batches(function, batch, (len(batch) + 1) // 2)
+    return results

@@ -36,7 +36,7 @@ def draw_samples(
         )
     wanted = read_prompts(prompts, limit=limit)
     plan = {"models": list(models), "prompts": wanted, "steps": steps, "guidance": guidance, "seed": seed}
-    check_settings_unchanged(folder, plan, done="drawn", flag="folder for --pairs", file=PLAN)
+    check_settings_unchanged(folder, plan, done="drawn", flag="samples_dir", file=PLAN)
     for name in names:
         (folder / name).mkdir(exist_ok=True)
     for number, prompt in enumerate(wanted, 1):

@@ -1,6 +1,6 @@
 """Preference pairs from a reader's or captioner's own failures: ask it, judge its answers, reject the worst.
 
-rejected is what the model itself said (a loop cut three rounds after the truth's own, see `judges.text.cut_loop`),
+rejected is what the model itself said (a loop cut three rounds after the truth's own, see `judges.text.truncate_repetition`),
 chosen is the truth, its own best, or the same answer corrected. Each row keeps why it was rejected and how it was
 drawn. Finished shards are kept; a restarted run goes on after them, and one that is asked to stop (SIGTERM) ends after
 its shard. Processes share the questions (RANK of WORLD_SIZE).

@@ -1,7 +1,7 @@
-"""Public preference sets, and the forms that others have: a small converter each.
+"""Sources of preference datasets: public datasets and general file formats, with one small converter each.
 
-A converter is a function from raw rows to canonical ones (`dpo_mm.data.schema`), and yields `LeftOut` where a row has none.
-To add a set: write its converter in the file of its kind and name it in SOURCES; docs/reference/datasets.md has the table.
+A converter is a function from raw rows to rows of `dpo_mm.data.schema`. It yields `LeftOut` if a row cannot be converted.
+To add a dataset, write its converter in the file of its kind and add it to SOURCES. docs/reference/datasets.md has the table.
 """
 
 from __future__ import annotations
@@ -9,20 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from dpo_mm.sources import image_pair_sets as pairs
-from dpo_mm.sources import rankings
-from dpo_mm.sources import response_pair_sets as answers
-from dpo_mm.sources import row_formats as forms
+from dpo_mm.sources import image_pair_sets, rankings, response_pair_sets, row_formats
 from dpo_mm.sources.parquet_writer import Item, Row
 
 Converter = Callable[[Iterable[Row], str | None], Iterator[Item]]
+"""Function from raw rows and the axis (None: the default) to rows or reasons to leave them out."""
 
 
 class Source(NamedTuple):
-    """A set, or a form. kind: images (pairs of them) or answers. hub: where it is unless told. axes: the first is the
-    default; files: annotation files by axis ("" for all), each the first of its names that is there; whole: on the hub
-    it is a folder of files and no table. grouped: rows are paired among each other. uncertain: it has ties, votes,
-    scores or margins that a copy should still have. own: your table, with your ids.
+    """A public dataset or a file format, and how to import it.
+
+    Args:
+        convert: its converter.
+        kind: images or responses. Its rows are pairs of them.
+        hub: id of the dataset on the hub, "" if there is none.
+        license: licence of the dataset, if it has one.
+        axes: preference axes. The first is the default.
+        notes: remarks for the table in the docs.
+        files: annotation files by axis, "" for all. Each has alternative names, of which the first that exists is used.
+        whole: True if the dataset on the hub is a folder of files and not a table.
+        grouped: True if rows are single images, which are paired with each other.
+        uncertain: True if the dataset has ties, votes or scores. The doctor warns about copies without them.
+        keeps_ids: True if the rows' ids are used unchanged.
     """
 
     convert: Converter
@@ -35,32 +43,33 @@ class Source(NamedTuple):
     whole: bool = False
     grouped: bool = False
     uncertain: bool = False
-    own: bool = False
+    keeps_ids: bool = False
 
 
 SOURCES: dict[str, Source] = {
     "pickapic": Source(
-        pairs.pickapic,
+        image_pair_sets.pickapic,
         "images",
         "yuvalkirstain/pickapic_v1",
-        notes="v1; the page of v2 is gone. Ties (about 12 %) stay ties; addresses in it are dead and not used. Its card "
+        notes="Version 1. The page of v2 is gone. Ties (about 12 %) stay ties. Its URLs are dead and not used. Its card "
         "names no licence.",
         uncertain=True,
     ),
     "open-image-preferences": Source(
-        pairs.open_image_binarized,
+        image_pair_sets.open_image_binarized,
         "images",
         "data-is-better-together/open-image-preferences-v1-binarized",
         "apache-2.0",
-        notes="FLUX.1-dev against SD3.5-L in every pair: the model is a shortcut. Ties and votes are in the results.",
+        notes="FLUX.1-dev against SD3.5-L in every pair, so the model is a shortcut. Ties and votes are in "
+        "open-image-preferences-results.",
     ),
     "open-image-preferences-results": Source(
-        pairs.open_image_results,
+        image_pair_sets.open_image_results,
         "images",
         "",
         "apache-2.0",
-        notes="Every vote. Give a folder with the results' Parquet and the pictures of open-image-preferences-v1 "
-        "(image_quality_dev/ and so on): rows hold addresses, and none is fetched.",
+        notes="Every vote. Give a folder with the results' Parquet and the images of open-image-preferences-v1 "
+        "(image_quality_dev/ and so on). Rows contain URLs, and none is fetched.",
         uncertain=True,
     ),
     "hpdv2": Source(
@@ -68,27 +77,27 @@ SOURCES: dict[str, Source] = {
         "images",
         "ymhao/HPDv2",
         "apache-2.0",
-        notes="A script repository: its files are read. train.json is pairs, test.json ranks of nine with raw votes.",
+        notes="A script repository, of which the files are read. train.json has pairs, test.json ranks of nine with raw votes.",
         files={"": ("{split}.json",)},
         whole=True,
     ),
     "hpdv3": Source(
-        pairs.hpdv3,
+        image_pair_sets.hpdv3,
         "images",
         "MizzenAI/HPDv3",
         "mit",
-        notes="images.tar.gz.00 and so on are read as one. choice_dist becomes votes; confidence is not kept.",
+        notes="images.tar.gz.00 and so on are read as one file. choice_dist becomes votes. confidence is not imported.",
         files={"": ("{split}.json",)},
         whole=True,
         uncertain=True,
     ),
     "hpdv3-plusplus": Source(
-        pairs.hpdv3_plusplus,
+        image_pair_sets.hpdv3_plusplus,
         "images",
         "Junjun2333/HPDv3-PlusPlus",
         "apache-2.0",
         ("aesthetic", "faithfulness"),
-        "The two axes stand in two files; without --axis both are read, each row with its axis.",
+        "The two axes are in two files. Without --axis both are read, each row with its axis.",
         {
             "aesthetic": ("{split}_aes.json",),
             "faithfulness": ("{split}_tf.json",),
@@ -101,18 +110,18 @@ SOURCES: dict[str, Source] = {
         "zai-org/ImageRewardDB",
         "apache-2.0",
         tuple(rankings.RATINGS),
-        "Grouped by prompt_id; the smaller rank wins, equal ranks are ties, numbers are skipped.",
+        "Grouped by prompt_id. The smaller rank wins, equal ranks are ties, and ranks may be skipped.",
         {"": ("metadata-{split}.parquet",)},
         whole=True,
         grouped=True,
         uncertain=True,
     ),
     "rapidata": Source(
-        pairs.rapidata,
+        image_pair_sets.rapidata,
         "images",
         "Rapidata/700k_Human_Preference_Dataset_FLUX_SD3_MJ_DALLE3",
         axes=("overall", "coherence", "faithfulness"),
-        notes="Any Rapidata set of votes on two images; say with --axis what it asked, and --license what its card says. "
+        notes="Any Rapidata dataset of votes on two images. Give its question with --axis and its licence with --license. "
         "Its split train is train_0001, train_0002 and so on.",
         uncertain=True,
     ),
@@ -122,56 +131,66 @@ SOURCES: dict[str, Source] = {
         "zai-org/VisionRewardDB-Image",
         "apache-2.0",
         ("overall", *rankings.ASPECTS),
-        "One picture a row; pairs within a prompt.",
+        "One image per row, paired within a prompt.",
         grouped=True,
         uncertain=True,
     ),
     "rlhf-v": Source(
-        answers.rlhf_v,
-        "answers",
+        response_pair_sets.rlhf_v,
+        "responses",
         "openbmb/RLHF-V-Dataset",
         "cc-by-nc-4.0",
         ("faithfulness",),
         "Non-commercial. text is a JSON string.",
     ),
     "rlaif-v": Source(
-        answers.rlaif_v, "answers", "openbmb/RLAIF-V-Dataset", "cc-by-nc-4.0", ("faithfulness",), "Non-commercial."
+        response_pair_sets.rlaif_v,
+        "responses",
+        "openbmb/RLAIF-V-Dataset",
+        "cc-by-nc-4.0",
+        ("faithfulness",),
+        "Non-commercial.",
     ),
     "vl-feedback": Source(
-        answers.vl_feedback,
-        "answers",
+        response_pair_sets.vl_feedback,
+        "responses",
         "MMInstruction/VLFeedback",
         None,
-        ("overall", *answers.ASPECTS),
-        "Four answers a question; all pairs that are rated apart, the gap as margin. Its card names no licence.",
+        ("overall", *response_pair_sets.ASPECTS),
+        "Four responses per question. All pairs with different ratings, and the difference as score_gap. Its card names no licence.",
         uncertain=True,
     ),
     "mmpr": Source(
-        answers.mmpr,
-        "answers",
+        response_pair_sets.mmpr,
+        "responses",
         "OpenGVLab/MMPR",
         "mit",
-        notes="Rows with no image and with several. annotations.zip and images.zip are read where they lie.",
+        notes="Rows with no image and with several. annotations.zip and images.zip are read without unpacking.",
         files={"": ("annotations.zip", "annotations/*.jsonl", "*.jsonl")},
         whole=True,
     ),
     "povid": Source(
-        answers.povid,
-        "answers",
+        response_pair_sets.povid,
+        "responses",
         "YiyangAiLab/POVID_preference_data_for_VLLMs",
         "cc-by-4.0",
         ("faithfulness",),
-        "The pictures are COCO's train2014: give a folder with them beside the JSON.",
+        "The images are COCO's train2014. Give a folder with them and the JSON.",
         whole=True,
     ),
     "llama-factory": Source(
-        forms.llama_factory, "answers", notes="ShareGPT or OpenAI turns with ranking: true.", own=True
+        row_formats.llama_factory, "responses", notes="ShareGPT or OpenAI turns with ranking: true.", keeps_ids=True
     ),
-    "trl": Source(forms.trl, "answers", notes="Preference rows, with or without an explicit prompt.", own=True),
-    "own-images": Source(
-        forms.own_images, "images", notes="CSV, JSON lines, JSON or Parquet of your own pairs.", own=True
+    "trl": Source(
+        row_formats.trl, "responses", notes="Preference rows, with or without an explicit prompt.", keeps_ids=True
     ),
-    "own-answers": Source(
-        forms.own_answers, "answers", notes="CSV, JSON lines, JSON or Parquet of your own answers.", own=True
+    "custom-images": Source(
+        row_formats.custom_images, "images", notes="CSV, JSON lines, JSON or Parquet of your own pairs.", keeps_ids=True
+    ),
+    "custom-responses": Source(
+        row_formats.custom_responses,
+        "responses",
+        notes="CSV, JSON lines, JSON or Parquet of your own responses.",
+        keeps_ids=True,
     ),
 }

@@ -1,7 +1,7 @@
-"""Pictures of a set on this disk, by the path that its rows name: loose files, and members of its tar and zip archives.
+"""Read a dataset's images by the path in its rows: loose files, and members of its tar and zip archives.
 
-Zip and plain tar are read where they lie, in parts or whole; a compressed tar can't be, and is unpacked beside the
-import. A member called `..` or by an absolute path, a link or a device is refused with its archive. No URL is fetched.
+Zip and plain tar are read in place, in one file or in parts. A compressed tar is unpacked into the import's folder. An
+archive is refused if a member is called `..`, has an absolute path, or is a link or a device. No URL is fetched.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 ARCHIVE = re.compile(
-    r"(?P<whole>.+\.(?P<kind>tar\.gz|tgz|tar|zip))(?:\.?(?:part|z)?[-_.]?[0-9a-z]{1,5})?$", re.IGNORECASE
+    r"(?P<name>.+\.(?P<kind>tar\.gz|tgz|tar|zip))(?:\.?(?:part|z)?[-_.]?[0-9a-z]{1,5})?$", re.IGNORECASE
 )
-"""An archive or one part of it: images.zip, images.tar.gz.00, images.tar.part-aa."""
+"""Name of an archive or of one part of it: images.zip, images.tar.gz.00, images.tar.part-aa."""
 MAX_BYTES = 2**28
-"""Of one member; a picture file is smaller, a decompression bomb isn't."""
+"""Largest size of one member. Image files are smaller, and a decompression bomb is larger."""
 
 
-class Place(NamedTuple):
-    """Where a picture lies: a file, or bytes within an archive (offset and size), or a zip's member."""
+class ImageLocation(NamedTuple):
+    """Location of an image: a file, a byte range of an archive (offset and size), or a member of a zip."""
 
     file: Any
     offset: int = -1
@@ -35,13 +35,13 @@ class Place(NamedTuple):
     member: str = ""
 
 
-class Joined(io.RawIOBase):
-    """Parts of one file as one file that can be sought in."""
+class JoinedParts(io.RawIOBase):
+    """Parts of a split file as one seekable file."""
 
     def __init__(self, parts: list[Path]) -> None:
         self._files = [part.open("rb") for part in parts]
         self._sizes = [part.stat().st_size for part in parts]
-        self._at = 0
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -50,19 +50,19 @@ class Joined(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: sum(self._sizes)}[whence]
-        return self._at
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: sum(self._sizes)}[whence]
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
         start = 0
         for file, size in zip(self._files, self._sizes, strict=True):
-            if self._at < start + size:
-                file.seek(self._at - start)
-                count = file.readinto(memoryview(buffer)[: start + size - self._at])
-                self._at += count
+            if self._position < start + size:
+                file.seek(self._position - start)
+                count = file.readinto(memoryview(buffer)[: start + size - self._position])
+                self._position += count
                 return count
             start += size
         return 0
@@ -73,159 +73,187 @@ class Joined(io.RawIOBase):
         super().close()
 
 
-class Files:
-    """What a set's folder holds. scratch: where compressed tars are unpacked, made at need.
+class ImageFiles:
+    """Images in a dataset's folder.
 
-    Raises ValueError where an archive holds what is refused.
+    Args:
+        folder: folder with the loose files and archives.
+        scratch: folder for unpacked compressed tars. It is created when it is needed.
     """
 
     def __init__(self, folder: Path, scratch: Path) -> None:
         self.folder, self.scratch = folder, scratch
-        self._places: dict[str, list[tuple[str, Place]]] | None = None
+        self._locations: dict[str, list[tuple[str, ImageLocation]]] | None = None
 
     def read(self, path: str) -> bytes:
-        """The bytes of a picture. Raises FileNotFoundError with the reason where there are none to be had."""
+        """Return the bytes of an image file.
+
+        Args:
+            path: path as the dataset's rows have it.
+
+        Raises:
+            FileNotFoundError: if the image is missing, damaged, a URL, or outside the folder. The message is the reason.
+            ValueError: if an archive is damaged or unsafe.
+        """
         if "://" in path:
-            raise FileNotFoundError("a picture is a URL, and nothing is fetched from one")
-        wanted = PurePosixPath(path.replace("\\", "/"))
-        if ".." in wanted.parts:
-            raise FileNotFoundError("a picture's path leads out of its folder")
-        direct = self.folder / str(wanted).lstrip("/")
+            raise FileNotFoundError("an image is a URL, and URLs are not fetched")
+        relative = PurePosixPath(path.replace("\\", "/"))
+        if ".." in relative.parts:
+            raise FileNotFoundError("the path of an image leads out of its folder")
+        direct = self.folder / str(relative).lstrip("/")
         if direct.is_file():
             return direct.read_bytes()
-        place = self._find(wanted)
-        if place is None:
-            raise FileNotFoundError("a picture is not there")
-        return _bytes(place)
+        location = self._find(relative)
+        if location is None:
+            raise FileNotFoundError("an image is missing")
+        return _read_location(location)
 
-    def _find(self, wanted: PurePosixPath) -> Place | None:
-        """The one of that name whose folders agree for longest, from the end; None where there is none or two do."""
-        if self._places is None:
-            self._places = self._index()
-        close = sorted(
-            ((_agree(wanted, PurePosixPath(name)), place) for name, place in self._places.get(wanted.name, ())),
-            key=lambda found: found[0],
+    def _find(self, path: PurePosixPath) -> ImageLocation | None:
+        """Find the image of that name whose folders agree best, counted from the end.
+
+        Returns None if there is no such image, or if two agree equally well.
+        """
+        if self._locations is None:
+            self._locations = self._index_by_name()
+        candidates = sorted(
+            (
+                (_matching_parts(path, PurePosixPath(name)), location)
+                for name, location in self._locations.get(path.name, ())
+            ),
+            key=lambda candidate: candidate[0],
             reverse=True,
         )
-        if not close or (len(close) > 1 and close[0][0] == close[1][0]):
+        if not candidates or (len(candidates) > 1 and candidates[0][0] == candidates[1][0]):
             return None
-        return close[0][1]
+        return candidates[0][1]
 
-    def _index(self) -> dict[str, list[tuple[str, Place]]]:
-        found: dict[str, list[tuple[str, Place]]] = {}
-        for name, place in self._everything():
-            found.setdefault(PurePosixPath(name).name, []).append((name, place))
-        return found
+    def _index_by_name(self) -> dict[str, list[tuple[str, ImageLocation]]]:
+        index: dict[str, list[tuple[str, ImageLocation]]] = {}
+        for name, location in self._locate_all():
+            index.setdefault(PurePosixPath(name).name, []).append((name, location))
+        return index
 
-    def _everything(self) -> Iterator[tuple[str, Place]]:
+    def _locate_all(self) -> Iterator[tuple[str, ImageLocation]]:
         archives: dict[Path, list[Path]] = {}
-        for file in _walk(self.folder):
+        for file in _files_below(self.folder):
             match = ARCHIVE.match(file.name)
             if match:
-                archives.setdefault(file.with_name(match["whole"]), []).append(file)
+                archives.setdefault(file.with_name(match["name"]), []).append(file)
             else:
-                yield file.relative_to(self.folder).as_posix(), Place(file)
-        for whole, parts in sorted(archives.items()):
-            yield from _members(whole, sorted(parts), self.scratch)
+                yield file.relative_to(self.folder).as_posix(), ImageLocation(file)
+        for archive_path, parts in sorted(archives.items()):
+            yield from _members(archive_path, sorted(parts), self.scratch)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder, followlinks=False):
+def _files_below(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder, followlinks=False):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place) / name for name in sorted(names) if not name.startswith("."))
+        yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
 
 
-def _agree(wanted: PurePosixPath, name: PurePosixPath) -> int:
-    both = zip(reversed(wanted.parts), reversed(name.parts), strict=False)
-    return next((n for n, (one, other) in enumerate(both) if one != other), min(len(wanted.parts), len(name.parts)))
+def _matching_parts(path: PurePosixPath, name: PurePosixPath) -> int:
+    """Number of equal parts of two paths, counted from the end."""
+    both = zip(reversed(path.parts), reversed(name.parts), strict=False)
+    return next((n for n, (x, y) in enumerate(both) if x != y), min(len(path.parts), len(name.parts)))
 
 
-def _members(whole: Path, parts: list[Path], scratch: Path) -> Iterator[tuple[str, Place]]:
-    """The pictures of an archive. Raises ValueError where it is damaged or holds what is refused."""
-    stream = Joined(parts)
+def _members(archive_path: Path, parts: list[Path], scratch: Path) -> Iterator[tuple[str, ImageLocation]]:
+    """Yield name and location of each file in an archive. Raises ValueError if it is damaged or unsafe."""
+    stream = JoinedParts(parts)
     try:
-        if whole.suffix.lower() == ".zip":
-            yield from _zipped(whole, stream)
-        elif whole.suffix.lower() == ".tar":
-            with tarfile.open(fileobj=io.BufferedReader(Joined(parts)), mode="r:") as archive:
-                for member in _tarred(whole, archive):
-                    yield member.name, Place(stream, member.offset_data, member.size)
+        if archive_path.suffix.lower() == ".zip":
+            yield from _zip_members(archive_path, stream)
+        elif archive_path.suffix.lower() == ".tar":
+            with tarfile.open(fileobj=io.BufferedReader(JoinedParts(parts)), mode="r:") as archive:
+                for member in _safe_members(archive_path, archive):
+                    yield member.name, ImageLocation(stream, member.offset_data, member.size)
         else:
-            unpacked = unpack(whole, stream, scratch / whole.name)
-            yield from ((file.relative_to(unpacked).as_posix(), Place(file)) for file in _walk(unpacked))
+            unpacked = unpack_tar(archive_path, stream, scratch / archive_path.name)
+            yield from ((file.relative_to(unpacked).as_posix(), ImageLocation(file)) for file in _files_below(unpacked))
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{whole}: not readable as an archive ({error}); is a part missing?") from error
+        raise ValueError(f"{archive_path}: not readable as an archive ({error}). Is a part missing?") from error
 
 
-def _zipped(whole: Path, stream: Joined) -> Iterator[tuple[str, Place]]:
+def _zip_members(archive_path: Path, stream: JoinedParts) -> Iterator[tuple[str, ImageLocation]]:
     archive = zipfile.ZipFile(stream)  # type: ignore[arg-type]
     for info in archive.infolist():
         mode = info.external_attr >> 16
         link = stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
-        _refuse(whole, info.filename, info.file_size, "a link or a device" if link else "")
+        _refuse_unsafe(archive_path, info.filename, info.file_size, "a link or a device" if link else "")
         if not info.is_dir():
-            yield info.filename, Place(archive, size=info.file_size, member=info.filename)
+            yield info.filename, ImageLocation(archive, size=info.file_size, member=info.filename)
 
 
-def _tarred(whole: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _safe_members(archive_path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in archive:
-        odd = "" if member.isreg() or member.isdir() else "a link or a device"
-        _refuse(whole, member.name, member.size, odd)
-        archive.members.clear()  # type: ignore[attr-defined]  # it would keep every one
+        problem = "" if member.isreg() or member.isdir() else "a link or a device"
+        _refuse_unsafe(archive_path, member.name, member.size, problem)
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile stores every member
         if member.isreg():
             yield member
 
 
-def _refuse(whole: Path, name: str, size: int, odd: str) -> None:
+def _refuse_unsafe(archive_path: Path, name: str, size: int, problem: str) -> None:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name):
-        odd = "a path that leads out of the archive"
+        problem = "a path that leads out of the archive"
     elif size > MAX_BYTES:
-        odd = f"of {size:,} bytes, more than {MAX_BYTES:,}"
-    if odd:
-        raise ValueError(f"{whole}: member {name!r} is {odd}; such an archive is refused, nothing was taken from it")
+        problem = f"of {size:,} bytes, more than {MAX_BYTES:,}"
+    if problem:
+        raise ValueError(
+            f"{archive_path}: member {name!r} is {problem}. Such an archive is refused, and nothing was read from it"
+        )
 
 
-def unpack(whole: Path, stream: Joined, folder: Path) -> Path:
-    """A compressed tar's files in a folder, which is made aside and then renamed. Raises ValueError as `Files` does."""
+def unpack_tar(archive_path: Path, stream: JoinedParts, folder: Path) -> Path:
+    """Unpack a compressed tar into a folder, completely or not at all.
+
+    Args:
+        archive_path: name of the archive, for errors.
+        stream: its bytes.
+        folder: folder to create. If it exists, nothing is unpacked.
+
+    Raises:
+        ValueError: if a member is unsafe.
+    """
     if folder.is_dir():
         return folder
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         with gzip.open(io.BufferedReader(stream)) as plain, tarfile.open(fileobj=plain, mode="r|") as archive:
-            for member in _tarred(whole, archive):
-                place = aside / PurePosixPath(member.name)
-                place.parent.mkdir(parents=True, exist_ok=True)
+            for member in _safe_members(archive_path, archive):
+                path = temporary / PurePosixPath(member.name)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 data = archive.extractfile(member)
                 assert data is not None
-                with place.open("wb") as out:
+                with path.open("wb") as out:
                     shutil.copyfileobj(data, out)
-        aside.mkdir(parents=True, exist_ok=True)
-        aside.rename(folder)
+        temporary.mkdir(parents=True, exist_ok=True)
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _bytes(place: Place) -> bytes:
-    if place.member:
-        with place.file.open(place.member) as member:
-            data = member.read(place.size + 1)
-        if len(data) != place.size:
-            raise FileNotFoundError("a picture in an archive is damaged")
+def _read_location(location: ImageLocation) -> bytes:
+    if location.member:
+        with location.file.open(location.member) as member:
+            data = member.read(location.size + 1)
+        if len(data) != location.size:
+            raise FileNotFoundError("an image in an archive is damaged")
         return data
-    if place.offset < 0:
-        return place.file.read_bytes()
-    place.file.seek(place.offset)
-    return _exactly(place)
+    if location.offset < 0:
+        return location.file.read_bytes()
+    location.file.seek(location.offset)
+    return _read_exactly(location)
 
 
-def _exactly(place: Place) -> bytes:
+def _read_exactly(location: ImageLocation) -> bytes:
     data = bytearray()
-    while len(data) < place.size:
-        part = place.file.read(place.size - len(data))
+    while len(data) < location.size:
+        part = location.file.read(location.size - len(data))
         if not part:
-            raise FileNotFoundError("a picture in an archive is damaged")
+            raise FileNotFoundError("an image in an archive is damaged")
         data += part
     return bytes(data)

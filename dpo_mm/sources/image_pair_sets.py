@@ -1,4 +1,4 @@
-"""Sets of image pairs: a row is a pair, and says which side won."""
+"""Converters for datasets of image pairs, in which each row is a labelled pair."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
 
 
 def group_of(prompt: str) -> str:
-    """A name for all pairs of one prompt."""
+    """Return a name for all pairs of one prompt, a hash of the prompt."""
     return hashlib.blake2b(prompt.encode(), digest_size=8).hexdigest()
 
 
 def pickapic(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`caption, jpg_0, jpg_1` (bytes), `label_0, label_1` (1, 0, or 0.5 for a tie), `has_label, are_different`, models."""
+    """Convert Pick-a-Pic: `caption, jpg_0, jpg_1` (bytes), `label_0, label_1` (1, 0, or 0.5 for a tie), models.
+
+    Rows without a label (`has_label`) or with equal images (`are_different`) are left out.
+    """
     winners = {(1.0, 0.0): "a", (0.0, 1.0): "b", (0.5, 0.5): "tie"}
     for row in rows:
         preference = winners.get((float(row["label_0"] or 0), float(row["label_1"] or 0)))
         if not row.get("has_label", True) or preference is None:
             yield LeftOut("it has no label")
         elif not row.get("are_different", True):
-            yield LeftOut("its two pictures are the same")
+            yield LeftOut("its two images are the same")
         else:
             votes = {"a": (1, 0), "b": (0, 1), "tie": (None, None)}[preference]
             yield {
@@ -42,7 +45,7 @@ def pickapic(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
 
 
 def open_image_binarized(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`prompt, chosen, rejected` (pictures), `chosen_model, rejected_model`."""
+    """Convert open-image-preferences: `prompt, chosen, rejected` (images), `chosen_model, rejected_model`."""
     for row in rows:
         yield {
             "id": str(row["_number"]),
@@ -58,14 +61,15 @@ def open_image_binarized(rows: Iterable[Row], axis: str | None) -> Iterator[Item
 
 
 def open_image_results(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`images{image_1, image_2}` (addresses), `prompt, model_1, model_2, preference.responses[]` with their status.
+    """Convert the votes of open-image-preferences.
 
-    Of an address only the end is used: the picture of that folder and name in your copy of open-image-preferences-v1.
+    Columns: `images{image_1, image_2}` (URLs), `prompt, model_1, model_2`, `preference.responses[]` with their status.
+    Only the last folder and the name of a URL are used, to find the image in your copy of open-image-preferences-v1.
     """
     for row in rows:
-        answers = row["preference.responses"] or []
-        states = row.get("preference.responses.status") or ["submitted"] * len(answers)
-        votes = Counter(answer for answer, state in zip(answers, states, strict=True) if state == "submitted")
+        responses = row["preference.responses"] or []
+        states = row.get("preference.responses.status") or ["submitted"] * len(responses)
+        votes = Counter(vote for vote, state in zip(responses, states, strict=True) if state == "submitted")
         if not votes:
             yield LeftOut("it has no votes")
             continue
@@ -73,8 +77,8 @@ def open_image_results(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
         yield {
             "id": str(row["_number"]),
             "prompt": row["prompt"] if isinstance(row["prompt"], str) else row["images"]["prompt"],
-            "image_a": _tail(row["images"]["image_1"]),
-            "image_b": _tail(row["images"]["image_2"]),
+            "image_a": _last_two_parts(row["images"]["image_1"]),
+            "image_b": _last_two_parts(row["images"]["image_2"]),
             "preference": _plurality(votes),
             "p_a": (a + both / 2) / (a + b + both),
             "votes_a": a,
@@ -85,12 +89,12 @@ def open_image_results(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
         }
 
 
-def _tail(address: str) -> str:
-    return "/".join(PurePosixPath(address).parts[-2:])
+def _last_two_parts(url: str) -> str:
+    return "/".join(PurePosixPath(url).parts[-2:])
 
 
 def _plurality(votes: Counter[str]) -> str:
-    """The side with more votes; where they are equal, or outnumbered by votes for neither, a tie or both bad."""
+    """Return the image with more votes, or tie or both_bad if neither has more than the other votes."""
     a, b = votes["image_1"], votes["image_2"]
     neither = votes["both_good"] + votes["both_bad"]
     if a != b and max(a, b) > neither:
@@ -99,7 +103,10 @@ def _plurality(votes: Counter[str]) -> str:
 
 
 def rapidata(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`prompt, image1, image2, votes_image1, votes_image2, model1, model2`; p_a = v1 / (v1 + v2)."""
+    """Convert Rapidata: `prompt, image1, image2, votes_image1, votes_image2, model1, model2`.
+
+    `p_a` is the fraction of votes for image1.
+    """
     for row in rows:
         a, b = row["votes_image1"] or 0, row["votes_image2"] or 0
         if a + b == 0:
@@ -122,23 +129,24 @@ def rapidata(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
 
 
 def hpdv3(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`prompt, path1, path2` (path1 is preferred), `choice_dist`, `model1, model2`; `confidence` has no public meaning.
+    """Convert HPDv3: `prompt, path1, path2` (path1 is preferred), `choice_dist`, `model1, model2`.
 
-    choice_dist: votes of both sides where they are whole numbers, shares where they add up to 1.
+    `choice_dist` are the votes for both images if they are whole numbers, and fractions if they add up to 1. `confidence`
+    has no published meaning and is not used.
     """
     for row in rows:
-        shares = [float(value) for value in row.get("choice_dist") or ()]
-        counted = len(shares) == 2 and sum(shares) > 0
-        whole = counted and all(value.is_integer() for value in shares) and sum(shares) > 1
+        choices = [float(value) for value in row.get("choice_dist") or ()]
+        known = len(choices) == 2 and sum(choices) > 0
+        are_votes = known and all(value.is_integer() for value in choices) and sum(choices) > 1
         yield {
             "id": str(row["_number"]),
             "prompt": row["prompt"],
             "image_a": row["path1"],
             "image_b": row["path2"],
             "preference": "a",
-            "p_a": shares[0] / sum(shares) if counted else None,
-            "votes_a": int(shares[0]) if whole else None,
-            "votes_b": int(shares[1]) if whole else None,
+            "p_a": choices[0] / sum(choices) if known else None,
+            "votes_a": int(choices[0]) if are_votes else None,
+            "votes_b": int(choices[1]) if are_votes else None,
             "axis": "overall",
             "model_a": row.get("model1"),
             "model_b": row.get("model2"),
@@ -147,12 +155,15 @@ def hpdv3(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
 
 
 AXES_BY_FILE = {"aes": "aesthetic", "tf": "faithfulness"}
+"""Axis by the last part of a file's name."""
 
 
 def hpdv3_plusplus(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`prompt, path1, path2` (path1 is preferred) in train_aes.json and train_tf.json: the file is the axis."""
+    """Convert HPDv3-PlusPlus: rows as in HPDv3, in train_aes.json and train_tf.json. The file gives the axis."""
     for row in rows:
-        found = AXES_BY_FILE.get(row["_file"].removesuffix(".json").rpartition("_")[2])
-        if found is None or axis not in (None, found):
-            raise ValueError(f"{row['_file']}: expected a file called ..._aes.json or ..._tf.json, which says the axis")
-        yield from ({**item, "axis": found} if isinstance(item, dict) else item for item in hpdv3([row], axis))
+        file_axis = AXES_BY_FILE.get(row["_file"].removesuffix(".json").rpartition("_")[2])
+        if file_axis is None or axis not in (None, file_axis):
+            raise ValueError(
+                f"{row['_file']}: expected a file called ..._aes.json or ..._tf.json, because the name gives the axis"
+            )
+        yield from ({**item, "axis": file_axis} if isinstance(item, dict) else item for item in hpdv3([row], axis))

@@ -1,6 +1,6 @@
-"""From a public set, or your own, to canonical Parquet: read, convert, keep or leave out, fetch pictures, write.
+"""Import a dataset: read raw rows, convert them, load their images, and write them as Parquet.
 
-What every set has in common is here once; what is its own is its converter, see `dpo_mm.sources.SOURCES`.
+These steps are the same for every dataset. Only the converter differs, see `dpo_mm.sources.SOURCES`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,26 @@ from dpo_mm.data.schema import image_preference, response_preference
 from dpo_mm.errors import did_you_mean
 from dpo_mm.progress import progress_bar
 from dpo_mm.sources import SOURCES, Source
-from dpo_mm.sources.archives import Files
-from dpo_mm.sources.parquet_writer import Item, LeftOut, Row, resume, write
-from dpo_mm.sources.raw_rows import Origin, find, raw_rows, total
+from dpo_mm.sources.archives import ImageFiles
+from dpo_mm.sources.parquet_writer import Item, LeftOut, Row, load_state, write_shards
+from dpo_mm.sources.raw_rows import Origin, count_rows, find_origin, raw_rows
 
 SCRATCH = ".unpacked"
+"""Subfolder of the output for unpacked archives. It is removed after the import."""
 
 
 @dataclass(frozen=True)
 class ImportResult:
-    """What an import made. preferences: rows by winner, of image sets. left_out: rows by the reason."""
+    """Result of an import.
+
+    Args:
+        folder: folder with the shards.
+        rows: number of rows written.
+        shards: number of files.
+        preferences: number of rows by preference, of image pairs.
+        left_out: number of rows left out, by reason.
+        examples: first row left out, by reason.
+    """
 
     folder: Path
     rows: int
@@ -46,35 +56,45 @@ def import_set(
     limit: int | None = None,
     license: str | None = None,
 ) -> ImportResult:
-    """Import a set into a folder of Parquet files that `load_pairs` and `load_responses` take.
+    """Import a dataset into a folder of Parquet files that `load_pairs` and `load_responses` load.
 
-    path: a folder, a file, a hub id, or "hub" for the set's own place there. axis: one of the source's, where it has
-    several. min_score_gap: rows whose sides are less apart (scores, or |2p - 1| of votes; an answer set's margin), or
-    unknown, are left out. license: where the source names none. A run that was cut goes on where it was.
-    Raises ValueError that names source, file, row or flag, what was expected, and the fix.
+    An interrupted import resumes.
+
+    Args:
+        source: a key of SOURCES.
+        path: a folder, a file, a hub id, or "hub" for the source's dataset on the hub.
+        output: folder to write.
+        split: split of the dataset.
+        axis: preference axis, if the source has several. None: the first, or all if the files give each row's axis.
+        min_score_gap: rows with a smaller or unknown score gap are left out, see `score_gap_of`. None: all rows.
+        limit: largest number of rows. None: all.
+        license: licence of rows for which the source names none.
+
+    Raises:
+        ValueError: if the source, axis or path is unknown, a file or row is not readable, or no row remains.
     """
     entry = _entry(source, axis)
     path = entry.hub if path == "hub" else path
     if not path:
-        raise ValueError(f"source {source!r} has no place on the hub of its own; give a folder, a file or a hub id")
+        raise ValueError(f"source {source!r} has no dataset on the hub. Give a folder, a file or a hub id")
     patterns = (entry.files[axis],) if axis in entry.files else tuple(entry.files.values())
-    origin = find(path, split=split, patterns=patterns, whole=entry.whole)
+    origin = find_origin(path, split=split, patterns=patterns, whole=entry.whole)
     settings = {"source": source, "path": path, "split": split, "axis": axis, "min_score_gap": min_score_gap}
     settings |= {"limit": limit, "license": license}
     folder = Path(output)
-    state = resume(folder, settings)
+    state = load_state(folder, settings)
     if not state.complete:
-        finish = _finisher(entry, origin, source, license, min_score_gap, folder)
-        known = limit if limit is not None else None if entry.grouped else total(origin)
+        finish = _row_finisher(entry, origin, source, license, min_score_gap, folder)
+        total = limit if limit is not None else None if entry.grouped else count_rows(origin)
         features = image_preference() if entry.kind == "images" else response_preference()
-        with progress_bar(f"importing {source}", known) as advance:
+        with progress_bar(f"importing {source}", total) as advance:
             advance(state.units)
-            units = _units(entry, origin, axis, state.units)
-            state = write(units, folder, features, state, limit=limit, finish=finish, advance=advance)
+            units = _convert(entry, origin, axis, state.units)
+            state = write_shards(units, folder, features, state, limit=limit, finish=finish, advance=advance)
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)
     if state.rows == 0:
-        why = "; ".join(f"{count} x {reason}" for reason, count in state.left_out.items()) or "there was none"
-        raise ValueError(f"{path}: no row was kept ({why})")
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in state.left_out.items()) or "the dataset has none"
+        raise ValueError(f"{path}: no row was imported ({reasons})")
     return ImportResult(folder, state.rows, len(state.shards), state.preferences, state.left_out, state.examples)
 
 
@@ -83,60 +103,63 @@ def _entry(source: str, axis: str | None) -> Source:
         raise ValueError(f"source {source!r} is unknown; {did_you_mean(source, SOURCES)}")
     entry = SOURCES[source]
     if axis is not None and axis not in entry.axes:
-        raise ValueError(f"source {source!r} has no axis {axis!r}; it has {', '.join(entry.axes)}")
+        raise ValueError(f"source {source!r} has no axis {axis!r}. It has {', '.join(entry.axes)}")
     return entry
 
 
-def _units(entry: Source, origin: Origin, axis: str | None, done: int) -> Iterator[list[Item]]:
-    """The items of each raw row after those that are done; where rows are grouped, one item at a time."""
+def _convert(entry: Source, origin: Origin, axis: str | None, done: int) -> Iterator[list[Item]]:
+    """Yield the items of each raw row that is not done. If rows are grouped, yield single items."""
     row: Row = {}
 
-    def watched() -> Iterator[Row]:
+    def remembered_rows() -> Iterator[Row]:
         nonlocal row
         for row in raw_rows(origin, start=0 if entry.grouped else done):  # noqa: UP028 (the name is read below)
             yield row
 
     try:
         if entry.grouped:
-            yield from ([item] for item in islice(entry.convert(watched(), axis), done, None))
+            yield from ([item] for item in islice(entry.convert(remembered_rows(), axis), done, None))
         else:
-            for one in watched():
-                yield list(entry.convert([one], axis))
+            for raw_row in remembered_rows():
+                yield list(entry.convert([raw_row], axis))
     except KeyError as error:
         has = ", ".join(name for name in row if not name.startswith("_"))
         raise ValueError(
-            f"{row.get('_file')}, row {row.get('_number')}: column {error} is missing (has {has}); "
-            "is it this source's set?"
+            f"{row.get('_file')}, row {row.get('_number')}: column {error} is missing (has {has}). "
+            "Check that the dataset belongs to this source"
         ) from error
 
 
-def _finisher(
+def _row_finisher(
     entry: Source, origin: Origin, source: str, license: str | None, min_score_gap: float | None, folder: Path
 ) -> Callable[[Row], Item]:
-    """What makes a converted row whole: pictures as bytes, source and licence; or the reason to leave it out."""
-    files, split = Files(origin.folder, folder / SCRATCH), origin.split
+    """Build the function that completes a converted row with images, source, licence and id."""
+    files, split = ImageFiles(origin.folder, folder / SCRATCH), origin.split
 
     def finish(row: Row) -> Item:
-        gap = margin_of(row)
+        gap = score_gap_of(row)
         if min_score_gap is not None and (gap is None or gap < min_score_gap):
-            return LeftOut(f"margin is {'unknown' if gap is None else f'below {min_score_gap:g}'}")
+            return LeftOut(f"its score gap is {'unknown' if gap is None else f'below {min_score_gap:g}'}")
         row = {**row, "source": row.get("source") or source, "license": row.get("license") or license or entry.license}
-        row["id"] = row["id"] if entry.own else f"{source}-{split}-{row['id']}"
+        row["id"] = row["id"] if entry.keeps_ids else f"{source}-{split}-{row['id']}"
         try:
             for column in ("image_a", "image_b"):
                 if entry.kind == "images":
-                    row[column] = _picture(row[column], files)
-            if entry.kind == "answers":
-                row["images"] = [_picture(cell, files) for cell in row.get("images") or []]
+                    row[column] = _load_image(row[column], files)
+            if entry.kind == "responses":
+                row["images"] = [_load_image(cell, files) for cell in row.get("images") or []]
         except FileNotFoundError as error:
-            return LeftOut("a picture is not there" if error.errno else str(error))
+            return LeftOut("an image is missing" if error.errno else str(error))
         return row
 
     return finish
 
 
-def margin_of(row: Row) -> float | None:
-    """How far a row's sides are apart, 0 or more; None where nothing says so."""
+def score_gap_of(row: Row) -> float | None:
+    """Return how much better the chosen side of a row is, 0 or more.
+
+    It is the column `score_gap`, else the difference of the scores, else |2p - 1| of `p_a`, else None.
+    """
     if row.get("score_gap") is not None:
         return abs(float(row["score_gap"]))
     if row.get("score_a") is not None and row.get("score_b") is not None:
@@ -144,13 +167,13 @@ def margin_of(row: Row) -> float | None:
     return None if row.get("p_a") is None else abs(2 * row["p_a"] - 1)
 
 
-def _picture(cell: Any, files: Files) -> dict[str, Any]:
-    """A cell as bytes and name. Raises FileNotFoundError with the reason where there are none to be had."""
+def _load_image(cell: Any, files: ImageFiles) -> dict[str, Any]:
+    """Load an image cell as bytes and file name. FileNotFoundError has the reason if there is no image."""
     if isinstance(cell, dict) and cell.get("bytes"):
         return {"bytes": cell["bytes"], "path": Path(cell.get("path") or "").name or None}
     if isinstance(cell, bytes) and cell:
         return {"bytes": cell, "path": None}
     path = cell.get("path") if isinstance(cell, dict) else cell
     if not isinstance(path, str) or not path:
-        raise FileNotFoundError("a picture is empty")
+        raise FileNotFoundError("an image is empty")
     return {"bytes": files.read(path), "path": Path(path).name}

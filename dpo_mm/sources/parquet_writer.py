@@ -1,6 +1,7 @@
-"""Canonical rows as Parquet, a shard at a time: written aside, then renamed; a run that was cut goes on with its shard.
+"""Write rows as Parquet shards. An interrupted import resumes with the shard that it was writing.
 
-`import.json` beside the shards says what was imported, how far it came, and what was left out and why.
+A shard is written to a temporary file and then renamed. `import.json` in the same folder records the import's settings,
+its progress, and the rows that were left out, by reason.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
     from datasets import Features
 
 Row = dict[str, Any]
-PROGRESS = "import.json"
+STATE_FILE = "import.json"
 SHARD_ROWS, SHARD_BYTES, GROUP_BYTES = 10_000, 2**28, 2**25
-"""Of a shard at most, and of what is held in memory before it goes into the shard as a group."""
+"""Largest number of rows and of bytes of a shard, and the number of bytes in memory before a row group is written."""
 
 
 class LeftOut(NamedTuple):
-    """What a converter yields instead of a row; reasons are counted, so they say nothing of the row itself."""
+    """A row that a converter leaves out. Rows are counted by reason, so a reason does not quote the row."""
 
     reason: str
 
@@ -35,7 +36,18 @@ Item = Row | LeftOut
 
 @dataclass
 class ImportState:
-    """What import.json holds. units: raw rows (or items, of sets that are grouped) that are done with."""
+    """Contents of import.json.
+
+    Args:
+        settings: settings of the import.
+        units: number of raw rows that are done, or of items if the rows are grouped.
+        rows: number of rows written.
+        shards: names of the complete shards.
+        left_out: number of rows left out, by reason.
+        examples: first row left out, by reason.
+        preferences: number of rows by preference, of image pairs.
+        complete: True if all rows are written.
+    """
 
     settings: dict[str, Any]
     units: int = 0
@@ -47,36 +59,41 @@ class ImportState:
     complete: bool = False
 
     def save(self, folder: Path) -> None:
-        with atomic_write(folder / PROGRESS) as beside:
-            beside.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False))
+        """Write the state to the import's folder."""
+        with atomic_write(folder / STATE_FILE) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
 
-def resume(folder: Path, settings: dict[str, Any]) -> ImportState:
-    """Where an import into a folder stands. Raises ValueError where the folder holds something else."""
-    file = folder / PROGRESS
-    for left in folder.glob(".part-*"):  # of a run that was killed
-        left.unlink()
+def load_state(folder: Path, settings: dict[str, Any]) -> ImportState:
+    """Load the state of an import, or start one in an empty or new folder.
+
+    Raises:
+        ValueError: if the folder contains something else, or an import with other settings.
+    """
+    file = folder / STATE_FILE
+    for unfinished in folder.glob(".part-*"):  # of a run that was killed
+        unfinished.unlink()
     if file.exists():
-        held = ImportState(**json.loads(file.read_text()))
-        if not held.units:  # nothing was written yet
-            held.settings = settings
-        odd = [name for name in settings if held.settings.get(name) != settings[name]]
-        if odd:
-            name = odd[0]
+        state = ImportState(**json.loads(file.read_text()))
+        if not state.units:  # nothing was written yet
+            state.settings = settings
+        changed = [name for name in settings if state.settings.get(name) != settings[name]]
+        if changed:
+            name = changed[0]
             raise ValueError(
-                f"{folder} holds an import with {name} {held.settings.get(name)!r}, not {settings[name]!r}; "
-                "take another folder, or remove it"
+                f"{folder} contains an import with {name} {state.settings.get(name)!r}, not {settings[name]!r}. "
+                "Choose another folder, or remove this one"
             )
-        return held
+        return state
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is there and holds no import; take an empty or a new folder")
+        raise ValueError(f"{folder} exists and is not an import folder. Choose an empty or a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = ImportState(settings)
-    fresh.save(folder)  # what is unpacked here before the first shard is there is ours too
-    return fresh
+    state = ImportState(settings)
+    state.save(folder)  # it marks the folder as ours before archives are unpacked into it
+    return state
 
 
-def write(
+def write_shards(
     units: Iterable[list[Item]],
     folder: Path,
     features: Features,
@@ -86,9 +103,19 @@ def write(
     finish: Callable[[Row], Item],
     advance: Callable[[int], None],
 ) -> ImportState:
-    """Write what the units hold after those that are done. finish: fetches a row's pictures, or says why not.
+    """Write the remaining rows of an import as shards.
 
-    Raises OSError where the disk is full; what was written stays, and the next run goes on from it.
+    Args:
+        units: converted items of each raw row that is not done.
+        folder: output folder.
+        features: columns of the rows.
+        state: state of the import. It is updated and saved after each shard.
+        limit: largest number of rows. None: all.
+        finish: loads a row's images and completes it, or returns the reason to leave it out.
+        advance: called with 1 after each unit.
+
+    Raises:
+        OSError: if the disk is full. Complete shards stay, and the next run resumes after them.
     """
     shard = _Shard(folder, features, state)
     try:
@@ -112,20 +139,20 @@ def write(
 
 
 class _Shard:
-    """The shard that is being written; what it adds to the state counts once it has its name."""
+    """The shard that is being written. Its counts are added to the state when it is complete."""
 
     def __init__(self, folder: Path, features: Features, state: ImportState) -> None:
         self.folder, self.features, self.state = folder, features, state
-        self._fresh()
+        self._reset()
 
-    def _fresh(self) -> None:
+    def _reset(self) -> None:
         self.rows: list[Row] = []
-        self.held, self.bytes, self.count, self.units = 0, 0, 0, 0
+        self.pending_bytes, self.written_bytes, self.count, self.units = 0, 0, 0, 0
         self.left_out: Counter[str] = Counter()
         self.preferences: Counter[str] = Counter()
         self.writer: Any = None
         self.name = f"part-{len(self.state.shards):05}.parquet"
-        self.aside = self.folder / f".{self.name}.{os.getpid()}"
+        self.temporary_path = self.folder / f".{self.name}.{os.getpid()}"
 
     @property
     def rows_so_far(self) -> int:
@@ -138,15 +165,15 @@ class _Shard:
     def add(self, row: Row) -> None:
         self.rows.append(row)
         self.count += 1
-        self.held += _size(row)
+        self.pending_bytes += _estimated_bytes(row)
         if "preference" in row:
             self.preferences[row["preference"]] += 1
-        if self.held > GROUP_BYTES:
+        if self.pending_bytes > GROUP_BYTES:
             self._flush()
 
     def end_unit(self) -> None:
         self.units += 1
-        if self.count >= SHARD_ROWS or self.bytes + self.held >= SHARD_BYTES:
+        if self.count >= SHARD_ROWS or self.written_bytes + self.pending_bytes >= SHARD_BYTES:
             self.close()
 
     def _flush(self) -> None:
@@ -158,30 +185,30 @@ class _Shard:
         schema = self.features.arrow_schema
         table = pa.Table.from_pylist([{name: row.get(name) for name in self.features} for row in self.rows], schema)
         if self.writer is None:
-            self.writer = pq.ParquetWriter(self.aside, schema, use_dictionary=False, write_statistics=False)
+            self.writer = pq.ParquetWriter(self.temporary_path, schema, use_dictionary=False, write_statistics=False)
         self.writer.write_table(table)
-        self.bytes, self.held, self.rows = self.bytes + self.held, 0, []
+        self.written_bytes, self.pending_bytes, self.rows = self.written_bytes + self.pending_bytes, 0, []
 
     def close(self) -> None:
         self._flush()
         if self.writer is not None:
             self.writer.close()
-            self.aside.replace(self.folder / self.name)
+            self.temporary_path.replace(self.folder / self.name)
             self.state.shards.append(self.name)
         self.state.units += self.units
         self.state.rows += self.count
         for name, counts in (("left_out", self.left_out), ("preferences", self.preferences)):
             setattr(self.state, name, dict(Counter(getattr(self.state, name)) + counts))
         self.state.save(self.folder)
-        self._fresh()
+        self._reset()
 
     def discard(self) -> None:
         if self.writer is not None:
             self.writer.close()
-        self.aside.unlink(missing_ok=True)
+        self.temporary_path.unlink(missing_ok=True)
 
 
-def _size(row: Row) -> int:
-    """Bytes of a row's pictures, and a guess at the rest."""
+def _estimated_bytes(row: Row) -> int:
+    """Bytes of a row's images, plus an estimate for the other columns."""
     cells: Iterator[Any] = iter([row.get("image_a"), row.get("image_b"), *(row.get("images") or [])])
     return 2000 + sum(len(cell["bytes"] or b"") for cell in cells if cell)

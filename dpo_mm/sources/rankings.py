@@ -1,4 +1,7 @@
-"""Sets that rank or rate several pictures of a prompt: every two of them are a pair, equal ones a tie."""
+"""Converters for datasets that rank or rate several images of a prompt.
+
+Every two of them form a pair. Equal ones are a tie.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,28 @@ from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
 
 
 def hpdv2(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """train.json `prompt, file_path[], human_preference[]` (1 is preferred); test.json `prompt, image_path[], rank[],
-    raw_annotations[{rank, user_hash}]` (smaller is better, numbers may be skipped or shared).
+    """Convert HPDv2.
+
+    train.json has `prompt, file_path[], human_preference[]` (1 is preferred). test.json has `prompt, image_path[], rank[],
+    raw_annotations[{rank, user_hash}]` (a smaller rank is better, and numbers may be skipped or shared).
     """
     for row in rows:
         ranked = "rank" in row
         files = row["image_path"] if ranked else row["file_path"]
         order = row["rank"] if ranked else [-value for value in row["human_preference"]]
         if len(files) != len(order) or len(files) < 2:
-            yield LeftOut("its pictures and ranks don't match")
+            yield LeftOut("its images and ranks do not match")
             continue
-        raw = [one["rank"] for one in row.get("raw_annotations") or [] if len(one["rank"]) == len(files)]
+        notes = row.get("raw_annotations") or []
+        ranks = [note["rank"] for note in notes if len(note["rank"]) == len(files)]
         for a, b in combinations(range(len(files)), 2):
-            votes = [sum(one[x] < one[y] for one in raw) if raw else None for x, y in ((a, b), (b, a))]
+            votes = [sum(rank[x] < rank[y] for rank in ranks) if ranks else None for x, y in ((a, b), (b, a))]
             yield {
                 "id": f"{row['_number']}-{a}-{b}",
                 "prompt": row["prompt"],
                 "image_a": files[a],
                 "image_b": files[b],
-                "preference": _smaller(order[a], order[b]),
+                "preference": _preference(order[a], order[b]),
                 "votes_a": votes[0],
                 "votes_b": votes[1],
                 "axis": "overall",
@@ -38,7 +44,8 @@ def hpdv2(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
             }
 
 
-def _smaller(a: float, b: float) -> str:
+def _preference(a: float, b: float) -> str:
+    """Return the side with the smaller number, or a tie."""
     return "tie" if a == b else "a" if a < b else "b"
 
 
@@ -47,24 +54,26 @@ RATINGS = {
     "faithfulness": "image_text_alignment_rating",
     "fidelity": "fidelity_rating",
 }
+"""Column of ImageRewardDB's rating for each axis."""
 
 
 def image_reward_db(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`image_path` (or `image`), `prompt_id, prompt, rank` (smaller is better) and ratings 1 to 7 (higher is better).
+    """Convert ImageRewardDB: `image_path` (or `image`), `prompt_id, prompt, rank` and ratings from 1 to 7.
 
-    The overall axis goes by rank, the others by their rating; scores are the ratings.
+    A smaller rank and a higher rating are better. The overall axis uses the rank, the others their rating. Scores are
+    the ratings.
     """
     axis = axis or "overall"
     rating = RATINGS[axis]
-    for group in grouped(rows, lambda row: row["prompt_id"]):
+    for group in group_rows(rows, lambda row: row["prompt_id"]):
         for a, b in combinations(group, 2):
             if axis == "overall":
-                preference = _smaller(a["rank"], b["rank"])
+                preference = _preference(a["rank"], b["rank"])
             elif a[rating] is None or b[rating] is None:
                 yield LeftOut(f"it has no {rating}")
                 continue
             else:
-                preference = _smaller(-a[rating], -b[rating])
+                preference = _preference(-a[rating], -b[rating])
             yield _pair(a, b, preference, axis, a.get(rating), b.get(rating), group=str(a["prompt_id"]))
 
 
@@ -101,60 +110,62 @@ ASPECTS = {
     "detail refinement": (-4, 2),
     "object pairing": (-1, 1),
 }
-"""Of VisionRewardDB, with their ranges on its card; its eighteenth, "unsafe type", names a kind and no quality."""
+"""Aspects of VisionRewardDB with their ranges, from its card. The 18th, "unsafe type", is a category and not a score."""
 
 
 def vision_reward_db(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`image, prompt, annotation{18 integers}, meta_result[], meta_mask[]`, one picture a row; pairs within a prompt.
+    """Convert VisionRewardDB, which has one image per row.
 
-    Scores are on 0 to 1. Overall: the share of the checklist's questions that apply (meta_mask) and got a yes; without
-    them the mean of the aspects, each over its range. Any aspect can be an axis of its own.
+    Columns: `image, prompt, annotation{18 integers}, meta_result[], meta_mask[]`.
+    Pairs are formed within a prompt. Scores are in [0, 1]. The overall score is the fraction of the checklist's
+    applicable questions (`meta_mask`) with the answer yes. Without a checklist it is the mean of the aspects, each over
+    its range. Every aspect can be the axis.
     """
     axis = axis or "overall"
-    for group in grouped(rows, lambda row: row["prompt"]):
-        scored = [(row, _vision_score(row, axis)) for row in group]
+    for group in group_rows(rows, lambda row: row["prompt"]):
+        scored = [(row, _vision_reward_score(row, axis)) for row in group]
         for (a, score_a), (b, score_b) in combinations(scored, 2):
             if score_a is None or score_b is None:
                 yield LeftOut(f"it has no annotation of {axis}")
             else:
-                preference = _smaller(-score_a, -score_b)
+                preference = _preference(-score_a, -score_b)
                 yield _pair(a, b, preference, axis, score_a, score_b, group=group_of(a["prompt"]))
 
 
-def _vision_score(row: Row, axis: str) -> float | None:
+def _vision_reward_score(row: Row, axis: str) -> float | None:
     notes = row["annotation"] or {}
-    shares = {
+    scores = {
         name: (notes[name] - low) / (high - low) for name, (low, high) in ASPECTS.items() if notes.get(name) is not None
     }
     if axis != "overall":
-        return shares.get(axis)
-    answers, mask = row.get("meta_result"), row.get("meta_mask")
-    if answers and mask and len(answers) == len(mask) and any(mask):
-        return sum(answer > 0 for answer, applies in zip(answers, mask, strict=True) if applies) / sum(map(bool, mask))
-    return sum(shares.values()) / len(shares) if shares else None
+        return scores.get(axis)
+    results, mask = row.get("meta_result"), row.get("meta_mask")
+    if results and mask and len(results) == len(mask) and any(mask):
+        return sum(result > 0 for result, applies in zip(results, mask, strict=True) if applies) / sum(map(bool, mask))
+    return sum(scores.values()) / len(scores) if scores else None
 
 
-def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> Iterator[list[Row]]:
-    """Rows by their key, in the order of each key's first, wherever they stand in the set.
+def group_rows(rows: Iterable[Row], key: Callable[[Row], str]) -> Iterator[list[Row]]:
+    """Group rows by their key, in the order of each key's first row. A group's rows need not be consecutive.
 
-    Pictures that come as bytes wait in a temporary file, so that only the rest of the rows is held in memory.
+    Images that are bytes are stored in a temporary file, so only the other columns are in memory.
     """
     groups: dict[str, list[Row]] = {}
-    with tempfile.TemporaryFile(prefix="dpo-mm-") as waiting:
+    with tempfile.TemporaryFile(prefix="dpo-mm-") as store:
         for row in rows:
             cell = row.get("image")
             data = cell.get("bytes") if isinstance(cell, dict) else cell
             if isinstance(data, bytes):
-                row = {**row, "image": (waiting.tell(), len(data))}
-                waiting.write(data)
+                row = {**row, "image": (store.tell(), len(data))}
+                store.write(data)
             groups.setdefault(str(key(row)), []).append(row)
         for group in groups.values():
-            yield [_back(row, waiting) for row in group]
+            yield [_restore_image(row, store) for row in group]
 
 
-def _back(row: Row, waiting: Any) -> Row:
+def _restore_image(row: Row, store: Any) -> Row:
     if not isinstance(row.get("image"), tuple):
         return row
     offset, size = row["image"]
-    waiting.seek(offset)
-    return {**row, "image": waiting.read(size)}
+    store.seek(offset)
+    return {**row, "image": store.read(size)}

@@ -1,6 +1,6 @@
-"""A set's raw rows, one after the other, from the hub or from files, never the whole of it in memory.
+"""Stream the raw rows of a dataset from the hub or from files. The dataset is never in memory as a whole.
 
-Every row also says `_file` and `_number`, where it stands in the set.
+Every row also has `_file` and `_number`, its file and its position in the dataset.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
-ROWS = (".parquet", ".jsonl", ".json", ".csv")
+TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 SPLITS = ("train", "validation", "valid", "val", "test")
-BATCH = 64
-"""Rows of Parquet held at once; a row can be a megabyte."""
+PARQUET_BATCH = 64
+"""Rows of Parquet in memory at once. A row can have a megabyte."""
 CHUNK, LONGEST = 2**20, 2**26
-"""Characters of JSON read at once, and of a row at most."""
-BETWEEN = re.compile(r"[\s,]*")
+"""Number of characters of JSON read at once, and the largest number per row."""
+ROW_SEPARATOR = re.compile(r"[\s,]*")
 
 
 class Origin(NamedTuple):
-    """Where raw rows come from: files of a folder, or (where there are none) splits of a set on the hub."""
+    """Origin of raw rows: files of a folder or, if there are none, splits of a dataset on the hub."""
 
     folder: Path
     files: tuple[Path, ...]
@@ -36,48 +36,58 @@ class Origin(NamedTuple):
 Patterns = tuple[tuple[str, ...], ...]
 
 
-def find(path: str, *, split: str, patterns: Patterns, whole: bool) -> Origin:
-    """The origin of a set's rows. patterns: its annotation files, of each the first that is there; none: any file.
+def find_origin(path: str, *, split: str, patterns: Patterns, whole: bool) -> Origin:
+    """Find the files, or the dataset on the hub, that a path names.
 
-    whole: a set on the hub is a folder of files, which are downloaded, and not rows that can be streamed.
-    Raises ValueError that names the path, what is there, what was expected.
+    Args:
+        path: a folder, a file or a hub id.
+        split: the split to read.
+        patterns: the dataset's annotation files, each with alternative names, of which the first that exists is used.
+            Empty: any file of the split.
+        whole: True if the dataset on the hub is a folder of files. They are downloaded, because they cannot be streamed.
+
+    Raises:
+        ValueError: if there is no such path, or the folder does not contain the expected files.
     """
-    place = Path(path)
-    if place.is_file():
-        return Origin(place.parent, (place,), split=split)
-    if place.is_dir():
-        return Origin(place, _files(place, split, patterns), split=split)
-    if path.count("/") != 1 or path.startswith((".", "/")) or place.suffix in ROWS:
-        raise ValueError(f"{path}: no such file or folder; give one, or a hub id as owner/name")
+    local = Path(path)
+    if local.is_file():
+        return Origin(local.parent, (local,), split=split)
+    if local.is_dir():
+        return Origin(local, _files(local, split, patterns), split=split)
+    if path.count("/") != 1 or path.startswith((".", "/")) or local.suffix in TABLE_SUFFIXES:
+        raise ValueError(f"{path}: no such file or folder. Give one, or a hub id as owner/name")
     if whole:
-        place = _download(path)
-        return Origin(place, _files(place, split, patterns), split=split)
-    return Origin(place, (), path, split)
+        folder = _download(path)
+        return Origin(folder, _files(folder, split, patterns), split=split)
+    return Origin(local, (), path, split)
 
 
 def _files(folder: Path, split: str, patterns: Patterns) -> tuple[Path, ...]:
     if patterns:
-        names = [[name.format(split=split) for name in either] for either in patterns]
-        found = [f for either in names for f in next(filter(None, (sorted(folder.glob(n)) for n in either)), [])]
-        expected = ", ".join(" or ".join(either) for either in names)
+        names = [[name.format(split=split) for name in alternatives] for alternatives in patterns]
+        matches = [[sorted(folder.glob(name)) for name in alternatives] for alternatives in names]
+        files = [file for lists in matches for file in next(filter(None, lists), [])]
+        expected = ", ".join(" or ".join(alternatives) for alternatives in names)
     else:
-        every = sorted(file for kind in ROWS for file in folder.rglob(f"*{kind}") if not file.name.startswith("."))
-        told = any(_is_split(file.stem, name) for file in every for name in SPLITS)
-        found = [file for file in every if not told or _is_split(file.stem, split)]
+        every = sorted(
+            file for kind in TABLE_SUFFIXES for file in folder.rglob(f"*{kind}") if not file.name.startswith(".")
+        )
+        has_splits = any(_is_split(file.stem, name) for file in every for name in SPLITS)
+        files = [file for file in every if not has_splits or _is_split(file.stem, split)]
         expected = f"Parquet, JSON, JSON lines or CSV of split {split!r}"
-    if not found:
+    if not files:
         has = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(f"{folder}: no {expected} there (it holds {has})")
-    return tuple(found)
+        raise ValueError(f"{folder}: no {expected} in this folder (it contains {has})")
+    return tuple(files)
 
 
 def _is_split(name: str, split: str) -> bool:
-    """train, train-00000-of-00645-b66ac786, train_0001 (Rapidata's splits are numbered), but not train_aes."""
+    """Match train, train-00000-of-00645-b66ac786 and train_0001 (Rapidata), but not train_aes."""
     return re.fullmatch(rf"{re.escape(split)}([-_]\d+)?(-of-\d+)?(-[0-9a-f]{{6,}})?", name) is not None
 
 
 def _download(name: str) -> Path:
-    """A hub set's files, through the hub's own cache. Raises ValueError where it can't be reached."""
+    """Download a dataset's files through the hub's cache."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -86,14 +96,18 @@ def _download(name: str) -> Path:
         raise ValueError(f"{name}: neither a folder nor reachable on the hub ({type(error).__name__})") from error
 
 
-def total(origin: Origin) -> int | None:
-    """How many rows there are, where that is known without reading them. Raises ValueError for a broken file."""
+def count_rows(origin: Origin) -> int | None:
+    """Return the number of rows, or None if it is unknown without reading them.
+
+    Raises:
+        ValueError: if a file is not readable as Parquet.
+    """
     if not origin.files or any(file.suffix != ".parquet" for file in origin.files):
         return None
-    return sum(_table(file).metadata.num_rows for file in origin.files)
+    return sum(_open_parquet(file).metadata.num_rows for file in origin.files)
 
 
-def _table(file: Path) -> Any:
+def _open_parquet(file: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -104,11 +118,15 @@ def _table(file: Path) -> Any:
 
 
 def raw_rows(origin: Origin, *, start: int = 0) -> Iterator[Row]:
-    """The rows from the `start`-th on. Raises ValueError that names the file and row where one is broken."""
+    """Yield the raw rows from number `start` on, each with `_file` and `_number`.
+
+    Raises:
+        ValueError: if a file or a row is not readable. The error names it.
+    """
     number = 0
-    for name, rows in _parts(origin, start):
+    for name, rows in _rows_by_file(origin, start):
         for row in rows:
-            if isinstance(row, int):  # so many were passed over
+            if isinstance(row, int):  # the number of skipped rows
                 number += row
                 continue
             if number >= start:
@@ -116,26 +134,28 @@ def raw_rows(origin: Origin, *, start: int = 0) -> Iterator[Row]:
             number += 1
 
 
-def _parts(origin: Origin, start: int) -> Iterator[tuple[str, Iterator[Any]]]:
+def _rows_by_file(origin: Origin, start: int) -> Iterator[tuple[str, Iterator[Any]]]:
     if not origin.files:
-        yield origin.hub, _hub(origin, start)
+        yield origin.hub, _stream_hub(origin, start)
     for file in origin.files:
         if file.suffix == ".parquet":
-            yield file.name, _parquet(file, start)
-            start = max(0, start - (total(origin._replace(files=(file,))) or 0))
+            yield file.name, _parquet_rows(file, start)
+            start = max(0, start - (count_rows(origin._replace(files=(file,))) or 0))
         else:
-            yield file.name, _text(file)
-            start = 0  # what is left is passed over row by row
+            yield file.name, _text_rows(file)
+            start = 0  # raw_rows skips the other rows one by one
 
 
-def _hub(origin: Origin, start: int) -> Iterator[Any]:
-    """Streamed by `datasets`, pictures undecoded. A set may have the split, or numbered parts of it (Rapidata)."""
+def _stream_hub(origin: Origin, start: int) -> Iterator[Any]:
+    """Stream rows with `datasets`, images undecoded. A split may have numbered parts (Rapidata)."""
     from datasets import Image, Value, concatenate_datasets, load_dataset
 
     splits: Any = load_dataset(origin.hub, streaming=True)
     names = [name for name in splits if name == origin.split] or [n for n in splits if _is_split(n, origin.split)]
     if not names:
-        raise ValueError(f"{origin.hub}: no split {origin.split!r}; it has {', '.join(splits)}; take one with --split")
+        raise ValueError(
+            f"{origin.hub}: no split {origin.split!r}. It has {', '.join(splits)}. Choose one with --split"
+        )
     rows = concatenate_datasets([splits[name] for name in names])
     for column, feature in (rows.features or {}).items():
         if isinstance(feature, Image):
@@ -146,36 +166,36 @@ def _hub(origin: Origin, start: int) -> Iterator[Any]:
     yield from rows.skip(start)
 
 
-def _parquet(file: Path, start: int) -> Iterator[Any]:
-    """Rows of one file; groups before the start are passed over by their count, unread."""
-    table = _table(file)
+def _parquet_rows(file: Path, start: int) -> Iterator[Any]:
+    """Rows of one file. Row groups before the start are counted and not read."""
+    table = _open_parquet(file)
     counts = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
     groups = list(range(len(counts)))
     while groups and counts[groups[0]] <= start:
         start -= counts[groups[0]]
         yield counts[groups.pop(0)]
-    for batch in table.iter_batches(BATCH, row_groups=groups) if groups else ():
+    for batch in table.iter_batches(PARQUET_BATCH, row_groups=groups) if groups else ():
         yield from batch.to_pylist()
 
 
-def _text(file: Path) -> Iterator[Row]:
+def _text_rows(file: Path) -> Iterator[Row]:
     if file.suffix == ".zip":
         with zipfile.ZipFile(file) as archive:
             for name in sorted(name for name in archive.namelist() if name.endswith((".jsonl", ".json"))):
                 with archive.open(name) as member:
-                    yield from _objects(io.TextIOWrapper(member, encoding="utf-8"), f"{file}, {name}")
+                    yield from _json_objects(io.TextIOWrapper(member, encoding="utf-8"), f"{file}, {name}")
         return
     with file.open(encoding="utf-8-sig", newline="") as text:
-        yield from csv.DictReader(text) if file.suffix == ".csv" else _objects(text, str(file))
+        yield from csv.DictReader(text) if file.suffix == ".csv" else _json_objects(text, str(file))
 
 
-def _objects(text: Any, where: str) -> Iterator[Row]:
-    """The objects of a JSON list or of JSON lines, one at a time: a list can be larger than memory."""
+def _json_objects(text: Any, source_name: str) -> Iterator[Row]:
+    """Yield the objects of a JSON list or of JSON lines. A list may be larger than memory."""
     decoder, buffer, number = json.JSONDecoder(), text.read(CHUNK), 0
     at = len(buffer) - len(buffer.lstrip())
     at += buffer.startswith("[", at)
     while True:
-        at = BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
+        at = ROW_SEPARATOR.match(buffer, at).end()  # type: ignore[union-attr]
         try:
             row, at = decoder.raw_decode(buffer, at)
         except ValueError as error:
@@ -183,10 +203,12 @@ def _objects(text: Any, where: str) -> Iterator[Row]:
             if not more and buffer[at:].strip() in ("", "]"):
                 return
             if not more:
-                raise ValueError(f"{where}, row {number}: not JSON ({error}); expected an object a row") from None
+                raise ValueError(
+                    f"{source_name}, row {number}: not JSON ({error}). Expected one object per row"
+                ) from None
             buffer, at = buffer[at:] + more, 0
             continue
         if not isinstance(row, dict):
-            raise ValueError(f"{where}, row {number}: is {str(row)[:40]!r}; expected an object a row")
+            raise ValueError(f"{source_name}, row {number}: is {str(row)[:40]!r}. Expected one object per row")
         yield row
         number += 1

@@ -1,4 +1,4 @@
-"""Sets of answers to questions about images."""
+"""Converters for datasets of pairs of responses to questions about images."""
 
 from __future__ import annotations
 
@@ -7,29 +7,37 @@ from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
-from dpo_mm.sources.messages import asked, placed, said, turns
+from dpo_mm.sources.messages import assistant_message, insert_image_parts, to_messages, user_message
 from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
 
-MISMATCH = LeftOut("its images and their places in the question don't match")
+IMAGE_COUNT_MISMATCH = LeftOut("its images do not match the image placeholders in the question")
 
 
-def answer_pair(row: Row, question: str, chosen: str, rejected: str, images: list[Any], **more: Any) -> Item:
-    """A canonical row of one question and two answers, or why there is none."""
-    prompt = asked(question, len(images))
+def response_pair(row: Row, question: str, chosen: str, rejected: str, images: list[Any], **more: Any) -> Item:
+    """Build a `ResponsePreference` row from a question and two responses, or the reason to leave the row out.
+
+    Args:
+        row: raw row.
+        question: text with one `<image>` per image, or none.
+        chosen, rejected: texts of the responses.
+        images: images of the question, as cells of the raw row.
+        more: further columns of the row.
+    """
+    prompt = user_message(question, len(images))
     if prompt is None:
-        return MISMATCH
+        return IMAGE_COUNT_MISMATCH
     return {
         "id": str(row["_number"]),
         "images": images,
         "prompt": prompt,
-        "chosen": said(chosen),
-        "rejected": said(rejected),
+        "chosen": assistant_message(chosen),
+        "rejected": assistant_message(rejected),
         **more,
     }
 
 
 def rlhf_v(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`image, text`, where text is a JSON string of question, chosen and rejected."""
+    """Convert RLHF-V: `image, text`. The text is a JSON string of question, chosen and rejected."""
     for row in rows:
         try:
             text = json.loads(row["text"])
@@ -37,23 +45,23 @@ def rlhf_v(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
         except (ValueError, TypeError, KeyError):
             if "text" not in row:
                 raise
-            yield LeftOut("its text is no JSON of question, chosen and rejected")
+            yield LeftOut("its text is not JSON of question, chosen and rejected")
             continue
-        yield answer_pair(row, question, chosen, rejected, [row["image"]], axis="faithfulness")
+        yield response_pair(row, question, chosen, rejected, [row["image"]], axis="faithfulness")
 
 
 def rlaif_v(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`image, question, chosen, rejected`, and where they come from."""
+    """Convert RLAIF-V: `image, question, chosen, rejected`, and columns about their origin, which are not used."""
     for row in rows:
-        yield answer_pair(row, row["question"], row["chosen"], row["rejected"], [row["image"]], axis="faithfulness")
+        yield response_pair(row, row["question"], row["chosen"], row["rejected"], [row["image"]], axis="faithfulness")
 
 
 def mmpr(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`image` (a path, a list of them, or none), `question` with `<image>` for each, `chosen, rejected`."""
+    """Convert MMPR: `image` (a path, a list of paths, or none), `question` with `<image>`s, `chosen, rejected`."""
     for row in rows:
         image = row.get("image") or []
         images = [image] if isinstance(image, str) else list(image)
-        yield answer_pair(row, row["question"], row["chosen"], row["rejected"], images, axis="overall")
+        yield response_pair(row, row["question"], row["chosen"], row["rejected"], images, axis="overall")
 
 
 ASPECTS = {
@@ -61,32 +69,37 @@ ASPECTS = {
     "faithfulness": "Visual Faithfulness",
     "ethics": "Ethical Considerations",
 }
+"""Name of VLFeedback's rating for each axis."""
 
 
 def vl_feedback(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`id, prompt, completions{annotations{3 aspects{Rating, Rationale}}, model, response}`, `img_path` (or `image`).
+    """Convert VLFeedback.
 
-    Ratings are strings, 1 to 5 or N/A. Every two answers that are rated apart are a pair, with the gap as its margin;
-    overall is the mean of the three aspects (Li et al. 2023, 2312.10665).
+    Columns: `id, prompt, completions{annotations{3 aspects{Rating, Rationale}}, model, response}`, `img_path` (or `image`).
+    Ratings are texts, 1 to 5 or N/A. Every two responses with different ratings form a pair, with the difference as
+    `score_gap`. The overall rating is the mean of the three aspects.
+
+    Source: Li et al. 2023 (2312.10665).
     """
     for row in rows:
         image = row.get("image") or row["img_path"]
-        rated = [(one, _rating(one["annotations"], axis)) for one in _as_list(row["completions"])]
-        for (a, (one, x)), (b, (other, y)) in combinations(enumerate(rated), 2):
+        completions = _as_list(row["completions"])
+        rated = [(completion, _rating(completion["annotations"], axis)) for completion in completions]
+        for (a, (first, x)), (b, (second, y)) in combinations(enumerate(rated), 2):
             if x is None or y is None:
-                yield LeftOut("an answer has no rating")
+                yield LeftOut("a response has no rating")
             elif x == y:
-                yield LeftOut("its answers are rated alike")
+                yield LeftOut("its responses have the same rating")
             else:
-                best, worst = (one, other) if x > y else (other, one)
-                more = {"score_gap": abs(x - y), "axis": axis or "overall", "group_id": str(row["id"])}
-                more |= {"chosen_model": best["model"], "rejected_model": worst["model"]}
-                item = answer_pair(row, row["prompt"], best["response"], worst["response"], [image], **more)
+                best, worst = (first, second) if x > y else (second, first)
+                columns = {"score_gap": abs(x - y), "axis": axis or "overall", "group_id": str(row["id"])}
+                columns |= {"chosen_model": best["model"], "rejected_model": worst["model"]}
+                item = response_pair(row, row["prompt"], best["response"], worst["response"], [image], **columns)
                 yield {**item, "id": f"{row['_number']}-{a}-{b}"} if isinstance(item, dict) else item
 
 
 def _as_list(completions: Any) -> list[Row]:
-    """Completions as a list of structs, also from the struct of lists that older versions of `datasets` wrote."""
+    """Completions as a list of structs. Older versions of `datasets` wrote a struct of lists."""
     if isinstance(completions, list):
         return completions
     count = len(completions["response"])
@@ -95,13 +108,13 @@ def _as_list(completions: Any) -> list[Row]:
         {
             "model": completions["model"][n],
             "response": completions["response"][n],
-            "annotations": notes[n] if isinstance(notes, list) else _nth(notes, n),
+            "annotations": notes[n] if isinstance(notes, list) else _completion_notes(notes, n),
         }
         for n in range(count)
     ]
 
 
-def _nth(notes: dict[str, Any], n: int) -> Row:
+def _completion_notes(notes: dict[str, Any], n: int) -> Row:
     return {aspect: {"Rating": ratings["Rating"][n]} for aspect, ratings in notes.items()}
 
 
@@ -120,16 +133,16 @@ def _number(rating: Any) -> float | None:
 
 
 def povid(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """`image, conversations, rejected_conversations`: the same turns but for the last one."""
+    """Convert POVID: `image, conversations, rejected_conversations`. Only the last turn differs."""
     for row in rows:
-        chosen, rejected = turns(row["conversations"]), turns(row["rejected_conversations"])
+        chosen, rejected = to_messages(row["conversations"]), to_messages(row["rejected_conversations"])
         if chosen[:-1] != rejected[:-1]:
             yield LeftOut("its two prompts differ")
             continue
         images = [row["image"]] if row.get("image") else []
-        prompt = placed(chosen[:-1], len(images))
+        prompt = insert_image_parts(chosen[:-1], len(images))
         if prompt is None:
-            yield MISMATCH
+            yield IMAGE_COUNT_MISMATCH
             continue
-        answers = {"chosen": chosen[-1:], "rejected": rejected[-1:]}
-        yield {"id": str(row["_number"]), "images": images, "prompt": prompt, **answers, "axis": "faithfulness"}
+        responses = {"chosen": chosen[-1:], "rejected": rejected[-1:]}
+        yield {"id": str(row["_number"]), "images": images, "prompt": prompt, **responses, "axis": "faithfulness"}

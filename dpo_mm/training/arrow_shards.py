@@ -1,8 +1,8 @@
-"""Encoded rows as Arrow sets in a folder, a shard at a time: written aside and then renamed, opened as they are asked for.
+"""Encoded rows as Arrow datasets in a folder, one shard at a time.
 
-A shard is a folder with a set for each frame (width x height) that its rows were fitted to, or none where no row was left.
-A tensor is a cell of its own bytes, float32 or halved, with type and shape in tensors.json beside the set: nested lists
-took 14 times as long to read.
+A shard is written to a temporary folder and then renamed. It has one dataset for each size (width x height) that its rows
+were fitted to, or none if no row remained. A tensor is stored as the bytes of one cell, in float32 or half precision, with
+its type and shape in tensors.json. Nested lists took 14 times as long to read.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSORS = "tensors.json"
 OPEN = 256
-"""Sets that are kept open at a time; a process may have about a thousand files."""
+"""Datasets that are open at a time. A process may have about a thousand open files."""
 
 
 class Part(NamedTuple):
-    """One set of a shard: its folder under the whole's, its rows, and what they were fitted to (width x height)."""
+    """One dataset of a shard: its path in the folder, its number of rows, and their size (width x height)."""
 
     place: str
     rows: int
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 class Shards:
-    """Rows of all parts, in order, tensors in float32. A part is opened when a row of it is asked for."""
+    """Rows of all parts, in order, with tensors in float32. A part is opened when one of its rows is read."""
 
     def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
         self.folder, self.parts = folder, list(parts)
@@ -61,13 +61,22 @@ class Shards:
 
 
 def _tensor(data: bytes, kind: str, shape: list[int]) -> Tensor:
-    """A cell as the tensor that it was; numbers with a fraction in float32."""
+    """Restore a tensor from the bytes of a cell. Floating-point values become float32."""
     tensor = torch.frombuffer(bytearray(data), dtype=getattr(torch, kind)).reshape(shape)
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def cast_columns(columns: Mapping[str, Any], precision: str, *, where: str) -> dict[str, Any]:
-    """Columns as they are kept. Raises ValueError where a number is too large for fp16."""
+    """Cast tensors to the precision of the cache.
+
+    Args:
+        columns: columns by name. Tensors are (rows, ...).
+        precision: fp32, bf16 or fp16.
+        where: name of the dataset, for errors.
+
+    Raises:
+        ValueError: if a value is not finite, or too large for fp16.
+    """
     found = dict(columns)
     for name, values in columns.items():
         if isinstance(values, Tensor) and values.is_floating_point():
@@ -84,7 +93,11 @@ def cast_columns(columns: Mapping[str, Any], precision: str, *, where: str) -> d
 
 
 def write_shard(place: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write a shard's sets of columns, aside and then under its name. Raises OSError with the fix where it can't."""
+    """Write the datasets of a shard to a temporary folder, then rename it.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written, with the fix.
+    """
     aside = place.with_name(f".{place.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -103,7 +116,7 @@ def write_shard(place: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _arrow(columns: Mapping[str, Any]) -> Any:
-    """Columns as a set: tensors (rows, ...) as bytes, lists of plain values as they are."""
+    """Make a dataset of columns: tensors (rows, ...) as bytes, lists of plain values unchanged."""
     from datasets import Dataset, Features, Value
 
     kinds = {str: "string", int: "int64", float: "float64", bytes: "large_binary"}
@@ -121,7 +134,7 @@ def _kinds(columns: Mapping[str, Any]) -> dict[str, tuple[str, list[int]]]:
 
 
 def list_parts(folder: Path, kind: str) -> Iterator[Part]:
-    """What the shards of a kind (pairs, prompts) hold, in order."""
+    """Yield the parts of all shards of a kind (pairs, prompts), in order."""
     from datasets import load_from_disk
 
     for shard in sorted(folder.glob(f"{kind}-*")):
@@ -130,14 +143,14 @@ def list_parts(folder: Path, kind: str) -> Iterator[Part]:
 
 
 def row_bytes(columns: Mapping[str, Tensor], precision: str) -> int:
-    """Bytes on disk of the tensors of one row, (rows, ...) each."""
+    """Return the bytes that the tensors of one row take on disk. Columns are (rows, ...)."""
     half = CACHE_DTYPES[precision].itemsize
     sizes = ((v[0].numel(), half if v.is_floating_point() else v.element_size()) for v in columns.values())
     return sum(count * size for count, size in sizes)
 
 
 def check_disk(folder: Path, wanted: int) -> int:
-    """Free bytes where the folder is. Raises ValueError where they are fewer than wanted."""
+    """Return the free bytes of the folder's disk. Raise ValueError if they are fewer than wanted."""
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise ValueError(

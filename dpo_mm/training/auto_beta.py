@@ -1,13 +1,13 @@
-"""`beta: auto`: beta from what the model says of the pairs before the first step.
+"""Choose beta from the reference's log-probs before the first step (`beta: auto`).
 
-Before training every margin is 0, so its scale can't be seen; the spread of what it is made of can. With s the standard
-deviation over pairs of log p(chosen) - log p(rejected) under the reference, each image at its own draw,
+Before training every margin is 0, so its scale cannot be measured. The spread of its parts can. With s the standard deviation
+over pairs of log p(chosen) - log p(rejected) under the reference, each image at its own noise,
 
     beta = 1 / (SHARE * s)
 
-so that |beta * delta| is 1, the logistic loss's bend, for a policy that moved a margin by that share of the spread. The
-share is another for pictures than for answers: a tuned denoiser's errors stay within per cents of the reference's,
-while an answer's log-prob moves by much of itself. docs/background/experiments.md has what it gave beside betas found by hand.
+so that |beta * delta| is 1, where the logistic loss bends, if the policy has moved a margin by that fraction of the spread.
+The fraction differs by modality: a tuned denoiser's errors stay within per cents of the reference's, and a response's
+log-prob moves by much of itself. docs/background/experiments.md compares the result with betas found by search.
 """
 
 from __future__ import annotations
@@ -21,13 +21,22 @@ from dpo_mm.training.pair_stream import PairStream
 AUTO = "auto"
 PAIRS = 64
 SHARE = {"image": 0.02, "text": 0.5}
-"""By modality: of the spread, what a tuned policy moves a margin by."""
+"""Fraction of the spread by which a tuned policy moves a margin, by modality."""
 
 
 def measure_beta(policy: Policy, stream: PairStream, config: TrainConfig) -> float:
-    """1/nats, rounded to two digits so that it is the same on every machine, and the same on every process.
+    """Measure beta on the first PAIRS pairs of a run, on one process for all.
 
-    stream: the run's pairs; its first PAIRS are asked, however short the run. Raises ValueError where all pairs are alike.
+    Args:
+        policy: the prepared policy.
+        stream: the run's pairs.
+        config: settings of the run.
+
+    Returns:
+        beta in 1/nats, rounded to two digits so that it is equal on every machine.
+
+    Raises:
+        ValueError: if all pairs have the same log-prob difference.
     """
     from accelerate.utils import broadcast_object_list, send_to_device
 

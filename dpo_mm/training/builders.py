@@ -1,4 +1,4 @@
-"""From settings to what a run is made of: its loss, its policy, the loop's arguments; and everything refused early."""
+"""Build the parts of a run from its settings: loss, policy, arguments of the loop. Invalid settings are refused here."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from dpo_mm.training.reference import resolve_reference_name
 
 OPTIONAL_INPUTS = ("reference_logps", "z", "reward_shift", "corrupted_ratio", "rejected_gradient_scale")
 DEFAULT_SLACK = 0.9
-"""`sdpo`'s slack where settings give none: Diffusion-SDPO's for SD1.5 (0.6 for SDXL)."""
+"""Default slack of `sdpo`: Diffusion-SDPO's for SD1.5. For SDXL the paper uses 0.6."""
 IMAGE_ONLY_SETTINGS = (
     "resolution", "buckets", "cache_precision", "timestep_sampling", "timestep_range", "stratified_timesteps", "antithetic_noise", "loss_weighting"
 )  # fmt: skip
-"""Settings that only an image generator knows."""
+"""Settings for image generators only."""
 TEXT_ONLY_SETTINGS = (
     "train_vision_tower",
     "max_length",
@@ -37,18 +37,27 @@ TEXT_ONLY_SETTINGS = (
     "edited_token_weight",
     "cache_vision_features",
 )
-"""Settings that only a policy of text knows."""
+"""Settings for vision-language models only."""
 OPTIMIZERS = {"adamw": "", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
-"""What the Trainer calls them; adamw is its own default."""
+"""The Trainer's names of our optimizers. adamw is its default."""
 
 
 def build_loss(
     config: TrainConfig, *, modality: Modality
 ) -> Callable[[LogProbs, LogProbs | None, Mapping[str, Tensor]], Tensor]:
-    """The loss of a config: its objectives by weight, with the SFT term where it has a weight.
+    """Build the loss of a config: its objectives by weight, plus the SFT term if it has a weight.
 
-    Tried at once on a made-up pair of that exactness, so that a setting out of range, or an objective that doesn't go
-    with such log-probs, raises ValueError before anything is trained.
+    The loss is tried on one invented pair, so that invalid settings fail before anything is trained.
+
+    Args:
+        config: settings of the run.
+        modality: decides if log-probs are likelihoods (text) or the denoising surrogate (image).
+
+    Returns:
+        A function of (policy_logps, reference_logps, batch) that returns the loss per pair, (pairs,).
+
+    Raises:
+        ValueError: if a setting is out of range, or an objective does not support the modality.
     """
     named = {config.objective: 1.0} if isinstance(config.objective, str) else dict(config.objective)
     settings = dict(config.objective_kwargs)
@@ -70,12 +79,12 @@ def build_loss(
 
 def _number(beta: float | str) -> float:
     if isinstance(beta, str):
-        raise ValueError(f"beta {beta!r} is no number; expected one above 0, or {AUTO}")
+        raise ValueError(f"beta is {beta!r}. Expected a number above 0, or {AUTO}")
     return beta
 
 
 def validate_config(config: TrainConfig) -> None:
-    """Everything about a config that can be refused before a model is loaded. Raises ValueError."""
+    """Refuse every invalid setting that can be found before a model is loaded. Raises ValueError."""
     family = policy_class(config.model, revision=config.revision)
     modality: Modality = family.modality
     check_format(config, getattr(family, "kohya_prefix", None), family=family.__name__)
@@ -110,19 +119,26 @@ def _validate_timestep_settings(config: TrainConfig) -> None:
     if not 0 <= low < high <= 1:
         raise ValueError(f"timestep_range is {low:g} to {high:g}; expected 0 <= low < high <= 1, 0 clean, 1 pure noise")
     if config.antithetic_noise and (config.batch_size % 2 or config.fixed_draws_per_row):
-        raise ValueError("antithetic_noise takes an even batch_size (each pair comes twice) and no fixed_draws_per_row")
+        raise ValueError(
+            "antithetic_noise needs an even batch_size, because each pair comes twice, and no fixed_draws_per_row"
+        )
 
 
 def required_inputs(config: TrainConfig) -> set[str]:
-    """Which of NEEDED the config's objectives take."""
+    """Return the OPTIONAL_INPUTS that the config's objectives take."""
     named = [config.objective] if isinstance(config.objective, str) else list(config.objective)
     return {what for what in OPTIONAL_INPUTS if any(objectives.takes(name, what) for name in named)}
 
 
 def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | TextPolicy:
-    """The policy that a config trains, not yet prepared. Raises ValueError as loading does.
+    """Load the policy that a config trains, not yet prepared.
 
-    weights: False leaves an image generator's on the meta device, see `policies.hollow`.
+    Args:
+        config: settings of the run.
+        weights: False leaves an image generator on the meta device, see `meta_pipeline`.
+
+    Raises:
+        ValueError: as `load_policy`.
     """
     options: dict[str, Any] = {}
     if policy_class(config.model, revision=config.revision).modality == "text":
@@ -135,7 +151,7 @@ def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | 
 
 
 def _optimizer(name: str) -> str:
-    """An optimizer in the Trainer's words. Raises ValueError where it is unknown or needs what isn't installed."""
+    """Translate an optimizer's name for the Trainer. Raises ValueError if it is unknown or its package is not installed."""
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer {name!r} is unknown; {did_you_mean(name, OPTIMIZERS)}")
     if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
@@ -144,7 +160,7 @@ def _optimizer(name: str) -> str:
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """The config in the Trainer's words. Raises ValueError for an unknown precision."""
+    """Translate a config to the Trainer's arguments. Raises ValueError for an unknown precision or optimizer."""
     if config.precision not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"precision {config.precision!r} is unknown; expected fp32, bf16 or fp16")
     return TrainingArguments(

@@ -1,4 +1,4 @@
-"""Callbacks of a run: skip non-finite steps, stop on request, warn of drift, follow the policy, move the bar."""
+"""Trainer callbacks: skip non-finite steps, stop on request, warn of drift, update the reference, show progress."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from dpo_mm.training.reference import TrackingReference
 logger = logging.getLogger(__name__)
 
 MAX_CONSECUTIVE_SKIPS = 20
-"""Steps without a finite gradient after which a run gives up; the first few are normal in fp16."""
+"""Consecutive steps without a finite gradient that end a run. The first few are normal in fp16."""
 NAMED = 8
-"""Rows and tensors that a diagnosis names at most."""
+"""Largest number of rows and tensors that a diagnosis names."""
 
 
 class SkipNonFiniteStepsCallback(TrainerCallback):
-    """A gradient that isn't finite makes no optimizer step; it is counted, and twenty in a row end the run.
+    """Skip an optimizer step whose gradient is not finite, count it, and end the run after twenty in a row.
 
-    Gradients are the same on every process by then, and so is the decision. The diagnosis names this process's rows.
+    Gradients are equal on all processes at this point, and so is the decision. The diagnosis names the rows of this process.
     """
 
     def __init__(self) -> None:
@@ -35,11 +35,11 @@ class SkipNonFiniteStepsCallback(TrainerCallback):
         self.norms: tuple[list[str], Tensor] | None = None
 
     def record_batch(self, ids: Sequence[str], timesteps: Tensor | None, losses: Tensor) -> None:
-        """A batch of the step that is being made: row ids, timesteps (pairs,) or None, losses (pairs,)."""
+        """Record a batch of the current step: row ids, timesteps (pairs,) or None, losses (pairs,)."""
         self.batches.append((ids, timesteps, losses.detach()))
 
     def measure(self, model: nn.Module) -> None:
-        """Take the norm of each gradient, before clipping spreads what isn't finite over all of them."""
+        """Take the norm of each gradient before clipping, which spreads non-finite values over all of them."""
         named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
         norms = torch.stack([_norm(g) for _, g in named]) if named else torch.zeros(0)
         self.norms = [name for name, _ in named], norms
@@ -67,7 +67,7 @@ class SkipNonFiniteStepsCallback(TrainerCallback):
             )
 
     def diagnosis(self) -> str:
-        """Which gradients aren't finite, and which rows have a loss that isn't, or all rows where each has one."""
+        """Name the gradients that are not finite and the rows whose loss is not, or all rows if every loss is finite."""
         assert self.norms is not None
         names, norms = self.norms
         bad = [name for name, ok in zip(names, torch.isfinite(norms).tolist(), strict=True) if not ok]
@@ -88,15 +88,15 @@ class SkipNonFiniteStepsCallback(TrainerCallback):
 
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:
-    """A gradient's norm; of all shards where it is one of several (FSDP2)."""
+    """Norm of a gradient, over all shards if it is one of several (FSDP2)."""
     norm: Any = gradient.float().norm()
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 class GracefulStopCallback(TrainerCallback):
-    """Ends a run after its step, with a checkpoint, once a stop is requested.
+    """End a run after the current step, with a checkpoint, if a stop is requested.
 
-    With several processes, all stop after the same step, whichever received the request, because a save needs all.
+    All processes stop after the same step, whichever received the request, because saving needs all of them.
     """
 
     def __init__(self, stop: StopRequest) -> None:
@@ -112,7 +112,7 @@ class GracefulStopCallback(TrainerCallback):
 
 
 class ProgressBarCallback(TrainerCallback):
-    """Moves a progress bar a step at a time."""
+    """Advance a progress bar by one per step."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self.advance = advance
@@ -151,19 +151,19 @@ class RestoreRewardsCallback(TrainerCallback):
 
 
 WINDOW = 10
-"""Logs that are averaged."""
+"""Number of logs that are averaged."""
 
 
 DISPLACED = -1.0
-"""Implicit reward of the chosen side, beta * log-ratio, below which text is warned of."""
+"""Implicit reward of the chosen side, beta * log-ratio, below which a text run is warned."""
 
 
 DRIFTED = 1.1
-"""Denoising error of the chosen side relative to the reference's, above which an image generator is warned of."""
+"""Denoising error of the chosen side relative to the reference's, above which an image run is warned."""
 
 
 class _ThresholdWarning(TrainerCallback):
-    """Says `advice` once when the mean of a logged number over the last WINDOW logs passes `limit`."""
+    """Log `advice` once, if the mean of a metric over the last WINDOW logs passes `limit`."""
 
     name: str
     limit: float
@@ -185,7 +185,7 @@ class _ThresholdWarning(TrainerCallback):
 
 
 class ChosenLikelihoodWarning(_ThresholdWarning):
-    """Text: the chosen answer itself becomes unlikely. Source: Razin et al. 2024 (2410.08847); Pal et al. 2402.13228."""
+    """Warning for text: the chosen response itself becomes unlikely. Source: Razin et al. 2024 (2410.08847); Pal et al. 2402.13228."""
 
     name, limit, above = "rewards/chosen", DISPLACED, False
     advice = (
@@ -195,7 +195,7 @@ class ChosenLikelihoodWarning(_ThresholdWarning):
 
 
 class ChosenErrorWarning(_ThresholdWarning):
-    """Images: the denoising error of the chosen picture itself rises. Source: Diffusion-SDPO (2511.03317) section 3."""
+    """Warning for images: the denoising error of the chosen image rises. Source: Diffusion-SDPO (2511.03317), section 3."""
 
     name, limit, above = "errors/chosen", DRIFTED, True
     advice = (

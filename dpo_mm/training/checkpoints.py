@@ -1,4 +1,4 @@
-"""Checkpoints: written aside and renamed, which one is whole, and whether the same recipe on the same pairs made it."""
+"""Checkpoints: write them completely or not at all, find the latest complete one, and check that the recipe is the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 COMPLETE = "complete.json"
 CONFIG_FILE = "dpo_mm.json"
 STATE = ("rewards", "measured_beta", "pairs_digest", "pairs_per_step")
-"""What a checkpoint's CONFIG_FILE holds beside the config."""
+"""Entries of a checkpoint's CONFIG_FILE in addition to the config."""
 FREE_TO_CHANGE = {
     "output_dir",
     "resume",
@@ -32,12 +32,12 @@ FREE_TO_CHANGE = {
     "batch_size",
     "accumulate",
 }
-"""Settings that a resumed run may have changed; of the last two, and the number of processes, the product must stay."""
+"""Settings that may change in a resumed run. The product of the last two and the number of processes must stay the same."""
 
 
 @contextmanager
 def explain_disk_full(place: Path) -> Iterator[None]:
-    """Within it whatever fails for want of space is one OSError that names `place` and the way out.
+    """Context manager that turns every error of a full disk into one OSError with the path and the fix.
 
     torch and safetensors report a full disk by errors of their own.
     """
@@ -54,11 +54,13 @@ def explain_disk_full(place: Path) -> Iterator[None]:
 
 
 def _unwritten(place: Path, reason: str, number: int = errno.EIO) -> OSError:
-    return OSError(number, f"could not write {place}: {reason}; earlier checkpoints are kept, free space and --resume")
+    return OSError(
+        number, f"could not write {place}: {reason}. Earlier checkpoints are unchanged: free space, then --resume"
+    )
 
 
 def move_into_place(aside: Path, folder: Path) -> None:
-    """Put each part of `aside` into the folder under its name, in place of what was there."""
+    """Move each part of a temporary folder into the final folder, in place of the part with that name."""
     for part in sorted(aside.iterdir()):
         if (folder / part.name).is_dir():
             shutil.rmtree(folder / part.name)
@@ -66,13 +68,13 @@ def move_into_place(aside: Path, folder: Path) -> None:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Note every file of a checkpoint with its size, so that a part that is missing or cut later shows."""
+    """Write the size of every file of a checkpoint, so that a part that is missing or truncated later is noticed."""
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
     (checkpoint / COMPLETE).write_text(json.dumps(sizes, indent=1))
 
 
 def what_is_wrong(checkpoint: Path) -> str | None:
-    """Why a checkpoint can't be gone on from, or None."""
+    """Return the reason why a checkpoint cannot be resumed, or None."""
     try:
         sizes = json.loads((checkpoint / COMPLETE).read_text())
     except (OSError, ValueError):
@@ -87,9 +89,13 @@ def what_is_wrong(checkpoint: Path) -> str | None:
 
 
 def latest_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run with all its parts; broken ones are named and passed over.
+    """Return the latest checkpoint of a run that has all its parts. Incomplete ones are logged and skipped.
 
-    Raises ValueError where there are some and none is whole. None where there are none.
+    Returns:
+        The checkpoint's folder, or None if there are no checkpoints.
+
+    Raises:
+        ValueError: if there are checkpoints and none is complete.
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     reasons = []
@@ -105,9 +111,10 @@ def latest_complete_checkpoint(folder: Path) -> Path | None:
 
 
 def check_same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_per_step: int) -> dict[str, Any]:
-    """What the checkpoint keeps of its run (STATE), where `config` and its pairs a step go on with it.
+    """Return the run state (STATE) of a checkpoint, if the config resumes the same recipe.
 
-    Raises ValueError with what changed, but for FREE_TO_CHANGE.
+    Raises:
+        ValueError: if a setting outside FREE_TO_CHANGE, or the number of pairs per step, has changed. It names the change.
     """
     before, settings = json.loads((checkpoint / CONFIG_FILE).read_text()), json.loads(json.dumps(as_dict(config)))
     changed = [

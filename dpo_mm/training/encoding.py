@@ -1,9 +1,8 @@
-"""Frozen work, done once: autoencoder posteriors and prompt embeddings of a preference set, in Arrow on disk.
+"""Encode frozen parts once: latents of the autoencoder and prompt embeddings, in Arrow on disk.
 
-Kept under a key of model, preprocessing and data, so that a second run starts at once. Written in shards, aside and
-then renamed: a run that was cut short goes on with the shard it was at, and several processes share the shards out. The
-posterior's mean and standard deviation are kept, not one sample of it, so that a fresh sample at each visit is exactly
-what encoding in the step would give.
+The cache key is a hash of model, preprocessing and data, so that a second run starts at once. Shards are written to a temporary
+folder and then renamed. An interrupted run resumes with the shard it was at, and several processes share the shards. The cache
+has the posterior's mean and standard deviation, not one sample, so that a fresh sample in each epoch equals encoding in the step.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,21 +37,21 @@ if TYPE_CHECKING:
 COMPLETE, QUARANTINE = "complete.json", "quarantine.jsonl"
 SHARD = 256
 PIXELS, TOKENS = 32 * 256**2, SHARD * 77
-"""What the encoders are given at a time, at most: pixels of pictures, tokens of prompts."""
+"""Largest input of the encoders at a time: pixels of images, tokens of prompts."""
 SHARD_TIMEOUT_S = 1800.0
-"""Seconds without a new shard after which a process gives up waiting for the others."""
+"""Seconds without a new shard after which a process stops waiting for the others."""
 
 
 def cache_folder() -> Path:
-    """Where encoded sets are kept: $DPO_MM_CACHE, or dpo-mm in the user's cache folder."""
+    """Folder of the encoded datasets: $DPO_MM_CACHE, or dpo-mm in the user's cache folder."""
     home = os.environ.get("DPO_MM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-mm"
     return Path(home)
 
 
 class EncodedPairs:
-    """Encoded rows: id, chosen and rejected posterior (mean and std), the prompt's tensors, columns of FROM_DATA.
+    """Encoded rows: id, mean and std of the chosen and rejected latents, prompt embeddings, columns of DATASET_INPUTS.
 
-    groups: row numbers of each frame (width x height) that pictures were fitted to.
+    `buckets` has the row numbers of each size (width x height) that images were fitted to.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,10 +61,10 @@ class EncodedPairs:
         self.pairs, self.prompts = Shards(folder, pairs), Shards(folder, [Part(*part) for part in kept["prompts"]])
         self.frames = list(dict.fromkeys(part.frame for part in pairs))
         ends = np.cumsum([0, *(sum(part.rows for part in pairs if part.frame == frame) for frame in self.frames)])
-        self.groups = [range(int(start), int(end)) for start, end in pairwise(ends)]
+        self.buckets = [range(int(start), int(end)) for start, end in pairwise(ends)]
 
     def ids(self) -> list[str]:
-        """The rows' ids, in order."""
+        """Ids of the rows, in order."""
         return [self.pairs[number]["id"] for number in range(len(self))]
 
     def __len__(self) -> int:
@@ -76,11 +76,12 @@ class EncodedPairs:
         return row
 
 
-class ProcessRank(NamedTuple):
-    """Which of how many processes this one is, as `torchrun` and `accelerate launch` say."""
+@dataclass(frozen=True)
+class ProcessRank:
+    """Index of this process and the number of processes, from the variables of `torchrun` and `accelerate launch`."""
 
-    number: int
-    of: int
+    index: int
+    count: int
 
     @classmethod
     def own(cls) -> ProcessRank:
@@ -88,7 +89,7 @@ class ProcessRank(NamedTuple):
 
 
 class EncodingJob(NamedTuple):
-    """What is encoded, how, and where it goes."""
+    """Rows to encode, how to encode them, and the folder for the result."""
 
     policy: ImagePolicy
     pairs: Pairs
@@ -108,11 +109,19 @@ def encode(
     buckets: bool = False,
     precision: str = "fp32",
 ) -> EncodedPairs:
-    """The decided pairs of `rows` as the policy takes them, from the cache where they are there.
+    """Encode decided pairs for a policy, or open them from the cache.
 
-    buckets: fit each pair to one of several frames by its aspect ratio. precision: of what is kept, fp32 | bf16 | fp16.
-    Raises ValueError that names set, row and fix where a picture does not decode, unless undecodable_images is "drop": then
-    the row is left out and noted in quarantine.jsonl beside the encoded set; and where the disk has too little room.
+    Args:
+        policy: the image generator, with its encoders.
+        rows: decided rows of `image_preference`.
+        where: name of the dataset, for errors.
+        undecodable_images: "raise", or "drop" to skip such rows and list them in quarantine.jsonl in the cache folder.
+        cache: folder of the cache, or None for the default.
+        buckets: fit each pair to one of several sizes by its aspect ratio.
+        precision: of the cached tensors, fp32, bf16 or fp16.
+
+    Raises:
+        ValueError: if an image does not decode, latents are not finite, or the disk is too small. It names dataset, row and fix.
     """
     if undecodable_images not in ("raise", "drop"):
         raise ValueError(f"undecodable_images {undecodable_images!r} is unknown; expected 'raise' or 'drop'")
@@ -134,33 +143,33 @@ def encode(
 
 
 def _key(policy: ImagePolicy, rows: Dataset, frames: Sequence[tuple[int, int]], precision: str) -> str:
-    said = f"{policy.fingerprint()} {rows._fingerprint} {list(frames)} {precision} v2"
-    return hashlib.sha256(said.encode()).hexdigest()[:24]
+    content = f"{policy.fingerprint()} {rows._fingerprint} {list(frames)} {precision} v2"
+    return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
 def _encode(task: EncodingJob) -> None:
-    """All shards of a task that are this process's own; the first one then notes that all are there."""
+    """Encode the shards of this process. The first process then marks the cache complete."""
     names = sorted(set(task.pairs.rows["prompt"]))
     expected = [task.folder / f"prompts-{number:05}" for number, _ in _shards(len(names))]
     expected += [task.folder / f"pairs-{number:05}" for number, _ in _shards(len(task.pairs.rows))]
     missing = sum(not place.exists() for place in expected) / len(expected)
-    a_prompt, a_pair = sample_bytes(task.policy, task.precision)
-    size = a_prompt * len(names) + a_pair * len(task.pairs.rows)
+    bytes_per_prompt, bytes_per_pair = sample_bytes(task.policy, task.precision)
+    size = bytes_per_prompt * len(names) + bytes_per_pair * len(task.pairs.rows)
     arrow_shards.check_disk(task.folder, int(size * missing))
-    with progress_bar(f"encoding prompts, {arrow_shards.gib(a_prompt * len(names))}", len(names)) as advance:
+    with progress_bar(f"encoding prompts, {arrow_shards.gib(bytes_per_prompt * len(names))}", len(names)) as advance:
         _encode_prompts(task, names, advance)
     with progress_bar(
-        f"encoding pictures, {arrow_shards.gib(a_pair * len(task.pairs.rows))}", len(task.pairs.rows)
+        f"encoding images, {arrow_shards.gib(bytes_per_pair * len(task.pairs.rows))}", len(task.pairs.rows)
     ) as advance:
         _encode_pairs(task, names, advance)
-    if task.share.number == 0:
+    if task.share.index == 0:
         _wait_for_files(expected, task.folder)
         _complete(task)
     _wait_for_files([task.folder / COMPLETE], task.folder)
 
 
 def sample_bytes(policy: ImagePolicy, precision: str) -> tuple[int, int]:
-    """Bytes on disk of one prompt and of one pair, about, from encoding one of each."""
+    """Bytes on disk of one prompt and of one pair, measured by encoding one of each."""
     prompt = policy.encode_prompts(["a picture"])
     mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
     source = policy.is_image_editing * arrow_shards.row_bytes({"mean": mean}, precision)
@@ -173,7 +182,7 @@ def _complete(task: EncodingJob) -> None:
     pairs = list(arrow_shards.list_parts(task.folder, "pairs"))
     if not pairs:
         raise ValueError(
-            f"{task.pairs.where}: no pair is left; every row has a picture that does not decode, see "
+            f"{task.pairs.where}: no pair is left, because every row has an image that does not decode. See "
             f"{task.folder / QUARANTINE}"
         )
     kept = {"pairs": pairs, "prompts": list(arrow_shards.list_parts(task.folder, "prompts"))}
@@ -187,9 +196,10 @@ def _complete(task: EncodingJob) -> None:
 
 
 def _wait_for_files(places: Iterable[Path], folder: Path) -> None:
-    """Until all of them are there. Files are looked at, not a barrier of processes, which would time out in hours.
+    """Wait until all files exist. Polling has no time limit for the whole, unlike a barrier of processes.
 
-    Raises ValueError where nothing new has come for `SHARD_TIMEOUT_S` seconds.
+    Raises:
+        ValueError: if no new file appears for `SHARD_TIMEOUT_S` seconds.
     """
     last, before = time.monotonic(), -1
     missing = [place for place in places if not place.exists()]
@@ -211,10 +221,10 @@ def _shards(total: int) -> Iterator[tuple[int, range]]:
 
 
 def _own(task: EncodingJob, kind: str, total: int) -> Iterator[tuple[Path, range]]:
-    """Shards of this process that are not there yet."""
+    """Yield the shards of this process that do not exist yet."""
     for number, part in _shards(total):
         place = task.folder / f"{kind}-{number:05}"
-        if number % task.share.of == task.share.number and not place.exists():
+        if number % task.share.count == task.share.index and not place.exists():
             yield place, part
 
 
@@ -224,10 +234,10 @@ def _encode_prompts(task: EncodingJob, names: Sequence[str], advance: Any) -> No
     for place, part in _own(task, "prompts", len(names)):
         first = task.policy.encode_prompts([names[part.start]])
         tokens = max(value.shape[1] if value.ndim > 2 else 1 for value in first.values())
-        at_once = max(1, TOKENS // tokens)
+        images_per_batch = max(1, TOKENS // tokens)
         found = [
-            task.policy.encode_prompts([names[n] for n in part[start : start + at_once]])
-            for start in range(0, len(part), at_once)
+            task.policy.encode_prompts([names[n] for n in part[start : start + images_per_batch]])
+            for start in range(0, len(part), images_per_batch)
         ]
         columns = {name: padded([row for each in found for row in each[name]]) for name in found[0]}
         arrow_shards.write_shard(
@@ -251,8 +261,8 @@ def _encode_pairs(task: EncodingJob, names: Sequence[str], advance: Any) -> None
         advance(len(part))
 
 
-def at_once(frame: tuple[int, int]) -> int:
-    """Pictures of this frame that the autoencoder is given at a time."""
+def images_per_batch(frame: tuple[int, int]) -> int:
+    """Number of images of this size that the autoencoder gets at a time."""
     return max(1, min(32, PIXELS // (frame[0] * frame[1])))
 
 
@@ -264,7 +274,7 @@ def _columns(
     optional: dict[str, Any],
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"id": [row["id"] for row in rows], "prompt_row": [index[row["prompt"]] for row in rows]}
-    count = at_once(frame)
+    count = images_per_batch(frame)
     for place, side in enumerate(("chosen", "rejected", "source")[: len(rows[0]["pictures"])]):
         some = [row["pictures"][place] for row in rows]
         with policy.at_size(frame):
@@ -297,17 +307,20 @@ def _write(path: Path, text: str) -> None:
 
 
 class EncodedSplits(NamedTuple):
-    """Encoded pairs to train on, those to watch (or None), and a digest of what they were made from."""
+    """Encoded training pairs, encoded evaluation pairs or None, and a digest of the dataset."""
 
     rows: Any
     eval_rows: Any
     digest: str
 
 
-def encoded_sets(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> EncodedSplits:
-    """The config's pairs to train on and, of other prompts, those to watch. Raises ValueError as `encode` does.
+def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> EncodedSplits:
+    """Encode the training pairs of a config, and evaluation pairs of other prompts.
 
-    A policy that encodes its rows itself (text) keeps them in memory; pictures go through the cache.
+    Text is encoded in memory. Images go through the cache.
+
+    Raises:
+        ValueError: as `encode`.
     """
     if policy.modality == "text":
         pairs = load_responses(config.pairs)

@@ -1,8 +1,8 @@
-"""How much memory a run takes, counted before it starts: a step on fake tensors, whose storages are watched as they live.
+"""Estimate the memory of a run before it starts, from one step on fake tensors whose storages are counted.
 
-Forward and backward of one batch run with every shape and type that training has, and with no numbers: the peak of what is
-alive is that of the real step, up to the allocator's rounding and what kernels take for themselves. Weights, optimizer
-state and the frozen copy are added. Of one process; FSDP divides all but activations by the number of processes.
+Forward and backward of one batch run with the shapes and types of training, without values. The peak equals that of the real
+step, up to the allocator's rounding and the workspace of kernels. Weights, optimizer state and the frozen copy are added. The
+estimate is for one process. FSDP divides everything except activations by the number of processes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion.meta_pipeline import fake
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.training.arrow_shards import gib
-from dpo_mm.training.encoding import at_once, sample_bytes
+from dpo_mm.training.encoding import images_per_batch, sample_bytes
 from dpo_mm.training.reference import resolve_reference_name
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PeakMemoryMode(TorchDispatchMode):
-    """Bytes of the tensors made within it that are alive, and the most that were at once."""
+    """Dispatch mode that counts the bytes of living tensors made in it, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class PeakMemoryMode(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a run in one process. step: activations and gradients at their peak; encoding: all of it, before training."""
+    """Bytes of a run in one process. step: peak of activations and gradients. encoding: total before training."""
 
     weights: int
     reference: int
@@ -73,7 +73,7 @@ class Memory:
     def training(self) -> int:
         return self.weights + self.reference + self.optimizer + self.step
 
-    def said(self) -> str:
+    def describe(self) -> str:
         copy = f", frozen copy {gib(self.reference)}" if self.reference else ""
         return (
             f"about {gib(self.training)} to train (weights {gib(self.weights)}{copy}, optimizer {gib(self.optimizer)}, "
@@ -82,22 +82,31 @@ class Memory:
 
 
 def estimate_memory_and_disk(policy: ImagePolicy, config: TrainConfig, prompts: int, pairs: int) -> dict[str, str]:
-    """Lines `memory` and `disk` of a run's plan. policy: hollow and prepared, see `policies.hollow`.
+    """Lines `memory` and `disk` of a run's plan.
 
-    None for a family that looks at the numbers of its own tensors, such as the lengths of prompts: it can't be counted.
+    Args:
+        policy: prepared, on the meta device.
+        config: settings of the run.
+        prompts, pairs: their numbers in the dataset.
+
+    Returns:
+        The lines. Memory is unknown for a family that reads the values of its tensors, such as the lengths of prompts.
     """
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
     try:
-        memory, (a_prompt, a_pair) = counted(policy, config)
+        memory, (a_prompt, a_pair) = count_bytes(policy, config)
     except (DataDependentOutputException, DynamicOutputShapeException):
         return {}
     disk = a_prompt * prompts + a_pair * pairs
-    return {"memory": memory.said(), "disk": f"about {gib(disk)} for {pairs:,} pairs of {prompts:,} prompts, encoded"}
+    return {
+        "memory": memory.describe(),
+        "disk": f"about {gib(disk)} for {pairs:,} pairs of {prompts:,} prompts, encoded",
+    }
 
 
-def counted(policy: ImagePolicy, config: TrainConfig) -> tuple[Memory, tuple[int, int]]:
-    """What a run takes in memory, and on disk a prompt and a pair, in bytes."""
+def count_bytes(policy: ImagePolicy, config: TrainConfig) -> tuple[Memory, tuple[int, int]]:
+    """Bytes of memory that a run takes, and bytes on disk per prompt and per pair."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     modules = [part for part in policy.pipe.components.values() if isinstance(part, nn.Module)]
@@ -109,7 +118,7 @@ def counted(policy: ImagePolicy, config: TrainConfig) -> tuple[Memory, tuple[int
         rows = [_row(policy)] * config.batch_size
         with PeakMemoryMode() as encoding:
             size = policy.resolution
-            policy.encode_images([Image.new("RGB", (size, size))] * at_once((size, size)))
+            policy.encode_images([Image.new("RGB", (size, size))] * images_per_batch((size, size)))
         policy.free_encoders()
         with PeakMemoryMode() as step:
             _step(policy, config, policy.collate(rows))
@@ -121,7 +130,7 @@ def counted(policy: ImagePolicy, config: TrainConfig) -> tuple[Memory, tuple[int
 
 
 def _row(policy: ImagePolicy) -> dict[str, Any]:
-    """An encoded row of the policy's shapes."""
+    """Make an encoded row with the policy's shapes."""
     blank = [Image.new("RGB", (policy.resolution, policy.resolution))]
     prompt = {name: value[0] for name, value in policy.encode_prompts(["a picture"]).items()}
     mean, std = policy.encode_images(blank)
@@ -133,7 +142,7 @@ def _row(policy: ImagePolicy) -> dict[str, Any]:
 
 
 def _step(policy: ImagePolicy, config: TrainConfig, batch: dict[str, Any]) -> None:
-    """The trainer's forward and backward: the reference first, without activations, then the policy."""
+    """Run the trainer's forward and backward: the reference first, without activations, then the policy."""
     policy.model.train()
     kind = AUTOCAST.get(config.precision)
     off = policy.adapter_off() if config.tuning == "lora" else contextlib.nullcontext()
@@ -146,10 +155,10 @@ def _step(policy: ImagePolicy, config: TrainConfig, batch: dict[str, Any]) -> No
 
 
 def state_bytes(shape: Sequence[int], optimizer: str) -> int:
-    """Bytes of an optimizer's state of one parameter.
+    """Bytes of an optimizer's state for one parameter.
 
-    adamw: two float32 numbers; adamw_8bit: two bytes and a scale for each 256, small tensors in float32 (Dettmers et al.
-    2021, 2110.02861); adafactor: a float32 number a row and a column (Shazeer and Stern 2018, 1804.04235).
+    adamw: two float32 values. adamw_8bit: two bytes, and one scale per 256 of them; small tensors in float32 (Dettmers et al. 2021,
+    2110.02861). adafactor: one float32 value per row and per column (Shazeer and Stern 2018, 1804.04235).
     """
     count = torch.Size(shape).numel()
     if optimizer == "adafactor" and len(shape) > 1:

@@ -1,4 +1,4 @@
-"""What a step logs beside its loss."""
+"""Metrics of a step: rewards, accuracies, errors and reliance on the image."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from dpo_mm.objectives import LogProbs
 
 
 def split_by_noise_quartile(found: Mapping[str, Tensor], level: Tensor) -> dict[str, Tensor]:
-    """Accuracy and margin again, by quarter of the noise schedule, NaN for pairs of another quarter; (pairs,) each.
+    """Repeat accuracies and margins for each quartile of the noise schedule.
 
-    level: where in the schedule each pair was drawn, [0, 1), (pairs,); the first quarter is the cleanest.
+    Args:
+        found: metrics, (pairs,) each.
+        level: noise level of each pair, [0, 1), (pairs,). The first quartile is the cleanest.
+
+    Returns:
+        Metrics per quartile, (pairs,) each, NaN for pairs of another quartile.
     """
     quarter = (level * 4).long()
     return {
@@ -25,11 +30,16 @@ def split_by_noise_quartile(found: Mapping[str, Tensor], level: Tensor) -> dict[
 
 
 def reward_metrics(policy: LogProbs, reference: LogProbs, *, beta: float) -> dict[str, Tensor]:
-    """What is watched beside the loss, each (pairs,).
+    """Compute TRL's reward metrics, and relative errors for images.
 
-    accuracy: 1 where the implicit reward prefers the chosen side, 1/2 at a tie. reward_*, margin: beta * log-ratio;
-    margin_size: its absolute value.
-    error_* (surrogates alone): denoising error relative to the reference's, 1 where it is the same.
+    Args:
+        policy, reference: log-probs of chosen and rejected, nats, (pairs,) each.
+        beta: inverse temperature, 1/nats.
+
+    Returns:
+        (pairs,) each. rewards/accuracies: 1 if the implicit reward prefers chosen, 1/2 for a tie. rewards/chosen, /rejected and
+        /margins: beta times the log-ratio. rewards/absolute_margins: their absolute value. errors/chosen, /rejected (images only):
+        denoising error relative to the reference's, 1 if equal.
     """
     chosen, rejected = objectives.log_ratios(policy, reference)
     delta = objectives.deltas(policy, reference)
@@ -47,5 +57,5 @@ def reward_metrics(policy: LogProbs, reference: LogProbs, *, beta: float) -> dic
 
 
 def image_reliance(policy: LogProbs, reference: LogProbs, corrupted_ratio: Tensor) -> Tensor:
-    """1 where the chosen answer's implicit reward is higher with its image than with what is left of it, (pairs,)."""
+    """Return 1 for a pair whose chosen response has a higher implicit reward with its image than with a corrupted one."""
     return (objectives.log_ratios(policy, reference)[0] > corrupted_ratio).float().detach()

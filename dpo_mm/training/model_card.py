@@ -1,4 +1,4 @@
-"""The model card of a tuned adapter: what it was made from and how, how to load it, and what comparing it showed."""
+"""Write the model card of a tuned adapter: data, settings, code to load it, results of comparisons."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOADING = {
     "full": 'processor = AutoProcessor.from_pretrained("{base}")\n'
     'model = AutoModelForImageTextToText.from_pretrained("{folder}", dtype={dtype})',
 }
-"""Python that loads a tuned text model, by tuning."""
+"""Python that loads a tuned text model, by tuning method."""
 GENERATING = 'image = pipe({arguments}"a red star", generator=torch.Generator().manual_seed(0)).images[0]\nimage.save("image.png")'
 IMPORTS = {
     "PeftModel": "from peft import PeftModel",
@@ -94,7 +94,17 @@ def write_card(
 
 
 def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdict: str, command: str) -> Path | None:
-    """Put what a comparison showed into an adapter's card, in place of what stood there. None where it has no card."""
+    """Replace the results in an adapter's card by those of a comparison.
+
+    Args:
+        adapter: the adapter's folder.
+        comparisons: of base and tuned. Those with other models are left out.
+        verdict: of the run.
+        command: how to repeat the comparison.
+
+    Returns:
+        Path of the card, or None if the folder has none.
+    """
     path = Path(adapter) / CARD
     if not path.is_file():
         return None
@@ -109,7 +119,7 @@ def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdi
 
 
 def _cell(text: str) -> str:
-    """Text that stays within its cell of a table and is no markup."""
+    """Escape text for a cell of a Markdown table."""
     return " ".join(str(text).split()).translate(
         {ord("|"): "\\|", ord("<"): "&lt;", ord("`"): "'", ord("["): "\\[", ord("!"): "\\!"}
     )

@@ -1,11 +1,14 @@
-"""The order of training, as data: index i of a `PairStream` is one visit of one row, whoever asks for it.
+"""The order of training rows as a function: index i of a `PairStream` is one row in one epoch.
 
-One epoch of the stream is the whole run, so resuming is skipping, and no state of a sampler needs keeping.
+One epoch of the data loader is the whole run, so resuming is skipping, and no sampler state is saved.
 
-Rows of several sizes come in groups (`groups` of the set), and a batch holds one group's rows alone. Each group is
-visited again and again in orders of its own and cut into batches; round v has the batches that came to be filled in its
-groups' v-th visit, in an order of their own. So every row is seen equally often, none is left out, and an index still
-says all: neither processes nor accumulation change what stands there.
+Rows of several sizes come in buckets (`buckets` of the dataset), and a batch has rows of one bucket only. Each bucket is repeated
+in new orders and cut into batches. Invariant: after v epochs, a bucket of n rows has filled floor(v * n / batch_size) batches.
+Epoch v consists of the batches that are completed in it, in a shuffled order. So every row is used equally often, none is
+dropped, and the order does not depend on processes or accumulation.
+
+Example: buckets of 3 and 2 rows, batch_size 2. Epoch 0 completes floor(3 / 2) = 1 and floor(2 / 2) = 1 batches. Epoch 1 completes
+floor(6 / 2) - 1 = 2 and floor(4 / 2) - 1 = 1. After two epochs all 10 uses of rows are in 5 batches.
 """
 
 from __future__ import annotations
@@ -23,24 +26,24 @@ from dpo_mm.policies.diffusion import random_draws
 from dpo_mm.policies.protocol import Modality
 
 EVAL_DRAWS = 4
-"""Frozen (noise, timestep) draws of each watched row, one from each quarter of the schedule."""
+"""Fixed samples of noise and timestep per evaluation row, one from each quartile of the schedule."""
 
 
 @dataclass(frozen=True)
 class PairStream(Dataset[dict[str, Any]]):
-    """Rows visited again and again, in a new order each time, a pure function of the seed (and batch size, in groups)."""
+    """Rows in a new order each epoch, as a pure function of the seed (and of the batch size, with buckets)."""
 
     rows: Any
     """Encoded pairs, by number."""
     seed: int
     length: int
     num_fixed_draws: int = 0
-    """K, the visit that a row's draw is made from runs 0..K-1 and again; 0: every visit is fresh."""
+    """K: a row's noise repeats after K epochs. 0: fresh noise in every epoch."""
     num_strata: int = 0
     """So many rows in a row, a step's, draw their timesteps from as many parts of the schedule, one each; of K fixed
     draws, those of a row do so instead. 0: each is drawn by itself."""
     antithetic: bool = False
-    """Each visit comes twice in a row, the second time with its noise negated."""
+    """Each use of a row comes twice in a row, the second time with negated noise."""
     shuffle: bool = True
     batch_size: int = 1
     """Rows of a process and step, which are of one group; length and what is asked for come in whole batches."""
@@ -58,7 +61,7 @@ class PairStream(Dataset[dict[str, Any]]):
         return found
 
     def row_at_epoch(self, row: int, visit: int, *, number: int = 0, sign: int = 1) -> dict[str, Any]:
-        """A row at one of its visits. number: its place in the stream, which strata go by unless draws are fixed."""
+        """Return a row in one of its epochs (`visit`). number: its index in the stream, which selects the stratum."""
         found = self.rows[row]
         place_in_time = {"stratum": self._stratum(found["id"], visit, number)} if self.num_strata else {}
         return {**found, "visit": visit, "sign": sign, **place_in_time}
@@ -68,16 +71,16 @@ class PairStream(Dataset[dict[str, Any]]):
         return visit, int(_order((self.seed, visit), len(self.rows))[place]) if self.shuffle else place
 
     def _in_bucket(self, number: int) -> tuple[int, int]:
-        size, groups = max(self.batch_size // 2, 1) if self.antithetic else self.batch_size, buckets_of(self.rows)
+        size, buckets = max(self.batch_size // 2, 1) if self.antithetic else self.batch_size, buckets_of(self.rows)
         step, place = divmod(number, size)
-        sizes = tuple(len(group) for group in groups)
+        sizes = tuple(len(bucket) for bucket in buckets)
         which, batch = _batch(self.seed, sizes, size, step) if self.shuffle else self._bucket_by_bucket(step)
         visit, at = divmod(batch * size + place, sizes[which])
         order = _order((self.seed, which, visit), sizes[which]) if self.shuffle else range(sizes[which])
-        return visit, groups[which][int(order[at])]
+        return visit, buckets[which][int(order[at])]
 
     def _bucket_by_bucket(self, step: int) -> tuple[int, int]:
-        """Batches of the first group, then of the next, each group's visits rounded up to whole batches."""
+        """Return bucket and batch of a step: all batches of the first bucket, then of the next, each rounded up."""
         for which, count in enumerate(whole_batches(buckets_of(self.rows), self.batch_size, self.num_fixed_draws or 1)):
             if step < count:
                 return which, step
@@ -85,7 +88,7 @@ class PairStream(Dataset[dict[str, Any]]):
         raise IndexError(step)
 
     def _stratum(self, row: str, visit: int, number: int) -> tuple[int, int]:
-        """Which part of the schedule, of how many."""
+        """Return the part of the noise schedule, and the number of parts."""
         if self.num_fixed_draws:
             return int(random_draws.stratum_order(self.seed, row, self.num_fixed_draws)[visit]), self.num_fixed_draws
         count = max(self.num_strata // 2, 1) if self.antithetic else self.num_strata
@@ -94,19 +97,19 @@ class PairStream(Dataset[dict[str, Any]]):
 
 
 def buckets_of(rows: Any) -> Sequence[range]:
-    """Row numbers of each group of a set, all of them one group where it says nothing of groups."""
-    return getattr(rows, "groups", None) or [range(len(rows))]
+    """Row numbers of each bucket of a dataset. All rows are one bucket if the dataset has none."""
+    return getattr(rows, "buckets", None) or [range(len(rows))]
 
 
-def whole_batches(groups: Sequence[range], batch_size: int, visits: int) -> list[int]:
-    """Batches that so many visits of each group's rows take, the last one filled up from the next visit."""
-    return [-(-visits * len(group) // batch_size) for group in groups]
+def whole_batches(buckets: Sequence[range], batch_size: int, visits: int) -> list[int]:
+    """Number of batches per bucket for a number of epochs. The last one is filled up from the next epoch."""
+    return [-(-visits * len(bucket) // batch_size) for bucket in buckets]
 
 
 def _batch(seed: int, sizes: tuple[int, ...], batch_size: int, step: int) -> tuple[int, int]:
-    """Which group batch `step` is of, and which of that group's batches it is.
+    """Return the bucket of batch `step`, and the batch's number in its bucket.
 
-    After v rounds a group of n rows has filled floor(v n / batch_size) batches.
+    After v epochs, a bucket of n rows has filled floor(v * n / batch_size) batches.
     """
     filled = lambda rounds: sum(rounds * size // batch_size for size in sizes)
     rounds = step * batch_size // sum(sizes)
@@ -131,7 +134,13 @@ def _order(key: tuple[int, ...], count: int) -> np.ndarray:
 
 
 def training_stream(config: TrainConfig, rows: Any, processes: int) -> PairStream:
-    """The whole run's pairs in their order, for so many processes."""
+    """Make the stream of a whole run.
+
+    Args:
+        config: settings of the run.
+        rows: encoded training pairs.
+        processes: number of processes.
+    """
     step = config.batch_size * config.accumulate * processes
     return PairStream(
         rows,
@@ -145,9 +154,9 @@ def training_stream(config: TrainConfig, rows: Any, processes: int) -> PairStrea
 
 
 def eval_stream(rows: Any, config: TrainConfig, *, modality: Modality) -> PairStream:
-    """Watched rows once, or of images at EVAL_DRAWS draws that no training visit uses."""
-    draws, size, groups = 1 if modality == "text" else EVAL_DRAWS, config.batch_size, buckets_of(rows)
-    length = draws * len(rows) if len(groups) == 1 else size * sum(whole_batches(groups, size, draws))
+    """Make the stream of evaluation rows: each once, or for images at EVAL_DRAWS noise samples that training never uses."""
+    draws, size, buckets = 1 if modality == "text" else EVAL_DRAWS, config.batch_size, buckets_of(rows)
+    length = draws * len(rows) if len(buckets) == 1 else size * sum(whole_batches(buckets, size, draws))
     return PairStream(
         rows, seed=0, length=length, num_fixed_draws=draws, num_strata=draws, shuffle=False, batch_size=size
     )

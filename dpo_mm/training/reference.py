@@ -1,8 +1,8 @@
-"""The reference: the same question asked of other weights.
+"""Reference models: the same log-probs under other weights.
 
-Each is `reference(model, batch) -> LogProbs`, without gradient. It is asked before the policy, so that the policy's
-activations are not alive meanwhile. Those that follow the policy keep a copy of what trains, no more, and it is part of
-every checkpoint.
+Each is a function `reference(model, batch) -> LogProbs` without gradient. It runs before the policy, so that the policy's
+activations do not take memory at that time. Tracking references store only a copy of the trained parameters, which every
+checkpoint includes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REFERENCE_FILE = "reference.safetensors"
 
 
 def adapter_off(policy: Policy, shard: Shard = None) -> Reference:
-    """The policy's own weights with its adapter switched off: no second copy in memory."""
+    """Make a reference of the policy's base weights, with the adapter disabled. It needs no second copy in memory."""
 
     def reference(model: nn.Module, batch: Batch) -> LogProbs:
         with torch.no_grad(), policy.adapter_off():
@@ -40,7 +40,12 @@ def adapter_off(policy: Policy, shard: Shard = None) -> Reference:
 
 
 def frozen_copy(policy: Policy, shard: Shard = None) -> Reference:
-    """A copy of the weights as they are now: for full fine-tuning. shard: spreads it over the processes, in place."""
+    """Make a reference of a copy of the current weights, for full fine-tuning.
+
+    Args:
+        policy: the prepared policy.
+        shard: function that spreads the copy over the processes, in place.
+    """
     copied = policy.frozen_copy()
     if shard is not None:
         shard(copied)
@@ -53,7 +58,7 @@ def frozen_copy(policy: Policy, shard: Shard = None) -> Reference:
 
 
 def precomputed(policy: Policy, shard: Shard = None) -> Reference:
-    """Numbers computed before and kept with the pairs, see `precompute_reference_log_probs`."""
+    """Make a reference that reads log-probs from the batch, see `precompute_reference_log_probs`."""
 
     def reference(model: nn.Module, batch: Batch) -> LogProbs:
         if "reference_chosen" not in batch:
@@ -69,10 +74,19 @@ def precomputed(policy: Policy, shard: Shard = None) -> Reference:
 
 
 class TrackingReference:
-    """A reference that follows the policy: every `every` steps it keeps `decay` of itself and takes the rest from there.
+    """Reference that follows the policy: every `every` steps it becomes `decay` of itself plus the rest of the policy.
 
-    Starts as the policy is when this is made. Source: TR-DPO, Gorbatovski et al. 2024 (2404.09656), soft (every 1) and
-    hard (decay 0) update. Raises ValueError outside the ranges.
+    It starts with the policy's weights.
+
+    Args:
+        policy: the prepared policy.
+        decay: [0, 1). 0 copies the policy.
+        every: steps between updates, at least 1.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Source: TR-DPO, Gorbatovski et al. 2024 (2404.09656), soft update (every 1) and hard update (decay 0).
     """
 
     def __init__(self, policy: Policy, *, decay: float, every: int) -> None:
@@ -82,7 +96,7 @@ class TrackingReference:
             raise ValueError(f"reference_sync_steps must be at least 1, got {every}; TR-DPO takes 512")
         self.policy, self.decay, self.every = policy, decay, every
         self.trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-        self.kept = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.reference_params = {name: p.detach().clone() for name, p in self.trained.items()}
 
     def __call__(self, model: nn.Module, batch: Batch) -> LogProbs:
         with torch.no_grad(), self._swapped():
@@ -90,7 +104,7 @@ class TrackingReference:
 
     @contextlib.contextmanager
     def _swapped(self) -> Iterator[None]:
-        """Within it the policy has the reference's weights."""
+        """Context manager in which the policy has the reference's weights."""
         self._swap()
         try:
             yield
@@ -99,41 +113,43 @@ class TrackingReference:
 
     def _swap(self) -> None:
         for name, parameter in self.trained.items():
-            parameter.data, self.kept[name] = self.kept[name], parameter.data
+            parameter.data, self.reference_params[name] = self.reference_params[name], parameter.data
         torch.clear_autocast_cache()  # it holds half-precision copies by parameter, not by the parameter's data
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After a step of the policy, counted from 1."""
+        """Update the reference after a step of the policy, counted from 1."""
         if step % self.every == 0:
             for name, parameter in self.trained.items():
-                self.kept[name].lerp_(parameter, 1 - self.decay)
+                self.reference_params[name].lerp_(parameter, 1 - self.decay)
 
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        save_file({name: tensor.contiguous() for name, tensor in self.kept.items()}, folder / REFERENCE_FILE)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.reference_params.items()}, folder / REFERENCE_FILE
+        )
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote. Raises ValueError where it is missing or of another model."""
+        """Load what `save` wrote. Raises ValueError if it is missing or belongs to another model."""
         from safetensors.torch import load_file
 
         stored: dict[str, Tensor] = load_file(folder / REFERENCE_FILE) if (folder / REFERENCE_FILE).exists() else {}
-        if stored.keys() != self.kept.keys():
+        if stored.keys() != self.reference_params.keys():
             raise ValueError(
                 f"{folder / REFERENCE_FILE} is missing or of another model; start again, or resume an older checkpoint"
             )
         for name, tensor in stored.items():
-            self.kept[name].copy_(tensor)
+            self.reference_params[name].copy_(tensor)
 
 
 def moving_average(policy: Policy, config: TrainConfig) -> Reference:
-    """The mean of the policy's past weights, each step counting `reference_ema_decay` of the next one's."""
+    """Make a reference that is the exponential moving average of the policy, with `reference_ema_decay`."""
     return TrackingReference(policy, decay=config.reference_ema_decay, every=1)
 
 
 def synced(policy: Policy, config: TrainConfig) -> Reference:
-    """The policy as it was at the last multiple of `reference_sync_steps` steps."""
+    """Make a reference that is the policy at the last multiple of `reference_sync_steps` steps."""
     return TrackingReference(policy, decay=0.0, every=config.reference_sync_steps)
 
 
@@ -147,7 +163,7 @@ REFERENCES: dict[str, Callable[[Any, TrainConfig, Shard], Reference]] = {
 
 
 def resolve_reference_name(config: TrainConfig) -> str:
-    """The reference's name; auto is adapter_off with a LoRA, else frozen_copy. Raises ValueError where it won't do."""
+    """Return the reference's name. auto is adapter_off with a LoRA, else frozen_copy. Raises ValueError if it is unknown."""
     name = config.reference
     if name == "auto":
         name = "adapter_off" if config.tuning == "lora" else "frozen_copy"
@@ -157,15 +173,15 @@ def resolve_reference_name(config: TrainConfig) -> str:
 
 
 def build_reference(policy: Policy, config: TrainConfig, shard: Shard = None) -> Reference:
-    """The reference that the config names. shard: what spreads a second model over the processes, if anything does."""
+    """Build the reference that the config names. shard: function that spreads a second model over the processes."""
     return REFERENCES[resolve_reference_name(config)](policy, config, shard)
 
 
 class WithReference:
-    """Encoded rows with the reference's log-probs at each of K fixed visits, (K,) a side."""
+    """Encoded rows with the reference's log-probs of chosen and rejected for each of K fixed noise samples, (K,) each."""
 
     def __init__(self, rows: Any, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
-        self.rows, self.chosen, self.rejected, self.groups = rows, chosen, rejected, buckets_of(rows)
+        self.rows, self.chosen, self.rejected, self.buckets = rows, chosen, rejected, buckets_of(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -179,11 +195,19 @@ class WithReference:
 def precompute_reference_log_probs(
     policy: ImagePolicy | TextPolicy, stream: PairStream, config: TrainConfig
 ) -> WithReference:
-    """The reference's log-probs of a stream's rows at each of its K fixed draws, asked once, before training.
+    """Compute the reference's log-probs of all rows at each of K fixed noise samples, once, before training.
 
-    Asked in batches of training's size, the last one of a group filled up with rows that were asked already: a row's
-    numbers are then those that a reference asked in the step would give, bit for bit where arithmetic doesn't depend on
-    the place in a batch. Of answers, which have no draws, once for all runs, see `dpo_mm.training.reference_cache`.
+    Batches have the size of training's. The last one of a bucket is filled with rows that were computed already. So the values equal
+    those of a reference in the step, bit for bit if arithmetic does not depend on the position in a batch. Text has no noise: its
+    log-probs are stored on disk for all runs, see `dpo_mm.training.reference_cache`.
+
+    Args:
+        policy: the prepared policy.
+        stream: gives the rows and their fixed samples.
+        config: settings of the run.
+
+    Returns:
+        The rows with their log-probs.
     """
     place = (
         reference_cache.cache_path(policy, stream.rows, cache_folder(), precision=config.precision)
@@ -212,7 +236,7 @@ def precompute_reference_log_probs(
 
 
 def _batches(rows: Any, size: int) -> Iterator[tuple[list[int], int]]:
-    """Row numbers of a set in whole batches of one group each, and how many of them are new."""
+    """Yield row numbers in full batches of one bucket each, and the number of new rows among them."""
     for group in buckets_of(rows):
         for start in range(0, len(group), size):
             yield [group[n % len(group)] for n in range(start, start + size)], min(size, len(group) - start)

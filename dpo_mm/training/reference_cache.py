@@ -1,6 +1,6 @@
-"""Reference log-probs of answers on disk, so that a run that goes on, or another on the same pairs, asks no reference.
+"""Reference log-probs of responses on disk, so that a resumed run, or another on the same pairs, computes none.
 
-A file is named after all that decides its numbers: weights, processor, template, how tokens are weighed, and every row.
+The file name is a hash of all that decides the values: weights, processor, template, token weights, and every row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from dpo_mm.resumable import atomic_write
 
 
 def cache_path(policy: TextPolicy, rows: Any, folder: Path, *, precision: str) -> Path:
-    """The file of these rows' log-probs under these weights; rows: as `policy.encode` gives them. precision: of the run."""
+    """Path of the log-probs of these rows under these weights.
+
+    Args:
+        policy: the prepared policy.
+        rows: as `policy.encode` returns them.
+        folder: the cache.
+        precision: of the run.
+    """
     digest = hashlib.sha256(
         f"{policy.fingerprint()} {precision} {policy.ld_alpha} {policy.edited_token_weight} v1".encode()
     )
@@ -29,7 +36,7 @@ def cache_path(policy: TextPolicy, rows: Any, folder: Path, *, precision: str) -
 
 
 def _bytes(value: Any) -> Iterator[bytes]:
-    """A row's contents in an order of its own, names and shapes included."""
+    """Serialise a row in a fixed order, names and shapes included."""
     if isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}".encode()
         yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
@@ -45,14 +52,14 @@ def _bytes(value: Any) -> Iterator[bytes]:
 
 
 def load(place: Path) -> dict[str, Tensor] | None:
-    """What `save` wrote: chosen and rejected, (rows, 1), nats; None where it isn't there."""
+    """Load what `save` wrote: chosen and rejected, (rows, 1), nats. None if there is no file."""
     from safetensors.torch import load_file
 
     return load_file(place) if place.exists() else None
 
 
 def save(place: Path, *, chosen: Tensor, rejected: Tensor) -> None:
-    """Keep log-probs, aside and then under their name."""
+    """Save log-probs to a temporary file, then rename it."""
     from safetensors.torch import save_file
 
     place.parent.mkdir(parents=True, exist_ok=True)

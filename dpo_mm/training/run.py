@@ -1,12 +1,12 @@
-"""A training run from its settings to its files: what `dpo_mm.train` does."""
+"""A training run from its settings to its files: `dpo_mm.train`."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PrinterCallback
 
@@ -15,14 +15,14 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import drop_ties, load_pairs, load_responses, split_by_prompt
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.policies.families import resolve_commit
-from dpo_mm.policies.protocol import Policy
+from dpo_mm.policies.protocol import ImagePolicy, Policy, TextPolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import StopRequest
 from dpo_mm.training.auto_beta import AUTO, measure_beta
 from dpo_mm.training.builders import build_policy, training_arguments, validate_config
 from dpo_mm.training.callbacks import GracefulStopCallback, ProgressBarCallback
 from dpo_mm.training.checkpoints import check_same_recipe, latest_complete_checkpoint
-from dpo_mm.training.encoding import encoded_sets
+from dpo_mm.training.encoding import EncodedSplits, encode_splits
 from dpo_mm.training.memory_estimate import estimate_memory_and_disk
 from dpo_mm.training.model_card import write_card
 from dpo_mm.training.pair_stream import eval_stream, training_stream
@@ -32,7 +32,7 @@ from dpo_mm.training.trainer import PreferenceTrainer
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: the adapter's folder, the log, and what the run said of itself."""
+    """A finished run: the adapter's folder, the log history, the run's summary, and beta."""
 
     folder: Path
     history: tuple[dict[str, float], ...]
@@ -43,107 +43,132 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Train as the config says and write the result to its output_dir.
 
-    Raises ValueError that names the setting, file or row at fault, before anything is trained; Stopped after a SIGTERM.
+    Args:
+        config: settings of the run.
+
+    Returns:
+        The adapter's folder, the log history, the run's summary, and beta.
+
+    Raises:
+        ValueError: if a setting, a file or a row is invalid, before anything is trained. It names what and where.
+        FloatingPointError: if no step, or twenty steps in a row, had a finite gradient.
+        TrainingInterrupted: after a SIGTERM, when a checkpoint is saved.
     """
     validate_config(config)
-    step = config.batch_size * config.accumulate * training_arguments(config).world_size
+    pairs_per_step = config.batch_size * config.accumulate * training_arguments(config).world_size
     checkpoint = latest_complete_checkpoint(Path(config.output_dir)) if config.resume else None
-    before = check_same_recipe(checkpoint, config, pairs_per_step=step) if checkpoint else {}
+    saved_state = check_same_recipe(checkpoint, config, pairs_per_step=pairs_per_step) if checkpoint else {}
     policy = build_policy(config)
-    together = (
-        training_arguments(config).main_process_first(desc="encoding") if policy.modality == "text" else nullcontext()
-    )
-    with together:
-        rows, watched, digest = encoded_sets(policy, config)
-    if checkpoint and before["pairs_digest"] != digest:
+    splits = _encode_once(policy, config)
+    if checkpoint and saved_state["pairs_digest"] != splits.digest:
         raise ValueError(
-            f"{config.pairs} has changed since {checkpoint} was made; put it back, or choose another output_dir"
+            f"{config.pairs} has changed since {checkpoint} was made. Restore it, or choose another output_dir"
         )
     policy.free_encoders()
     policy.prepare(config)
-    if config.cache_vision_features and policy.modality == "text":
-        rows, watched = policy.cache_vision_features(rows), watched and policy.cache_vision_features(watched)
-    if config.reference == "precomputed":
-        draws = 1 if policy.modality == "text" else config.fixed_draws_per_row
-        rows = precompute_reference_log_probs(
-            policy, dataclasses.replace(training_stream(config, rows, 1), num_fixed_draws=draws), config
-        )
-        watched = watched and precompute_reference_log_probs(
-            policy, eval_stream(watched, config, modality=policy.modality), config
-        )
-    run_state = {"beta": config.beta, "measured_beta": None, "pairs_digest": digest, "pairs_per_step": step}
+    train_rows, eval_rows = _with_frozen_outputs(policy, config, splits)
+    run_state: dict[str, Any] = {"beta": config.beta, "measured_beta": None}
+    run_state |= {"pairs_digest": splits.digest, "pairs_per_step": pairs_per_step}
     if config.beta == AUTO:
-        stream = training_stream(config, rows, 1)
-        run_state["measured_beta"] = before.get("measured_beta") or measure_beta(policy, stream, config)
+        stream = training_stream(config, train_rows, 1)
+        run_state["measured_beta"] = saved_state.get("measured_beta") or measure_beta(policy, stream, config)
         config = dataclasses.replace(config, beta=run_state["measured_beta"])
-    settings = run_summary(policy, config, len(rows))
-    stop = StopRequest()
+    summary = run_summary(policy, config, len(train_rows))
+    trainer = _fit(PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state), checkpoint)
+    trainer.save_result()
+    if trainer.is_world_process_zero():
+        name = Path(config.output_dir).name
+        image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
+        write_card(config, summary, text=policy.modality == "text", image_lines=image_lines)
+    return TrainResult(Path(config.output_dir), tuple(trainer.state.log_history), summary, float(config.beta))
+
+
+def _encode_once(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> EncodedSplits:
+    """Encode the pairs. Text has no shared cache, so the first process encodes before the others."""
+    if policy.modality == "image":
+        return encode_splits(policy, config)
+    with training_arguments(config).main_process_first(desc="encoding"):
+        return encode_splits(policy, config)
+
+
+def _with_frozen_outputs(
+    policy: ImagePolicy | TextPolicy, config: TrainConfig, splits: EncodedSplits
+) -> tuple[Any, Any]:
+    """Training and evaluation rows with cached vision features and precomputed reference log-probs, if configured."""
+    train_rows, eval_rows = splits.rows, splits.eval_rows
+    if config.cache_vision_features and policy.modality == "text":
+        train_rows = policy.cache_vision_features(train_rows)
+        eval_rows = eval_rows and policy.cache_vision_features(eval_rows)
+    if config.reference == "precomputed":
+        samples = 1 if policy.modality == "text" else config.fixed_draws_per_row
+        stream = dataclasses.replace(training_stream(config, train_rows, 1), num_fixed_draws=samples)
+        train_rows = precompute_reference_log_probs(policy, stream, config)
+        if eval_rows is not None:
+            stream = eval_stream(eval_rows, config, modality=policy.modality)
+            eval_rows = precompute_reference_log_probs(policy, stream, config)
+    return train_rows, eval_rows
+
+
+def _fit(trainer: PreferenceTrainer, checkpoint: Path | None) -> PreferenceTrainer:
+    """Train to the last step, stopping after a SIGTERM with a checkpoint, and evaluate at the end."""
+    config, stop = trainer.config, StopRequest()
     with progress_bar("training", config.steps) as advance, stop.on_sigterm():
-        trainer = PreferenceTrainer(
-            policy,
-            config,
-            rows,
-            watched,
-            run_state=run_state,
-            callbacks=[ProgressBarCallback(advance), GracefulStopCallback(stop)],
-        )
+        trainer.add_callback(ProgressBarCallback(advance))
+        trainer.add_callback(GracefulStopCallback(stop))
         trainer.remove_callback(PrinterCallback)
         if trainer.args.should_save:
             shutil.rmtree(Path(config.output_dir) / ".saving", ignore_errors=True)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        step = trainer.state.global_step
+        if stop.requested and step < config.steps:
+            path = f"{config.output_dir}/checkpoint-{step}"
+            raise TrainingInterrupted(f"stopped after step {step} and saved {path}. Resume with --resume")
         history = trainer.state.log_history
-        if stop.requested and trainer.state.global_step < config.steps:
-            at = f"{config.output_dir}/checkpoint-{trainer.state.global_step}"
-            raise TrainingInterrupted(
-                f"stopped as asked at step {trainer.state.global_step}, saved in {at}; go on with --resume"
-            )
-        if watched is not None and not any("eval_loss" in e and e["step"] == config.steps for e in history):
+        if trainer.eval_dataset is not None and not any(
+            "eval_loss" in e and e["step"] == config.steps for e in history
+        ):
             trainer.evaluate()
     skips = trainer.skip_callback
     if not checkpoint and skips.skipped and skips.skipped == skips.attempted:
         raise FloatingPointError(
             f"none of the {skips.skipped} steps had a finite gradient, so nothing was trained or written. "
-            "Lower learning_rate or beta, take precision bf16 or fp32, and look for broken rows"
+            "Lower learning_rate or beta, use precision bf16 or fp32, and look for broken rows"
         )
-    trainer.save_result()
-    if trainer.is_world_process_zero():
-        name = Path(config.output_dir).name
-        image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
-        write_card(config, settings, text=policy.modality == "text", image_lines=image_lines)
-    return TrainResult(Path(config.output_dir), tuple(trainer.state.log_history), settings, float(config.beta))
+    return trainer
 
 
-def run_summary(policy: Policy, config: TrainConfig, rows: int) -> dict[str, str]:
-    """What the run says of itself before it starts."""
-    trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
-    every = sum(tensor.numel() * tensor.element_size() for tensor in policy.model.parameters())
+def run_summary(policy: Policy, config: TrainConfig, num_pairs: int) -> dict[str, str]:
+    """Summarise a run before it starts: pairs, steps, objective, reference, memory, and the policy's own lines."""
+    num_trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in policy.model.parameters())
     copies = 2 if resolve_reference_name(config) == "frozen_copy" else 1
     commit = resolve_commit(resolve_asset(config.model), revision=config.revision)
     unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
     return {
         **({"revision": commit} if commit else {}),
-        "pairs": f"{config.pairs}, {rows} to train on",
-        "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} pairs a process",
+        "pairs": f"{config.pairs}, {num_pairs} to train on",
+        "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} pairs per process",
         "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
         "reference": resolve_reference_name(config),
-        "tuning": f"{config.tuning}, {trained:,} parameters train",
-        "memory": f"about {(copies * every + 12 * trained) / 2**20:,.0f} MiB for weights, gradients and Adam, activations beside it",
+        "tuning": f"{config.tuning}, {num_trained:,} trained parameters",
+        "memory": f"about {(copies * num_bytes + 12 * num_trained) / 2**20:,.0f} MiB for weights, gradients and Adam, plus activations",
         **policy.describe(config),
         **unknown,
     }
 
 
 def dry_run(config: TrainConfig) -> dict[str, str]:
-    """What `train` would do, without training: the same lines that a run says of itself.
+    """Return the summary of a run without training it, with estimates of memory and disk.
 
-    Raises ValueError for everything that `train` would refuse but a picture that does not decode.
+    Raises:
+        ValueError: as `train`, except for images that do not decode.
     """
     validate_config(config)
     policy = build_policy(config, weights=False)
     pairs = load_responses(config.pairs) if policy.modality == "text" else drop_ties(load_pairs(config.pairs))
-    rows, _ = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
+    train_rows, _ = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
     policy.prepare(config)
-    summary = run_summary(policy, config, len(rows))
+    summary = run_summary(policy, config, len(train_rows))
     if policy.modality == "image":
         summary |= estimate_memory_and_disk(policy, config, len(set(pairs["prompt"])), len(pairs))
     return summary

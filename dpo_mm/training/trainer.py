@@ -90,7 +90,7 @@ class PreferenceTrainer(Trainer):
             self.add_callback(UpdateReferenceCallback(self.reference, self.skip_callback))
 
     def _shard(self, model: nn.Module) -> None:
-        """Spread a frozen copy over the processes, as the model itself will be. Raises ValueError under FSDP1."""
+        """Spread a frozen copy over the processes like the model itself. Raises ValueError under FSDP1."""
         if not self.accelerator.is_fsdp2:
             raise ValueError("a frozen copy is sharded by FSDP2 alone; set fsdp_version: 2 in accelerate's config")
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -247,7 +247,7 @@ class PreferenceTrainer(Trainer):
         (folder / CONFIG_FILE).write_text(json.dumps(as_dict(self.config) | self.run_state, indent=1))
 
     def save_result(self) -> None:
-        """Write what was trained into output_dir, each part aside and then under its name."""
+        """Write the trained weights to output_dir, each part to a temporary file that is then renamed."""
         aside, final = Path(self._get_output_dir()) / "result", Path(self.args.output_dir)  # type: ignore[arg-type]
         with explain_disk_full(final):
             self.save_model(str(aside))

@@ -1,4 +1,4 @@
-"""Whether a recipe trains on this machine as it should: it repeats itself, resumes to the same bits, its files come back."""
+"""Verify that a recipe trains correctly on this machine: runs repeat, resume to the same bits, and files load again."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dpo_mm.training.builders import build_policy
 from dpo_mm.training.run import TrainResult, train
 
 STEPS, CUT = 4, 2
-"""Steps of the short runs, and after which one of them is cut."""
+"""Steps of the short runs, and the step after which one of them is interrupted."""
 
 
 class CheckResult(NamedTuple):
-    """What was checked, whether it holds, and what was seen."""
+    """Name of a check, whether it passed, and what was observed."""
 
     name: str
     passed: bool
@@ -29,9 +29,10 @@ class CheckResult(NamedTuple):
 
 
 def verify(config: TrainConfig, folder: Path) -> Iterator[CheckResult]:
-    """Short runs of a recipe on its own model and pairs in an empty folder, each check as it is done.
+    """Run a recipe for a few steps on its own model and pairs, in an empty folder, and yield each check's result.
 
-    Raises ValueError as `train`.
+    Raises:
+        ValueError: as `train`.
     """
     short = dataclasses.replace(
         config, steps=STEPS, save_every=CUT, save_total_limit=2, log_every=1, eval_every=0, eval_fraction=0.0, resume=False
@@ -64,7 +65,7 @@ def _numbers(trained: TrainResult) -> CheckResult:
 
 
 def _starts_at_the_reference(trained: TrainResult) -> CheckResult:
-    """The first step's margin, before anything was learned, is 0: the reference is what training starts from."""
+    """Check that the first step's margin is 0, so that training starts at the reference."""
     first = next((entry["rewards/margins"] for entry in trained.history if "rewards/margins" in entry), None)
     if first is None:
         return CheckResult("training starts at its reference", True, "no reference in this objective")
@@ -72,7 +73,7 @@ def _starts_at_the_reference(trained: TrainResult) -> CheckResult:
 
 
 def _same(name: str, one: Path, other: Path) -> CheckResult:
-    """Whether two folders hold the same tensors, bit for bit."""
+    """Compare the tensors of two folders bit for bit."""
     ours, theirs = _tensors(one), _tensors(other)
     if ours.keys() != theirs.keys() or not ours:
         odd = sorted(ours.keys() ^ theirs.keys())

@@ -1,13 +1,13 @@
-"""The world of documents: small pages of text in real fonts, with their exact transcription.
+"""Synthetic documents: small pages of text in real fonts, with their exact transcription.
 
-A `DocumentPage` says what stands on it and how it is printed, `render` draws it, `transcription` is what a perfect reader
-returns. Besides prose there is the material that makes readers repeat themselves: tables of contents with dotted
-leaders, tables of zeros, words that are rightly repeated, long runs of digits. A page of the form "json" has a header
-and a footer, and its transcription is an object of header, body and footer, as document readers emit.
+A `DocumentPage` describes the text of a page and its layout, `render` renders it, and `transcription` is the ground
+truth. Besides prose there is material that makes OCR models repeat themselves: tables of contents with dotted leaders,
+tables of zeros, words that are rightly repeated, long runs of digits. A page of the form "json" has a header and a
+footer, and its transcription is an object of header, body and footer, as document models emit.
 
-Train and held-out pages are disjoint for every seed: prose comes from other works, and any other line belongs to one
-side by its checksum. Characters: `CHARACTERS`, all a tokenizer must know. Fonts: DejaVu as matplotlib ships it, and
-Aileron as Pillow does; no system font is needed.
+Train and held-out pages are disjoint for every seed: prose comes from other works, and the checksum of any other line
+assigns it to one split. A tokenizer must know `CHARACTERS`. Fonts: DejaVu from matplotlib and Aileron from Pillow, so no
+system font is needed.
 """
 
 from __future__ import annotations
@@ -46,20 +46,29 @@ FACES = {
     "aileron": None,  # Pillow's own
 }
 PAPERS = ((255, 255, 255), (250, 247, 238), (245, 240, 228), (240, 242, 246), (236, 236, 234))
-JITTER = 5  # pixels that the text may stand right of and below its corner
+JITTER = 5  # largest offset of the text from its corner, in pixels
 OVERSAMPLE = 4
-LEADING = 1.28  # line to line, in sizes
-HELD_OUT_SHARE = 4  # one line in so many
-LONG_RUN, LOST_RATE = re.compile(r"([^\n\\]{1,12}?)\1{2,}"), 0.8
-"""What an older reader loses itself in, three rounds and eight characters or more, and how often it does."""
+LEADING = 1.28  # distance between lines, in font sizes
+HELD_OUT_DIVISOR = 4  # one line in this many is held out
+LONG_RUN, LOOP_RATE = re.compile(r"([^\n\\]{1,12}?)\1{2,}"), 0.8
+"""Runs (three repeats or more) in which the pseudo-labelling model loops, and how often it does if they have 8 characters."""
 
 
 @dataclass(frozen=True)
 class DocumentPage:
-    """What stands on a page and how it is printed.
+    """Text and layout of a page.
 
-    lines: the body. header, footer: empty where there is none. size: pixels an em. x, y: pixels from the margin to the
-    text. skew: degrees, anticlockwise. noise: sd of the grain, 0-255, drawn from `grain`. paper: RGB. ink: grey, 0-255.
+    Attributes:
+        kind, form, face: one of KINDS, FORMS and FACES.
+        lines: the body.
+        header, footer: empty if there is none.
+        size: font size, pixels per em.
+        width, height: of the page, in pixels.
+        x, y: offset of the text from the margin, in pixels.
+        skew: degrees, anticlockwise.
+        noise: standard deviation of the grain, 0-255.
+        grain: seed of the grain.
+        paper, ink: RGB and grey, 0-255.
     """
 
     kind: str
@@ -81,7 +90,7 @@ class DocumentPage:
 
 
 def transcription(page: DocumentPage) -> str:
-    """What a perfect reader returns: the lines, or compact JSON of header, body and footer."""
+    """Ground truth of a page: the lines, or compact JSON of header, body and footer."""
     if page.form == "text":
         return "\n".join(line for line in (page.header, *page.lines, page.footer) if line)
     parts = {"header": page.header, "body": "\n".join(page.lines), "footer": page.footer}
@@ -89,14 +98,14 @@ def transcription(page: DocumentPage) -> str:
 
 
 def pseudo_labelled_transcription(page: DocumentPage, rng: np.random.Generator, length: int) -> str:
-    """The transcription as an older reader made it, whose loops are of `length` characters.
+    """Transcription by an older OCR model, with loops up to a total of `length` characters.
 
-    Sets of transcriptions are often the work of another reader. This one makes no mistake but one: once in a long run,
-    of dots, zeros or words, it may not come out of it, and repeats it for as long as it is let.
+    Datasets of transcriptions are often the output of another model. This one has a single kind of error: in a long run
+    of dots, zeros or words it may start to loop, and then repeats the run until the length limit.
     """
     text = transcription(page)
     for run in LONG_RUN.finditer(text):
-        if len(run[0]) >= 8 and rng.random() < LOST_RATE:
+        if len(run[0]) >= 8 and rng.random() < LOOP_RATE:
             return text[: run.end()] + (run[1] * length)[: max(0, length - run.end())]
     return text
 
@@ -111,7 +120,15 @@ def pages(
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> Iterator[DocumentPage]:
-    """`count` pages of mixed kinds; page n depends on seed, side and n alone. json_share: of the pages, [0, 1]."""
+    """Generate `count` pages of mixed kinds. Page n depends only on the seed, the split, n and the other arguments.
+
+    Args:
+        count, seed: number of pages, seed of the generator.
+        held_out: the split.
+        kinds: kinds to choose from.
+        json_share: fraction of JSON pages, [0, 1].
+        width, height: of the pages, in pixels.
+    """
     for number in range(count):
         rng = np.random.default_rng((seed, int(held_out), number))
         form = "json" if rng.random() < json_share else "text"
@@ -128,31 +145,38 @@ def sample_page(
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> DocumentPage:
-    """A page of one kind, two to five lines of body (fewer where fewer fit), all else drawn from `rng`.
+    """Sample a page of one kind, with two to five lines of body, or fewer if no more fit.
 
-    width, height: pixels. Raises ValueError for an unknown kind or form and for a page too small for its text.
+    Args:
+        kind, form: one of KINDS and FORMS.
+        rng: generator of everything that is not specified.
+        held_out: the split.
+        width, height: of the page, in pixels.
+
+    Raises:
+        ValueError: if the kind or form is unknown, or the page is too small for two lines.
     """
     if kind not in COMPOSERS or form not in FORMS:
         raise ValueError(f"page of kind {kind!r}, form {form!r}: expected a kind of {KINDS} and a form of {FORMS}")
     face, size = str(rng.choice(list(FACES))), int(rng.choice(SIZES))
     room = width - 2 * MARGIN
     header, footer = (_header(rng, face, size, room), _footer(rng)) if form == "json" else ("", "")
-    most = min(5, int((height - 2 * MARGIN - _furniture(size, header, footer)) / (LEADING * size)))
+    max_lines = min(5, int((height - 2 * MARGIN - _extra_height(size, header, footer)) / (LEADING * size)))
     column = Column(face, size, room, held_out)
-    if most < 2 or column.room < 7 * size:
-        raise ValueError(f"page of {width}x{height} is too small for two lines; take 80x64 for text, 80x80 for json")
-    lines = COMPOSERS[kind](rng, column, int(rng.integers(min(3 if kind == "zeros" else 2, most), most + 1)))
-    return _printed(DocumentPage(kind, tuple(lines), form, header, footer, face, size, width, height), rng)
+    if max_lines < 2 or column.room < 7 * size:
+        raise ValueError(f"page of {width}x{height} is too small for two lines. Use 80x64 for text and 80x80 for json.")
+    lines = COMPOSERS[kind](rng, column, int(rng.integers(min(3 if kind == "zeros" else 2, max_lines), max_lines + 1)))
+    return _with_random_print(DocumentPage(kind, tuple(lines), form, header, footer, face, size, width, height), rng)
 
 
-def _printed(page: DocumentPage, rng: np.random.Generator) -> DocumentPage:
-    """The page with its place, skew, grain, paper and ink drawn from `rng`."""
-    right = page.width - 2 * MARGIN - max(measure(line, page.face, page.size) for line in page.lines)
-    down = page.height - 2 * MARGIN - _furniture(page.size, page.header, page.footer) - _tall(page)
+def _with_random_print(page: DocumentPage, rng: np.random.Generator) -> DocumentPage:
+    """Sample the position, skew, grain, paper and ink of a page."""
+    free_width = page.width - 2 * MARGIN - max(measure(line, page.face, page.size) for line in page.lines)
+    free_height = page.height - 2 * MARGIN - _extra_height(page.size, page.header, page.footer) - _body_height(page)
     return dataclasses.replace(
         page,
-        x=rng.uniform(0, min(right, JITTER)),
-        y=rng.uniform(0, min(down, JITTER)),
+        x=rng.uniform(0, min(free_width, JITTER)),
+        y=rng.uniform(0, min(free_height, JITTER)),
         skew=rng.uniform(-1.2, 1.2),
         noise=rng.uniform(0, 7),
         grain=int(rng.integers(2**31)),
@@ -163,7 +187,13 @@ def _printed(page: DocumentPage, rng: np.random.Generator) -> DocumentPage:
 
 @dataclass(frozen=True)
 class Column:
-    """Where lines are set: face, size and room in pixels, and the side of the split that they must be of."""
+    """Column in which lines are set.
+
+    Attributes:
+        face, size: the font.
+        room: width, in pixels.
+        held_out: the split that its lines must belong to.
+    """
 
     face: str
     size: int
@@ -171,15 +201,20 @@ class Column:
     held_out: bool
 
     def fits(self, line: str) -> bool:
+        """Check if a line fits the column."""
         return measure(line, self.face, self.size) <= self.room
 
-    def takes(self, line: str) -> bool:
-        """Whether a line fits and is of this side."""
-        return self.fits(line) and (zlib.crc32(line.encode()) % HELD_OUT_SHARE == 0) == self.held_out
+    def accepts(self, line: str) -> bool:
+        """Check if a line fits and belongs to this split."""
+        return self.fits(line) and (zlib.crc32(line.encode()) % HELD_OUT_DIVISOR == 0) == self.held_out
 
 
 def measure(line: str, face: str, size: int) -> float:
-    """The width of a line in pixels. Raises ValueError where the face is unknown or its file is missing."""
+    """Width of a line in pixels.
+
+    Raises:
+        ValueError: if the face is unknown or its file is missing.
+    """
     return _font(face, size * OVERSAMPLE).getlength(line) / OVERSAMPLE
 
 
@@ -192,25 +227,23 @@ def _font(face: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         return ImageFont.load_default(size)
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", name)
     if not path.is_file():
-        raise ValueError(
-            f"face {face!r}: {path} is missing; matplotlib ships it: pip install --force-reinstall matplotlib"
-        )
+        raise ValueError(f"face {face!r}: {path} is missing. Restore it with pip install --force-reinstall matplotlib.")
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _prose(rng: np.random.Generator, column: Column, count: int) -> list[str]:
-    """Consecutive words of one passage, broken where the column ends."""
+    """Consecutive words of one passage, wrapped at the width of the column."""
     names = [name for name in PASSAGES if (name in HELD_OUT_PASSAGES) == column.held_out]
     while True:
         words = PASSAGES[str(rng.choice(names))].split()
         start = int(rng.integers(len(words) - 3 * count))
-        lines = _broken(words[start:], column, count)
+        lines = _wrap(words[start:], column, count)
         if lines:
             return lines
 
 
-def _broken(words: Sequence[str], column: Column, count: int) -> list[str]:
-    """The first `count` lines that these words fill, or none where a word is too long or the words too few."""
+def _wrap(words: Sequence[str], column: Column, count: int) -> list[str]:
+    """First `count` lines of the wrapped words, or no line if a word is too long or there are too few words."""
     lines, line = [], ""
     for word in words:
         if not column.fits(word):
@@ -225,18 +258,18 @@ def _broken(words: Sequence[str], column: Column, count: int) -> list[str]:
     return []
 
 
-def _drawn(line: Callable[[], str], column: Column, count: int) -> list[str]:
-    """`count` lines from a maker of lines, those that the column takes."""
+def _sample_lines(sample: Callable[[], str], column: Column, count: int) -> list[str]:
+    """Sample lines until the column has accepted `count` of them."""
     lines: list[str] = []
     while len(lines) < count:
-        candidate = line()
-        if column.takes(candidate):
+        candidate = sample()
+        if column.accepts(candidate):
             lines.append(candidate)
     return lines
 
 
 def _leaders(rng: np.random.Generator, column: Column, count: int) -> list[str]:
-    """Lines of a table of contents, the dots running to the edge of the column: "Index ....... 41"."""
+    """Lines of a table of contents, with dots up to the edge of the column: "Index ....... 41"."""
 
     def line() -> str:
         start = str(rng.choice(TITLES)) + (f" {rng.integers(1, 20)}" if rng.random() < 0.5 else "")
@@ -245,11 +278,11 @@ def _leaders(rng: np.random.Generator, column: Column, count: int) -> list[str]:
             dots += 1
         return f"{start} {'.' * dots} {number}"
 
-    return _drawn(line, column, count)
+    return _sample_lines(line, column, count)
 
 
 def _zeros(rng: np.random.Generator, column: Column, count: int) -> list[str]:
-    """Rows of a table that is mostly zeros, all with as many cells of one format, some tables with labels."""
+    """Rows of a table of mostly zeros, with the same number and format of cells. Some tables have labels."""
     cells, digits = int(rng.integers(3, 8)), int(rng.integers(3))
     labelled = rng.random() < 0.4
     while not column.fits("West" * labelled + cells * f" {0:.{digits}f}"):
@@ -260,7 +293,7 @@ def _zeros(rng: np.random.Generator, column: Column, count: int) -> list[str]:
         row = " ".join(f"{value:.{digits}f}" for value in values)
         return f"{rng.choice(LABELS)} {row}" if labelled else row
 
-    return _drawn(line, column, count)
+    return _sample_lines(line, column, count)
 
 
 def _repeats(rng: np.random.Generator, column: Column, count: int) -> list[str]:
@@ -268,25 +301,25 @@ def _repeats(rng: np.random.Generator, column: Column, count: int) -> list[str]:
 
     def line() -> str:
         words = rng.choice(WORDS, 2, replace=False)
-        again = " ".join(words) if rng.random() < 0.4 else str(words[0])
+        unit = " ".join(words) if rng.random() < 0.4 else str(words[0])
         mark = str(rng.choice(["", "", ",", "!"]))
         end = f" {rng.choice(WORDS)}" if rng.random() < 0.4 else ""
-        return f"{mark} ".join([again] * int(rng.integers(2, 7))) + end
+        return f"{mark} ".join([unit] * int(rng.integers(2, 7))) + end
 
-    return _drawn(line, column, count)
+    return _sample_lines(line, column, count)
 
 
 def _digits(rng: np.random.Generator, column: Column, count: int) -> list[str]:
-    """Long runs of digits, some of one digit or a few over and over."""
+    """Long runs of digits, some of them a repeated block of one to four digits."""
 
     def line() -> str:
         length = int(rng.integers(8, 20))
         block = rng.integers(0, 10, int(rng.integers(1, 5)) if rng.random() < 0.35 else length)
         run = "".join(str(digit) for digit in np.resize(block, length))
-        own = "".join(str(digit) for digit in rng.integers(0, 10, 3))
-        return run[:-3] + own
+        ending = "".join(str(digit) for digit in rng.integers(0, 10, 3))
+        return run[:-3] + ending
 
-    return _drawn(line, column, count)
+    return _sample_lines(line, column, count)
 
 
 Composer = Callable[[np.random.Generator, Column, int], list[str]]
@@ -310,55 +343,56 @@ def _footer(rng: np.random.Generator) -> str:
     return str(rng.choice([f"Page {number}", f"- {number} -", f"p. {number}", f"({number})"]))
 
 
-def _furniture(size: int, header: str, footer: str) -> float:
-    """The height in pixels that header and footer take, each with half a line between it and the body."""
+def _extra_height(size: int, header: str, footer: str) -> float:
+    """Height of header and footer in pixels, each with half a line between it and the body."""
     return 1.5 * LEADING * size * (bool(header) + bool(footer))
 
 
-def _tall(page: DocumentPage) -> float:
+def _body_height(page: DocumentPage) -> float:
     return LEADING * page.size * len(page.lines)
 
 
 def render(page: DocumentPage) -> Image.Image:
-    """The page as an RGB image of its width and height, text anti-aliased, then skewed, then with its grain.
+    """Render a page as an RGB image: anti-aliased text, then skew, then grain.
 
-    Raises ValueError where the text does not fit the page.
+    Raises:
+        ValueError: if the text does not fit the page.
     """
     large = (page.width * OVERSAMPLE, page.height * OVERSAMPLE)
     mask = Image.new("L", large)
     pen = ImageDraw.Draw(mask)
     font = _font(page.face, page.size * OVERSAMPLE)
-    for x, y, line in _placed(page):
+    for x, y, line in _positioned_lines(page):
         pen.text((x * OVERSAMPLE, y * OVERSAMPLE), line, fill=255, font=font, anchor="lm")
-    turned = mask.rotate(page.skew, Image.Resampling.BICUBIC)
-    cover = np.asarray(turned.resize((page.width, page.height), Image.Resampling.BOX), dtype=np.float64) / 255
-    grain = np.random.default_rng(page.grain).normal(0, page.noise, cover.shape) if page.noise else 0.0
-    pixels = page.ink + (np.array(page.paper) - page.ink) * (1 - cover[..., None]) + np.expand_dims(grain, -1)
+    rotated = mask.rotate(page.skew, Image.Resampling.BICUBIC)
+    coverage = np.asarray(rotated.resize((page.width, page.height), Image.Resampling.BOX), dtype=np.float64) / 255
+    grain = np.random.default_rng(page.grain).normal(0, page.noise, coverage.shape) if page.noise else 0.0
+    pixels = page.ink + (np.array(page.paper) - page.ink) * (1 - coverage[..., None]) + np.expand_dims(grain, -1)
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
-def _placed(page: DocumentPage) -> list[tuple[float, float, str]]:
-    """Where each line stands: x of its left end, y of its middle, in pixels; header and footer are centred."""
+def _positioned_lines(page: DocumentPage) -> list[tuple[float, float, str]]:
+    """Lines with x of the left end and y of the middle, in pixels. Header and footer are centred."""
     advance = LEADING * page.size
     top = MARGIN + page.y + 1.5 * advance * bool(page.header)
-    placed = [(MARGIN + page.x, top + (row + 0.5) * advance, line) for row, line in enumerate(page.lines)]
+    lines = [(MARGIN + page.x, top + (row + 0.5) * advance, line) for row, line in enumerate(page.lines)]
     for line, y in ((page.header, MARGIN + advance / 2), (page.footer, page.height - MARGIN - advance / 2)):
         if line:
-            placed.append(((page.width - measure(line, page.face, page.size)) / 2, y, line))
-    for x, _, line in placed:
+            lines.append(((page.width - measure(line, page.face, page.size)) / 2, y, line))
+    for x, _, line in lines:
         if x < 0 or x + measure(line, page.face, page.size) > page.width:
             raise ValueError(
-                f"line {line!r} is wider than the page ({page.width} pixels); break it or take a larger page"
+                f"line {line!r} is wider than the page ({page.width} pixels). Wrap it or use a larger page."
             )
-    if top + _tall(page) + _furniture(page.size, "", page.footer) > page.height - MARGIN + 1e-6:
-        raise ValueError(f"{len(page.lines)} lines do not fit {page.height} pixels; take fewer or a larger page")
-    return placed
+    if top + _body_height(page) + _extra_height(page.size, "", page.footer) > page.height - MARGIN + 1e-6:
+        raise ValueError(f"{len(page.lines)} lines do not fit {page.height} pixels. Use fewer lines or a larger page.")
+    return lines
 
 
 def characters(page: DocumentPage) -> Iterator[tuple[str, float, float, int, int]]:
-    """Each character as it stands on the drawn page: itself, x and y of its middle in pixels, its line and column."""
+    """List each character of a rendered page: itself, x and y of its centre in pixels, its line and column."""
     turn, cx, cy = math.radians(page.skew), page.width / 2, page.height / 2
-    for row, (left, y, line) in enumerate(sorted(_placed(page), key=lambda placed: placed[1])):
+    for row, (left, y, line) in enumerate(sorted(_positioned_lines(page), key=lambda positioned: positioned[1])):
         edges = [left + measure(line[:n], page.face, page.size) for n in range(len(line) + 1)]
         for column, (start, end) in enumerate(itertools.pairwise(edges)):
             dx, dy = (start + end) / 2 - cx, y - cy

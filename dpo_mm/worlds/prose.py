@@ -1,4 +1,4 @@
-"""What stands on the pages of `dpo_mm.worlds.documents`: passages out of copyright, and words for the other kinds."""
+"""Text of the pages of `dpo_mm.worlds.documents`: passages in the public domain, and words for the other kinds."""
 
 PASSAGES = {
     "Pride and Prejudice": """It is a truth universally acknowledged, that a single man in possession of a good

@@ -1,7 +1,7 @@
-"""The world of coloured shapes: prompts in GenEval's six categories, and scenes drawn to satisfy them.
+"""Synthetic shapes: prompts in GenEval's six categories, and rendered scenes that satisfy them.
 
-A prompt is a `SceneSpec` in words, a `Scene` is where everything stands, `render` draws it with anti-aliasing.
-What a picture really shows is for `dpo_mm.judges.scene` to say; it looks at pixels alone.
+A `SceneSpec` is what a prompt describes, a `Scene` contains the positions of all objects, and `render` renders it with
+anti-aliasing. `dpo_mm.judges.scene` detects what an image really shows, from its pixels.
 
 Source of the categories: GenEval (Ghosh et al. 2023, 2310.11513): single object, two objects, counting, colours,
 position, colour attribution. Departure: a single object has a size here ("a big star"), so that there is something
@@ -37,7 +37,7 @@ CATEGORIES = ("single object", "two objects", "counting", "colours", "position",
 
 @dataclass(frozen=True)
 class ObjectSpec:
-    """So many objects of one kind; colour and size None where the prompt leaves them open."""
+    """A number of objects of one kind. Colour and size are None if the prompt does not specify them."""
 
     shape: str
     count: int = 1
@@ -47,7 +47,7 @@ class ObjectSpec:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """What a prompt asks for: the objects, all of them, and where the first stands from the second."""
+    """Content of a prompt: all objects, and the position of the first relative to the second."""
 
     category: str
     objects: tuple[ObjectSpec, ...]
@@ -56,7 +56,14 @@ class SceneSpec:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn object: centre (x, y) and side of its bounding box in pixels, colour as painted."""
+    """An object of a scene.
+
+    Attributes:
+        shape, colour: names.
+        x, y: centre of the bounding box, in pixels.
+        size: edge of the bounding box, in pixels.
+        rgb: painted colour, 0-255.
+    """
 
     shape: str
     colour: str
@@ -67,7 +74,7 @@ class SceneObject:
 
 
 class HasCentre(Protocol):
-    """Whatever has a centre."""
+    """Protocol of an object with a centre."""
 
     @property
     def x(self) -> float: ...
@@ -77,7 +84,7 @@ class HasCentre(Protocol):
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects on a background that runs from `top` to `bottom` (RGB, 0-255)."""
+    """Objects on a background gradient from `top` to `bottom` (RGB, 0-255)."""
 
     things: tuple[SceneObject, ...]
     top: tuple[int, int, int]
@@ -85,20 +92,21 @@ class Scene:
 
 
 def plural(shape: str) -> str:
+    """Plural of a shape's name."""
     return {"cross": "crosses"}.get(shape, shape + "s")
 
 
-def describe(request: SceneSpec) -> str:
-    """The prompt of a request, in English."""
+def describe(spec: SceneSpec) -> str:
+    """Write the prompt of a scene."""
 
-    def words(wanted: ObjectSpec) -> str:
-        kind = wanted.shape if wanted.count == 1 else plural(wanted.shape)
+    def phrase(wanted: ObjectSpec) -> str:
+        noun = wanted.shape if wanted.count == 1 else plural(wanted.shape)
         number = {value: word for word, value in COUNTS.items()}.get(wanted.count)
         adjectives = [word for word in (wanted.size, wanted.colour) if word]
-        article = number or ("an" if (adjectives or [kind])[0][0] in "aeiou" else "a")
-        return " ".join([article, *adjectives, kind])
+        article = number or ("an" if (adjectives or [noun])[0][0] in "aeiou" else "a")
+        return " ".join([article, *adjectives, noun])
 
-    return f" {request.relation or 'and'} ".join(words(wanted) for wanted in request.objects)
+    return f" {spec.relation or 'and'} ".join(phrase(wanted) for wanted in spec.objects)
 
 
 _PHRASE = re.compile(
@@ -108,15 +116,19 @@ _PHRASE = re.compile(
 
 
 def parse(prompt: str) -> SceneSpec:
-    """The request that a prompt of this world states. Raises ValueError for any other prompt."""
+    """Parse a prompt of the synthetic shapes.
+
+    Raises:
+        ValueError: if the prompt is any other text.
+    """
     relation = next((r for r in RELATIONS if f" {r} " in prompt), None)
     objects = []
     for phrase in re.split(rf" (?:and|{'|'.join(RELATIONS)}) ", prompt.strip()):
         match = _PHRASE.fullmatch(phrase)
         if match is None:
             raise ValueError(
-                f"prompt {prompt!r} is not of the world of shapes: {phrase!r} should read like "
-                "'a red circle', 'a big star' or 'three crosses'; other prompts need another judge"
+                f"prompt {prompt!r} is not a prompt of the synthetic shapes: {phrase!r} is not a phrase like "
+                "'a red circle', 'a big star' or 'three crosses'. Use another judge for other prompts."
             )
         shape = next(s for s in SHAPES if match["shape"] in (s, plural(s)))
         objects.append(ObjectSpec(shape, COUNTS.get(match["number"], 1), match["colour"], match["size"]))
@@ -133,101 +145,103 @@ def _category(objects: list[ObjectSpec], relation: str | None) -> str:
     return "colours" if objects[0].colour else "single object"
 
 
-def requests() -> list[SceneSpec]:
-    """Every request of the world, in a fixed order."""
-    found = [SceneSpec("single object", (ObjectSpec(s, size=z),)) for s in SHAPES for z in SIZES]
-    found += [SceneSpec("two objects", (ObjectSpec(a), ObjectSpec(b))) for a, b in itertools.permutations(SHAPES, 2)]
+def all_specs() -> list[SceneSpec]:
+    """List every possible spec, in a fixed order."""
+    specs = [SceneSpec("single object", (ObjectSpec(s, size=z),)) for s in SHAPES for z in SIZES]
+    specs += [SceneSpec("two objects", (ObjectSpec(a), ObjectSpec(b))) for a, b in itertools.permutations(SHAPES, 2)]
     for shape, count in itertools.product(SHAPES, COUNTS.values()):
-        found += [SceneSpec("counting", (ObjectSpec(shape, count, colour),)) for colour in (None, *COLOURS)]
-    found += [SceneSpec("colours", (ObjectSpec(s, colour=c),)) for s in SHAPES for c in COLOURS]
+        specs += [SceneSpec("counting", (ObjectSpec(shape, count, colour),)) for colour in (None, *COLOURS)]
+    specs += [SceneSpec("colours", (ObjectSpec(s, colour=c),)) for s in SHAPES for c in COLOURS]
     pairs = list(itertools.permutations(SHAPES, 2))
     colours = list(itertools.permutations(COLOURS, 2))
     for (a, b), relation in itertools.product(pairs, RELATIONS):
-        found.append(SceneSpec("position", (ObjectSpec(a), ObjectSpec(b)), relation))
+        specs.append(SceneSpec("position", (ObjectSpec(a), ObjectSpec(b)), relation))
     for (a, b), (c, d) in itertools.product(pairs, colours):
-        found.append(SceneSpec("colour attribution", (ObjectSpec(a, colour=c), ObjectSpec(b, colour=d))))
-    return found
+        specs.append(SceneSpec("colour attribution", (ObjectSpec(a, colour=c), ObjectSpec(b, colour=d))))
+    return specs
 
 
 def split(seed: int = 0) -> tuple[list[str], list[str]]:
-    """Prompts to train on and prompts held out, disjoint in their combinations (a fifth of each category is held out).
+    """Split all prompts into training and held-out prompts with disjoint combinations.
 
-    "a circle and a square" and "a square and a circle" are one combination, as are a relation and its mirror.
+    A fifth of each category is held out. "a circle and a square" and "a square and a circle" are one combination, as
+    are a relation and its mirror image.
     """
     groups: dict[str, dict[object, list[str]]] = {category: {} for category in CATEGORIES}
-    for request in requests():
-        groups[request.category].setdefault(combination(request), []).append(describe(request))
+    for spec in all_specs():
+        groups[spec.category].setdefault(combination(spec), []).append(describe(spec))
     train, held_out = [], []
     for number, category in enumerate(CATEGORIES):
         keys = sorted(groups[category], key=str)
         order = np.random.default_rng((seed, number)).permutation(len(keys))
-        cut = max(1, len(keys) // 5)
-        held_out += [prompt for i in order[:cut] for prompt in groups[category][keys[i]]]
-        train += [prompt for i in order[cut:] for prompt in groups[category][keys[i]]]
+        num_held_out = max(1, len(keys) // 5)
+        held_out += [prompt for i in order[:num_held_out] for prompt in groups[category][keys[i]]]
+        train += [prompt for i in order[num_held_out:] for prompt in groups[category][keys[i]]]
     return train, held_out
 
 
-def combination(request: SceneSpec) -> object:
-    """What a request combines, the same for all ways to word it."""
-    mirrored = {"right of": "left of", "below": "above"}.get(request.relation or "")
-    objects = request.objects[::-1] if mirrored else request.objects
-    if request.relation:
-        return (mirrored or request.relation, objects)
+def combination(spec: SceneSpec) -> object:
+    """Key of the combination in a spec, equal for all its wordings."""
+    mirrored = {"right of": "left of", "below": "above"}.get(spec.relation or "")
+    objects = spec.objects[::-1] if mirrored else spec.objects
+    if spec.relation:
+        return (mirrored or spec.relation, objects)
     return (None, tuple(sorted(objects, key=str)))
 
 
-def sample_scene(request: SceneSpec, rng: np.random.Generator) -> Scene:
-    """A scene that satisfies the request: free colours, sizes and places drawn from `rng`."""
-    wanted = [one for one in request.objects for _ in range(one.count)]
+def sample_scene(spec: SceneSpec, rng: np.random.Generator) -> Scene:
+    """Sample a scene that satisfies a spec. Unspecified colours, sizes and positions come from `rng`."""
+    wanted = [one for one in spec.objects for _ in range(one.count)]
     while True:
-        things: list[SceneObject] = []
-        shared = rng.choice(list(COLOURS))
+        placed: list[SceneObject] = []
+        shared_colour = rng.choice(list(COLOURS))
         for one in wanted:
-            thing = _place(one, things, len(wanted), shared, rng)
-            if thing is None:
+            scene_object = _sample_object(one, placed, len(wanted), shared_colour, rng)
+            if scene_object is None:
                 break
-            things.append(thing)
-        if len(things) == len(wanted) and (request.relation is None or holds(request.relation, things[0], things[1])):
-            return Scene(tuple(things), *_background(rng))
+            placed.append(scene_object)
+        if len(placed) == len(wanted) and (spec.relation is None or holds(spec.relation, placed[0], placed[1])):
+            return Scene(tuple(placed), *_background(rng))
 
 
-def _place(
-    one: ObjectSpec, others: list[SceneObject], total: int, shared: str, rng: np.random.Generator
+def _sample_object(
+    wanted: ObjectSpec, placed: list[SceneObject], total: int, shared_colour: str, rng: np.random.Generator
 ) -> SceneObject | None:
-    low, high = SIZES[one.size] if one.size else {1: (20, 34), 2: (18, 25), 3: (16, 22)}.get(total, (16, 19))
-    colour = one.colour or (shared if one.count > 1 and rng.random() < 0.7 else rng.choice(list(COLOURS)))
+    """Sample an object that does not touch those already placed, or return None after 30 attempts."""
+    low, high = SIZES[wanted.size] if wanted.size else {1: (20, 34), 2: (18, 25), 3: (16, 22)}.get(total, (16, 19))
+    colour = wanted.colour or (shared_colour if wanted.count > 1 and rng.random() < 0.7 else rng.choice(list(COLOURS)))
     for _ in range(30):
         size = rng.uniform(low, high)
         x, y = rng.uniform(size / 2 + 2, SIZE - size / 2 - 2, 2)
-        if all(max(abs(x - o.x), abs(y - o.y)) > (size + o.size) / 2 + 4 for o in others):
-            return SceneObject(one.shape, str(colour), x, y, size, _tint(COLOURS[str(colour)], rng))
+        if all(max(abs(x - o.x), abs(y - o.y)) > (size + o.size) / 2 + 4 for o in placed):
+            return SceneObject(wanted.shape, str(colour), x, y, size, _tint(COLOURS[str(colour)], rng))
     return None
 
 
 def _tint(rgb: tuple[int, int, int], rng: np.random.Generator) -> tuple[int, int, int]:
-    """The colour as painted: somewhere between itself and a duller shade of itself."""
-    dull = rng.uniform(0, 0.35)
+    """Painted colour: between the pure colour and a duller shade of it."""
+    dullness = rng.uniform(0, 0.35)
     grey = sum(rgb) / 3
-    r, g, b = (round(value + dull * (grey - value)) for value in rgb)
+    r, g, b = (round(value + dullness * (grey - value)) for value in rgb)
     return r, g, b
 
 
 def _background(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """A light neutral, plain or running to another shade from top to bottom."""
-    light = rng.uniform(185, 252)
-    other = light if rng.random() < 0.5 else float(np.clip(light + rng.uniform(-50, 50), 170, 252))
-    return tuple(3 * [round(light)]), tuple(3 * [round(other)])  # type: ignore[return-value]
+    """Light neutral background, plain or a gradient from top to bottom."""
+    top = rng.uniform(185, 252)
+    bottom = top if rng.random() < 0.5 else float(np.clip(top + rng.uniform(-50, 50), 170, 252))
+    return tuple(3 * [round(top)]), tuple(3 * [round(bottom)])  # type: ignore[return-value]
 
 
 def holds(relation: str, first: HasCentre, second: HasCentre) -> bool:
-    """Whether `first` stands so from `second`: clearly (8 pixels), and more that way than across it."""
+    """Check if `first` is clearly (8 pixels) in this relation to `second`, and further along it than across it."""
     dx, dy = first.x - second.x, first.y - second.y
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
     return along >= 8 and along >= abs(across)
 
 
 def outline(shape: str, x: float, y: float, size: float) -> list[tuple[float, float]]:
-    """The polygon of a shape whose bounding box has its centre at (x, y) and this side."""
+    """Polygon of a shape whose bounding box is centred at (x, y) with edges of `size`."""
     half = size / 2
     if shape == "circle":
         return [(x + half * math.cos(t), y + half * math.sin(t)) for t in np.linspace(0, 2 * math.pi, 64, False)]
@@ -251,12 +265,12 @@ def outline(shape: str, x: float, y: float, size: float) -> list[tuple[float, fl
 
 
 def render(scene: Scene, *, oversample: int = 4) -> Image.Image:
-    """The scene as a 64x64 RGB image, anti-aliased by drawing `oversample` times larger and averaging."""
+    """Render a scene as a 64x64 RGB image, anti-aliased by rendering `oversample` times larger and averaging."""
     ramp = np.linspace(np.array(scene.top), np.array(scene.bottom), SIZE * oversample)[:, None, :]
     canvas = np.broadcast_to(ramp, (SIZE * oversample, SIZE * oversample, 3)).round().astype(np.uint8)
     image = Image.fromarray(np.ascontiguousarray(canvas))
     pen = ImageDraw.Draw(image)
-    for thing in scene.things:
-        points = outline(thing.shape, thing.x, thing.y, thing.size)
-        pen.polygon([(px * oversample - 0.5, py * oversample - 0.5) for px, py in points], fill=thing.rgb)
+    for item in scene.things:
+        points = outline(item.shape, item.x, item.y, item.size)
+        pen.polygon([(px * oversample - 0.5, py * oversample - 0.5) for px, py in points], fill=item.rgb)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)

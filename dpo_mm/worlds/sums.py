@@ -1,7 +1,7 @@
-"""A world without pictures: reach a number from another with an expression, "47 from 12" by "12+35".
+"""Synthetic arithmetic without images: reach a number from another with an expression, "47 from 12" by "12+35".
 
-Which answer is right is for a judge to find by running it. A writer that learned from sloppy notes forgets the carry and
-writes the whole equation, which does not run; the notes here are sloppy in the same two ways.
+A judge finds the right answers by evaluating them. A model that was trained on noisy notes forgets the carry, and writes
+the whole equation, which cannot be evaluated. The notes here have the same two errors.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 LARGEST = 99
 CHARACTERS = "0123456789+-=()* from"
 FORGOTTEN, WRITTEN_OUT = 0.7, 0.6
-"""Share of the notes that forget a carry where there is one, and that write the equation where something is taken away."""
+"""Fraction of the noisy notes with a carry that forget it, and of those with a subtraction that write the equation."""
 HELD_OUT = 0.2
-"""Share of all (number, start) that is kept from training."""
+"""Fraction of all (number, start) that is held out."""
 
 
 @dataclass(frozen=True)
@@ -29,45 +29,46 @@ class Sum:
 
     @property
     def prompt(self) -> str:
+        """Prompt of the sum, such as "47 from 12"."""
         return f"{self.number} from {self.start}"
 
     @property
     def carries(self) -> bool:
-        """Whether the ones run over or short of ten."""
+        """True if the ones digits carry over ten or borrow from it."""
         low, high = sorted((self.number, self.start))
         return high % 10 < low % 10
 
     @property
     def kind(self) -> str:
+        """Category of the sum: addition or subtraction, with or without a carry."""
         sign = "add" if self.number > self.start else "take away"
         return f"{sign}, {'with' if self.carries else 'without'} a carry"
 
 
 def sums(count: int, seed: int, *, held_out: bool = False) -> Iterator[Sum]:
-    """Sums of one side of the split, none twice: at most `count` of them in an order given by the seed."""
-    each = [
-        Sum(number, start) for number in range(1, LARGEST + 1) for start in range(1, LARGEST + 1) if number != start
-    ]
-    side = [one for one in each if _apart(one) == held_out]
-    yield from (side[n] for n in np.random.default_rng(seed).permutation(len(side))[:count])
+    """Generate at most `count` different sums of one split, in an order given by the seed."""
+    numbers = range(1, LARGEST + 1)
+    all_sums = [Sum(number, start) for number in numbers for start in numbers if number != start]
+    of_split = [one for one in all_sums if _is_held_out(one) == held_out]
+    yield from (of_split[n] for n in np.random.default_rng(seed).permutation(len(of_split))[:count])
 
 
-def _apart(one: Sum) -> bool:
+def _is_held_out(one: Sum) -> bool:
     digest = hashlib.sha256(one.prompt.encode()).digest()
     return int.from_bytes(digest[:4], "little") / 2**32 < HELD_OUT
 
 
 def expression(one: Sum) -> str:
-    """The plain right answer."""
-    gap = one.number - one.start
-    return f"{one.start}{'+' if gap > 0 else '-'}{abs(gap)}"
+    """Right answer of a sum, such as "12+35"."""
+    difference = one.number - one.start
+    return f"{one.start}{'+' if difference > 0 else '-'}{abs(difference)}"
 
 
 def noisy_answer(one: Sum, rng: np.random.Generator) -> str:
-    """An answer as sloppy notes have it: often off by ten where there is a carry, often as an equation that doesn't run."""
-    gap = one.number - one.start
-    size = abs(gap)
+    """Answer of the noisy notes: often off by ten if there is a carry, often an equation that cannot be evaluated."""
+    difference = one.number - one.start
+    size = abs(difference)
     if one.carries and rng.random() < FORGOTTEN:
         size += 10
-    text = f"{one.start}{'+' if gap > 0 else '-'}{size}"
-    return f"{text}={one.number}" if gap < 0 and rng.random() < WRITTEN_OUT else text
+    text = f"{one.start}{'+' if difference > 0 else '-'}{size}"
+    return f"{text}={one.number}" if difference < 0 and rng.random() < WRITTEN_OUT else text

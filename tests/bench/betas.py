@@ -13,7 +13,7 @@ from dpo_mm.training.auto_beta import SHARE, measure_beta
 
 def main(out: Path) -> None:
     from dpo_mm.training.builders import build_policy
-    from dpo_mm.training.encoding import encoded_sets
+    from dpo_mm.training.encoding import encode_splits
     from dpo_mm.training.pair_stream import training_stream
 
     table = []
@@ -21,7 +21,7 @@ def main(out: Path) -> None:
         for task, preset in (("faithfulness", "shapes"), ("aesthetic", "shapes")):
             config = read_recipe(task, preset, {}).train
             policy = build_policy(config)
-            rows = encoded_sets(policy, config).rows
+            rows = encode_splits(policy, config).rows
             policy.prepare(config)
             found = measure_beta(policy, training_stream(config, rows, 1), config)
             table.append({"recipe": f"{task}, {preset}", "by_hand": config.beta, "auto": found})

@@ -70,7 +70,7 @@ def summary(found: Tensor, uniform: Tensor) -> dict[str, float]:
 def main(arguments: list[str]) -> None:
     from dpo_mm.policies.adapters import LORA_FILE
     from dpo_mm.training.builders import build_policy
-    from dpo_mm.training.encoding import encoded_sets
+    from dpo_mm.training.encoding import encode_splits
     from dpo_mm.training.run import train
 
     out, moved = Path(arguments[0]), "--moved" in arguments
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
     with suppress_library_output(), tempfile.TemporaryDirectory() as folder:
         config = read_recipe("faithfulness", "shapes", {"output_dir": folder}).train
         policy = build_policy(config)
-        rows = encoded_sets(policy, config).rows
+        rows = encode_splits(policy, config).rows
         policy.prepare(config)
         if moved:
             short = dataclasses.replace(config, steps=WARM, eval_fraction=0.05)

@@ -31,7 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion.diffusion_policy import DTYPES
 from dpo_mm.policies.diffusion.sd3 import StableDiffusion3
-from dpo_mm.training.memory_estimate import counted
+from dpo_mm.training.memory_estimate import count_bytes
 from dpo_mm.training.reference import build_reference
 from tests.bench.diffusion_step import SIZES, build, status
 from tests.contracts.families.words import clip_tokenizer
@@ -101,7 +101,7 @@ def estimated(cell: Cell) -> dict[str, Any]:
     precision = config.precision if config.tuning == "lora" else "fp32"
     policy = policy_of(cell.model, device="meta", precision=precision)
     policy.prepare(config)
-    memory, _ = counted(policy, config)
+    memory, _ = count_bytes(policy, config)
     parts = {name: value / 2**20 for name, value in dataclasses.asdict(memory).items()}
     return {**parts, "training": memory.training / 2**20, "seconds": time.process_time() - start}
 

@@ -22,7 +22,7 @@ ROUNDS = 7
 
 def main(out: Path) -> None:
     from dpo_mm.training.builders import build_policy
-    from dpo_mm.training.encoding import encoded_sets
+    from dpo_mm.training.encoding import encode_splits
     from dpo_mm.training.pair_stream import training_stream
     from dpo_mm.training.reference import precompute_reference_log_probs
     from dpo_mm.training.trainer import PreferenceTrainer
@@ -30,7 +30,7 @@ def main(out: Path) -> None:
     with suppress_library_output(), tempfile.TemporaryDirectory() as folder:
         config = read_recipe("faithfulness", "shapes", {"output_dir": folder}).train
         policy = build_policy(config)
-        rows = encoded_sets(policy, config).rows
+        rows = encode_splits(policy, config).rows
         policy.free_encoders()
         policy.prepare(config)
         kept = dataclasses.replace(config, reference="precomputed", fixed_draws_per_row=1)

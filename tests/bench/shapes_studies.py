@@ -92,7 +92,7 @@ def compared(pairs: list[tuple[dict[str, Any], str, str]]) -> dict[str, float]:
         for prompt in row["prompts"]
         for _ in range(len(first) // len(row["prompts"]))
     ]
-    found = paired(one, other, clusters=clusters, metric="wholly right rate", judge="faithfulness")
+    found = paired(one, other, clusters=clusters, metric="fully correct rate", judge="faithfulness")
     return {key: float(getattr(found, key)) for key in ("base", "tuned", "difference", "low", "high", "detectable")}
 
 

@@ -32,7 +32,7 @@ class Shape:
     name: str
     vocabulary: int
     inner: int
-    groups: int
+    buckets: int
     tower_width: int
     tower_inner: int
     tower_layers: int
@@ -100,7 +100,7 @@ def tokenizer(shape: Shape) -> Any:
 def _text(shape: Shape, **more: Any) -> dict[str, Any]:
     return {
         "hidden_size": WIDTH, "intermediate_size": shape.inner, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-        "num_key_value_heads": shape.groups, "vocab_size": shape.vocabulary, "max_position_embeddings": 8192,
+        "num_key_value_heads": shape.buckets, "vocab_size": shape.vocabulary, "max_position_embeddings": 8192,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **more,
     }  # fmt: skip
 
@@ -229,7 +229,7 @@ class Cost:
 
 def cost(shape: Shape, tokens: int, *, attention: bool = True) -> Cost:
     """The parts of a step of a row. attention: False leaves it out, as torch's counter does on a CPU."""
-    key_value = WIDTH // HEADS * shape.groups
+    key_value = WIDTH // HEADS * shape.buckets
     linear = [(WIDTH, WIDTH)] * 2 + [(WIDTH, key_value)] * 2 + [(WIDTH, shape.inner)] * 3
     return Cost(
         body=LAYERS * sum(a * b for a, b in linear),

@@ -95,9 +95,11 @@ def test_sources_that_are_missing_or_not_wanted_are_named(kontext: str, tiny_mod
     some = edits(2)
     some[1]["image_source"] = None
     editor, plain = load_policy(kontext, resolution=32), load_policy(tiny_model)
-    with pytest.raises(ValueError, match=r"row row-1 of pairs: image_source is missing; FluxKontextPipeline edits"):
+    with pytest.raises(ValueError, match=r"row row-1 of pairs: image_source is missing. FluxKontextPipeline edits"):
         encode(editor, make_image_rows(some), where="pairs", cache=tmp_path)
-    with pytest.raises(ValueError, match=r"pairs: rows have an image_source, which StableDiffusionPipeline can't take"):
+    with pytest.raises(
+        ValueError, match=r"pairs: rows have an image_source, which StableDiffusionPipeline does not use"
+    ):
         encode(plain, make_image_rows(some), where="pairs", cache=tmp_path)
     drawing: dict[str, Any] = {"steps": 1, "guidance": 1.0, "batch_size": 1}
     with pytest.raises(ValueError, match="FluxKontextPipeline, which needs an image to edit per prompt"):

@@ -10,7 +10,7 @@ import torch
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
-from dpo_mm.training.encoding import encoded_sets
+from dpo_mm.training.encoding import encode_splits
 
 TESTS = Path(__file__).parents[1]
 TRAPS = {
@@ -59,7 +59,7 @@ def prepared(model: str, pairs: str, out: Path, precision: str = "fp32") -> tupl
     """A policy whose adapter has moved, and four encoded rows at their first visit."""
     policy = load_policy(model, precision=precision)
     given = config(model, pairs, out)
-    rows = encoded_sets(policy, given).rows
+    rows = encode_splits(policy, given).rows
     policy.prepare(given)
     torch.manual_seed(0)
     for parameter in policy.model.parameters():
@@ -104,7 +104,7 @@ def _trainer(given: TrainConfig) -> tuple[Any, Any]:
     from dpo_mm.training.trainer import PreferenceTrainer
 
     policy = load_policy(given.model)
-    rows = encoded_sets(policy, given).rows
+    rows = encode_splits(policy, given).rows
     policy.free_encoders()
     policy.prepare(given)
     return policy, PreferenceTrainer(policy, given, rows)

@@ -84,7 +84,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tiny_model: str, pairs: str, tm
         done = forked.run(*goes_on, call=partial(no_larger_than, None if disk else largest - 1))
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
-        assert "checkpoint-4" in errors[0] and "earlier checkpoints are kept" in errors[0]
+        assert "checkpoint-4" in errors[0] and "Earlier checkpoints are unchanged" in errors[0]
         assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
         assert what_is_wrong(out / "checkpoint-2") is None
 

@@ -67,7 +67,7 @@ def test_sigterm_in_encoding(tiny_model: str, pairs: str, tmp_path: Path) -> Non
     file.write_text(f"model: {tiny_model}\npairs: {pairs}\n")
     train = ["train", str(file), "--output-dir", str(tmp_path / "out"), "--steps", "1", "--eval-fraction", "0"]
     stopped = run(encode, 3, *train, cache=tmp_path / "cut")
-    assert stopped.returncode == 143 and "the same command goes on from there" in stopped.stderr, stopped.stderr[-1500:]
+    assert stopped.returncode == 143 and "the same command resumes" in stopped.stderr, stopped.stderr[-1500:]
     assert shards(tmp_path / "cut") == ["pairs-00000", "prompts-00000"]
     assert not list((tmp_path / "cut").rglob(".*")) and not (tmp_path / "out").exists()
     gone_on, whole = (run(encode, 0, *train, cache=tmp_path / name) for name in ("cut", "whole"))
@@ -99,7 +99,7 @@ def test_sigterm_in_mining_while_judging(tiny_model: str, tmp_path: Path) -> Non
         return ["mine", *(part for key, value in given.items() for part in (f"--{key}", value))]
 
     stopped = run(mine, 2, *arguments("cut"), cache=tmp_path)
-    assert stopped.returncode == 143 and "the same command goes on from there" in stopped.stderr, stopped.stderr[-1500:]
+    assert stopped.returncode == 143 and "the same command resumes" in stopped.stderr, stopped.stderr[-1500:]
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["mining.json", "shard-00000.parquet"]
     before = (tmp_path / "cut" / "shard-00000.parquet").stat().st_mtime_ns
     gone_on, whole = (run(mine, 0, *arguments(name), cache=tmp_path) for name in ("cut", "whole"))

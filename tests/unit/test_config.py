@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import ast
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpo_mm.config import CompareConfig, MineConfig, TrainConfig, config_from_mapping, read_yaml
+from dpo_mm import config as config_module
+from dpo_mm.config import TRAINER_NAMES, CompareConfig, MineConfig, TrainConfig
+from dpo_mm.config_parsing import config_from_mapping, read_yaml
 from dpo_mm.judges import parse_judge_name
 from dpo_mm.mining.mine_images import parse_judges
 from dpo_mm.recipe import presets, read_recipe, run_recipe
@@ -13,8 +17,8 @@ from dpo_mm.recipe import presets, read_recipe, run_recipe
 PLAIN: dict[str, Any] = {"model": "m", "pairs": "p", "output_dir": "o"}
 
 
-def test_strings_become_what_the_setting_is() -> None:
-    got = config_from_mapping(
+def test_config_from_mapping_texts_become_typed_values() -> None:
+    config = config_from_mapping(
         TrainConfig,
         {
             **PLAIN,
@@ -24,18 +28,100 @@ def test_strings_become_what_the_setting_is() -> None:
             "lora_targets": "to_q,to_k",
             "objective": "sigmoid",
         },
-        where="flags",
+        source="flags",
     )
-    assert (got.steps, got.learning_rate, got.resume, got.lora_targets) == (12, 1e-4, True, ("to_q", "to_k"))
-    mixed = config_from_mapping(TrainConfig, {**PLAIN, "objective": {"sigmoid": 0.8, "hinge": 0.2}}, where="flags")
+    assert (config.steps, config.learning_rate, config.resume, config.lora_targets) == (
+        12,
+        1e-4,
+        True,
+        ("to_q", "to_k"),
+    )
+    mixed = config_from_mapping(TrainConfig, {**PLAIN, "objective": {"sigmoid": 0.8, "hinge": 0.2}}, source="flags")
     assert mixed.objective == {"sigmoid": 0.8, "hinge": 0.2}
     assert config_from_mapping(
-        TrainConfig, {**PLAIN, "objective_kwargs": "label_smoothing:0.1"}, where="flags"
+        TrainConfig, {**PLAIN, "objective_kwargs": "label_smoothing:0.1"}, source="flags"
     ).objective_kwargs == {"label_smoothing": 0.1}
-    assert config_from_mapping(TrainConfig, {**PLAIN, "revision": "none"}, where="flags").revision is None
+    assert config_from_mapping(TrainConfig, {**PLAIN, "revision": "none"}, source="flags").revision is None
     assert config_from_mapping(
-        CompareConfig, {"model": "m", "output_dir": "o", "scales": [0.5, 2]}, where="f"
+        CompareConfig, {"model": "m", "output_dir": "o", "scales": [0.5, 2]}, source="f"
     ).scales == (0.5, 2.0)
+
+
+def undescribed(source: str) -> tuple[list[str], int]:
+    """Fields of dataclasses called ...Config without a text below them, and the number of all such fields."""
+    fields, missing = 0, []
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef) or not node.name.endswith("Config"):
+            continue
+        for field, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                fields += 1
+                text = getattr(getattr(following, "value", None), "value", None)
+                if not isinstance(text, str) or len(text.split()) < 3:
+                    missing.append(f"{node.name}.{field.target.id}")
+    return missing, fields
+
+
+def test_every_setting_has_a_description() -> None:
+    kinds = [kind for name, kind in vars(config_module).items() if name.endswith("Config")]
+    missing, fields = undescribed(Path(config_module.__file__).read_text())
+    assert missing == []
+    assert fields == sum(len(dataclasses.fields(kind)) for kind in kinds) == 130
+    assert undescribed('class AConfig:\n    a: int\n    b: int = 1\n    """What b does."""\n') == (["AConfig.a"], 2)
+
+
+TRAINER_VALUES = {
+    "max_steps": 7,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 5,
+    "optim": "adafactor",
+    "lr_scheduler_type": "cosine",
+    "eval_steps": 11,
+    "save_steps": 13,
+    "logging_steps": 17,
+    "dataloader_num_workers": 2,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), TRAINER_VALUES.items())
+def test_config_from_mapping_trainer_name_sets_its_field(name: str, value: Any) -> None:
+    field = TRAINER_NAMES[name]
+    for given in (value, str(value)):
+        config = config_from_mapping(TrainConfig, {**PLAIN, name: given}, source="my.yaml")
+        assert getattr(config, field) == value != getattr(TrainConfig, field)
+        assert config == config_from_mapping(TrainConfig, {**PLAIN, field: given}, source="my.yaml")
+    with pytest.raises(
+        ValueError, match=rf"^my\.yaml: {name} and {field} are the same setting\. Give only one of them$"
+    ):
+        config_from_mapping(TrainConfig, {**PLAIN, field: value, name: value}, source="my.yaml")
+    with pytest.raises(ValueError, match=f"'{name}' is not a setting"):
+        config_from_mapping(CompareConfig, {"model": "m", "output_dir": "o", name: value}, source="my.yaml")
+
+
+def test_trainer_names_are_fields_of_both_and_in_the_docs() -> None:
+    from transformers import TrainingArguments
+
+    assert list(TRAINER_VALUES) == list(TRAINER_NAMES) and len(set(TRAINER_NAMES.values())) == 9
+    assert set(TRAINER_NAMES) <= {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert set(TRAINER_NAMES.values()) <= {field.name for field in dataclasses.fields(TrainConfig)}
+    assert not set(TRAINER_NAMES) & {field.name for field in dataclasses.fields(TrainConfig)}
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "settings.md").read_text()
+    table = page.partition("| name of the Trainer | setting |\n|---|---|\n")[2].partition("\n\n")[0]
+    rows = [tuple(cell.strip("| `") for cell in line.strip("|").split("|")) for line in table.splitlines()]
+    assert dict(rows) == TRAINER_NAMES
+
+
+def test_read_recipe_trainer_name_overrides_the_preset(tmp_path: Path) -> None:
+    preset = read_recipe("ocr", "pages", {})
+    assert preset.train.steps != 7 and preset.mine is not None
+    for flag in ("max_steps", "train.max_steps"):
+        assert read_recipe("ocr", "pages", {flag: "7"}).train.steps == 7
+    recipe = read_recipe("ocr", "pages", {"per_device_train_batch_size": "3"})
+    assert recipe.train.batch_size == 3 and recipe.compare == preset.compare and recipe.mine == preset.mine
+    with pytest.raises(ValueError, match="flags: max_steps and steps are the same setting"):
+        read_recipe("ocr", "pages", {"steps": "7", "max_steps": "8"})
+    with pytest.raises(ValueError, match=r"'compare\.max_steps' is not a setting"):
+        read_recipe("ocr", "pages", {"compare.max_steps": "8"})
 
 
 @pytest.mark.parametrize(
@@ -49,12 +135,12 @@ def test_strings_become_what_the_setting_is() -> None:
         ({"pairs": "p"}, "model and output_dir missing"),
     ],
 )
-def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
+def test_config_from_mapping_wrong_value_is_named_in_the_error(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        config_from_mapping(TrainConfig, values, where="my.yaml")
+        config_from_mapping(TrainConfig, values, source="my.yaml")
 
 
-def test_files_that_are_no_recipes_are_named(tmp_path: Path) -> None:
+def test_read_yaml_bad_file_is_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         read_yaml(tmp_path / "nothing.yaml")
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
@@ -65,12 +151,12 @@ def test_files_that_are_no_recipes_are_named(tmp_path: Path) -> None:
         read_yaml(tmp_path / "broken.yaml")
 
 
-def test_flags_reach_the_parts_that_have_them(tmp_path: Path) -> None:
-    got = read_recipe(
+def test_read_recipe_flag_reaches_each_section_that_has_it(tmp_path: Path) -> None:
+    recipe = read_recipe(
         "faithfulness", "shapes", {"seed": "3", "train.steps": "7", "output_dir": str(tmp_path), "max_prompts": "5"}
     )
-    assert (got.train.seed, got.compare.seed, got.train.steps, got.compare.max_prompts) == (3, 3, 7, 5)
-    assert got.compare.adapter == str(tmp_path / "adapter") == got.train.output_dir
+    assert (recipe.train.seed, recipe.compare.seed, recipe.train.steps, recipe.compare.max_prompts) == (3, 3, 7, 5)
+    assert recipe.compare.adapter == str(tmp_path / "adapter") == recipe.train.output_dir
     with pytest.raises(ValueError, match="did you mean 'steps'"):
         read_recipe("faithfulness", "shapes", {"stepz": "7"})
     with pytest.raises(ValueError, match=r"train\.stepz"):
@@ -81,19 +167,19 @@ def test_flags_reach_the_parts_that_have_them(tmp_path: Path) -> None:
         read_recipe("faithfulness", "shapes", {"baseline": "rl"})
 
 
-def test_every_preset_loads() -> None:
-    found = [
+def test_read_recipe_every_preset_loads() -> None:
+    names = [
         (task, name)
         for task in ("faithfulness", "aesthetic", "captioner", "ocr", "custom_judge")
         for name in presets(task)
     ]
-    assert len(found) == 23
-    for task, name in found:
+    assert len(names) == 23
+    for task, name in names:
         assert read_recipe(task, name, {}).train.beta > 0
 
 
 @pytest.mark.parametrize("task", ["aesthetic", "faithfulness"])
-def test_what_a_model_makes_of_itself_is_judged_by_others(task: str) -> None:
+def test_mined_presets_compare_with_other_judges_than_they_mine_with(task: str) -> None:
     recipe = read_recipe(task, "sd15-mined", {})
     assert isinstance(recipe.mine, MineConfig) and isinstance(recipe.compare, CompareConfig)
     mined, compared = {*parse_judges(recipe.mine.judges), *parse_judges(recipe.mine.guards)}, set(recipe.compare.judges)
@@ -103,7 +189,7 @@ def test_what_a_model_makes_of_itself_is_judged_by_others(task: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["mine.judges", "compare.judges"])
-def test_an_unkncustom_judge_is_refused_before_anything_runs(flag: str, tmp_path: Path) -> None:
+def test_run_recipe_unknown_judge_is_refused_before_anything_runs(flag: str, tmp_path: Path) -> None:
     recipe = read_recipe("ocr", "pages", {flag: "degenerate", "output_dir": str(tmp_path / "out")})
     with pytest.raises(ValueError, match="judge 'degenerate' is unknown; did you mean 'degeneration'"):
         run_recipe(recipe, command="")

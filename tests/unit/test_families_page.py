@@ -1,4 +1,4 @@
-"""docs/reference/models.md holds what the contract tests gave: every family, every cell green, reasons where one has any."""
+"""docs/reference/models.md has the results of the contract tests: every family, and a reason for each cell without a pass."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SPEC.loader.exec_module(draw)
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    """A table of the page by its marker, a dict a row."""
+    """A table of the page by its marker, one dict per row."""
     block = draw.PAGE.read_text().partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line[:1] == "|"]
     head, _, *body = lines
     return [dict(zip(head, line, strict=True)) for line in body]
 
 
-def test_the_families_of_the_page_are_those_there_are() -> None:
+def test_models_page_has_every_family() -> None:
     assert {row["class"].strip("`") for row in rows("images")} == set(FAMILIES)
 
 
-def test_every_cell_is_green_or_has_its_reason() -> None:
+def test_models_page_cell_is_a_pass_or_has_a_reason() -> None:
     notes = draw.PAGE.read_text()
     for name, kind in draw.KINDS.items():
         table = rows(name)
@@ -40,13 +40,13 @@ def test_every_cell_is_green_or_has_its_reason() -> None:
                 assert found[1] is None or f"\n{found[1].strip()} " in notes
 
 
-def test_every_column_is_a_test_of_its_file() -> None:
+def test_models_page_column_is_a_contract_test() -> None:
     for kind in draw.KINDS.values():
         tests = ast.walk(ast.parse((ROOT / kind.tests).read_text()))
         assert set(kind.columns.values()) <= {node.name for node in tests if isinstance(node, ast.FunctionDef)}
 
 
-def test_image_families_are_short() -> None:
+def test_image_family_files_are_short() -> None:
     for name in FAMILIES.values():
         module = name.partition(":")[0].replace(".", "/")
         assert len((ROOT / f"{module}.py").read_text().splitlines()) <= 120
@@ -56,7 +56,7 @@ def result(test: str, passed: bool, reason: str | None = None) -> object:
     return draw.Result(test, "some", passed, None, reason)
 
 
-def test_a_cell_says_what_became_of_its_tests() -> None:
+def test_models_page_cell_is_the_result_of_its_tests() -> None:
     notes: list[str] = []
     assert draw.cell([result("a", True), result("a", True)], notes) == draw.GREEN
     assert draw.cell([result("a", True), result("a", False)], notes) == draw.RED == draw.cell([], notes)

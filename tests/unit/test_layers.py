@@ -1,4 +1,4 @@
-"""Imports point up the list of DESIGN: a module imports only from layers above its own, or beside it."""
+"""A module imports only from its own layer and from the layers above it in LAYERS."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
-    {"__version__", "worlds", "config", "errors", "progress", "resumable", "assets", "model_loading"},
+    {"__version__", "worlds", "config", "config_parsing", "errors", "progress", "resumable", "assets", "model_loading"},
     {"objectives"},
     {"data"},
     {"policies", "judges", "sources", "doctor"},
@@ -23,24 +23,24 @@ def layer(module: str) -> int:
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dpo_mm"):
             base = node.module or ""
-            found |= {f"{base}.{name.name}" for name in node.names} if base == "dpo_mm" else {base}
+            names |= {f"{base}.{name.name}" for name in node.names} if base == "dpo_mm" else {base}
         elif isinstance(node, ast.Import):
-            found |= {name.name for name in node.names if name.name.startswith("dpo_mm")}
-    return found
+            names |= {name.name for name in node.names if name.name.startswith("dpo_mm")}
+    return names
 
 
 def imports_at_load(path: Path) -> set[str]:
-    """Modules that importing this one imports, type checking and function bodies included in neither."""
-    found: set[str] = set()
+    """Modules that are imported when this one is, without imports in functions and for type checking."""
+    names: set[str] = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dpo_mm"):
             base = node.module or ""
-            found |= {f"{base}.{n.name}" if is_module(f"{base}.{n.name}") else base for n in node.names}
-    return found
+            names |= {f"{base}.{n.name}" if is_module(f"{base}.{n.name}") else base for n in node.names}
+    return names
 
 
 def is_module(name: str) -> bool:
@@ -48,7 +48,7 @@ def is_module(name: str) -> bool:
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
-def test_imports_point_up() -> None:
+def test_modules_import_only_from_their_layer_or_above() -> None:
     files = [path for path in PACKAGE.rglob("*.py") if "bundled" not in path.relative_to(PACKAGE).parts]
     assert len(files) > 20
     wrong = []
@@ -58,12 +58,12 @@ def test_imports_point_up() -> None:
     assert not wrong
 
 
-def test_judges_see_no_policy() -> None:
+def test_judges_do_not_import_policies() -> None:
     wrong = [path.name for path in (PACKAGE / "judges").glob("*.py") if any("policies" in i for i in imports(path))]
     assert not wrong
 
 
-def test_no_two_modules_share_a_file_name() -> None:
+def test_module_file_names_are_unique() -> None:
     names = [path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
     assert len(names) > 100
     assert sorted(set(names)) == sorted(names)
@@ -88,6 +88,6 @@ def test_imports_have_no_cycle() -> None:
     assert len(done) > 100
 
 
-def test_files_keep_their_size() -> None:
+def test_files_have_at_most_400_lines() -> None:
     long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
     assert not long

@@ -47,7 +47,7 @@ def test_public_names_are_frozen_and_importable() -> None:
         _ = dpo_mm.nothing
 
 
-def test_type_checkers_and_lazy_imports_read_the_same_table() -> None:
+def test_lazy_imports_equal_the_imports_for_type_checkers() -> None:
     tree = ast.parse(Path(dpo_mm.__file__).read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     imported = {
@@ -57,22 +57,22 @@ def test_type_checkers_and_lazy_imports_read_the_same_table() -> None:
     assert set(imported) == set(dpo_mm.__all__) - {"__version__"}
 
 
-def test_importing_it_loads_nothing_heavy() -> None:
+def test_import_loads_no_heavy_library() -> None:
     code = "import sys, dpo_mm; print([m for m in ('torch', 'numpy', 'diffusers', 'transformers') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
 
 
-def test_the_command_line_loads_nothing_heavy() -> None:
+def test_command_line_loads_no_heavy_library() -> None:
     code = "import sys, dpo_mm.cli.main; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
 
 
-def test_what_scripts_take_from_the_package_is_there() -> None:
-    """Benches and makers are run by hand: what they import, also late, must not go without a word."""
+def test_names_that_scripts_import_exist() -> None:
+    """Benchmarks and scripts are run by hand, so this test checks their imports, those in functions included."""
     root = Path(__file__).parents[2]
     scripts = [
         path for folder in ("tests/bench", "docs", "data", "demos", "recipes") for path in (root / folder).glob("*.py")

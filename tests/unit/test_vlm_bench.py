@@ -1,4 +1,4 @@
-"""The step bench's formula of what FLOPs allow counts what torch counts."""
+"""The FLOP formula of the step benchmark equals torch's count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.bench.vlm_step import VARIANTS
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_formula_is_what_torch_counts(name: str) -> None:
+def test_flop_formula_equals_torchs_count(name: str) -> None:
     shape, tokens, completion = SHAPES[name], 64, 8
     rows = rows_of(shape, tokens, completion, 1)
     expected = step_flops(shape, tokens, completion, attention=False)  # of a CPU's kernels torch counts none of it
@@ -23,7 +23,7 @@ def test_the_formula_is_what_torch_counts(name: str) -> None:
         assert counter.get_total_flops() == pytest.approx(expected[variant], rel=0.01)
 
 
-def test_a_shared_prefix_gains_most_where_answers_are_short() -> None:
+def test_shared_prefix_gains_most_for_short_responses() -> None:
     gains = [allowed(SHAPES["llava"], 1024, completion)["prefix"] for completion in (32, 256)]
     assert 2.1 > gains[0] > gains[1] > 1.5
     assert ratios(SHAPES["qwen2_5_vl"], 576) == pytest.approx((0.96, 0.112), rel=0.1)

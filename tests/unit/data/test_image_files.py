@@ -10,7 +10,7 @@ from PIL import Image
 from dpo_mm.data import image_files
 
 
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -33,37 +33,37 @@ RED = Image.new("RGB", (8, 4), (200, 20, 20))
         (Image.fromarray(np.full((4, 8), 32768, np.uint16)), "PNG", (128, 128, 128)),
     ],
 )
-def test_every_mode_becomes_rgb(image: Image.Image, kind: str, expected: tuple[int, int, int]) -> None:
-    found = image_files.decode_image(saved(image, kind))
-    assert found.mode == "RGB" and found.size == (8, 4)
-    assert np.abs(np.asarray(found, dtype=int) - expected).max() <= 1
+def test_decode_image_every_mode_becomes_rgb(image: Image.Image, kind: str, expected: tuple[int, int, int]) -> None:
+    decoded = image_files.decode_image(encode(image, kind))
+    assert decoded.mode == "RGB" and decoded.size == (8, 4)
+    assert np.abs(np.asarray(decoded, dtype=int) - expected).max() <= 1
 
 
-def test_a_photo_is_turned_upright() -> None:
+def test_decode_image_exif_rotation_is_applied() -> None:
     image = Image.new("RGB", (8, 4), "white")
     image.paste((0, 0, 0), (0, 0, 4, 4))
     exif = Image.Exif()
     exif[0x0112] = 6
-    found = image_files.decode_image(saved(image, "PNG", exif=exif))
-    assert found.size == (4, 8)
-    assert np.asarray(found)[:4].max() == 0 and np.asarray(found)[4:].min() == 255
+    decoded = image_files.decode_image(encode(image, "PNG", exif=exif))
+    assert decoded.size == (4, 8)
+    assert np.asarray(decoded)[:4].max() == 0 and np.asarray(decoded)[4:].min() == 255
 
 
 def bomb() -> bytes:
-    return saved(Image.new("1", (20_000, 10_000)), "PNG")
+    return encode(Image.new("1", (20_000, 10_000)), "PNG")
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
         (b"", "empty"),
-        (saved(RED.resize((64, 64)), "PNG")[:60], "truncated|broken|cannot|Truncated"),
-        (saved(Image.effect_noise((64, 64), 50), "JPEG")[:-200], "truncated"),
+        (encode(RED.resize((64, 64)), "PNG")[:60], "truncated|broken|cannot|Truncated"),
+        (encode(Image.effect_noise((64, 64), 50), "JPEG")[:-200], "truncated"),
         (b"<html><body>404</body></html>", "SVG or HTML"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'></svg>", "SVG or HTML"),
         (b"\x00" * 100, "cannot identify"),
         (
-            saved(
+            encode(
                 RED,
                 "GIF",
                 save_all=True,
@@ -74,11 +74,11 @@ def bomb() -> bytes:
         (bomb(), "pixels|exceeds"),
     ],
 )
-def test_what_is_no_picture_is_refused(data: bytes, reason: str) -> None:
+def test_decode_image_bad_file_is_refused_with_the_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         image_files.decode_image(data)
 
 
-def test_png_is_lossless() -> None:
+def test_encode_png_is_lossless() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     assert np.array_equal(np.asarray(image_files.decode_image(image_files.encode_png(noise))), np.asarray(noise))

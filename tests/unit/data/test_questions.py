@@ -13,7 +13,7 @@ from dpo_mm.data.questions import read_questions
 RED = Image.new("RGB", (8, 6), "#ff0000")
 
 
-def test_worlds_are_drawn_at_need_and_their_sides_differ() -> None:
+def test_read_questions_synthetic_splits_have_different_ground_truths() -> None:
     train, held_out = read_questions("pages-train", limit=5), read_questions("pages-held-out", limit=5)
     assert len(train) == len(held_out) == 5 and train[0].images[0].size == (80, 80)
     assert not {one.truth for one in train} & {one.truth for one in held_out}
@@ -21,13 +21,13 @@ def test_worlds_are_drawn_at_need_and_their_sides_differ() -> None:
     assert scene.truth.endswith(".") and scene.category in ("1 thing", "2 things", "3 things", "4 things")
 
 
-def test_json_lines_take_their_images_from_beside_them(tmp_path: Path) -> None:
+def test_read_questions_json_lines_image_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     RED.save(tmp_path / "pictures" / "a.png")
     rows = [
         {"image": "pictures/a.png", "prompt": "What colour?", "ground_truth": "red", "category": "colour"},
         {"images": ["pictures/a.png", "pictures/a.png"], "prompt": "The same?", "id": "two"},
-        {"prompt": "No picture."},
+        {"prompt": "No image."},
     ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     one, two, three = read_questions(str(tmp_path / "q.jsonl"))
@@ -37,11 +37,11 @@ def test_json_lines_take_their_images_from_beside_them(tmp_path: Path) -> None:
     assert len(read_questions(str(tmp_path / "q.jsonl"), limit=2)) == 2
 
 
-def test_parquet_holds_the_bytes(tmp_path: Path) -> None:
+def test_read_questions_parquet_contains_image_bytes(tmp_path: Path) -> None:
     rows = {"prompt": ["Read."], "ground_truth": ["abc"], "images": [[{"bytes": encode_png(RED), "path": None}]]}
     Dataset.from_dict(rows).to_parquet(str(tmp_path / "q.parquet"))
-    (found,) = read_questions(str(tmp_path / "q.parquet"))
-    assert found.images[0].size == (8, 6) and found.truth == "abc"
+    (question,) = read_questions(str(tmp_path / "q.parquet"))
+    assert question.images[0].size == (8, 6) and question.truth == "abc"
 
 
 @pytest.mark.parametrize(
@@ -50,16 +50,16 @@ def test_parquet_holds_the_bytes(tmp_path: Path) -> None:
         ("{broken", "line 1: not JSON"),
         ("[1]", "line 1: expected an object"),
         ('{"ground_truth": "x"}', "row 0: no prompt"),
-        ('{"prompt": "x", "image": "gone.png"}', "row 0: image gone.png can't be read"),
-        ("", "no questions in it"),
+        ('{"prompt": "x", "image": "gone.png"}', "row 0: image gone.png cannot be read"),
+        ("", "no questions in the file"),
     ],
 )
-def test_bad_files_name_file_row_and_fix(text: str, message: str, tmp_path: Path) -> None:
+def test_read_questions_bad_file_names_the_row_and_the_fix(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_questions(str(tmp_path / "q.jsonl"))
 
 
-def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+def test_read_questions_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'pages-train'"):
         read_questions("pages-trian")

@@ -15,20 +15,20 @@ def table(some: list[dict[str, Any]], path: Path) -> str:
     return str(path)
 
 
-def test_rows_come_back_as_they_went(tmp_path: Path) -> None:
-    given = rows(4)
-    make_image_rows(given).to_parquet(str(tmp_path / "p.parquet"))
-    found = load_pairs(str(tmp_path / "p.parquet"))
-    assert found["id"] == [row["id"] for row in given]
-    assert found["preference"] == ["a", "b", "a", "b"]
-    assert found[0]["image_a"].size == (32, 32)
-    assert load_pairs(str(tmp_path))["id"] == found["id"]
+def test_load_pairs_returns_the_rows_that_were_saved(tmp_path: Path) -> None:
+    original = rows(4)
+    make_image_rows(original).to_parquet(str(tmp_path / "p.parquet"))
+    loaded = load_pairs(str(tmp_path / "p.parquet"))
+    assert loaded["id"] == [row["id"] for row in original]
+    assert loaded["preference"] == ["a", "b", "a", "b"]
+    assert loaded[0]["image_a"].size == (32, 32)
+    assert load_pairs(str(tmp_path))["id"] == loaded["id"]
 
 
-def test_plain_columns_are_enough(tmp_path: Path) -> None:
+def test_load_pairs_required_columns_are_enough(tmp_path: Path) -> None:
     plain = [{k: v for k, v in row.items() if k in ("prompt", "image_a", "image_b", "preference")} for row in rows(3)]
-    found = load_pairs(table(plain, tmp_path / "p.parquet"))
-    assert list(found["id"]) == ["0", "1", "2"] and found[0]["p_a"] is None
+    loaded = load_pairs(table(plain, tmp_path / "p.parquet"))
+    assert list(loaded["id"]) == ["0", "1", "2"] and loaded[0]["p_a"] is None
 
 
 @pytest.mark.parametrize(
@@ -36,27 +36,27 @@ def test_plain_columns_are_enough(tmp_path: Path) -> None:
     [
         (
             lambda row: {("imageA" if k == "image_a" else k): v for k, v in row.items()},
-            r"'image_a' is missing.*is it 'imageA'",
+            r"'image_a' is missing.*Is it 'imageA'",
         ),
         (
             lambda row: {**row, "preference": "left"},
-            r"row 0: preference is 'left'; expected one of a, b, tie, both_bad",
+            r"row 0: preference is 'left'. Expected one of a, b, tie, both_bad",
         ),
     ],
 )
-def test_wrong_rows_are_named(change: Any, message: str, tmp_path: Path) -> None:
+def test_load_pairs_bad_row_is_named_in_the_error(change: Any, message: str, tmp_path: Path) -> None:
     path = table([change(row) for row in rows(3)], tmp_path / "p.parquet")
     with pytest.raises(ValueError, match=message):
         load_pairs(path)
 
 
-def test_an_empty_set_is_refused(tmp_path: Path) -> None:
+def test_load_pairs_empty_dataset_is_refused(tmp_path: Path) -> None:
     make_image_rows(rows(1)).select([]).to_parquet(str(tmp_path / "p.parquet"))
-    with pytest.raises(ValueError, match=r"p\.parquet: the set is empty"):
+    with pytest.raises(ValueError, match=r"p\.parquet: the dataset is empty"):
         load_pairs(str(tmp_path / "p.parquet"))
 
 
-def test_missing_files_and_other_formats_are_named(tmp_path: Path) -> None:
+def test_load_pairs_missing_or_other_file_is_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file or folder"):
         load_pairs(str(tmp_path / "nothing.parquet"))
     with pytest.raises(ValueError, match=r"no \*\.parquet"):
@@ -67,19 +67,19 @@ def test_missing_files_and_other_formats_are_named(tmp_path: Path) -> None:
 
 
 def test_ties_never_become_wins() -> None:
-    given = [{**row, "preference": p} for row, p in zip(rows(4), ("a", "tie", "both_bad", "b"), strict=True)]
-    assert list(drop_ties(make_image_rows(given))["id"]) == ["row-0", "row-3"]
+    original = [{**row, "preference": p} for row, p in zip(rows(4), ("a", "tie", "both_bad", "b"), strict=True)]
+    assert list(drop_ties(make_image_rows(original))["id"]) == ["row-0", "row-3"]
     with pytest.raises(ValueError, match="none of the 2 pairs has a winner"):
         drop_ties(make_image_rows([{**row, "preference": "tie"} for row in rows(2)]))
 
 
-def test_unknown_columns_are_refused_when_rows_are_made() -> None:
+def test_make_image_rows_unknown_column_is_refused() -> None:
     with pytest.raises(ValueError, match="'preferred' is not part of ImagePreference"):
         make_image_rows([{**rows(1)[0], "preferred": "a"}])
 
 
-def test_prompts_are_split_whole() -> None:
-    inside, watched = split_by_prompt(make_image_rows(rows(12)), 0.34, seed=0)
-    assert watched is not None and len(inside) + len(watched) == 12
-    assert not set(inside["prompt"]) & set(watched["prompt"])
+def test_split_by_prompt_shares_no_prompt() -> None:
+    train, evaluation = split_by_prompt(make_image_rows(rows(12)), 0.34, seed=0)
+    assert evaluation is not None and len(train) + len(evaluation) == 12
+    assert not set(train["prompt"]) & set(evaluation["prompt"])
     assert split_by_prompt(make_image_rows(rows(12)), 0.1, seed=0)[1] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -55,6 +56,20 @@ def test_a_setting_is_read_with_type_default_and_docstring() -> None:
             ("names", "tuple[str, ...]", "`[a, b]`", "Several, in order."),
         ],
     )
+
+
+def test_every_page_that_code_or_docs_name_exists() -> None:
+    folders = [ROOT / name for name in ("dpo_mm", "recipes", "demos", "docs", "tests")]
+    files = [
+        file for folder in folders for file in folder.rglob("*") if file.suffix in (".py", ".html", ".md", ".yaml")
+    ]
+    names = {
+        (file, name)
+        for file in [*files, *ROOT.glob("*.md")]
+        for name in re.findall(r"(?<![\w/])docs/[\w./-]+\.(?:md|json|png|svg|py)", file.read_text())
+    }
+    assert len(names) > 50
+    assert sorted(f"{file.name}: {name}" for file, name in names if not (ROOT / name).exists()) == []
 
 
 def test_every_setting_and_command_has_its_row() -> None:

@@ -82,7 +82,7 @@ def test_examples_show_what_changed_first_in_turns() -> None:
     base, tuned = answered([RIGHT] * 20 + [INVENTS] * 20), answered([RIGHT] * 40)
     shown = examples(base, tuned, QUESTIONS, "chair_s", count=6)
     assert all(one.base == INVENTS and one.base[slice(*one.base_marks[0])] == "green cross" for one in shown)
-    assert all(one.note == "base: invented: green cross" for one in shown)
+    assert all(one.note == "base: hallucinated: green cross" for one in shown)
 
 
 @pytest.mark.parametrize("better", ["higher", "lower", "neutral"])

@@ -95,7 +95,9 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module.Path, "replace", full)
-    with pytest.raises(OSError, match=r"could not write .*\.png: No space left on device; free space and run the same"):
+    with pytest.raises(
+        OSError, match=r"could not write .*\.png: No space left on device\. Free space and run the same"
+    ):
         filled(tmp_path)
     monkeypatch.undo()
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.part"))

@@ -39,7 +39,7 @@ HOSTILE = (
 RED, BLUE = Image.new("RGB", (64, 64), "#ff0000"), Image.new("RGB", (64, 64), "#0000ff")
 
 
-def comparison(metric="wholly right rate", base=0.5, tuned=0.625, low=0.0625, high=0.1875, **rest) -> Comparison:
+def comparison(metric="fully correct rate", base=0.5, tuned=0.625, low=0.0625, high=0.1875, **rest) -> Comparison:
     values = {"judge": "faithfulness", "headline": False, "n": 80, "verdict": "better"} | rest
     votes = {"wins": 12, "ties": 5, "losses": 3, "p": 0.035, "clusters": 20}
     return Comparison(metric, base=base, tuned=tuned, difference=tuned - base, low=low, high=high, **(votes | values))

@@ -38,7 +38,7 @@ FIELDS += [
 
 def compare(base, tuned, clusters=None, **options) -> Comparison:
     clusters = np.arange(len(base)) if clusters is None else clusters
-    return paired(base, tuned, clusters=clusters, metric="wholly right rate", judge="scene", **options)
+    return paired(base, tuned, clusters=clusters, metric="fully correct rate", judge="scene", **options)
 
 
 def rates(rng, prompts, seeds, base, tuned):

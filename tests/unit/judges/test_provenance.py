@@ -1,4 +1,4 @@
-"""Who made the pairs is read from the set or the card, and a learned judge that did is kept from the head."""
+"""Judges that built the training pairs, from the dataset or the card, and the choice of the primary metric."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_response_rows
 from dpo_mm.judges import JUDGES
-from dpo_mm.judges.provenance import by_rule, made_by, order_judges, training_judges_of
+from dpo_mm.judges.provenance import is_rule_based, made_by, order_judges, training_judges_of
 from dpo_mm.training.model_card import write_card
 from tests.conftest import rows
 
@@ -41,27 +41,27 @@ HERE = "tests.unit.judges.test_provenance"
         (["HPDv3-PlusPlus, train_aes"], ()),
     ],
 )
-def test_a_set_names_its_judges(
+def test_training_judges_of_dataset_reads_sources(
     sources: list[str | None], expected: tuple[str, ...], write_pairs: Callable[..., str]
 ) -> None:
     some = [{**row, "source": sources[n % len(sources)], "axis": "aesthetic"} for n, row in enumerate(rows(4))]
     assert training_judges_of(write_pairs(some)) == expected
 
 
-def test_answers_name_their_judge_as_their_axis(tmp_path: Path) -> None:
+def test_training_judges_of_mined_responses_reads_the_axis(tmp_path: Path) -> None:
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "axis": "cer", "source": "own failures on x, chosen: truth"}
     make_response_rows([row]).to_parquet(str(tmp_path / "pairs.parquet"))
     assert training_judges_of(str(tmp_path / "pairs.parquet")) == training_judges_of(str(tmp_path)) == ("cer",)
 
 
-def test_shipped_sets_name_theirs_and_what_is_not_there_none() -> None:
+def test_training_judges_of_bundled_and_missing_datasets() -> None:
     assert training_judges_of("shapes-faithfulness") == ("faithfulness",) and training_judges_of(
         "shapes-aesthetic"
     ) == ("aesthetic",)
     assert training_judges_of("some/hub-set") == training_judges_of("missing.parquet") == ()
 
 
-def test_an_adapter_is_asked_by_its_card_then_by_its_set(tmp_path: Path, write_pairs: Callable[..., str]) -> None:
+def test_training_judges_of_adapter_reads_card_then_dataset(tmp_path: Path, write_pairs: Callable[..., str]) -> None:
     pairs = write_pairs([{**row, "source": "mined with a:b"} for row in rows(2)])
     config = TrainConfig(model="m", pairs=pairs, output_dir=str(tmp_path))
     (tmp_path / "dpo_mm.json").write_text(json.dumps({"pairs": pairs}))
@@ -74,21 +74,21 @@ def test_an_adapter_is_asked_by_its_card_then_by_its_set(tmp_path: Path, write_p
     assert made_by(None) == made_by("some/adapter") == ()
 
 
-def test_no_learned_judge_that_made_the_pairs_is_at_the_head() -> None:
+def test_order_judges_learned_training_judge_is_not_primary() -> None:
     mine, rule = f"{HERE}:learned", f"{HERE}:counting"
     assert order_judges((mine, "aesthetic"), [mine]) == ("aesthetic", mine)
     assert order_judges((mine, "aesthetic"), []) == (mine, "aesthetic")
     assert order_judges(("faithfulness", "aesthetic"), ["faithfulness"]) == ("faithfulness", "aesthetic")
     assert order_judges((rule, mine), [rule, mine]) == (rule, mine)
-    with pytest.raises(ValueError, match="made the training pairs, so none can be the headline; add one that did not"):
+    with pytest.raises(ValueError, match="built the training pairs, so none of them can be the primary metric"):
         order_judges((mine,), [mine])
 
 
-def test_every_rule_of_ours_is_one() -> None:
-    assert all(by_rule(name) == (not judge.opens) for name, judge in JUDGES.items())
+def test_is_rule_based_matches_judges_without_a_model() -> None:
+    assert all(is_rule_based(name) == (not judge.needs_model) for name, judge in JUDGES.items())
     assert (
-        by_rule("pope_f1")
-        and not by_rule("clip_score:ViT-B-32/openai")
-        and not by_rule(f"{HERE}:learned")
-        and by_rule(f"{HERE}:counting")
+        is_rule_based("pope_f1")
+        and not is_rule_based("clip_score:ViT-B-32/openai")
+        and not is_rule_based(f"{HERE}:learned")
+        and is_rule_based(f"{HERE}:counting")
     )

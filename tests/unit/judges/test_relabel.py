@@ -16,7 +16,7 @@ from dpo_mm.config import RelabelConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import drop_ties, load_pairs
 from dpo_mm.judges import relabel as module
-from dpo_mm.judges.relabel import given_probability, labels, likeliest, relabel, spread
+from dpo_mm.judges.relabel import given_probability, labels, most_likely_unit, relabel, spread
 
 HERE = "tests.unit.judges.test_relabel"
 EQUAL, LIGHT, DARK = (90, 90), (200, 100), (40, 160)
@@ -67,7 +67,7 @@ def config(write_pairs: Callable[..., str], tmp_path: Path) -> RelabelConfig:
     return RelabelConfig(write_pairs(rows), (f"{HERE}:brightness",), str(tmp_path / "new.parquet"), scales=(50.0,))
 
 
-def test_new_labels_stand_beside_the_old(config: RelabelConfig) -> None:
+def test_relabel_writes_new_and_given_labels(config: RelabelConfig) -> None:
     done = relabel(config)
     assert done is not None
     rows = load_pairs(str(done.path))
@@ -97,19 +97,19 @@ def test_new_labels_stand_beside_the_old(config: RelabelConfig) -> None:
     assert written == done.summary and written["judges"][0]["with the set's label"] == 1
 
 
-def test_ties_never_become_wins() -> None:
+def test_labels_equal_scores_never_become_wins() -> None:
     rng = np.random.default_rng(0)
     scores = np.repeat(rng.normal(size=(3, 50, 1)), 2, axis=2)
-    found = labels(scores, [0.1, 1.0, math.inf], np.full(50, 0.5))
-    assert [module._preference(p, "a", 0.0) for p in found.p] == ["tie"] * 50
+    tied = labels(scores, [0.1, 1.0, math.inf], np.full(50, 0.5))
+    assert [module._preference(p, "a", 0.0) for p in tied.p] == ["tie"] * 50
     two = np.array([[[0.3, 0.1]], [[0.1, 0.3]]])
     (p,) = labels(two, [0.7, 0.7], np.array([0.5])).p
-    assert module._preference(p, "b", 0.0) == "tie", "judges that cancel out have found a tie"
+    assert module._preference(p, "b", 0.0) == "tie", "opposite judges give a tie"
     assert module._preference(0.52, "a", 0.05) == "tie" and module._preference(0.56, "b", 0.05) == "a"
 
 
 @pytest.mark.parametrize("trust", [None, 0.75])
-def test_a_swapped_pair_has_the_opposite_label(trust: float | None) -> None:
+def test_labels_swapped_pair_returns_opposite_label(trust: float | None) -> None:
     rng = np.random.default_rng(1)
     scores, given = rng.normal(size=(4, 200, 2)), rng.choice([0.0, 0.3, 0.5, 1.0], 200)
     units = [0.5, 1.0, 2.0, 7.0]
@@ -117,10 +117,10 @@ def test_a_swapped_pair_has_the_opposite_label(trust: float | None) -> None:
     other = labels(scores[..., ::-1], units, 1 - given, trust=trust, agreement=0.75)
     np.testing.assert_allclose(one.p, 1 - other.p, atol=1e-12)
     np.testing.assert_allclose(one.each, 1 - other.each, atol=1e-12)
-    assert (one.kept == other.kept).all() and 0 < one.kept.sum() < 200
+    assert (one.accepted == other.accepted).all() and 0 < one.accepted.sum() < 200
 
 
-def test_the_ensemble_is_the_mean_of_logistic_differences() -> None:
+def test_labels_equal_mean_of_logistic_differences() -> None:
     scores = np.array([[[3.0, 1.0]], [[0.0, 0.5]]])
     (p,) = labels(scores, [2.0, 0.25], np.array([1.0])).p
     assert p == pytest.approx((1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(2))) / 2)
@@ -130,16 +130,17 @@ def test_the_ensemble_is_the_mean_of_logistic_differences() -> None:
     assert half / (1 - half) == pytest.approx(p / (1 - p) * 0.65 / 0.35)
 
 
-def test_disagreement_is_left_out() -> None:
+def test_labels_disagreement_is_not_accepted() -> None:
     gaps = np.array([[1, 1, 1, 1], [1, 1, 1, -1], [1, 0, -1, -1], [1, 1, -1, 0]], dtype=float)
     scores = np.stack([gaps, np.zeros_like(gaps)], axis=2)
-    kept = {
-        level: labels(scores, [1.0] * 4, np.full(4, 0.5), agreement=level).kept.tolist() for level in (0.5, 0.8, 1.0)
+    accepted = {
+        level: labels(scores, [1.0] * 4, np.full(4, 0.5), agreement=level).accepted.tolist()
+        for level in (0.5, 0.8, 1.0)
     }
-    assert kept == {0.5: [True] * 4, 0.8: [True, True, False, False], 1.0: [True, False, False, False]}
+    assert accepted == {0.5: [True] * 4, 0.8: [True, True, False, False], 1.0: [True, False, False, False]}
 
 
-def test_the_likeliest_unit_is_the_maximum() -> None:
+def test_most_likely_unit_maximises_the_likelihood() -> None:
     rng = np.random.default_rng(2)
     gaps = rng.normal(scale=30, size=400)
     given = (rng.random(400) < 1 / (1 + np.exp(-gaps / 12))).astype(float)
@@ -152,18 +153,21 @@ def test_the_likeliest_unit_is_the_maximum() -> None:
         return float((y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z)).sum())
 
     best = minimize_scalar(loss, bounds=(-2, 8), method="bounded", options={"xatol": 1e-6}).x
-    assert likeliest(gaps, given) == pytest.approx(math.exp(best), rel=1e-3) and 9 < likeliest(gaps, given) < 16
-    assert math.isinf(likeliest(gaps, 1 - given)) and math.isinf(likeliest(np.zeros(5), np.ones(5)))
+    assert (
+        most_likely_unit(gaps, given) == pytest.approx(math.exp(best), rel=1e-3)
+        and 9 < most_likely_unit(gaps, given) < 16
+    )
+    assert math.isinf(most_likely_unit(gaps, 1 - given)) and math.isinf(most_likely_unit(np.zeros(5), np.ones(5)))
     (p,) = labels(np.array([[[9.0, 1.0]]]), [math.inf], np.array([1.0])).p
-    assert p == 0.5, "a judge that is right no more often than wrong has no say"
-    assert math.isfinite(likeliest(np.ones(100), np.ones(100)))
+    assert p == 0.5, "a judge that is right no more often than wrong has no weight"
+    assert math.isfinite(most_likely_unit(np.ones(100), np.ones(100)))
 
 
-def test_what_the_set_says_is_its_soft_label_its_votes_or_its_choice() -> None:
-    nothing = {"p_a": None, "votes_a": None, "votes_b": None}
-    assert given_probability({**nothing, "preference": "a", "p_a": 0.3}) == 0.3
-    assert given_probability({**nothing, "preference": "a", "votes_a": 3, "votes_b": 1}) == 0.75
-    assert [given_probability({**nothing, "preference": one}) for one in ("a", "b", "tie", "both_bad")] == [
+def test_given_probability_uses_p_a_then_votes_then_preference() -> None:
+    no_label = {"p_a": None, "votes_a": None, "votes_b": None}
+    assert given_probability({**no_label, "preference": "a", "p_a": 0.3}) == 0.3
+    assert given_probability({**no_label, "preference": "a", "votes_a": 3, "votes_b": 1}) == 0.75
+    assert [given_probability({**no_label, "preference": one}) for one in ("a", "b", "tie", "both_bad")] == [
         1,
         0,
         0.5,
@@ -171,19 +175,19 @@ def test_what_the_set_says_is_its_soft_label_its_votes_or_its_choice() -> None:
     ]
 
 
-def test_judges_of_every_kind_side_with_the_brighter_picture(config: RelabelConfig) -> None:
+def test_relabel_accepts_every_kind_of_judge(config: RelabelConfig) -> None:
     judges = tuple(f"{HERE}:{name}" for name in ("brightness", "darkness", "brighter"))
     done = relabel(dataclasses.replace(config, judges=judges, scales=(), agreement=0.6))
     assert done is not None
-    says = {one["id"]: [say["p_a"] > 0.5 for say in one["judged"]] for one in load_pairs(str(done.path))}
-    assert says["kept"] == [True, False, True] and says["was a tie"] == [False, True, False]
+    preferences = {one["id"]: [judged["p_a"] > 0.5 for judged in one["judged"]] for one in load_pairs(str(done.path))}
+    assert preferences["kept"] == [True, False, True] and preferences["was a tie"] == [False, True, False]
     units = [judge["unit"] for judge in done.summary["judges"]]
     assert units[0] == units[1] == pytest.approx(math.sqrt((3 * 100**2 + 120**2) / 5))
     assert units[2] == pytest.approx(math.sqrt(4 / 5))
 
 
-def test_judging_goes_on_after_finished_shards(config: RelabelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, real, calls = dataclasses.replace(config, shard_size=2), module._shard, []
+def test_relabel_interrupted_run_skips_finished_shards(config: RelabelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, real, calls = dataclasses.replace(config, shard_size=2), module._score_shard, []
 
     def cut(part: Any, *arguments: Any, **more: Any) -> Any:
         calls.append(list(part["id"]))
@@ -191,18 +195,18 @@ def test_judging_goes_on_after_finished_shards(config: RelabelConfig, monkeypatc
             raise KeyboardInterrupt
         return real(part, *arguments, **more)
 
-    monkeypatch.setattr(module, "_shard", cut)
+    monkeypatch.setattr(module, "_score_shard", cut)
     with pytest.raises(KeyboardInterrupt):
         relabel(config)
     relabel(config)
     assert calls == [["kept", "turned"], ["was a tie", "equal"], ["was a tie", "equal"], ["bad"]]
     relabel(dataclasses.replace(config, trust=0.9, scales=(10.0,)))
-    assert len(calls) == 4, "another rule for labels needs no judging again"
+    assert len(calls) == 4, "another rule for labels must not score again"
     with pytest.raises(ValueError, match=r"judged with other settings \(judges"):
         relabel(dataclasses.replace(config, judges=(f"{HERE}:darkness",)))
 
 
-def test_processes_share_the_shards(config: RelabelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relabel_processes_divide_the_shards(config: RelabelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(config, shard_size=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -212,11 +216,13 @@ def test_processes_share_the_shards(config: RelabelConfig, monkeypatch: pytest.M
     assert done is not None and len(load_pairs(str(done.path))) == 5
 
 
-def test_a_broken_picture_is_named_or_left_out(write_pairs: Callable[..., str], config: RelabelConfig) -> None:
+def test_relabel_undecodable_image_raises_or_is_left_out(
+    write_pairs: Callable[..., str], config: RelabelConfig
+) -> None:
     bad = row("cut", LIGHT, "a")
     bad["image_b"] = {"bytes": bad["image_b"]["bytes"][:40], "path": None}
     config = dataclasses.replace(config, pairs=write_pairs([row("whole", LIGHT, "b"), bad]))
-    with pytest.raises(ValueError, match=r"row 1: a picture does not decode .*--undecodable-images drop"):
+    with pytest.raises(ValueError, match=r"row 1: an image does not decode .*--undecodable-images drop"):
         relabel(config)
     done = relabel(dataclasses.replace(config, undecodable_images="drop"))
     assert done is not None and list(load_pairs(str(done.path))["id"]) == ["whole"]
@@ -226,9 +232,9 @@ def test_a_broken_picture_is_named_or_left_out(write_pairs: Callable[..., str], 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"judges": ()}, "none is named"),
+        ({"judges": ()}, "judges is empty"),
         ({"judges": ("faithfulnes",)}, "did you mean 'faithfulness'"),
-        ({"judges": (f"{HERE}:broken",), "scales": ()}, "gives .nan, nan. for the prompt 'prompt kept'"),
+        ({"judges": (f"{HERE}:broken",), "scales": ()}, "returns .nan, nan. for the prompt 'prompt kept'"),
         ({"scale": "wide"}, "'spread' or 'labels'"),
         ({"scales": (1.0, 2.0)}, "a number above 0 for each of 1 judges"),
         ({"scales": (0.0,)}, "a number above 0"),
@@ -242,7 +248,7 @@ def test_a_broken_picture_is_named_or_left_out(write_pairs: Callable[..., str], 
         ),
     ],
 )
-def test_what_cannot_be_relabelled_is_said(
+def test_relabel_invalid_settings_are_rejected(
     change: dict[str, Any], message: str, config: RelabelConfig, write_pairs: Callable[..., str]
 ) -> None:
     if change.get("pairs") == "light":
@@ -251,7 +257,7 @@ def test_what_cannot_be_relabelled_is_said(
         relabel(dataclasses.replace(config, **change))
 
 
-def test_a_relabelled_set_trains(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+def test_relabelled_dataset_trains(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     from dpo_mm.config import TrainConfig
     from dpo_mm.training.run import train
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from dpo_mm.judges.scene import faithfulness, look, satisfies
+from dpo_mm.judges.scene import detect_objects, faithfulness, satisfies
 from dpo_mm.worlds import shapes
 from dpo_mm.worlds.shapes import ObjectSpec, SceneSpec
 
@@ -18,7 +18,7 @@ COUNT = 2000
 @pytest.fixture(scope="module")
 def truths() -> list[tuple[SceneSpec, Image.Image]]:
     rng = np.random.default_rng(0)
-    groups = [[r for r in shapes.requests() if r.category == c] for c in shapes.CATEGORIES]
+    groups = [[r for r in shapes.all_specs() if r.category == c] for c in shapes.CATEGORIES]
     asked = [groups[n % 6][rng.integers(len(groups[n % 6]))] for n in range(COUNT)]
     return [(request, shapes.render(shapes.sample_scene(request, rng))) for request in asked]
 
@@ -42,21 +42,21 @@ def noisy(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) + noise).round().clip(0, 255).astype(np.uint8))
 
 
-def test_rendered_truths_are_right(truths: list[tuple[SceneSpec, Image.Image]]) -> None:
+def test_satisfies_accepts_rendered_scenes(truths: list[tuple[SceneSpec, Image.Image]]) -> None:
     assert len(truths) == COUNT
     assert right(truths, lambda image: image) >= 0.99
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [jpeg, blurred, noisy])
-def test_light_damage_is_forgiven(
+def test_satisfies_tolerates_light_damage(
     damage: Callable[[Image.Image], Image.Image], truths: list[tuple[SceneSpec, Image.Image]]
 ) -> None:
     assert right(truths, damage) >= 0.97
 
 
 def wrong(request: SceneSpec, rng: np.random.Generator) -> SceneSpec:
-    """The request with exactly one attribute changed so that no scene of it satisfies the original."""
+    """Change one attribute of a spec so that none of its scenes satisfies the original."""
     while True:
         which = int(rng.integers(len(request.objects)))
         one, others = request.objects[which], request.objects[:which] + request.objects[which + 1 :]
@@ -83,7 +83,7 @@ def wrong(request: SceneSpec, rng: np.random.Generator) -> SceneSpec:
 
 
 @pytest.mark.slow
-def test_scenes_with_one_thing_wrong_are_rejected(truths: list[tuple[SceneSpec, Image.Image]]) -> None:
+def test_satisfies_rejects_scenes_with_one_error(truths: list[tuple[SceneSpec, Image.Image]]) -> None:
     rng = np.random.default_rng(2)
     rejected = []
     for request, _ in truths:
@@ -92,25 +92,25 @@ def test_scenes_with_one_thing_wrong_are_rejected(truths: list[tuple[SceneSpec, 
     assert len(rejected) == COUNT and np.mean(rejected) >= 0.99
 
 
-def test_nothing_satisfies_a_blank_or_noisy_picture() -> None:
+def test_satisfies_rejects_blank_and_noisy_images() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     for image in (Image.new("RGB", (64, 64), "white"), Image.new("RGB", (64, 64), "red"), noise):
-        assert not any(satisfies(image, request) for request in shapes.requests()[::7])
+        assert not any(satisfies(image, request) for request in shapes.all_specs()[::7])
 
 
-def test_what_is_seen_is_where_it_stands() -> None:
+def test_detect_objects_returns_positions_and_sizes() -> None:
     things = (
         shapes.SceneObject("star", "yellow", 20, 18, 24, shapes.COLOURS["yellow"]),
         shapes.SceneObject("square", "blue", 45, 46, 20, shapes.COLOURS["blue"]),
     )
-    seen = {one.shape: one for one in look(shapes.render(shapes.Scene(things, (240,) * 3, (200,) * 3)))}
+    seen = {one.shape: one for one in detect_objects(shapes.render(shapes.Scene(things, (240,) * 3, (200,) * 3)))}
     assert set(seen) == {"star", "square"}
     assert (seen["star"].colour, seen["square"].colour) == ("yellow", "blue")
     assert (seen["square"].x, seen["square"].y) == pytest.approx((45, 46), abs=1)
     assert seen["star"].width == pytest.approx(24, abs=2)
 
 
-def test_a_smudge_beside_the_scene_counts(truths: list[tuple[SceneSpec, Image.Image]]) -> None:
+def test_faithfulness_rejects_an_additional_smudge(truths: list[tuple[SceneSpec, Image.Image]]) -> None:
     image = shapes.render(
         shapes.Scene((shapes.SceneObject("circle", "red", 20, 20, 24, (222, 42, 42)),), (240,) * 3, (240,) * 3)
     )
@@ -119,6 +119,6 @@ def test_a_smudge_beside_the_scene_counts(truths: list[tuple[SceneSpec, Image.Im
     assert faithfulness([image], ["a red circle"]) == [0.0]
 
 
-def test_another_size_is_refused() -> None:
+def test_detect_objects_other_size_is_rejected() -> None:
     with pytest.raises(ValueError, match="image is 32x32"):
-        look(Image.new("RGB", (32, 32)))
+        detect_objects(Image.new("RGB", (32, 32)))

@@ -18,7 +18,7 @@ from dpo_mm.cli.main import app
 from dpo_mm.config import JudgeConfig
 from dpo_mm.judges import scoring as module
 from dpo_mm.judges.scoring import score
-from dpo_mm.judges.self_test import CLIP_PROBABILITIES, CheckResult, clip_golden, self_test
+from dpo_mm.judges.self_test import CLIP_PROBABILITIES, CheckResult, compare_clip_probabilities, self_test
 from tests import forked
 from tests.conftest import picture
 
@@ -44,15 +44,15 @@ def crowd(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    place = tmp_path / "pictures"
-    place.mkdir()
+    path = tmp_path / "images"
+    path.mkdir()
     for n in range(5):
-        picture(n).save(place / f"{n}.png")
-    (place / "3.png").write_bytes((place / "3.png").read_bytes()[:50])
+        picture(n).save(path / f"{n}.png")
+    (path / "3.png").write_bytes((path / "3.png").read_bytes()[:50])
     lines = [{"file_name": f"{n}.png", "prompt": f"prompt {n}"} for n in range(4)]
-    (place / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (place / "4.txt").write_text("prompt 4\n")
-    return place
+    (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (path / "4.txt").write_text("prompt 4\n")
+    return path
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def config(folder: Path, tmp_path: Path) -> JudgeConfig:
     return JudgeConfig(f"{HERE}:brightness", str(folder), str(tmp_path / "scores.parquet"), shard_size=2)
 
 
-def test_every_picture_of_a_folder_has_a_score_or_a_reason(config: JudgeConfig) -> None:
+def test_score_folder_writes_a_score_or_a_reason_per_image(config: JudgeConfig) -> None:
     done = score(config)
     assert done is not None and (done.scored, done.broken) == (4, 1)
     rows = pq.read_table(done.path).to_pylist()
@@ -71,7 +71,7 @@ def test_every_picture_of_a_folder_has_a_score_or_a_reason(config: JudgeConfig) 
     assert json.loads(done.path.with_suffix(".json").read_text())["name"] == config.judge
 
 
-def test_both_sides_of_a_set_are_scored(config: JudgeConfig, pairs: str) -> None:
+def test_score_dataset_scores_both_images_of_a_pair(config: JudgeConfig, pairs: str) -> None:
     done = score(dataclasses.replace(config, images=pairs))
     assert done is not None and done.scored == 24
     rows = pq.read_table(done.path).to_pylist()
@@ -79,16 +79,16 @@ def test_both_sides_of_a_set_are_scored(config: JudgeConfig, pairs: str) -> None
     assert [row["score"] for row in rows[:4]] == [float(np.asarray(picture(n)).mean()) for n in range(4)]
 
 
-def test_scoring_goes_on_after_finished_shards(config: JudgeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = module._shard, []
+def test_score_interrupted_run_skips_finished_shards(config: JudgeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = module._score_shard, []
 
-    def cut(pictures: Sequence[module.Picture], *rest: object) -> object:
+    def cut(pictures: Sequence[module.ImageToScore], *rest: object) -> object:
         calls.append([one.id for one in pictures])
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(pictures, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "_shard", cut)
+    monkeypatch.setattr(module, "_score_shard", cut)
     with pytest.raises(KeyboardInterrupt):
         score(config)
     score(config)
@@ -98,7 +98,7 @@ def test_scoring_goes_on_after_finished_shards(config: JudgeConfig, monkeypatch:
 
 
 @pytest.mark.slow
-def test_sigterm_ends_it_well_and_it_goes_on(config: JudgeConfig) -> None:
+def test_score_sigterm_exits_cleanly_and_resumes(config: JudgeConfig) -> None:
     config = dataclasses.replace(config, judge=f"{HERE}:slow", shard_size=1)
     process = forked.Forked(call=partial(score, config))
     deadline = time.monotonic() + 300
@@ -110,22 +110,24 @@ def test_sigterm_ends_it_well_and_it_goes_on(config: JudgeConfig) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     ended = process.wait(timeout=120)
-    assert ended.returncode == 143 and "the same command goes on from there" in ended.stderr
-    kept = sorted(Path(f"{config.output}.parts").glob("shard-*"))
-    assert 0 < len(kept) < 5 and not Path(config.output).exists()
-    times = [path.stat().st_mtime_ns for path in kept]
+    assert ended.returncode == 143 and "the same command resumes" in ended.stderr
+    shards = sorted(Path(f"{config.output}.parts").glob("shard-*"))
+    assert 0 < len(shards) < 5 and not Path(config.output).exists()
+    times = [path.stat().st_mtime_ns for path in shards]
     done = score(config)
-    assert done is not None and done.scored == 4 and times == [path.stat().st_mtime_ns for path in kept]
+    assert done is not None and done.scored == 4 and times == [path.stat().st_mtime_ns for path in shards]
 
 
-def test_pictures_without_prompts_are_named(config: JudgeConfig, folder: Path, tmp_path: Path, pairs: str) -> None:
+def test_score_missing_prompts_error_names_the_image(
+    config: JudgeConfig, folder: Path, tmp_path: Path, pairs: str
+) -> None:
     (folder / "4.txt").unlink()
-    with pytest.raises(ValueError, match=r"4\.png: no prompt; expected a line for it in metadata\.jsonl, a 4\.txt"):
+    with pytest.raises(ValueError, match=r"4\.png: no prompt\. Add a line to metadata\.jsonl, a file 4\.txt"):
         score(config)
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
-    with pytest.raises(ValueError, match="2 prompts for 5 pictures"):
+    with pytest.raises(ValueError, match="2 prompts for 5 images"):
         score(dataclasses.replace(config, prompts=str(tmp_path / "prompts.txt")))
-    with pytest.raises(ValueError, match="prompts are for a folder of pictures"):
+    with pytest.raises(ValueError, match="--prompts is only for a folder of images"):
         score(dataclasses.replace(config, images=pairs, prompts=str(tmp_path / "prompts.txt")))
     (folder / "metadata.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1: expected"):
@@ -136,19 +138,19 @@ def checks(name: str) -> dict[str, CheckResult]:
     return {check.name: check for check in self_test(name)}
 
 
-def test_a_judge_is_tested_by_what_any_judge_must_do() -> None:
+def test_self_test_detects_random_and_batch_dependent_judges() -> None:
     good = checks("faithfulness")
     assert all(check.passed for name, check in good.items() if name != "golden values")
-    assert good["golden values"].passed is None and "no public ones" in good["golden values"].observed
+    assert good["golden values"].passed is None and "no public values" in good["golden values"].observed
     assert checks("aesthetic")["captions"].passed is None
-    assert not checks(f"{HERE}:restless")["repeats itself"].passed
-    assert not checks(f"{HERE}:crowd")["batches don't matter"].passed
+    assert not checks(f"{HERE}:restless")["same scores twice"].passed
+    assert not checks(f"{HERE}:crowd")["same scores in batches"].passed
     assert not checks(f"{HERE}:brightness")["captions"].passed
 
 
-def test_a_judge_of_pairs_is_tested_by_swapping() -> None:
-    found = checks("tests.unit.judges.test_relabel:brighter")
-    assert found["swapped pairs"].passed
+def test_self_test_swaps_pairs_for_a_pairwise_judge() -> None:
+    results = checks("tests.unit.judges.test_relabel:brighter")
+    assert results["swapped pairs"].passed
     assert not checks(f"{HERE}:partial_to_a")["swapped pairs"].passed
 
 
@@ -159,24 +161,27 @@ def partial_to_a(a: Sequence[Image.Image], b: Sequence[Image.Image], prompts: Se
 partial_to_a.pairwise = True  # type: ignore[attr-defined]
 
 
-def test_golden_values_are_compared() -> None:
+def test_compare_clip_probabilities_detects_wrong_scale_and_order() -> None:
     logits = np.log(CLIP_PROBABILITIES)
     cos = 0.27 + (logits - logits[0]) / 100
-    assert clip_golden((2.5 * cos).tolist()).passed
-    assert not clip_golden((100 * cos).tolist()).passed and not clip_golden((2.5 * cos[::-1]).tolist()).passed
+    assert compare_clip_probabilities((2.5 * cos).tolist()).passed
+    assert (
+        not compare_clip_probabilities((100 * cos).tolist()).passed
+        and not compare_clip_probabilities((2.5 * cos[::-1]).tolist()).passed
+    )
 
 
-def test_the_command_scores_and_says_what_is_wrong_with_a_judge(config: JudgeConfig) -> None:
+def test_judge_command_scores_and_runs_the_self_test(config: JudgeConfig) -> None:
     run = CliRunner().invoke
     done = run(app, ["judge", f"{HERE}:crowd", "--self-test"])
-    assert done.exit_code == 1 and "FAIL  batches don't matter" in done.stdout
+    assert done.exit_code == 1 and "FAIL  same scores in batches" in done.stdout
     assert run(app, ["judge", "faithfulness", "--self-test"]).exit_code == 0
     done = run(app, ["judge", config.judge, "--images", config.images, "--output", config.output])
-    assert done.exit_code == 0 and "4 pictures, mean" in done.stdout and "1 without a score" in done.stdout
+    assert done.exit_code == 0 and "4 images, mean" in done.stdout and "1 without a score" in done.stdout
     assert "images missing" in str(run(app, ["judge", "faithfulness"]).exception)
 
 
-def test_the_command_relabels(pairs: str, tmp_path: Path) -> None:
+def test_relabel_command_prints_counts(pairs: str, tmp_path: Path) -> None:
     out = str(tmp_path / "new.parquet")
     done = CliRunner().invoke(
         app, ["relabel", pairs, "--judges", f"{HERE}:brightness", "--output", out, "--trust", "0.8"]

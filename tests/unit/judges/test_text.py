@@ -1,4 +1,4 @@
-"""The judges of answers, on texts whose verdict is known."""
+"""Judges of responses, on texts with a known result."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dpo_mm.judges import captions as chair
 from dpo_mm.judges import text as judges
 
 
-def said(text: str, *, cut: bool = False) -> Response:
-    return Response(text, len(text), cut)
+def response(text: str, *, truncated: bool = False) -> Response:
+    return Response(text, len(text), truncated)
 
 
 @pytest.mark.parametrize(
@@ -31,20 +31,20 @@ def said(text: str, *, cut: bool = False) -> Response:
         ("", None),
     ],
 )
-def test_the_loop_that_a_text_ends_in(text: str, expected: tuple[int, int, int] | None) -> None:
+def test_find_repetition_returns_the_loop_at_the_end(text: str, expected: tuple[int, int, int] | None) -> None:
     assert judges.find_repetition(text) == expected
 
 
 @given(st.text(alphabet="xyz", max_size=20), st.text(alphabet="abc", min_size=1, max_size=6), st.integers(12, 40))
-def test_a_planted_loop_is_found_and_cut(before: str, unit: str, rounds: int) -> None:
-    text = before + unit * rounds
+def test_truncate_repetition_planted_loop_is_truncated(before: str, unit: str, repeats: int) -> None:
+    text = before + unit * repeats
     loop = judges.find_repetition(text)
     assert loop is not None and loop.start <= len(before) and len(unit) % loop.period == 0
     assert judges.truncate_repetition(text) == text[: loop.start + 3 * loop.period]
 
 
 @pytest.mark.parametrize(
-    ("text", "truth", "kept"),
+    ("text", "ground_truth", "expected"),
     [
         ("Indox " + "." * 300, "Index .......... 41\nRoads .... 7", "Indox " + "." * 13),
         ("1" + " 0.0" * 90, "Total 0.0 0.0 0.0 0.0 2.1", "1" + " 0.0" * 7),
@@ -53,98 +53,114 @@ def test_a_planted_loop_is_found_and_cut(before: str, unit: str, rounds: int) ->
         ("no loop at all", "no loop", "no loop at all"),
     ],
 )
-def test_a_loop_that_the_truth_has_too_is_cut_where_it_has_outrun_the_truth(text: str, truth: str, kept: str) -> None:
-    assert judges.truncate_repetition(text, truth) == kept
+def test_truncate_repetition_exceeds_the_ground_truth_by_three_repeats(
+    text: str, ground_truth: str, expected: str
+) -> None:
+    assert judges.truncate_repetition(text, ground_truth) == expected
 
 
-def test_degeneration_is_a_repeated_tail_at_the_limit_that_the_truth_does_not_have() -> None:
+def test_degeneration_requires_repeated_tail_at_the_limit_unlike_ground_truth() -> None:
     loop, table = "0.0 " * 40, "Total " + "0.0 " * 40
-    answers = [said(loop, cut=True), said(loop), said("a long and honest answer that never ends", cut=True)]
-    assert judges.degeneration(answers, ["short"] * 3) == [Ratio(1, 1), Ratio(0, 1), Ratio(0, 1)]
-    assert judges.degeneration([said(loop, cut=True)], [table]) == [Ratio(0, 1)]
+    responses = [
+        response(loop, truncated=True),
+        response(loop),
+        response("a long and honest answer that never ends", truncated=True),
+    ]
+    assert judges.degeneration(responses, ["short"] * 3) == [Ratio(1, 1), Ratio(0, 1), Ratio(0, 1)]
+    assert judges.degeneration([response(loop, truncated=True)], [table]) == [Ratio(0, 1)]
 
 
-def test_runaway_counts_short_units_alone() -> None:
-    answers = [said("a" * 31), said("a" * 30), said("abcde" * 31), said("abcdef" * 31), said("a" * 99)]
-    found = judges.trailing_repetition(answers, ["", "", "", "", "b" + "a" * 99])
+def test_trailing_repetition_counts_only_short_units() -> None:
+    responses = [
+        response("a" * 31),
+        response("a" * 30),
+        response("abcde" * 31),
+        response("abcdef" * 31),
+        response("a" * 99),
+    ]
+    found = judges.trailing_repetition(responses, ["", "", "", "", "b" + "a" * 99])
     assert [share.hits for share in found] == [1, 0, 1, 0, 0]
 
 
-def test_repetition_is_what_exceeds_the_truth() -> None:
+def test_repetition_equals_excess_over_the_ground_truth() -> None:
     unit = "0123456789"
     assert judges.rep(unit * 2) == pytest.approx(1 - 10 / 11)
     assert judges.rep("short") == 0
-    more, same = judges.repetition([said(unit * 2), said(unit * 2)], [unit, unit * 2])
+    more, same = judges.repetition([response(unit * 2), response(unit * 2)], [unit, unit * 2])
     assert more == (pytest.approx(1 / 11), 1) and same == (0, 1)
 
 
-def test_error_rates_sum_over_answers() -> None:
-    assert judges.cer([said("kitten"), said("")], ["sitting", "ab"]) == [Ratio(3, 7), Ratio(2, 2)]
-    assert judges.cer([said("aaaa")], ["a"]) == [Ratio(3, 1)]
-    assert judges.wer([said("the cat sat")], ["the cat sat down"]) == [Ratio(1, 4)]
-    assert judges.anls([said("Hello "), said("xyz")], ["hello", "abc"]) == [Ratio(1, 1), Ratio(0, 1)]
+def test_error_rates_sum_over_responses() -> None:
+    assert judges.cer([response("kitten"), response("")], ["sitting", "ab"]) == [Ratio(3, 7), Ratio(2, 2)]
+    assert judges.cer([response("aaaa")], ["a"]) == [Ratio(3, 1)]
+    assert judges.wer([response("the cat sat")], ["the cat sat down"]) == [Ratio(1, 4)]
+    assert judges.anls([response("Hello "), response("xyz")], ["hello", "abc"]) == [Ratio(1, 1), Ratio(0, 1)]
 
 
-def test_json_is_asked_for_where_the_truth_is_json() -> None:
+def test_valid_json_skips_ground_ground_truths_that_are_not_json() -> None:
     truth = json.dumps({"header": "a", "body": "b"})
-    answers = [
-        said('{"header": "x", "body": ""}'),
-        said('{"header": "x"}'),
-        said('{"header'),
-        said("[1]"),
-        said("text"),
+    responses = [
+        response('{"header": "x", "body": ""}'),
+        response('{"header": "x"}'),
+        response('{"header'),
+        response("[1]"),
+        response("text"),
     ]
-    found = judges.valid_json(answers, [truth] * 4 + ["text"])
+    found = judges.valid_json(responses, [truth] * 4 + ["text"])
     assert found == [Ratio(1, 1), Ratio(0, 1), Ratio(0, 1), Ratio(0, 1), Ratio(0, 0)]
 
 
-def test_chair_counts_inventions_recall_and_kinds_once() -> None:
+def test_chair_and_recall_count_each_object_once() -> None:
     truth = "a red circle and a blue star."
-    answers = [
-        said("a red circle, a red circle and a green cross."),
-        said(""),
-        said("a red circle and a blue star."),
+    responses = [
+        response("a red circle, a red circle and a green cross."),
+        response(""),
+        response("a red circle and a blue star."),
     ]
-    assert chair.chair_i(answers, [truth] * 3) == [Ratio(1, 2), Ratio(0, 0), Ratio(0, 2)]
-    assert chair.chair_s(answers, [truth] * 3) == [Ratio(1, 1), Ratio(0, 1), Ratio(0, 1)]
-    assert chair.recall(answers, [truth] * 3) == [Ratio(1, 2), Ratio(0, 2), Ratio(2, 2)]
+    assert chair.chair_i(responses, [truth] * 3) == [Ratio(1, 2), Ratio(0, 0), Ratio(0, 2)]
+    assert chair.chair_s(responses, [truth] * 3) == [Ratio(1, 1), Ratio(0, 1), Ratio(0, 1)]
+    assert chair.recall(responses, [truth] * 3) == [Ratio(1, 2), Ratio(0, 2), Ratio(2, 2)]
 
 
-def test_another_vocabulary_is_another_function() -> None:
+def test_count_objects_accepts_another_vocabulary() -> None:
     synonyms = {"puppy": "dog", "dog": "dog", "kitten": "cat"}
     mentions = lambda text: [synonyms[word] for word in text.split() if word in synonyms]
-    found = chair.counts([said("a puppy beside a kitten")], ["one dog"], mentions=mentions)
-    assert found == [chair.Counts(mentioned=2, invented=1, there=1, found=1)]
+    found = chair.count_objects([response("a puppy beside a kitten")], ["one dog"], mentions=mentions)
+    assert found == [chair.ObjectCounts(mentioned=2, hallucinated=1, present=1, recalled=1)]
 
 
-def test_findings_name_what_is_wrong_and_where() -> None:
+def test_explain_names_faults_and_positions() -> None:
     text = "a red circle and a green cross."
-    found = explain("chair_i", said(text), "a red circle.")
-    assert found.reason == "invented: green cross"
+    found = explain("chair_i", response(text), "a red circle.")
+    assert found.reason == "hallucinated: green cross"
     assert [text[a:b] for a, b in found.marks] == ["green cross"]
-    loop = explain("degeneration", said("ok " + "na " * 9, cut=True), "ok")
-    assert loop.reason == "' na' x 9 at the end, cut at the token limit" and loop.marks == ((2, 30),)
-    assert explain("cer", said("x"), "y").reason == ""
+    loop = explain("degeneration", response("ok " + "na " * 9, truncated=True), "ok")
+    assert loop.reason == "' na' x 9 at the end, truncated at the token limit" and loop.marks == ((2, 30),)
+    assert explain("cer", response("x"), "y").reason == ""
 
 
-def test_every_judge_of_answers_loads_and_gives_a_share_each() -> None:
-    answers, truths = [said("a red circle."), said("")], ["a blue star.", '{"a": 1}']
+def test_every_response_judge_returns_one_ratio_per_response() -> None:
+    responses, ground_truths = [response("a red circle."), response("")], ["a blue star.", '{"a": 1}']
     for name, judge in JUDGES.items():
         if judge.function.startswith(("dpo_mm.judges.text", "dpo_mm.judges.captions")):
-            found = load_judge(name)(answers, truths)
+            found = load_judge(name)(responses, ground_truths)
             assert len(found) == 2 and all(share.hits >= 0 and share.of >= 0 for share in found), name
     assert better_of("cer") == "lower" and better_of("recall") == "higher" and better_of("num_words") == "neutral"
 
 
-def test_a_loop_that_is_in_the_truth_is_no_finding() -> None:
+def test_explain_repetition_ignores_loops_of_the_ground_truth() -> None:
     row = "rain, rain, rain, rain"
-    assert judges.explain_loop(Response(row, 20, hit_limit=False), row).reason == ""
-    assert "rain" in judges.explain_loop(Response(row + ", rain" * 30, 200, hit_limit=True), row).reason
+    assert judges.explain_repetition(Response(row, 20, hit_limit=False), row).reason == ""
+    assert "rain" in judges.explain_repetition(Response(row + ", rain" * 30, 200, hit_limit=True), row).reason
 
 
-def test_inventions_and_omissions_count_together() -> None:
+def test_hallucination_f1_error_counts_hallucinated_and_missing_objects() -> None:
     truth = "a red circle and a blue star."
-    answers = [
+    responses = [
         Response(words, 5, hit_limit=False) for words in (truth, "a red circle.", "a red circle and a green cross.")
     ]
-    assert [share.hits / share.of for share in chair.hallucination_f1_error(answers, [truth] * 3)] == [0, 1 / 3, 2 / 4]
+    assert [share.hits / share.of for share in chair.hallucination_f1_error(responses, [truth] * 3)] == [
+        0,
+        1 / 3,
+        2 / 4,
+    ]

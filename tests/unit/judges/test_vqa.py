@@ -1,4 +1,4 @@
-"""Judges that ask a vision-language model: on tiny random models against plain forward passes, and on made-up answers."""
+"""Judges with a vision-language model: tiny random models against plain forward passes, and artificial answers."""
 
 from __future__ import annotations
 
@@ -13,32 +13,50 @@ import torch
 
 from dpo_mm.judges import judge_card, load_judge, load_pairwise, metric_of
 from dpo_mm.judges.self_test import self_test
-from dpo_mm.judges.soft_tifa import TifaQuestion, ask, mean_of, of_geneval, plural, read_questions, spellings
-from dpo_mm.judges.vqa import PREFERS, SHOWS, Asked, Vlm, in_both_orders, open_vlm, place, token_ids, wrap
+from dpo_mm.judges.soft_tifa import (
+    TifaQuestion,
+    answer_probabilities,
+    geneval_questions,
+    mean_of,
+    plural,
+    read_questions,
+    spellings,
+)
+from dpo_mm.judges.vqa import (
+    PREFERENCE_TEMPLATE,
+    YES_NO_TEMPLATE,
+    Vlm,
+    VlmQuestion,
+    named_image,
+    open_vlm,
+    prefer_in_both_orders,
+    token_ids,
+    wrap_vlm,
+)
 from tests.contracts import tiny_vlms
 
 PROMPTS = ["a red square", "three small circles beside it", "no text at all and a blue field"]
-PICTURES = [tiny_vlms.picture(n) for n in range(3)]
+IMAGES = [tiny_vlms.picture(n) for n in range(3)]
 ANSWERS = ["Yes", "No", "two", "Two", "2", "first", "second"]
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "gemma3"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model whose tokenizer knows the answers, as its stock files; its generation settings punish repetition."""
+    """Files of a tiny model. Its tokenizer knows the answers, and its generation settings penalise repetition."""
     family, words = request.param, tiny_vlms.tokenizer(request.param)
     words.add_tokens(ANSWERS)
     torch.manual_seed(3)
     model, processor = tiny_vlms.BUILDERS[family](words.convert_tokens_to_ids, words)
     processor.chat_template = tiny_vlms.template(family)
     model.generation_config.repetition_penalty = 1.5
-    place = tmp_path_factory.mktemp(family)
-    model.save_pretrained(place)
-    processor.save_pretrained(place)
-    return str(place)
+    path = tmp_path_factory.mktemp(family)
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
 
 
 def forward(folder: str, images: Sequence[Any], question: str) -> torch.Tensor:
-    """Next-token probabilities, one question alone: the bare model on what its processor makes of the template's text."""
+    """Next-token probabilities for a single question: the bare model on the processor's encoding of the template."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -52,45 +70,45 @@ def forward(folder: str, images: Sequence[Any], question: str) -> torch.Tensor:
         return model(**inputs).logits[0, -1].double().softmax(-1)
 
 
-def test_vqa_score_is_the_probability_of_yes(folder: str) -> None:
+def test_vqa_score_equals_probability_of_yes(folder: str) -> None:
     from transformers import AutoTokenizer
 
     yes = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("Yes")
     expected = [
-        float(forward(folder, [image], SHOWS.format(prompt=prompt))[yes])
-        for image, prompt in zip(PICTURES, PROMPTS, strict=True)
+        float(forward(folder, [image], YES_NO_TEMPLATE.format(prompt=prompt))[yes])
+        for image, prompt in zip(IMAGES, PROMPTS, strict=True)
     ]
     judge = load_judge(f"vqa_score:{folder}")
-    assert judge(PICTURES, PROMPTS) == pytest.approx(expected, rel=1e-4)
-    apart = [judge([image], [prompt])[0] for image, prompt in zip(PICTURES, PROMPTS, strict=True)]
-    assert apart == pytest.approx(expected, rel=1e-4)
+    assert judge(IMAGES, PROMPTS) == pytest.approx(expected, rel=1e-4)
+    single = [judge([image], [prompt])[0] for image, prompt in zip(IMAGES, PROMPTS, strict=True)]
+    assert single == pytest.approx(expected, rel=1e-4)
     assert len({round(value, 9) for value in expected}) == 3
 
 
-def test_each_token_counts_once(folder: str) -> None:
+def test_option_probability_counts_each_token_once(folder: str) -> None:
     from transformers import AutoTokenizer
 
     words = AutoTokenizer.from_pretrained(folder)
     ids = words.convert_tokens_to_ids(["two", "Two", "2"])
-    p = forward(folder, PICTURES[:1], "How many?")
-    vlm = open_vlm(folder, None, torch.device("cpu"))
+    p = forward(folder, IMAGES[:1], "How many?")
+    vlm = open_vlm(Path(folder), torch.device("cpu"))
     options = ("two", "Two", "2", "two", "twofold")
-    assert vlm.probability([Asked((PICTURES[0],), "How many?", options)]) == pytest.approx(
+    assert vlm.probability([VlmQuestion((IMAGES[0],), "How many?", options)]) == pytest.approx(
         [float(p[ids].sum())], rel=1e-4
     )
-    with pytest.raises(ValueError, match="cuts 'Maybe' into several tokens"):
+    with pytest.raises(ValueError, match="needs 'Maybe' as a single token"):
         token_ids(words, ("Maybe", "maybe"), folder)
 
 
-def test_a_real_model_is_asked_in_both_orders(folder: str) -> None:
+def test_vlm_prefers_swapped_pairs_return_opposite_preferences(folder: str) -> None:
     judge = load_pairwise(f"vlm_prefers:{folder}")
-    got = judge(PICTURES[:2], PICTURES[1:], PROMPTS[:2])
-    swapped = judge(PICTURES[1:], PICTURES[:2], PROMPTS[:2])
-    assert all(value in (0, 0.5, 1) for value in got)
-    assert [1 - value for value in swapped] == got
+    forward = judge(IMAGES[:2], IMAGES[1:], PROMPTS[:2])
+    swapped = judge(IMAGES[1:], IMAGES[:2], PROMPTS[:2])
+    assert all(value in (0, 0.5, 1) for value in forward)
+    assert [1 - value for value in swapped] == forward
 
 
-def test_the_self_test_knows_judges_that_ask(folder: str, tmp_path: Path) -> None:
+def test_self_test_covers_judges_with_a_vlm(folder: str, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text(json.dumps({"prompt": PROMPTS[0], "vqa_list": [["Is it red?", "Yes"]]}))
     for name, number in (
@@ -98,36 +116,38 @@ def test_the_self_test_knows_judges_that_ask(folder: str, tmp_path: Path) -> Non
         (f"vlm_prefers:{folder}", 4),
         (f"soft_tifa_gm:{folder}@{file}", 5),
     ):
-        found = {check.name: check for check in self_test(name)}
-        assert len(found) == number and found["weights model.safetensors"].passed is None
+        results = {check.name: check for check in self_test(name)}
+        assert len(results) == number and results["weights model.safetensors"].passed is None
         assert all(
-            found[one].passed for one in ("repeats itself", "batches don't matter", "swapped pairs") if one in found
+            results[name].passed
+            for name in ("same scores twice", "same scores in batches", "swapped pairs")
+            if name in results
         )
-    assert found["captions"].passed is None
+    assert results["captions"].passed is None
 
 
-def says(answer: Callable[[Asked], str]) -> Vlm:
+def answering(answer: Callable[[VlmQuestion], str]) -> Vlm:
     return Vlm(lambda asked: [0.0] * len(asked), lambda asked: [answer(one) for one in asked])
 
 
-def test_a_judge_that_always_says_first_finds_ties_alone() -> None:
+def test_position_biased_vlm_returns_only_ties() -> None:
     for stubborn in ("first", "The second.", "", "first or second", "neither", "1st"):
-        assert in_both_orders(says(lambda _, s=stubborn: s), PICTURES, PICTURES[::-1], PROMPTS) == [0.5] * 3
+        assert prefer_in_both_orders(answering(lambda _, s=stubborn: s), IMAGES, IMAGES[::-1], PROMPTS) == [0.5] * 3
 
 
-def test_a_judge_that_looks_is_believed_in_either_order() -> None:
-    bright = {id(image): n for n, image in enumerate(PICTURES)}
-    vlm = says(lambda one: "First!" if bright[id(one.images[0])] > bright[id(one.images[1])] else "the second one")
-    assert in_both_orders(vlm, [PICTURES[2], PICTURES[0]], [PICTURES[0], PICTURES[1]], PROMPTS[:2]) == [1.0, 0.0]
-    asked: list[Asked] = []
-    in_both_orders(
-        Vlm(lambda _: [], lambda batch: asked.extend(batch) or ["x"] * len(batch)),
-        PICTURES[:1],
-        PICTURES[1:2],
+def test_order_swapping_judge_returns_consistent_preference() -> None:
+    bright = {id(image): n for n, image in enumerate(IMAGES)}
+    vlm = answering(lambda one: "First!" if bright[id(one.images[0])] > bright[id(one.images[1])] else "the second one")
+    assert prefer_in_both_orders(vlm, [IMAGES[2], IMAGES[0]], [IMAGES[0], IMAGES[1]], PROMPTS[:2]) == [1.0, 0.0]
+    received: list[VlmQuestion] = []
+    prefer_in_both_orders(
+        Vlm(lambda _: [], lambda batch: received.extend(batch) or ["x"] * len(batch)),
+        IMAGES[:1],
+        IMAGES[1:2],
         PROMPTS[:1],
     )
-    assert [one.images for one in asked] == [(PICTURES[0], PICTURES[1]), (PICTURES[1], PICTURES[0])]
-    assert {one.question for one in asked} == {PREFERS.format(prompt=PROMPTS[0])}
+    assert [one.images for one in received] == [(IMAGES[0], IMAGES[1]), (IMAGES[1], IMAGES[0])]
+    assert {one.question for one in received} == {PREFERENCE_TEMPLATE.format(prompt=PROMPTS[0])}
 
 
 @pytest.mark.parametrize(
@@ -141,23 +161,23 @@ def test_a_judge_that_looks_is_believed_in_either_order() -> None:
         ("2", ""),
     ],
 )
-def test_an_answer_names_one_place_or_none(answer: str, expected: str) -> None:
-    assert place(answer) == expected
+def test_named_image_parses_first_second_or_neither(answer: str, expected: str) -> None:
+    assert named_image(answer) == expected
 
 
-def test_atoms_of_geneval() -> None:
+def test_questions_geneval_questions() -> None:
     position = {"include": [{"class": "tie", "count": 1}, {"class": "bench", "count": 1, "position": ["left of", 0]}]}
-    assert [atom.question for atom in of_geneval(position)] == [
+    assert [atom.question for atom in geneval_questions(position)] == [
         "Is there a tie in the image?",
         "Is there a bench in the image?",
         "Is the bench to the left of the tie?",
     ]
     counting = {"include": [{"class": "knife", "count": 3}], "exclude": [{"class": "knife", "count": 4}]}
-    assert of_geneval(counting)[1] == TifaQuestion("How many knives are in the image?", "three")
+    assert geneval_questions(counting)[1] == TifaQuestion("How many knives are in the image?", "three")
     one = {"include": [{"class": "dog", "count": 1}], "exclude": [{"class": "dog", "count": 2}]}
-    assert of_geneval(one)[1] == TifaQuestion("How many dogs are in the image?", "one")
+    assert geneval_questions(one)[1] == TifaQuestion("How many dogs are in the image?", "one")
     colours = {"include": [{"class": "scissors", "count": 1, "color": "purple"}]}
-    assert [atom.question for atom in of_geneval(colours)] == [
+    assert [atom.question for atom in geneval_questions(colours)] == [
         "Are there any scissors in the image?",
         "Are the scissors purple?",
     ]
@@ -170,39 +190,41 @@ def test_atoms_of_geneval() -> None:
     ]
 
 
-def test_answers_are_spelt_as_models_write_them() -> None:
+def test_spellings_include_case_digits_and_space() -> None:
     assert set(spellings("four")) == {"four", "Four", "4", " four", " Four", " 4"}
     assert set(spellings("2")) == {"2", "two", " 2", " two"}
     assert set(spellings("Yes")) == {"Yes", "yes", " Yes", " yes"}
 
 
-def test_soft_tifa_means() -> None:
+def test_mean_of_returns_arithmetic_and_geometric_mean() -> None:
     parts = [0.9, 0.4, 0.1]
     assert mean_of(parts, geometric=False) == pytest.approx(1.4 / 3)
     assert mean_of(parts, geometric=True) == pytest.approx((0.9 * 0.4 * 0.1) ** (1 / 3))
     assert mean_of([1.0, 0.0], geometric=True) == 0
 
 
-def test_each_picture_is_asked_its_own_prompts_atoms() -> None:
-    atoms = {
+def test_answer_probabilities_use_the_questions_of_each_prompt() -> None:
+    questions = {
         PROMPTS[0]: [TifaQuestion("Is it red?", "Yes"), TifaQuestion("How many?", "two")],
         PROMPTS[1]: [TifaQuestion("Is it blue?", "Yes")],
     }
-    asked: list[Asked] = []
+    received: list[VlmQuestion] = []
 
-    def probability(batch: Sequence[Asked]) -> list[float]:
-        asked.extend(batch)
+    def probability(batch: Sequence[VlmQuestion]) -> list[float]:
+        received.extend(batch)
         return [0.1 * (n + 1) for n in range(len(batch))]
 
-    found = ask(Vlm(probability, lambda _: []), PICTURES[:2], PROMPTS[1::-1], atoms, where="q.jsonl")
-    assert found == [[0.1], [0.2, pytest.approx(0.3)]]
-    assert [one.images[0] for one in asked] == [PICTURES[0], PICTURES[1], PICTURES[1]]
-    assert asked[2].question == "How many? Answer in one word." and "2" in asked[2].options
-    with pytest.raises(ValueError, match=r"q\.jsonl: no questions about the prompt 'no text"):
-        ask(Vlm(probability, lambda _: []), PICTURES[:1], PROMPTS[2:], atoms, where="q.jsonl")
+    probabilities = answer_probabilities(
+        Vlm(probability, lambda _: []), IMAGES[:2], PROMPTS[1::-1], questions, file_name="q.jsonl"
+    )
+    assert probabilities == [[0.1], [0.2, pytest.approx(0.3)]]
+    assert [one.images[0] for one in received] == [IMAGES[0], IMAGES[1], IMAGES[1]]
+    assert received[2].question == "How many? Answer in one word." and "2" in received[2].options
+    with pytest.raises(ValueError, match=r"q\.jsonl: no questions for the prompt 'no text"):
+        answer_probabilities(Vlm(probability, lambda _: []), IMAGES[:1], PROMPTS[2:], questions, file_name="q.jsonl")
 
 
-def test_soft_tifa_of_a_model_and_a_file(folder: str, tmp_path: Path) -> None:
+def test_soft_tifa_equals_means_of_forward_passes(folder: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     file = tmp_path / "questions.jsonl"
@@ -215,12 +237,12 @@ def test_soft_tifa_of_a_model_and_a_file(folder: str, tmp_path: Path) -> None:
     yes, numbers = words.convert_tokens_to_ids("Yes"), words.convert_tokens_to_ids(["two", "Two", "2"])
     ways = [words.encode(way, add_special_tokens=False) for way in spellings("two")]
     assert {ids[0] for ids in ways if len(ids) == 1} == set(numbers)
-    one = float(forward(folder, PICTURES[:1], "Is it red? Answer in one word.")[yes])
-    two = float(forward(folder, PICTURES[:1], "How many? Answer in one word.")[numbers].sum())
-    dog = float(forward(folder, PICTURES[1:2], "Is there a dog in the image? Answer in one word.")[yes])
+    one = float(forward(folder, IMAGES[:1], "Is it red? Answer in one word.")[yes])
+    two = float(forward(folder, IMAGES[:1], "How many? Answer in one word.")[numbers].sum())
+    dog = float(forward(folder, IMAGES[1:2], "Is there a dog in the image? Answer in one word.")[yes])
     judges = [load_judge(f"soft_tifa_{kind}:{folder}@{file}") for kind in ("gm", "am")]
-    assert judges[0](PICTURES[:2], PROMPTS[:2]) == pytest.approx([math.sqrt(one * two), dog], rel=1e-3)
-    assert judges[1](PICTURES[:2], PROMPTS[:2]) == pytest.approx([(one + two) / 2, dog], rel=1e-3)
+    assert judges[0](IMAGES[:2], PROMPTS[:2]) == pytest.approx([math.sqrt(one * two), dog], rel=1e-3)
+    assert judges[1](IMAGES[:2], PROMPTS[:2]) == pytest.approx([(one + two) / 2, dog], rel=1e-3)
     card = judge_card(f"soft_tifa_gm:{folder}@{file}")
     assert card["questions"]["prompts"] == 2 and "{question}" in card["template"] and card["weights"]
     assert metric_of(f"vqa_score:{folder}") == f"VQAScore, P(Yes) ({Path(folder).name})"
@@ -237,22 +259,75 @@ def test_soft_tifa_of_a_model_and_a_file(folder: str, tmp_path: Path) -> None:
         ('{"prompt": "x", "vqa_list": [["a", 1]]}', "expected a prompt and questions with answers"),
     ],
 )
-def test_broken_questions_are_named(text: str, message: str, tmp_path: Path) -> None:
+def test_read_questions_names_the_malformed_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_questions(tmp_path / "questions.jsonl")
 
 
-def test_a_judge_without_its_model_or_questions_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("vqa_score:org/missing", "`hf download org/missing`, or name the judge vqa_score:org/missing@hub"),
+        ("vqa_score:org/missing@v2", "`hf download org/missing --revision v2`."),
+        ("vlm_prefers:missing", "`hf download missing`, or name the judge vlm_prefers:missing@hub"),
+        ("soft_tifa_gm:org/missing@questions.jsonl", "`hf download org/missing`."),
+        ("vqa_score:not/a/hub/id", "Pass a folder"),
+    ],
+)
+def test_missing_model_fails_at_once_without_a_request(
+    name: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: list[object]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    load = load_pairwise if name.startswith("vlm_prefers") else load_judge
+    with pytest.raises(ValueError, match="not a folder and not in the hub's cache") as error:
+        load(name)
+    assert command in str(error.value) and "\n" not in str(error.value) and not no_network
+
+
+def test_cached_model_loads_without_a_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: list[object]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    words = tiny_vlms.tokenizer("llava")
+    words.add_tokens(ANSWERS)
+    model, processor = tiny_vlms.BUILDERS["llava"](words.convert_tokens_to_ids, words)
+    repo = tmp_path / "models--org--cached"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    processor.save_pretrained(repo / "snapshots" / "abc")
+    model.config.save_pretrained(repo / "snapshots" / "abc")
+    with pytest.raises(ValueError, match="not in the hub's cache"):  # without weights
+        load_judge("vqa_score:org/cached")
+    model.save_pretrained(repo / "snapshots" / "abc")
+    assert 0 <= load_judge("vqa_score:org/cached")(IMAGES[:1], PROMPTS[:1])[0] <= 1
+    assert load_judge("vqa_score:org/cached@main")(IMAGES[:1], PROMPTS[:1])
+    card = judge_card("vqa_score:org/cached")
+    assert (card["model"], card["revision"]) == ("org/cached", "abc") and card["weights"]
+    assert not no_network
+
+
+def test_vqa_score_downloads_only_with_hub_in_the_name(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    downloads: list[str] = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, allow_patterns: downloads.append(repo) or folder
+    )
+    repo = f"org/{Path(folder).name}"
+    assert load_judge(f"vqa_score:{repo}@hub")(IMAGES[:1], PROMPTS[:1]) and downloads == [repo]
+
+
+def test_judge_without_model_or_questions_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a model: vqa_score:MODEL"):
         load_judge("vqa_score")
-    with pytest.raises(ValueError, match="can't be opened"):
+    with pytest.raises(ValueError, match="is not a folder and not in the hub's cache"):
         load_judge(f"vqa_score:{tmp_path}/none")
     tiny_vlms.save("llava", tmp_path / "llava")
     with pytest.raises(ValueError, match=r"needs questions: soft_tifa_gm:.*@QUESTIONS\.jsonl"):
         load_judge(f"soft_tifa_gm:{tmp_path}/llava")
-    with pytest.raises(ValueError, match="scores pictures one by one"):
+    with pytest.raises(ValueError, match="scores single images"):
         load_pairwise(f"vqa_score:{tmp_path}/llava")
     model, processor = tiny_vlms.build("llava")
-    with pytest.raises(ValueError, match="cuts 'Yes' into several tokens"):
-        wrap(model, processor, "x").probability([Asked((PICTURES[0],), "?", ("Yes",))])
+    with pytest.raises(ValueError, match="needs 'Yes' as a single token"):
+        wrap_vlm(model, processor, "x").probability([VlmQuestion((IMAGES[0],), "?", ("Yes",))])

@@ -156,7 +156,7 @@ def test_fresh_samples_of_two_models(tiny_model: str, tmp_path: Path, monkeypatc
     draw_samples(models, str(tmp_path / "prompts.txt"), folder, **settings)
     assert (folder / "other" / "0002.png").exists() and (folder / "other" / "0001.png").stat().st_mtime_ns == kept
     with pytest.raises(
-        ValueError, match=r"was drawn with other settings \(steps: 2 -> 3\); choose another folder for --pairs"
+        ValueError, match=r"was drawn with other settings \(steps: 2 -> 3\)\. Choose another samples_dir"
     ):
         draw_samples(models, str(tmp_path / "prompts.txt"), folder, **settings | {"steps": 3})
     with pytest.raises(ValueError, match="expected two or more with different names"):

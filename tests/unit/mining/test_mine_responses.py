@@ -35,7 +35,7 @@ def test_a_loop_is_rejected_cut_and_left_open_with_its_reason() -> None:
     row = build_pair(PAGE, [Response("1 2 3", 5, False), Response("1 " + "7 " * 60, 121, True)], WAYS, config())
     assert row is not None
     assert row["rejected"] == "1 7 7 7" and row["rejected_truncated"] and row["chosen"] == "1 2 3"
-    assert row["reason"] == "' 7' x 60 at the end, cut at the token limit" and row["decoding"] == WAYS[1]
+    assert row["reason"] == "' 7' x 60 at the end, truncated at the token limit" and row["decoding"] == WAYS[1]
     assert row["id"] == "page/1" and row["score_gap"] == 1 and row["axis"] == "degeneration"
 
 
@@ -67,7 +67,7 @@ def test_a_corrected_answer_keeps_what_was_right_or_merely_misread() -> None:
     caption = Response("a blue star and a green cross.", 8, False)
     row = build_pair(SCENE, [caption], WAYS, config(judges="hallucination_f1_error", chosen="corrected"))
     assert row is not None and row["chosen"] == "a blue star and a red circle."
-    assert row["reason"] == "invented: green cross; left out: red circle"
+    assert row["reason"] == "hallucinated: green cross; missing: red circle"
 
 
 def test_an_open_answer_has_no_end_of_turn() -> None:
@@ -161,7 +161,7 @@ def test_two_processes_share_the_questions(asked: MineResponsesConfig, monkeypat
     ("change", "message"),
     [
         ({"chosen": "mine"}, "expected 'ground_truth', 'best' or 'corrected'"),
-        ({"chosen": "corrected", "judges": "cer"}, "does not say how to correct"),
+        ({"chosen": "corrected", "judges": "cer"}, "cannot correct a response"),
         ({"chosen": "best", "responses_per_question": 1}, "at least 1 answer"),
         ({"judges": "valid_json"}, "none of its answers to 5 questions failed by valid_json"),
     ],

@@ -1,4 +1,4 @@
-"""What every import has in common: streaming, resuming, archives, the hub, and a result that trains."""
+"""Steps that all imports share: streaming, resuming, archives, the hub, and a result that trains."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.sources import parquet_writer
-from dpo_mm.sources import raw_rows as reading
-from dpo_mm.sources.archives import Files, Joined
+from dpo_mm.sources import raw_rows as raw_rows_module
+from dpo_mm.sources.archives import ImageFiles, JoinedParts
 from dpo_mm.sources.importing import import_set
 from dpo_mm.sources.raw_rows import Origin, raw_rows
-from tests.unit.sources.test_sources import CELL, cell, file_of, parquet, pick, pictures
+from tests.unit.sources.test_sources import CELL, cell, file_of, parquet, pick, write_images
 
 
 def tar(path: Path, *members: tuple[tarfile.TarInfo, bytes], mode: str = "w") -> Path:
@@ -36,7 +36,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
     return info
 
 
-HARMFUL = {
+UNSAFE = {
     "out of it": member("../evil.jpg"),
     "deep out of it": member("a/../../evil.jpg"),
     "absolute": member("/tmp/evil.jpg"),
@@ -48,18 +48,18 @@ HARMFUL = {
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-@pytest.mark.parametrize("name", HARMFUL)
-def test_harmful_tars_are_refused(name: str, mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", UNSAFE)
+def test_image_files_unsafe_tar_is_refused(name: str, mode: str, tmp_path: Path) -> None:
     inside = tmp_path / "set"
     inside.mkdir()
     good = (member("good.jpg"), file_of(1))
-    tar(inside / ("a.tar" if mode == "w" else "a.tar.gz"), good, (HARMFUL[name], b""), mode=mode)
-    with pytest.raises(ValueError, match=r"a\.tar.*: member '.*evil\.jpg' is .*; such an archive is refused"):
-        Files(inside, tmp_path / "scratch").read("good.jpg")
+    tar(inside / ("a.tar" if mode == "w" else "a.tar.gz"), good, (UNSAFE[name], b""), mode=mode)
+    with pytest.raises(ValueError, match=r"a\.tar.*: member '.*evil\.jpg' is .*\. Such an archive is refused"):
+        ImageFiles(inside, tmp_path / "scratch").read("good.jpg")
     assert not [path for path in tmp_path.rglob("*") if path.name in ("evil.jpg", "good.jpg")]
 
 
-def test_harmful_zips_are_refused(tmp_path: Path) -> None:
+def test_image_files_unsafe_zip_is_refused(tmp_path: Path) -> None:
     link = zipfile.ZipInfo("link.jpg")
     link.external_attr = 0o120777 << 16
     for n, info in enumerate((zipfile.ZipInfo("../evil.jpg"), zipfile.ZipInfo("C:/evil.jpg"), link)):
@@ -67,19 +67,19 @@ def test_harmful_zips_are_refused(tmp_path: Path) -> None:
         inside.mkdir()
         with zipfile.ZipFile(inside / "a.zip", "w") as archive:
             archive.writestr(info, "/etc/passwd")
-        with pytest.raises(ValueError, match=r"a\.zip: member .* such an archive is refused"):
-            Files(inside, tmp_path / "scratch").read("good.jpg")
+        with pytest.raises(ValueError, match=r"a\.zip: member .* Such an archive is refused"):
+            ImageFiles(inside, tmp_path / "scratch").read("good.jpg")
 
 
-def test_a_member_as_large_as_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_files_too_large_member_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_mm.sources.archives.MAX_BYTES", 1000)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("big.jpg", b"0" * 1001)
     with pytest.raises(ValueError, match=r"'big\.jpg' is of 1,001 bytes, more than 1,000"):
-        Files(tmp_path, tmp_path / "scratch").read("big.jpg")
+        ImageFiles(tmp_path, tmp_path / "scratch").read("big.jpg")
 
 
-def test_damaged_archives_are_named(tmp_path: Path) -> None:
+def test_image_files_damaged_archive_is_named_in_the_error(tmp_path: Path) -> None:
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w:gz") as archive:
         for n in range(5):
@@ -87,59 +87,61 @@ def test_damaged_archives_are_named(tmp_path: Path) -> None:
             info.size = len(file_of(n))
             archive.addfile(info, io.BytesIO(file_of(n)))
     (tmp_path / "a.tar.gz.00").write_bytes(data.getvalue()[:200])
-    with pytest.raises(ValueError, match=r"a\.tar\.gz: not readable as an archive .* is a part missing\?"):
-        Files(tmp_path, tmp_path / "scratch").read("1.jpg")
+    with pytest.raises(ValueError, match=r"a\.tar\.gz: not readable as an archive .* Is a part missing\?"):
+        ImageFiles(tmp_path, tmp_path / "scratch").read("1.jpg")
     assert not (tmp_path / "scratch").exists() or not list((tmp_path / "scratch").iterdir())
 
 
-def test_plain_tars_in_parts_are_read_where_they_lie(tmp_path: Path) -> None:
+def test_image_files_plain_tar_in_parts_is_read_without_unpacking(tmp_path: Path) -> None:
     inside = tmp_path / "set"
     inside.mkdir()
     whole = tar(tmp_path / "w.tar", *((member(f"images/{n}/same.jpg"), file_of(n)) for n in range(6))).read_bytes()
     for n, start in enumerate(range(0, len(whole), 700)):
         (inside / f"images.tar.part{n:03}").write_bytes(whole[start : start + 700])
-    files = Files(inside, tmp_path / "scratch")
+    files = ImageFiles(inside, tmp_path / "scratch")
     assert [files.read(f"images/{n}/same.jpg") for n in (5, 0, 3)] == [file_of(5), file_of(0), file_of(3)]
     assert not (tmp_path / "scratch").exists()
-    with pytest.raises(FileNotFoundError, match="a picture is not there"):
-        files.read("other/same.jpg")  # six are as close
+    with pytest.raises(FileNotFoundError, match="an image is missing"):
+        files.read("other/same.jpg")  # six candidates match equally well
 
 
-def test_joined_parts_read_as_their_whole(tmp_path: Path) -> None:
+def test_joined_parts_read_like_the_whole_file(tmp_path: Path) -> None:
     data = bytes(range(200))
     parts = [tmp_path / str(n) for n in range(4)]
     for n, part in enumerate(parts):
         part.write_bytes(data[n * 50 : n * 50 + 50])
-    file = io.BufferedReader(Joined(parts))
+    file = io.BufferedReader(JoinedParts(parts))
     assert file.read() == data and file.seek(-3, io.SEEK_END) == 197 and file.read() == data[-3:]
     assert file.seek(48) == 48 and file.read(5) == data[48:53]
 
 
-def test_the_disk_itself_is_out_of_reach(tmp_path: Path) -> None:
+def test_image_files_path_outside_the_folder_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "secret.jpg").write_bytes(b"secret")
-    files = Files(tmp_path / "set", tmp_path / "scratch")
+    files = ImageFiles(tmp_path / "set", tmp_path / "scratch")
     for path in ("../secret.jpg", str(tmp_path / "secret.jpg"), "a/../../secret.jpg", "file:///etc/passwd"):
         with pytest.raises(FileNotFoundError):
             files.read(path)
 
 
-@pytest.mark.parametrize("form", ["list", "lines"])
-def test_json_is_read_a_row_at_a_time(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "CHUNK", 7)
+@pytest.mark.parametrize("format", ["list", "lines"])
+def test_raw_rows_json_is_read_one_row_at_a_time(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raw_rows_module, "CHUNK", 7)
     rows: list[dict[str, Any]] = [{"n": n, "text": 'a ] , "[{ \\ ü\n' * n, "none": None} for n in range(20)]
-    text = json.dumps(rows, indent=1) if form == "list" else "\n".join(json.dumps(row) for row in rows) + "\n\n"
+    text = json.dumps(rows, indent=1) if format == "list" else "\n".join(json.dumps(row) for row in rows) + "\n\n"
     file = tmp_path / "rows.json"
     file.write_text("﻿ " + text, encoding="utf-8")
-    got = list(raw_rows(Origin(tmp_path, (file,)), start=3))
-    assert [{k: v for k, v in row.items() if k[0] != "_"} for row in got] == rows[3:]
-    assert [row["_number"] for row in got] == list(range(3, 20))
+    rows_read = list(raw_rows(Origin(tmp_path, (file,)), start=3))
+    assert [{k: v for k, v in row.items() if k[0] != "_"} for row in rows_read] == rows[3:]
+    assert [row["_number"] for row in rows_read] == list(range(3, 20))
     file.write_text(text.rstrip()[: -len(text) // 2])
     with pytest.raises(ValueError, match=r"rows\.json, row \d+: not JSON"):
         list(raw_rows(Origin(tmp_path, (file,))))
 
 
-def test_parquet_is_gone_on_with_without_reading_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raw_rows_parquet_resumes_without_reading_earlier_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyarrow as pa
 
     files = []
@@ -151,17 +153,21 @@ def test_parquet_is_gone_on_with_without_reading_what_was(tmp_path: Path, monkey
     monkeypatch.setattr(
         pq.ParquetFile, "iter_batches", lambda *a, **k: read.extend(k["row_groups"]) or batches(*a, **k)
     )
-    got = [(row["n"], row["_number"], row["_file"]) for row in raw_rows(Origin(tmp_path, tuple(files)), start=67)]
-    assert [row[0] for row in got] == list(range(67, 150)) == [row[1] for row in got] and got[0][2] == "1.parquet"
+    rows_read = [(row["n"], row["_number"], row["_file"]) for row in raw_rows(Origin(tmp_path, tuple(files)), start=67)]
+    assert [row[0] for row in rows_read] == list(range(67, 150)) == [row[1] for row in rows_read] and rows_read[0][
+        2
+    ] == "1.parquet"
     assert read == [2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6]
 
 
-class Cut(Exception):
-    """What stands in for a kill."""
+class Interruption(Exception):
+    """It replaces a kill."""
 
 
 @pytest.mark.parametrize("source", ["pickapic", "vision-reward-db"])
-def test_a_cut_import_goes_on_and_gives_the_same(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_set_interrupted_import_resumes_with_equal_files(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.unit.sources.test_sources import vision
 
     monkeypatch.setattr(parquet_writer, "SHARD_ROWS", 4)
@@ -175,39 +181,39 @@ def test_a_cut_import_goes_on_and_gives_the_same(source: str, tmp_path: Path, mo
     calls = 0
     end = parquet_writer._Shard.end_unit
 
-    def cut(shard: Any) -> None:
+    def interrupt(shard: Any) -> None:
         nonlocal calls
         calls += 1
         if calls in (7, 12):
-            raise Cut
+            raise Interruption
         end(shard)
 
-    monkeypatch.setattr(parquet_writer._Shard, "end_unit", cut)
+    monkeypatch.setattr(parquet_writer._Shard, "end_unit", interrupt)
     for _ in range(2):
-        with pytest.raises(Cut):
-            import_set(source, str(tmp_path / "set"), str(tmp_path / "cut"))
-        assert not [path for path in (tmp_path / "cut").iterdir() if path.name.startswith(".")]
-    again = import_set(source, str(tmp_path / "set"), str(tmp_path / "cut"))
+        with pytest.raises(Interruption):
+            import_set(source, str(tmp_path / "set"), str(tmp_path / "interrupted"))
+        assert not [path for path in (tmp_path / "interrupted").iterdir() if path.name.startswith(".")]
+    again = import_set(source, str(tmp_path / "set"), str(tmp_path / "interrupted"))
     assert (again.rows, again.left_out, again.preferences) == (whole.rows, whole.left_out, whole.preferences)
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert len(names) > 3 and names == sorted(path.name for path in (tmp_path / "cut").iterdir())
+    assert len(names) > 3 and names == sorted(path.name for path in (tmp_path / "interrupted").iterdir())
     for name in names[1:]:
-        assert pq.read_table(tmp_path / "whole" / name).equals(pq.read_table(tmp_path / "cut" / name))
+        assert pq.read_table(tmp_path / "whole" / name).equals(pq.read_table(tmp_path / "interrupted" / name))
     before = calls
-    import_set(source, str(tmp_path / "set"), str(tmp_path / "cut"))
-    assert calls == before  # it was done
+    import_set(source, str(tmp_path / "set"), str(tmp_path / "interrupted"))
+    assert calls == before  # it was complete
 
 
-def test_another_import_into_the_same_folder_is_refused(tmp_path: Path) -> None:
+def test_import_set_other_import_in_the_folder_is_refused(tmp_path: Path) -> None:
     parquet(tmp_path / "set" / "train.parquet", [pick(0, 1.0), pick(1, 1.0)])
     import_set("pickapic", str(tmp_path / "set"), str(tmp_path / "out"), limit=1)
-    with pytest.raises(ValueError, match="holds an import with limit 1, not None; take another folder"):
+    with pytest.raises(ValueError, match=r"contains an import with limit 1, not None\. Choose another folder"):
         import_set("pickapic", str(tmp_path / "set"), str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="is there and holds no import"):
+    with pytest.raises(ValueError, match="exists and is not an import folder"):
         import_set("pickapic", str(tmp_path / "set"), str(tmp_path / "set"))
 
 
-def test_an_import_that_failed_before_it_wrote_can_be_given_again(tmp_path: Path) -> None:
+def test_import_set_failed_before_the_first_shard_can_be_repeated(tmp_path: Path) -> None:
     parquet(tmp_path / "set" / "train.parquet", [{"caption": "p"}])
     with pytest.raises(ValueError, match="column 'label_0' is missing"):
         import_set("pickapic", str(tmp_path / "set"), str(tmp_path / "out"))
@@ -218,7 +224,7 @@ def test_an_import_that_failed_before_it_wrote_can_be_given_again(tmp_path: Path
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["import.json", "part-00000.parquet"]
 
 
-def test_a_full_disk_is_no_reason_to_leave_rows_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_set_full_disk_leaves_no_row_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.json").write_text(json.dumps([{"prompt": "p", "path1": "1.jpg", "path2": "2.jpg"}]))
     tar(tmp_path / "set" / "images.tar.gz", (member("1.jpg"), file_of(1)), (member("2.jpg"), file_of(2)), mode="w:gz")
@@ -233,28 +239,28 @@ def test_a_full_disk_is_no_reason_to_leave_rows_out(tmp_path: Path, monkeypatch:
     assert import_set("hpdv3", str(tmp_path / "set"), str(tmp_path / "out")).rows == 1
 
 
-def test_limit_and_margin(tmp_path: Path) -> None:
+def test_import_set_limit_and_min_score_gap(tmp_path: Path) -> None:
     rows = [
         {"prompt": "p", "image1": cell(1), "image2": cell(2), "votes_image1": n, "votes_image2": 10 - n}
         for n in range(11)
     ]
     parquet(tmp_path / "set" / "train.parquet", rows, image1=CELL, image2=CELL)
-    found = import_set("rapidata", str(tmp_path / "set"), str(tmp_path / "a"), min_score_gap=0.6)
-    assert found.rows == 6 and found.left_out == {"margin is below 0.6": 5}
+    result = import_set("rapidata", str(tmp_path / "set"), str(tmp_path / "a"), min_score_gap=0.6)
+    assert result.rows == 6 and result.left_out == {"its score gap is below 0.6": 5}
     assert import_set("rapidata", str(tmp_path / "set"), str(tmp_path / "b"), limit=4).rows == 4
-    with pytest.raises(ValueError, match=r"no row was kept \(11 x margin is below 2\)"):
+    with pytest.raises(ValueError, match=r"no row was imported \(11 x its score gap is below 2\)"):
         import_set("rapidata", str(tmp_path / "set"), str(tmp_path / "c"), min_score_gap=2)
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+def test_import_set_missing_source_file_or_column_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     with pytest.raises(ValueError, match=r"source 'pikapic' is unknown; .*pickapic"):
         import_set("pikapic", str(tmp_path / "set"), str(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"set: no train\.json there \(it holds nothing\)"):
+    with pytest.raises(ValueError, match=r"set: no train\.json in this folder \(it contains nothing\)"):
         import_set("hpdv2", str(tmp_path / "set"), str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="no such file or folder; give one, or a hub id"):
+    with pytest.raises(ValueError, match=r"no such file or folder\. Give one, or a hub id"):
         import_set("pickapic", str(tmp_path / "other"), str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="has no place on the hub of its own"):
+    with pytest.raises(ValueError, match="has no dataset on the hub"):
         import_set("trl", "hub", str(tmp_path / "out"))
     parquet(tmp_path / "set" / "train.parquet", [{"caption": "p", "label_0": 1.0}])
     with pytest.raises(
@@ -266,7 +272,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         import_set("pickapic", str(tmp_path / "set" / "train.parquet"), str(tmp_path / "out"))
 
 
-def test_a_set_on_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_set_table_on_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     files = {}
@@ -281,56 +287,56 @@ def test_a_set_on_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.Monkey
         )
         files[f"train_{part:04}"] = str(tmp_path / f"{part}.parquet")
         datasets.Dataset.from_list(rows, features=features).to_parquet(files[f"train_{part:04}"])
-    asked = []
+    requests = []
     load = datasets.load_dataset
 
     def hub(name: str, streaming: bool) -> Any:
-        asked.append((name, streaming))
+        requests.append((name, streaming))
         return load("parquet", data_files={**files, "test": files["train_0000"]}, streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     monkeypatch.setattr(parquet_writer, "SHARD_ROWS", 3)
-    found = import_set("rapidata", "Rapidata/some", str(tmp_path / "out"))
-    assert found.rows == 8 and asked == [("Rapidata/some", True)]
-    rows = [row for n in range(3) for row in pq.read_table(found.folder / f"part-{n:05}.parquet").to_pylist()]
+    result = import_set("rapidata", "Rapidata/some", str(tmp_path / "out"))
+    assert result.rows == 8 and requests == [("Rapidata/some", True)]
+    rows = [row for n in range(3) for row in pq.read_table(result.folder / f"part-{n:05}.parquet").to_pylist()]
     assert [row["image_a"]["bytes"] for row in rows] == [file_of(n) for n in range(8)]
     assert [row["_number"] for row in raw_rows(Origin(tmp_path, (), "Rapidata/some"), start=5)] == [5, 6, 7]
-    with pytest.raises(ValueError, match="no split 'validation'; it has train_0000, train_0001, test"):
+    with pytest.raises(ValueError, match=r"no split 'validation'\. It has train_0000, train_0001, test"):
         import_set("rapidata", "Rapidata/some", str(tmp_path / "no"), split="validation")
 
 
-def test_a_set_of_files_on_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_set_folder_on_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     (tmp_path / "snapshot").mkdir()
     rows = [{"prompt": "p", "file_path": ["1.jpg", "2.jpg"], "human_preference": [1, 0]}]
     (tmp_path / "snapshot" / "train.json").write_text(json.dumps(rows))
-    pictures(tmp_path / "snapshot", "1.jpg", "2.jpg")
-    asked = []
-    download = lambda name, repo_type: asked.append((name, repo_type)) or str(tmp_path / "snapshot")
+    write_images(tmp_path / "snapshot", "1.jpg", "2.jpg")
+    requests = []
+    download = lambda name, repo_type: requests.append((name, repo_type)) or str(tmp_path / "snapshot")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert import_set("hpdv2", "hub", str(tmp_path / "out")).rows == 1 and asked == [("ymhao/HPDv2", "dataset")]
+    assert import_set("hpdv2", "hub", str(tmp_path / "out")).rows == 1 and requests == [("ymhao/HPDv2", "dataset")]
 
 
-def test_an_imported_set_of_pairs_trains(tiny_model: str, tmp_path: Path) -> None:
+def test_import_set_image_pairs_train(tiny_model: str, tmp_path: Path) -> None:
     from dpo_mm.training.run import train
 
     rows = [pick(n, (1.0, 0.0, 0.5)[n % 3]) for n in range(6)]
     parquet(tmp_path / "set" / "train.parquet", rows)
     import_set("pickapic", str(tmp_path / "set"), str(tmp_path / "pairs"))
-    trained = train(
+    result = train(
         TrainConfig(tiny_model, str(tmp_path / "pairs"), str(tmp_path / "run"), steps=2, batch_size=2, log_every=1)
     )
-    losses = [entry["loss"] for entry in trained.history if "loss" in entry]
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
     assert len(losses) == 2 and abs(losses[0] - 0.6931) < 1e-3
 
 
-def test_an_imported_set_of_answers_trains(tmp_path: Path) -> None:
+def test_import_set_response_pairs_train(tmp_path: Path) -> None:
     from dpo_mm.training.run import train
     from tests.contracts.tiny_vlms import save
 
-    ask = {"question": "a red circle", "chosen": "a red circle", "rejected": "a blue square"}
-    rows = [{"image": cell(n), "text": json.dumps(ask)} for n in range(4)]
+    texts = {"question": "a red circle", "chosen": "a red circle", "rejected": "a blue square"}
+    rows = [{"image": cell(n), "text": json.dumps(texts)} for n in range(4)]
     parquet(tmp_path / "set" / "train.parquet", rows, image=CELL)
     import_set("rlhf-v", str(tmp_path / "set"), str(tmp_path / "pairs"))
     config = TrainConfig(
@@ -348,7 +354,7 @@ def test_an_imported_set_of_answers_trains(tmp_path: Path) -> None:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs dpo-mm and gives what it printed."""
+    """Run dpo-mm and return its output."""
     from dpo_mm.cli import main as cli
 
     def command(*arguments: str) -> str:
@@ -361,7 +367,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return command
 
 
-def test_the_command_says_what_was_left_out_and_what_is_next(command: Callable[..., str], tmp_path: Path) -> None:
+def test_import_command_prints_rows_left_out_and_the_next_command(command: Callable[..., str], tmp_path: Path) -> None:
     rows = [pick(0, 1.0), pick(1, 0.5), pick(2, 1.0, has_label=False)]
     parquet(tmp_path / "set" / "train.parquet", rows)
     out = str(tmp_path / "out")

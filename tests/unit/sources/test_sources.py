@@ -1,4 +1,4 @@
-"""Every public set's own schema, with real pictures in it, made here; what becomes of it, and of its traps."""
+"""Every source is tested on rows of its public schema with real images, and on its special cases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def file_of(seed: int, kind: str = "JPEG") -> bytes:
-    """A real picture's bytes; the seed is its top left grey value."""
+    """Bytes of a real image file. The seed is its grey value."""
     import io
 
     buffer = io.BytesIO()
@@ -50,8 +50,8 @@ def parquet(path: Path, rows: list[dict[str, Any]], **types: pa.DataType) -> Pat
     return path
 
 
-def pictures(folder: Path, *names: str) -> None:
-    """Pictures whose grey is the number in their name."""
+def write_images(folder: Path, *names: str) -> None:
+    """Write images whose grey value is the number in their name."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(file_of(int("".join(filter(str.isdigit, Path(name).stem)))))
@@ -59,15 +59,15 @@ def pictures(folder: Path, *names: str) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., tuple[ImportResult, list[dict[str, Any]]]]:
-    """Imports from tmp_path/set, or a part of it, and gives what there is to know and the rows as written."""
+    """Import tmp_path/set, or a subfolder of it, and return the result and the rows that were written."""
 
     def run(source: str, part: str = "", **options: Any) -> tuple[ImportResult, list[dict[str, Any]]]:
-        found = import_set(source, str(tmp_path / "set" / part), str(tmp_path / "out"), **options)
-        rows = [row for file in sorted(found.folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
-        assert len(rows) == found.rows
+        result = import_set(source, str(tmp_path / "set" / part), str(tmp_path / "out"), **options)
+        rows = [row for file in sorted(result.folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+        assert len(rows) == result.rows
         load = load_pairs if SOURCES[source].kind == "images" else load_responses
-        assert len(load(str(found.folder))) == found.rows
-        return found, rows
+        assert len(load(str(result.folder))) == result.rows
+        return result, rows
 
     return run
 
@@ -79,7 +79,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def pick(number: int, label_0: float, **more: Any) -> dict[str, Any]:
-    """A row of Pick-a-Pic v1, every column of its card."""
+    """A row of Pick-a-Pic v1 with every column of its card."""
     row = {
         "are_different": True,
         "best_image_uid": "x",
@@ -103,20 +103,20 @@ def pick(number: int, label_0: float, **more: Any) -> dict[str, Any]:
     return {**row, **more}
 
 
-def test_pickapic_keeps_ties_and_sides(folder: Path, run: Any) -> None:
+def test_pickapic_ties_stay_ties_and_unlabelled_rows_are_left_out(folder: Path, run: Any) -> None:
     rows = [pick(0, 1.0), pick(1, 0.0), pick(2, 0.5), pick(3, 1.0, has_label=False), pick(4, 0.5, are_different=False)]
     parquet(folder / "data" / "train-00000-of-00645-b66ac786bf6fb553.parquet", rows)
     parquet(folder / "data" / "validation-00000-of-00001.parquet", [pick(9, 1.0)])
     parquet(folder / "data" / "validation_unique-00000-of-00001.parquet", [pick(9, 1.0)])
-    found, got = run("pickapic")
+    result, got = run("pickapic")
     assert [row["preference"] for row in got] == ["a", "b", "tie"]
     assert [(grey(row["image_a"]), grey(row["image_b"])) for row in got] == [(10, 110), (11, 111), (12, 112)]
     assert [(row["votes_a"], row["votes_b"]) for row in got] == [(1, 0), (0, 1), (None, None)]
     assert got[0]["model_a"] == "stabilityai/stable-diffusion-xl" and got[0]["group_id"] == got[1]["group_id"]
     assert got[0]["group_id"] != got[2]["group_id"] and len({row["id"] for row in got}) == 3
     assert got[0]["source"] == "pickapic" and got[0]["license"] is None
-    assert found.left_out == {"it has no label": 1, "its two pictures are the same": 1}
-    assert found.preferences == {"a": 1, "b": 1, "tie": 1}
+    assert result.left_out == {"it has no label": 1, "its two images are the same": 1}
+    assert result.preferences == {"a": 1, "b": 1, "tie": 1}
 
 
 def test_open_image_preferences_binarized(folder: Path, run: Any) -> None:
@@ -128,7 +128,7 @@ def test_open_image_preferences_binarized(folder: Path, run: Any) -> None:
     assert (got["model_a"], got["model_b"], got["license"]) == ("dev", "sd", "apache-2.0")
 
 
-def test_open_image_preferences_results_count_votes_and_fetch_nothing(folder: Path, run: Any) -> None:
+def test_open_image_preferences_results_count_votes_and_fetch_no_url(folder: Path, run: Any) -> None:
     base = "https://huggingface.co/datasets/data-is-better-together/open-image-preferences-v1/resolve/main"
 
     def row(n: int, *votes: str, discarded: int = 0) -> dict[str, Any]:
@@ -156,16 +156,16 @@ def test_open_image_preferences_results_count_votes_and_fetch_nothing(folder: Pa
     ]
     parquet(folder / "data" / "train-00000-of-00001.parquet", rows)
     for n in range(1, 7):
-        pictures(folder, f"image_quality_dev/{n}.jpg", f"image_quality_sd/{n + 100}.jpg")
-    found, got = run("open-image-preferences-results")
+        write_images(folder, f"image_quality_dev/{n}.jpg", f"image_quality_sd/{n + 100}.jpg")
+    result, got = run("open-image-preferences-results")
     assert [row["preference"] for row in got] == ["a", "b", "tie", "both_bad", "tie"]
     assert [round(row["p_a"], 3) for row in got] == [0.667, 0.0, 0.667, 0.333, 0.5]
     assert (got[0]["votes_a"], got[0]["votes_b"]) == (2, 1) and (got[1]["votes_a"], got[1]["votes_b"]) == (0, 1)
     assert grey(got[0]["image_a"]) == 1 and grey(got[0]["image_b"]) == 101
-    assert found.left_out == {"it has no votes": 1, "a picture is not there": 1}
+    assert result.left_out == {"it has no votes": 1, "an image is missing": 1}
 
 
-def test_rapidata_has_numbered_splits_and_soft_labels(folder: Path, run: Any) -> None:
+def test_rapidata_numbered_splits_and_soft_labels(folder: Path, run: Any) -> None:
     def row(n: int, a: int, b: int) -> dict[str, Any]:
         votes = {"votes_image1": a, "votes_image2": b, "detailed_results": "[]"}
         return {"prompt": "p", "image1": cell(n), "image2": cell(n + 100), "model1": "flux", "model2": "mj", **votes}
@@ -173,11 +173,11 @@ def test_rapidata_has_numbered_splits_and_soft_labels(folder: Path, run: Any) ->
     types = {"image1": CELL, "image2": CELL}
     parquet(folder / "data" / "train_0001-00000-of-00001.parquet", [row(1, 20, 6), row(2, 13, 13)], **types)
     parquet(folder / "data" / "train_0002-00000-of-00001.parquet", [row(3, 2, 24), row(4, 0, 0)], **types)
-    found, got = run("rapidata", axis="faithfulness", license="cdla-permissive-2.0")
+    result, got = run("rapidata", axis="faithfulness", license="cdla-permissive-2.0")
     assert [row["preference"] for row in got] == ["a", "tie", "b"]
     assert [row["p_a"] for row in got] == [20 / 26, 0.5, 2 / 26]
     assert got[0]["axis"] == "faithfulness" and got[0]["license"] == "cdla-permissive-2.0"
-    assert found.left_out == {"it has no votes": 1}
+    assert result.left_out == {"it has no votes": 1}
 
 
 def test_hpdv2_pairs_and_ranks(folder: Path, run: Any, tmp_path: Path) -> None:
@@ -190,11 +190,11 @@ def test_hpdv2_pairs_and_ranks(folder: Path, run: Any, tmp_path: Path) -> None:
     test = [{"prompt": "q", "image_path": ["3.jpg", "4.jpg", "5.jpg"], "rank": [3, 0, 3], "raw_annotations": raw}]
     (folder / "train.json").write_text(json.dumps(train))
     (folder / "test.json").write_text(json.dumps(test))
-    pictures(folder, "train/1.jpg", "train/2.jpg", "test/3.jpg", "test/4.jpg", "test/5.jpg")
+    write_images(folder, "train/1.jpg", "train/2.jpg", "test/3.jpg", "test/4.jpg", "test/5.jpg")
     _, (got,) = run("hpdv2")
     assert (got["preference"], grey(got["image_a"]), grey(got["image_b"])) == ("b", 1, 2) and got["votes_a"] is None
-    found = import_set("hpdv2", str(folder), str(tmp_path / "test"), split="test")
-    rows = pq.read_table(found.folder / "part-00000.parquet").to_pylist()
+    result = import_set("hpdv2", str(folder), str(tmp_path / "test"), split="test")
+    rows = pq.read_table(result.folder / "part-00000.parquet").to_pylist()
     assert [(grey(r["image_a"]), grey(r["image_b"]), r["preference"]) for r in rows] == [
         (3, 4, "b"),
         (3, 5, "tie"),
@@ -204,7 +204,7 @@ def test_hpdv2_pairs_and_ranks(folder: Path, run: Any, tmp_path: Path) -> None:
     assert len({r["group_id"] for r in rows}) == 1 and len({r["id"] for r in rows}) == 3
 
 
-def test_hpdv3_joins_its_parts(folder: Path, run: Any) -> None:
+def test_hpdv3_archive_in_parts_is_read_as_one(folder: Path, run: Any) -> None:
     import io
     import tarfile
 
@@ -233,7 +233,7 @@ def test_hpdv3_joins_its_parts(folder: Path, run: Any) -> None:
     for n, start in enumerate(range(0, len(data), 100)):
         (folder / f"images.tar.gz.{n:02}").write_bytes(data[start : start + 100])
     assert n > 1
-    found, got = run("hpdv3")
+    result, got = run("hpdv3")
     assert [(grey(r["image_a"]), grey(r["image_b"]), r["preference"]) for r in got] == [
         (1, 2, "a"),
         (3, 1, "a"),
@@ -244,22 +244,22 @@ def test_hpdv3_joins_its_parts(folder: Path, run: Any) -> None:
         (None, None, None),
         (None, None, 0.75),
     ]
-    assert found.left_out == {"a picture is not there": 1} and got[0]["license"] == "mit"
-    assert sorted(p.name for p in found.folder.iterdir()) == ["import.json", "part-00000.parquet"]
+    assert result.left_out == {"an image is missing": 1} and got[0]["license"] == "mit"
+    assert sorted(p.name for p in result.folder.iterdir()) == ["import.json", "part-00000.parquet"]
 
 
-def test_hpdv3_plusplus_keeps_its_axes_apart(folder: Path, run: Any, tmp_path: Path) -> None:
+def test_hpdv3_plusplus_rows_have_the_axis_of_their_file(folder: Path, run: Any, tmp_path: Path) -> None:
     for name, better, worse in (("train_aes", 1, 2), ("train_tf", 2, 1), ("test_aes", 3, 3), ("test_tf", 3, 3)):
         paths = {"path1": f"images/qwen_image/prompt_000000/{better}.jpg"}
         paths |= {"path2": f"images/qwen_image/prompt_000000/{worse}.jpg"}
         (folder / f"{name}.json").write_text(json.dumps([{"prompt": "p", **paths}]))
-    pictures(folder, *(f"images/qwen_image/prompt_000000/{n}.jpg" for n in (1, 2, 3)))
+    write_images(folder, *(f"images/qwen_image/prompt_000000/{n}.jpg" for n in (1, 2, 3)))
     _, both = run("hpdv3-plusplus")
     assert [(r["axis"], grey(r["image_a"])) for r in both] == [("aesthetic", 1), ("faithfulness", 2)]
-    found = import_set("hpdv3-plusplus", str(folder), str(tmp_path / "one"), axis="faithfulness")
-    (one,) = pq.read_table(found.folder / "part-00000.parquet").to_pylist()
+    result = import_set("hpdv3-plusplus", str(folder), str(tmp_path / "one"), axis="faithfulness")
+    (one,) = pq.read_table(result.folder / "part-00000.parquet").to_pylist()
     assert one["axis"] == "faithfulness" and grey(one["image_a"]) == 2
-    with pytest.raises(ValueError, match=r"hpdv3-plusplus' has no axis 'beauty'; it has aesthetic, faithfulness"):
+    with pytest.raises(ValueError, match=r"hpdv3-plusplus' has no axis 'beauty'\. It has aesthetic, faithfulness"):
         import_set("hpdv3-plusplus", str(folder), str(tmp_path / "two"), axis="beauty")
 
 
@@ -277,7 +277,7 @@ def reward(n: int, prompt: str, rank: int, overall: int, alignment: int) -> dict
     }
 
 
-def test_image_reward_db_groups_and_ranks(folder: Path, run: Any, tmp_path: Path) -> None:
+def test_image_reward_db_pairs_by_rank_within_a_prompt(folder: Path, run: Any, tmp_path: Path) -> None:
     rows = [reward(1, "p", 1, 6, 3), reward(5, "q", 4, 5, 5), reward(2, "p", 3, 4, 5), reward(3, "p", 3, 4, 5)]
     parquet(folder / "metadata-train.parquet", rows)
     parquet(folder / "metadata-test.parquet", rows)
@@ -288,10 +288,10 @@ def test_image_reward_db_groups_and_ranks(folder: Path, run: Any, tmp_path: Path
     _, got = run("image-reward-db")
     assert [(r["preference"], r["score_a"], r["score_b"]) for r in got] == [("a", 6, 4), ("a", 6, 4), ("tie", 4, 4)]
     assert {r["group_id"] for r in got} == {"id-p"} and got[0]["image_a"]["bytes"] == file_of(1, "WEBP")
-    found = import_set("image-reward-db", str(folder), str(tmp_path / "faith"), axis="faithfulness", min_score_gap=1)
-    rows = pq.read_table(found.folder / "part-00000.parquet").to_pylist()
+    result = import_set("image-reward-db", str(folder), str(tmp_path / "faith"), axis="faithfulness", min_score_gap=1)
+    rows = pq.read_table(result.folder / "part-00000.parquet").to_pylist()
     assert [(r["preference"], r["axis"]) for r in rows] == [("b", "faithfulness"), ("b", "faithfulness")]
-    assert found.left_out == {"margin is below 1": 1}
+    assert result.left_out == {"its score gap is below 1": 1}
 
 
 def vision(n: int, prompt: str, clarity: int, answers: list[int], mask: list[int]) -> dict[str, Any]:
@@ -320,8 +320,8 @@ def test_vision_reward_db_pairs_within_a_prompt(folder: Path, run: Any, tmp_path
     _, (got,) = run("vision-reward-db")
     assert (grey(got["image_a"]), grey(got["image_b"]), got["preference"]) == (1, 2, "b")
     assert (got["score_a"], got["score_b"]) == (1 / 3, 2 / 3)
-    found = import_set("vision-reward-db", str(folder), str(tmp_path / "clear"), axis="clarity")
-    (clear,) = pq.read_table(found.folder / "part-00000.parquet").to_pylist()
+    result = import_set("vision-reward-db", str(folder), str(tmp_path / "clear"), axis="clarity")
+    (clear,) = pq.read_table(result.folder / "part-00000.parquet").to_pylist()
     assert (clear["preference"], clear["score_a"], clear["score_b"], clear["axis"]) == ("a", 1.0, 0.0, "clarity")
 
 
@@ -330,14 +330,14 @@ def texts(row: dict[str, Any]) -> tuple[list[tuple[str, str | None]], str, str]:
     return prompt, row["chosen"][0]["content"][0]["text"], row["rejected"][0]["content"][0]["text"]
 
 
-def test_rlhf_v_is_a_json_string(folder: Path, run: Any) -> None:
+def test_rlhf_v_text_is_parsed_as_json(folder: Path, run: Any) -> None:
     text = json.dumps({"question": "What is it?", "chosen": "A cat.", "rejected": "A dog."})
     rows = [{"ds_name": "d", "image": cell(7), "text": t, "origin_dataset": "o", "idx": 1} for t in (text, "not JSON")]
     parquet(folder / "RLHF-V-Dataset.parquet", rows, image=CELL)
-    found, (got,) = run("rlhf-v")
+    result, (got,) = run("rlhf-v")
     assert texts(got) == ([("image", None), ("text", "What is it?")], "A cat.", "A dog.")
     assert grey(got["images"][0]) == 7 and got["license"] == "cc-by-nc-4.0"
-    assert found.left_out == {"its text is no JSON of question, chosen and rejected": 1}
+    assert result.left_out == {"its text is not JSON of question, chosen and rejected": 1}
 
 
 def test_rlaif_v(folder: Path, run: Any) -> None:
@@ -362,7 +362,7 @@ def feedback(name: str, helpful: str, faithful: str, ethical: str) -> dict[str, 
 
 
 @pytest.mark.parametrize("form", ["structs", "struct of lists"])
-def test_vl_feedback_has_ratings_as_strings(folder: Path, run: Any, tmp_path: Path, form: str) -> None:
+def test_vl_feedback_pairs_responses_with_different_ratings(folder: Path, run: Any, tmp_path: Path, form: str) -> None:
     four = [feedback("w", "5", "4", "5"), feedback("x", "2", "N/A", "5"), feedback("y", "N/A", "N/A", "N/A")]
     four.append(feedback("z", "1", "5", "5"))
     completions: Any = four
@@ -372,20 +372,22 @@ def test_vl_feedback_has_ratings_as_strings(folder: Path, run: Any, tmp_path: Pa
     (folder / "vlfeedback_80k.jsonl").write_text(json.dumps(row) + "\n")
     with zipfile.ZipFile(folder / "merged_images.zip", "w") as archive:
         archive.writestr("merged_images/5.jpg", file_of(5))
-    found, got = run("vl-feedback")
+    result, got = run("vl-feedback")
     assert [(r["chosen_model"], r["rejected_model"], round(r["score_gap"], 3)) for r in got] == [
         ("w", "x", 1.167),
         ("w", "z", 1.0),
         ("z", "x", 0.167),
     ]
-    assert found.left_out == {"an answer has no rating": 3} and {r["group_id"] for r in got} == {"svit-1"}
+    assert result.left_out == {"a response has no rating": 3} and {r["group_id"] for r in got} == {"svit-1"}
     assert texts(got[2])[1:] == ("says z", "says x") and grey(got[0]["images"][0]) == 5
     faithful = import_set("vl-feedback", str(folder), str(tmp_path / "f"), axis="faithfulness")
     (one,) = pq.read_table(faithful.folder / "part-00000.parquet").to_pylist()
-    assert (one["chosen_model"], one["score_gap"]) == ("z", 1.0) and faithful.left_out == {"an answer has no rating": 5}
+    assert (one["chosen_model"], one["score_gap"]) == ("z", 1.0) and faithful.left_out == {
+        "a response has no rating": 5
+    }
 
 
-def test_mmpr_has_rows_with_no_image_and_with_many(folder: Path, run: Any) -> None:
+def test_mmpr_rows_with_no_and_several_images(folder: Path, run: Any) -> None:
     rows: list[dict[str, Any]] = [
         {"image": "images/a/1.jpg", "question": "<image>\nOne?"},
         {"image": ["images/a/1.jpg", "images/b/2.jpg"], "question": "Is <image> like\n<image>\n?"},
@@ -398,21 +400,21 @@ def test_mmpr_has_rows_with_no_image_and_with_many(folder: Path, run: Any) -> No
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         archive.writestr("images/a/1.jpg", file_of(1))
         archive.writestr("images/b/2.jpg", file_of(2))
-    found, got = run("mmpr")
+    result, got = run("mmpr")
     assert [texts(row)[0] for row in got] == [
         [("image", None), ("text", "One?")],
         [("text", "Is "), ("image", None), ("text", " like"), ("image", None), ("text", "?")],
         [("text", "None?")],
     ]
     assert [[grey(image) for image in row["images"]] for row in got] == [[1], [1, 2], []]
-    assert found.left_out == {"its images and their places in the question don't match": 1}
+    assert result.left_out == {"its images do not match the image placeholders in the question": 1}
 
 
 def sharegpt(*turns: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(turns)]
 
 
-def test_povid_strips_the_mark_and_checks_the_prompts(folder: Path, run: Any) -> None:
+def test_povid_image_placeholder_becomes_a_part_and_prompts_must_agree(folder: Path, run: Any) -> None:
     row = {"id": "COCO_1", "image": "./data/coco/COCO_train2014_000000000004.jpg"}
     same = {"conversations": sharegpt("<image>\nDescribe.", "A horse.")}
     rows = [
@@ -420,14 +422,14 @@ def test_povid_strips_the_mark_and_checks_the_prompts(folder: Path, run: Any) ->
         {**row, **same, "rejected_conversations": sharegpt("<image>\nDescribe it.", "A cow.")},
     ]
     (folder / "POVID_preference_data_for_VLLMs.json").write_text(json.dumps(rows))
-    pictures(folder, "train2014/COCO_train_4.jpg")
+    write_images(folder, "train2014/COCO_train_4.jpg")
     (folder / "train2014" / "COCO_train_4.jpg").rename(folder / "train2014" / "COCO_train2014_000000000004.jpg")
-    found, (got,) = run("povid")
+    result, (got,) = run("povid")
     assert texts(got) == ([("image", None), ("text", "Describe.")], "A horse.", "A cow.")
-    assert grey(got["images"][0]) == 4 and found.left_out == {"its two prompts differ": 1}
+    assert grey(got["images"][0]) == 4 and result.left_out == {"its two prompts differ": 1}
 
 
-def test_llama_factory_keeps_turns_and_system(folder: Path, run: Any) -> None:
+def test_llama_factory_turns_and_system_message_are_unchanged(folder: Path, run: Any) -> None:
     row = {
         "conversations": sharegpt("<image>What?", "A bird.", "Sure?"),
         "chosen": {"from": "gpt", "value": "Yes."},
@@ -436,7 +438,7 @@ def test_llama_factory_keeps_turns_and_system(folder: Path, run: Any) -> None:
         "images": ["pics/3.png"],
     }
     (folder / "dpo.json").write_text(json.dumps([row]))
-    pictures(folder, "pics/3.png")
+    write_images(folder, "pics/3.png")
     _, (got,) = run("llama-factory")
     assert [m["role"] for m in got["prompt"]] == ["system", "user", "assistant", "user"]
     assert texts(got) == (
@@ -460,22 +462,22 @@ def test_trl_with_and_without_a_prompt(folder: Path, run: Any) -> None:
         },
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pictures(folder, "1.png")
-    found, got = run("trl")
+    write_images(folder, "1.png")
+    result, got = run("trl")
     asked = [("image", None), ("text", "What?")]
     assert [texts(row) for row in got] == [(asked, "A", "B"), (asked, "A", "B"), ([("text", "Text?")], "A", "B")]
-    assert found.left_out == {"its two sides share no prompt": 1}
+    assert result.left_out == {"its chosen and rejected conversations have no prompt in common": 1}
 
 
-def test_your_own_table_of_pairs(folder: Path, run: Any, tmp_path: Path) -> None:
+def test_custom_images_table(folder: Path, run: Any, tmp_path: Path) -> None:
     names = ("id", "prompt", "image_a", "image_b", "preference", "p_a", "votes_a", "model_a", "license")
     with (folder / "labels.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(names)
         table.writerow(("one", "a cat, asleep", "x/1.png", "x/2.png", "b", "0.25", "1", "mine", "cc0-1.0"))
         table.writerow(("two", "a dog", "x/1.png", "../2.png", "tie", "", "", "", ""))
-    pictures(folder, "x/1.png", "x/2.png")
-    found, (got,) = run("own-images")
+    write_images(folder, "x/1.png", "x/2.png")
+    result, (got,) = run("custom-images")
     assert (got["id"], got["prompt"], got["preference"], got["p_a"], got["votes_a"]) == (
         "one",
         "a cat, asleep",
@@ -483,29 +485,29 @@ def test_your_own_table_of_pairs(folder: Path, run: Any, tmp_path: Path) -> None
         0.25,
         1,
     )
-    assert got["license"] == "cc0-1.0" and got["source"] == "own-images" and got["score_a"] is None
-    assert found.left_out == {"a picture's path leads out of its folder": 1}
+    assert got["license"] == "cc0-1.0" and got["source"] == "custom-images" and got["score_a"] is None
+    assert result.left_out == {"the path of an image leads out of its folder": 1}
     (folder / "labels.csv").write_text("prompt,image_a,image_b,preference\np,x/1.png,x/2.png,left\n")
     with pytest.raises(
-        ValueError, match=r"labels\.csv, row 0: preference is 'left'; expected one of a, b, tie, both_bad"
+        ValueError, match=r"labels\.csv, row 0: preference is 'left'\. Expected one of a, b, tie, both_bad"
     ):
-        import_set("own-images", str(folder), str(tmp_path / "again"))
+        import_set("custom-images", str(folder), str(tmp_path / "again"))
 
 
-def test_your_own_table_of_answers(folder: Path, run: Any, tmp_path: Path) -> None:
+def test_custom_responses_table(folder: Path, run: Any, tmp_path: Path) -> None:
     row = {"prompt": "What?", "chosen": "A", "rejected": "B", "image": "1.png", "score_gap": 0.5}
     (folder / "mine.jsonl").write_text(
         json.dumps(row) + "\n\n" + json.dumps({**row, "image": "https://x.invalid/1.png"})
     )
-    pictures(folder, "1.png")
-    found, (got,) = run("own-answers")
+    write_images(folder, "1.png")
+    result, (got,) = run("custom-responses")
     assert texts(got) == ([("image", None), ("text", "What?")], "A", "B") and got["score_gap"] == 0.5
-    assert found.left_out == {"a picture is a URL, and nothing is fetched from one": 1}
+    assert result.left_out == {"an image is a URL, and URLs are not fetched": 1}
     (folder / "mine.jsonl").write_text(json.dumps({**row, "score_gap": "much"}))
-    with pytest.raises(ValueError, match=r"mine\.jsonl, row 0: score_gap is 'much'; expected a number"):
-        import_set("own-answers", str(folder), str(tmp_path / "again"))
+    with pytest.raises(ValueError, match=r"mine\.jsonl, row 0: score_gap is 'much'\. Expected a number"):
+        import_set("custom-responses", str(folder), str(tmp_path / "again"))
 
 
-def test_every_source_is_tested_here() -> None:
+def test_every_source_has_a_test_in_this_file() -> None:
     text = Path(__file__).read_text()
     assert len(SOURCES) == 18 and not [name for name in SOURCES if f'run("{name}"' not in text]

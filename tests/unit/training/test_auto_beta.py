@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_mm.config import TrainConfig, config_from_mapping
+from dpo_mm.config import TrainConfig
+from dpo_mm.config_parsing import config_from_mapping
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.diffusion.noise_process import RectifiedFlow
 from dpo_mm.policies.families import load_policy
@@ -82,11 +83,11 @@ def test_a_measured_beta_is_said_kept_and_taken_up_again(
 def test_beta_is_a_number_or_auto(tiny_model: str, pairs: str, out: str) -> None:
     needed = {"model": "m", "pairs": "p", "output_dir": "o"}
     found = [
-        config_from_mapping(TrainConfig, {**needed, "beta": beta}, where="flags").beta
+        config_from_mapping(TrainConfig, {**needed, "beta": beta}, source="flags").beta
         for beta in ("500", 500, 0.1, "auto")
     ]
     assert found == [500.0, 500.0, 0.1, "auto"] and [type(one) for one in found] == [float, float, float, str]
-    with pytest.raises(ValueError, match="beta 'soon' is no number; expected one above 0, or auto"):
+    with pytest.raises(ValueError, match=r"beta is 'soon'\. Expected a number above 0, or auto"):
         train(config(tiny_model, pairs, Path(out), beta="soon"))
     with pytest.raises(ValueError, match="weighting 'noise' is unknown"):
         train(config(tiny_model, pairs, Path(out), loss_weighting="noise"))

@@ -14,7 +14,7 @@ from torch import nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.builders import build_policy, training_arguments
-from dpo_mm.training.memory_estimate import PeakMemoryMode, counted, state_bytes
+from dpo_mm.training.memory_estimate import PeakMemoryMode, count_bytes, state_bytes
 from dpo_mm.training.run import dry_run, train
 from tests.contracts.families import BUILDERS
 
@@ -26,7 +26,7 @@ def config(model: str, **changes: Any) -> TrainConfig:
 def of(model: str, **changes: Any) -> Any:
     policy = build_policy(config(model, **changes), weights=False)
     policy.prepare(config(model, **changes))
-    return counted(policy, config(model, **changes))[0]
+    return count_bytes(policy, config(model, **changes))[0]
 
 
 def test_what_is_alive_is_counted_as_it_comes_and_goes() -> None:
@@ -67,7 +67,7 @@ UNCOUNTED = {"qwen-image", "z-image"}
 def test_a_family_that_is_not_counted_says_what_is_known(family: str, pairs: str, out: str, tmp_path: Path) -> None:
     folder = BUILDERS[family].build(tmp_path / "model")
     said = dry_run(TrainConfig(str(folder), pairs, out, resolution=BUILDERS[family].size))
-    assert said["memory"].endswith("activations beside it") and "disk" not in said
+    assert said["memory"].endswith("plus activations") and "disk" not in said
 
 
 @pytest.mark.slow

@@ -11,13 +11,13 @@ from dpo_mm.training.pair_stream import PairStream
 
 
 class Rows(list[dict[str, Any]]):
-    groups: list[range]
+    buckets: list[range]
 
 
 def grouped(*sizes: int) -> Rows:
     rows = Rows({"id": str(n)} for n in range(sum(sizes)))
     ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
-    rows.groups = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    rows.buckets = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     return rows
 
 
@@ -26,7 +26,7 @@ def stream(rows: Any, length: int = 10**6, **more: Any) -> PairStream:
 
 
 def group_of(rows: Rows, row: dict[str, Any]) -> int:
-    return next(n for n, group in enumerate(rows.groups) if int(row["id"]) in group)
+    return next(n for n, group in enumerate(rows.buckets) if int(row["id"]) in group)
 
 
 @pytest.mark.parametrize("sizes", [(5, 3, 9), (1, 40), (2, 2), (16, 16, 1)])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
-from dpo_mm.training.encoding import encoded_sets
+from dpo_mm.training.encoding import encode_splits
 from dpo_mm.training.pair_stream import PairStream
 from dpo_mm.training.reference import (
     REFERENCE_FILE,
@@ -52,7 +52,7 @@ def test_a_following_reference_by_hand(name: str, wanted: list[float]) -> None:
     made = build_reference(
         policy, TrainConfig("-", "-", "-", reference=name, reference_ema_decay=0.75, reference_sync_steps=2)
     )
-    assert isinstance(made, TrackingReference) and list(made.kept) == ["weight"]
+    assert isinstance(made, TrackingReference) and list(made.reference_params) == ["weight"]
     found = []
     for step, value in enumerate((2.0, 3.0, 4.0), start=1):
         policy.model.weight.data.fill_(value)
@@ -117,7 +117,7 @@ def test_kept_references_equal_those_asked_in_the_step_to_the_bit(
         tiny_model, pairs, tmp_path, batch_size=5, fixed_draws_per_row=2, stratified_timesteps=stratified_timesteps
     )
     policy = load_policy(tiny_model)
-    rows = encoded_sets(policy, given).rows
+    rows = encode_splits(policy, given).rows
     policy.prepare(given)
     fixed = PairStream(rows, seed=0, length=0, num_fixed_draws=2, num_strata=5 * stratified_timesteps)
     kept = precompute_reference_log_probs(policy, fixed, given)

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
-from dpo_mm.training.encoding import encoded_sets
+from dpo_mm.training.encoding import encode_splits
 from dpo_mm.training.pair_stream import PairStream
 from dpo_mm.training.reference import build_reference
 from tests.contracts import tiny_vlms
@@ -28,7 +28,7 @@ CASES = [
 
 def image_batch(model: str, pairs: str, config: TrainConfig) -> tuple[Any, Any]:
     policy = load_policy(model, precision=config.precision if config.tuning == "lora" else "fp32")
-    rows = encoded_sets(policy, config).rows
+    rows = encode_splits(policy, config).rows
     policy.prepare(config)
     stream = PairStream(rows, seed=0, length=4)
     return policy, policy.collate([stream[n] for n in range(3)])

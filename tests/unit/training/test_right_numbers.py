@@ -16,7 +16,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion.stable_diffusion import StableDiffusion
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training import run
-from dpo_mm.training.encoding import encoded_sets
+from dpo_mm.training.encoding import encode_splits
 from dpo_mm.training.pair_stream import PairStream
 from dpo_mm.training.trainer import PreferenceTrainer
 from tests.conftest import rows
@@ -34,7 +34,7 @@ def test_rows_that_share_an_id_have_their_own_probability(
     shared = [{**row, "id": "same", "p_a": 0.6 + 0.1 * n, "preference": "a"} for n, row in enumerate(rows(3))]
     for n, row in enumerate(shared):
         row["prompt"] = f"prompt {n}"
-    encoded = encoded_sets(load_policy(tiny_model), config(tiny_model, write_pairs(shared), tmp_path)).rows
+    encoded = encode_splits(load_policy(tiny_model), config(tiny_model, write_pairs(shared), tmp_path)).rows
     assert [encoded[n]["probability"] for n in range(3)] == pytest.approx([0.6, 0.7, 0.8])
 
 
@@ -85,14 +85,14 @@ def test_latents_that_are_not_finite_are_refused_with_their_row(
 
     monkeypatch.setattr(StableDiffusion, "encode_images", encode_images)
     with pytest.raises(ValueError, match="row row-1: the latents of its chosen image are not finite"):
-        encoded_sets(load_policy(tiny_model), config(tiny_model, write_pairs(rows(4)), tmp_path))
+        encode_splits(load_policy(tiny_model), config(tiny_model, write_pairs(rows(4)), tmp_path))
 
 
 def test_evaluation_counts_each_row_once(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """Rows that fill up a batch have number -1, or a number that came before: neither counts."""
     settings = config(tiny_model, pairs, tmp_path)
     policy = load_policy(tiny_model)
-    encoded = encoded_sets(policy, settings).rows
+    encoded = encode_splits(policy, settings).rows
     policy.prepare(settings)
     trainer = PreferenceTrainer(policy, settings, encoded, encoded)
     trainer._metrics["eval"] = [
@@ -104,7 +104,7 @@ def test_evaluation_counts_each_row_once(tiny_model: str, pairs: str, tmp_path: 
 
 def test_an_evaluation_stream_numbers_its_rows_and_its_filling() -> None:
     class Rows:
-        groups = (range(3), range(3, 5))
+        buckets = (range(3), range(3, 5))
 
         def __len__(self) -> int:
             return 5

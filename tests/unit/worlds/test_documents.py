@@ -1,4 +1,4 @@
-"""The worlds of documents and captions: exact truths, disjoint sides, pages that are what they say."""
+"""Synthetic documents and captions: exact ground truths, disjoint splits, pages that match their description."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpo_mm.judges import text
 from dpo_mm.worlds import caption_scenes, documents
 
 
-def test_a_page_depends_on_its_seed_side_and_number_alone() -> None:
+def test_page_depends_only_on_seed_split_and_number() -> None:
     first, again = list(documents.pages(6, 3)), list(documents.pages(12, 3))
     assert first == again[:6] and first != list(documents.pages(6, 4))
     assert documents.render(first[0]).tobytes() == documents.render(again[0]).tobytes()
@@ -24,12 +24,12 @@ def test_train_and_held_out_pages_share_no_line() -> None:
     train, held_out = (
         {line for page in documents.pages(400, 5, held_out=side) for line in page.lines} for side in (False, True)
     )
-    assert all(len(line) < 5 for line in train & held_out)  # "the" may stand alone on any page
+    assert all(len(line) < 5 for line in train & held_out)  # "the" may be a line of any page
 
 
 @pytest.mark.parametrize("kind", documents.KINDS)
 @pytest.mark.parametrize("form", documents.FORMS)
-def test_every_kind_and_form_is_drawn_within_its_page_and_characters(kind: str, form: str) -> None:
+def test_every_kind_and_form_renders_within_page_and_characters(kind: str, form: str) -> None:
     for number in range(10):
         page = documents.sample_page(kind, np.random.default_rng((7, number)), form=form)
         image, text = documents.render(page), documents.transcription(page)
@@ -40,7 +40,7 @@ def test_every_kind_and_form_is_drawn_within_its_page_and_characters(kind: str, 
             assert json.loads(text) == {"header": page.header, "body": "\n".join(page.lines), "footer": page.footer}
 
 
-def test_the_pages_hold_what_makes_readers_loop() -> None:
+def test_pages_contain_material_that_makes_models_loop() -> None:
     lines = {kind: [line for p in documents.pages(60, 1, kinds=[kind]) for line in p.lines] for kind in documents.KINDS}
     assert all("...." in line for line in lines["leaders"])
     assert np.mean([line.count("0") >= 2 for line in lines["zeros"]]) > 0.8
@@ -48,7 +48,7 @@ def test_the_pages_hold_what_makes_readers_loop() -> None:
     assert np.mean([len(set(line.replace(",", "").split())) < len(line.split()) for line in lines["repeats"]]) > 0.8
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_text_that_does_not_fit_is_rejected() -> None:
     page = next(documents.pages(1, 0))
     with pytest.raises(ValueError, match="wider than the page"):
         documents.render(dataclasses.replace(page, lines=("m" * 60,)))
@@ -60,41 +60,48 @@ def test_what_does_not_fit_is_refused() -> None:
         documents.sample_page("poem", np.random.default_rng(0))
 
 
-def test_a_caption_names_all_that_is_there_and_a_web_caption_adds_habits_and_leaves_out() -> None:
+def test_web_caption_adds_companions_and_omits_objects() -> None:
     rng = np.random.default_rng(0)
     scenes = list(caption_scenes.scenes(400, 0))
-    invented = left_out = 0
+    hallucinated = omitted = 0
     for scene in scenes:
-        there = {f"{thing.colour} {thing.shape}" for thing in scene.things}
-        assert set(caption_scenes.mentions(caption_scenes.caption(scene))) == there
-        said = caption_scenes.mentions(caption_scenes.web_caption(scene, rng))
-        extra, missing = set(said) - there, there - set(said)
-        assert len(missing) <= 1 < len(there) + (not missing)
-        assert extra <= {caption_scenes.HABITS[kind] for kind in there if kind in caption_scenes.HABITS}
-        invented += bool(extra)
-        left_out += bool(missing)
-    assert 0.2 < invented / len(scenes) < 0.4 and 0.1 < left_out / len(scenes) < 0.2
+        present = {f"{thing.colour} {thing.shape}" for thing in scene.things}
+        assert set(caption_scenes.mentions(caption_scenes.caption(scene))) == present
+        mentioned = caption_scenes.mentions(caption_scenes.web_caption(scene, rng))
+        extra, missing = set(mentioned) - present, present - set(mentioned)
+        assert len(missing) <= 1 < len(present) + (not missing)
+        assert extra <= {caption_scenes.HABITS[kind] for kind in present if kind in caption_scenes.HABITS}
+        hallucinated += bool(extra)
+        omitted += bool(missing)
+    assert 0.2 < hallucinated / len(scenes) < 0.4 and 0.1 < omitted / len(scenes) < 0.2
 
 
-def test_a_silver_transcription_is_right_or_lost_in_a_run_of_the_page() -> None:
+def test_pseudo_labelled_transcription_is_right_or_loops() -> None:
     rng = np.random.default_rng(0)
-    lost = 0
+    looped = 0
     for page in documents.pages(300, 5):
-        truth, silver = documents.transcription(page), documents.pseudo_labelled_transcription(page, rng, 200)
-        loop = text.find_repetition(silver)
-        if silver != truth:
-            assert len(silver) == 200 and loop is not None and truth.startswith(silver[: loop.start + 2 * loop.period])
-            lost += 1
-    assert 0.15 < lost / 300 < 0.3
+        ground_truth, pseudo_labelled = (
+            documents.transcription(page),
+            documents.pseudo_labelled_transcription(page, rng, 200),
+        )
+        loop = text.find_repetition(pseudo_labelled)
+        if pseudo_labelled != ground_truth:
+            assert (
+                len(pseudo_labelled) == 200
+                and loop is not None
+                and ground_truth.startswith(pseudo_labelled[: loop.start + 2 * loop.period])
+            )
+            looped += 1
+    assert 0.15 < looped / 300 < 0.3
 
 
-def test_mentions_are_where_spans_say() -> None:
+def test_spans_match_mentions() -> None:
     text = "an orange star, a red circle and a purple cross."
     assert [text[a:b] for _, a, b in caption_scenes.spans(text)] == caption_scenes.mentions(text)
     assert caption_scenes.in_words(["orange star", "red circle", "purple cross"]) == text
 
 
-def test_kinds_that_stand_together_are_of_one_side() -> None:
+def test_combinations_of_kinds_are_in_one_split() -> None:
     sides = [
         {
             tuple(sorted(caption_scenes.mentions(caption_scenes.caption(s))))
@@ -106,7 +113,7 @@ def test_kinds_that_stand_together_are_of_one_side() -> None:
     assert not together[0] & together[1] and all(len(side) > 100 for side in together)
 
 
-def test_habits_are_of_different_kinds() -> None:
+def test_habits_pair_different_kinds() -> None:
     assert all(kind != other for kind, other in caption_scenes.HABITS.items())
     assert not set(caption_scenes.HABITS) & set(caption_scenes.HABITS.values())
     assert len(set(itertools.chain(caption_scenes.HABITS.values()))) == len(caption_scenes.HABITS)

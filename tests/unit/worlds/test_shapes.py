@@ -10,8 +10,8 @@ from dpo_mm.assets import resolve_asset
 from dpo_mm.worlds import shapes
 
 
-def test_every_request_reads_back_from_its_words() -> None:
-    every = shapes.requests()
+def test_parse_inverts_describe_for_every_spec() -> None:
+    every = shapes.all_specs()
     prompts = [shapes.describe(request) for request in every]
     assert len(every) == len(set(prompts)) == 845
     assert [shapes.parse(prompt) for prompt in prompts] == every
@@ -19,21 +19,21 @@ def test_every_request_reads_back_from_its_words() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", "a cat", "a red circle near a star", "seven stars", "a red"])
-def test_other_prompts_are_refused(prompt: str) -> None:
-    with pytest.raises(ValueError, match="is not of the world of shapes"):
+def test_parse_other_prompt_is_rejected(prompt: str) -> None:
+    with pytest.raises(ValueError, match="is not a prompt of the synthetic shapes"):
         shapes.parse(prompt)
 
 
-def test_held_out_combinations_are_new() -> None:
+def test_split_held_out_combinations_are_not_in_training() -> None:
     train, held_out = shapes.split()
     assert (len(train), len(held_out)) == (676, 169)
-    seen = {shapes.combination(shapes.parse(prompt)) for prompt in train}
-    assert not [prompt for prompt in held_out if shapes.combination(shapes.parse(prompt)) in seen]
+    trained = {shapes.combination(shapes.parse(prompt)) for prompt in train}
+    assert not [prompt for prompt in held_out if shapes.combination(shapes.parse(prompt)) in trained]
     assert set(Counter(shapes.parse(prompt).category for prompt in held_out)) == set(shapes.CATEGORIES)
     assert shapes.split() == (train, held_out) != shapes.split(1)
 
 
-def test_shipped_lists_are_the_split() -> None:
+def test_bundled_prompts_equal_the_split() -> None:
     train, held_out = shapes.split()
     assert Path(resolve_asset("shapes-train")).read_text().splitlines() == train
     assert Path(resolve_asset("shapes-held-out")).read_text().splitlines() == held_out
@@ -48,13 +48,13 @@ def test_shipped_lists_are_the_split() -> None:
         ("a red circle and a blue star", "a blue star and a red circle"),
     ],
 )
-def test_two_ways_to_say_it_are_one_combination(one: str, other: str) -> None:
+def test_combination_is_equal_for_two_wordings(one: str, other: str) -> None:
     assert shapes.combination(shapes.parse(one)) == shapes.combination(shapes.parse(other))
 
 
-def test_scenes_hold_what_was_asked_for() -> None:
+def test_sample_scene_satisfies_its_spec() -> None:
     rng = np.random.default_rng(0)
-    for request in shapes.requests()[::5]:
+    for request in shapes.all_specs()[::5]:
         scene = shapes.sample_scene(request, rng)
         wanted = [(one.shape, one.colour) for one in request.objects for _ in range(one.count)]
         assert [thing.shape for thing in scene.things] == [shape for shape, _ in wanted]
@@ -67,7 +67,7 @@ def test_scenes_hold_what_was_asked_for() -> None:
             assert shapes.holds(request.relation, *scene.things)
 
 
-def test_relations_mean_what_they_say() -> None:
+def test_holds_requires_a_clear_relation() -> None:
     def at(x: float, y: float) -> shapes.SceneObject:
         return shapes.SceneObject("star", "red", x, y, 10, (255, 0, 0))
 
@@ -77,7 +77,7 @@ def test_relations_mean_what_they_say() -> None:
     assert not shapes.holds("left of", at(30, 30), at(36, 30))
 
 
-def test_drawing_is_deterministic_and_smooth() -> None:
+def test_render_is_deterministic_and_anti_aliased() -> None:
     request = shapes.parse("a big circle")
     one, two = (shapes.render(shapes.sample_scene(request, np.random.default_rng(4))) for _ in range(2))
     assert np.array_equal(np.asarray(one), np.asarray(two)) and one.size == (64, 64)

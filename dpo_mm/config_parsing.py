@@ -1,0 +1,138 @@
+"""Parse configs from YAML files and command-line flags. Errors name the file, the key and the fix."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dpo_mm.assets import presets_folder
+from dpo_mm.config import TRAINER_NAMES, TrainConfig
+from dpo_mm.errors import did_you_mean
+
+T = TypeVar("T")
+
+
+def trainer_names_of(kind: type[Any]) -> dict[str, str]:
+    """Return the Trainer's names that a config accepts, with its own fields. Only TrainConfig has some."""
+    return TRAINER_NAMES if kind is TrainConfig else {}
+
+
+def known_names(kind: type[Any]) -> list[str]:
+    """Return all names that set a field of a config: its fields and, for TrainConfig, the Trainer's names."""
+    return [field.name for field in dataclasses.fields(kind)] + list(trainer_names_of(kind))
+
+
+def with_field_names(kind: type[Any], values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """Rename the Trainer's names in `values` to the config's fields.
+
+    Args:
+        kind: the config's dataclass.
+        values: settings by name.
+        source: file or flags that the values come from, for the error.
+
+    Raises:
+        ValueError: if a setting is given under both names.
+    """
+    trainer_names = trainer_names_of(kind)
+    for name in values:
+        if trainer_names.get(name) in values:
+            raise ValueError(f"{source}: {name} and {trainer_names[name]} are the same setting. Give only one of them")
+    return {trainer_names.get(name, name): value for name, value in values.items()}
+
+
+def config_from_mapping(kind: type[T], values: Mapping[str, Any], *, source: str) -> T:
+    """Build a config from plain values of a YAML file or of flags.
+
+    Args:
+        kind: the config's dataclass.
+        values: settings by name. TrainConfig also accepts the names in TRAINER_NAMES.
+        source: file or flags that the values come from, for errors.
+
+    Raises:
+        ValueError: if a setting is unknown, missing, given under two names, or has a value of the wrong type.
+    """
+    hints = typing.get_type_hints(kind)
+    values = with_field_names(kind, values, source=source)
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"{source}: {key!r} is not a setting; {did_you_mean(key, known_names(kind))}")
+    required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]  # type: ignore[arg-type]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise ValueError(
+            f"{source}: {' and '.join(missing)} missing. Give it in the file or as --{missing[0].replace('_', '-')}"
+        )
+    return kind(**{key: _coerce(value, hints[key], f"{source}: {key}") for key, value in values.items()})
+
+
+def _coerce(value: Any, hint: Any, setting: str) -> Any:
+    """Convert a value to the type of its field. It may be a text from the command line or a list from YAML."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in options):
+            return None
+        kinds = [option for option in options if option is not type(None)]
+        preferred = [k for k in kinds if isinstance(value, typing.get_origin(k) or k)]
+        if float in kinds and isinstance(value, str | int) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError):
+                return float(value)
+        return _coerce(value, (preferred or kinds)[0], setting)
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        return tuple(_coerce(part, options[0], setting) for part in parts)
+    if origin is dict:
+        return _mapping(value, setting)
+    return _plain(value, hint, setting)
+
+
+def _mapping(value: Any, setting: str) -> dict[str, float]:
+    if isinstance(value, str) and all(":" in part for part in value.split(",")):
+        value = dict(part.split(":", 1) for part in value.split(","))
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{setting}: expected names with numbers, such as 'sigmoid:0.8,sft:0.2', got {value!r}")
+    return {str(key): _plain(number, float, f"{setting}.{key}") for key, number in value.items()}
+
+
+def _plain(value: Any, kind: type, setting: str) -> Any:
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+    elif kind is str and isinstance(value, str | Path):
+        return str(value)
+    elif kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = None
+        if number is not None and (kind is float or number == int(number)):
+            return kind(number)
+    if isinstance(value, kind):
+        return value
+    raise ValueError(f"{setting}: expected {kind.__name__}, got {value!r}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read the settings in a YAML file.
+
+    Raises:
+        ValueError: if the file is missing, is not valid YAML, or is not a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: no such file. A recipe is a YAML file of settings. Examples are in {presets_folder()}"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected settings as 'key: value' lines")
+    return values
