@@ -1,16 +1,16 @@
-"""The preference objectives: pure functions from log-probs to one loss per pair.
+"""Preference objectives: pure functions from log-probs to one loss per pair.
 
-Symbols, for one pair: w is chosen, l rejected; r = log p_policy - log p_reference is the log-ratio (beta * r is the
-implicit reward) and delta = r_w - r_l. An image's log-prob is -1/2 of its denoising error, so that `beta` means what the
-Diffusion-DPO authors' code means by it; the diffusers research script leaves the 1/2 out, and its beta is half of ours.
+Symbols, for one pair: w is chosen and l is rejected. r = log p_policy - log p_reference is the log-ratio (beta * r is the
+implicit reward) and delta = r_w - r_l. An image's log-prob is -1/2 of its denoising error, so that `beta` means the same
+as in the code of the Diffusion-DPO authors. The diffusers research script leaves out the 1/2, and its beta is half of
+this one.
 
-To add an objective: write the function in the file of its kind and name it in the table at that file's end. Arguments
-after the tensors are settings (`beta`, ...) unless their name is in DATASET_INPUTS or BATCH_INPUTS: the trainer
-fills those in.
+To add an objective, write the function in the file of its kind and add it to the table at the end of that file. Keyword
+arguments are settings (`beta`, ...) unless their name is in DATASET_INPUTS or BATCH_INPUTS. The trainer fills those in.
 """
 
 from dpo_mm.objectives.denoising import linear, mapo, sdpo, sdpo_lambda_image
-from dpo_mm.objectives.divergences import DIVERGENCES, scored
+from dpo_mm.objectives.divergences import DIVERGENCES, apply_divergence
 from dpo_mm.objectives.log_probs import LogProbs, deltas, denoising_errors, log_ratios, per_token_deltas
 from dpo_mm.objectives.mixing import BATCH_INPUTS, DATASET_INPUTS, OBJECTIVES, keyword_settings, mixture, takes
 from dpo_mm.objectives.one_sided import (
@@ -23,10 +23,9 @@ from dpo_mm.objectives.one_sided import (
     nca_pair,
     sppo_hard,
 )
+from dpo_mm.objectives.optimal_transport import aot, aot_unpaired
 from dpo_mm.objectives.pairwise import (
     SUPPORTS_DIVERGENCE,
-    aot,
-    aot_unpaired,
     discopop,
     dpop,
     exo_pair,
@@ -58,6 +57,7 @@ __all__ = [
     "aot_unpaired",
     "apo_down",
     "apo_zero",
+    "apply_divergence",
     "bco_pair",
     "bco_shift",
     "cpo",
@@ -82,7 +82,6 @@ __all__ = [
     "orpo",
     "per_token_deltas",
     "robust",
-    "scored",
     "sdpo",
     "sdpo_lambda_image",
     "sdpo_lambda_text",

@@ -1,8 +1,10 @@
-"""f-divergences from the reference: the score f'(e^r) replaces the log-ratio r.
+"""f-divergences from the reference: they replace the log-ratio r by the score f'(e^r).
 
-The partition function of a divergence cancels only in a difference of scores, so divergences apply to the objectives of
-delta (`pairwise.SUPPORTS_DIVERGENCE`) and to no others. Departure: past e^30 the exponentials continue as straight lines, so
-that values and gradients are finite (TRL's forward KL overflows; its alpha divergence stops the gradient at e^80).
+The partition function of an f-divergence cancels only in a difference of scores. So divergences are supported for the
+objectives of delta, `pairwise.SUPPORTS_DIVERGENCE`, and for no others.
+
+Departure: above e^30 the exponentials continue as straight lines, so that values and gradients stay finite. TRL's
+forward KL overflows, and its alpha divergence stops the gradient at e^80.
 """
 
 from __future__ import annotations
@@ -17,32 +19,37 @@ from torch import Tensor
 
 from dpo_mm.objectives.log_probs import LogProbs, log_ratios, require
 
-STEEPEST = 30.0
-"""Exponent past which `_exp` is a straight line."""
+MAX_EXPONENT = 30.0
+"""Exponent above which `_exp` is a straight line."""
 
 
 def _exp(x: Tensor) -> Tensor:
-    """Return e^x up to e^30 and its tangent above, any shape."""
-    return torch.exp(x.clamp(max=STEEPEST)) * (1 + F.relu(x - STEEPEST))
+    """e^x up to e^30, and its tangent above, for any shape."""
+    return torch.exp(x.clamp(max=MAX_EXPONENT)) * (1 + F.relu(x - MAX_EXPONENT))
 
 
 def reverse_kl(ratio: Tensor, alpha: float) -> Tensor:
-    """f(t) = t log t: r itself, DPO's own."""
+    """Score of reverse KL, f(t) = t log t: the log-ratio r itself, as in DPO."""
     return ratio
 
 
 def forward_kl(ratio: Tensor, alpha: float) -> Tensor:
-    """f(t) = -log t + t - 1: 1 - e^-r."""
+    """Score of forward KL, f(t) = -log t + t - 1: 1 - e^-r."""
     return 1 - _exp(-ratio)
 
 
 def js(ratio: Tensor, alpha: float) -> Tensor:
-    """Jensen-Shannon: log 2 + log sigmoid(r)."""
+    """Score of the Jensen-Shannon divergence: log 2 + log sigmoid(r)."""
     return math.log(2) + F.logsigmoid(ratio)
 
 
 def alpha_divergence(ratio: Tensor, alpha: float) -> Tensor:
-    """(e^((alpha - 1) r) - 1) / (alpha - 1); r itself at alpha 1. TRL's alpha; the paper's is 1 - alpha."""
+    """Score of the alpha divergence: (e^((alpha - 1) r) - 1) / (alpha - 1).
+
+    Args:
+        ratio: log-ratio r, nats, any shape.
+        alpha: TRL's alpha, which is 1 - alpha of the paper. At 1 the score is r itself.
+    """
     return ratio if abs(alpha - 1) < 1e-6 else (_exp((alpha - 1) * ratio) - 1) / (alpha - 1)
 
 
@@ -54,23 +61,26 @@ DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def scored(
+def apply_divergence(
     policy_logps: LogProbs, reference_logps: LogProbs, *, divergence: str, alpha: float = 0.5
 ) -> tuple[LogProbs, LogProbs]:
-    """Replace log-ratios by an f-divergence's scores f'(e^r), for an objective of delta.
+    """Replace the log-ratios by a divergence's scores, as inputs for an objective of delta (f-DPO).
+
+        r -> f'(e^r)
 
     Args:
-        policy_logps, reference_logps: log-probs of chosen and rejected, nats, (pairs,) each.
+        policy_logps: log-probs of chosen and rejected under the policy, nats, (pairs,) each.
+        reference_logps: the same under the reference.
         divergence: a name in DIVERGENCES.
-        alpha: parameter of the alpha divergence, finite. Others ignore it.
+        alpha: parameter of the alpha divergence, finite. The others ignore it.
 
     Returns:
-        Policy and reference whose log-ratios are the scores. A score is 0 if r is 0.
+        Policy and reference log-probs whose log-ratios are the scores. A score is 0 if r is 0.
 
     Raises:
         ValueError: if the divergence is unknown or alpha is not finite.
 
-    Source: f-DPO, Wang et al. 2023 (2309.16240), table 1.
+    Source: Wang et al. 2023 (2309.16240), table 1.
     """
     if divergence not in DIVERGENCES:
         from dpo_mm.errors import did_you_mean

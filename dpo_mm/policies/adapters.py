@@ -1,4 +1,4 @@
-"""A denoiser's LoRA and its files: added, saved, read, attached for drawing, all in the stock library's formats."""
+"""LoRA adapters of denoisers: add, save and load them, in the formats of diffusers and kohya."""
 
 from __future__ import annotations
 
@@ -19,15 +19,25 @@ KOHYA_PARTS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 Weights = dict[str, torch.Tensor] | None
-"""A model's state gathered from the processes that its shards are on; None where the model itself is whole."""
+"""A model's state, gathered if its shards are on several processes. None if the model itself is complete."""
 
 
 def has_lora(model: Any) -> bool:
+    """Return True if the model has a LoRA."""
     return bool(getattr(model, "peft_config", None))
 
 
 def add_lora(model: Any, config: TrainConfig, targets: Sequence[str]) -> None:
-    """A fresh LoRA on modules of these names, float32, that changes nothing yet. Raises ValueError where none matches."""
+    """Add a new LoRA in float32, which does not change the model's output yet.
+
+    Args:
+        model: a diffusers model.
+        config: settings of the run. `lora_targets` replaces the default targets.
+        targets: names of the modules to adapt by default.
+
+    Raises:
+        ValueError: if no module has a target's name.
+    """
     from peft import LoraConfig
 
     with torch.random.fork_rng(devices=[]):
@@ -48,7 +58,7 @@ def add_lora(model: Any, config: TrainConfig, targets: Sequence[str]) -> None:
 
 
 def save_lora(pipe: Any, denoiser: str, folder: Path, weights: Weights = None) -> None:
-    """The LoRA of a pipeline's denoiser in diffusers' own format, with its rank and alpha."""
+    """Save the LoRA of a pipeline's denoiser in diffusers' format, with its rank and alpha."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
 
@@ -61,47 +71,72 @@ def save_lora(pipe: Any, denoiser: str, folder: Path, weights: Weights = None) -
 
 
 def save_whole(model: Any, folder: Path, weights: Weights = None) -> None:
-    """A model in diffusers' own format."""
+    """Save a whole model in diffusers' format."""
     if weights is not None:
         with torch.device("meta"):
-            whole = type(model).from_config(model.config)
-        whole.load_state_dict(weights, assign=True)
-        model = whole
+            gathered = type(model).from_config(model.config)
+        gathered.load_state_dict(weights, assign=True)
+        model = gathered
     model.save_pretrained(folder)
 
 
 def check_format(config: TrainConfig, prefix: str | None, *, family: str) -> None:
-    """Raises ValueError where a config's lora_format is unknown or can't be written. prefix: the family's `kohya_prefix`."""
+    """Check that the LoRA can be saved in the format of a config.
+
+    Args:
+        config: settings of the run.
+        prefix: `kohya_prefix` of the model's family. None if no kohya format is known.
+        family: name of the family, for the error.
+
+    Raises:
+        ValueError: if `lora_format` is unknown, or the family or the tuning does not support it.
+    """
     if config.lora_format not in FORMATS:
-        raise ValueError(f"lora_format {config.lora_format!r} is unknown; expected one of {', '.join(FORMATS)}")
+        raise ValueError(f"lora_format {config.lora_format!r} is unknown. Expected one of {', '.join(FORMATS)}")
     if config.lora_format == "kohya" and (prefix is None or config.tuning != "lora"):
-        why = f"{family} has no names there" if prefix is None else f"tuning is {config.tuning}, which makes no LoRA"
-        raise ValueError(f"lora_format 'kohya': {why}; take 'diffusers'")
+        if prefix is None:
+            reason = f"{family} has no names in kohya's format"
+        else:
+            reason = f"tuning is {config.tuning}, which makes no LoRA"
+        raise ValueError(f"lora_format 'kohya': {reason}. Use 'diffusers'")
 
 
 def save_kohya(model: Any, prefix: str, folder: Path, weights: Weights = None) -> None:
-    """The model's LoRA once more, by the names that kohya's scripts, ComfyUI and A1111 read."""
+    """Save the model's LoRA under the names that kohya's scripts, ComfyUI and A1111 read."""
     from safetensors.torch import save_file
 
     save_file(kohya_weights(model, prefix, weights), folder / KOHYA_FILE)
 
 
 def kohya_weights(model: Any, prefix: str, weights: Weights = None) -> dict[str, torch.Tensor]:
-    """prefix_module.lora_down.weight, .lora_up.weight and .alpha of each adapted module, its dots underscores."""
+    """Return the LoRA's weights by kohya's names.
+
+    The names are prefix_module.lora_down.weight, prefix_module.lora_up.weight and prefix_module.alpha, with
+    underscores instead of the dots in the module's name.
+    """
     from peft import get_peft_model_state_dict
 
     alpha = float(model.peft_config["default"].lora_alpha)
-    found: dict[str, torch.Tensor] = {}
+    renamed: dict[str, torch.Tensor] = {}
     for name, weight in get_peft_model_state_dict(model, state_dict=weights).items():
         module, part, _ = name.rsplit(".", 2)
         key = f"{prefix}_{module.replace('.', '_')}"
-        found[f"{key}.{KOHYA_PARTS[part]}.weight"] = weight.contiguous()
-        found[f"{key}.alpha"] = torch.tensor(alpha)
-    return found
+        renamed[f"{key}.{KOHYA_PARTS[part]}.weight"] = weight.contiguous()
+        renamed[f"{key}.alpha"] = torch.tensor(alpha)
+    return renamed
 
 
 def read_lora(model: nn.Module, denoiser: str, file: Path) -> None:
-    """Read a saved LoRA into the one that the model has. Raises ValueError where it does not fit."""
+    """Load a saved LoRA into the model's LoRA.
+
+    Args:
+        model: a denoiser with a LoRA.
+        denoiser: the denoiser's name in the pipeline, which is the prefix of the saved names.
+        file: a file that `save_lora` wrote.
+
+    Raises:
+        ValueError: if a saved weight does not fit the LoRA.
+    """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -112,8 +147,8 @@ def read_lora(model: nn.Module, denoiser: str, file: Path) -> None:
 
 
 @contextlib.contextmanager
-def lora_scaled(model: Any, scale: float) -> Iterator[None]:
-    """Within it the model's LoRA acts with this strength; 0 is the base."""
+def at_lora_scale(model: Any, scale: float) -> Iterator[None]:
+    """Context manager that sets the weight of the model's LoRA. 0 is the base model."""
     names = list(model.peft_config)
     model.set_adapters(names, [scale] * len(names)) if scale else model.disable_adapters()
     try:
@@ -124,6 +159,10 @@ def lora_scaled(model: Any, scale: float) -> Iterator[None]:
 
 
 def refuse_pickle(folder: Path) -> None:
-    """Raises ValueError for an adapter in PEFT's format whose weights would have to be unpickled."""
+    """Check that an adapter in PEFT's format has safetensors.
+
+    Raises:
+        ValueError: if it has only pickled weights, which can run code when they are loaded.
+    """
     if not (folder / "adapter_model.safetensors").exists():
-        raise ValueError(f"adapter {str(folder)!r} has no adapter_model.safetensors; pickled weights are not read")
+        raise ValueError(f"adapter {str(folder)!r} has no adapter_model.safetensors. Pickled weights are not loaded")

@@ -1,4 +1,4 @@
-"""Which file makes a policy of a model: one row per model family."""
+"""Table of model families, and loading a model as the policy of its family."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ FAMILIES: dict[str, str] = {
     "ZImagePipeline": "dpo_mm.policies.diffusion.z_image:ZImage",
     "Flux2KleinPipeline": "dpo_mm.policies.diffusion.flux2:Flux2Klein",
 }
-"""Pipeline class, as its model_index.json names it, to the class that makes it a policy."""
+"""Policy class of each pipeline class, as module:class. The key is `_class_name` of the pipeline's model_index.json."""
 
 
 VLM_POLICY = "dpo_mm.policies.vlm.vlm_policy:VisionLanguage"
-"""What makes a policy of a transformers model: a folder or hub id with a config.json and no model_index.json."""
+"""Policy class of a transformers model: a folder or hub id with a config.json and without a model_index.json."""
 
 
 def _index(model: str, file: str, revision: str | None) -> Path | None:
-    """A model's index file, from its folder or the hub; None where it has none."""
+    """Find a model's index file in its folder or on the hub. None if there is no such file."""
     if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/")):
         path = Path(model) / file
         return path if path.exists() else None
@@ -43,40 +43,61 @@ def _index(model: str, file: str, revision: str | None) -> Path | None:
         return None
     except Exception as error:
         raise ValueError(
-            f"model {model!r}: neither a folder nor reachable on the hub ({type(error).__name__})"
+            f"model {model!r} is neither a folder nor reachable on the hub ({type(error).__name__})"
         ) from error
 
 
 def resolve_commit(model: str, *, revision: str | None = None) -> str | None:
-    """The commit of a hub model that is read where `revision` is asked for; None for a folder."""
+    """Return the commit of a hub model at a revision, or None for a folder.
+
+    Args:
+        model: a folder or hub id.
+        revision: a branch, tag or commit. None is the default branch.
+
+    Raises:
+        ValueError: if the model is neither a folder nor reachable on the hub.
+    """
     index = _index(model, "model_index.json", revision) or _index(model, "config.json", revision)
     parts = index.parts if index else ()
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
 def policy_path_for(model: str, *, revision: str | None = None) -> str:
-    """Where the class stands that makes a policy of a model, as module:class, by the model's own index.
+    """Return the policy class of a model as module:class, according to the model's index file.
 
-    Raises ValueError where there is no index or the family is unknown.
+    Args:
+        model: a folder or hub id.
+        revision: a branch, tag or commit of a hub model.
+
+    Raises:
+        ValueError: if the model has no index file or its family is unknown.
     """
     index = _index(model, "model_index.json", revision)
     if index is None:
         if _index(model, "config.json", revision):
             return VLM_POLICY
         raise ValueError(
-            f"model {model!r}: neither model_index.json (a diffusers pipeline) nor config.json (a transformers model) there"
+            f"model {model!r} has neither model_index.json (a diffusers pipeline) nor config.json (a transformers model)"
         )
     name = json.loads(index.read_text()).get("_class_name")
     if name not in FAMILIES:
         raise ValueError(
-            f"model {model!r} is a {name}, which no family handles yet; known: {', '.join(FAMILIES)}. "
-            "A family is one file: see 'Add an image family' in the documentation"
+            f"model {model!r} is a {name}, which no family supports yet. Known: {', '.join(FAMILIES)}. "
+            "A new family is one file: see 'Add an image family' in the documentation"
         )
     return FAMILIES[name]
 
 
 def policy_class(model: str, *, revision: str | None = None) -> Any:
-    """The class that makes a policy of a model. Raises ValueError as `policy_path_for`."""
+    """Import the policy class of a model.
+
+    Args:
+        model: a folder, a hub id, or the name of a bundled model.
+        revision: a branch, tag or commit of a hub model.
+
+    Raises:
+        ValueError: if the model has no index file or its family is unknown.
+    """
     module, _, name = policy_path_for(resolve_asset(model), revision=revision).partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -96,9 +117,9 @@ def load_policy(
         model: a folder, a hub id, or the name of a bundled model.
         revision: a branch, tag or commit of a hub model.
         precision: fp32, bf16 or fp16.
-        device: cpu, cuda or cuda:1. None takes the GPU if there is one.
+        device: cpu, cuda or cuda:1. None is the GPU if there is one.
         adapter: folder of a trained adapter or model, or the name of a bundled one, to generate with.
-        **options: further arguments of the class's `load`.
+        **options: further arguments of the policy class's `load`.
 
     Raises:
         ValueError: if the model is missing, incomplete or of an unknown family, or the adapter does not fit.
@@ -113,10 +134,19 @@ def load_policy(
 
 
 def load_image_policy(model: str, *, revision: str | None = None, **options: Any) -> ImagePolicy:
-    """Load an image generator. See `load_policy`. Raises ValueError for a language model, before loading it."""
+    """Load an image generator.
+
+    Args:
+        model: as in `load_policy`.
+        revision: as in `load_policy`.
+        **options: further arguments of `load_policy`.
+
+    Raises:
+        ValueError: if the model is a language model (before it is loaded), and as in `load_policy`.
+    """
     if policy_class(model, revision=revision).modality != "image":
         raise ValueError(
-            f"model {model!r} generates text; expected an image generator (a folder with model_index.json)"
+            f"model {model!r} generates text. Expected an image generator (a folder with model_index.json)"
         )
     policy = load_policy(model, revision=revision, **options)
     assert policy.modality == "image"
@@ -124,9 +154,18 @@ def load_image_policy(model: str, *, revision: str | None = None, **options: Any
 
 
 def load_text_policy(model: str, *, revision: str | None = None, **options: Any) -> TextPolicy:
-    """Load a vision-language model. See `load_policy`. Raises ValueError for an image generator, before loading it."""
+    """Load a vision-language model, or a language model without images.
+
+    Args:
+        model: as in `load_policy`.
+        revision: as in `load_policy`.
+        **options: further arguments of `load_policy`.
+
+    Raises:
+        ValueError: if the model is an image generator (before it is loaded), and as in `load_policy`.
+    """
     if policy_class(model, revision=revision).modality != "text":
-        raise ValueError(f"model {model!r} generates images; expected a vision-language or language model")
+        raise ValueError(f"model {model!r} generates images. Expected a vision-language or language model")
     policy = load_policy(model, revision=revision, **options)
     assert policy.modality == "text"
     return policy

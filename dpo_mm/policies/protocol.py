@@ -1,4 +1,4 @@
-"""The policy interface: `Policy` is what training uses, `ImagePolicy` and `TextPolicy` add encoding and generation.
+"""The policy interface: training uses `Policy`, and `ImagePolicy` and `TextPolicy` add encoding and generation.
 
 `DiffusionPolicy` implements `ImagePolicy` and `VisionLanguage` implements `TextPolicy`. The rest of the package uses no
 other member of them, which mypy checks. A new model family subclasses one of the two and adds a row to `FAMILIES`.
@@ -21,57 +21,92 @@ from dpo_mm.objectives import LogProbs
 
 Modality = Literal["image", "text"]
 Batch = dict[str, Any]
-"""A batch from the policy's own collator. Only the policy reads it, except `id` and the columns of DATASET_INPUTS."""
+"""A batch from the policy's `collate`. Only the policy reads it, except `id` and the columns of DATASET_INPUTS."""
 
 
 class Policy(Protocol):
-    """A model that preferences train."""
+    """A model that is trained on preferences."""
 
     @property
     def modality(self) -> Modality:
-        """What the model generates. Log-probs of text are likelihoods, those of images the denoising surrogate."""
+        """Kind of data that the model generates.
+
+        Log-probs of text are likelihoods, those of images the denoising surrogate.
+        """
         ...
 
     @property
     def model(self) -> nn.Module:
-        """The module that trains: the whole denoiser or language model, with its adapter if it has one."""
+        """Module that is trained: the whole denoiser or language model, with its adapter if it has one."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
+        """Device of the model's weights."""
         ...
 
     def prepare(self, config: TrainConfig) -> None:
-        """Freeze everything, then add a LoRA or make all weights trainable. Raises ValueError for another tuning."""
+        """Freeze everything, then add a LoRA or make all weights trainable.
+
+        Args:
+            config: settings of the run. `tuning` is "lora" or "full".
+
+        Raises:
+            ValueError: if `tuning` is unknown, or `lora_targets` match no module.
+        """
         ...
 
     def fingerprint(self) -> str:
-        """Hash everything that decides how a row is encoded."""
+        """Return a hash of everything that determines how a row is encoded."""
         ...
 
     def free_encoders(self) -> None:
-        """Release the modules that only encoding needs."""
+        """Release the modules that only encoding needs, if there are any."""
         ...
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
-        """Make a batch from encoded rows, each with its `visit`: the epoch, which seeds the row's noise."""
+        """Make a batch from encoded rows.
+
+        Args:
+            rows: encoded rows, each with its `visit`: the row's epoch, which seeds its noise.
+        """
         ...
 
     def log_probs(self, model: nn.Module, batch: Batch) -> LogProbs:
-        """Log-probs of chosen and rejected under the current weights. `model` may be wrapped (DDP, FSDP)."""
+        """Compute the log-probs of chosen and rejected under the current weights.
+
+        Args:
+            model: `self.model` or a copy of it, possibly wrapped (DDP, FSDP).
+            batch: from `collate`, on the model's device.
+
+        Returns:
+            Log-probs in float32, (pairs,) each, with gradient if it is enabled.
+        """
         ...
 
     def log_probs_and_gradient_scale(self, model: nn.Module, batch: Batch, *, slack: float) -> tuple[LogProbs, Tensor]:
-        """`log_probs`, and `sdpo`'s scale of the rejected gradient, (pairs,), both from one forward."""
+        """Compute `log_probs` and `sdpo`'s scale of the rejected gradient in one forward pass.
+
+        Args:
+            model: as in `log_probs`.
+            batch: as in `log_probs`.
+            slack: the paper's mu, in [0, 1).
+
+        Returns:
+            The log-probs, and the scale per pair, (pairs,), in [0, 1], without gradient.
+        """
         ...
 
     def adapter_off(self) -> AbstractContextManager[None]:
-        """Context manager that disables the adapter. Raises ValueError if there is none."""
+        """Context manager that disables the adapter.
+
+        Raises:
+            ValueError: if there is no adapter.
+        """
         ...
 
     def frozen_copy(self) -> nn.Module:
-        """A copy of the current model that never trains."""
+        """Return a copy of the current model that is never trained."""
         ...
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -84,15 +119,23 @@ class Policy(Protocol):
         ...
 
     def load_weights(self, folder: Path) -> None:
-        """Load what `save` wrote into the prepared model. Raises ValueError if it does not fit."""
+        """Load the weights that `save` wrote into the prepared model.
+
+        Raises:
+            ValueError: if the weights do not fit the model.
+        """
         ...
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Load a trained adapter or model for generation. Raises ValueError if the folder has none."""
+        """Load a trained adapter or model for generation.
+
+        Raises:
+            ValueError: if the folder contains neither, or its weights do not fit.
+        """
         ...
 
     def describe(self, config: TrainConfig) -> dict[str, str]:
-        """Lines of the run's summary: family, target, reduction, effective beta."""
+        """Return lines of the run's summary, such as family, target, reduction and effective beta."""
         ...
 
 
@@ -100,37 +143,45 @@ class ImagePolicy(Policy, Protocol):
     """An image generator."""
 
     @property
-    def modality(self) -> Literal["image"]: ...
+    def modality(self) -> Literal["image"]:
+        """Always "image"."""
+        ...
 
     pipe: Any
     """The diffusers pipeline."""
     source: str
-    """The folder or hub id that the pipeline came from."""
+    """Folder or hub id of the pipeline."""
     scheduler: Any
+    """The pipeline's scheduler."""
     dtype: torch.dtype
+    """Type of the denoiser's inputs."""
     resolution: int
     """Pixels per edge of a square image."""
     patch: int
     """Latent pixels per edge of one token of the denoiser."""
     is_image_editing: bool
-    """Whether the prompt contains an image to edit."""
+    """True if the prompt contains an image to edit."""
     base_denoiser: nn.Module | None
     """The base denoiser, if `load_adapter` replaced it."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompt embeddings, each tensor with the prompts first, on the CPU."""
+        """Compute the prompt embeddings: tensors by name, prompts first, on the CPU."""
         ...
 
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, (images, channels, height, width) each, float32, on the CPU."""
+        """Encode images with the autoencoder.
+
+        Returns:
+            Mean and standard deviation of the latents, (images, channels, height, width) each, float32, on the CPU.
+        """
         ...
 
     def at_size(self, size: tuple[int, int]) -> AbstractContextManager[None]:
-        """Context manager that fits images to this (width, height) instead of a square."""
+        """Context manager in which images are resized to this (width, height) in pixels instead of a square."""
         ...
 
     def size_conditioning(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Columns that describe each image's size, (images, ...) each, on the CPU. Empty for most families."""
+        """Compute columns that describe each image's size, (images, ...) each, on the CPU. Empty for most families."""
         ...
 
     def sample(
@@ -147,20 +198,30 @@ class ImagePolicy(Policy, Protocol):
         """Generate one image per prompt and seed, a batch at a time.
 
         Args:
-            prompts, seeds: of equal length. An image depends on its own seed only, not on its batch.
-            steps: denoising steps.
+            prompts: text per image.
+            seeds: seed per image, as many as prompts. The noise of an image depends only on its own seed, not on its
+                batch.
+            steps: number of denoising steps.
             guidance: guidance scale.
-            batch_size: images per forward.
+            batch_size: images per forward pass.
             scale: weight of the loaded adapter. 0 is the base model.
             sources: the image to edit per prompt, for image-editing families.
 
+        Yields:
+            The images of one batch.
+
         Raises:
-            ValueError: if sources are missing or not supported, or the scale is not.
+            ValueError: if sources are missing or not supported, or the scale is not supported.
         """
         ...
 
     def usage_snippet(self, base: str, folder: str) -> list[str]:
-        """Lines of Python that load the trained weights with diffusers, for the model card."""
+        """Return lines of Python that load the trained weights with diffusers, for the model card.
+
+        Args:
+            base: folder or hub id of the base model.
+            folder: folder or hub id of the trained weights.
+        """
         ...
 
 
@@ -168,21 +229,36 @@ class TextPolicy(Policy, Protocol):
     """A vision-language model, or a language model without images."""
 
     @property
-    def modality(self) -> Literal["text"]: ...
+    def modality(self) -> Literal["text"]:
+        """Always "text"."""
+        ...
 
     ld_alpha: float
+    """Weight of tokens past the shorter response's length, see `shared_length`. 1 is the plain sum."""
     edited_token_weight: float
+    """Weight of tokens in which the responses differ, see `segment_mean`. 1 is the plain sum."""
 
     def encode(self, rows: Any) -> list[dict[str, Any]]:
-        """Encode response pairs as token ids and image tensors. Raises ValueError as the processor does."""
+        """Encode response pairs as token ids and image tensors.
+
+        Args:
+            rows: rows of the schema `response_preference`.
+
+        Raises:
+            ValueError: if a row is too long, or its images, prompt or responses do not fit together.
+        """
         ...
 
     def cache_vision_features(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Replace pixels by features of the frozen vision tower. Raises ValueError if the tower trains."""
+        """Replace the pixels of encoded rows by features of the frozen vision tower, on the CPU.
+
+        Raises:
+            ValueError: if the tower is trained, or its features cannot be computed separately.
+        """
         ...
 
     def base_weights(self) -> AbstractContextManager[None]:
-        """Context manager in which the policy generates as before `load_adapter`."""
+        """Context manager in which the policy has the weights from before `load_adapter`."""
         ...
 
     def generate(
@@ -196,5 +272,18 @@ class TextPolicy(Policy, Protocol):
         seed: int = 0,
         batch_size: int = 16,
     ) -> list[Response]:
-        """Generate one response per conversation. `seed` and the batch's position decide the sampling."""
+        """Generate one response per conversation.
+
+        Args:
+            images: images per conversation.
+            messages: text, message or list of messages per conversation.
+            max_new_tokens: largest number of tokens per response.
+            do_sample: False takes the most likely token each time.
+            temperature: temperature of the sampling, > 0.
+            seed: seed of the first batch. A later batch adds the index of its first conversation.
+            batch_size: conversations per batch.
+
+        Returns:
+            One response per conversation, in the same order.
+        """
         ...

@@ -163,7 +163,7 @@ class PreferenceTrainer(Trainer):
             statistics["z"] = objectives.kto_reference(chosen, rejected, beta=beta)
         if "reward_shift" in self.required_inputs:
             mean, count = rewards["mean"], int(rewards["count"])
-            shift = objectives.bco_shift(chosen, rejected, beta=beta, before=mean, seen=count)
+            shift = objectives.bco_shift(chosen, rejected, beta=beta, previous_mean=mean, previous_count=count)
             statistics["reward_shift"] = shift
             if update_running_mean:
                 self.run_state["rewards"] = {"mean": shift.item(), "count": count + 2.0 * len(chosen)}

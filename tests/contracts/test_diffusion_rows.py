@@ -106,9 +106,9 @@ def test_missing_or_unused_source_images_are_named_in_the_error(kontext: str, ti
     ):
         encode(plain, make_image_rows(some), where="pairs", cache=tmp_path)
     drawing: dict[str, Any] = {"steps": 1, "guidance": 1.0, "batch_size": 1}
-    with pytest.raises(ValueError, match="FluxKontextPipeline, which edits pictures; give one for each prompt"):
+    with pytest.raises(ValueError, match="FluxKontextPipeline, which needs an image to edit per prompt"):
         next(editor.sample(WORDS[:1], [0], **drawing))
-    with pytest.raises(ValueError, match="StableDiffusionPipeline, which draws from text alone"):
+    with pytest.raises(ValueError, match="StableDiffusionPipeline, which takes no images to edit"):
         next(plain.sample(WORDS[:1], [0], sources=[picture(0)], **drawing))
 
 
@@ -133,15 +133,15 @@ def test_same_prompt_with_two_source_images_counts_as_two_prompts() -> None:
 
 
 def test_unsupported_resolution_is_named_in_the_error(kontext: str) -> None:
-    with pytest.raises(ValueError, match=r"resolution 30: .* takes multiples of 4"):
+    with pytest.raises(ValueError, match=r"resolution 30 is not supported: .* takes multiples of 4"):
         load_policy(kontext, resolution=30)
 
 
 @pytest.mark.parametrize(
     ("changes", "prefix", "message"),
     [
-        ({"lora_format": "comfy"}, "lora_unet", "lora_format 'comfy' is unknown; expected one of diffusers, kohya"),
-        ({"lora_format": "kohya"}, None, "lora_format 'kohya': Mystery has no names there; take 'diffusers'"),
+        ({"lora_format": "comfy"}, "lora_unet", "lora_format 'comfy' is unknown. Expected one of diffusers, kohya"),
+        ({"lora_format": "kohya"}, None, "lora_format 'kohya': Mystery has no names in kohya's format"),
         ({"lora_format": "kohya", "tuning": "full"}, "lora_unet", "tuning is full, which makes no LoRA"),
     ],
 )

@@ -1,7 +1,7 @@
-"""How a picture becomes one of the training size: buckets by aspect ratio, and the scale and crop, which nothing random decides.
+"""Resizing images to a training size: aspect-ratio buckets, scale and centre crop, all deterministic.
 
-A bucket is a (width, height) of about the area of the model's own square, in steps of 64 pixels (less for small models).
-Source: Podell et al. 2023 (2307.01952), appendix I; the list's shape is NovelAI's.
+A bucket is a (width, height) with about the area of the model's own square, in steps of 64 pixels (less for small
+models). Source: Podell et al. 2023 (2307.01952), appendix I. The shape of the list is NovelAI's.
 """
 
 from __future__ import annotations
@@ -12,38 +12,56 @@ from typing import NamedTuple
 
 Size = tuple[int, int]
 """Width and height in pixels."""
-STEP, WIDEST = 64, 4
-"""Pixels between the sides of neighbouring buckets where the model is large enough; the widest aspect ratio."""
+STEP = 64
+"""Difference between the edges of neighbouring buckets in pixels, if the model is large enough."""
+MAX_ASPECT_RATIO = 4
 
 
 class Crop(NamedTuple):
-    """What a picture is scaled to, (width, height), and the box kept of it, (left, top, right, bottom)."""
+    """Scaling of an image and the crop of the scaled image."""
 
     scaled: Size
+    """Width and height of the scaled image, in pixels."""
     box: tuple[int, int, int, int]
+    """Left, top, right and bottom of the crop in the scaled image, in pixels."""
 
 
-def cover(size: Size, frame: Size) -> Crop:
-    """A picture of this size scaled until it covers the frame, its centre kept."""
-    scale = max(frame[0] / size[0], frame[1] / size[1])
+def cover(size: Size, target: Size) -> Crop:
+    """Scale an image until it covers the target size, and crop it to its centre.
+
+    Args:
+        size: width and height of the image, in pixels.
+        target: width and height after the crop, in pixels.
+    """
+    scale = max(target[0] / size[0], target[1] / size[1])
     width, height = round(size[0] * scale), round(size[1] * scale)
-    left, top = (width - frame[0]) // 2, (height - frame[1]) // 2
-    return Crop((width, height), (left, top, left + frame[0], top + frame[1]))
+    left, top = (width - target[0]) // 2, (height - target[1]) // 2
+    return Crop((width, height), (left, top, left + target[0], top + target[1]))
 
 
 def buckets_of(resolution: int, unit: int) -> list[Size]:
-    """Frames of at most resolution^2 pixels, from the tallest to the widest; sides are multiples of the step.
+    """List the buckets of a resolution, from the tallest to the widest.
 
-    unit: pixels that a side must be a multiple of (the autoencoder's factor times the denoiser's patch).
+    Args:
+        resolution: pixels per edge of the model's own square.
+        unit: pixels that an edge must be a multiple of, the autoencoder's factor times the denoiser's patch.
+
+    Returns:
+        Sizes of at most resolution^2 pixels. Their edges are multiples of the step, and their aspect ratios at most 4.
     """
     step = max(1, min(STEP, resolution // 8) // unit) * unit
     narrowest = -(-resolution // 2 // step) * step
     tall = [(width, resolution**2 // width // step * step) for width in range(narrowest, resolution + 1, step)]
-    tall = [(width, height) for width, height in tall if height <= WIDEST * width]
+    tall = [(width, height) for width, height in tall if height <= MAX_ASPECT_RATIO * width]
     return sorted({*tall, *((height, width) for width, height in tall)}, key=lambda size: size[0] / size[1])
 
 
 def bucket_for(sizes: Sequence[Size], buckets: Sequence[Size]) -> Size:
-    """The bucket that pictures of one pair share: nearest to the geometric mean of their aspect ratios."""
+    """Choose the bucket that the images of one pair share: the nearest to the geometric mean of their aspect ratios.
+
+    Args:
+        sizes: (width, height) of each image, in pixels.
+        buckets: from `buckets_of`.
+    """
     aspect = sum(math.log(width / height) for width, height in sizes) / len(sizes)
     return min(buckets, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))

@@ -1,8 +1,13 @@
-"""Encoded rows of image pairs as one batch: latents, the draws, and what the denoiser is told.
+"""Collate encoded image pairs into a batch: latents, noise, timesteps and prompts.
 
-A row has id, visit, chosen_mean, chosen_std, rejected_mean, rejected_std (c, h, w) and prompt, a dict of tensors. It may
-have the columns of FROM_DATA, reference_chosen and reference_rejected (visits,), source_mean (c, h, w) of the picture to
-edit, and chosen_x and rejected_x for each x of the policy's `conditioning_columns`.
+An encoded row has `id`, `visit` (the row's epoch), `chosen_mean`, `chosen_std`, `rejected_mean`, `rejected_std`
+(channels, height, width) and `prompt`, a dict of tensors. It may also have:
+
+- the columns of DATASET_INPUTS,
+- `reference_chosen` and `reference_rejected`, (epochs,),
+- `source_mean` of the image to edit, (channels, height, width),
+- `chosen_x` and `rejected_x` for each x of the policy's `conditioning_columns`,
+- `stratum` and `sign`, which a `PairStream` adds: the part of the noise schedule and the sign of the noise.
 """
 
 from __future__ import annotations
@@ -23,27 +28,31 @@ if TYPE_CHECKING:
 
 
 def collate(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> Batch:
-    """One batch of rows; each row's draw is a pure function of (seed, id, visit), the same for both sides.
+    """Make a batch from encoded rows.
 
-    A row of a `PairStream` may say from which stratum of the schedule, and which sign its noise has.
+    Noise, noise level and posterior sample of a row depend only on (seed, id, visit). They are the same for chosen and
+    rejected.
+
+    Args:
+        policy: a prepared policy.
+        rows: encoded rows of equal latent shape.
+
+    Returns:
+        A dict with `id`, `chosen`, `rejected` and `noise` (pairs, channels, height, width), `level` and `timestep`
+        (pairs,), and `prompt`. Optional columns of the rows are added under their names.
     """
-    kind, within = policy.config.timestep_sampling, policy.config.timestep_range
     keys = [(policy.config.seed, row["id"], row["visit"]) for row in rows]
     shape = tuple(rows[0]["chosen_mean"].shape)
-    sample = _stack([random_draws.sample_noise(*key, shape, what="posterior") for key in keys])
-    drawn = [
-        random_draws.sample_noise_level(*key, kind=kind, within=within, stratum=row.get("stratum", (0, 1)))
-        for key, row in zip(keys, rows, strict=True)
-    ]
+    posterior_noise = _stack_arrays([random_draws.sample_noise(*key, shape, what="posterior") for key in keys])
+    levels = _sample_levels(policy, rows, keys)
     noise = [row.get("sign", 1) * random_draws.sample_noise(*key, shape) for key, row in zip(keys, rows, strict=True)]
-    levels = torch.tensor(drawn)
     batch: Batch = {
         "id": [row["id"] for row in rows],
-        "chosen": _latents(policy, rows, "chosen", sample),
-        "rejected": _latents(policy, rows, "rejected", sample),
-        "noise": _stack(noise),
+        "chosen": _sample_latents(policy, rows, "chosen", posterior_noise),
+        "rejected": _sample_latents(policy, rows, "rejected", posterior_noise),
+        "noise": _stack_arrays(noise),
         "level": levels,
-        "timestep": policy.noise_process.timesteps(levels, tokens=policy.tokens(shape)),
+        "timestep": policy.noise_process.timesteps(levels, tokens=policy.num_tokens(shape)),
         "prompt": {name: padded([row["prompt"][name] for row in rows]) for name in rows[0]["prompt"]},
     }
     if "source_mean" in rows[0]:
@@ -63,19 +72,37 @@ def collate(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> Batch:
     return batch
 
 
-def _latents(policy: DiffusionPolicy, rows: list[dict[str, Any]], side: str, sample: Tensor) -> Tensor:
-    """A sample of the autoencoder's posterior, as the denoiser takes it, (pairs, c, h, w) float32."""
+def _sample_levels(policy: DiffusionPolicy, rows: list[dict[str, Any]], keys: list[tuple[int, str, int]]) -> Tensor:
+    """Sample a noise level per row, (pairs,)."""
+    config = policy.config
+    levels = [
+        random_draws.sample_noise_level(
+            *key,
+            distribution=config.timestep_sampling,
+            level_range=config.timestep_range,
+            stratum=row.get("stratum", (0, 1)),
+        )
+        for key, row in zip(keys, rows, strict=True)
+    ]
+    return torch.tensor(levels)
+
+
+def _sample_latents(policy: DiffusionPolicy, rows: list[dict[str, Any]], side: str, noise: Tensor) -> Tensor:
+    """Sample the autoencoder's posterior, normalised for the denoiser, (pairs, channels, height, width) float32."""
     mean = torch.stack([row[f"{side}_mean"] for row in rows]).float()
     std = torch.stack([row[f"{side}_std"] for row in rows]).float()
-    return policy.latent_scale.normalised(mean + std * sample)
+    return policy.latent_scale.normalised(mean + std * noise)
 
 
 def padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors as one, the shorter ones filled up with zeros (a family's mask must say so), their dtype kept."""
+    """Stack tensors, filling shorter ones up with zeros at the end of their first dimension.
+
+    The dtype is unchanged. A family whose prompts differ in length must have a mask.
+    """
     if len({tensor.shape for tensor in tensors}) == 1:
         return torch.stack(list(tensors))
     return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True)
 
 
-def _stack(arrays: list[np.ndarray]) -> Tensor:
+def _stack_arrays(arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))

@@ -1,4 +1,4 @@
-"""FLUX.1 Kontext: a picture is edited as the prompt says; the picture to edit is part of the prompt."""
+"""FLUX.1 Kontext: image editing. The image to edit is part of the prompt."""
 
 from __future__ import annotations
 
@@ -8,39 +8,54 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor, nn
 
-from dpo_mm.policies.diffusion import flux
+from dpo_mm.policies.diffusion import flux_denoiser
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 
 class FluxKontext(DiffusionPolicy):
-    """`FluxKontextPipeline`. Rows bring the picture to edit as `image_source`; it is fitted like the other two."""
+    """Policy of `FluxKontextPipeline`.
 
-    needs = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
+    Rows have the image to edit as `image_source`. It is resized and cropped in the same way as chosen and rejected.
+    """
+
+    required_components = (
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+        "transformer",
+        "scheduler",
+    )
     denoiser = "transformer"
-    lora_targets = flux.TARGETS
+    lora_targets = flux_denoiser.TARGETS
     kohya_prefix = "lora_transformer"
     patch = 2
     is_image_editing = True
     guidance: ClassVar[float] = 2.5
-    """What the denoiser is told in training: what its model card draws with."""
+    """Guidance on which the denoiser is conditioned in training, as in its model card."""
 
     def latent_channels(self) -> int:
-        return flux.channels(self)
+        """Return the channels of the latents before packing."""
+        return flux_denoiser.latent_channels(self)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
-        return flux.encoded(self, prompts)
+        """Hidden states of T5, (prompts, tokens, width), and CLIP's pooled state, (prompts, width)."""
+        return flux_denoiser.encode_prompts(self, prompts)
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
-        return flux.velocity(self, denoiser, latents, timestep, prompt, source=prompt["source"], guidance=self.guidance)
+        return flux_denoiser.predict_velocity(
+            self, denoiser, latents, timestep, prompt, source=prompt["source"], guidance=self.guidance
+        )
 
     def sampling_kwargs(
         self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
     ) -> dict[str, Any]:
-        """The pipeline's arguments; sources are fitted here, so that it neither resizes them nor moves the size."""
+        """Resize the sources here, so that the pipeline changes neither them nor the size of the result."""
         return {
             **super().sampling_kwargs(prompts, guidance),
             "image": [self.resize_and_crop(source) for source in sources],
-            "max_sequence_length": flux.text_tokens(self),
+            "max_sequence_length": flux_denoiser.max_prompt_tokens(self),
             "max_area": self.resolution**2,
             "_auto_resize": False,
         }

@@ -1,4 +1,4 @@
-"""Latents as a denoiser takes them: an autoencoder's own, moved and scaled as its config says."""
+"""Scaling of an autoencoder's latents for the denoiser, and encoding pixels to a posterior."""
 
 from __future__ import annotations
 
@@ -9,22 +9,29 @@ from torch import Tensor
 
 
 class LatentScale(NamedTuple):
-    """normalised = (raw - shift) * scale; both (c, 1, 1) or (1, 1, 1), float32."""
+    """Shift and scale between the autoencoder's latents and the denoiser's: normalised = (raw - shift) * scale."""
 
     shift: Tensor
+    """(channels, 1, 1) or (1, 1, 1), float32."""
     scale: Tensor
+    """(channels, 1, 1) or (1, 1, 1), float32."""
 
     def normalised(self, raw: Tensor) -> Tensor:
-        """An autoencoder's latents as the denoiser takes them, (..., c, h, w)."""
+        """Convert the autoencoder's latents to the denoiser's, (..., channels, height, width)."""
         return (raw - self.shift) * self.scale
 
     def unnormalised(self, latents: Tensor) -> Tensor:
-        """The denoiser's latents as the autoencoder decodes them, (..., c, h, w)."""
+        """Convert the denoiser's latents to the autoencoder's, (..., channels, height, width)."""
         return latents / self.scale + self.shift
 
 
 def latent_scale(config: Any) -> LatentScale:
-    """The scale of an autoencoder by its config: scaling_factor, and shift_factor or latents_mean and latents_std."""
+    """Read the latent scale from an autoencoder's config.
+
+    Args:
+        config: an autoencoder's config. It may have `scaling_factor`, and `shift_factor` or both `latents_mean` and
+            `latents_std`.
+    """
 
     def column(value: Any) -> Tensor:
         return torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
@@ -36,10 +43,17 @@ def latent_scale(config: Any) -> LatentScale:
 
 
 def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation that an autoencoder encodes pixels to, each of the latents' shape.
+    """Encode pixels with an autoencoder.
 
-    One that overflows in float16 (force_upcast: SDXL's) encodes in float32, as the stock pipeline decodes with it. One
-    without a posterior (AutoencoderTiny, AutoencoderDC) has a standard deviation of 0.
+    An autoencoder that overflows in float16 (`force_upcast`, as SDXL's) encodes in float32, as the diffusers pipeline
+    decodes. An autoencoder without a posterior (AutoencoderTiny, AutoencoderDC) has a standard deviation of 0.
+
+    Args:
+        vae: a diffusers autoencoder.
+        pixels: (images, 3, height, width) in [-1, 1], or (images, 3, 1, height, width) for a video autoencoder.
+
+    Returns:
+        Mean and standard deviation of the posterior, in the shape of the latents.
     """
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if upcast:
@@ -51,5 +65,5 @@ def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
             vae.to(torch.float16)
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean, encoded.latent_dist.std
-    plain = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-    return plain, torch.zeros_like(plain)
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return latents, torch.zeros_like(latents)

@@ -1,7 +1,7 @@
-"""A pipeline without its weights: every module of its real shape and type, from the config files alone.
+"""Pipelines without weights: every module has its real shape and type, built only from the config files.
 
-Its modules are on the meta device; with `fake` they compute fake tensors, which have shapes and no numbers, so that memory
-can be counted for a model that this machine could not hold.
+The modules are on the meta device. After `fake` they compute fake tensors, which have shapes but no numbers. So the
+memory of a model can be counted on a machine that is too small for it.
 """
 
 from __future__ import annotations
@@ -13,63 +13,75 @@ from typing import Any
 import torch
 from torch import nn
 
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts that no training needs."""
-SMALL = 2**16
+UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components that training never needs."""
+MAX_REAL_BUFFER = 2**16
+"""Largest number of elements of a buffer that gets real zeros."""
 
 
 def load_on_meta_device(source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
-    """A pipeline folder or hub id as its stock class, on the meta device. Raises ValueError for a part of other make."""
+    """Build a pipeline of its diffusers class on the meta device.
+
+    Args:
+        source: a pipeline folder or hub id.
+        revision: a branch, tag or commit of a hub model.
+        dtype: type of the modules' parameters.
+
+    Raises:
+        ValueError: if a component's class is from neither diffusers nor transformers.
+    """
     import diffusers
 
     index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
-    kind = getattr(diffusers, index["_class_name"])
+    pipeline_class = getattr(diffusers, index["_class_name"])
     parts: dict[str, Any] = {}
-    for name in set(inspect.signature(kind.__init__).parameters) & set(index):
+    for name in set(inspect.signature(pipeline_class.__init__).parameters) & set(index):
         entry = index[name]
         if not isinstance(entry, list):
             parts[name] = entry
-        elif entry[0] is None or name in LEFT_OUT:
+        elif entry[0] is None or name in UNUSED_COMPONENTS:
             parts[name] = None
         else:
-            parts[name] = _part(source, name, *entry, revision=revision, dtype=dtype)
+            parts[name] = _build_component(source, name, *entry, revision=revision, dtype=dtype)
     if "requires_safety_checker" in parts:
         parts["requires_safety_checker"] = False
-    return kind(**parts)
+    return pipeline_class(**parts)
 
 
-def _part(source: str, name: str, library: str, kind: str, *, revision: str | None, dtype: torch.dtype) -> Any:
-    """One component: a module on the meta device, anything else (tokenizers, the scheduler) as it is."""
+def _build_component(
+    source: str, name: str, library: str, class_name: str, *, revision: str | None, dtype: torch.dtype
+) -> Any:
+    """Build a module on the meta device, or load a component that is no module (tokenizer, scheduler)."""
     if library not in ("diffusers", "transformers"):
-        raise ValueError(f"model {source!r}: {name} comes from {library!r}; expected diffusers or transformers")
-    made = getattr(importlib.import_module(library), kind)
-    if not issubclass(made, nn.Module):
-        return made.from_pretrained(source, subfolder=name, revision=revision)
+        raise ValueError(f"model {source!r}: {name} comes from {library!r}. Expected diffusers or transformers")
+    component_class = getattr(importlib.import_module(library), class_name)
+    if not issubclass(component_class, nn.Module):
+        return component_class.from_pretrained(source, subfolder=name, revision=revision)
     if library == "diffusers":
-        config = made.load_config(source, subfolder=name, revision=revision)
+        config = component_class.load_config(source, subfolder=name, revision=revision)
         with torch.device("meta"):
-            return _with_buffers(made.from_config(config).to(dtype))
-    config = made.config_class.from_pretrained(source, subfolder=name, revision=revision)
+            return _fill_small_buffers(component_class.from_config(config).to(dtype))
+    config = component_class.config_class.from_pretrained(source, subfolder=name, revision=revision)
     with torch.device("meta"):
-        return _with_buffers(made(config).to(dtype).eval())
+        return _fill_small_buffers(component_class(config).to(dtype).eval())
 
 
-def _with_buffers(module: nn.Module) -> nn.Module:
-    """A module of the meta device with zeros for its small buffers, which some families read (a batch norm's)."""
-    for each in module.modules():
-        for name, buffer in each._buffers.items():
-            if buffer is not None and buffer.numel() <= SMALL:
-                each._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
+def _fill_small_buffers(module: nn.Module) -> nn.Module:
+    """Give a meta module zeros for its small buffers, which some families read (a batch norm's statistics)."""
+    for submodule in module.modules():
+        for name, buffer in submodule._buffers.items():
+            if buffer is not None and buffer.numel() <= MAX_REAL_BUFFER:
+                submodule._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
     return module
 
 
 def fake(module: nn.Module) -> None:
-    """Within a FakeTensorMode, give a module of the meta device fake parameters and buffers; what is shared stays so."""
-    made: dict[int, Any] = {}
-    for each in module.modules():
-        for name, tensor in each._parameters.items():
-            if tensor is not None and id(tensor) not in made:
-                made[id(tensor)] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), tensor.requires_grad)
-            each._parameters[name] = None if tensor is None else made[id(tensor)]
-        for name, buffer in each._buffers.items():
-            each._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+    """Give a meta module fake parameters and buffers. Call it in a FakeTensorMode. Shared parameters stay shared."""
+    fakes: dict[int, Any] = {}
+    for submodule in module.modules():
+        for name, tensor in submodule._parameters.items():
+            if tensor is not None and id(tensor) not in fakes:
+                fakes[id(tensor)] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), tensor.requires_grad)
+            submodule._parameters[name] = None if tensor is None else fakes[id(tensor)]
+        for name, buffer in submodule._buffers.items():
+            submodule._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)

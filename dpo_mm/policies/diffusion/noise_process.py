@@ -1,13 +1,13 @@
-"""From clean latents to noisy ones, and what a denoiser should say of them: read off the pipeline's own scheduler.
+"""Noise processes: noisy latents, the denoiser's target and its timestep, according to the pipeline's own scheduler.
 
-A level in [0, 1) is a place in the schedule: 0 is clean, 1 pure noise. A noising process turns it into the timestep
-that the denoiser is told; noisy latents, target and the target's scale follow from the timestep alone.
+A noise level in [0, 1) is a position in the schedule: 0 is clean and 1 is pure noise. A noise process maps it to the
+timestep on which the denoiser is conditioned. Noisy latents, target and error scale follow from the timestep.
 
-    variance preserving   x_t = sqrt(kept) x0 + sqrt(1 - kept) eps     target eps, or v = sqrt(kept) eps - sqrt(1 - kept) x0
-    rectified flow        x_t = (1 - s) x0 + s eps                     target eps - x0
+    variance preserving   x_t = sqrt(a) x_0 + sqrt(1 - a) eps     target eps, or v = sqrt(a) eps - sqrt(1 - a) x_0
+    rectified flow        x_t = (1 - s) x_0 + s eps               target eps - x_0
 
-kept: the schedule's cumulative alpha. s: timestep / training timesteps. Sources: Ho et al. 2020 (2006.11239), Salimans
-and Ho 2022 (2202.00512), Esser et al. 2024 (2403.03206).
+Here a is the schedule's cumulative alpha at the timestep (alphas_cumprod), and s = timestep / number of training
+timesteps. Sources: Ho et al. 2020 (2006.11239), Salimans and Ho 2022 (2202.00512), Esser et al. 2024 (2403.03206).
 """
 
 from __future__ import annotations
@@ -20,87 +20,99 @@ from typing import Any, Protocol
 from torch import Tensor
 
 FLOWS = ("flow_prediction",)
-"""Prediction types by which a scheduler of another kind says that it runs a rectified flow."""
+"""Prediction types of schedulers of another kind that run a rectified flow."""
 
 
 class NoiseProcess(Protocol):
-    """A noising process. timestep: (images,); latents and noise: (images, c, h, w), float32."""
+    """A noise process. Latents and noise are (images, channels, height, width) in float32, timesteps (images,)."""
 
     @property
     def name(self) -> str:
-        """What the denoiser predicts: epsilon, v or velocity."""
+        """Quantity that the denoiser predicts: epsilon, v or velocity."""
         ...
 
     def timesteps(self, levels: Tensor, *, tokens: int) -> Tensor:
-        """The timestep of each level, (images,); tokens: of the network, a picture (a shift may follow its size)."""
+        """Return the timestep of each noise level, (images,).
+
+        Args:
+            levels: noise levels in [0, 1), (images,).
+            tokens: number of the denoiser's tokens per image, on which a shift of the schedule may depend.
+        """
         ...
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """Latents at a timestep, (images, c, h, w)."""
+        """Return the noisy latents at a timestep, in the shape of the latents."""
         ...
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """What the denoiser should predict there, (images, c, h, w)."""
+        """Return the denoiser's target at a timestep, in the shape of the latents."""
         ...
 
     def epsilon_error_scale(self, timestep: Tensor) -> Tensor:
-        """What a squared error of the target is multiplied by to be one of the noise, (images,), [0, 1]."""
+        """Return the factor from a squared error of the target to that of the noise, (images,), in [0, 1]."""
         ...
 
 
 @dataclass(frozen=True)
 class VariancePreserving:
-    """Signal and noise whose squares sum to one, with whole timesteps. kept: (timesteps,), float32. name: epsilon | v."""
+    """Noise process whose squared weights of signal and noise sum to one, with integer timesteps."""
 
     alphas_cumprod: Tensor
+    """Cumulative alphas of the schedule, (timesteps,), float32."""
     name: str
+    """epsilon or v."""
 
     def timesteps(self, levels: Tensor, *, tokens: int) -> Tensor:
-        total = len(self.alphas_cumprod)
-        return (levels * total).long().clamp(max=total - 1)
+        """Return floor(level * number of timesteps), (images,)."""
+        count = len(self.alphas_cumprod)
+        return (levels * count).long().clamp(max=count - 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        kept = self._alphas_cumprod(timestep)
-        return kept.sqrt() * latents + (1 - kept).sqrt() * noise
+        """Return sqrt(a) x_0 + sqrt(1 - a) eps."""
+        alpha_bar = self._alpha_bar(timestep)
+        return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """Return eps, or v = sqrt(a) eps - sqrt(1 - a) x_0."""
         if self.name == "epsilon":
             return noise
-        kept = self._alphas_cumprod(timestep)
-        return kept.sqrt() * noise - (1 - kept).sqrt() * latents
+        alpha_bar = self._alpha_bar(timestep)
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
 
     def epsilon_error_scale(self, timestep: Tensor) -> Tensor:
-        """From eps = sqrt(kept) v + sqrt(1 - kept) x_t: kept for v, 1 for epsilon."""
-        kept = self._alphas_cumprod(timestep).flatten()
-        return kept if self.name == "v" else kept.new_ones(len(kept))
+        """Return a for v, because eps = sqrt(a) v + sqrt(1 - a) x_t, and 1 for epsilon."""
+        alpha_bar = self._alpha_bar(timestep).flatten()
+        return alpha_bar if self.name == "v" else alpha_bar.new_ones(len(alpha_bar))
 
-    def _alphas_cumprod(self, timestep: Tensor) -> Tensor:
+    def _alpha_bar(self, timestep: Tensor) -> Tensor:
         return self.alphas_cumprod.to(timestep.device)[timestep][:, None, None, None]
 
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """A straight line between data and noise, with real timesteps. total: training timesteps.
-
-    shift: moves levels (images,) to sigmas s, for pictures of so many tokens.
-    """
+    """Noise process on a straight line between data and noise, with real timesteps."""
 
     total: int
+    """Number of training timesteps."""
     shift: Callable[[Tensor, int], Tensor]
+    """Function from noise levels, (images,), and the number of tokens per image to sigmas s, (images,)."""
     name: str = "velocity"
 
     def timesteps(self, levels: Tensor, *, tokens: int) -> Tensor:
+        """Return s * number of training timesteps, (images,)."""
         return self.shift(levels.float(), tokens) * self.total
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """Return (1 - s) x_0 + s eps."""
         s = self._sigma(timestep)[:, None, None, None]
         return (1 - s) * latents + s * noise
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """Return eps - x_0."""
         return noise - latents
 
     def epsilon_error_scale(self, timestep: Tensor) -> Tensor:
-        """From eps = x_t + (1 - s) velocity: (1 - s)^2."""
+        """Return (1 - s)^2, because eps = x_t + (1 - s) velocity."""
         return (1 - self._sigma(timestep)).square()
 
     def _sigma(self, timestep: Tensor) -> Tensor:
@@ -108,33 +120,42 @@ class RectifiedFlow:
 
 
 def noise_process_for(scheduler: Any, *, source: str) -> NoiseProcess:
-    """The process that a pipeline's scheduler was made for. Raises ValueError for one that isn't known, by name.
+    """Return the noise process of a pipeline's scheduler.
 
-    What a scheduler does to its ladder of sampling steps alone (karras, a terminal sigma) is no part of it.
+    Settings that only change the steps of sampling (Karras sigmas, a terminal sigma) are ignored.
+
+    Args:
+        scheduler: a diffusers scheduler.
+        source: folder or hub id of the pipeline, for the error.
+
+    Raises:
+        ValueError: if the scheduler or its prediction type is not supported.
     """
     config = scheduler.config
     kind = config.get("prediction_type")
     if hasattr(scheduler, "time_shift") and kind is None:
-        shift = functools.partial(_dynamic, scheduler) if config.use_dynamic_shifting else _static(config.shift)
+        shift = (
+            functools.partial(_dynamic_shift, scheduler) if config.use_dynamic_shifting else _static_shift(config.shift)
+        )
         return RectifiedFlow(config.num_train_timesteps, shift)
     if kind in FLOWS:
-        return RectifiedFlow(config.num_train_timesteps, _static(config.flow_shift))
+        return RectifiedFlow(config.num_train_timesteps, _static_shift(config.flow_shift))
     names = {"epsilon": "epsilon", "v_prediction": "v"}
     if hasattr(scheduler, "alphas_cumprod") and kind in names:
         return VariancePreserving(scheduler.alphas_cumprod.float(), names[kind])
     raise ValueError(
-        f"model {source!r}: scheduler {type(scheduler).__name__} with prediction_type {kind!r} is not handled; expected "
+        f"model {source!r}: scheduler {type(scheduler).__name__} with prediction_type {kind!r} is not supported. Expected "
         "epsilon, v_prediction or flow_prediction, or a FlowMatchEulerDiscreteScheduler"
     )
 
 
-def _static(shift: float) -> Callable[[Tensor, int], Tensor]:
-    """s = shift u / (1 + (shift - 1) u), Esser et al. 2024 eq. 23."""
+def _static_shift(shift: float) -> Callable[[Tensor, int], Tensor]:
+    """s = shift u / (1 + (shift - 1) u), Esser et al. 2024, eq. 23."""
     return lambda levels, tokens: shift * levels / (1 + (shift - 1) * levels)
 
 
-def _dynamic(scheduler: Any, levels: Tensor, tokens: int) -> Tensor:
-    """The scheduler's own shift, its mu on a line through (base_image_seq_len, base_shift) and the two maxima."""
+def _dynamic_shift(scheduler: Any, levels: Tensor, tokens: int) -> Tensor:
+    """Scheduler's own shift, with mu on the line from the base to the maximal sequence length and shift."""
     config = scheduler.config
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     mu = config.base_shift + slope * (tokens - config.base_image_seq_len)

@@ -1,7 +1,7 @@
-"""PixArt-Sigma: T5 reads the prompt, epsilon with a learned sigma beside it that nothing here reads.
+"""PixArt-Sigma: T5 text encoder, epsilon prediction. The learned sigma in the denoiser's output is ignored.
 
-diffusers gives this pipeline no LoRA of its own, so the adapter is PEFT's, as PixArt's own scripts have it:
-`PeftModel.from_pretrained(pipe.transformer, folder)` loads what is saved.
+diffusers has no LoRA files for this pipeline. The adapter is saved in PEFT's format, as in PixArt's own scripts, and
+`PeftModel.from_pretrained(pipe.transformer, folder)` loads it.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from dpo_mm.policies.adapters import Weights, has_lora
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 PREFIX = "base_model.model."
-"""What PEFT's files put before the names of a wrapped model's weights."""
+"""Prefix of the weights' names in PEFT's files."""
 
 
 class PixArtSigma(DiffusionPolicy):
-    """`PixArtSigmaPipeline`. Source: Chen et al. 2024 (2403.04692)."""
+    """Policy of `PixArtSigmaPipeline`. Source: Chen et al. 2024 (2403.04692)."""
 
-    needs = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
+    required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     patch = 2
 
     def __init__(self, pipe: Any, source: str) -> None:
-        """Gives the transformer diffusers' own mixin for adapters, which its class lacks."""
+        """Add diffusers' adapter mixin to the transformer, whose class lacks it."""
         from diffusers.loaders import PeftAdapterMixin
 
-        stock = type(pipe.transformer)
-        pipe.transformer.__class__ = type(stock.__name__, (stock, PeftAdapterMixin), {})
+        transformer_class = type(pipe.transformer)
+        pipe.transformer.__class__ = type(transformer_class.__name__, (transformer_class, PeftAdapterMixin), {})
         super().__init__(pipe, source)
 
     def sampling_kwargs(
         self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
     ) -> dict[str, Any]:
-        """Drawn at the resolution itself: the pipeline's bins hold no other sizes than those it was made for."""
+        """Generate at the policy's resolution. The pipeline's bins contain only its native sizes."""
         return {**super().sampling_kwargs(prompts, guidance), "use_resolution_binning": False}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
-        """Hidden states of T5, (prompts, tokens, width), and which tokens are the prompt's; cleaned as when drawing."""
+        """Hidden states of T5, (prompts, tokens, width), and a mask. Prompts are cleaned as in the pipeline's call."""
         embeds, mask, _, _ = self.pipe.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, device=self.device, clean_caption=True
         )
@@ -65,40 +65,41 @@ class PixArtSigma(DiffusionPolicy):
     # Files
 
     def save(self, folder: Path, weights: Weights = None) -> None:
-        """The LoRA in PEFT's format, or the whole denoiser under its name."""
+        """Write the LoRA in PEFT's format, or the whole denoiser."""
         if not has_lora(self.model):
             return super().save(folder, weights)
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
         model: Any = self.model
-        found = get_peft_model_state_dict(model, state_dict=weights)
+        adapter = get_peft_model_state_dict(model, state_dict=weights)
         folder.mkdir(parents=True, exist_ok=True)
         model.peft_config["default"].save_pretrained(str(folder))
-        save_file({PREFIX + name: value for name, value in found.items()}, folder / "adapter_model.safetensors")
+        save_file({PREFIX + name: value for name, value in adapter.items()}, folder / "adapter_model.safetensors")
 
     def load_weights(self, folder: Path) -> None:
-        """Read what `save` wrote into the model as `prepare` set it up. Raises ValueError where it does not fit."""
+        """Load what `save` wrote into the prepared model. Raises ValueError if it does not fit."""
         if not has_lora(self.model):
             return super().load_weights(folder)
-        self._read(folder, "default")
+        self._load_peft_weights(folder, "default")
 
     def usage_snippet(self, base: str, folder: str) -> list[str]:
+        """Return lines of Python that load the trained weights with diffusers and PEFT."""
         if self.config.tuning != "lora":
             return super().usage_snippet(base, folder)
-        opened, _ = super().usage_snippet(base, folder)
-        return [opened, f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{folder}")']
+        load_line, _ = super().usage_snippet(base, folder)
+        return [load_line, f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{folder}")']
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Load a tuned adapter or denoiser, for drawing. Raises ValueError where there is none."""
+        """Load a trained adapter or denoiser for generation. Raises ValueError if the folder contains neither."""
         from peft import PeftConfig
 
         if not (Path(folder) / "adapter_config.json").exists():
             return super().load_adapter(folder)
         self.model.add_adapter(PeftConfig.from_pretrained(str(folder)), adapter_name="tuned")  # type: ignore[operator]
-        self._read(Path(folder), "tuned")
+        self._load_peft_weights(Path(folder), "tuned")
 
-    def _read(self, folder: Path, name: str) -> None:
+    def _load_peft_weights(self, folder: Path, name: str) -> None:
         from peft import load_peft_weights, set_peft_model_state_dict
 
         weights = {k.removeprefix(PREFIX): v for k, v in load_peft_weights(str(folder), device="cpu").items()}

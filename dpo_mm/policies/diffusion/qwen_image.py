@@ -1,4 +1,4 @@
-"""Qwen-Image: Qwen2.5-VL reads the prompt, latents are packed in 2x2 patches, true guidance, flow."""
+"""Qwen-Image: Qwen2.5-VL text encoder, latents packed in 2x2 patches, classifier-free guidance, rectified flow."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 TOKENS = 512
-"""Of a prompt, as the pipeline cuts it when it draws."""
+"""Number of tokens to which the pipeline truncates a prompt when it generates."""
 
 
 class QwenImage(DiffusionPolicy):
-    """`QwenImagePipeline`. Source: Wu et al. 2025 (2508.02324)."""
+    """Policy of `QwenImagePipeline`. Source: Wu et al. 2025 (2508.02324)."""
 
-    needs = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
+    required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     kohya_prefix = "lora_unet"
@@ -28,7 +28,7 @@ class QwenImage(DiffusionPolicy):
     def sampling_kwargs(
         self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
     ) -> dict[str, Any]:
-        """Guidance against an empty prompt, as the model's card draws."""
+        """Use guidance against an empty prompt, as the model's card does."""
         arguments = super().sampling_kwargs(prompts, guidance)
         return {
             **arguments,
@@ -38,18 +38,18 @@ class QwenImage(DiffusionPolicy):
         }
 
     def latent_channels(self) -> int:
-        """Of the autoencoder's latents, a 2x2 patch of which the network takes as one."""
+        """Return a quarter of the network's channels, because it packs 2x2 latent pixels into one token."""
         return self.pipe.transformer.config.in_channels // 4
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
-        """Hidden states of the text encoder, (prompts, tokens, width), and which tokens are the prompt's."""
+        """Hidden states of the text encoder, (prompts, tokens, width), and a mask of the prompt's tokens."""
         embeds, mask = self.pipe.encode_prompt(list(prompts), device=self.device, max_sequence_length=TOKENS)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask
-        short = TOKENS - embeds.shape[1]
+        padding = TOKENS - embeds.shape[1]
         return {
-            "embeds": nn.functional.pad(embeds, (0, 0, 0, short)).cpu(),
-            "mask": nn.functional.pad(mask, (0, short)).cpu(),
+            "embeds": nn.functional.pad(embeds, (0, 0, 0, padding)).cpu(),
+            "mask": nn.functional.pad(mask, (0, padding)).cpu(),
         }
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:

@@ -1,7 +1,7 @@
-"""The random draws of diffusion, as data: a pure function of (run seed, row id, visit), and of the place in the stream.
+"""Noise and noise levels as a pure function of run seed, row id, epoch and purpose.
 
-Chosen and rejected, policy and reference see the same draw by construction; a resumed run, or one on another number of
-processes, sees the same draws; and a reference's errors for K fixed visits can be computed once and kept.
+Chosen and rejected, policy and reference therefore use the same noise. A resumed run, or one on another number of
+processes, uses the same noise too. The reference's errors for K fixed epochs can be computed once and cached.
 """
 
 from __future__ import annotations
@@ -14,52 +14,75 @@ import numpy as np
 from scipy.special import expit, logit, ndtr, ndtri
 
 
-def row_generator(seed: int, row: str, visit: int, what: str) -> np.random.Generator:
-    """The generator of one purpose ("noise", "timestep", "posterior", ...) at one visit of one row."""
-    digest = hashlib.blake2b(f"{seed}\0{row}\0{visit}\0{what}".encode(), digest_size=16).digest()
+def row_generator(seed: int, row: str, epoch: int, what: str) -> np.random.Generator:
+    """Return the random generator of one purpose at one epoch of one row.
+
+    Args:
+        seed: seed of the run.
+        row: id of the row.
+        epoch: epoch of the row, from 0.
+        what: the purpose, such as "noise", "timestep" or "posterior".
+    """
+    digest = hashlib.blake2b(f"{seed}\0{row}\0{epoch}\0{what}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def sample_noise(seed: int, row: str, visit: int, shape: tuple[int, ...], *, what: str = "noise") -> np.ndarray:
-    """Standard normal noise of this shape, float32."""
-    return row_generator(seed, row, visit, what).standard_normal(shape, dtype=np.float32)
+def sample_noise(seed: int, row: str, epoch: int, shape: tuple[int, ...], *, what: str = "noise") -> np.ndarray:
+    """Sample standard normal noise in this shape, float32. See `row_generator` for the other arguments."""
+    return row_generator(seed, row, epoch, what).standard_normal(shape, dtype=np.float32)
 
 
 def sample_noise_level(
     seed: int,
     row: str,
-    visit: int,
+    epoch: int,
     *,
-    kind: str = "uniform",
-    within: tuple[float, float] = (0.0, 1.0),
+    distribution: str = "uniform",
+    level_range: tuple[float, float] = (0.0, 1.0),
     stratum: tuple[int, int] = (0, 1),
 ) -> float:
-    """A place in the noise schedule, in [low, high) of `within`; 0 is clean, 1 pure noise.
+    """Sample a noise level. 0 is clean and 1 is pure noise.
 
-    kind: a name in LEVELS. stratum: (which, of how many) equally likely parts of the distribution to draw from.
+    Args:
+        seed: seed of the run.
+        row: id of the row.
+        epoch: epoch of the row, from 0.
+        distribution: a name in TIMESTEP_DISTRIBUTIONS.
+        level_range: low and high, 0 <= low < high <= 1.
+        stratum: (index, count): sample from this one of `count` equally likely parts of the distribution.
+
+    Returns:
+        A level in [low, high).
     """
-    which, count = stratum
-    share = float(row_generator(seed, row, visit, "timestep").uniform())
-    return min(TIMESTEP_DISTRIBUTIONS[kind]((which + share) / count, *within), math.nextafter(within[1], within[0]))
+    index, count = stratum
+    u = float(row_generator(seed, row, epoch, "timestep").uniform())
+    level = TIMESTEP_DISTRIBUTIONS[distribution]((index + u) / count, *level_range)
+    return min(level, math.nextafter(level_range[1], level_range[0]))
 
 
-def _uniform(share: float, low: float, high: float) -> float:
-    return low + (high - low) * share
+def _uniform(u: float, low: float, high: float) -> float:
+    return low + (high - low) * u
 
 
-def _logit_normal(share: float, low: float, high: float) -> float:
-    """sigmoid(n), n standard normal: the middle of the schedule more often. Source: Esser et al. 2024 (2403.03206)."""
+def _logit_normal(u: float, low: float, high: float) -> float:
+    """sigmoid(n) with n standard normal, which prefers the middle of the schedule: Esser et al. 2024 (2403.03206)."""
     first, last = (float(ndtr(logit(end))) for end in (low, high))
-    return float(expit(ndtri(first + (last - first) * share)))
+    return float(expit(ndtri(first + (last - first) * u)))
 
 
 TIMESTEP_DISTRIBUTIONS: dict[str, Callable[[float, float, float], float]] = {
     "uniform": _uniform,
     "logit_normal": _logit_normal,
 }
-"""The place below which a share in [0, 1] of a distribution lies, cut to [low, high]."""
+"""Inverse CDF of each distribution: it maps u in [0, 1] to a noise level in [low, high]."""
 
 
 def stratum_order(seed: int, key: str, count: int) -> np.ndarray:
-    """An order of `count` strata, (count,): each is drawn from once."""
+    """Return a random order of the stratum indices 0 to count - 1, (count,), each index once.
+
+    Args:
+        seed: seed of the run.
+        key: id of the row or name of the step.
+        count: number of strata.
+    """
     return row_generator(seed, key, 0, "strata").permutation(count)

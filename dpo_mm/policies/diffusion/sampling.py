@@ -1,4 +1,4 @@
-"""Pictures from a policy's stock pipeline, with a tuned adapter or denoiser attached, or its base."""
+"""Generate images with a policy's pipeline, with a loaded adapter or denoiser or with the base model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import torch
 from PIL import Image
 
 from dpo_mm.model_loading import load_module
-from dpo_mm.policies.adapters import LORA_FILE, has_lora, lora_scaled
+from dpo_mm.policies.adapters import LORA_FILE, at_lora_scale, has_lora
 
 if TYPE_CHECKING:
     from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy
 
 
 def load_adapter(policy: DiffusionPolicy, folder: Path) -> None:
-    """Load a tuned adapter or denoiser with the stock library. Raises ValueError where there is none."""
+    """Load a trained adapter or denoiser with diffusers.
+
+    Raises:
+        ValueError: if the folder contains neither.
+    """
     if (folder / LORA_FILE).exists():
         policy.pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="tuned")
     elif (folder / policy.denoiser).is_dir():
@@ -26,7 +30,7 @@ def load_adapter(policy: DiffusionPolicy, folder: Path) -> None:
         tuned = load_module(type(policy.model), str(folder / policy.denoiser), dtype=policy.dtype)
         setattr(policy.pipe, policy.denoiser, tuned.to(policy.device))
     else:
-        raise ValueError(f"adapter {str(folder)!r}: neither {LORA_FILE} nor a folder {policy.denoiser}/ there")
+        raise ValueError(f"adapter {str(folder)!r} contains neither {LORA_FILE} nor a folder {policy.denoiser}/")
 
 
 @torch.no_grad()
@@ -41,15 +45,15 @@ def sample(
     scale: float = 1.0,
     sources: Sequence[Image.Image] | None = None,
 ) -> Iterator[list[Image.Image]]:
-    """Pictures of each prompt from its own seed, a batch at a time; scale 0 draws with the base.
+    """Generate one image per prompt and seed, a batch at a time. See `ImagePolicy.sample` for the arguments.
 
-    sources: the picture to edit for each prompt, for families that edit. The noise of a picture comes from its seed
-    alone, whatever else is in the batch. Raises ValueError where sources are missing, or not wanted.
+    Raises:
+        ValueError: if sources are missing or not supported, or the scale is not supported.
     """
     if policy.is_image_editing != (sources is not None):
-        wanted = "edits pictures; give one for each prompt" if policy.is_image_editing else "draws from text alone"
-        raise ValueError(f"model {policy.source!r} is a {type(policy.pipe).__name__}, which {wanted} (sources)")
-    with _scaled(policy, scale):
+        reason = "needs an image to edit per prompt" if policy.is_image_editing else "takes no images to edit"
+        raise ValueError(f"model {policy.source!r} is a {type(policy.pipe).__name__}, which {reason} (sources)")
+    with _at_scale(policy, scale):
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part]]
@@ -58,15 +62,15 @@ def sample(
 
 
 @contextlib.contextmanager
-def _scaled(policy: DiffusionPolicy, scale: float) -> Iterator[None]:
-    """Within it what was attached acts with this strength. Raises ValueError between 0 and 1 for a whole denoiser."""
+def _at_scale(policy: DiffusionPolicy, scale: float) -> Iterator[None]:
+    """Context manager that sets the weight of what `load_adapter` loaded. A whole denoiser supports only 0 and 1."""
     if has_lora(policy.model):
-        with lora_scaled(policy.model, scale):
+        with at_lora_scale(policy.model, scale):
             yield
         return
     tuned = policy.model
     if policy.base_denoiser is not None and scale not in (0.0, 1.0):
-        raise ValueError(f"scale {scale}: a fully tuned denoiser has no scale but 0 and 1; sweep a LoRA instead")
+        raise ValueError(f"scale {scale}: a fully tuned denoiser supports only the scales 0 and 1. Use a LoRA instead")
     if policy.base_denoiser is not None and scale == 0:
         setattr(policy.pipe, policy.denoiser, policy.base_denoiser)
     try:

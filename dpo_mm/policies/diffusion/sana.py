@@ -1,4 +1,4 @@
-"""Sana: Gemma 2 reads the prompt behind an instruction, a deep-compression autoencoder without posterior, flow."""
+"""Sana: Gemma 2 text encoder with an instruction, a deep-compression autoencoder without posterior, rectified flow."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 
 class Sana(DiffusionPolicy):
-    """`SanaPipeline`. Source: Xie et al. 2024 (2410.10629)."""
+    """Policy of `SanaPipeline`. Source: Xie et al. 2024 (2410.10629)."""
 
-    needs = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
+    required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def sampling_kwargs(
         self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
     ) -> dict[str, Any]:
-        """Drawn at the resolution itself: the pipeline's bins hold no other sizes than those it was made for."""
+        """Generate at the policy's resolution. The pipeline's bins contain only its native sizes."""
         return {**super().sampling_kwargs(prompts, guidance), "use_resolution_binning": False}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
-        """Hidden states of the text encoder, (prompts, tokens, width), behind the pipeline's own instruction."""
-        drawing = inspect.signature(type(self.pipe).__call__).parameters
+        """Hidden states of the text encoder after the pipeline's default instruction, (prompts, tokens, width)."""
+        parameters = inspect.signature(type(self.pipe).__call__).parameters
         embeds, mask, _, _ = self.pipe.encode_prompt(
             list(prompts),
             do_classifier_free_guidance=False,
             device=self.device,
-            complex_human_instruction=drawing["complex_human_instruction"].default,
+            complex_human_instruction=parameters["complex_human_instruction"].default,
         )
         return {"embeds": embeds.cpu(), "mask": mask.cpu()}
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a flow, two CLIP encoders and a T5, which may be left out as the pipeline allows."""
+"""Stable Diffusion 3 and 3.5: two CLIP encoders and an optional T5, rectified flow."""
 
 from __future__ import annotations
 
@@ -13,12 +13,24 @@ from dpo_mm.model_loading import load_pipeline
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 OPTIONAL = ("text_encoder_3", "tokenizer_3")
+"""Components that a pipeline folder may lack."""
 
 
 class StableDiffusion3(DiffusionPolicy):
-    """`StableDiffusion3Pipeline`. T5 reads 256 tokens, the pipeline's own length; without it they are zeros."""
+    """Policy of `StableDiffusion3Pipeline`.
 
-    needs = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
+    T5 encodes 256 tokens, the pipeline's default length. Without T5 their hidden states are zeros.
+    """
+
+    required_components = (
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+        "transformer",
+        "scheduler",
+    )
     denoiser = "transformer"
     lora_targets = (
         "attn.to_q",
@@ -35,16 +47,17 @@ class StableDiffusion3(DiffusionPolicy):
 
     @classmethod
     def open(cls, source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
+        """Load the pipeline, without T5 if the folder does not contain it."""
         from diffusers import StableDiffusion3Pipeline
 
         folder = Path(source)
-        left_out = [part for part in OPTIONAL if folder.is_dir() and not (folder / part).is_dir()]
-        unused: dict[str, Any] = dict.fromkeys(left_out)
-        return load_pipeline(StableDiffusion3Pipeline, source, revision=revision, dtype=dtype, **unused)
+        missing = [part for part in OPTIONAL if folder.is_dir() and not (folder / part).is_dir()]
+        not_loaded: dict[str, Any] = dict.fromkeys(missing)
+        return load_pipeline(StableDiffusion3Pipeline, source, revision=revision, dtype=dtype, **not_loaded)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
-        """Hidden states of CLIP, then of T5, (prompts, tokens, width); both CLIPs' pooled, (prompts, width)."""
+        """Hidden states of CLIP, then of T5, (prompts, tokens, width), and both CLIPs' pooled states (prompts, width)."""
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             list(prompts), None, None, device=self.device, do_classifier_free_guidance=False
         )

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: one text encoder, a UNet, epsilon or v prediction."""
+"""Stable Diffusion 1.x and 2.x: one text encoder, a UNet, epsilon or v-prediction."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 
 class StableDiffusion(DiffusionPolicy):
-    """`StableDiffusionPipeline`. The safety checker is not loaded: it would blacken pictures that are to be judged."""
+    """Policy of `StableDiffusionPipeline`. The safety checker is not loaded, because it would blacken images."""
 
-    needs = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    required_components = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
     denoiser = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     kohya_prefix = "lora_unet"
 
     @classmethod
     def open(cls, source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
+        """Load the pipeline without its safety checker."""
         from diffusers import StableDiffusionPipeline
 
-        unused = {"safety_checker": None, "requires_safety_checker": False}
-        return load_pipeline(StableDiffusionPipeline, source, revision=revision, dtype=dtype, **unused)
+        not_loaded = {"safety_checker": None, "requires_safety_checker": False}
+        return load_pipeline(StableDiffusionPipeline, source, revision=revision, dtype=dtype, **not_loaded)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:

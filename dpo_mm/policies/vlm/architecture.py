@@ -1,4 +1,4 @@
-"""What is what in a transformers model: its classes, the parts beside the language model, what drops out, what a LoRA adapts."""
+"""Parts of a transformers model: its auto classes, the modules outside the language model, dropout and LoRA targets."""
 
 from __future__ import annotations
 
@@ -9,55 +9,80 @@ from typing import Any
 from torch import nn
 
 
-def classes_of(config: Any, source: str) -> tuple[Any, Any]:
-    """The auto classes that open a model and its processor. Raises ValueError for a kind that isn't handled."""
+def auto_classes_for(config: Any, source: str) -> tuple[Any, Any]:
+    """Choose the auto classes that load a model and its processor.
+
+    Args:
+        config: the model's transformers config.
+        source: folder or hub id of the model, for the error.
+
+    Raises:
+        ValueError: if the model is an encoder-decoder, or neither an image-text-to-text nor a causal language model.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    kind = config.model_type
+    model_type = config.model_type
     if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder or hasattr(config, "decoder"):
-        raise ValueError(f"model {source!r} is a {kind}, an encoder-decoder; only decoder-only models are handled")
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ValueError(
+            f"model {source!r} is a {model_type}, an encoder-decoder. Only decoder-only models are supported"
+        )
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return AutoModelForImageTextToText, AutoProcessor
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return AutoModelForCausalLM, AutoTokenizer
-    raise ValueError(f"model {source!r} is a {kind}; expected an image-text-to-text or causal language model")
+    raise ValueError(f"model {source!r} is a {model_type}. Expected an image-text-to-text or causal language model")
 
 
-def outside_language(core: Any) -> list[nn.Module]:
-    """Vision tower, projector and whatever else is neither the language model nor its head."""
-    decoder, head = core.get_decoder(), core.get_output_embeddings()
-    inner = core.base_model
+def non_language_modules(base_model: Any) -> list[nn.Module]:
+    """List the vision tower, the projector and all other modules except the language model and its head."""
+    decoder, head = base_model.get_decoder(), base_model.get_output_embeddings()
+    inner = base_model.base_model
     return [] if decoder is inner else [m for m in inner.children() if m is not decoder and m is not head]
 
 
-def without_dropout(core: nn.Module) -> None:
-    """Let nothing drop out, in training either, as in the DPO authors' code: policy and reference see the same model."""
-    for module in core.modules():
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0, also in training, as in the DPO authors' code.
+
+    Policy and reference then compute the same function.
+    """
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
             setattr(module, name, 0.0)
 
 
-def lora_targets(core: Any, names: Sequence[str] | None, *, train_vision_tower: bool) -> str:
-    """A regular expression of the linear layers that a LoRA adapts: all but the head, or those of these names.
+def lora_targets(base_model: Any, names: Sequence[str] | None, *, train_vision_tower: bool) -> str:
+    """Build a regular expression of the linear layers that a LoRA adapts.
 
-    Raises ValueError where none matches.
+    Args:
+        base_model: a transformers model without wrappers.
+        names: names of linear layers, such as q_proj. None is all linear layers except the head.
+        train_vision_tower: True also adapts layers outside the language model.
+
+    Raises:
+        ValueError: if a name is not a linear layer.
     """
-    head, decoder = core.get_output_embeddings(), core.get_decoder()
-    places = [name for name, module in core.named_modules() if module is decoder]
-    prefix = "" if train_vision_tower or not places or not places[0] else f"{places[0]}."
-    linear = [n for n, m in core.named_modules() if isinstance(m, nn.Linear) and m is not head and n.startswith(prefix)]
+    head, decoder = base_model.get_output_embeddings(), base_model.get_decoder()
+    decoder_names = [name for name, module in base_model.named_modules() if module is decoder]
+    whole_model = train_vision_tower or not decoder_names or not decoder_names[0]
+    prefix = "" if whole_model else f"{decoder_names[0]}."
+    linear = [
+        name
+        for name, module in base_model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name.startswith(prefix)
+    ]
     leaves = {name.rpartition(".")[2] for name in linear}
     if names is not None:
         unknown = [name for name in names if name not in leaves]
         if unknown:
             raise ValueError(
-                f"lora_targets: {unknown[0]!r} is no linear layer of {prefix or 'it'}; known: {', '.join(sorted(leaves))}"
+                f"lora_targets: {unknown[0]!r} is not a linear layer of {prefix or 'the model'}. "
+                f"Known: {', '.join(sorted(leaves))}"
             )
         linear = [name for name in linear if name.rpartition(".")[2] in names]
     return "|".join(sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\.\\d+", re.escape(name)) for name in linear}))

@@ -1,8 +1,8 @@
-"""Preference rows of text and images as token ids and image tensors, made once and read at every visit.
+"""Encode preference rows of text and images as token ids and image tensors, once for all epochs.
 
-The prompt goes through the model's own chat template and processor; completions are tokenised as what the template puts
-after the prompt, with the end of the turn. A model without a chat template is given the images, then the text.
-Image tokens are never cut: a row that is too long is refused, or dropped by name.
+The prompt goes through the model's own chat template and processor. Completions are the tokens that the template puts
+after the prompt, with the end of the turn. A model without a chat template gets the images, then the text. Image tokens
+are never truncated: a row that is too long raises an error, or is dropped and logged.
 """
 
 from __future__ import annotations
@@ -24,17 +24,24 @@ from dpo_mm.policies.vlm.shared_prefix import Layout
 
 logger = logging.getLogger(__name__)
 
-NO_IMAGES = ("input_ids", "attention_mask", "labels")
+TEXT_INPUTS = ("input_ids", "attention_mask", "labels")
 TOKEN_TYPE_INPUTS = ("token_type_ids", "mm_token_type_ids")
-"""What processors say of each token, beside its id."""
+"""Names of the token types that processors return with the ids."""
 
 
 class ConversationEncoder:
-    """Rows and conversations as one model takes them.
+    """Encoder of rows and conversations for one model.
 
-    processor: an AutoProcessor, or an AutoTokenizer for a model without images. max_length: tokens of image, prompt and
-    the longer completion, at most. overlong_rows: raise | drop. corrupt: also encode what is left of each image, see
-    `corrupted`. mark_edits: also mark the tokens in which the answers differ. Raises ValueError for another overlong_rows.
+    Args:
+        processor: an AutoProcessor, or an AutoTokenizer for a model without images.
+        model: the transformers model.
+        max_length: largest number of tokens of images, prompt and the longer completion. None is the model's limit.
+        overlong_rows: "raise" or "drop" for rows above `max_length`.
+        corrupt: True also encodes a corrupted version of each image, see `corrupted`.
+        mark_edits: True also marks the tokens in which the responses differ, see `edits`.
+
+    Raises:
+        ValueError: if `overlong_rows` is unknown.
     """
 
     def __init__(
@@ -48,7 +55,7 @@ class ConversationEncoder:
         mark_edits: bool = False,
     ) -> None:
         if overlong_rows not in ("raise", "drop"):
-            raise ValueError(f"overlong_rows {overlong_rows!r} is unknown; expected raise or drop")
+            raise ValueError(f"overlong_rows {overlong_rows!r} is unknown. Expected raise or drop")
         self.processor, self.tokenizer = processor, getattr(processor, "tokenizer", processor)
         self.takes_images = self.tokenizer is not processor
         self.templated = bool(getattr(processor, "chat_template", None) or self.tokenizer.chat_template)
@@ -57,119 +64,135 @@ class ConversationEncoder:
         self.max_length, self.overlong_rows = max_length or limit, overlong_rows
         self.corrupt, self.mark_edits = corrupt, mark_edits
         self.dropped: list[str] = []
-        """Names of the rows that were too long."""
+        """Ids of the rows that were dropped because they are too long."""
 
     def encode(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows of `response_preference` as ids and tensors; see `encode_row`."""
-        found = (self.encode_row(row) for row in rows)
-        return [row for row in found if row is not None]
+        """Encode rows of the schema `response_preference`, without the dropped ones. See `encode_row`."""
+        encoded = (self.encode_row(row) for row in rows)
+        return [row for row in encoded if row is not None]
 
     def encode_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """One row: id, prompt_ids, chosen_ids, rejected_ids (tokens,), types and images by name; None where dropped.
+        """Encode one row.
 
-        Raises ValueError that names the row where it is too long, or its images, prompt or answers don't fit.
+        Returns:
+            A dict with `id`, `prompt_ids`, `chosen_ids` and `rejected_ids` (tokens,), `types` (token types by name),
+            `images` (tensors by name), and the row's columns of DATASET_INPUTS. None if the row is dropped.
+
+        Raises:
+            ValueError: if the row is too long, or its images, prompt and responses do not fit together. The error names
+                the row.
         """
         name, images = str(row["id"]), list(row.get("images") or [])
         messages = as_messages(row["prompt"], "user")
         prompt = self.prompt(images, messages, where=f"row {name}")
-        answers = {
+        completions = {
             side: self._completion(
                 messages, images, row[side], f"row {name}: {side}", ends=not row.get(f"{side}_truncated")
             )
             for side in ("chosen", "rejected")
         }
-        length = len(prompt["ids"]) + max(len(ids) for ids in answers.values())
+        length = len(prompt["ids"]) + max(len(ids) for ids in completions.values())
         if self.max_length and length > self.max_length:
-            self._too_long(name, f"{length} tokens, {len(prompt['ids'])} of them its prompt with {len(images)} images")
+            self._raise_or_drop(
+                name, f"{length} tokens, {len(prompt['ids'])} of them its prompt with {len(images)} images"
+            )
             return None
-        kept: dict[str, Any] = {column: float(row[column]) for column in DATASET_INPUTS if row.get(column) is not None}
+        columns: dict[str, Any] = {name: float(row[name]) for name in DATASET_INPUTS if row.get(name) is not None}
         if row.get("score_gap") is not None:
-            kept["score_margin"] = float(row["score_gap"])
-        ids = {f"{side}_ids": torch.tensor(tokens) for side, tokens in answers.items()}
+            columns["score_margin"] = float(row["score_gap"])
+        ids = {f"{side}_ids": torch.tensor(tokens) for side, tokens in completions.items()}
         if self.mark_edits:
-            ids |= edits(answers["chosen"], answers["rejected"])
+            ids |= edits(completions["chosen"], completions["rejected"])
         if self.corrupt:
             if not images:
-                raise ValueError(f"row {name} has no image to corrupt; image_conditional is for rows with images")
-            left = [corrupted(image, seed=f"{name} {n}") for n, image in enumerate(images)]
-            kept["corrupted_images"] = self.prompt(left, messages, where=f"row {name}")["images"]
+                raise ValueError(f"row {name} has no image to corrupt. The objective image_conditional needs images")
+            corrupted_images = [corrupted(image, seed=f"{name} {n}") for n, image in enumerate(images)]
+            columns["corrupted_images"] = self.prompt(corrupted_images, messages, where=f"row {name}")["images"]
         return {
             "id": name,
             "prompt_ids": prompt["ids"],
             **ids,
             "types": prompt["types"],
             "images": prompt["images"],
-            **kept,
+            **columns,
         }
 
-    def _too_long(self, name: str, size: str) -> None:
-        reason = f"row {name}: {size}; at most {self.max_length} fit, and image tokens are never cut"
+    def _raise_or_drop(self, name: str, size: str) -> None:
+        reason = f"row {name}: {size}. At most {self.max_length} fit, and image tokens are never truncated"
         if self.overlong_rows == "raise":
             raise ValueError(
-                f"{reason}; shrink its images, raise max_length, or leave such rows out with overlong_rows 'drop'"
+                f"{reason}. Shrink its images, raise max_length, or drop such rows with overlong_rows: drop"
             )
-        logger.warning("%s; it is left out", reason)
+        logger.warning("%s. The row is dropped", reason)
         self.dropped.append(name)
 
     def prompt(self, images: Sequence[Any], messages: Sequence[dict[str, Any]], *, where: str) -> dict[str, Any]:
-        """Ids (tokens,), types and image tensors of a conversation that the model is to go on with.
+        """Encode a conversation up to where the model's response starts.
 
-        Raises ValueError that starts with `where` where images are given that have no place, or the other way round, or
-        the processor takes no such row.
+        Args:
+            images: images of the conversation.
+            messages: messages in the chat format.
+            where: name of the conversation, the start of an error.
+
+        Returns:
+            A dict with `ids` (tokens,), `types` (token types by name, (tokens,)) and `images` (tensors by name).
+
+        Raises:
+            ValueError: if the numbers of images and image placeholders differ, or the processor does not accept them.
         """
         if images and not self.takes_images:
-            raise ValueError(f"{where}: {len(images)} images for a model that reads text alone")
-        text = self._template(_placed(messages, len(images), where), answered=False)
+            raise ValueError(f"{where}: {len(images)} images for a model that takes only text")
+        text = self._template(_with_image_parts(messages, len(images), where), complete=False)
         try:
-            found = self._processed(text, images)
+            processed = self._process(text, images)
         except ValueError as error:
-            raise ValueError(f"{where}: its processor says: {' '.join(str(error).split())}") from error
-        ids = found["input_ids"][0]
+            raise ValueError(f"{where}: the processor failed: {' '.join(str(error).split())}") from error
+        ids = processed["input_ids"][0]
         if len(ids) == 0:
-            raise ValueError(f"{where}: its prompt is empty; expected at least one token")
-        types = {key: found[key][0] for key in TOKEN_TYPE_INPUTS if key in found and key in self.accepted}
+            raise ValueError(f"{where}: the prompt is empty. Expected at least one token")
+        types = {key: processed[key][0] for key in TOKEN_TYPE_INPUTS if key in processed and key in self.accepted}
         tensors = {
             k: v
-            for k, v in found.items()
+            for k, v in processed.items()
             if isinstance(v, Tensor) and k in self.accepted and k not in TOKEN_TYPE_INPUTS
         }
         return {
             "ids": ids,
             "types": types,
-            "images": {k: v for k, v in tensors.items() if k not in NO_IMAGES},
+            "images": {k: v for k, v in tensors.items() if k not in TEXT_INPUTS},
         }
 
-    def _processed(self, text: str, images: Sequence[Any]) -> Any:
+    def _process(self, text: str, images: Sequence[Any]) -> Any:
         if not self.takes_images:
-            return self.tokenizer([text], return_tensors="pt", **self._special(text))
-        pictures = [[image.convert("RGB") for image in images]] if images else None
-        return self.processor(text=[text], images=pictures, return_tensors="pt", **self._special(text))
+            return self.tokenizer([text], return_tensors="pt", **self._special_token_options(text))
+        rgb = [[image.convert("RGB") for image in images]] if images else None
+        return self.processor(text=[text], images=rgb, return_tensors="pt", **self._special_token_options(text))
 
-    def _special(self, text: str) -> dict[str, bool]:
-        """Nothing is added to what a tokenizer's template wrote, nor to a processor's that wrote the first token."""
+    def _special_token_options(self, text: str) -> dict[str, bool]:
+        """Options that add no special tokens if the template has written them already."""
         first = self.tokenizer.bos_token
         whole = self.templated and (not self.takes_images or (bool(first) and text.startswith(first)))
         return {"add_special_tokens": False} if whole else {}
 
-    def _template(self, messages: Sequence[dict[str, Any]], *, answered: bool) -> str:
-        """The conversation as the model's template writes it; up to where the answer starts unless it is answered."""
+    def _template(self, messages: Sequence[dict[str, Any]], *, complete: bool) -> str:
+        """Apply the model's chat template: a complete conversation, or one up to where the response starts."""
         if not self.templated:
             return _untemplated(messages, getattr(self.processor, "image_token", None))
         if not self.takes_images:
             messages = [
                 {"role": m["role"], "content": "".join(part["text"] or "" for part in m["content"])} for m in messages
             ]
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=not complete)
 
     def _completion(
-        self, messages: Sequence[dict[str, Any]], images: Sequence[Any], answer: Any, where: str, *, ends: bool
+        self, messages: Sequence[dict[str, Any]], images: Sequence[Any], response: Any, where: str, *, ends: bool
     ) -> list[int]:
-        """Ids of what follows the prompt, (tokens,), up to the end of the turn, or without it where the answer was cut."""
-        answers = as_messages(answer, "assistant")
-        placed = _placed(messages, len(images), where)
-        before, whole = self._template(placed, answered=False), self._template([*placed, *answers], answered=True)
+        """Ids of what follows the prompt, (tokens,), with the end of the turn, or without it if the response is truncated."""
+        responses = as_messages(response, "assistant")
+        prompt = _with_image_parts(messages, len(images), where)
+        before, whole = self._template(prompt, complete=False), self._template([*prompt, *responses], complete=True)
         if not self.templated or not whole.startswith(before):
-            whole = before + "".join(part["text"] or "" for message in answers for part in message["content"])
+            whole = before + "".join(part["text"] or "" for message in responses for part in message["content"])
         ids = self._after(before, whole)
         last = self._end_of_turn(ids)
         if ends and last is None and self.tokenizer.eos_token_id is not None:
@@ -178,39 +201,47 @@ class ConversationEncoder:
         if not ends and last is not None:
             ids = ids[:last]
         if not ids:
-            raise ValueError(f"{where} is empty; expected at least one token")
+            raise ValueError(f"{where} is empty. Expected at least one token")
         return ids
 
     def _after(self, before: str, whole: str) -> list[int]:
-        """Ids of `whole` after those of `predicting_columns`; of the rest alone where tokens cross the seam."""
+        """Ids of `whole` after those of `before`, or of the remaining text if a token crosses the boundary."""
         start, ids = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, whole))
         if ids[: len(start)] == start:
             return list(ids[len(start) :])
         return list(self.tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"])
 
     def _end_of_turn(self, ids: Sequence[int]) -> int | None:
-        """Where the answer's last end-of-sequence token stands, if nothing but white space follows it."""
-        places = [n for n, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
-        if not places or self.tokenizer.decode(ids[places[-1] + 1 :]).strip():
+        """Index of the last end-of-sequence token, if only white space follows it."""
+        indices = [n for n, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
+        if not indices or self.tokenizer.decode(ids[indices[-1] + 1 :]).strip():
             return None
-        return places[-1]
+        return indices[-1]
 
 
 def corrupted(image: Any, *, seed: str) -> Any:
-    """What is left of an image that is to be ignored: a random crop of 1 to 20 % of it, at its own size again.
+    """Corrupt an image: crop a random 1 to 20 % of its area and scale the crop to the image's size.
 
-    seed: of the crop. Source: mDPO, Wang et al. 2024 (2406.11839).
+    Args:
+        image: a PIL image.
+        seed: seed of the crop.
+
+    Source: mDPO, Wang et al. 2024 (2406.11839).
     """
     digest = hashlib.blake2b(seed.encode(), digest_size=8).digest()
     rng = random.Random(int.from_bytes(digest, "little"))
-    side = rng.uniform(0.01, 0.2) ** 0.5
-    width, height = max(1, round(image.width * side)), max(1, round(image.height * side))
+    edge = rng.uniform(0.01, 0.2) ** 0.5
+    width, height = max(1, round(image.width * edge)), max(1, round(image.height * edge))
     left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
     return image.convert("RGB").crop((left, top, left + width, top + height)).resize(image.size)
 
 
 def edits(chosen: Sequence[int], rejected: Sequence[int]) -> dict[str, Tensor]:
-    """Which tokens of each answer the other one doesn't share, by their longest matching blocks, (tokens,) each, 0 or 1."""
+    """Mark the tokens of each response that are not in the longest matching blocks of both.
+
+    Returns:
+        `chosen_edited` and `rejected_edited`, (tokens,) each, 1 for an edited token and 0 otherwise.
+    """
     marks = {"chosen_edited": torch.ones(len(chosen)), "rejected_edited": torch.ones(len(rejected))}
     for block in difflib.SequenceMatcher(None, chosen, rejected, autojunk=False).get_matching_blocks():
         marks["chosen_edited"][block.a : block.a + block.size] = 0
@@ -219,7 +250,12 @@ def edits(chosen: Sequence[int], rejected: Sequence[int]) -> dict[str, Tensor]:
 
 
 def as_messages(content: Any, role: str) -> list[dict[str, Any]]:
-    """Messages with their content as parts, from a text, a message or messages."""
+    """Convert a text or messages to messages whose content is a list of parts.
+
+    Args:
+        content: a text, or messages in the chat format.
+        role: role of the message if content is a text.
+    """
     if isinstance(content, str):
         content = [{"role": role, "content": content}]
     return [{"role": message["role"], "content": _parts(message["content"])} for message in content]
@@ -234,16 +270,19 @@ def _parts(content: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _placed(messages: Sequence[dict[str, Any]], images: int, where: str) -> list[dict[str, Any]]:
-    """Messages with a part for every image; those of images that have none come first in the first user message."""
+def _with_image_parts(messages: Sequence[dict[str, Any]], images: int, where: str) -> list[dict[str, Any]]:
+    """Messages with a part per image. If they have no image parts, these come first in the first user message."""
     messages = as_messages(messages, "user")
-    places = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if places not in (0, images):
-        raise ValueError(f"{where}: {images} images for {places} places in its prompt; expected as many, or no places")
+    placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if placeholders not in (0, images):
+        raise ValueError(
+            f"{where}: {images} images for {placeholders} placeholders in the prompt. "
+            "Expected one placeholder per image, or none"
+        )
     first = next((message for message in messages if message["role"] == "user"), None)
-    if places == 0 and images and first is None:
-        raise ValueError(f"{where}: {images} images and no user message to put them in")
-    if places == 0 and first is not None:
+    if placeholders == 0 and images and first is None:
+        raise ValueError(f"{where}: {images} images, but no user message to put them in")
+    if placeholders == 0 and first is not None:
         first["content"] = [{"type": "image"}] * images + first["content"]
     return messages
 
@@ -256,80 +295,96 @@ def _untemplated(messages: Sequence[dict[str, Any]], image_token: str | None) ->
 # Batches
 
 
-def collate(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
-    """Encoded rows as one batch: ids and mask (pairs, prompt + chosen + rejected columns), types, images, terms."""
-    sides = [[row[f"{part}_ids"] for row in rows] for part in ("prompt", "chosen", "rejected")]
-    widths = [max(len(ids) for ids in side) for side in sides]
+def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """Make a batch from encoded rows.
+
+    Args:
+        rows: rows from `ConversationEncoder.encode`.
+        pad_token_id: id of padding.
+
+    Returns:
+        A dict with `id`, `ids` and `mask` (pairs, columns of prompt, chosen and rejected), `layout`, `types`, `images`,
+        `num_tokens_chosen` and `num_tokens_rejected` (pairs,). Optional columns of the rows are added under their names.
+    """
+    parts = [[row[f"{part}_ids"] for row in rows] for part in ("prompt", "chosen", "rejected")]
+    widths = [max(len(ids) for ids in part) for part in parts]
     ids = [
-        padded(side, width, left=n == 0, value=pad) for n, (side, width) in enumerate(zip(sides, widths, strict=True))
+        pad_rows(part, width, left=n == 0, value=pad_token_id)
+        for n, (part, width) in enumerate(zip(parts, widths, strict=True))
     ]
-    ones = [[torch.ones_like(ids) for ids in side] for side in sides]
-    mask = torch.cat(
-        [padded(one, width, left=n == 0) for n, (one, width) in enumerate(zip(ones, widths, strict=True))], 1
-    )
+    ones = [[torch.ones_like(ids) for ids in part] for part in parts]
+    masks = [pad_rows(part, width, left=n == 0) for n, (part, width) in enumerate(zip(ones, widths, strict=True))]
+    mask = torch.cat(masks, 1)
     batch: dict[str, Any] = {
         "id": [row["id"] for row in rows],
         "ids": torch.cat(ids, 1),
         "mask": mask,
         "layout": Layout(widths[0], widths[1], widths[2], padded=not bool(mask.all())),
-        "types": {k: padded([row["types"][k] for row in rows], widths[0], left=True) for k in rows[0]["types"]},
+        "types": {k: pad_rows([row["types"][k] for row in rows], widths[0], left=True) for k in rows[0]["types"]},
         "images": join_images([row["images"] for row in rows]),
     }
-    for place, side in enumerate(("chosen", "rejected"), start=1):
-        batch[f"num_tokens_{side}"] = torch.tensor([float(len(ids)) for ids in sides[place]])
+    for part, side in enumerate(("chosen", "rejected"), start=1):
+        batch[f"num_tokens_{side}"] = torch.tensor([float(len(ids)) for ids in parts[part]])
         if f"{side}_edited" in rows[0]:
-            marks = [row[f"{side}_edited"] for row in rows]
-            batch[f"{side}_edited"] = padded(marks, widths[place], left=False).float()
+            edited = [row[f"{side}_edited"] for row in rows]
+            batch[f"{side}_edited"] = pad_rows(edited, widths[part], left=False).float()
     for name in DATASET_INPUTS:
         if all(name in row for row in rows):
             batch[name] = torch.tensor([float(row[name]) for row in rows])
     if "number" in rows[0]:
         batch["number"] = torch.tensor([row["number"] for row in rows])
     if "corrupted_images" in rows[0]:
-        batch["corrupted"] = collate([_corrupted_row(row) for row in rows], pad)
+        batch["corrupted"] = collate([_corrupted_row(row) for row in rows], pad_token_id)
     for name in ("reference_chosen", "reference_rejected"):
-        if all(name in row for row in rows):  # the same at every visit: a text has no draw
+        if all(name in row for row in rows):  # one value for all epochs, because text has no noise
             batch[name] = torch.stack([torch.as_tensor(row[name]).float().flatten()[0] for row in rows])
     return batch
 
 
 def _corrupted_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The chosen answer behind the corrupted images; of the rejected one, which isn't asked, a token."""
-    dropped = ("corrupted_images", "features", "reference_chosen", "reference_rejected")
-    kept = {name: value for name, value in row.items() if name not in dropped}
-    short: dict[str, Any] = {name: row[name][:1] for name in ("rejected_ids", "rejected_edited") if name in row}
-    return {**kept, **short, "images": row["corrupted_images"]}
+    """Row with the corrupted images. Its rejected side is one token, because its log-prob is not used."""
+    replaced = ("corrupted_images", "features", "reference_chosen", "reference_rejected")
+    unchanged = {name: value for name, value in row.items() if name not in replaced}
+    shortened: dict[str, Any] = {name: row[name][:1] for name in ("rejected_ids", "rejected_edited") if name in row}
+    return {**unchanged, **shortened, "images": row["corrupted_images"]}
 
 
-def padded(rows: Sequence[Tensor], width: int, *, left: bool, value: int = 0) -> Tensor:
-    """Rows of (tokens,) as (rows, width), padded on one side."""
-    out = torch.full((len(rows), width), value, dtype=torch.long)
-    for place, row in zip(out, rows, strict=True):
-        place[slice(width - len(row), width) if left else slice(len(row))] = row
-    return out
+def pad_rows(rows: Sequence[Tensor], width: int, *, left: bool, value: int = 0) -> Tensor:
+    """Pad rows of (tokens,) to (rows, width) on the left or the right."""
+    output = torch.full((len(rows), width), value, dtype=torch.long)
+    for output_row, row in zip(output, rows, strict=True):
+        output_row[slice(width - len(row), width) if left else slice(len(row))] = row
+    return output
 
 
 def join_images(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Image tensors of rows, one after the other; where rows differ in a later dimension, padded with zeros."""
+    """Concatenate the image tensors of rows, padded with zeros if they differ in a later dimension."""
     joined = {}
     for name in sorted({name for row in rows for name in row}):
         parts = [row[name] for row in rows if name in row]
         shape = [max(part.shape[d] for part in parts) for d in range(1, parts[0].ndim)]
-        joined[name] = torch.cat([_grown(part, shape) for part in parts])
+        joined[name] = torch.cat([_pad_to(part, shape) for part in parts])
     return joined
 
 
-def _grown(part: Tensor, shape: list[int]) -> Tensor:
+def _pad_to(part: Tensor, shape: list[int]) -> Tensor:
     if list(part.shape[1:]) == shape:
         return part
-    out = part.new_zeros((part.shape[0], *shape))
-    out[tuple(slice(size) for size in part.shape)] = part
-    return out
+    output = part.new_zeros((part.shape[0], *shape))
+    output[tuple(slice(size) for size in part.shape)] = part
+    return output
 
 
-def response_from_tokens(tokens: list[int], tokenizer: Any, ends: int | list[int] | None) -> Response:
-    """What was generated, up to the first token that ends a turn. ends: those; None: the tokenizer's own."""
-    stops = {tokenizer.eos_token_id} if ends is None else {ends} if isinstance(ends, int) else set(ends)
-    end = next((n + 1 for n, token in enumerate(tokens) if token in stops), None)
-    kept = tokens[:end]
-    return Response(tokenizer.decode(kept, skip_special_tokens=True), len(kept), hit_limit=end is None)
+def response_from_tokens(tokens: list[int], tokenizer: Any, end_ids: int | list[int] | None) -> Response:
+    """Decode a generated response up to the first token that ends a turn.
+
+    Args:
+        tokens: generated token ids, possibly padded at the end.
+        tokenizer: the model's tokenizer.
+        end_ids: ids that end a turn. None is the tokenizer's own end of sequence.
+    """
+    end_ids = [tokenizer.eos_token_id] if end_ids is None else end_ids
+    stop_ids = {end_ids} if isinstance(end_ids, int) else set(end_ids)
+    end = next((n + 1 for n, token in enumerate(tokens) if token in stop_ids), None)
+    completion = tokens[:end]
+    return Response(tokenizer.decode(completion, skip_special_tokens=True), len(completion), hit_limit=end is None)

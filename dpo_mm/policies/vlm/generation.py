@@ -1,4 +1,4 @@
-"""Generate responses: in batches, or one at a time with its text so far and the log-prob of each token."""
+"""Generate responses in batches, stream one response, and compute the log-prob of each token of a response."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpo_mm.data.schema import Response
-from dpo_mm.policies.vlm.chat import as_messages, join_images, padded, response_from_tokens
-from dpo_mm.policies.vlm.token_log_probs import evaluating
+from dpo_mm.policies.vlm.chat import as_messages, join_images, pad_rows, response_from_tokens
+from dpo_mm.policies.vlm.layout_check import eval_mode
 
 if TYPE_CHECKING:
     from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
@@ -29,18 +29,25 @@ def generate(
     """Generate one response per conversation, a batch at a time.
 
     Args:
-        policy: the model, with the adapter that is loaded.
-        images, messages: per conversation.
-        limits: arguments of transformers' `generate`.
-        seed: seed of the first batch. A later batch adds the position of its first conversation.
+        policy: the model, with its loaded adapter.
+        images: images per conversation.
+        messages: text, message or list of messages per conversation.
+        limits: keyword arguments of transformers' `generate`.
+        seed: seed of the first batch. A later batch adds the index of its first conversation.
         batch_size: conversations per batch.
+
+    Returns:
+        One response per conversation, in the same order.
+
+    Raises:
+        ValueError: if images and messages do not fit together or the processor does not accept them.
     """
     prompts = [
-        policy.rows.prompt(pictures, as_messages(conversation, "user"), where=f"conversation {n}")
-        for n, (pictures, conversation) in enumerate(zip(images, messages, strict=True))
+        policy.rows.prompt(conversation_images, as_messages(conversation, "user"), where=f"conversation {n}")
+        for n, (conversation_images, conversation) in enumerate(zip(images, messages, strict=True))
     ]
     responses: list[Response] = []
-    with evaluating(policy.model), torch.random.fork_rng():
+    with eval_mode(policy.model), torch.random.fork_rng():
         for start in range(0, len(prompts), batch_size):
             torch.manual_seed(seed + start)
             responses += _generate_batch(policy, prompts[start : start + batch_size], limits)
@@ -49,74 +56,108 @@ def generate(
 
 def _generate_batch(policy: VisionLanguage, prompts: list[dict[str, Any]], limits: dict[str, Any]) -> list[Response]:
     width = max(len(prompt["ids"]) for prompt in prompts)
-    ids = padded([p["ids"] for p in prompts], width, left=True, value=policy.pad)
-    mask = padded([torch.ones_like(p["ids"]) for p in prompts], width, left=True)
-    types = {k: padded([p["types"][k] for p in prompts], width, left=True) for k in prompts[0]["types"]}
-    images = join_images([prompt["images"] for prompt in prompts])
-    inputs = {k: v.to(policy.device) for k, v in {"input_ids": ids, "attention_mask": mask, **types, **images}.items()}
-    inputs = {k: v.to(policy.base_model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    out = policy.model.generate(**inputs, **limits, pad_token_id=policy.pad)
-    ends = policy.base_model.generation_config.eos_token_id
-    return [response_from_tokens(tokens.tolist(), policy.rows.tokenizer, ends) for tokens in out[:, width:].cpu()]
+    inputs = {
+        "input_ids": pad_rows([p["ids"] for p in prompts], width, left=True, value=policy.pad_token_id),
+        "attention_mask": pad_rows([torch.ones_like(p["ids"]) for p in prompts], width, left=True),
+        **{name: pad_rows([p["types"][name] for p in prompts], width, left=True) for name in prompts[0]["types"]},
+        **join_images([prompt["images"] for prompt in prompts]),
+    }
+    output = policy.model.generate(**_to_model(policy, inputs), **limits, pad_token_id=policy.pad_token_id)
+    end_ids = policy.base_model.generation_config.eos_token_id
+    return [response_from_tokens(tokens.tolist(), policy.rows.tokenizer, end_ids) for tokens in output[:, width:].cpu()]
 
 
 def stream(policy: VisionLanguage, images: Sequence[Any], message: Any, *, max_new_tokens: int) -> Iterator[str]:
-    """The greedy answer to one conversation, as far as it is written, again and again until it is whole.
+    """Stream the greedy response to one conversation.
 
-    Raises what generating raised, and ValueError as `Conversations.prompt`.
+    Args:
+        policy: the model, with its loaded adapter.
+        images: images of the conversation.
+        message: a text, message or list of messages.
+        max_new_tokens: largest number of tokens.
+
+    Yields:
+        The text so far, after each new piece.
+
+    Raises:
+        ValueError: if images and message do not fit together or the processor does not accept them. Errors of
+            transformers' `generate` are raised too.
     """
     from transformers import TextIteratorStreamer
 
     inputs = _inputs(policy, images, message)
     streamer = TextIteratorStreamer(policy.rows.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    failed: list[BaseException] = []
+    errors: list[BaseException] = []
 
-    def write() -> None:
+    def run_generate() -> None:
         try:
             with torch.inference_mode():
                 policy.model.generate(
-                    **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=policy.pad, streamer=streamer
+                    **inputs,
+                    do_sample=False,
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=policy.pad_token_id,
+                    streamer=streamer,
                 )
         except BaseException as error:
-            failed.append(error)
+            errors.append(error)
             streamer.end()
 
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
+    thread = threading.Thread(target=run_generate, daemon=True)
+    thread.start()
     text = ""
-    for part in streamer:
-        text += part
+    for piece in streamer:
+        text += piece
         yield text
-    writer.join()
-    if failed:
-        raise failed[0]
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 @torch.no_grad()
 def token_log_probs(
-    policy: VisionLanguage, images: Sequence[Any], message: Any, answer: str
+    policy: VisionLanguage, images: Sequence[Any], message: Any, response: str
 ) -> tuple[list[str], torch.Tensor]:
-    """An answer's tokens as text, and their log-probs in nats, (tokens,), float32, under the weights as they are."""
+    """Compute the log-prob of each token of a response under the current weights.
+
+    Args:
+        policy: the model, with its loaded adapter.
+        images: images of the conversation.
+        message: a text, message or list of messages.
+        response: the response's text.
+
+    Returns:
+        The tokens as text, and their log-probs, nats, (tokens,), float32, on the CPU.
+
+    Raises:
+        ValueError: if images and message do not fit together or the processor does not accept them.
+    """
     tokenizer = policy.rows.tokenizer
-    told = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"][0].to(policy.device)
-    if not len(told):
+    ids = tokenizer(response, add_special_tokens=False, return_tensors="pt")["input_ids"][0].to(policy.device)
+    if not len(ids):
         return [], torch.zeros(0)
     inputs = _inputs(policy, images, message)
     start = inputs["input_ids"].shape[1]
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], told[None].to(inputs["input_ids"].dtype)], 1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids[None].to(inputs["input_ids"].dtype)], 1)
     for name, value in inputs.items():
         if name != "input_ids" and value.ndim == 2 and value.shape[1] == start:
             fill = int(name == "attention_mask")
-            inputs[name] = torch.cat([value, value.new_full((1, len(told)), fill)], 1)
+            inputs[name] = torch.cat([value, value.new_full((1, len(ids)), fill)], 1)
     logits = policy.model(**inputs).logits[0, start - 1 : -1].float()
-    pieces = [tokenizer.decode([token]) for token in told.tolist()]
-    return pieces, logits.log_softmax(-1).gather(-1, told[:, None])[:, 0].cpu()
+    tokens = [tokenizer.decode([token]) for token in ids.tolist()]
+    return tokens, logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].cpu()
 
 
 def _inputs(policy: VisionLanguage, images: Sequence[Any], message: Any) -> dict[str, torch.Tensor]:
+    """Model inputs of one conversation, up to where the response starts."""
     prompt = policy.rows.prompt(images, as_messages(message, "user"), where="this conversation")
     ids = prompt["ids"][None]
-    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found |= {name: value[None] for name, value in prompt["types"].items()} | prompt["images"]
-    moved = {name: value.to(policy.device) for name, value in found.items()}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs |= {name: value[None] for name, value in prompt["types"].items()} | prompt["images"]
+    return _to_model(policy, inputs)
+
+
+def _to_model(policy: VisionLanguage, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Move inputs to the model's device, and floating-point inputs to its dtype."""
+    moved = {name: value.to(policy.device) for name, value in inputs.items()}
     return {k: v.to(policy.base_model.dtype) if v.is_floating_point() else v for k, v in moved.items()}

@@ -1,12 +1,25 @@
-"""Log-probs of two completions of one prompt, from ONE sequence a pair: [image + prompt][chosen][rejected].
+"""Log-probs of two completions of one prompt from one packed sequence per pair: [images + prompt][chosen][rejected].
 
-Rejected sees the prompt and itself, never chosen, and its positions go on from the prompt's end, so that the answer is
-that of two plain forwards while images and prompt go through the model once. The model's own mask function is wrapped
-(`transformers.AttentionMaskInterface`), and attention is three calls, of prompt, chosen and rejected
-(`transformers.AttentionInterface`): no score matrix of the whole sequence, nothing a family of models has to write.
+Images and prompt run through the model once, and the log-probs equal those of two separate sequences:
 
-Not every model can be asked this way: linear attention carries chosen's state into rejected. `install` refuses the
-layers it knows of, and `dpo_mm.policies.vlm.token_log_probs` checks the rest before it trusts this.
+    columns    [ prompt P          ][ chosen C              ][ rejected R            ]
+    position   0 ... len(P) - 1      len(P) ...               len(P) ...
+
+    P attends to P
+    C attends to P and C, causally
+    R attends to P and R, causally, and never to C. Its positions continue at len(P), as if C were absent.
+
+    query | key   P         C         R
+    P             model's   -         -
+    C             all       causal    -
+    R             all       -         causal
+
+The model's own mask function is wrapped (`transformers.AttentionMaskInterface`). Attention is three calls, for prompt,
+chosen and rejected (`transformers.AttentionInterface`). So there is no score matrix of the whole sequence, and no code
+per model family.
+
+Some models cannot share a prefix: linear attention carries the state of chosen into rejected. `install` refuses the
+layers that it knows of, and `dpo_mm.policies.vlm.token_log_probs` checks the rest on the first batch.
 """
 
 from __future__ import annotations
@@ -26,35 +39,42 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 COMPLETION_TYPES = {("paligemma", "token_type_ids"): 1}
-"""Token type of a completion where it is not 0, by model type: PaliGemma's prefix (0) sees itself both ways."""
+"""Token type of a completion if it is not 0, by model type: PaliGemma's prefix (0) attends to itself in both directions."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Columns of the sequence: prompts padded on the left, then chosen, then rejected, padded on the right."""
+    """Columns of the packed sequence: prompts padded on the left, then chosen and rejected, each padded on the right."""
 
     prompt: int
+    """Number of columns of the prompt."""
     chosen: int
+    """Number of columns of chosen."""
     rejected: int
+    """Number of columns of rejected."""
     padded: bool
-    """Whether any column of any row is padding."""
+    """True if any column of any row is padding."""
 
     @property
     def rejected_start(self) -> int:
-        """Columns of prompt and chosen: where rejected starts."""
+        """First column of rejected."""
         return self.prompt + self.chosen
 
     @property
     def total(self) -> int:
+        """Number of columns of the packed sequence."""
         return self.rejected_start + self.rejected
 
     def logical_positions(self, device: torch.device) -> Tensor:
-        """The column that each would have in [prompt][its completion], (total,)."""
+        """Return the position of each column in its own sequence [prompt][completion], (total,)."""
         column = torch.arange(self.total, device=device)
         return torch.where(column >= self.rejected_start, column - self.chosen, column)
 
     def predicting_columns(self, device: torch.device) -> Tensor:
-        """The column whose state predicts each completion token, (chosen + rejected,)."""
+        """Return the column whose hidden state predicts each completion token, (chosen + rejected,).
+
+        The last column of the prompt predicts the first token of both completions.
+        """
         last = torch.tensor([self.prompt - 1], device=device)
         columns = torch.arange(self.prompt, self.total, device=device)
         return torch.cat([last, columns[: self.chosen - 1], last, columns[self.chosen : -1]])
@@ -65,6 +85,7 @@ _LAYOUT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 
 @contextlib.contextmanager
 def use_layout(layout: Layout) -> Iterator[None]:
+    """Context manager in which masks are built for this layout."""
     token = _LAYOUT.set(layout)
     try:
         yield
@@ -76,18 +97,28 @@ def use_layout(layout: Layout) -> Iterator[None]:
 
 
 def mask_chosen_from_rejected(mask_function: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
-    """A model's own mask function over logical columns, with chosen and rejected unseen by each other."""
-    prompt, both, chosen = layout.prompt, layout.rejected_start, layout.chosen
+    """Wrap a model's mask function so that chosen and rejected do not attend to each other.
+
+    Args:
+        mask_function: a mask function of transformers: (batch, head, query column, key column) to bool.
+        layout: columns of the packed sequence.
+    """
+    prompt, chosen, rejected_start = layout.prompt, layout.chosen, layout.rejected_start
 
     def mask(batch: Any, head: Any, query: Any, key: Any) -> Any:
-        late_query, late_key = query >= both, key >= both
-        seen = (key < prompt) | ((query >= prompt) & (late_query == late_key))
-        return seen & mask_function(batch, head, query - chosen * late_query, key - chosen * late_key)
+        query_in_rejected, key_in_rejected = query >= rejected_start, key >= rejected_start
+        visible = (key < prompt) | ((query >= prompt) & (query_in_rejected == key_in_rejected))
+        # The model's rule (causal, sliding window, ...) compares positions. Moving the columns of rejected back by the
+        # length of chosen gives them the positions that they have if chosen is absent, so the rule applies unchanged.
+        # True counts as 1 in the product, and the columns of prompt and chosen stay where they are.
+        return visible & mask_function(batch, head, query - chosen * query_in_rejected, key - chosen * key_in_rejected)
 
     return mask
 
 
 def _mask_builder(build: Callable[..., Any], *, may_skip: bool) -> Callable[..., Any]:
+    """Wrap a mask builder of transformers. `may_skip`: the attention needs no mask if it is causal without padding."""
+
     def masks(*, q_length: int, kv_length: int, mask_function: Any = causal_mask_function, **rest: Any) -> Any:
         layout = _LAYOUT.get()
         if layout is None or (q_length, kv_length) != (layout.total, layout.total):
@@ -114,7 +145,7 @@ def _mask_builder(build: Callable[..., Any], *, may_skip: bool) -> Callable[...,
 
 
 def _attention(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function that handles a shared prefix as three calls of `attend`, and all else by one."""
+    """Wrap an attention function: three calls of `attend` for a shared prefix, and one call otherwise."""
 
     def forward(
         module: nn.Module,
@@ -129,14 +160,12 @@ def _attention(attend: Callable[..., Any]) -> Callable[..., Any]:
         layout = prefix_layout
         if layout is None or query.shape[2] != layout.total:
             if mask is None and _LAYOUT.get() is not None and query.shape[2] == _LAYOUT.get().total:  # type: ignore[union-attr]
-                raise RuntimeError(f"{type(module).__name__} is not told of the shared prefix")
+                raise RuntimeError(f"{type(module).__name__} does not pass on the layout of the shared prefix")
             return attend(module, query, key, value, mask, **rest)
         if rest.get("position_bias") is not None:
-            raise RuntimeError(
-                f"{type(module).__name__} adds a bias by position, which a shared prefix does not handle"
-            )
+            raise RuntimeError(f"{type(module).__name__} adds a position bias, which a shared prefix does not support")
         p, s = layout.prompt, layout.rejected_start
-        keys, values = (torch.cat([x[:, :, :p], x[:, :, s:]], dim=2) for x in (key, value))
+        keys, values = (torch.cat([x[:, :, :p], x[:, :, s:]], dim=2) for x in (key, value))  # without chosen
         parts = (
             (query[:, :, :p], key[:, :, :p], value[:, :, :p], None if mask is None else mask[..., :p, :p]),
             (
@@ -158,31 +187,38 @@ def _attention(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _causal_tail_mask(query: Tensor, start: int, end: int) -> Tensor:
-    """The causal mask of columns start..end over all columns before end."""
+    """Causal mask of the queries start..end over all keys before end."""
     return torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril_(start)[None, None]
 
 
-def _drop_chosen_columns(mask: Tensor, prompt: int, both: int) -> Tensor:
-    return torch.cat([mask[..., both:, :prompt], mask[..., both:, both:]], dim=-1)
+def _drop_chosen_columns(mask: Tensor, prompt: int, rejected_start: int) -> Tensor:
+    return torch.cat([mask[..., rejected_start:, :prompt], mask[..., rejected_start:, rejected_start:]], dim=-1)
 
 
-def _own_eager(module: nn.Module, *arguments: Any, **rest: Any) -> Any:
-    """The eager attention of the model's own file, which knows its soft caps and sinks."""
+def _eager_of_model(module: nn.Module, *arguments: Any, **rest: Any) -> Any:
+    """Eager attention of the model's own module, which implements its soft caps and sinks."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **rest)
 
 
 NAMES = {"sdpa": "dpo_mm_sdpa", "eager": "dpo_mm_eager"}
+"""Name of the registered attention function, by the name of the function that it wraps."""
 
 
-def install(core: Any) -> None:
-    """Let the model's text layers, and those alone, attend through a shared prefix. Raises ValueError where they can't.
+def install(base_model: Any) -> None:
+    """Set an attention function that supports a shared prefix, in the text layers only.
 
-    Without a shared prefix in sight they attend as before.
+    Batches without a shared prefix run as before.
+
+    Args:
+        base_model: a transformers model without wrappers.
+
+    Raises:
+        ValueError: if the model's text layers do not support a shared prefix.
     """
-    for base, attend, build in (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", _own_eager, eager_mask)):
+    for base, attend, build in (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", _eager_of_model, eager_mask)):
         AttentionInterface.register(NAMES[base], _attention(attend))
         AttentionMaskInterface.register(NAMES[base], _mask_builder(build, may_skip=base == "sdpa"))
-    text = core.config.get_text_config()
+    text = base_model.config.get_text_config()
     kinds = sorted({kind for kind in getattr(text, "layer_types", None) or () if not _attends(kind)})
     if kinds:
         raise ValueError(f"it has {' and '.join(kinds)} layers")
@@ -190,10 +226,10 @@ def install(core: Any) -> None:
     if current in NAMES.values():
         return
     name = NAMES["eager" if current == "eager" else "sdpa"]
-    part = next((key for key in core.config.sub_configs if getattr(core.config, key, None) is text), None)
-    if part is None and text is not core.config:
-        raise ValueError("its text layers have no configuration of their own")
-    core.set_attn_implementation(name if part is None else {part: name})
+    part = next((key for key in base_model.config.sub_configs if getattr(base_model.config, key, None) is text), None)
+    if part is None and text is not base_model.config:
+        raise ValueError("its text layers have no separate configuration")
+    base_model.set_attn_implementation(name if part is None else {part: name})
     if text._attn_implementation != name:
         raise ValueError("its attention cannot be set")
 
@@ -206,7 +242,7 @@ def _attends(kind: str) -> bool:
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The transformers model inside DDP, a compiled module or a PEFT model."""
+    """Return the transformers model inside DDP, a compiled module or a PEFT model."""
     inner: Any = model
     while True:
         if hasattr(inner, "get_base_model"):
@@ -217,56 +253,99 @@ def unwrap(model: nn.Module) -> Any:
             return inner
 
 
-def position_ids(core: Any, ids: Tensor, mask: Tensor, types: dict[str, Tensor], images: dict[str, Tensor]) -> Tensor:
-    """Positions by the model's own helper, rotary ones of images included: (rows, columns), (3 or 4, rows, columns)."""
-    grids = {k: v for k, v in images.items() if k.endswith("grid_thw") or k == "second_per_grid_ts"}
-    deltas = getattr(core.base_model, "rope_deltas", None)
-    found = core._prepare_position_ids_for_generation(ids, {"attention_mask": mask, **types, **grids})
-    if hasattr(core.base_model, "rope_deltas"):
-        core.base_model.rope_deltas = deltas
-    return found
+def position_ids(
+    base_model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    token_type_inputs: dict[str, Tensor],
+    image_inputs: dict[str, Tensor],
+) -> Tensor:
+    """Compute the position ids with the model's own function, including rotary positions of images.
+
+    Args:
+        base_model: a transformers model without wrappers.
+        ids: token ids, (rows, columns).
+        mask: 1 for a token, 0 for padding, (rows, columns).
+        token_type_inputs: token types by name, (rows, columns) each.
+        image_inputs: image tensors by name.
+
+    Returns:
+        Position ids, (rows, columns), or (3 or 4, rows, columns) for multi-dimensional rotary positions.
+    """
+    grids = {k: v for k, v in image_inputs.items() if k.endswith("grid_thw") or k == "second_per_grid_ts"}
+    rope_deltas = getattr(base_model.base_model, "rope_deltas", None)
+    positions = base_model._prepare_position_ids_for_generation(
+        ids, {"attention_mask": mask, **token_type_inputs, **grids}
+    )
+    if hasattr(base_model.base_model, "rope_deltas"):
+        base_model.base_model.rope_deltas = rope_deltas
+    return positions
 
 
-def _with_completion(core: Any, types: dict[str, Tensor], columns: int) -> dict[str, Tensor]:
-    kind = core.config.model_type
-    return {k: F.pad(v, (0, columns), value=COMPLETION_TYPES.get((kind, k), 0)) for k, v in types.items()}
+def _extend_token_types(base_model: Any, token_type_inputs: dict[str, Tensor], columns: int) -> dict[str, Tensor]:
+    """Add columns with the token type of a completion."""
+    model_type = base_model.config.model_type
+    return {
+        name: F.pad(types, (0, columns), value=COMPLETION_TYPES.get((model_type, name), 0))
+        for name, types in token_type_inputs.items()
+    }
 
 
-def shared_inputs(core: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """What the model is given for [prompt][chosen][rejected], images apart."""
+def shared_prefix_inputs(base_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Build the model inputs of the packed sequence [prompt][chosen][rejected], without the image tensors."""
     layout, ids, mask = batch["layout"], batch["ids"], batch["mask"]
     longer = max(layout.chosen, layout.rejected)
+    # Positions of one sequence [prompt][longer completion], from which each column takes its own.
     logical_ids = F.pad(ids[:, : layout.prompt], (0, longer), value=1)
     logical_mask = F.pad(mask[:, : layout.prompt], (0, longer), value=1)
-    types = _with_completion(core, batch["types"], longer)
-    found = position_ids(core, logical_ids, logical_mask, types, batch["images"])[
-        ..., layout.logical_positions(ids.device)
-    ]
-    types = _with_completion(core, batch["types"], layout.chosen + layout.rejected)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": found, "prefix_layout": layout, **types}
+    logical_types = _extend_token_types(base_model, batch["types"], longer)
+    logical_positions = position_ids(base_model, logical_ids, logical_mask, logical_types, batch["images"])
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": logical_positions[..., layout.logical_positions(ids.device)],
+        "prefix_layout": layout,
+        **_extend_token_types(base_model, batch["types"], layout.chosen + layout.rejected),
+    }
 
 
-def plain_inputs(core: Any, batch: dict[str, Any], *, padding_side: str) -> tuple[dict[str, Any], Tensor]:
-    """What the model is given for [prompt][chosen] of all pairs, then [prompt][rejected], and which tokens count."""
+def separate_inputs(base_model: Any, batch: dict[str, Any], *, padding_side: str) -> tuple[dict[str, Any], Tensor]:
+    """Build the model inputs of separate sequences, without the image tensors.
+
+    Args:
+        base_model: a transformers model without wrappers.
+        batch: from `chat.collate`.
+        padding_side: "left" or "right".
+
+    Returns:
+        Inputs of [prompt][chosen] of all pairs, then of [prompt][rejected], and a mask of the completions' tokens,
+        (2 * pairs, columns).
+    """
     layout = batch["layout"]
-    kept = [list(range(layout.rejected_start)), [*range(layout.prompt), *range(layout.rejected_start, layout.total)]]
-    width = max(len(columns) for columns in kept)
+    columns_of_sides = [
+        list(range(layout.rejected_start)),
+        [*range(layout.prompt), *range(layout.rejected_start, layout.total)],
+    ]
+    width = max(len(columns) for columns in columns_of_sides)
 
-    def rows(x: Tensor) -> Tensor:
-        return torch.cat([F.pad(x[:, columns], (0, width - len(columns))) for columns in kept])
+    def stack_sides(x: Tensor) -> Tensor:
+        return torch.cat([F.pad(x[:, columns], (0, width - len(columns))) for columns in columns_of_sides])
 
-    mask = rows(batch["mask"])
+    mask = stack_sides(batch["mask"])
     order = (mask if padding_side == "left" else 1 - mask).argsort(dim=1, stable=True)
-    types = _with_completion(core, batch["types"], layout.chosen + layout.rejected)
-    values = {"input_ids": batch["ids"], "attention_mask": batch["mask"], **types}
-    inputs = {name: rows(value).gather(1, order) for name, value in values.items()}
-    counted = (torch.arange(width, device=mask.device) >= layout.prompt) & (mask == 1)
+    token_type_inputs = _extend_token_types(base_model, batch["types"], layout.chosen + layout.rejected)
+    packed = {"input_ids": batch["ids"], "attention_mask": batch["mask"], **token_type_inputs}
+    inputs = {name: stack_sides(value).gather(1, order) for name, value in packed.items()}
+    in_completion = (torch.arange(width, device=mask.device) >= layout.prompt) & (mask == 1)
     if padding_side == "left":
         images = repeat_for_both(batch["images"])
-        types = {name: inputs[name] for name in types}
-        inputs["position_ids"] = position_ids(core, inputs["input_ids"], inputs["attention_mask"], types, images)
-    return inputs, counted.gather(1, order)
+        token_type_inputs = {name: inputs[name] for name in token_type_inputs}
+        inputs["position_ids"] = position_ids(
+            base_model, inputs["input_ids"], inputs["attention_mask"], token_type_inputs, images
+        )
+    return inputs, in_completion.gather(1, order)
 
 
 def repeat_for_both(images: dict[str, Any]) -> dict[str, Any]:
+    """Repeat image tensors for the chosen and the rejected sequences."""
     return {name: torch.cat([value, value]) for name, value in images.items()}

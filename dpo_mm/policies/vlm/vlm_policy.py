@@ -1,10 +1,10 @@
-"""Vision-language models as a policy: the log-prob of a text, images and prompt given.
+"""Vision-language models as a policy: the log-prob of a response given images and prompt.
 
-    log p(y) = sum over the completion's tokens of log p(token | images, prompt, tokens before), nats
+    log p(y) = sum over the completion's tokens of log p(token | images, prompt, previous tokens), nats
 
-Any `AutoModelForImageTextToText` with its `AutoProcessor`, zero, one or many images a row, and any
-`AutoModelForCausalLM` with its tokenizer: the case of no image. A LoRA adapts the language model; vision tower and
-projector stay frozen unless asked otherwise. Chosen and rejected are one sequence where that is exact, see
+It supports any `AutoModelForImageTextToText` with its `AutoProcessor`, with zero, one or several images per row, and any
+`AutoModelForCausalLM` with its tokenizer, without images. A LoRA adapts the language model. Vision tower and projector
+stay frozen unless `train_vision_tower` is set. Chosen and rejected are packed into one sequence if that is exact, see
 `dpo_mm.policies.vlm.shared_prefix`.
 """
 
@@ -24,29 +24,27 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import Response
 from dpo_mm.model_loading import load_module
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
-from dpo_mm.policies.adapters import refuse_pickle
 from dpo_mm.policies.protocol import Batch
-from dpo_mm.policies.vlm import chat, generation
-from dpo_mm.policies.vlm.architecture import classes_of, lora_targets, outside_language, without_dropout
+from dpo_mm.policies.vlm import chat, generation, model_files
+from dpo_mm.policies.vlm.architecture import auto_classes_for, disable_dropout, lora_targets, non_language_modules
 from dpo_mm.policies.vlm.chat import ConversationEncoder
 from dpo_mm.policies.vlm.shared_prefix import unwrap
-from dpo_mm.policies.vlm.token_log_probs import (
-    TokenLogProbs,
-    features_agree,
-    features_to,
-    join_features,
-    sdpo_gradient_scale,
-    vision_features,
-)
+from dpo_mm.policies.vlm.token_log_probs import TokenLogProbs, sdpo_gradient_scale
+from dpo_mm.policies.vlm.vision_features import features_agree, features_to, join_features, vision_features
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ADAPTER_FILE = "adapter_config.json"
 
 
 class VisionLanguage:
-    """A stock transformers model that preferences over texts act on.
+    """A transformers model that is trained on preferences over responses.
 
-    Options as `TrainConfig` has them; corrupt: rows carry corrupted images too, for objectives that ask about them.
+    Args:
+        model: a transformers model.
+        processor: its processor, or its tokenizer if it takes no images.
+        source: folder or hub id of the model.
+        corrupt: True also encodes corrupted images, for objectives that need them.
+
+    The other arguments are settings of `TrainConfig` with the same names.
     """
 
     modality: ClassVar[Literal["text"]] = "text"
@@ -54,7 +52,7 @@ class VisionLanguage:
 
     def __init__(
         self,
-        core: Any,
+        model: Any,
         processor: Any,
         source: str,
         *,
@@ -66,16 +64,22 @@ class VisionLanguage:
         edited_token_weight: float = 1.0,
         corrupt: bool = False,
     ) -> None:
-        self.model: Any = core
+        self.model: Any = model
         self.processor, self.source, self.train_vision_tower = processor, source, train_vision_tower
         self.ld_alpha, self.edited_token_weight = ld_alpha, edited_token_weight
-        marks = edited_token_weight != 1
         self.rows = ConversationEncoder(
-            processor, core, max_length=max_length, overlong_rows=overlong_rows, corrupt=corrupt, mark_edits=marks
+            processor,
+            model,
+            max_length=max_length,
+            overlong_rows=overlong_rows,
+            corrupt=corrupt,
+            mark_edits=edited_token_weight != 1,
         )
-        self.scorer = TokenLogProbs(f"{type(core).__name__} ({source})", layout=pair_layout)
-        self.base: Any = None
-        self.features_apart: bool | None = None
+        self.scorer = TokenLogProbs(f"{type(model).__name__} ({source})", layout=pair_layout)
+        self.untuned_model: Any = None
+        """The base model, if `load_adapter` replaced it."""
+        self.features_are_exact: bool | None = None
+        """True if vision features can replace pixels. None until the first batch with pixels."""
 
     @classmethod
     def load(
@@ -87,77 +91,91 @@ class VisionLanguage:
         device: str | None = None,
         **options: Any,
     ) -> Self:
-        """The policy of a model's folder or hub id; options as the class takes them.
+        """Load a transformers model as a policy.
 
-        Raises ValueError for an unknown precision, a model that isn't there, or one of a kind that isn't handled.
+        Args:
+            source: a folder or hub id.
+            revision: a branch, tag or commit of a hub model.
+            precision: fp32, bf16 or fp16.
+            device: cpu, cuda or cuda:1. None is the GPU if there is one.
+            **options: further arguments of the class.
+
+        Raises:
+            ValueError: if the precision is unknown, or the model is missing or not supported.
         """
         if precision not in DTYPES:
-            raise ValueError(f"precision {precision!r} is unknown; expected one of {', '.join(DTYPES)}")
+            raise ValueError(f"precision {precision!r} is unknown. Expected one of {', '.join(DTYPES)}")
         from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(source, revision=revision)
         except (OSError, ValueError) as error:
-            raise ValueError(f"model {source!r} can't be opened: {' '.join(str(error).split())[:300]}") from error
-        model_class, processor_class = classes_of(config, source)
-        core = load_module(model_class, source, revision=revision, dtype=DTYPES[precision])
-        core.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        return cls(core, processor_class.from_pretrained(source, revision=revision), source, **options)
+            raise ValueError(f"model {source!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        model_class, processor_class = auto_classes_for(config, source)
+        model = load_module(model_class, source, revision=revision, dtype=DTYPES[precision])
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        return cls(model, processor_class.from_pretrained(source, revision=revision), source, **options)
 
     @property
     def base_model(self) -> Any:
-        """The transformers model, without adapter."""
+        """The transformers model inside the adapter."""
         return unwrap(self.model)
 
     @property
     def device(self) -> torch.device:
+        """Device of the model's weights."""
         return self.base_model.device
 
     @property
-    def pad(self) -> int:
+    def pad_token_id(self) -> int:
+        """Token id of padding."""
         tokenizer = self.rows.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
     def prepare(self, config: TrainConfig) -> None:
-        """Make the model ready to train as the config says: a LoRA, or whole; vision as `train_vision_tower` says.
+        """Freeze the model, then add a LoRA or make all weights trainable, except a frozen vision tower.
 
-        Raises ValueError for another tuning.
+        Raises:
+            ValueError: if `tuning` is unknown, or `lora_targets` match no linear layer.
         """
         self.config = config
-        core = self.base_model.requires_grad_(False)
-        without_dropout(core)
+        base_model = self.base_model.requires_grad_(False)
+        disable_dropout(base_model)
         if config.tuning == "lora":
-            self._add_lora(core, config)
+            self._add_lora(base_model, config)
         elif config.tuning == "full":
-            core.float().requires_grad_(True)
-            for module in () if self.train_vision_tower else outside_language(core):
+            base_model.float().requires_grad_(True)
+            for module in () if self.train_vision_tower else non_language_modules(base_model):
                 module.requires_grad_(False)
         else:
-            raise ValueError(f"tuning {config.tuning!r} is unknown; expected 'lora' or 'full'")
+            raise ValueError(f"tuning {config.tuning!r} is unknown. Expected 'lora' or 'full'")
         if config.gradient_checkpointing:
-            core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            core.enable_input_require_grads()
+            base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base_model.enable_input_require_grads()
 
-    def _add_lora(self, core: Any, config: TrainConfig) -> None:
+    def _add_lora(self, base_model: Any, config: TrainConfig) -> None:
         from peft import LoraConfig, get_peft_model
 
         adapter = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
-            target_modules=lora_targets(core, config.lora_targets, train_vision_tower=self.train_vision_tower),
+            target_modules=lora_targets(base_model, config.lora_targets, train_vision_tower=self.train_vision_tower),
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = get_peft_model(core, adapter)
+            self.model = get_peft_model(base_model, adapter)
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
 
-    # Frozen work, done once
+    # Encoding, done once per dataset
 
     def fingerprint(self) -> str:
-        """Hash what decides a row's encoding and its reference: weights without a LoRA, processor, template, lengths."""
+        """Return a hash of everything that determines a row's encoding and its reference log-probs.
+
+        It contains the weights without a LoRA, the processor, the chat template and the length settings.
+        """
         digest = hashlib.sha256(
             f"{type(self.base_model).__name__} {self.base_model.dtype} {self.rows.max_length}".encode()
         )
@@ -169,88 +187,106 @@ class VisionLanguage:
         return digest.hexdigest()
 
     def encode(self, rows: Any) -> list[dict[str, Any]]:
-        """Rows of `response_preference` as ids and image tensors. Raises ValueError as `Conversations.encode_row`."""
+        """Encode rows of the schema `response_preference` as token ids and image tensors.
+
+        Raises:
+            ValueError: as `ConversationEncoder.encode_row`.
+        """
         return self.rows.encode(rows)
 
     def cache_vision_features(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Encoded rows with the vision tower's features in place of pixels, on the CPU.
+        """Replace the pixels of encoded rows by the vision tower's features, on the CPU.
 
-        Raises ValueError where the tower trains: its features would go stale.
+        Raises:
+            ValueError: if the tower is trained, because its features would become stale, or if the features cannot be
+                computed separately.
         """
-        if self._vision_trains():
-            raise ValueError("vision features can't be kept: the vision tower trains (train_vision_tower)")
+        if self._trains_vision():
+            raise ValueError(
+                "cache_vision_features: features cannot be cached, because the vision tower trains (train_vision_tower)"
+            )
         return [self._with_features(row) for row in rows]
 
     def _with_features(self, row: dict[str, Any]) -> dict[str, Any]:
         if "pixel_values" not in row["images"]:
             return row
-        if self.features_apart is None:
+        if self.features_are_exact is None:
             batch = self.collate([row])
-            moved = {name: value.to(self.device) for name, value in batch["images"].items()}
+            images = {name: value.to(self.device) for name, value in batch["images"].items()}
             ids = {name: batch[name].to(self.device) for name in ("ids", "mask")}
-            types = {name: value.to(self.device) for name, value in batch["types"].items()}
-            self.features_apart = features_agree(
-                self.scorer, self.model, {**batch, **ids, "types": types, "images": moved}
+            token_type_inputs = {name: value.to(self.device) for name, value in batch["types"].items()}
+            self.features_are_exact = features_agree(
+                self.scorer, self.model, {**batch, **ids, "types": token_type_inputs, "images": images}
             )
-        if not self.features_apart:
-            raise ValueError(f"{self.source}: its vision features can't be taken apart from the model; keep none")
+        if not self.features_are_exact:
+            raise ValueError(
+                f"{self.source}: cannot compute vision features separately for this model. "
+                "Set cache_vision_features: false"
+            )
         images = {name: value.to(self.device) for name, value in row["images"].items()}
-        kept = {name: value for name, value in row["images"].items() if name != "pixel_values"}
+        without_pixels = {name: value for name, value in row["images"].items() if name != "pixel_values"}
         features = vision_features(self.base_model, {"images": images})
-        return {**row, "images": kept, "features": features_to(features, "cpu")}
+        return {**row, "images": without_pixels, "features": features_to(features, "cpu")}
 
-    def _vision_trains(self) -> bool:
-        outside = outside_language(self.base_model)
-        return any(parameter.requires_grad for module in outside for parameter in module.parameters())
+    def _trains_vision(self) -> bool:
+        modules = non_language_modules(self.base_model)
+        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
     def free_encoders(self) -> None:
-        """Nothing leaves memory: the vision tower answers in every step unless its features are kept."""
+        """Do nothing: the vision tower runs in every step unless its features are cached."""
 
     # Training
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
-        """One batch from encoded rows. Raises ValueError where only some rows with images have their features kept."""
-        batch = chat.collate(rows, self.pad)
+        """Make a batch from encoded rows.
+
+        Raises:
+            ValueError: if only some of the rows with images have cached features.
+        """
+        batch = chat.collate(rows, self.pad_token_id)
         features = [row["features"] for row in rows if "features" in row]
         if features and "pixel_values" in batch["images"]:
-            raise ValueError("some rows of a batch have their vision features kept and some don't; keep all or none")
+            raise ValueError(
+                "only some rows of a batch have cached vision features. Cache them for all rows or for none"
+            )
         if features:
             batch["features"] = join_features(features)
         return batch
 
     def log_probs(self, model: nn.Module, batch: Batch) -> LogProbs:
-        """Return the sums of the completions' token log-probs, (pairs,) each, float32.
+        """Compute the sums of the completions' token log-probs. See `Policy.log_probs`.
 
-        The features of a frozen vision tower are left in the batch, so that reference and policy share them.
+        The features of a frozen vision tower are added to the batch, so that reference and policy share them.
         """
-        return self._summed(self._token_log_probs(model, batch), batch)
+        return self._sum_per_response(self._token_log_probs(model, batch), batch)
 
     def log_probs_and_gradient_scale(
         self, model: nn.Module, batch: Batch, *, slack: float
     ) -> tuple[LogProbs, torch.Tensor]:
-        """Return `log_probs` and `sdpo`'s scale of the rejected gradient, (pairs,), from the same forward."""
-        scores = self._token_log_probs(model, batch)
-        return self._summed(scores, batch), sdpo_gradient_scale(batch, scores.detach(), slack=slack)
+        """Compute `log_probs` and `sdpo`'s scale of the rejected gradient in one forward pass, (pairs,)."""
+        token_log_probs = self._token_log_probs(model, batch)
+        scale = sdpo_gradient_scale(batch, token_log_probs.detach(), slack=slack)
+        return self._sum_per_response(token_log_probs, batch), scale
 
     def _token_log_probs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Log-probs of the completions' tokens, (pairs, columns of chosen and rejected)."""
-        if self._shares_features(model, batch):
+        if self._can_use_features(model, batch):
             batch["features"] = vision_features(unwrap(model), batch)
         return self.scorer(model, batch)
 
-    def _summed(self, scores: torch.Tensor, batch: Batch) -> LogProbs:
-        """Token log-probs as those of the answers: sums, or as `ld_alpha` or `edited_token_weight` say."""
-        layout = batch["layout"]
-        masks = batch["mask"][:, layout.prompt :].to(scores.device).split([layout.chosen, layout.rejected], 1)
-        parts = scores.split([layout.chosen, layout.rejected], 1)
+    def _sum_per_response(self, token_log_probs: torch.Tensor, batch: Batch) -> LogProbs:
+        """Log-probs of the responses: sums, or weighted by `ld_alpha` or `edited_token_weight`."""
+        layout, device = batch["layout"], token_log_probs.device
+        masks = batch["mask"][:, layout.prompt :].to(device).split([layout.chosen, layout.rejected], 1)
+        parts = token_log_probs.split([layout.chosen, layout.rejected], 1)
         num_tokens_chosen, num_tokens_rejected = (
-            batch[f"num_tokens_{side}"].to(scores.device) for side in ("chosen", "rejected")
+            batch[f"num_tokens_{side}"].to(device) for side in ("chosen", "rejected")
         )
         if self.edited_token_weight != 1:
-            edited = [batch[f"{side}_edited"].to(scores.device) for side in ("chosen", "rejected")]
+            edited = [batch[f"{side}_edited"].to(device) for side in ("chosen", "rejected")]
             chosen, rejected = (
-                segment_mean(*of, edited_token_weight=self.edited_token_weight)
-                for of in zip(parts, masks, edited, strict=True)
+                segment_mean(*side, edited_token_weight=self.edited_token_weight)
+                for side in zip(parts, masks, edited, strict=True)
             )
             num_tokens_chosen, num_tokens_rejected = torch.ones_like(chosen), torch.ones_like(rejected)
         elif self.ld_alpha != 1:
@@ -259,21 +295,22 @@ class VisionLanguage:
             chosen, rejected = (part.sum(1) for part in parts)
         return LogProbs(chosen, rejected, num_tokens_chosen, num_tokens_rejected, is_likelihood=True)
 
-    def _shares_features(self, model: nn.Module, batch: Batch) -> bool:
-        """Whether features of this batch stand for its pixels: the tower is frozen, and they gave the same once."""
-        if "features" in batch or "pixel_values" not in batch["images"] or self._vision_trains():
+    def _can_use_features(self, model: nn.Module, batch: Batch) -> bool:
+        """True if features can replace the batch's pixels: the tower is frozen, and they were exact on the first batch."""
+        if "features" in batch or "pixel_values" not in batch["images"] or self._trains_vision():
             return False
-        if self.features_apart is None:
-            self.features_apart = features_agree(self.scorer, model, batch)
-        return self.features_apart
+        if self.features_are_exact is None:
+            self.features_are_exact = features_agree(self.scorer, model, batch)
+        return self.features_are_exact
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
+        """Context manager that disables the LoRA. Raises ValueError if there is none."""
         if not hasattr(self.model, "disable_adapter"):
             raise ValueError(
-                "reference 'adapter_off' needs a LoRA (tuning: lora); full fine-tuning takes 'frozen_copy'"
+                "reference 'adapter_off' needs a LoRA (tuning: lora). For full fine-tuning use 'frozen_copy'"
             )
-        tuner = self.model.base_model  # PEFT's own context manager lists all layers each time, 10 ms and more
+        tuner = self.model.base_model  # PEFT's context manager lists all layers each time, which takes 10 ms and more
         tuner.disable_adapter_layers()
         try:
             yield
@@ -281,56 +318,30 @@ class VisionLanguage:
             tuner.enable_adapter_layers()
 
     def frozen_copy(self) -> nn.Module:
+        """Return a copy of the model that is never trained."""
         return copy.deepcopy(self.model).requires_grad_(False).eval()
 
     # Files
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """The adapter in PEFT's own format, or the whole model with its processor."""
-        if hasattr(self.model, "disable_adapter"):
-            self.model.active_peft_config.base_model_name_or_path = self.config.model
-            self.model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
-        else:
-            self.model.save_pretrained(folder, state_dict=weights)
-            self.processor.save_pretrained(folder)
+        """Write the adapter in PEFT's format, or the whole model with its processor."""
+        model_files.save(self, folder, weights)
 
     def load_weights(self, folder: Path) -> None:
-        """Read what `save` wrote into the model as `prepare` set it up. Raises ValueError where it does not fit."""
-        if hasattr(self.model, "disable_adapter"):
-            refuse_pickle(folder)
-            from peft import load_peft_weights, set_peft_model_state_dict
-
-            weights = load_peft_weights(str(folder), device="cpu")
-            result: Any = set_peft_model_state_dict(self.model, weights)
-            missing = [name for name in result.missing_keys if "lora_" in name]
-            if result.unexpected_keys or missing:
-                raise ValueError(f"{folder}: {(result.unexpected_keys + missing)[0]} does not fit this model's LoRA")
-        else:
-            stored = load_module(type(self.model), str(folder))
-            self.model.load_state_dict(stored.state_dict())
+        """Load what `save` wrote into the prepared model. Raises ValueError if it does not fit."""
+        model_files.load_weights(self, folder)
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Load a tuned adapter or model with the stock library, to answer. Raises ValueError where there is none."""
-        folder = Path(folder)
-        if (folder / ADAPTER_FILE).exists():
-            refuse_pickle(folder)
-            from peft import PeftModel
+        """Load a trained adapter or model for generation. Raises ValueError if the folder contains neither."""
+        model_files.load_adapter(self, Path(folder))
 
-            self.model = PeftModel.from_pretrained(self.base_model, str(folder)).eval()
-        elif (folder / "config.json").exists():
-            self.base = self.base_model
-            tuned = load_module(type(self.base), str(folder), dtype=self.base.dtype)
-            self.model = tuned.to(self.base.device).eval()
-        else:
-            raise ValueError(f"adapter {str(folder)!r}: neither {ADAPTER_FILE} nor config.json there")
-
-    # Answering
+    # Generation
 
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
-        """Within it the policy answers as it did before `load_adapter`."""
-        if self.base is not None:
-            tuned, self.model = self.model, self.base
+        """Context manager in which the policy has the weights from before `load_adapter`."""
+        if self.untuned_model is not None:
+            tuned, self.model = self.model, self.untuned_model
             try:
                 yield
             finally:
@@ -357,21 +368,23 @@ class VisionLanguage:
         limits = {"do_sample": do_sample, **sampling, "max_new_tokens": max_new_tokens}
         return generation.generate(self, images, messages, limits=limits, seed=seed, batch_size=batch_size)
 
-    # What the run says of itself
+    # Summary of the run
 
     def _reduction(self) -> str:
         if self.edited_token_weight != 1:
-            return f"mean a token, edited ones {self.edited_token_weight:g} times (RLHF-V)"
-        tail = f", past the shorter answer's length {self.ld_alpha:g} of it (LD-DPO)" * (self.ld_alpha != 1)
-        return f"sum over the completion's tokens{tail}"
+            return f"mean per token, with weight {self.edited_token_weight:g} for edited tokens (RLHF-V)"
+        if self.ld_alpha != 1:
+            tail = f"tokens past the shorter response's length count {self.ld_alpha:g} (LD-DPO)"
+            return f"sum over the completion's tokens, {tail}"
+        return "sum over the completion's tokens"
 
     def describe(self, config: TrainConfig) -> dict[str, str]:
-        """Family, what trains, how pairs are laid out and what beta means."""
-        layout = {"auto": "one sequence a pair where that is exact, checked on the first batch"}
+        """Return family, target, reduction, layout of the pairs, and the effective beta."""
+        layout = {"auto": "one sequence per pair if that is exact, checked on the first batch"}
         return {
             "family": f"{type(self.base_model).__name__}, {type(self.processor).__name__}",
             "target": f"token log-probs, {'vision tower and ' if self.train_vision_tower else ''}language model",
             "reduction": self._reduction(),
             "layout": layout.get(self.scorer.layout, self.scorer.layout),
-            "effective beta": f"{config.beta} a nat of the whole completion, as in Rafailov et al. 2023",
+            "effective beta": f"{config.beta} per nat of the whole completion, as in Rafailov et al. 2023",
         }

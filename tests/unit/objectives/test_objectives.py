@@ -1,7 +1,7 @@
-"""Every objective against arithmetic by hand in plain floats, and what must hold of all of them.
+"""Every objective against plain-float arithmetic, and properties that all of them share.
 
-Stated mutations: each turned sign, dropped 1/2 or swapped side in an objective fails `test_by_hand`, whose pairs have
-log-ratios of either sign, different lengths and no symmetry.
+Stated mutations: a flipped sign, a dropped 1/2 or a swapped side in any objective fails
+`test_objective_matches_hand_arithmetic`. Its pairs have log-ratios of either sign, different lengths and no symmetry.
 """
 
 from __future__ import annotations
@@ -29,19 +29,43 @@ from dpo_mm.objectives import (
     OBJECTIVES,
     SUPPORTS_DIVERGENCE,
     LogProbs,
+    apply_divergence,
     deltas,
     keyword_settings,
     log_ratios,
     mixture,
-    scored,
     takes,
 )
 
 LN2 = math.log(2)
 
 
+def test_sigmoid_one_pair_by_hand() -> None:
+    """One pair, number by number, with beta 0.5.
+
+    | | chosen | rejected |
+    |---|---|---|
+    | log p under the policy | -10 | -13 |
+    | log p under the reference | -13 | -14 |
+    | log-ratio r | -10 + 13 = 3 | -13 + 14 = 1 |
+
+    delta = r_w - r_l = 3 - 1 = 2, so the reward margin is beta * delta = 0.5 * 2 = 1.
+    sigmoid(1) = 1 / (1 + e^-1) = 1 / 1.367879 = 0.731059, and the loss is -log 0.731059 = 0.313262.
+
+    With label_smoothing 0.1: sigmoid(-1) = 1 - 0.731059 = 0.268941, and -log 0.268941 = 1.313262.
+    The loss is 0.9 * 0.313262 + 0.1 * 1.313262 = 0.281936 + 0.131326 = 0.413262.
+    """
+    one_token = torch.ones(1)
+    policy = LogProbs(torch.tensor([-10.0]), torch.tensor([-13.0]), one_token, one_token, is_likelihood=True)
+    reference = LogProbs(torch.tensor([-13.0]), torch.tensor([-14.0]), one_token, one_token, is_likelihood=True)
+    assert deltas(policy, reference).tolist() == [2.0]
+    assert objectives.sigmoid(policy, reference, beta=0.5).item() == pytest.approx(0.313262, abs=1e-6)
+    smoothed = objectives.sigmoid(policy, reference, beta=0.5, label_smoothing=0.1)
+    assert smoothed.item() == pytest.approx(0.413262, abs=1e-6)
+
+
 class Pair(NamedTuple):
-    """Log-probs of policy and reference, tokens of either side; r_w and r_l as plain floats."""
+    """Log-probs of policy and reference, and number of tokens of each side, as plain floats."""
 
     w: float
     l: float  # noqa: E741
@@ -68,8 +92,8 @@ class Pair(NamedTuple):
 
 
 PAIRS = [
-    Pair(-6.0, -9.0, -7.3, -8.6, 4, 7),  # r 1.3 and -0.4: right way round
-    Pair(-12.0, -5.0, -10.9, -5.8, 9, 3),  # r -1.1 and 0.8: wrong way round
+    Pair(-6.0, -9.0, -7.3, -8.6, 4, 7),  # r 1.3 and -0.4: ordered correctly
+    Pair(-12.0, -5.0, -10.9, -5.8, 9, 3),  # r -1.1 and 0.8: ordered wrongly
     Pair(-3.5, -4.0, -4.2, -6.5, 2, 5),  # r 0.7 and 2.5: both up, rejected more
 ]
 IMAGES = [Pair(-p.w / -40, -p.l / -40, -p.ref_w / -40, -p.ref_l / -40, 1, 1) for p in PAIRS]
@@ -121,7 +145,7 @@ def with_data(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An objective with settings and data, and what it must give."""
+    """An objective with its settings and inputs, and its expected loss."""
 
     name: str
     settings: dict[str, float]
@@ -190,7 +214,7 @@ CASES = [
     Case("apo_down", BETA, each(lambda p: sig(0.3 * p.rw) + 1 - sig(0.3 * p.delta))),
     Case("sdpo", BETA, each(lambda p: -ls(0.3 * p.delta)), {"rejected_gradient_scale": P}),
     Case("linear", {"beta": 5, "floor": 0.1}, each(lambda p: linear_by_hand(p, 5)), image=True),
-    Case("linear", {"beta": 400, "floor": 0.1}, each(lambda p: linear_by_hand(p, 400)), image=True),  # either bound
+    Case("linear", {"beta": 400, "floor": 0.1}, each(lambda p: linear_by_hand(p, 400)), image=True),  # both bounds
     Case("mapo", {"train_timesteps": 10}, each(mapo_by_hand), image=True),
     Case("sft", {}, each(lambda p: -p.w / p.n_w)),
     Case("sft", {}, each(lambda p: -2 * p.w), image=True),
@@ -229,38 +253,22 @@ def first_case(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
-def test_sigmoid_of_one_pair_worked_by_hand() -> None:
-    """One pair, number by number.
-
-    Policy: log p_w = -10, log p_l = -12. Reference: log p_w = -11, log p_l = -11.5.
-    r_w = -10 - -11 = 1, r_l = -12 - -11.5 = -0.5, delta = 1 - -0.5 = 1.5, reward margin = 0.1 * 1.5 = 0.15.
-    s(0.15) = 1 / (1 + e^-0.15) = 1 / (1 + 0.860708) = 0.537430, loss = -log 0.537430 = 0.620957.
-    With label smoothing 0.1: s(-0.15) = 0.462570, 0.9 * 0.620957 + 0.1 * 0.770957 = 0.635957.
-    """
-    one = torch.ones(1)
-    policy = LogProbs(-10 * one, -12 * one, one, one, is_likelihood=True)
-    reference = LogProbs(-11 * one, -11.5 * one, one, one, is_likelihood=True)
-    assert objectives.sigmoid(policy, reference, beta=0.1).item() == pytest.approx(0.620957, abs=1e-6)
-    smoothed = objectives.sigmoid(policy, reference, beta=0.1, label_smoothing=0.1)
-    assert smoothed.item() == pytest.approx(0.635957, abs=1e-6)
-
-
-def test_every_objective_has_a_case_and_settings_off_its_defaults() -> None:
+def test_cases_cover_every_objective() -> None:
     assert {case.name for case in CASES} == set(OBJECTIVES)
     assert (len(OBJECTIVES), len(CASES)) == (30, 35)
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_by_hand(case: Case) -> None:
+def test_objective_matches_hand_arithmetic(case: Case) -> None:
     pairs = IMAGES if case.image else PAIRS
-    found = call(case, *build(pairs, image=case.image))
-    assert found.shape == (3,)
-    assert found.tolist() == pytest.approx(case.formula(pairs), rel=1e-12, abs=1e-14)
+    loss = call(case, *build(pairs, image=case.image))
+    assert loss.shape == (3,)
+    assert loss.tolist() == pytest.approx(case.formula(pairs), rel=1e-12, abs=1e-14)
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_the_pairs_tell_the_sides_apart(case: Case) -> None:
-    """Guards `test_by_hand` itself: swapping the sides must change what it finds."""
+def test_objective_swapped_sides_changes_the_loss(case: Case) -> None:
+    """Check of `test_objective_matches_hand_arithmetic` itself: it can detect swapped sides."""
     pairs = IMAGES if case.image else PAIRS
     swapped = [Pair(p.l, p.w, p.ref_l, p.ref_w, p.n_l, p.n_w) for p in pairs]
     ours, turned = (call(case, *build(some, image=case.image)) for some in (pairs, swapped))
@@ -268,8 +276,8 @@ def test_the_pairs_tell_the_sides_apart(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_a_pairs_loss_is_its_own(case: Case) -> None:
-    """No mean over the batch before the loss, which would couple pairs. AOT sorts the batch by intent."""
+def test_objective_single_pair_equals_its_loss_in_the_batch(case: Case) -> None:
+    """Mutation that it catches: a mean over the batch before the loss, which couples pairs. AOT sorts the batch by design."""
     pairs = IMAGES if case.image else PAIRS
     if case.name.startswith("aot"):
         alone = call(case, *build(pairs[:1]))
@@ -301,11 +309,11 @@ EQUAL = {
     "symmetric_image": 3 * LN2,
 }
 NEUTRAL = {"probability": 1.0, "rejected_gradient_scale": 1.0}
-"""Data that say nothing; 0 for the rest."""
+"""Neutral values of inputs. The others are 0."""
 
 
-def test_where_policy_equals_reference() -> None:
-    """ln 2 for what is logistic, on text and images alike, in float32, to the last digit."""
+def test_objective_policy_equal_to_reference_returns_its_neutral_value() -> None:
+    """ln 2 for logistic objectives, for text and images, in float32 to the last digit."""
     assert set(EQUAL) == {name for name in OBJECTIVES if takes(name, "reference_logps")} - {"linear"}
     for name, value in EQUAL.items():
         for pairs, image in ((PAIRS, False), (IMAGES, True)):
@@ -313,15 +321,15 @@ def test_where_policy_equals_reference() -> None:
             data = {
                 k: torch.full((3,), NEUTRAL.get(k, 0.0)) for k in (*DATASET_INPUTS, *BATCH_INPUTS) if takes(name, k)
             }
-            found = OBJECTIVES[name](reference, reference, beta=0.3, **data)
-            assert found.tolist() == pytest.approx([value] * 3, rel=3e-7), name
+            loss = OBJECTIVES[name](reference, reference, beta=0.3, **data)
+            assert loss.tolist() == pytest.approx([value] * 3, rel=3e-7), name
 
 
 SIDES = st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4)
 
 
 @given(SIDES)
-def test_swapping_the_sides_negates_delta_exactly(values: list[float]) -> None:
+def test_deltas_swapped_sides_are_negated_exactly(values: list[float]) -> None:
     """Mutation that it catches: a delta summed in another order for the rejected side."""
     a, b, c, d = (torch.tensor([v]) for v in values)
     one = torch.ones(1)
@@ -340,8 +348,8 @@ FALLING = [name for name in FALLING if name not in ("sppo_hard", "apo_down", "li
 
 @pytest.mark.parametrize("name", FALLING)
 @given(step=st.floats(1e-3, 5))
-def test_monotone(name: str, step: float) -> None:
-    """A likelier chosen side never costs more, a likelier rejected side never less. Those left out turn by design."""
+def test_objective_likelier_chosen_never_costs_more(name: str, step: float) -> None:
+    """A likelier chosen side never costs more, a likelier rejected side never less. The others are not monotone by design."""
     assert len(FALLING) == 20
     case = first_case(name)
     pairs = IMAGES if case.image else PAIRS
@@ -354,7 +362,7 @@ def test_monotone(name: str, step: float) -> None:
 
 
 def extreme(name: str, values: list[float], dtype: torch.dtype, beta: float) -> tuple[LogProbs, Callable[..., Tensor]]:
-    """A policy with leaves, and its objective, every input out to 1e4."""
+    """A policy whose log-probs are leaves, and its objective, with inputs of up to 1e4."""
     case = first_case(name)
     w, l, c, d = (torch.tensor([v, -v, v], dtype=dtype) for v in values)  # noqa: E741
     policy = LogProbs(
@@ -376,13 +384,15 @@ def extreme(name: str, values: list[float], dtype: torch.dtype, beta: float) -> 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @settings(max_examples=20, deadline=None)  # a deadline in wall time fails on a busy machine
 @given(values=SIDES, dtype=st.sampled_from([torch.float32, torch.bfloat16]), beta=st.sampled_from([0.1, 5000.0]))
-def test_finite_far_out(name: str, values: list[float], dtype: torch.dtype, beta: float) -> None:
+def test_objective_extreme_log_ratios_stay_finite(
+    name: str, values: list[float], dtype: torch.dtype, beta: float
+) -> None:
     check_finite(name, values, dtype, beta)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_finite_at_the_corners(name: str, dtype: torch.dtype) -> None:
+def test_objective_corner_log_ratios_stay_finite(name: str, dtype: torch.dtype) -> None:
     for w in (-1e4, 0.0, 1e4):
         for other in (-1e4, 0.0, 1e4):
             for beta in (0.1, 5000.0):
@@ -400,7 +410,7 @@ def check_finite(name: str, values: list[float], dtype: torch.dtype, beta: float
 
 @pytest.mark.parametrize("name", SUPPORTS_DIVERGENCE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_divergences_are_finite_far_out(name: str, dtype: torch.dtype) -> None:
+def test_divergence_extreme_log_ratios_stay_finite(name: str, dtype: torch.dtype) -> None:
     case = first_case(name)
     data = {k: torch.tensor([0.5], dtype=dtype) for k in DATASET_INPUTS}
     assert len(DIVERGENCES) == 4
@@ -410,18 +420,18 @@ def test_divergences_are_finite_far_out(name: str, dtype: torch.dtype) -> None:
             for w, l in ((1e4, -1e4), (-1e4, 1e4), (1e4, 1e4), (-1e4, 0.0)):  # noqa: E741
                 sides = [torch.tensor([v], dtype=dtype, requires_grad=True) for v in (w, l)]
                 one, zero = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
-                found = loss(
+                losses = loss(
                     LogProbs(*sides, one, one, is_likelihood=True),
                     LogProbs(zero, zero, one, one, is_likelihood=True),
                     data,
                 )
-                found.sum().backward()
-                assert torch.isfinite(found).all()
+                losses.sum().backward()
+                assert torch.isfinite(losses).all()
                 assert all(torch.isfinite(side.grad).all() for side in sides)
 
 
-def test_divergences_by_hand() -> None:
-    """Mutation that it catches: the sign within forward KL's exponent, alpha for 1 - alpha."""
+def test_divergence_matches_hand_arithmetic() -> None:
+    """Mutations that it catches: the sign in forward KL's exponent, alpha instead of 1 - alpha."""
     formulas: dict[str, Callable[[float], float]] = {
         "reverse_kl": lambda r: r,
         "forward_kl": lambda r: 1 - math.exp(-r),
@@ -431,30 +441,30 @@ def test_divergences_by_hand() -> None:
     assert set(formulas) == set(DIVERGENCES)
     policy, reference = build(PAIRS)
     for name, f in formulas.items():
-        found = log_ratios(*scored(policy, reference, divergence=name, alpha=0.3))
-        assert found[0].tolist() == pytest.approx([f(p.rw) for p in PAIRS], rel=1e-12)
-        assert found[1].tolist() == pytest.approx([f(p.rl) for p in PAIRS], rel=1e-12)
+        scores = log_ratios(*apply_divergence(policy, reference, divergence=name, alpha=0.3))
+        assert scores[0].tolist() == pytest.approx([f(p.rw) for p in PAIRS], rel=1e-12)
+        assert scores[1].tolist() == pytest.approx([f(p.rl) for p in PAIRS], rel=1e-12)
         loss = mixture({"hinge": 1.0, "sft": 0.5}, BETA, divergence=name, divergence_alpha=0.3)(policy, reference, {})
-        wanted = [max(0.0, 1 - 0.3 * (f(p.rw) - f(p.rl))) - 0.5 * p.w / p.n_w for p in PAIRS]
-        assert loss.tolist() == pytest.approx(wanted, rel=1e-12)
-        assert deltas(*scored(policy, policy, divergence=name)).tolist() == [0, 0, 0]
+        expected = [max(0.0, 1 - 0.3 * (f(p.rw) - f(p.rl))) - 0.5 * p.w / p.n_w for p in PAIRS]
+        assert loss.tolist() == pytest.approx(expected, rel=1e-12)
+        assert deltas(*apply_divergence(policy, policy, divergence=name)).tolist() == [0, 0, 0]
     assert all(name in OBJECTIVES for name in SUPPORTS_DIVERGENCE) and len(SUPPORTS_DIVERGENCE) == 10
 
 
-def test_divergences_go_on_as_straight_lines_past_e_to_the_30() -> None:
+def test_divergence_above_e_to_the_30_is_a_straight_line() -> None:
     """Mutation that it catches: a clamp, which would stop the gradient."""
     ratio = torch.tensor([-33.0], dtype=torch.float64, requires_grad=True)
     for name, alpha, f, slope in (
         ("forward_kl", 0.5, 1 - 4 * math.exp(30), math.exp(30)),
         ("alpha", -1.0, (math.exp(30) * 37 - 1) / -2, math.exp(30)),
     ):
-        found = DIVERGENCES[name](ratio, alpha)
-        assert found.item() == pytest.approx(f, rel=1e-12)
-        assert torch.autograd.grad(found.sum(), ratio)[0].item() == pytest.approx(slope, rel=1e-12)
+        score = DIVERGENCES[name](ratio, alpha)
+        assert score.item() == pytest.approx(f, rel=1e-12)
+        assert torch.autograd.grad(score.sum(), ratio)[0].item() == pytest.approx(slope, rel=1e-12)
 
 
-def test_the_defaults_are_those_published() -> None:
-    wanted = {
+def test_objective_defaults_are_the_published_values() -> None:
+    expected = {
         "sigmoid": {"label_smoothing": 0.0},
         "robust": {"label_smoothing": 0.1},
         "exo_pair": {"label_smoothing": 1e-3},
@@ -473,17 +483,20 @@ def test_the_defaults_are_those_published() -> None:
         "symmetric_image": {"contrast_weight": 0.5, "closeness_weight": 1e-4},
         "tdpo": {"kl_weight": 0.5},
     }
-    found = {n: {k: p.default for k, p in keyword_settings(n).items() if p.default is not p.empty} for n in OBJECTIVES}
-    assert {name: defaults for name, defaults in found.items() if defaults} == wanted
+    signature_defaults = {
+        n: {k: p.default for k, p in keyword_settings(n).items() if p.default is not p.empty} for n in OBJECTIVES
+    }
+    assert {name: defaults for name, defaults in signature_defaults.items() if defaults} == expected
     defaults = [
-        inspect.signature(f).parameters[k].default for f, k in ((scored, "alpha"), (mixture, "divergence_alpha"))
+        inspect.signature(f).parameters[k].default
+        for f, k in ((apply_divergence, "alpha"), (mixture, "divergence_alpha"))
     ]
     assert defaults == [0.5, 0.5]
     assert inspect.signature(objectives.segment_mean).parameters["edited_token_weight"].default == 5
-    assert inspect.signature(objectives.bco_shift).parameters["before"].default == 0
+    assert inspect.signature(objectives.bco_shift).parameters["previous_mean"].default == 0
 
 
-def test_detached_log_probs_are_the_same_numbers() -> None:
+def test_log_probs_detach_keeps_numbers_and_drops_gradient() -> None:
     policy, _ = build(PAIRS)
     policy.chosen.requires_grad_()
     policy.rejected.requires_grad_()
@@ -493,20 +506,22 @@ def test_detached_log_probs_are_the_same_numbers() -> None:
         assert one is other or (torch.equal(one, other) and not other.requires_grad)
 
 
-def test_the_reference_points_of_the_batch() -> None:
+def test_kto_reference_and_bco_shift_match_hand_arithmetic() -> None:
     chosen, rejected = torch.tensor([2.0, -1.0]), torch.tensor([0.5, -3.0])
-    assert objectives.kto_reference(chosen, rejected, beta=0.3).item() == 0  # mean -0.375, held at 0
+    assert objectives.kto_reference(chosen, rejected, beta=0.3).item() == 0  # the mean is -0.375, clamped to 0
     assert objectives.kto_reference(chosen, -rejected, beta=0.3).item() == pytest.approx(0.3 * 3.5 / 4)
     first = objectives.bco_shift(chosen, rejected, beta=0.3)
     assert first.item() == pytest.approx(0.3 * -1.5 / 4)  # may be negative
-    second = objectives.bco_shift(torch.tensor([4.0]), torch.tensor([6.0]), beta=0.3, before=first, seen=4)
+    second = objectives.bco_shift(
+        torch.tensor([4.0]), torch.tensor([6.0]), beta=0.3, previous_mean=first, previous_count=4
+    )
     assert second.item() == pytest.approx(0.3 * (-1.5 + 10) / 6)
     moving = torch.tensor([1.0], requires_grad=True)
     assert not objectives.kto_reference(moving, moving, beta=1).requires_grad
     assert not objectives.bco_shift(moving, moving, beta=1).requires_grad
 
 
-def test_safe_scales_the_rejected_gradient_alone() -> None:
+def test_sdpo_scales_only_the_rejected_gradient() -> None:
     """Mutation that it catches: scaling the loss, or the chosen side."""
     plain, scaled = (build(PAIRS)[0] for _ in range(2))
     reference = build(PAIRS)[1]
@@ -522,8 +537,8 @@ def test_safe_scales_the_rejected_gradient_alone() -> None:
     assert torch.allclose(scaled.rejected.grad, scale * plain.rejected.grad)
 
 
-def test_the_safe_scale_by_hand_and_a_pair_at_a_time() -> None:
-    """The authors' code takes one scale a micro-batch: then a pair's would change with its neighbours."""
+def test_sdpo_lambda_image_is_computed_per_pair() -> None:
+    """The authors' code takes one scale per micro-batch, so that a pair's scale changes with its neighbours."""
     chosen = torch.tensor([[1.0, 2.0], [1.0, 0.0], [0.1, 0.0], [0.0, 0.0]])
     rejected = torch.tensor([[3.0, 4.0], [-1.0, 5.0], [1.0, 2.0], [1.0, 1.0]])
     scale = objectives.sdpo_lambda_image(chosen, rejected, slack=0.1)
@@ -539,10 +554,10 @@ def test_the_safe_scale_by_hand_and_a_pair_at_a_time() -> None:
     assert (((g_w - g_l) * g_w).flatten(1).sum(1) < -1e-4).any()  # unscaled it would
 
 
-def test_the_preserving_scale_is_of_gradients_at_the_answers_logits() -> None:
-    """Answers "a b c" and "a b d e" over a vocabulary of five: gradients by autograd at each context's own logits.
+def test_sdpo_lambda_text_matches_autograd_at_the_logits() -> None:
+    """Responses "a b c" and "a b d e" over a vocabulary of five: gradients by autograd at each context's own logits.
 
-    Mutations that it catches: going on past the first difference, counting padding, the sign where answers part.
+    Mutations that it catches: continuing past the first difference, counting padding, the sign at the first difference.
     """
     generator = torch.Generator().manual_seed(0)
     prefix, after = torch.randn(3, 5, generator=generator), torch.randn(1, 5, generator=generator)
@@ -561,19 +576,19 @@ def test_the_preserving_scale_is_of_gradients_at_the_answers_logits() -> None:
     masks = (torch.ones(1, 3), torch.ones(1, 4))
     ids = (torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 3, 4]]))
     for slack in (0.5, 0.9):
-        found = objectives.sdpo_lambda_text(tokens, masks, ids, slack=slack)
-        assert found.item() == pytest.approx(((1 - slack) * square / inner).clamp(0, 1).item(), rel=1e-5)
-    assert not found.requires_grad and 0 < found < 1
+        scale = objectives.sdpo_lambda_text(tokens, masks, ids, slack=slack)
+        assert scale.item() == pytest.approx(((1 - slack) * square / inner).clamp(0, 1).item(), rel=1e-5)
+    assert not scale.requires_grad and 0 < scale < 1
     padded = [torch.nn.functional.pad(part, (0, 2)) for part in (*tokens, *masks, *ids)]
     again = objectives.sdpo_lambda_text(
         (padded[0], padded[1]), (padded[2], padded[3]), (padded[4], padded[5]), slack=0.9
     )
-    assert torch.equal(again, found)
+    assert torch.equal(again, scale)
     apart = (torch.tensor([[3, 1, 2]]), ids[1])
     assert objectives.sdpo_lambda_text(tokens, masks, apart, slack=0.9).item() == 1
 
 
-def test_linear_has_no_gradient_through_its_weight() -> None:
+def test_linear_weight_has_no_gradient() -> None:
     policy, reference = build(IMAGES, image=True)
     policy.chosen.requires_grad_()
     objectives.linear(policy, reference, beta=0.5, floor=0.1).sum().backward()
@@ -581,13 +596,13 @@ def test_linear_has_no_gradient_through_its_weight() -> None:
     assert policy.chosen.grad.tolist() == pytest.approx([-2 * w for w in weights])
 
 
-def test_mapo_near_and_far() -> None:
-    """x / (e^x - 1) without overflow, across the switch to its series, with its slope -1/2 at 0."""
+def test_mapo_over_expm1_is_exact_near_zero_and_far_away() -> None:
+    """x / (e^x - 1) has no overflow, no jump where the series begins, and slope -1/2 at 0."""
     from dpo_mm.objectives.denoising import _over_expm1
 
     x = torch.tensor([1e-9, 9.99e-4, 1.001e-3, 0.5, 80.0, -0.5], dtype=torch.float64, requires_grad=True)
-    wanted = [v / math.expm1(v) for v in x.tolist()]
-    assert _over_expm1(x).tolist() == pytest.approx(wanted, rel=1e-12)
+    expected = [v / math.expm1(v) for v in x.tolist()]
+    assert _over_expm1(x).tolist() == pytest.approx(expected, rel=1e-12)
     zero = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     assert _over_expm1(zero).item() == 1
     _over_expm1(x).sum().backward()
@@ -598,8 +613,8 @@ TOKENS = [[-1.0, -2.0, -3.0, -4.0, -9.0], [-0.75, -5.0, -7.0, -7.0, -7.0]]
 MASK = [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
 
 
-def test_token_functions_by_hand() -> None:
-    """Mutation that it catches: counting the prompt's tokens, or the tail from the longer side."""
+def test_token_functions_match_hand_arithmetic() -> None:
+    """Mutations that it catches: counting the prompt's tokens, or the tail of the longer side."""
     tokens, mask = torch.tensor(TOKENS), torch.tensor(MASK)
     swapped, turned = tokens.flip(0), mask.flip(0)
     chosen, rejected = objectives.shared_length(tokens, swapped, mask, turned, ld_alpha=0.25)
@@ -613,19 +628,19 @@ def test_token_functions_by_hand() -> None:
     weight = objectives.on_policy_weight(tokens.requires_grad_(), mask, collision)
     assert weight.tolist() == pytest.approx([math.exp(-3 + 1), math.exp(-0.75 + 1)])
     assert not weight.requires_grad
-    hidden = tokens.detach().masked_fill(mask == 0, -torch.inf)  # what stands outside the mask is never read
+    hidden = tokens.detach().masked_fill(mask == 0, -torch.inf)  # values outside the mask are never read
     assert objectives.segment_mean(hidden, mask, edited).isfinite().all()
     assert objectives.on_policy_weight(hidden, mask, collision).tolist() == weight.tolist()
     assert objectives.shared_length(hidden, swapped, mask, turned, ld_alpha=0.25)[0].tolist() == chosen.tolist()
 
 
-def test_a_mixture_is_the_sum_by_weight() -> None:
+def test_mixture_is_the_weighted_sum() -> None:
     policy, reference = build(PAIRS)
     loss = mixture(MPO, BETA)(policy, reference, {"reward_shift": torch.tensor(0.2)})
-    wanted = [
+    expected = [
         0.8 * -ls(0.3 * p.delta) + 0.2 * (-ls(0.3 * p.rw - 0.2) - ls(0.2 - 0.3 * p.rl)) - p.w / p.n_w for p in PAIRS
     ]
-    assert loss.tolist() == pytest.approx(wanted, rel=1e-6)
+    assert loss.tolist() == pytest.approx(expected, rel=1e-6)
     assert MPO == {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
     alone = mixture({"sft": 2.0}, {})(policy, None, {})
     assert alone.tolist() == pytest.approx([-2 * p.w / p.n_w for p in PAIRS])
@@ -633,7 +648,7 @@ def test_a_mixture_is_the_sum_by_weight() -> None:
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if "beta" in keyword_settings(name)])
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
-def test_a_beta_out_of_range_is_refused(name: str, beta: float) -> None:
+def test_objective_beta_out_of_range_raises(name: str, beta: float) -> None:
     case = first_case(name)
     with pytest.raises(ValueError, match="beta must be above 0"):
         call(
@@ -666,7 +681,7 @@ BAD = [(name, "label_smoothing", value) for name in SMOOTHED for value in (-0.1,
 
 
 @pytest.mark.parametrize(("name", "setting", "value"), BAD)
-def test_settings_out_of_range_are_refused(name: str, setting: str, value: float) -> None:
+def test_objective_setting_out_of_range_raises(name: str, setting: str, value: float) -> None:
     case = first_case(name)
     with pytest.raises(ValueError, match=f"{setting} must be .*, got {value}"):
         call(
@@ -675,23 +690,23 @@ def test_settings_out_of_range_are_refused(name: str, setting: str, value: float
         )
 
 
-def test_every_setting_has_a_range_that_is_tested() -> None:
+def test_out_of_range_cases_cover_every_setting() -> None:
     every = {(name, key) for name in OBJECTIVES for key in keyword_settings(name)}
     tested = {(name, setting) for name, setting, _ in BAD} | {
         (n, "beta") for n in OBJECTIVES if "beta" in keyword_settings(n)
     }
-    assert every - tested == {("anchor", "anchor_shift")}  # any number will do
+    assert every - tested == {("anchor", "anchor_shift")}  # any number is allowed
     assert len(SMOOTHED) == 8 and len(every) == 51
 
 
 @pytest.mark.parametrize("name", ["linear", "mapo", "orpo"])
-def test_what_fits_one_kind_alone_refuses_the_other(name: str) -> None:
+def test_objective_of_one_modality_raises_for_the_other(name: str) -> None:
     case = first_case(name)
     with pytest.raises(ValueError, match=f"{name} .*denoising error"):
         call(case, *build(PAIRS, image=not case.image))
 
 
-def test_token_functions_refuse_weights_out_of_range() -> None:
+def test_token_functions_weight_out_of_range_raises() -> None:
     tokens, mask = torch.tensor(TOKENS), torch.tensor(MASK)
     for weight in (-0.1, 1.1):
         with pytest.raises(ValueError, match="ld_alpha must be in"):
@@ -702,7 +717,7 @@ def test_token_functions_refuse_weights_out_of_range() -> None:
         objectives.sdpo_lambda_image(tokens, tokens, slack=1.0)
 
 
-def test_a_mixture_says_what_is_wrong() -> None:
+def test_mixture_wrong_arguments_raise_with_the_fix() -> None:
     policy, reference = build(PAIRS)
     for weights, chosen, options, message in (
         ({}, {}, {}, "no objective given"),
@@ -722,14 +737,14 @@ def test_a_mixture_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"divergence 'forward' is unknown; did you mean 'forward_kl'"):
         mixture({"sigmoid": 1.0}, BETA, divergence="forward")(policy, reference, {})
     with pytest.raises(ValueError, match="alpha must be finite"):
-        scored(policy, reference, divergence="alpha", alpha=math.nan)
+        apply_divergence(policy, reference, divergence="alpha", alpha=math.nan)
     for name, key, whose in (("soft", "probability", "the column"), ("kto", "z", "the batch's")):
         with pytest.raises(ValueError, match=f"'{name}' needs {whose} '{key}'"):
             mixture({name: 1.0}, BETA)(policy, reference, {})
 
 
-def test_arguments_are_settings_or_given() -> None:
-    """Every argument after the tensors is keyword-only; what the data or the batch gives has no default."""
+def test_objective_arguments_after_the_log_probs_are_keyword_only() -> None:
+    """Inputs from the dataset or the batch have no default."""
     given = (*DATASET_INPUTS, *BATCH_INPUTS)
     used = set()
     for name, function in OBJECTIVES.items():
@@ -741,18 +756,17 @@ def test_arguments_are_settings_or_given() -> None:
     assert set(given) <= used and len(given) == 10
 
 
-def test_every_objective_is_documented() -> None:
+def test_objective_docstrings_have_all_sections() -> None:
     for name, function in OBJECTIVES.items():
         text = inspect.getdoc(function) or ""
-        assert "Source:" in text and "(pairs,)" in text, name
-        assert all(section in text for section in ("Args:", "Returns:")), name
-        assert "Raises:" in text or name == "sft", name
+        sections = ("Args:", "Returns:", "Source:") + (("Raises:",) if name != "sft" else ())
+        assert all(section in text for section in sections) and "(pairs,)" in text, name
     assert sorted(objectives.__all__) == sorted(set(objectives.__all__))
     assert all(hasattr(objectives, name) for name in objectives.__all__)
 
 
-def test_the_page_has_them_all() -> None:
-    """Name, whether a reference is needed, and what comes with the batch, in docs/reference/objectives.md."""
+def test_objectives_page_lists_every_objective() -> None:
+    """docs/reference/objectives.md has each name, whether it needs a reference, and its inputs from the batch."""
     page = (Path(__file__).parents[3] / "docs" / "reference" / "objectives.md").read_text()
     rows = {cells[1].strip(" `"): cells for line in page.splitlines() if len(cells := line.split("|")) == 9}
     assert set(rows) - {"name", "---"} == set(OBJECTIVES)
@@ -762,7 +776,7 @@ def test_the_page_has_them_all() -> None:
         assert set(re.findall(r"`(\w+)`", rows[name][6])) == needed, name
 
 
-def test_the_page_of_numbers_is_what_was_measured() -> None:
+def test_parity_page_matches_the_measurements() -> None:
     """Written by `python -m tests.bench.numbers`."""
     from tests.bench.numbers import PAGE, page
 

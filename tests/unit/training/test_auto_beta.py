@@ -66,7 +66,7 @@ def test_a_measured_beta_is_said_kept_and_taken_up_again(
     """Mutation that it catches: measuring again at resume, when the policy has moved."""
     whole = config(tiny_model, pairs, tmp_path / "whole", beta="auto")
     trained = train(whole)
-    assert trained.settings["effective beta"].startswith(f"{trained.beta:g} as the Diffusion-DPO authors mean it")
+    assert trained.settings["effective beta"].startswith(f"{trained.beta:g} in the Diffusion-DPO authors' convention")
     assert "measured on the first pairs" in dry_run(whole)["effective beta"]
     cut = dataclasses.replace(whole, output_dir=str(tmp_path / "cut"), save_every=4, steps=4)
     train(cut)

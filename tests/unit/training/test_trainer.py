@@ -234,7 +234,7 @@ def test_wrong_settings_name_themselves(
 def test_the_plan_says_beta_in_every_convention(tiny_model: str, pairs: str, out: str) -> None:
     said = dry_run(config(tiny_model, pairs, out))
     assert (
-        "5000 as the Diffusion-DPO authors mean it = 2500 in diffusers' script = 4.88 on summed"
+        "5000 in the Diffusion-DPO authors' convention = 2500 in diffusers' script = 4.88 on summed"
         in said["effective beta"]
     )
     assert "mean over 1,024 latent elements" in said["reduction"]

@@ -1,4 +1,4 @@
-"""Noising processes: read off real schedulers, held against those schedulers' own arithmetic."""
+"""Noise processes of real schedulers, compared with the arithmetic of those schedulers."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def process(scheduler: Any) -> Any:
     return noise_process_for(scheduler, source="m")
 
 
-def draw() -> tuple[torch.Tensor, torch.Tensor]:
+def latents_and_noise() -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     return torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_variance_preserving_is_the_schedulers_own(kind: str) -> None:
+def test_variance_preserving_matches_the_schedulers_arithmetic(kind: str) -> None:
     scheduler = DDIMScheduler(prediction_type=kind)
-    ours, (latents, noise) = process(scheduler), draw()
+    ours, (latents, noise) = process(scheduler), latents_and_noise()
     timestep = ours.timesteps(LEVELS, tokens=64)
     assert timestep.tolist() == [1, 250, 500, 999]
     torch.testing.assert_close(
@@ -45,7 +45,7 @@ def test_variance_preserving_is_the_schedulers_own(kind: str) -> None:
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_static_shift_is_the_schedulers_own(shift: float) -> None:
+def test_rectified_flow_static_shift_matches_the_scheduler(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     ladder = torch.arange(1000, 0, -1) / 1000
     ours = process(scheduler)
@@ -56,7 +56,7 @@ def test_a_static_shift_is_the_schedulers_own(shift: float) -> None:
 
 @pytest.mark.parametrize(("tokens", "mu"), [(256, 0.5), (4096, 1.15), (2176, 0.825)])
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
-def test_a_dynamic_shift_follows_the_size_as_the_scheduler_does(kind: str, tokens: int, mu: float) -> None:
+def test_rectified_flow_dynamic_shift_depends_on_tokens_as_in_the_scheduler(kind: str, tokens: int, mu: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
     ours = process(scheduler).timesteps(LEVELS, tokens=tokens)
     scheduler.set_timesteps(sigmas=LEVELS.tolist(), mu=mu)
@@ -64,9 +64,9 @@ def test_a_dynamic_shift_follows_the_size_as_the_scheduler_does(kind: str, token
     assert process(scheduler).timesteps(torch.zeros(1), tokens=tokens).item() == 0
 
 
-def test_a_flow_is_noised_as_the_scheduler_does() -> None:
+def test_rectified_flow_add_noise_matches_the_scheduler() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    ours, (latents, noise) = process(scheduler), draw()
+    ours, (latents, noise) = process(scheduler), latents_and_noise()
     timestep = scheduler.timesteps[[1, 300, 600, 998]]
     torch.testing.assert_close(
         ours.add_noise(latents, noise, timestep), scheduler.scale_noise(latents, timestep, noise), atol=1e-6, rtol=1e-5
@@ -82,32 +82,32 @@ def test_a_flow_is_noised_as_the_scheduler_does() -> None:
         FlowMatchEulerDiscreteScheduler(shift=3.0),
     ],
 )
-def test_a_targets_error_times_its_factor_is_the_noises_error(scheduler: Any) -> None:
-    """Noise read back out of a wrong prediction, by solving for it, misses by factor * the target's squared error."""
-    ours, (latents, noise) = process(scheduler), draw()
+def test_epsilon_error_scale_converts_target_errors_to_noise_errors(scheduler: Any) -> None:
+    """Solve for the noise in a wrong prediction: its squared error is the factor times that of the target."""
+    ours, (latents, noise) = process(scheduler), latents_and_noise()
     timestep = ours.timesteps(LEVELS, tokens=1)
     noisy, target = (f(latents, noise, timestep).double() for f in (ours.add_noise, ours.target))
     wrong = target + 0.1
     if ours.name == "epsilon":
-        found = wrong
+        implied_noise = wrong
     elif ours.name == "v":
-        kept = scheduler.alphas_cumprod[timestep].double()[:, None, None, None]
-        found = kept.sqrt() * wrong + (1 - kept).sqrt() * noisy
+        alpha_bar = scheduler.alphas_cumprod[timestep].double()[:, None, None, None]
+        implied_noise = alpha_bar.sqrt() * wrong + (1 - alpha_bar).sqrt() * noisy
     else:
-        found = noisy + (1 - timestep.double()[:, None, None, None] / 1000) * wrong
-    missed = (found - noise).square().mean((1, 2, 3))
-    torch.testing.assert_close(missed, 0.01 * ours.epsilon_error_scale(timestep).double(), atol=1e-8, rtol=1e-4)
+        implied_noise = noisy + (1 - timestep.double()[:, None, None, None] / 1000) * wrong
+    noise_error = (implied_noise - noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(noise_error, 0.01 * ours.epsilon_error_scale(timestep).double(), atol=1e-8, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "said"),
+    ("scheduler", "message"),
     [
-        (EDMEulerScheduler(), r"EDMEulerScheduler with prediction_type 'epsilon' is not handled"),
-        (EulerDiscreteScheduler(prediction_type="sample"), r"prediction_type 'sample' is not handled"),
+        (EDMEulerScheduler(), r"EDMEulerScheduler with prediction_type 'epsilon' is not supported"),
+        (EulerDiscreteScheduler(prediction_type="sample"), r"prediction_type 'sample' is not supported"),
     ],
 )
-def test_an_unknown_process_is_refused_by_name(scheduler: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_noise_process_for_unsupported_scheduler_raises_with_its_name(scheduler: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         process(scheduler)
 
 
@@ -127,14 +127,14 @@ class Config(dict[str, Any]):
         ),
     ],
 )
-def test_latents_are_scaled_as_the_autoencoder_says(config: dict[str, Any], expected: list[list[float]]) -> None:
+def test_latent_scale_follows_the_autoencoders_config(config: dict[str, Any], expected: list[list[float]]) -> None:
     raw = torch.tensor([2.0, 4.0]).view(1, 2, 1, 1)
     scale = latent_scale(Config(config))
     assert scale.normalised(raw).flatten(1).tolist() == expected
     assert torch.equal(scale.unnormalised(scale.normalised(raw)), raw)
 
 
-def test_prompts_of_unequal_length_are_padded_and_keep_their_dtype() -> None:
+def test_padded_unequal_lengths_keep_their_dtype() -> None:
     masks = padded([torch.tensor([True, True, True]), torch.tensor([True])])
     assert masks.tolist() == [[True, True, True], [True, False, False]] and masks.dtype == torch.bool
     assert padded([torch.ones(2, 3), torch.ones(1, 3)]).shape == (2, 2, 3)

@@ -1,0 +1,39 @@
+"""Lines of a run's summary for image generators: target, reduction, loss weighting, and beta in other conventions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dpo_mm.config import TrainConfig
+
+if TYPE_CHECKING:
+    from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy
+
+
+def describe(policy: DiffusionPolicy, config: TrainConfig) -> dict[str, str]:
+    """Return family, target, reduction, loss weighting, and the effective beta if it is a number already."""
+    elements = policy.latent_channels() * (policy.resolution // policy.pipe.vae_scale_factor) ** 2
+    process = policy.noise_process
+    return {
+        "family": f"{type(policy).__name__}, {type(policy.pipe).__name__}",
+        "target": f"{process.name} ({type(process).__name__}), error in float32",
+        "reduction": f"mean over {elements:,} latent elements, 1/2 inside the log-ratio",
+        "weighting": _describe_weighting(process.name, config),
+        **({} if isinstance(config.beta, str) else {"effective beta": _describe_beta(config.beta, elements)}),
+    }
+
+
+def _describe_weighting(prediction: str, config: TrainConfig) -> str:
+    if prediction == "epsilon":
+        return "target, which is the noise"
+    factor = {"v": "alpha_bar(t)", "velocity": "(1 - s)^2"}.get(prediction, "factor")
+    if config.loss_weighting == "epsilon":
+        return f"epsilon: the {prediction} error times {factor} is the noise error. beta is constant on the noise error"
+    return f"target: beta is constant on the {prediction} error. On the noise error it is beta / {factor}"
+
+
+def _describe_beta(beta: float, elements: int) -> str:
+    return (
+        f"{beta:g} in the Diffusion-DPO authors' convention = {beta / 2:g} in diffusers' script "
+        f"= {beta / elements:.3g} on summed errors"
+    )

@@ -1,0 +1,51 @@
+"""Files of trained denoiser weights: a LoRA in diffusers' and kohya's formats, or a whole denoiser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_mm.model_loading import load_module
+from dpo_mm.policies.adapters import LORA_FILE, Weights, has_lora, read_lora, save_kohya, save_lora, save_whole
+
+if TYPE_CHECKING:
+    from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy
+
+
+def save(policy: DiffusionPolicy, folder: Path, weights: Weights) -> None:
+    """Write the LoRA in diffusers' format, and in kohya's if the config says so, or else the whole denoiser.
+
+    Args:
+        policy: a prepared policy.
+        folder: an existing folder.
+        weights: the gathered state, if the model's own is sharded over several processes.
+    """
+    if not has_lora(policy.model):
+        save_whole(policy.model, folder / policy.denoiser, weights)
+        return
+    save_lora(policy.pipe, policy.denoiser, folder, weights)
+    if policy.config.lora_format == "kohya":
+        assert policy.kohya_prefix is not None
+        save_kohya(policy.model, policy.kohya_prefix, folder, weights)
+
+
+def load_weights(policy: DiffusionPolicy, folder: Path) -> None:
+    """Load what `save` wrote into the prepared model.
+
+    Raises:
+        ValueError: if the weights do not fit the model.
+    """
+    if has_lora(policy.model):
+        read_lora(policy.model, policy.denoiser, folder / LORA_FILE)
+    else:
+        stored = load_module(type(policy.model), str(folder / policy.denoiser))
+        policy.model.load_state_dict(stored.state_dict())
+
+
+def usage_snippet(policy: DiffusionPolicy, base: str, folder: str) -> list[str]:
+    """Return lines of Python that load the base pipeline and the weights that `save` wrote with diffusers."""
+    load_line = f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype={policy.dtype})'
+    if policy.config.tuning == "lora":
+        return [load_line, f'pipe.load_lora_weights("{folder}")']
+    denoiser = f"pipe.{policy.denoiser}"
+    return [load_line, f'{denoiser} = type({denoiser}).from_pretrained("{folder}", subfolder="{policy.denoiser}")']
