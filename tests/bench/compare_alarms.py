@@ -29,7 +29,8 @@ from dpo_mm.config import CompareConfig
 from dpo_mm.evaluation.compare_images import compare_images, comparisons, verdict
 from dpo_mm.evaluation.image_sampling import ImageSampler, sampling_plan
 from dpo_mm.evaluation.image_store import FOLDER, ImageStore
-from dpo_mm.evaluation.statistics import Comparison, rate_interval
+from dpo_mm.evaluation.significance import rate_interval
+from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.policies.families import load_image_policy
 
 TARGET = Path(__file__).parents[2] / "docs" / "benchmarks" / "compare-alarms.json"

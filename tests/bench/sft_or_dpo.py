@@ -206,7 +206,7 @@ def evaluate(config: CompareResponsesConfig, adapter: str | None, work: Path) ->
         policy.load_adapter(adapter)
     config = dataclasses.replace(config, adapter=adapter)
     return generate_responses(
-        policy, read_questions(config.questions), config, base=adapter is None, title="generating responses", keep=work
+        policy, read_questions(config.questions), config, base=adapter is None, title="OCR model", output_dir=work
     )
 
 
@@ -214,7 +214,7 @@ def rates(responses: ScoredResponses) -> dict[str, float]:
     """Total hits divided by total counts, by judge."""
     return {
         name: float(hits_and_totals[:, 0].sum() / max(hits_and_totals[:, 1].sum(), 1))
-        for name, hits_and_totals in responses.shares.items()
+        for name, hits_and_totals in responses.ratios.items()
     }
 
 

@@ -36,7 +36,7 @@ TRAPS = {
     "Diffusion-SDPO: one scale a micro-batch": "unit/objectives/test_objectives.py::test_the_safe_scale_by_hand_and_a_pair_at_a_time",
     "rounding of half-precision errors hides the delta": "parity/test_traps.py::test_errors_of_a_half_precision_model_are_computed_in_float32",
     "one sample of the posterior kept for good": "unit/training/test_encoding.py::test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives",
-    "a mined loop dominates the margin": "unit/mining/test_mine_responses.py::test_a_loop_is_rejected_cut_and_left_open_with_its_reason",
+    "a mined loop dominates the margin": "unit/mining/test_mine_responses.py::test_loop_is_rejected_truncated_without_end_of_turn_and_with_reason",
 }
 
 

@@ -52,7 +52,7 @@ def mine_and_stop(at: int) -> None:
 
     mine_images.load_judge = lambda name: judge
     mine_images.better_of = lambda name: "higher"
-    recipe._know_judges = lambda names: None
+    recipe._check_judges = lambda names: None
     forked.command()
 
 
