@@ -92,7 +92,7 @@ def validate_config(config: TrainConfig) -> None:
     draws = 1 if modality == "text" else config.fixed_draws_per_row
     if resolve_reference_name(config) == "precomputed" and draws < 1:
         raise ValueError(
-            "reference 'precomputed' needs fixed_draws_per_row of at least 1: so many fixed draws a row are kept"
+            "reference 'precomputed' needs fixed_draws_per_row of at least 1, the number of noise samples per row"
         )
     if resolve_reference_name(config) == "precomputed" and "corrupted_ratio" in required_inputs(config):
         raise ValueError("reference 'precomputed' does not go with image_conditional; take adapter_off or frozen_copy")

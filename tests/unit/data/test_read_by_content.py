@@ -130,7 +130,7 @@ def test_combine_shards_writes_row_groups_of_bounded_size(monkeypatch: pytest.Mo
         paths.append(tmp_path / f"{shard}.parquet")
         some = [{**row, "id": f"{shard}-{n}"} for n, row in enumerate(rows(8))] if shard != 1 else []
         write_rows(some, paths[-1], make=make_image_rows, features=image_preference())
-    target = combine_shards(paths, tmp_path / "pairs.parquet", nothing="none")
+    target = combine_shards(paths, tmp_path / "pairs.parquet", empty_message="none")
     metadata = pq.ParquetFile(target).metadata
     assert metadata.num_rows == 16 and metadata.num_row_groups >= 4
     assert max(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)) <= 4
