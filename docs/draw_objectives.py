@@ -46,8 +46,8 @@ SIDES: tuple[tuple[str, str, dict[str, float]], ...] = (
 def loss(name: str, chosen: Tensor, rejected: Tensor, **settings: float) -> Tensor:
     """One objective at these rewards, beta 1, (n,); KTO's point of reference is 1, BCO's 0."""
     one = torch.ones_like(chosen)
-    policy = LogProbs(chosen, rejected, one, one, exact=True)
-    reference = LogProbs(0 * one, 0 * one, one, one, exact=True)
+    policy = LogProbs(chosen, rejected, one, one, is_likelihood=True)
+    reference = LogProbs(0 * one, 0 * one, one, one, is_likelihood=True)
     points = {"z": torch.tensor(1.0), "reward_shift": torch.tensor(0.0)}
     batch = {key: value for key, value in points.items() if takes(name, key)}
     return OBJECTIVES[name](policy, reference, beta=1.0, **batch, **settings)

@@ -34,7 +34,7 @@ def decode_image(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-            if getattr(image, "n_frames", 1) > 1:
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's photo with a preview
                 raise ValueError("it is animated")
             image.load()
     except ValueError:

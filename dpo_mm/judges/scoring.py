@@ -9,6 +9,7 @@ the shards among them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -115,7 +116,7 @@ def read_images(images: str, prompts: str | None) -> tuple[list[ImageToScore], D
 
 
 def _images_of_folder(folder: Path, prompts: str | None) -> list[ImageToScore]:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=_natural_order)
     if prompts:
         lines = _read_text(Path(prompts)).splitlines()
         if len(lines) != len(files):
@@ -188,6 +189,11 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
     schema = pa.schema({"id": text, "prompt": text, "judge": text, "score": pa.float64(), "error": text})
     with atomic_write(path) as temporary:
         pq.write_table(pa.Table.from_pylist(records, schema=schema), temporary)
+
+
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    """Sort key in which 2.png comes before 10.png, as the lines of a prompt list do."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
 
 
 def _result(path: Path) -> ScoreResult:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -124,12 +125,22 @@ def rep(text: str, n: int = NGRAM_LENGTH) -> float:
 
 def cer(responses: Sequence[Response], ground_truths: Sequence[str]) -> list[Ratio]:
     """Character error rate: substituted, deleted and inserted characters, divided by those of the ground truth."""
-    return [_error_rate(jiwer.process_characters(t, r.text)) for r, t in _pairs(responses, ground_truths)]
+    return [
+        _error_rate(jiwer.process_characters(_composed(t), _composed(r.text)))
+        for r, t in _pairs(responses, ground_truths)
+    ]
 
 
 def wer(responses: Sequence[Response], ground_truths: Sequence[str]) -> list[Ratio]:
     """Word error rate: substituted, deleted and inserted words, divided by those of the ground truth."""
-    return [_error_rate(jiwer.process_words(t, r.text)) for r, t in _pairs(responses, ground_truths)]
+    return [
+        _error_rate(jiwer.process_words(_composed(t), _composed(r.text))) for r, t in _pairs(responses, ground_truths)
+    ]
+
+
+def _composed(text: str) -> str:
+    """Text in Unicode's NFC, in which an accent is one character however it was typed."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _error_rate(alignment: jiwer.CharacterOutput | jiwer.WordOutput) -> Ratio:
@@ -140,7 +151,7 @@ def _error_rate(alignment: jiwer.CharacterOutput | jiwer.WordOutput) -> Ratio:
 def anls(responses: Sequence[Response], ground_truths: Sequence[str]) -> list[Ratio]:
     """ANLS: one minus the normalised edit distance, ignoring case. It is 0 if that is below one half."""
     similarities = [
-        Levenshtein.normalized_similarity(r.text.strip().lower(), t.strip().lower())
+        Levenshtein.normalized_similarity(_composed(r.text).strip().lower(), _composed(t).strip().lower())
         for r, t in _pairs(responses, ground_truths)
     ]
     return [Ratio(similarity if similarity >= 0.5 else 0.0, 1) for similarity in similarities]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.errors import did_you_mean
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
@@ -40,6 +41,13 @@ def add_lora(model: Any, config: TrainConfig, targets: Sequence[str]) -> None:
     """
     from peft import LoraConfig
 
+    names = [name for name, _ in model.named_modules()]
+    for target in config.lora_targets or ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = sorted(
+                {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
+            )
+            raise ValueError(f"lora_targets: no module is called {target!r}; {did_you_mean(target, known)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         adapter = LoraConfig(

@@ -34,7 +34,7 @@ from dpo_mm.policies.adapters import Weights, add_lora, has_lora
 from dpo_mm.policies.diffusion import run_summary, sampling, weight_files
 from dpo_mm.policies.diffusion.buckets import Crop, Size, cover
 from dpo_mm.policies.diffusion.collate import collate
-from dpo_mm.policies.diffusion.latents import latent_scale, posterior
+from dpo_mm.policies.diffusion.latents import check_unet, latent_scale, posterior
 from dpo_mm.policies.diffusion.meta_pipeline import load_on_meta_device
 from dpo_mm.policies.diffusion.noise_process import noise_process_for
 from dpo_mm.policies.protocol import Batch
@@ -183,6 +183,7 @@ class DiffusionPolicy:
         pipe.set_progress_bar_config(disable=True)
         if weights:
             pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_unet(pipe, source)
         policy = cls(pipe, source)
         if resolution is not None:
             step = pipe.vae_scale_factor * cls.patch
