@@ -149,7 +149,7 @@ def token_log_probs(
 
 
 def _inputs(policy: VisionLanguage, images: Sequence[Any], message: Any) -> dict[str, torch.Tensor]:
-    """Model inputs of one conversation, up to where the response starts."""
+    """Model inputs of one conversation, up to the start of the response."""
     prompt = policy.rows.prompt(images, as_messages(message, "user"), where="this conversation")
     ids = prompt["ids"][None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
