@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_image_rows
 from dpo_mm.objectives import OBJECTIVES, LogProbs
-from dpo_mm.policies.diffusion.diffusion_policy import LORA_FILE
+from dpo_mm.policies.adapters import LORA_FILE
 from dpo_mm.training.builders import build_loss
 from dpo_mm.training.metrics import reward_metrics, split_by_noise_quartile
 from dpo_mm.training.run import dry_run, train
@@ -213,7 +213,7 @@ def test_quarters_of_the_schedule_hold_their_own_pairs() -> None:
         ({"reference": "adapter"}, "did you mean 'adapter_off'"),
         ({"reference": "precomputed"}, "fixed_draws_per_row of at least 1"),
         ({"reference": "adapter_off", "tuning": "full"}, "needs a LoRA"),
-        ({"tuning": "half"}, "expected 'lora' or 'full'"),
+        ({"tuning": "half"}, "Expected 'lora' or 'full'"),
         ({"precision": "fp8"}, "expected"),
         ({"lora_targets": ("nowhere",)}, "lora_targets"),
         ({"undecodable_images": "ignore"}, "expected 'raise' or 'drop'"),
