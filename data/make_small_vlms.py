@@ -350,8 +350,8 @@ def card(kind: str, spec: dict[str, Any], folder: Path, batch: int) -> str:
         str(folder), "", spec["questions"], judges=spec["judges"], max_new_tokens=spec["limit"]
     )
     policy, questions = load_policy(str(folder)), read_questions(config.questions)
-    scored = generate_responses(policy, questions, config, base=True, title="generating responses for the card")
-    rates = {name: shares.sum(0) for name, shares in scored.shares.items()}
+    scored = generate_responses(policy, questions, config, base=True, title="for the model card")
+    rates = {name: counts.sum(0) for name, counts in scored.ratios.items()}
     measured = "\n".join(
         f"| {metric_of(name)} | {hits / max(of, 1):.3f} | {hits:g} of {of:g} |" for name, (hits, of) in rates.items()
     )

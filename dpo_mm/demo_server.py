@@ -1,6 +1,6 @@
-"""Serving a page of demos/ on this machine alone: no sharing, no analytics, no file but the page's own.
+"""Local server for the pages of demos/: only this machine, no sharing, no analytics, and no access to other files.
 
-Gradio is needed here and nowhere else in the package; it comes with the extra `demo`.
+This is the only module of the package that needs Gradio, which the extra `demo` installs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from PIL import Image
 
 from dpo_mm.assets import demos_folder
 
-SMALL = 256
-"""Pixels; a picture with no longer side is enlarged with its pixels sharp."""
+SMALL_IMAGE = 256
+"""Pixels of the longer edge up to which an image is enlarged without smoothing."""
 UPLOAD_LIMIT = 1
-"""Bytes; a page that takes no file lets none be put on the disk."""
-OWN = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-NOT_OURS = ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_SERVER_NAME", "GRADIO_MCP_SERVER")
+"""Bytes. A page without uploads stores no file on disk."""
+ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+REMOVED_VARIABLES = ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_SERVER_NAME", "GRADIO_MCP_SERVER")
 STYLE = """
 footer { display: none !important; }
 .gradio-container { max-width: 1080px !important; width: 100% !important; margin: 0 auto !important; }
@@ -43,7 +43,7 @@ footer { display: none !important; }
 
 @dataclass(frozen=True)
 class DemoPage:
-    """A page as built: Gradio blocks, and what its style sheet and its head add."""
+    """Page to serve: Gradio blocks, additional CSS, additional HTML for its head, and the upload limit in bytes."""
 
     blocks: Any
     css: str = ""
@@ -52,29 +52,39 @@ class DemoPage:
 
 
 def load_page(name: str) -> Any:
-    """The module of a page in demos/. Raises ValueError where Gradio or the page is missing."""
+    """Import the module of a page in demos/.
+
+    Raises:
+        ValueError: if Gradio is not installed, or there is no such page.
+    """
     if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the pages need Gradio, which is not installed; pip install 'dpo-mm[demo]'")
+        raise ValueError("the pages need Gradio, which is not installed. Run pip install 'dpo-mm[demo]'")
     file = demos_folder() / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"dpo_mm_demo_{name}", file)
     if spec is None or spec.loader is None or not file.is_file():
-        raise ValueError(f"page {name!r} is not there; expected {file}")
+        raise ValueError(f"there is no page {name!r}. Expected {file}")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def serve(build: Callable[[], DemoPage], *, port: int | None = None) -> None:
-    """Serve a page until it is interrupted, from an empty folder of its own, so that no file of yours is in reach.
+    """Serve a page from a temporary empty folder until it is interrupted.
 
-    build: called within that folder; whatever it needs from elsewhere must be named by full path.
-    port: None takes the first free one from 7860. Raises OSError where the port is taken.
+    The empty folder keeps your files out of reach of the server.
+
+    Args:
+        build: builds the page. It is called in the empty folder, so it must refer to other files by absolute path.
+        port: None: the first free port from 7860.
+
+    Raises:
+        OSError: if the port is in use.
     """
-    for name in NOT_OURS:
+    for name in REMOVED_VARIABLES:
         os.environ.pop(name, None)
-    os.environ.update(OWN)
-    with tempfile.TemporaryDirectory(prefix="dpo-mm-demo-") as own:
-        before, empty, files = Path.cwd(), Path(own) / "empty", Path(own) / "files"
+    os.environ.update(ENVIRONMENT)
+    with tempfile.TemporaryDirectory(prefix="dpo-mm-demo-") as folder:
+        original, empty, files = Path.cwd(), Path(folder) / "empty", Path(folder) / "files"
         empty.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(files)
         os.chdir(empty)
@@ -96,37 +106,37 @@ def serve(build: Callable[[], DemoPage], *, port: int | None = None) -> None:
                 css=STYLE + page.css,
                 head=page.head,
             )
-            print(f"Open {address} (Ctrl-C ends it)", flush=True)
+            print(f"Open {address} (stop with Ctrl-C)", flush=True)
             page.blocks.block_thread()
         finally:
-            os.chdir(before)
+            os.chdir(original)
 
 
 def theme() -> Any:
-    """Colours and letters of every page; nothing is fetched from elsewhere."""
+    """Return the colours and fonts of all pages. They are not downloaded."""
     import gradio as gr
 
-    letters = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+    fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
     return gr.themes.Base(
         primary_hue="indigo",
         neutral_hue="slate",
         radius_size="md",
-        font=list(letters),
+        font=list(fonts),
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
     )
 
 
-def safe(text: str) -> str:
-    """Text for a page's HTML: inert as markup, as a JavaScript template and as a Handlebars template."""
+def escape(text: str) -> str:
+    """Escape text for HTML, so that it is neither markup nor a JavaScript or Handlebars template."""
     escaped = html.escape(text, quote=True)
-    return escaped.translate({ord(sign): f"&#{ord(sign)};" for sign in "{}$`@\\"})
+    return escaped.translate({ord(character): f"&#{ord(character)};" for character in "{}$`@\\"})
 
 
-def img(image: Image.Image, *, alt: str) -> str:
-    """A picture as an HTML element that holds it whole, as PNG: a lossy preview would have people judge compression."""
+def image_html(image: Image.Image, *, alt: str) -> str:
+    """Return an HTML element with the image embedded as PNG. A lossy preview would show compression artefacts."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=3)
     data = base64.b64encode(buffer.getvalue()).decode()
-    small = ' class="small"' if max(image.size) <= SMALL else ""
+    small = ' class="small"' if max(image.size) <= SMALL_IMAGE else ""
     size = f'width="{image.width}" height="{image.height}"'
-    return f'<img{small} {size} alt="{safe(alt)}" draggable="false" src="data:image/png;base64,{data}">'
+    return f'<img{small} {size} alt="{escape(alt)}" draggable="false" src="data:image/png;base64,{data}">'

@@ -1,8 +1,9 @@
-"""A recipe: pairs, training and comparison in one file of settings, and the walk through them."""
+"""Recipes: mining, training and comparison in one settings file, and the function that runs them."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe does, in order: mine (where it says so), train, SFT beside it (where asked for), compare."""
+    """Steps of a recipe in their order: mine if it is set, train, train an SFT baseline if it is set, compare.
+
+    Args:
+        title: heading of the report.
+        train, compare, mine: settings of each step.
+        baseline: "sft" to also train on the chosen side only and compare with that. None for no baseline.
+    """
 
     title: str
     train: TrainConfig
@@ -36,85 +43,108 @@ class Recipe:
 
 
 def presets(task: str) -> list[str]:
-    """Names of a task's presets."""
+    """Return the names of a task's presets."""
     return sorted(path.stem.removeprefix(f"{task}-") for path in presets_folder().glob(f"{task}-*.yaml"))
 
 
-def read_recipe(task: str, preset: str, given: Mapping[str, str]) -> Recipe:
-    """A preset with flags on top. A flag goes to the part that has it: `train.seed` to one, `seed` to all.
+def read_recipe(task: str, preset: str, overrides: Mapping[str, str]) -> Recipe:
+    """Read a preset and apply overrides to it.
 
-    Raises ValueError for an unknown preset or flag, with the nearest one.
+    Args:
+        task: the task of the preset.
+        preset: its name.
+        overrides: values by setting. `train.seed` sets one step's seed, and `seed` that of every step which has one.
+
+    Raises:
+        ValueError: if the preset or a setting is unknown. The message suggests the nearest name.
     """
     if preset not in presets(task):
         raise ValueError(f"preset {preset!r} of {task} is unknown; {did_you_mean(preset, presets(task))}")
-    where = f"{task}-{preset}.yaml"
-    values = read_yaml(presets_folder() / where)
-    output = Path(given.get("output_dir") or values.get("output_dir") or f"runs/{task}")
-    baseline = given.get("baseline") or values.get("baseline")
+    file_name = f"{task}-{preset}.yaml"
+    values = read_yaml(presets_folder() / file_name)
+    output = Path(overrides.get("output_dir") or values.get("output_dir") or f"runs/{task}")
+    baseline = overrides.get("baseline") or values.get("baseline")
     if baseline not in (None, "sft"):
         raise ValueError(f"baseline {baseline!r} is unknown; expected 'sft'")
-    answers = "questions" in values.get("compare", {})
-    kinds: dict[str, Any] = {
+    is_text = "questions" in values.get("compare", {})
+    config_types: dict[str, Any] = {
         "train": TrainConfig,
-        "compare": CompareResponsesConfig if answers else CompareConfig,
-        "mine": MineResponsesConfig if answers else MineConfig,
+        "compare": CompareResponsesConfig if is_text else CompareConfig,
+        "mine": MineResponsesConfig if is_text else MineConfig,
     }
-    places = {"train": output / "adapter", "compare": output, "mine": output / "mined"}
-    flags = {key: value for key, value in given.items() if key not in ("output_dir", "baseline")}
-    parts: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        if name in values:
-            own = with_field_names(kind, values[name], source=f"{where}: {name}")
-            parts[name] = {**own, **_for(name, kind, flags), "output_dir": str(places[name])}
-    _refuse_unknown(flags, {name: kinds[name] for name in parts}, where)
-    if "mine" in parts:
-        parts["train"].setdefault("pairs", str(places["mine"] / "pairs.parquet"))
-    parts["compare"].setdefault("adapter", str(places["train"]))
-    built = {name: config_from_mapping(kinds[name], own, source=f"{where}: {name}") for name, own in parts.items()}
-    return Recipe(title=values.get("title", task), baseline=baseline, **built)
+    folders = {"train": output / "adapter", "compare": output, "mine": output / "mined"}
+    overrides = {key: value for key, value in overrides.items() if key not in ("output_dir", "baseline")}
+    settings: dict[str, Any] = {
+        step: {
+            **with_field_names(config_type, values[step], source=f"{file_name}: {step}"),
+            **_overrides_for(step, config_type, overrides),
+            "output_dir": str(folders[step]),
+        }
+        for step, config_type in config_types.items()
+        if step in values
+    }
+    _check_known(overrides, {step: config_types[step] for step in settings}, file_name)
+    if "mine" in settings:
+        settings["train"].setdefault("pairs", str(folders["mine"] / "pairs.parquet"))
+    settings["compare"].setdefault("adapter", str(folders["train"]))
+    configs = {
+        step: config_from_mapping(config_types[step], own, source=f"{file_name}: {step}")
+        for step, own in settings.items()
+    }
+    return Recipe(title=values.get("title", task), baseline=baseline, **configs)
 
 
-def _for(name: str, kind: Any, flags: Mapping[str, str]) -> dict[str, str]:
-    plain = {key: value for key, value in flags.items() if key in known_names(kind)}
-    dotted = {key.partition(".")[2]: value for key, value in flags.items() if key.startswith(f"{name}.")}
-    return with_field_names(kind, plain, source="flags") | with_field_names(kind, dotted, source=f"flags: {name}")
+def _overrides_for(step: str, config_type: Any, overrides: Mapping[str, str]) -> dict[str, str]:
+    """Return the overrides that apply to one step. `step.name` takes precedence over `name`."""
+    general = {key: value for key, value in overrides.items() if key in known_names(config_type)}
+    specific = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{step}.")}
+    return with_field_names(config_type, general, source="flags") | with_field_names(
+        config_type, specific, source=f"flags: {step}"
+    )
 
 
-def _refuse_unknown(flags: Mapping[str, str], kinds: Mapping[str, Any], where: str) -> None:
-    known = list(dict.fromkeys(name for kind in kinds.values() for name in known_names(kind)))
-    for key in flags:
-        part, _, rest = key.partition(".")
-        if key not in known and not (part in kinds and rest in known_names(kinds[part])):
-            raise ValueError(f"{where}: {key!r} is not a setting; {did_you_mean(key, known)}")
+def _check_known(overrides: Mapping[str, str], config_types: Mapping[str, Any], file_name: str) -> None:
+    """Raise ValueError for an override that no step has."""
+    names = {step: known_names(config_type) for step, config_type in config_types.items()}
+    known = list(dict.fromkeys(itertools.chain.from_iterable(names.values())))
+    for key in overrides:
+        step, _, name = key.partition(".")
+        if key not in known and name not in names.get(step, ()):
+            raise ValueError(f"{file_name}: {key!r} is not a setting; {did_you_mean(key, known)}")
 
 
 def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
-    """Walk through a recipe and show what came of it.
+    """Run the steps of a recipe and print its result.
 
-    Raises ValueError for an unknown judge, or where none may be the headline, before anything runs.
+    Args:
+        recipe: the steps.
+        command: how to repeat them, printed in the report.
+
+    Raises:
+        ValueError: before anything runs, if a judge is unknown or none may be the primary metric.
     """
     from dpo_mm.judges.provenance import order_judges
     from dpo_mm.training.run import train
 
-    _know_judges(recipe.compare.judges)
+    _check_judges(recipe.compare.judges)
     order_judges(recipe.compare.judges, _training_judges(recipe))
     if recipe.mine:
         mine(recipe.mine)
     train_result = train(recipe.train)
     sft_result = train(sft_baseline_config(recipe.train)) if recipe.baseline else None
-    outcome = compare(
+    result = compare(
         recipe.compare,
         title=recipe.title,
         command=command,
         sft_adapter=str(sft_result.folder) if sft_result else None,
         training=train_result,
     )
-    print_result(outcome)
-    return outcome
+    print_result(result)
+    return result
 
 
 def _training_judges(recipe: Recipe) -> tuple[str, ...]:
-    """The judges that make, or made, the pairs of a recipe."""
+    """Return the judges that build, or built, the pairs of a recipe."""
     from dpo_mm.judges.provenance import training_judges_of
     from dpo_mm.mining.mine_images import parse_judges
 
@@ -141,11 +171,11 @@ def mine(config: MineConfig | MineResponsesConfig) -> Path:
     if isinstance(config, MineResponsesConfig):
         from dpo_mm.mining.mine_responses import mine_responses
 
-        _know_judges([config.judge])
+        _check_judges([config.judge])
         return mine_responses(config)
     from dpo_mm.mining.mine_images import mine_images, parse_judges
 
-    _know_judges([*parse_judges(config.judges), *parse_judges(config.guards)])
+    _check_judges([*parse_judges(config.judges), *parse_judges(config.guards)])
     return mine_images(config)
 
 
@@ -177,25 +207,25 @@ def compare(
     """
     from dpo_mm.training.model_card import add_results
 
-    _know_judges(config.judges)
-    about: dict[str, Any] = {"title": title, "command": command, "baseline": sft_adapter}
+    _check_judges(config.judges)
+    options: dict[str, Any] = {"title": title, "command": command, "sft_adapter": sft_adapter}
     if training is not None:
-        about |= {"history": training.history, "settings": training.settings}
+        options |= {"history": training.history, "settings": training.settings}
     if isinstance(config, CompareResponsesConfig):
         from dpo_mm.evaluation.compare_responses import compare_responses
 
-        outcome = compare_responses(config, beta=training.beta if training else None, **about)
+        result = compare_responses(config, beta=training.beta if training else None, **options)
     else:
         from dpo_mm.evaluation.compare_images import compare_images
 
-        outcome = compare_images(config, **about)
+        result = compare_images(config, **options)
     if config.adapter:
-        add_results(config.adapter, outcome.comparisons, verdict=outcome.verdict, command=command)
-    return outcome
+        add_results(config.adapter, result.comparisons, verdict=result.verdict, command=command)
+    return result
 
 
-def _know_judges(names: Iterable[str]) -> None:
-    """Raises ValueError for an unknown judge, before minutes have gone into what it was to judge."""
+def _check_judges(names: Iterable[str]) -> None:
+    """Raise ValueError for an unknown judge, before time is spent on what it would score."""
     from dpo_mm.judges import load_judge
 
     for name in names:
@@ -203,7 +233,7 @@ def _know_judges(names: Iterable[str]) -> None:
 
 
 def sft_baseline_config(config: TrainConfig) -> TrainConfig:
-    """The cheap baseline: plain fine-tuning on the same chosen side, with the same steps and adapter."""
+    """Return the config of the SFT baseline: the same chosen side, steps and adapter."""
     return dataclasses.replace(
         config,
         objective="sft",
@@ -215,14 +245,14 @@ def sft_baseline_config(config: TrainConfig) -> TrainConfig:
     )
 
 
-def print_result(outcome: CompareResult) -> None:
-    """Print a comparison's table, its verdict and where the report is."""
+def print_result(result: CompareResult) -> None:
+    """Print a comparison's table, notes, verdict and path of the report."""
     from rich.console import Console
 
     from dpo_mm.evaluation.report import terminal_table
 
     console = Console()
-    console.print(terminal_table(outcome.comparisons))
-    for note in outcome.notes:
+    console.print(terminal_table(result.comparisons))
+    for note in result.notes:
         console.print(note, markup=False, highlight=False)
-    print(f"Verdict: {outcome.verdict}\nReport: {outcome.report}")
+    print(f"Verdict: {result.verdict}\nReport: {result.report}")

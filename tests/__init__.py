@@ -1,4 +1,7 @@
-"""The tests. One worker runs per core, so each has one thread, also in what it starts; numpy reads this at import."""
+"""The tests. One worker runs per core, so each worker and its child processes use one thread.
+
+numpy reads these variables when it is imported.
+"""
 
 import os
 

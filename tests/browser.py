@@ -1,4 +1,7 @@
-"""Pages served by the command, and Chromium to use them with. Without Gradio, Playwright or Chromium these tests skip."""
+"""Fixtures that serve a demo page and open it in Chromium.
+
+Tests with these fixtures are skipped if Gradio, Playwright or Chromium is missing.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,21 @@ import pytest
 from tests import forked
 
 CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
 MISSING += [] if CHROMIUM else ["Chromium"]
 
 
 @pytest.fixture(scope="session")
-def all_there() -> None:
+def browser_installed() -> None:
+    """Skip the test if a program that it needs is missing."""
     if MISSING:
         pytest.skip(f"not installed: {', '.join(MISSING)}")
 
 
 class Server:
-    """`dpo-mm demo ...` in a process of its own, forked in `folder`."""
+    """`dpo-mm demo ...` in a forked process with `folder` as its working directory."""
 
     def __init__(self, *arguments: str, folder: Path) -> None:
         self.process = forked.Forked("demo", *arguments, cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -38,9 +42,9 @@ class Server:
     def _address(self) -> str:
         deadline = time.monotonic() + 300
         while self.process.poll() is None and time.monotonic() < deadline:
-            found = re.search(r"Open (http://127\.0\.0\.1:\d+)", self.process.stdout)
-            if found:
-                return found[1]
+            address = re.search(r"Open (http://127\.0\.0\.1:\d+)", self.process.stdout)
+            if address:
+                return address[1]
             time.sleep(0.02)
         raise AssertionError("the page did not start:\n" + self.process.stdout + self.process.stderr)
 
@@ -49,62 +53,63 @@ class Server:
 
 
 @pytest.fixture
-def serve(all_there: None, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Starts a page; ends it after the test."""
-    started: list[Server] = []
+def serve(browser_installed: None, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Start a page, and stop it after the test."""
+    servers: list[Server] = []
 
     def start(*arguments: str) -> Server:
-        started.append(Server(*arguments, folder=tmp_path))
-        return started[-1]
+        servers.append(Server(*arguments, folder=tmp_path))
+        return servers[-1]
 
     yield start
-    for server in started:
+    for server in servers:
         if server.process.poll() is None:
             server.kill()
 
 
 @pytest.fixture(scope="session")
-def serve_once(all_there: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Starts a page that several tests open; each has a window, and so a session, of its own."""
-    started: dict[tuple[str, ...], Server] = {}
+def serve_once(browser_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Start a page that several tests open. Each test has a separate window, and so a separate session."""
+    servers: dict[tuple[str, ...], Server] = {}
 
     def start(*arguments: str) -> Server:
-        if arguments not in started:
-            started[arguments] = Server(*arguments, folder=tmp_path_factory.mktemp("page"))
-        assert started[arguments].process.poll() is None, "a test before this one ended the page"
-        return started[arguments]
+        if arguments not in servers:
+            servers[arguments] = Server(*arguments, folder=tmp_path_factory.mktemp("page"))
+        assert servers[arguments].process.poll() is None, "an earlier test stopped the page"
+        return servers[arguments]
 
     yield start
-    for server in started.values():
+    for server in servers.values():
         server.kill()
 
 
 @pytest.fixture(scope="session")
-def browser(all_there: None) -> Iterator[Any]:
+def browser(browser_installed: None) -> Iterator[Any]:
+    """A Chromium that runs without a window."""
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
         chromium.close()
 
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """A page in a window of its own; a dialog or an error of a script in it fails the test."""
+    """A page in a separate window. A dialog on the page fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
-    opened = context.new_page()
-    opened.set_default_timeout(60_000)
-    surprises: list[str] = []
-    opened.on("dialog", lambda dialog: (surprises.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    yield opened
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    dialogs: list[str] = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    yield page
     context.close()
-    assert not surprises
+    assert not dialogs
 
 
 @pytest.fixture
-def run_command(all_there: None, tmp_path: Path) -> Callable[..., str]:
-    """Runs `dpo-mm ...` to its end; gives what it printed."""
+def run_command(browser_installed: None, tmp_path: Path) -> Callable[..., str]:
+    """Run `dpo-mm ...` until it exits and return its output."""
 
     def run(*arguments: str) -> str:
         return forked.run(*arguments, cwd=tmp_path, check=True).stdout

@@ -1,4 +1,4 @@
-"""Fixtures that several tests share: tiny pipelines, pairs, and a cache of their own."""
+"""Shared fixtures: a tiny pipeline, preference pairs, and a temporary cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.contracts.families import WORDS, stable_diffusion
 
 pytest_plugins = ("tests.browser",)
 LONGEST = ("end_to_end", "demos", "recipes", "reliability", "contracts")
-"""Folders of tests, those that take longest first."""
+"""Test folders, slowest first."""
 
 if os.environ.get("PYTEST_XDIST_WORKER"):  # see tests/__init__.py
     torch.set_num_threads(1)
@@ -27,39 +27,44 @@ else:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no core waits for them at the end."""
+    """Run the slowest tests first, so that no core waits for them at the end."""
 
-    def place(item: pytest.Item) -> tuple[bool, int]:
+    def order(item: pytest.Item) -> tuple[bool, int]:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         return "quickstart" not in item.path.name, LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
 
-    items.sort(key=place)
+    items.sort(key=order)
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected is no rubbish: a run's gc.collect() need not go through it, a third of a short run."""
+    """Exclude imported modules and collected tests from garbage collection.
+
+    Otherwise the gc.collect() of a short training run takes a third of its time.
+    """
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def temporary_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's cache out of the tests."""
     monkeypatch.setenv("DPO_MM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Stable Diffusion pipeline, 32x32."""
+    """Path of a Stable Diffusion pipeline with random weights for 32x32 images."""
     return str(stable_diffusion(tmp_path_factory.mktemp("tiny")))
 
 
 def picture(seed: int, size: int = 32) -> Image.Image:
+    """A square image of smooth noise, `size` pixels per edge."""
     noise = np.random.default_rng(seed).integers(0, 256, (size // 4, size // 4, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def rows(count: int) -> list[dict[str, object]]:
-    """Valid rows: the winner changes sides, scores and votes are there."""
+    """Valid rows with scores and votes. The preference alternates between a and b."""
     return [
         {
             "id": f"row-{n}",
@@ -78,11 +83,11 @@ def rows(count: int) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="session")
 def write_pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Writes rows as Parquet and gives the path."""
+    """Write rows to a Parquet file and return its path."""
 
-    def write(some: list[dict[str, object]], name: str = "pairs.parquet") -> str:
+    def write(rows: list[dict[str, object]], name: str = "pairs.parquet") -> str:
         path = tmp_path_factory.mktemp("pairs") / name
-        make_image_rows(some).to_parquet(str(path))
+        make_image_rows(rows).to_parquet(str(path))
         return str(path)
 
     return write
@@ -90,6 +95,7 @@ def write_pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def pairs(write_pairs: Callable[..., str]) -> str:
+    """Path of twelve preference pairs."""
     return write_pairs(rows(12))
 
 

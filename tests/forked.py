@@ -1,7 +1,7 @@
-"""Commands in processes of their own that import nothing again: they are forked from one that has imported everything.
+"""Run commands in separate processes that are forked from one that has already imported everything.
 
-That process is multiprocessing's fork server. It only imports, so that a command meets the state of a new interpreter:
-no test has patched, seeded or opened anything in it. `python -m dpo_mm` itself is proven by one test or more per command.
+That process is multiprocessing's fork server. It only imports, so a command starts from the state of a new interpreter:
+no test has patched, seeded or opened anything in it. Each command also has at least one test of `python -m dpo_mm` itself.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import, for all that is forked
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import, so it is set before the fork
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.warm"])
 
 
 def command() -> None:
-    """What `dpo-mm` runs."""
+    """Run the command line, as `dpo-mm` does."""
     from dpo_mm.cli.main import main
 
     main()
 
 
 def script() -> None:
-    """What `python FILE ...` runs; the file is the first argument."""
+    """Run a script, as `python FILE ...` does. The file is the first argument."""
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def _begin(
-    call: Callable[[], None], argv: list[str], folder: str, environment: dict[str, str], said: tuple[str, str]
+def _start(
+    call: Callable[[], None], argv: list[str], folder: str, environment: dict[str, str], outputs: tuple[str, str]
 ) -> None:
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    for number, place in enumerate(said, start=1):
-        opened = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(opened, number)
-        os.close(opened)
+    for number, path in enumerate(outputs, start=1):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.argv, sys.path[0] = argv, folder
@@ -55,7 +55,13 @@ def _begin(
 
 
 class Forked:
-    """A running process: `call()` with these arguments after its name, as subprocess.Popen would have it."""
+    """A forked process that runs `call()`, with the interface of subprocess.Popen.
+
+    Args:
+        arguments: the command-line arguments, without the program's name.
+        call: the function to run.
+        cwd, env: working directory and environment, as in Popen.
+    """
 
     def __init__(
         self,
@@ -64,23 +70,23 @@ class Forked:
         cwd: str | Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        self._kept = tempfile.TemporaryDirectory(prefix="dpo-mm-forked-")
-        self.said = Path(self._kept.name) / "stdout", Path(self._kept.name) / "stderr"
-        for place in self.said:
-            place.touch()
+        self._folder = tempfile.TemporaryDirectory(prefix="dpo-mm-forked-")
+        self._outputs = Path(self._folder.name) / "stdout", Path(self._folder.name) / "stderr"
+        for path in self._outputs:
+            path.touch()
         argv = list(arguments) if call is script else ["dpo-mm", *arguments]
-        given = (call, argv, str(cwd or Path.cwd()), dict(os.environ if env is None else env))
-        self._process = CONTEXT.Process(target=_begin, args=(*given, tuple(map(str, self.said))))
+        target_arguments = (call, argv, str(cwd or Path.cwd()), dict(os.environ if env is None else env))
+        self._process = CONTEXT.Process(target=_start, args=(*target_arguments, tuple(map(str, self._outputs))))
         self._process.start()
         self.pid = int(self._process.pid or 0)
 
     @property
     def stdout(self) -> str:
-        return self.said[0].read_text()
+        return self._outputs[0].read_text()
 
     @property
     def stderr(self) -> str:
-        return self.said[1].read_text()
+        return self._outputs[1].read_text()
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -94,7 +100,11 @@ class Forked:
         self._process.join()
 
     def wait(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        """Its exit status, negative for a signal, and what it said. Raises TimeoutExpired, and kills it, if it hangs."""
+        """Wait for the process and return its exit status (negative for a signal) and its output.
+
+        Raises:
+            TimeoutExpired: if it is still running after `timeout` seconds. It is killed then.
+        """
         self._process.join(timeout)
         status = self.poll()
         if status is None:
@@ -103,34 +113,37 @@ class Forked:
         return subprocess.CompletedProcess([], status, self.stdout, self.stderr)
 
 
-def run(*arguments: str, check: bool = False, **given: Any) -> subprocess.CompletedProcess[str]:
-    """Run to the end. check: a status that is not 0 is an error."""
-    done = Forked(*arguments, **given).wait()
+def run(*arguments: str, check: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a forked process until it exits. If `check` is true, an exit status other than 0 is an error."""
+    done = Forked(*arguments, **options).wait()
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def started_together(
-    *arguments: str, count: int = 2, env: Mapping[str, str] | None = None, **given: Any
+def start_together(
+    *arguments: str, count: int = 2, env: Mapping[str, str] | None = None, **options: Any
 ) -> list[Forked]:
-    """Processes of one run, with the environment that torch.distributed.run gives to its workers."""
+    """Start the processes of one distributed run, with the environment that torch.distributed.run sets for its workers."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {**(os.environ if env is None else env), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
     ranks: Sequence[int] = range(count)
-    return [Forked(*arguments, env={**shared, "RANK": str(n), "LOCAL_RANK": str(n)}, **given) for n in ranks]
+    return [Forked(*arguments, env={**shared, "RANK": str(n), "LOCAL_RANK": str(n)}, **options) for n in ranks]
 
 
-def run_together(*arguments: str, **given: Any) -> list[subprocess.CompletedProcess[str]]:
-    """Run processes of one run to their end, well; if one fails, the others, which would wait for it, are killed."""
-    processes = started_together(*arguments, **given)
+def run_together(*arguments: str, **options: Any) -> list[subprocess.CompletedProcess[str]]:
+    """Run the processes of one distributed run until they exit.
+
+    If one fails, the others are killed, because they would wait for it. A failure is an error.
+    """
+    processes = start_together(*arguments, **options)
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
             for process in processes:
                 process.kill()
         time.sleep(0.02)
-    ended = [process.wait() for process in processes]
-    assert all(done.returncode == 0 for done in ended), "\n".join(done.stderr[-3000:] for done in ended)
-    return ended
+    results = [process.wait() for process in processes]
+    assert all(result.returncode == 0 for result in results), "\n".join(result.stderr[-3000:] for result in results)
+    return results

@@ -1,4 +1,4 @@
-"""Imported by the process from which tests fork commands, see forked.py: all of the package, and what it imports late."""
+"""Import the whole package and its late imports, in the process that tests fork commands from (see forked.py)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pkgutil
 
 import dpo_mm
 
-for found in pkgutil.walk_packages(dpo_mm.__path__, "dpo_mm."):
-    if not found.name.endswith("__main__"):
-        importlib.import_module(found.name)
+for package_module in pkgutil.walk_packages(dpo_mm.__path__, "dpo_mm."):
+    if not package_module.name.endswith("__main__"):
+        importlib.import_module(package_module.name)
 for name in ("open_clip", "torchvision.transforms", "matplotlib.figure", "jinja2", "gradio", "tests.conftest"):
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
@@ -30,7 +30,7 @@ for name in (
     "transformers:CLIPImageProcessor",
     "transformers:TextIteratorStreamer",
     "transformers:Trainer",
-):  # what these libraries import when it is first asked for
+):  # these libraries import their members at first access
     module, _, member = name.partition(":")
     getattr(importlib.import_module(module), member)
-gc.freeze()  # a child that collects rubbish need not go through, and copy, all of this
+gc.freeze()  # otherwise garbage collection in a forked process would visit, and so copy, all of this

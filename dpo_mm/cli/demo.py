@@ -43,14 +43,19 @@ def demo_label(
     from dpo_mm.demo_server import load_page
 
     if models:
-        from dpo_mm.labels.fresh_samples import draw_samples
+        from dpo_mm.labels.fresh_samples import generate_samples
 
         if pairs != BUNDLED_PAIRS:
             raise ValueError("--pairs and --models exclude each other. The folder for fresh images is --samples-dir")
         pairs = samples_dir
         with suppress_library_output():
-            draw_samples(
-                models.split(","), prompts, pairs, limit=max_prompts, steps=num_inference_steps, guidance=guidance_scale
+            generate_samples(
+                models.split(","),
+                prompts,
+                samples_dir,
+                max_prompts=max_prompts,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
             )
     load_page("label").run(pairs, votes, port=port)
 

@@ -32,7 +32,7 @@ def label_export(
 
     disable_progress_bars()
     output = output or ("labels.parquet" if format == "rows" else "labels.json")
-    print_rows(export(votes, output, pairs=pairs, form=format))
+    print_rows(export(votes, output, pairs=pairs, format=format))
     print(f"Exported: {output}" + (f"\nNext: dpo-mm train CONFIG.yaml --pairs {output}" if format == "rows" else ""))
 
 

@@ -1,6 +1,6 @@
-"""What is wrong with a preference set, before anything is trained on it.
+"""Checks of a preference dataset before training.
 
-`examine` reads the set once, from end to end, and keeps a few hundred bytes a pair.
+`examine` reads the dataset once and stores a few hundred bytes per pair.
 """
 
 from __future__ import annotations
@@ -11,88 +11,117 @@ from pathlib import Path
 from dpo_mm.assets import resolve_asset
 from dpo_mm.data.prompts import read_prompts
 from dpo_mm.doctor import image_checks, response_checks
-from dpo_mm.doctor.checks import CHECKS, Finding, by_severity
-from dpo_mm.doctor.dataset_statistics import DatasetStatistics, digest, lost, makers, plain
+from dpo_mm.doctor.checks import CHECKS, Finding, sort_by_severity
+from dpo_mm.doctor.dataset_statistics import (
+    DatasetStatistics,
+    check_missing_votes,
+    check_models,
+    digest,
+    plain_text,
+)
 from dpo_mm.doctor.duplicates import repeated_ids
-from dpo_mm.doctor.image_features import Look, look
+from dpo_mm.doctor.image_features import ImageFeatures, extract_features
 from dpo_mm.doctor.loading import batches, load_dataset
 from dpo_mm.progress import progress_bar
 
-KINDS = {"images": image_checks, "answers": response_checks}
+CHECKS_OF_KIND = {"images": image_checks, "responses": response_checks}
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found in a set. facts: what it holds, in words. fine: titles of the checks that found nothing."""
+    """Result of all checks of a dataset.
+
+    Args:
+        name: the dataset, as passed to `examine`.
+        kind: images or responses.
+        rows: number of rows.
+        findings: failed checks, errors first.
+        facts: properties of the dataset, as text.
+        passed: keys of the checks without a finding.
+    """
 
     name: str
     kind: str
     rows: int
     findings: tuple[Finding, ...]
     facts: dict[str, str]
-    fine: tuple[str, ...]
+    passed: tuple[str, ...]
 
     def failed(self, *, strict: bool = False) -> bool:
-        """Whether there is a finding of severity error; strict: or warning."""
-        bad = ("error", "warning") if strict else ("error",)
-        return any(finding.severity in bad for finding in self.findings)
+        """Return True if a finding is an error, or with strict also if one is a warning."""
+        severities = ("error", "warning") if strict else ("error",)
+        return any(finding.severity in severities for finding in self.findings)
 
 
 def examine(name: str, *, held_out: str | None = None, uncertain: frozenset[str] = frozenset()) -> Diagnosis:
-    """Look at every row of a set, and at the set as a whole.
+    """Check every row of a dataset, and the dataset as a whole.
 
-    name: as `load_dataset` takes it. held_out: another set, or a list of prompts, that must not be in it. uncertain: names
-    of sources that have ties, votes or scores. Raises ValueError that names the set where it can't be read at all.
+    Args:
+        name: the dataset, as `load_dataset` takes it.
+        held_out: another dataset, or a text file with one prompt per line, that must not overlap with it.
+        uncertain: names of sources that publish ties, votes or scores.
+
+    Raises:
+        ValueError: if the dataset cannot be read. The error names it.
     """
-    opened = load_dataset(name)
-    prompts, pictures = held_out_digests(held_out) if held_out else (set(), set())
-    examiner = KINDS[opened.kind]
-    seen = examiner.collect_statistics(opened, prompts, pictures)
-    found = seen.notes.findings(seen.rows) + examiner.run_checks(seen) + makers(seen)
-    found += repeated_ids(seen.ids)
-    found += lost(seen, set(uncertain)) if opened.kind == "images" or set(seen.counts["source"]) & uncertain else []
-    names = {finding.check for finding in found}
-    skipped = set() if held_out else {"held-out-prompts", "held-out-pictures"}
-    fine = [check for check, about in CHECKS.items() if opened.kind in about.kinds and check not in names | skipped]
-    return Diagnosis(name, opened.kind, seen.rows, tuple(by_severity(found)), facts(seen), tuple(fine))
+    dataset = load_dataset(name)
+    held_out_prompts, held_out_images = held_out_digests(held_out) if held_out else (set(), set())
+    checks = CHECKS_OF_KIND[dataset.kind]
+    statistics = checks.collect_statistics(dataset, held_out_prompts, held_out_images)
+    findings = statistics.problems.findings(statistics.num_rows)
+    findings += checks.run_checks(statistics) + check_models(statistics) + repeated_ids(statistics.ids)
+    if dataset.kind == "images" or set(statistics.counts["source"]) & uncertain:
+        findings += check_missing_votes(statistics, set(uncertain))
+    failed = {finding.check for finding in findings}
+    skipped = set() if held_out else {"held-out-prompts", "held-out-images"}
+    passed = [check for check, spec in CHECKS.items() if dataset.kind in spec.kinds and check not in failed | skipped]
+    facts = dataset_facts(statistics)
+    return Diagnosis(name, dataset.kind, statistics.num_rows, tuple(sort_by_severity(findings)), facts, tuple(passed))
 
 
 def held_out_digests(name: str) -> tuple[set[int], set[int]]:
-    """Digests of the prompts and pictures of a set, or of a text file with a prompt a line.
+    """Return the digests of the prompts and of the images of a held-out dataset.
 
-    Raises ValueError where it is neither.
+    Args:
+        name: a dataset, or a text file with one prompt per line.
+
+    Raises:
+        ValueError: if it is neither.
     """
     path = Path(resolve_asset(name))
     if path.suffix == ".txt":
-        return {digest(plain(prompt)) for prompt in read_prompts(name)}, set()
-    opened = load_dataset(name)
+        return {digest(plain_text(prompt)) for prompt in read_prompts(name)}, set()
+    dataset = load_dataset(name)
     prompts: set[int] = set()
-    pictures: set[int] = set()
-    with progress_bar("looking at held-out rows", opened.rows) as advance:
-        for rows in batches(opened):
+    image_digests: set[int] = set()
+    with progress_bar("reading held-out rows", dataset.num_rows) as advance:
+        for rows in batches(dataset):
             for row in rows:
-                cells = row.get("images") or [row[c] for c in ("image_a", "image_b") if row.get(c)]
-                looks: list[Look] = [one for one in map(look, cells) if not isinstance(one, str)]
-                pictures |= {one.digest for one in looks}
-                of_answers = opened.kind == "answers"
-                prompts.add(
-                    response_checks.prompt_digests(row, looks)[1] if of_answers else digest(plain(row["prompt"] or ""))
-                )
+                cells = row.get("images") or [row[column] for column in ("image_a", "image_b") if row.get(column)]
+                images: list[ImageFeatures] = [
+                    image for image in map(extract_features, cells) if not isinstance(image, str)
+                ]
+                image_digests |= {image.digest for image in images}
+                if dataset.kind == "responses":
+                    prompts.add(response_checks.prompt_digests(row, images)[1])
+                else:
+                    prompts.add(digest(plain_text(row["prompt"] or "")))
             advance(len(rows))
-    return prompts, pictures
+    return prompts, image_digests
 
 
-def facts(seen: DatasetStatistics) -> dict[str, str]:
-    """What a set holds, in words."""
-    found = {"rows": f"{seen.rows:,}", "pairs to learn from": f"{len(seen.ids):,}"}
-    if seen.ids:
-        found["prompts"] = f"{len(set(seen.column('prompts').tolist())):,}"
-    for name in ("preference", "images a row", "format", "size", "source", "licence"):
-        counts = seen.counts.get(name)
+def dataset_facts(statistics: DatasetStatistics) -> dict[str, str]:
+    """Return properties of a dataset as text, by name."""
+    facts = {"rows": f"{statistics.num_rows:,}", "pairs with a winner": f"{len(statistics.ids):,}"}
+    if statistics.ids:
+        facts["prompts"] = f"{len(set(statistics.column('prompts').tolist())):,}"
+    for name in ("preference", "images per row", "format", "size", "source", "licence"):
+        counts = statistics.counts.get(name)
         if counts:
-            shown = [f"{key} ({count:,})" for key, count in counts.most_common(4)]
-            found[name] = ", ".join([*shown, *([f"{len(counts) - 4} more"] if len(counts) > 4 else [])])
-    models = sorted({model for pair in seen.sides for model in pair if model})
+            most_common = [f"{value} ({count:,})" for value, count in counts.most_common(4)]
+            others = [f"{len(counts) - 4} more"] if len(counts) > 4 else []
+            facts[name] = ", ".join(most_common + others)
+    models = sorted({model for pair in statistics.models for model in pair if model})
     if models:
-        found["models"] = ", ".join(models[:4]) + (f", {len(models) - 4} more" if len(models) > 4 else "")
-    return found
+        facts["models"] = ", ".join(models[:4]) + (f", {len(models) - 4} more" if len(models) > 4 else "")
+    return facts

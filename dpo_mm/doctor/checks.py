@@ -1,4 +1,4 @@
-"""What the doctor looks for, and what it says when it has found it."""
+"""Checks of the doctor: their titles, their advice and their findings."""
 
 from __future__ import annotations
 
@@ -6,169 +6,185 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-SHOWN = 5
-"""Examples of a finding."""
+MAX_EXAMPLES = 5
+"""Number of example rows per finding."""
 SEVERITIES = ("error", "warning", "note")
 
 
 class CheckSpec(NamedTuple):
-    """A check: its title, what to do about a finding, which kinds of sets it is for, its usual severity."""
+    """Description of a check: its title, the advice for its findings, the kinds of dataset and the usual severity."""
 
     title: str
     advice: str
-    kinds: tuple[str, ...] = ("images", "answers")
+    kinds: tuple[str, ...] = ("images", "responses")
     severity: str = "error"
 
 
-IMAGES, ANSWERS = ("images",), ("answers",)
+IMAGES, RESPONSES = ("images",), ("responses",)
 CHECKS: dict[str, CheckSpec] = {
     "labels-unknown": CheckSpec(
-        "Preferences that are none",
-        "Write a, b, tie or both_bad; training refuses the set as it is.",
+        "Invalid preference labels",
+        "Write a, b, tie or both_bad. Training refuses the dataset until then.",
         IMAGES,
     ),
     "labels-against-evidence": CheckSpec(
-        "Labels that their own votes or scores speak against",
-        "A tie may have become a win, or sides were swapped: import the set again, or set preference from the votes.",
+        "Labels that contradict the row's own votes or scores",
+        "A tie may have become a win, or a and b were swapped. Import the dataset again, "
+        "or set preference from the votes.",
     ),
     "contradictory-labels": CheckSpec(
-        "The same pair, won by one side here and by the other there",
-        "Keep one row with votes_a and votes_b or p_a, or leave the pair out: what it teaches cancels out.",
+        "The same pair with opposite winners",
+        "Keep one row with votes_a and votes_b or p_a, or leave the pair out. Opposite labels cancel in training.",
     ),
     "duplicate-pairs": CheckSpec(
-        "The same pair with the same winner, again",
-        "Keep one of each; copies weigh a pair more than the rest and leak between training and watched rows.",
+        "The same pair with the same winner, more than once",
+        "Keep one row of each. Copies give a pair more weight and leak between the training and evaluation splits.",
         severity="warning",
     ),
     "near-duplicate-pairs": CheckSpec(
-        "Pairs whose pictures are almost those of another pair",
-        "Look at a few; re-encoded or rescaled copies should go, seeds that look alike may stay.",
+        "Pairs whose images are almost those of another pair",
+        "Look at a few. Leave out re-encoded or rescaled copies. Different seeds that look alike may stay.",
         IMAGES,
         "warning",
     ),
     "ids-repeated": CheckSpec(
-        "Ids that stand for several rows",
-        "Give every row its own: draws, votes and soft labels are kept by id.",
+        "Ids shared by several rows",
+        "Give every row a unique id. Noise draws, votes and soft labels are stored by id.",
         severity="warning",
     ),
     "identical-sides": CheckSpec(
-        "Both sides are the same",
-        "Leave these rows out: there is nothing to prefer, and the label is noise.",
+        "The two images or responses of a pair are identical",
+        "Leave these rows out. There is nothing to prefer, and the label is noise.",
     ),
     "near-identical-sides": CheckSpec(
-        "Both pictures are almost the same",
-        "Look at a few; if what differs is compression alone, leave them out.",
+        "The two images of a pair are almost identical",
+        "Look at a few. If they differ only in compression, leave them out.",
         IMAGES,
         "warning",
     ),
-    "pictures-broken": CheckSpec(
-        "Pictures that do not decode",
-        "Train with undecodable_images drop, or get the files again; the reasons stand with the examples.",
+    "undecodable-images": CheckSpec(
+        "Images that do not decode",
+        "Train with undecodable_images: drop, or get the files again. The examples give the reasons.",
     ),
     "held-out-prompts": CheckSpec(
-        "Prompts that are in the held-out set too",
-        "Leave these rows out of training, or the comparison is on what was trained.",
+        "Prompts that also appear in the held-out set",
+        "Leave these rows out of training. Otherwise the comparison uses prompts from the training data.",
     ),
-    "held-out-pictures": CheckSpec(
-        "Pictures that are in the held-out set too",
-        "Leave these rows out of training, or say so beside the comparison.",
+    "held-out-images": CheckSpec(
+        "Images that also appear in the held-out set",
+        "Leave these rows out of training, or report the overlap with the comparison.",
         severity="warning",
     ),
     "model-always-wins": CheckSpec(
-        "One model is always the winner",
-        "What is learned is that model's look. Take pairs from one model on both sides, or from many on both.",
+        "One model always wins or always loses",
+        "Training would learn that model's look. Use pairs of one model's outputs, or pairs of many models.",
     ),
     "same-two-models": CheckSpec(
-        "Every pair is between the same two models",
-        "Telling the models apart is a shortcut to the label. Mix in pairs from one model on both sides.",
+        "Every pair compares the same two models",
+        "Telling the two models apart is a shortcut to the label. Add pairs where both come from one model.",
         severity="warning",
     ),
     "resolution-shortcut": CheckSpec(
-        "Resolution tells the winner",
-        "Bring both sides to one size before training: crop or scale all pictures alike.",
+        "Resolution predicts the winner",
+        "Bring both images to one size before training: crop or scale all images alike.",
         IMAGES,
     ),
     "format-shortcut": CheckSpec(
-        "File format tells the winner",
-        "Encode both sides in one format; compression marks one side's pictures.",
+        "File format predicts the winner",
+        "Encode both images in one format. Otherwise compression marks the winner or the loser.",
         IMAGES,
     ),
     "file-size-shortcut": CheckSpec(
-        "File size tells the winner",
-        "Encode both sides alike. If it stays, detail itself is preferred: decide whether you want that.",
+        "File size predicts the winner",
+        "Encode both images alike. If the finding stays, annotators prefer detail. "
+        "Decide whether you want to train on that.",
         IMAGES,
     ),
-    "look-shortcut": CheckSpec(
-        "Brightness, contrast or saturation tells the winner",
-        "It may be taste, or a model's or camera's look. If you don't want it learned, even it out or weigh it down.",
+    "colour-shortcut": CheckSpec(
+        "Brightness, contrast or saturation predicts the winner",
+        "This may be taste, or the look of a model or camera. To avoid learning it, balance it or lower its weight.",
         IMAGES,
         "warning",
     ),
     "length-shortcut": CheckSpec(
-        "Length tells the chosen answer",
-        "Training will change lengths. Take length-normalised objectives (simpo, or sigmoid with LD-DPO), or balance lengths.",
-        ANSWERS,
+        "Length predicts the chosen response",
+        "Training will change the length of responses. Use a length-normalised objective (simpo, or sigmoid with LD-DPO), "
+        "or balance lengths.",
+        RESPONSES,
     ),
-    "format-of-text-shortcut": CheckSpec(
-        "Formatting (lists, headings, bold, code) tells the chosen answer",
-        "Training will teach formatting. Strip it from both sides, or balance it.",
-        ANSWERS,
+    "markup-shortcut": CheckSpec(
+        "Markup (lists, headings, bold, code) predicts the chosen response",
+        "Training will teach markup. Strip it from both responses, or balance it.",
+        RESPONSES,
         "warning",
     ),
     "refusal-shortcut": CheckSpec(
-        "Refusals fall on one side",
-        "Chosen refusals teach to refuse, rejected ones never to. Look at them, and balance or leave them out.",
-        ANSWERS,
+        "Refusals predict the winner",
+        "Chosen refusals train the model to refuse. Rejected refusals train it never to. "
+        "Look at them, and balance them or leave them out.",
+        RESPONSES,
         "warning",
     ),
     "trivial-features": CheckSpec(
         "A logistic regression on trivial features predicts the label",
-        "A model can win so without seeing what you mean. Even out the features named here, then ask again.",
+        "A model can predict these labels without learning your preference. "
+        "Balance the features listed here, then run again.",
         severity="warning",
     ),
-    "empty-answers": CheckSpec("Empty answers", "Leave these rows out; an empty answer can't be trained on.", ANSWERS),
-    "empty-prompts": CheckSpec("Empty prompts", "Leave these rows out, or give them their prompt.", severity="warning"),
+    "empty-responses": CheckSpec(
+        "Empty responses", "Leave these rows out. An empty response has no tokens to train on.", RESPONSES
+    ),
+    "empty-prompts": CheckSpec("Empty prompts", "Leave these rows out, or add their prompts.", severity="warning"),
     "prompts-differ": CheckSpec(
-        "The two sides answer different prompts",
-        "Both sides must answer the same prompt: move what they share into prompt, leave out the rest.",
-        ANSWERS,
+        "Chosen and rejected respond to different prompts",
+        "Both must respond to the same prompt. Move the turns that they share into prompt, and remove the rest.",
+        RESPONSES,
     ),
     "tokens-in-text": CheckSpec(
         "Image or chat tokens written into texts",
-        "Give images as parts and roles as messages; a token in a text is read as an image or a turn that isn't there.",
-        ANSWERS,
+        "Give images as parts and roles as messages. A token in a text is read as an image or turn that does not exist.",
+        RESPONSES,
     ),
     "images-misplaced": CheckSpec(
-        "Images and their places in the prompt do not match",
-        "Give as many image parts as images, or none at all (then they come first).",
-        ANSWERS,
+        "The number of images differs from the number of image parts in the prompt",
+        "Give as many image parts as images, or no image parts at all (the images then come first).",
+        RESPONSES,
     ),
-    "ties-and-votes-lost": CheckSpec(
-        "No ties, votes or scores are left",
-        "Every label counts as certain. If your source has them, import it again and keep them: soft labels need them.",
+    "no-ties-or-votes": CheckSpec(
+        "No ties, votes or scores",
+        "Every label counts as certain. If your source has ties, votes or scores, import it again with them: "
+        "soft labels need them.",
         severity="note",
     ),
     "licence-missing": CheckSpec(
         "Rows without a licence",
-        "Find the set's licence and import with --license, before you publish anything trained on it.",
+        "Find the dataset's licence and import with --license before you publish anything trained on it.",
         severity="warning",
     ),
     "licence-non-commercial": CheckSpec(
         "Rows that may not be used commercially",
-        "What you train on them may inherit that. Leave them out for commercial work.",
+        "A model trained on them may inherit the restriction. Leave them out for commercial work.",
         severity="warning",
     ),
 }
 
 
 class Finding(NamedTuple):
-    """What a check found, in so many rows of `total`. what: a sentence. examples: row ids, each with what is said of it."""
+    """Result of a check that failed on `rows` of `total` rows.
+
+    Args:
+        check: key of CHECKS.
+        severity: one of SEVERITIES.
+        rows, total: number of rows with the problem, and of rows checked.
+        summary: one sentence with the counts.
+        examples: (row id, comment) of the first few rows. The comment may be empty.
+    """
 
     check: str
     severity: str
     rows: int
     total: int
-    what: str
+    summary: str
     examples: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -180,38 +196,49 @@ class Finding(NamedTuple):
         return CHECKS[self.check].advice
 
 
-class Notes:
-    """What is wrong with single rows, by check: counted, the first few kept."""
+class RowProblems:
+    """Counter of the problems of single rows, by check. It stores the first few rows as examples."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = defaultdict(int)
         self.examples: dict[str, list[tuple[str, str]]] = defaultdict(list)
 
-    def add(self, check: str, row: str, what: str = "") -> None:
+    def add(self, check: str, row_id: str, comment: str = "") -> None:
+        """Count a row for a check."""
         self.counts[check] += 1
-        if len(self.examples[check]) < SHOWN:
-            self.examples[check].append((row, what))
+        if len(self.examples[check]) < MAX_EXAMPLES:
+            self.examples[check].append((row_id, comment))
 
     def findings(self, total: int) -> list[Finding]:
-        """A finding for each check that has rows. total: rows of the set."""
+        """Return one finding per check that has rows. total: number of rows of the dataset."""
         return [
-            Finding(check, CHECKS[check].severity, count, total, share(count, total), tuple(self.examples[check]))
+            Finding(
+                check, CHECKS[check].severity, count, total, row_count_text(count, total), tuple(self.examples[check])
+            )
             for check, count in self.counts.items()
         ]
 
 
-def share(count: int, total: int) -> str:
-    """A count as words."""
+def row_count_text(count: int, total: int) -> str:
+    """Text of a number of rows with its percentage, such as "3 of 200 rows (1.5%)"."""
     return f"{count:,} of {total:,} rows ({count / max(total, 1):.1%})"
 
 
-def examples(ids: list[str], rows: Iterable[int], what: Iterable[str] = ()) -> tuple[tuple[str, str], ...]:
-    """The first few rows by their ids, each with what is said of it."""
-    words = list(what)
-    return tuple((ids[row], words[n] if n < len(words) else "") for n, row in zip(range(SHOWN), rows, strict=False))
+def first_examples(ids: list[str], rows: Iterable[int], comments: Iterable[str] = ()) -> tuple[tuple[str, str], ...]:
+    """Return (id, comment) of the first few rows.
+
+    Args:
+        ids: ids of all rows.
+        rows: indices into ids.
+        comments: one per row, in the order of rows. Missing ones are empty.
+    """
+    texts = list(comments)
+    return tuple(
+        (ids[row], texts[n] if n < len(texts) else "") for n, row in zip(range(MAX_EXAMPLES), rows, strict=False)
+    )
 
 
-def by_severity(findings: Iterable[Finding]) -> list[Finding]:
-    """Errors first, and within a severity in the order of CHECKS."""
+def sort_by_severity(findings: Iterable[Finding]) -> list[Finding]:
+    """Sort findings by severity, errors first, and within a severity in the order of CHECKS."""
     order = list(CHECKS)
-    return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), order.index(one.check)))
+    return sorted(findings, key=lambda finding: (SEVERITIES.index(finding.severity), order.index(finding.check)))

@@ -1,4 +1,4 @@
-"""What is kept of a set while it passes: digests and numbers, a few hundred bytes a pair, and counts."""
+"""Statistics collected in one pass over a dataset: counts, and a few hundred bytes of digests and features per pair."""
 
 from __future__ import annotations
 
@@ -10,146 +10,166 @@ from typing import Any
 
 import numpy as np
 
-from dpo_mm.doctor.checks import CHECKS, Finding, Notes, examples, share
+from dpo_mm.doctor.checks import CHECKS, Finding, RowProblems, first_examples, row_count_text
 from dpo_mm.doctor.loading import Row
-from dpo_mm.doctor.shortcuts import LEAST, Told
+from dpo_mm.doctor.shortcuts import MIN_ACCURACY, ShortcutTest
 
 NON_COMMERCIAL = re.compile(r"\bnc\b|non[- ]?commercial|research[- ]only", re.IGNORECASE)
-STRONG = 0.8
-"""Accuracy at which a shortcut is an error and not a warning."""
-FEW = 20
-"""Pairs below which nothing is said about models."""
+ERROR_ACCURACY = 0.8
+"""Accuracy from which a shortcut is an error instead of a warning."""
+MIN_MODEL_PAIRS = 20
+"""Number of pairs of two known, different models below which models are not checked."""
 
 
 def digest(*parts: str | int) -> int:
-    """63 bits of a hash, so that NumPy can hold it."""
+    """Return 63 bits of a hash, which fit into NumPy's int64."""
     data = "\0".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
-def plain(prompt: str) -> str:
-    """A prompt without what two copies of it may differ in: case, spaces, a full stop at the end."""
+def plain_text(prompt: str) -> str:
+    """Normalise a prompt for comparison: ignore case, repeated spaces and a full stop at the end."""
     return " ".join(prompt.casefold().split()).rstrip(".! ")
 
 
 @dataclass
 class DatasetStatistics:
-    """Counts over all rows, and columns of the pairs that can be compared, (pairs, ...) once joined."""
+    """Statistics of a dataset: counts over all rows, and one array per feature over the pairs with a winner.
 
-    rows: int = 0
-    notes: Notes = field(default_factory=Notes)
+    Args:
+        num_rows: number of rows read.
+        problems: problems of single rows.
+        counts: number of rows (or images) per value, by property, such as source or format.
+        ids: ids of the pairs with a winner.
+        models: models of winner and loser of these pairs, "" if unknown.
+        num_uncertain: number of rows with a tie, votes, a probability, scores or a score gap.
+    """
+
+    num_rows: int = 0
+    problems: RowProblems = field(default_factory=RowProblems)
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     ids: list[str] = field(default_factory=list)
-    sides: list[tuple[str, str]] = field(default_factory=list)
-    uncertain: int = 0
-    _loose: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
-    _packed: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
+    models: list[tuple[str, str]] = field(default_factory=list)
+    num_uncertain: int = 0
+    _batch: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    _columns: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
 
-    def note(self, check: str, row: Row, what: str = "") -> None:
-        self.notes.add(check, row["id"], what)
+    def add_problem(self, check: str, row: Row, comment: str = "") -> None:
+        """Count a row for a check."""
+        self.problems.add(check, row["id"], comment)
 
-    def common(self, row: Row) -> None:
-        """What every row of every kind is asked."""
-        self.rows += 1
+    def add_row(self, row: Row) -> None:
+        """Count a row of either kind, with its source and licence."""
+        self.num_rows += 1
         self.counts["source"][row.get("source") or "not named"] += 1
         license = row.get("license")
         self.counts["licence"][license or "none"] += 1
         if not license:
-            self.note("licence-missing", row)
+            self.add_problem("licence-missing", row)
         elif NON_COMMERCIAL.search(license):
-            self.note("licence-non-commercial", row, license)
+            self.add_problem("licence-non-commercial", row, license)
 
-    def pair(self, row: Row, winner: Any, loser: Any, **values: Any) -> None:
-        """A pair to compare; models of its winner and loser, and a value for each column."""
+    def add_pair(self, row: Row, winner_model: Any, loser_model: Any, **values: Any) -> None:
+        """Add a pair with a winner: the two models, and one value per column."""
         self.ids.append(row["id"])
-        self.sides.append((winner or "", loser or ""))
+        self.models.append((winner_model or "", loser_model or ""))
         for name, value in values.items():
-            self._loose[name].append(value)
+            self._batch[name].append(value)
 
     def pack(self) -> None:
-        """Make one array of each column's values since the last time: after a batch, for small values take more room."""
-        for name, values in self._loose.items():
-            self._packed[name].append(np.stack(values))
-        self._loose.clear()
+        """Join the values of a batch into one array per column. Single values take more memory."""
+        for name, values in self._batch.items():
+            self._columns[name].append(np.stack(values))
+        self._batch.clear()
 
     def column(self, name: str) -> np.ndarray:
-        """A column, (pairs, ...)."""
+        """Return the values of a column for all pairs, (pairs, ...)."""
         self.pack()
-        return np.concatenate(self._packed[name])
+        return np.concatenate(self._columns[name])
 
 
-def makers(seen: DatasetStatistics) -> list[Finding]:
-    """Findings about who made the sides: one model that always wins, two models throughout."""
-    apart = [(n, winner, loser) for n, (winner, loser) in enumerate(seen.sides) if winner and loser and winner != loser]
-    if len(apart) < FEW or len(apart) < len(seen.sides) / 2:
+def check_models(statistics: DatasetStatistics) -> list[Finding]:
+    """Check whether one model always wins or always loses, and whether all pairs compare the same two models."""
+    ids, models = statistics.ids, statistics.models
+    pairs = [(n, winner, loser) for n, (winner, loser) in enumerate(models) if winner and loser and winner != loser]
+    if len(pairs) < MIN_MODEL_PAIRS or len(pairs) < len(models) / 2:
         return []
-    won, lost = Counter(winner for _, winner, _ in apart), Counter(loser for _, _, loser in apart)
-    model, wins = won.most_common(1)[0]
-    worst, losses = lost.most_common(1)[0]
-    total, found = len(seen.ids), []
-    if wins >= 0.95 * len(apart) and lost[model] <= 0.05 * len(apart):
-        what, rows = f"{model} is the winner of {share(wins, total)}", [n for n, winner, _ in apart if winner == model]
-        found.append(Finding("model-always-wins", "error", wins, total, what, examples(seen.ids, rows)))
-    elif losses >= 0.95 * len(apart) and won[worst] <= 0.05 * len(apart):
-        what, rows = f"{worst} is the loser of {share(losses, total)}", [n for n, _, loser in apart if loser == worst]
-        found.append(Finding("model-always-wins", "error", losses, total, what, examples(seen.ids, rows)))
-    if len(set(won) | set(lost)) == 2:
-        one, other = sorted(set(won) | set(lost))
-        what = f"{one} against {other} in {share(len(apart), total)}; {one} wins {won[one] / len(apart):.0%}"
-        rows = [n for n, _, _ in apart]
-        found.append(Finding("same-two-models", "warning", len(apart), total, what, examples(seen.ids, rows)))
-    return found
+    wins, losses = Counter(winner for _, winner, _ in pairs), Counter(loser for _, _, loser in pairs)
+    best, best_wins = wins.most_common(1)[0]
+    worst, worst_losses = losses.most_common(1)[0]
+    total, findings = len(ids), []
+    if best_wins >= 0.95 * len(pairs) and losses[best] <= 0.05 * len(pairs):
+        summary = f"{best} is the winner of {row_count_text(best_wins, total)}"
+        examples = first_examples(ids, [n for n, winner, _ in pairs if winner == best])
+        findings.append(Finding("model-always-wins", "error", best_wins, total, summary, examples))
+    elif worst_losses >= 0.95 * len(pairs) and wins[worst] <= 0.05 * len(pairs):
+        summary = f"{worst} is the loser of {row_count_text(worst_losses, total)}"
+        examples = first_examples(ids, [n for n, _, loser in pairs if loser == worst])
+        findings.append(Finding("model-always-wins", "error", worst_losses, total, summary, examples))
+    if len(set(wins) | set(losses)) == 2:
+        first, second = sorted(set(wins) | set(losses))
+        summary = f"{first} against {second} in {row_count_text(len(pairs), total)}, {first} wins {wins[first] / len(pairs):.0%}"
+        examples = first_examples(ids, [n for n, _, _ in pairs])
+        findings.append(Finding("same-two-models", "warning", len(pairs), total, summary, examples))
+    return findings
 
 
-WORDS = {
+FEATURE_PHRASES = {
     "resolution": ("has more pixels", "has fewer pixels"),
     "aspect": ("is wider for its height", "is narrower for its height"),
     "bytes": ("has the larger file", "has the smaller file"),
     "brightness": ("is brighter", "is darker"),
     "contrast": ("has more contrast", "has less contrast"),
-    "saturation": ("has more colour", "has less colour"),
+    "saturation": ("has more saturated colours", "has less saturated colours"),
     "length": ("is longer", "is shorter"),
     "lines": ("has more lines", "has fewer lines"),
-    "refusal": ("is the one that refuses", "is the one that doesn't refuse"),
+    "refusal": ("is a refusal", "is not a refusal"),
 }
 
 
-def words(name: str) -> tuple[str, str]:
-    """What is said of a winner that has more of a feature, and of one that has less."""
-    format = (
-        ("is the {} one", "is the one that is no {}")
-        if name in ("png", "jpeg", "webp")
-        else ("has more {}", "has fewer {}")
-    )
-    shown = name.upper() if name in ("png", "jpeg") else "WebP" if name == "webp" else name
-    return WORDS.get(name) or (format[0].format(shown), format[1].format(shown))
+def feature_phrases(name: str) -> tuple[str, str]:
+    """Return the phrases for a winner that has more of a feature than the loser, and for one that has less."""
+    formats = {"png": "PNG", "jpeg": "JPEG", "webp": "WebP"}
+    if name in formats:
+        return f"is {formats[name]}", f"is not {formats[name]}"
+    return FEATURE_PHRASES.get(name) or (f"has more {name}", f"has fewer {name}")
 
 
-def shortcut(
-    check: str, name: str, told: Told, difference: np.ndarray, ids: list[str], *, rare: bool = False
+def shortcut_finding(
+    check: str, feature: str, test: ShortcutTest, differences: np.ndarray, ids: list[str], *, rare: bool = False
 ) -> list[Finding]:
-    """A finding where a feature tells the winner. rare: also where few pairs differ in it at all.
+    """Return a finding if a feature predicts the winner. Its examples are the pairs that differ most.
 
-    difference: winner less loser, (pairs,); the examples are those that differ most.
+    Args:
+        differences: the feature of the winner less that of the loser, (pairs,).
+        rare: report the feature also if so few pairs differ in it that the accuracy over all pairs is low.
     """
-    if not told.sure or (told.accuracy < LEAST and not rare):
+    if not test.significant or (test.accuracy < MIN_ACCURACY and not rare):
         return []
-    severity = "error" if CHECKS[check].severity == "error" and told.accuracy >= STRONG else "warning"
-    more = told.share >= 0.5
-    way, part = (words(name)[0], told.share) if more else (words(name)[1], 1 - told.share)
-    what = (
-        f"the winner {way} in {part:.0%} of the {told.differ:,} pairs that differ in it; "
-        f"that alone tells {told.accuracy:.0%} of all winners (chance 50 %)"
+    severity = "error" if CHECKS[check].severity == "error" and test.accuracy >= ERROR_ACCURACY else "warning"
+    more = test.fraction_more >= 0.5
+    phrase, fraction = (
+        feature_phrases(feature)[0 if more else 1],
+        test.fraction_more if more else 1 - test.fraction_more,
     )
-    rows = np.argsort(-difference if more else difference, kind="stable")
-    return [Finding(check, severity, told.differ, len(ids), what, examples(ids, rows))]
+    summary = (
+        f"the winner {phrase} in {fraction:.0%} of the {test.num_differing:,} pairs that differ in it, "
+        f"which predicts {test.accuracy:.0%} of all winners (chance 50 %)"
+    )
+    rows = np.argsort(-differences if more else differences, kind="stable")
+    return [Finding(check, severity, test.num_differing, len(ids), summary, first_examples(ids, rows))]
 
 
-def lost(seen: DatasetStatistics, known: set[str]) -> list[Finding]:
-    """A finding where no row has a tie, a vote, a probability, a score or a margin. known: sources that have them."""
-    if seen.uncertain or not seen.rows:
+def check_missing_votes(statistics: DatasetStatistics, uncertain_sources: set[str]) -> list[Finding]:
+    """Check whether a dataset has no tie, vote, probability, score or score gap at all.
+
+    Args:
+        uncertain_sources: names of sources that publish them. For a dataset from one of these, the finding is a warning.
+    """
+    num_rows = statistics.num_rows
+    if statistics.num_uncertain or not num_rows:
         return []
-    named = sorted(set(seen.counts["source"]) & known)
-    what = f"none in {seen.rows:,} rows" + (f", though {', '.join(named)} has them" if named else "")
-    severity = "warning" if named else "note"
-    return [Finding("ties-and-votes-lost", severity, seen.rows, seen.rows, what)]
+    sources = sorted(set(statistics.counts["source"]) & uncertain_sources)
+    summary = f"none in {num_rows:,} rows" + (f", although {', '.join(sources)} publishes them" if sources else "")
+    severity = "warning" if sources else "note"
+    return [Finding("no-ties-or-votes", severity, num_rows, num_rows, summary)]

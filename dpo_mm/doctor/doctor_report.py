@@ -1,6 +1,6 @@
-"""A diagnosis as a table for the terminal, and on one page that can be sent to someone.
+"""Reports of a diagnosis: a table for the terminal, and an HTML page in one file.
 
-The page is one file: no script, a policy that forbids any, and everything from the set is escaped by the template.
+The page has no script, and its content security policy forbids any. The template escapes all text of the dataset.
 """
 
 from __future__ import annotations
@@ -12,93 +12,102 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_mm.data.image_files import decode_image, encode_png, image_bytes
 from dpo_mm.doctor import Diagnosis
-from dpo_mm.doctor.checks import CHECKS, SEVERITIES, share
-from dpo_mm.doctor.image_features import look
-from dpo_mm.doctor.loading import load_dataset, rows_called
-from dpo_mm.doctor.response_checks import text
+from dpo_mm.doctor.checks import CHECKS, SEVERITIES, row_count_text
+from dpo_mm.doctor.image_features import extract_features
+from dpo_mm.doctor.loading import load_dataset, rows_by_id
+from dpo_mm.doctor.response_checks import text_of
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
-PICTURED, SIDE = 3, 160
-"""Examples of a finding that are shown with both sides, and pixels of such a picture's longer side."""
-CUT = 200
-"""Characters that are shown of what is said of an example."""
+FULL_EXAMPLES, THUMBNAIL_EDGE = 3, 160
+"""Number of examples per finding that are shown in full, and pixels of the longer edge of their thumbnails."""
+MAX_CHARACTERS = 200
+"""Length to which texts of examples are shortened."""
 
 
 def verdict(diagnosis: Diagnosis) -> str:
-    """The findings in a few words: 2 errors, 1 warning."""
+    """Return the number of findings by severity as text, such as "2 errors, 1 warning"."""
     counts = [(sum(f.severity == severity for f in diagnosis.findings), severity) for severity in SEVERITIES]
-    words = [f"{count} {severity}{'s' * (count > 1)}" for count, severity in counts if count]
-    return ", ".join(words) or "nothing found"
+    parts = [f"{count} {severity}{'s' * (count > 1)}" for count, severity in counts if count]
+    return ", ".join(parts) or "no findings"
 
 
 def terminal(diagnosis: Diagnosis) -> RenderableType:
-    """What it holds, what was found, what to do, for the end of a command."""
+    """Return the facts, the findings and the advice as tables for the terminal."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    held = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in diagnosis.facts.items():
-        held.add_row(Text(key, style="dim"), Text(value))
+        facts.add_row(Text(key, style="dim"), Text(value))
     table = Table(header_style="bold", border_style="dim", show_lines=True)
     for name in ("", "finding", "rows"):
         table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
-    for one in diagnosis.findings:
-        about = Text(one.title, style="bold").append(f"\n{one.what}", style="not bold")
-        for row, what in one.examples[:3]:
-            about.append(f"\n  {row}", style="not bold cyan").append(f"  {cut(what)}" if what else "", style="not bold")
-        about.append(f"\n{one.advice}", style="not bold italic")
-        table.add_row(Text(one.severity, COLOURS[one.severity]), about, f"{one.rows:,}")
-    fine = Text(f"{verdict(diagnosis)}; {len(diagnosis.fine)} checks found nothing")
-    return Group(held, *([table] if diagnosis.findings else []), fine)
+    for finding in diagnosis.findings:
+        text = Text(finding.title, style="bold").append(f"\n{finding.summary}", style="not bold")
+        for row_id, comment in finding.examples[:3]:
+            text.append(f"\n  {row_id}", style="not bold cyan")
+            text.append(f"  {shorten(comment)}" if comment else "", style="not bold")
+        text.append(f"\n{finding.advice}", style="not bold italic")
+        table.add_row(Text(finding.severity, COLOURS[finding.severity]), text, f"{finding.rows:,}")
+    passed = Text(f"{verdict(diagnosis)}. {len(diagnosis.passed)} checks passed.")
+    return Group(facts, *([table] if diagnosis.findings else []), passed)
 
 
-def cut(text: str) -> str:
-    """A text on one line, its middle left out where it is long."""
+def shorten(text: str) -> str:
+    """Put a text on one line, and replace its middle by an ellipsis if it is long."""
     text = " ".join(text.split())
-    return text if len(text) <= CUT else f"{text[: CUT * 2 // 3]} … {text[-CUT // 4 :]}"
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    return f"{text[: MAX_CHARACTERS * 2 // 3]} … {text[-MAX_CHARACTERS // 4 :]}"
 
 
-class Shown(NamedTuple):
-    """A row to look at: its prompt, and what its sides are called, as data URIs of pictures or as texts; "" where one
-    can't be shown.
+class ExampleRow(NamedTuple):
+    """A row shown in the report: its prompt, and (label, content) of its two images or responses.
+
+    The content is a data URI of an image or the text of a response. It is "" if an image does not decode.
     """
 
     prompt: str
     sides: tuple[tuple[str, str], tuple[str, str]]
 
 
-def shown_rows(diagnosis: Diagnosis) -> dict[str, Shown]:
-    """The findings' first examples, by id, from one more look into the set."""
-    ids = {row for one in diagnosis.findings for row, _ in one.examples[:PICTURED]}
-    rows = rows_called(load_dataset(diagnosis.name), ids) if ids else {}
-    return {name: _shown(row, diagnosis.kind) for name, row in rows.items()}
+def load_examples(diagnosis: Diagnosis) -> dict[str, ExampleRow]:
+    """Read the first examples of all findings from the dataset, by row id."""
+    ids = {row_id for finding in diagnosis.findings for row_id, _ in finding.examples[:FULL_EXAMPLES]}
+    rows = rows_by_id(load_dataset(diagnosis.name), ids) if ids else {}
+    return {row_id: _example_row(row, diagnosis.kind) for row_id, row in rows.items()}
 
 
-def _shown(row: dict[str, Any], kind: str) -> Shown:
-    """Winner and loser, in that order; a and b where none won."""
-    if kind == "answers":
-        prompt, chosen, rejected = (cut(text(row[column])) for column in ("prompt", "chosen", "rejected"))
-        return Shown(prompt, (("winner", chosen), ("loser", rejected)))
-    a, b = (_thumbnail(row[side]) for side in ("image_a", "image_b"))
-    won = {"a": (("winner", a), ("loser", b)), "b": (("winner", b), ("loser", a))}
-    return Shown(cut(row["prompt"] or ""), won.get(row["preference"], (("a", a), ("b", b))))
+def _example_row(row: dict[str, Any], kind: str) -> ExampleRow:
+    """Order a row as winner and loser, or as a and b if there is no winner."""
+    if kind == "responses":
+        prompt, chosen, rejected = (shorten(text_of(row[column])) for column in ("prompt", "chosen", "rejected"))
+        return ExampleRow(prompt, (("winner", chosen), ("loser", rejected)))
+    a, b = (_thumbnail(row[column]) for column in ("image_a", "image_b"))
+    ordered = {"a": (("winner", a), ("loser", b)), "b": (("winner", b), ("loser", a))}
+    return ExampleRow(shorten(row["prompt"] or ""), ordered.get(row["preference"], (("a", a), ("b", b))))
 
 
 def _thumbnail(cell: Any) -> str:
-    if isinstance(look(cell), str):
+    if isinstance(extract_features(cell), str):
         return ""
     image = decode_image(image_bytes(cell))
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
     return "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
 
 
-def render(diagnosis: Diagnosis, shown: dict[str, Shown], *, command: str) -> str:
-    """The page as HTML. shown: rows to look at, by id."""
+def render(diagnosis: Diagnosis, examples: dict[str, ExampleRow], *, command: str) -> str:
+    """Render the report as HTML.
+
+    Args:
+        examples: rows to show in full, by id.
+        command: the command line that wrote the report.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -107,25 +116,27 @@ def render(diagnosis: Diagnosis, shown: dict[str, Shown], *, command: str) -> st
     template = environment.from_string(
         resources.files("dpo_mm.doctor").joinpath("doctor_report.html").read_text("utf-8")
     )
-    fine = [CHECKS[check].title for check in diagnosis.fine]
     counts = {severity: sum(f.severity == severity for f in diagnosis.findings) for severity in SEVERITIES}
-    worst = next((severity for severity in SEVERITIES if counts[severity]), "none")
     return template.render(
         diagnosis=diagnosis,
-        shown=shown,
-        pictured=PICTURED,
-        share=share,
+        examples=examples,
+        full_examples=FULL_EXAMPLES,
+        row_count_text=row_count_text,
         verdict=verdict(diagnosis),
-        worst=worst,
-        fine=fine,
+        worst=next((severity for severity in SEVERITIES if counts[severity]), "none"),
+        passed=[CHECKS[check].title for check in diagnosis.passed],
         command=command,
-        cut=cut,
+        shorten=shorten,
     )
 
 
 def write_report(path: Path, diagnosis: Diagnosis, *, command: str) -> Path:
-    """Write the page, aside and then renamed. Raises OSError where it can't be written."""
+    """Write the report to a temporary file, then rename it.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as beside:
-        beside.write_text(render(diagnosis, shown_rows(diagnosis), command=command), encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(render(diagnosis, load_examples(diagnosis), command=command), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""A set's rows in batches, pictures undecoded, so that a set of any size passes through little memory."""
+"""Datasets read in batches of rows with undecoded images, so that memory use does not grow with the dataset."""
 
 from __future__ import annotations
 
@@ -14,19 +14,31 @@ Row = dict[str, Any]
 
 
 class LoadedDataset(NamedTuple):
-    """A set that is open: its kind (images or answers), how many rows, its Parquet files or, without, its Dataset."""
+    """A dataset opened for reading.
+
+    Args:
+        name: as passed to `load_dataset`.
+        kind: images or responses.
+        num_rows: number of rows.
+        files: Parquet files. Empty if the dataset was opened by the library datasets.
+        arrow_dataset: the `datasets.Dataset`, if there are no files.
+    """
 
     name: str
     kind: str
-    rows: int
+    num_rows: int
     files: tuple[Path, ...]
-    dataset: Any = None
+    arrow_dataset: Any = None
 
 
 def load_dataset(name: str) -> LoadedDataset:
-    """A Parquet file, a folder of them, a shipped set, a set saved by `datasets`, or a hub id.
+    """Open a preference dataset without reading its rows.
 
-    Raises ValueError that names the set and what was expected.
+    Args:
+        name: a Parquet file, a folder of them, a bundled dataset, a dataset saved by `datasets`, or a hub id.
+
+    Raises:
+        ValueError: if the dataset cannot be read, is empty, or has other columns. The error names the dataset.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -34,30 +46,30 @@ def load_dataset(name: str) -> LoadedDataset:
     path = Path(resolve_asset(name))
     files = (path,) if path.is_file() else tuple(sorted(path.glob("*.parquet"))) if path.is_dir() else ()
     if not files:
-        return _through_datasets(name)
+        return _load_with_datasets(name)
     try:
         tables = [pq.ParquetFile(file) for file in files]
     except pa.ArrowException as error:
         raise ValueError(f"{name}: not readable as Parquet ({' '.join(str(error).split())[:200]})") from error
-    kind = _kind(name, tables[0].schema_arrow.names)
-    rows = sum(table.metadata.num_rows for table in tables)
-    if rows == 0:
-        raise ValueError(f"{name}: the set is empty; expected at least one pair")
-    return LoadedDataset(name, kind, rows, files)
+    kind = _kind_of_columns(name, tables[0].schema_arrow.names)
+    num_rows = sum(table.metadata.num_rows for table in tables)
+    if num_rows == 0:
+        raise ValueError(f"{name}: the dataset is empty. Expected at least one pair.")
+    return LoadedDataset(name, kind, num_rows, files)
 
 
-def _kind(name: str, columns: list[str]) -> str:
+def _kind_of_columns(name: str, columns: list[str]) -> str:
     if all(column in columns for column in REQUIRED):
         return "images"
     if all(column in columns for column in ("prompt", "chosen", "rejected")):
-        return "answers"
+        return "responses"
     raise ValueError(
-        f"{name}: has columns {', '.join(columns)}; expected {', '.join(REQUIRED)}, or prompt, chosen, rejected; "
-        "dpo-mm import makes them from other forms"
+        f"{name}: has columns {', '.join(columns)}. Expected {', '.join(REQUIRED)}, or prompt, chosen, rejected. "
+        "dpo-mm import writes them from other formats."
     )
 
 
-def _through_datasets(name: str) -> LoadedDataset:
+def _load_with_datasets(name: str) -> LoadedDataset:
     from datasets import Image, List
 
     try:
@@ -66,25 +78,25 @@ def _through_datasets(name: str) -> LoadedDataset:
         if "is missing" not in str(error):
             raise
         rows = load_responses(name)
-    kind = _kind(name, rows.column_names)
+    kind = _kind_of_columns(name, rows.column_names)
     for column in ("image_a", "image_b") if kind == "images" else ():
         rows = rows.cast_column(column, Image(decode=False))
-    if kind == "answers" and "images" in rows.column_names:
+    if kind == "responses" and "images" in rows.column_names:
         rows = rows.cast_column("images", List(Image(decode=False)))
     return LoadedDataset(name, kind, len(rows), (), rows)
 
 
-def batches(opened: LoadedDataset) -> Iterator[list[Row]]:
-    """The rows in their order, at most BATCH at once; each has an id, its number where the set gives none."""
+def batches(dataset: LoadedDataset) -> Iterator[list[Row]]:
+    """Yield the rows in order, in lists of at most BATCH. A row without an id gets its row number as id."""
     import pyarrow.parquet as pq
 
     number = 0
-    if opened.files:
-        parts = (part.to_pylist() for file in opened.files for part in pq.ParquetFile(file).iter_batches(BATCH))
+    if dataset.files:
+        parts = (part.to_pylist() for file in dataset.files for part in pq.ParquetFile(file).iter_batches(BATCH))
     else:
         parts = (
-            [opened.dataset[n] for n in range(start, min(start + BATCH, opened.rows))]
-            for start in range(0, opened.rows, BATCH)
+            [dataset.arrow_dataset[n] for n in range(start, min(start + BATCH, dataset.num_rows))]
+            for start in range(0, dataset.num_rows, BATCH)
         )
     for rows in parts:
         for row in rows:
@@ -93,23 +105,23 @@ def batches(opened: LoadedDataset) -> Iterator[list[Row]]:
         yield rows
 
 
-def rows_called(opened: LoadedDataset, ids: set[str]) -> dict[str, Row]:
-    """Rows by their ids; of Parquet only the groups that hold one are read."""
+def rows_by_id(dataset: LoadedDataset, ids: set[str]) -> dict[str, Row]:
+    """Return the rows with these ids. Only the Parquet row groups that contain one are read in full."""
     import pyarrow.parquet as pq
 
-    if not opened.files:
-        return {row["id"]: row for rows in batches(opened) for row in rows if row["id"] in ids}
-    found: dict[str, Row] = {}
+    if not dataset.files:
+        return {row["id"]: row for rows in batches(dataset) for row in rows if row["id"] in ids}
+    selected: dict[str, Row] = {}
     number = 0
-    for table in map(pq.ParquetFile, opened.files):
+    for table in map(pq.ParquetFile, dataset.files):
         for group in range(table.num_row_groups):
             count = table.metadata.row_group(group).num_rows
-            named = "id" in table.schema_arrow.names
-            names = table.read_row_group(group, ["id"])["id"].to_pylist() if named else [None] * count
-            names = [str(number + n if name is None else name) for n, name in enumerate(names)]
+            has_ids = "id" in table.schema_arrow.names
+            cells = table.read_row_group(group, ["id"])["id"].to_pylist() if has_ids else [None] * count
+            group_ids = [str(number + n if cell is None else cell) for n, cell in enumerate(cells)]
             number += count
-            if ids.isdisjoint(names):
+            if ids.isdisjoint(group_ids):
                 continue
             rows = (row for batch in table.iter_batches(BATCH, row_groups=[group]) for row in batch.to_pylist())
-            found |= {name: row for name, row in zip(names, rows, strict=True) if name in ids}
-    return found
+            selected |= {row_id: row for row_id, row in zip(group_ids, rows, strict=True) if row_id in ids}
+    return selected

@@ -1,4 +1,4 @@
-"""What can be wrong with a set of answers."""
+"""Checks of datasets of response pairs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from dpo_mm.doctor.checks import Finding
-from dpo_mm.doctor.dataset_statistics import DatasetStatistics, digest, plain, shortcut
-from dpo_mm.doctor.duplicates import repeated
-from dpo_mm.doctor.image_checks import regression
-from dpo_mm.doctor.image_features import Look, look
+from dpo_mm.doctor.dataset_statistics import DatasetStatistics, digest, plain_text, shortcut_finding
+from dpo_mm.doctor.duplicates import exact_duplicates
+from dpo_mm.doctor.image_checks import regression_finding
+from dpo_mm.doctor.image_features import ImageFeatures, extract_features
 from dpo_mm.doctor.loading import LoadedDataset, Row, batches
-from dpo_mm.doctor.shortcuts import told_by
+from dpo_mm.doctor.shortcuts import run_sign_test
 from dpo_mm.progress import progress_bar
 
 FEATURES = ("length", "list items", "headings", "bold", "code", "lines", "refusal", "unfinished end")
-"""Of an answer: log of its characters, logs of counts of markup, refusal or not, ends without a stop or not."""
+"""Features of a response: logs of its length and of counts of markup. 1 for a refusal, 1 if it ends in a letter or digit."""
 TOKENS = re.compile(
     r"<image(?:_\d+)?>|<img>|\[IMG\]|<\|?(?:image|image_pad|vision_start|vision_end|im_start|im_end|eot_id|endoftext"
     r"|start_header_id)\|?>|<start_of_turn>|<end_of_turn>|\[/?INST\]",
@@ -37,91 +37,102 @@ MARKUP = {
 }
 
 
-def collect_statistics(opened: LoadedDataset, prompts: set[int], pictures: set[int]) -> DatasetStatistics:
-    """Everything that is kept of a set. prompts, pictures: digests of the held-out set's."""
-    seen = DatasetStatistics()
-    with progress_bar("looking at answers", opened.rows) as advance:
-        for rows in batches(opened):
+def collect_statistics(
+    dataset: LoadedDataset, held_out_prompts: set[int], held_out_images: set[int]
+) -> DatasetStatistics:
+    """Read all rows once and collect their statistics.
+
+    Args:
+        held_out_prompts, held_out_images: digests of the held-out dataset.
+    """
+    statistics = DatasetStatistics()
+    with progress_bar("checking responses", dataset.num_rows) as advance:
+        for rows in batches(dataset):
             for row in rows:
-                _row(seen, row, prompts, pictures)
-            seen.pack()
+                _add_row(statistics, row, held_out_prompts, held_out_images)
+            statistics.pack()
             advance(len(rows))
-    return seen
+    return statistics
 
 
-def text(messages: Any) -> str:
-    """The text of messages, or of what is a text already."""
+def text_of(messages: Any) -> str:
+    """Return the text of messages, or the argument if it is a text already."""
     if isinstance(messages, str) or not messages:
         return messages or ""
     return "\n".join(
-        message["content"] if isinstance(message["content"], str) else _joined(message["content"])
+        message["content"] if isinstance(message["content"], str) else _join_parts(message["content"])
         for message in messages
     )
 
 
-def _joined(parts: Any) -> str:
+def _join_parts(parts: Any) -> str:
     return "".join(part.get("text") or "" for part in parts or [])
 
 
-def prompt_digests(row: Row, looks: list[Look]) -> tuple[int, int]:
-    """A prompt's digest by its text alone, and with its images."""
-    words = digest(plain(text(row["prompt"])))
-    return words, digest(words, *(one.digest for one in looks)) if looks else words
+def prompt_digests(row: Row, images: list[ImageFeatures]) -> tuple[int, int]:
+    """Return the digest of a prompt's text, and the digest of the text with its images."""
+    text_digest = digest(plain_text(text_of(row["prompt"])))
+    return text_digest, digest(text_digest, *(image.digest for image in images)) if images else text_digest
 
 
-def _row(seen: DatasetStatistics, row: Row, prompts: set[int], pictures: set[int]) -> None:
-    seen.common(row)
+def _add_row(statistics: DatasetStatistics, row: Row, held_out_prompts: set[int], held_out_images: set[int]) -> None:
+    statistics.add_row(row)
     cells = row.get("images") or []
-    looked = [look(cell) for cell in cells]
-    looks = [one for one in looked if not isinstance(one, str)]
-    for number, why in enumerate(looked):
-        if isinstance(why, str):
-            seen.note("pictures-broken", row, f"image {number} does not decode ({why})")
+    decoded = [extract_features(cell) for cell in cells]
+    images = [image for image in decoded if not isinstance(image, str)]
+    for number, reason in enumerate(decoded):
+        if isinstance(reason, str):
+            statistics.add_problem("undecodable-images", row, f"image {number} does not decode ({reason})")
             break
-    words, whole = prompt_digests(row, looks)
-    seen.counts["images a row"][str(len(cells))] += 1
-    for one in looks:
-        seen.counts["format"][one.format] += 1
-        seen.counts["size"]["{} x {}".format(*one.size)] += 1
-    if whole in prompts or words in prompts:
-        seen.note("held-out-prompts", row, text(row["prompt"]))
-    if any(one.digest in pictures for one in looks):
-        seen.note("held-out-pictures", row)
-    _texts(seen, row, len(cells))
-    chosen, rejected = text(row["chosen"]), text(row["rejected"])
-    values = {"features": features(chosen) - features(rejected), "prompts": np.int64(whole)}
-    values |= {"winners": np.int64(digest(chosen)), "losers": np.int64(digest(rejected))}
-    values |= {"groups": np.int64(digest(row.get("group_id") or whole)), "margins": _margin(row)}
-    seen.pair(row, row.get("chosen_model"), row.get("rejected_model"), **values)
-    seen.uncertain += row.get("score_gap") is not None or row.get("probability") is not None
+    text_digest, prompt_digest = prompt_digests(row, images)
+    statistics.counts["images per row"][str(len(cells))] += 1
+    for image in images:
+        statistics.counts["format"][image.format] += 1
+        statistics.counts["size"]["{} x {}".format(*image.size)] += 1
+    if prompt_digest in held_out_prompts or text_digest in held_out_prompts:
+        statistics.add_problem("held-out-prompts", row, text_of(row["prompt"]))
+    if any(image.digest in held_out_images for image in images):
+        statistics.add_problem("held-out-images", row)
+    _check_texts(statistics, row, len(cells))
+    chosen, rejected = text_of(row["chosen"]), text_of(row["rejected"])
+    statistics.add_pair(
+        row,
+        row.get("chosen_model"),
+        row.get("rejected_model"),
+        features=response_features(chosen) - response_features(rejected),
+        prompts=np.int64(prompt_digest),
+        winners=np.int64(digest(chosen)),
+        losers=np.int64(digest(rejected)),
+        groups=np.int64(digest(row.get("group_id") or prompt_digest)),
+        score_gaps=np.float64(np.nan if row.get("score_gap") is None else row["score_gap"]),
+    )
+    statistics.num_uncertain += row.get("score_gap") is not None or row.get("probability") is not None
 
 
-def _margin(row: Row) -> np.float64:
-    return np.float64(np.nan if row.get("score_gap") is None else row["score_gap"])
-
-
-def _texts(seen: DatasetStatistics, row: Row, images: int) -> None:
-    """What is wrong with a row's texts."""
-    prompt, chosen, rejected = (text(row[column]) for column in ("prompt", "chosen", "rejected"))
-    empty = [side for side, words in (("chosen", chosen), ("rejected", rejected)) if not words.strip()]
+def _check_texts(statistics: DatasetStatistics, row: Row, num_images: int) -> None:
+    """Check the prompt and the responses of one row."""
+    prompt, chosen, rejected = (text_of(row[column]) for column in ("prompt", "chosen", "rejected"))
+    empty = [column for column, text in (("chosen", chosen), ("rejected", rejected)) if not text.strip()]
     if empty:
-        seen.note("empty-answers", row, f"{' and '.join(empty)} is empty")
+        statistics.add_problem("empty-responses", row, f"{' and '.join(empty)} is empty")
     elif chosen.split() == rejected.split():
-        seen.note("identical-sides", row, chosen)
+        statistics.add_problem("identical-sides", row, chosen)
     if not prompt.strip():
-        seen.note("empty-prompts", row)
-    token = next((found for part in (prompt, chosen, rejected) if (found := TOKENS.search(part))), None)
+        statistics.add_problem("empty-prompts", row)
+    token = next((match for text in (prompt, chosen, rejected) if (match := TOKENS.search(text))), None)
     if token:
-        seen.note("tokens-in-text", row, token[0])
-    if _asked(row["chosen"]) != _asked(row["rejected"]):
-        seen.note("prompts-differ", row)
-    places = sum(part["type"] == "image" for message in _messages(row["prompt"]) for part in _parts(message))
-    if places not in (0, images):
-        seen.note("images-misplaced", row, f"{images} images, {places} places")
+        statistics.add_problem("tokens-in-text", row, token[0])
+    if _user_text(row["chosen"]) != _user_text(row["rejected"]):
+        statistics.add_problem("prompts-differ", row)
+    num_parts = sum(part["type"] == "image" for message in _messages(row["prompt"]) for part in _parts(message))
+    if num_parts not in (0, num_images):
+        statistics.add_problem("images-misplaced", row, f"{num_images} images, {num_parts} image parts")
     probability = row.get("probability")
-    if (row.get("score_gap") or 0) < 0 or (probability is not None and probability <= 0.5):
-        what = f"score_gap {row['score_gap']:g}" if (row.get("score_gap") or 0) < 0 else f"probability {probability:g}"
-        seen.note("labels-against-evidence", row, f"chosen is called the better one, {what}")
+    if (row.get("score_gap") or 0) < 0:
+        statistics.add_problem("labels-against-evidence", row, f"score_gap is {row['score_gap']:g}, below 0")
+    elif probability is not None and probability <= 0.5:
+        comment = f"probability that chosen is better is {probability:g}"
+        statistics.add_problem("labels-against-evidence", row, comment)
 
 
 def _messages(content: Any) -> list[dict[str, Any]]:
@@ -132,38 +143,41 @@ def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     return [] if isinstance(message["content"], str) else list(message["content"] or [])
 
 
-def _asked(messages: Any) -> str:
-    """What a side holds of others than the assistant; nothing, where all of the prompt stands in the prompt."""
-    return text([message for message in _messages(messages) if message["role"] != "assistant"])
+def _user_text(messages: Any) -> str:
+    """Return the text of the turns that are not the assistant's, or "" if all of them are in the prompt."""
+    return text_of([message for message in _messages(messages) if message["role"] != "assistant"])
 
 
-def features(answer: str) -> np.ndarray:
-    """(len(FEATURES),)."""
-    words = answer.strip()
-    counts = [np.log1p(len(pattern.findall(answer))) for pattern in MARKUP.values()]
-    unfinished = bool(words) and words[-1].isalnum()
-    return np.array([np.log1p(len(words)), *counts, bool(REFUSAL.match(words)), unfinished], dtype=np.float32)
+def response_features(response: str) -> np.ndarray:
+    """Return the values of FEATURES for a response, (len(FEATURES),)."""
+    text = response.strip()
+    counts = [np.log1p(len(pattern.findall(response))) for pattern in MARKUP.values()]
+    unfinished = bool(text) and text[-1].isalnum()
+    return np.array([np.log1p(len(text)), *counts, bool(REFUSAL.match(text)), unfinished], dtype=np.float32)
 
 
-def run_checks(seen: DatasetStatistics) -> list[Finding]:
-    """Findings of the whole set."""
-    winners, losers, groups = seen.column("winners"), seen.column("losers"), seen.column("groups")
-    found = repeated(seen.column("prompts"), winners, losers, seen.ids)
-    differences = seen.column("features")
+def run_checks(statistics: DatasetStatistics) -> list[Finding]:
+    """Check the dataset as a whole: duplicates and shortcuts."""
+    ids, groups = statistics.ids, statistics.column("groups")
+    winners, losers = statistics.column("winners"), statistics.column("losers")
+    findings = exact_duplicates(statistics.column("prompts"), winners, losers, ids)
+    differences = statistics.column("features")
     length = differences[:, 0]
-    finding = shortcut("length-shortcut", "length", told_by(length, groups), length, seen.ids)
-    found += [one._replace(what=one.what + _with_margin(length, seen.column("margins"))) for one in finding]
-    marked = [(told_by(differences[:, n], groups), n) for n in range(1, 6)]
-    best, place = max(marked, key=lambda one: (one[0].sure, one[0].accuracy))
-    found += shortcut("format-of-text-shortcut", FEATURES[place], best, differences[:, place], seen.ids)
+    correlation = _correlation_with_gap(length, statistics.column("score_gaps"))
+    for finding in shortcut_finding("length-shortcut", "length", run_sign_test(length, groups), length, ids):
+        findings.append(finding._replace(summary=finding.summary + correlation))
+    tests = [(run_sign_test(differences[:, n], groups), n) for n in range(1, 6)]
+    test, index = max(tests, key=lambda pair: (pair[0].significant, pair[0].accuracy))
+    findings += shortcut_finding("markup-shortcut", FEATURES[index], test, differences[:, index], ids)
     refusal = differences[:, FEATURES.index("refusal")]
-    found += shortcut("refusal-shortcut", "refusal", told_by(refusal, groups), refusal, seen.ids, rare=True)
-    return found + regression(differences, groups, seen.ids, FEATURES, FEATURES)
+    test = run_sign_test(refusal, groups)
+    findings += shortcut_finding("refusal-shortcut", "refusal", test, refusal, ids, rare=True)
+    return findings + regression_finding(differences, groups, ids, FEATURES, FEATURES)
 
 
-def _with_margin(length: np.ndarray, margins: np.ndarray) -> str:
-    """How the gap in length goes with the margin, in words, where rows have one."""
-    known = np.isfinite(margins)
-    if known.sum() < 20 or length[known].std() == 0 or margins[known].std() == 0:
+def _correlation_with_gap(length: np.ndarray, score_gaps: np.ndarray) -> str:
+    """Return text with the correlation of the length difference and the score gap, or "" if few rows have a gap."""
+    known = np.isfinite(score_gaps)
+    if known.sum() < 20 or length[known].std() == 0 or score_gaps[known].std() == 0:
         return ""
-    return f"; its correlation with the margin is {np.corrcoef(length[known], margins[known])[0, 1]:.2f}"
+    return f", and its correlation with the score gap is {np.corrcoef(length[known], score_gaps[known])[0, 1]:.2f}"

@@ -1,7 +1,7 @@
-"""Base and tuned, from the same seeds on held-out prompts, judged and compared in pairs.
+"""Compare base and tuned image generators on the same held-out prompts and seeds.
 
-What is drawn and judged is in `drawing`; here it is compared in pure functions, and `compare_images` strings them together and
-writes the report.
+`image_sampling` generates and scores the images. The functions here compare the scores, and `compare_images` runs all
+of it and writes the report.
 """
 
 from __future__ import annotations
@@ -16,16 +16,24 @@ import numpy as np
 
 from dpo_mm.config import CompareConfig
 from dpo_mm.evaluation.image_sampling import ImageSampler, SamplingPlan, ScoredImages, sampling_plan
-from dpo_mm.evaluation.image_statistics import IMAGE_STATISTICS, MEASURES, pairwise_distance
+from dpo_mm.evaluation.image_statistics import IMAGE_STATISTICS, METRICS, pairwise_distance
 from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, ImageStore
 from dpo_mm.evaluation.report import Example, Report, write_report
-from dpo_mm.evaluation.statistics import Comparison, confirmed_verdict, holm_corrected, paired, run_verdict
+from dpo_mm.evaluation.statistics import (
+    BASE_AND_TUNED,
+    Comparison,
+    confirmed_verdict,
+    holm_corrected,
+    paired,
+    run_verdict,
+)
 from dpo_mm.evaluation.sweep import SweepPoint, advice, mark_recommended
 from dpo_mm.evaluation.verdict import (
     CompareResult,
     note_against_sft,
     note_training_judges,
     note_unconfirmed,
+    run_summary,
 )
 from dpo_mm.judges import metric_of
 from dpo_mm.judges.provenance import made_by, order_judges
@@ -35,12 +43,11 @@ from dpo_mm.policies.protocol import ImagePolicy
 __all__ = ["CompareResult", "SamplingPlan", "ScoredImages", "compare_images", "sampling_plan"]
 
 COLLAPSE = 0.9
-"""Share of the base's diversity below which a headline gain counts as over-optimised."""
+"""Fraction of the base's diversity below which a gain of the primary metric counts as over-optimised."""
 DRIFT = 0.1
-"""Relative change of a picture's looks that is worth a remark, where it is significant."""
-BASE_AND_TUNED = ("base", "tuned")
+"""Relative change of an image statistic from which a significant change gets a note."""
 PIXELS = "pixels"
-"""What stands for a judge's name beside diversity."""
+"""Judge's name in comparisons of diversity."""
 
 
 def comparisons(
@@ -49,119 +56,137 @@ def comparisons(
     config: CompareConfig,
     *,
     models: tuple[str, str] = BASE_AND_TUNED,
-    made: Sequence[str] = (),
+    training_judges: Sequence[str] = (),
 ) -> list[Comparison]:
-    """Each judge and the diversity, tuned against base, intervals clustered by prompt; the first judge is the headline.
+    """Compare two models by each judge and by diversity, with intervals clustered by prompt.
 
-    models: names of the two; only of base and tuned is a metric primary. made: judges that built
-    the training pairs, which are marked. The sign tests' p are corrected for the number of judges.
+    Args:
+        base, tuned: scored images of the same plan.
+        config: its first judge is the primary metric.
+        models: names of the two models. There is no primary metric unless they are base and tuned.
+        training_judges: judges that built the training pairs. Their comparisons are marked.
+
+    Returns:
+        One comparison per judge, with p corrected for the number of judges, then diversity.
     """
-    found = [
+    results = [
         dataclasses.replace(
-            compare_scores(base, tuned, judge, metric=metric_of(judge), seed=config.seed),
+            compare_scores(base, tuned, judge, metric=metric_of(judge), seed=config.seed, models=models),
             headline=judge == config.judges[0] and models == BASE_AND_TUNED,
-            models=models,
-            built_training_pairs=judge in made,
+            built_training_pairs=judge in training_judges,
         )
         for judge in config.judges
     ]
-    return holm_corrected(found) + compare_diversity(base, tuned, seed=config.seed, models=models)
+    return holm_corrected(results) + compare_diversity(base, tuned, seed=config.seed, models=models)
 
 
-def compare_scores(base: ScoredImages, tuned: ScoredImages, judge: str, *, metric: str, seed: int) -> Comparison:
-    """One judge, tuned against base."""
+def compare_scores(
+    base: ScoredImages,
+    tuned: ScoredImages,
+    judge: str,
+    *,
+    metric: str,
+    seed: int,
+    models: tuple[str, str] = BASE_AND_TUNED,
+) -> Comparison:
+    """Compare two models by one judge. metric: its name in the report; seed: of the bootstrap."""
     prompts, weights = np.array(base.plan.prompts), base.plan.weights
     scores = base.scores[judge], tuned.scores[judge]
-    return paired(*scores, clusters=prompts, metric=metric, judge=judge, weights=weights, seed=seed)
+    return paired(*scores, clusters=prompts, metric=metric, judge=judge, models=models, weights=weights, seed=seed)
 
 
 def compare_diversity(
     base: ScoredImages, tuned: ScoredImages, *, seed: int, models: tuple[str, str] = BASE_AND_TUNED
 ) -> list[Comparison]:
-    """How much pictures of a prompt differ, tuned against base; none with one sample a prompt."""
+    """Compare the diversity of each prompt's images. Empty with one image per prompt."""
     if base.plan.samples < 2:
         return []
-    names = np.array(base.plan.prompts[:: base.plan.samples])
-    both = diversity(base), diversity(tuned)
-    return [paired(*both, clusters=names, metric="diversity", judge=PIXELS, models=models, seed=seed)]
+    prompts = np.array(base.plan.prompts[:: base.plan.samples])
+    values = diversity(base), diversity(tuned)
+    return [paired(*values, clusters=prompts, metric="diversity", judge=PIXELS, models=models, seed=seed)]
 
 
-def diversity(drawn: ScoredImages) -> np.ndarray:
-    """How much a prompt's pictures differ: mean pairwise RMS distance of pixels at a quarter of the size, (prompts,)."""
-    return pairwise_distance(drawn.looks.small, drawn.plan.samples)
+def diversity(scored: ScoredImages) -> np.ndarray:
+    """Compute the mean pairwise pixel distance of each prompt's images, (prompts,)."""
+    return pairwise_distance(scored.image_statistics.small, scored.plan.samples)
 
 
 def compare_image_statistics(base: ScoredImages, tuned: ScoredImages, *, seed: int) -> list[Comparison]:
-    """Saturation, sharpness and file size, tuned against base: neither way is better, but a change is worth knowing."""
+    """Compare saturation, sharpness and file size, which have no better direction."""
     prompts = np.array(base.plan.prompts)
     return [
         paired(
-            getattr(base.looks, name),
-            getattr(tuned.looks, name),
+            getattr(base.image_statistics, name),
+            getattr(tuned.image_statistics, name),
             clusters=prompts,
-            metric=words,
+            metric=metric,
             judge=IMAGE_STATISTICS,
             direction="neutral",
             seed=seed,
         )
-        for name, words in MEASURES.items()
+        for name, metric in METRICS.items()
     ]
 
 
 def by_category(base: ScoredImages, tuned: ScoredImages, judge: str, *, seed: int) -> list[Comparison]:
-    """The headline judge in each category that has at least two prompts, p corrected for how many there are."""
-    kinds, prompts = base.plan.kinds, np.array(base.plan.prompts)
-    found = []
-    for name in sorted(set(kinds)):
-        inside = kinds == name
+    """Compare by one judge within each category of at least two prompts, with p corrected for their number."""
+    categories, prompts = base.plan.category_per_image, np.array(base.plan.prompts)
+    results = []
+    for name in sorted(set(categories)):
+        inside = categories == name
         if len(set(prompts[inside])) > 1:
             scores = base.scores[judge][inside], tuned.scores[judge][inside]
-            found.append(paired(*scores, clusters=prompts[inside], metric=str(name), judge=judge, seed=seed))
-    return holm_corrected(found) if len(found) > 1 else []
+            results.append(paired(*scores, clusters=prompts[inside], metric=str(name), judge=judge, seed=seed))
+    return holm_corrected(results) if len(results) > 1 else []
 
 
 def aa_control(base: ScoredImages, judge: str, *, seed: int) -> Comparison | None:
-    """The A/A control: the base against itself with other seeds; None with fewer than two samples a prompt."""
+    """Compare the base with itself under other seeds (A/A control). None with fewer than two images per prompt."""
     half = base.plan.samples // 2
     if half == 0:
         return None
     scores = base.scores[judge].reshape(-1, base.plan.samples)
     prompts = np.repeat(np.array(base.plan.prompts[:: base.plan.samples]), half)
-    one, other = scores[:, :half].ravel(), scores[:, half : 2 * half].ravel()
-    found = paired(one, other, clusters=prompts, metric=f"A/A control: {metric_of(judge)}", judge=judge, seed=seed)
-    return dataclasses.replace(found, verdict=confirmed_verdict(found))
+    first, second = scores[:, :half].ravel(), scores[:, half : 2 * half].ravel()
+    control = paired(first, second, clusters=prompts, metric=f"A/A control: {metric_of(judge)}", judge=judge, seed=seed)
+    return dataclasses.replace(control, verdict=confirmed_verdict(control))
 
 
-def verdict(found: Sequence[Comparison]) -> str:
-    """better, no evidence, worse, or over-optimised: the headline rose while another judge fell or diversity collapsed."""
-    headline = next(one for one in found if one.headline)
-    guards = [one for one in found if not one.headline and one.judge not in (PIXELS, IMAGE_STATISTICS)]
-    guards += [one for one in found if one.judge == PIXELS and one.tuned < COLLAPSE * one.base]
-    return run_verdict(headline, guards)
+def verdict(results: Sequence[Comparison]) -> str:
+    """Return the verdict on a run.
+
+    Args:
+        results: comparisons of base and tuned.
+
+    Returns:
+        The primary metric's verdict, or "over-optimised" if it improved while another judge's metric got worse or
+        diversity collapsed.
+    """
+    primary = next(result for result in results if result.headline)
+    guards = [result for result in results if not result.headline and result.judge not in (PIXELS, IMAGE_STATISTICS)]
+    guards += [result for result in results if result.judge == PIXELS and result.tuned < COLLAPSE * result.base]
+    return run_verdict(primary, guards)
 
 
 def examples(base: ScoredImages, tuned: ScoredImages, judge: str, *, count: int) -> list[Example]:
-    """Pictures to show, in turns from each category, drawn at random by the plan's own order: not the best ones."""
-    shown: list[Example] = []
-    rows = range(0, len(base.images), base.plan.samples)
-    groups: dict[str, list[int]] = {}
-    for row in rows:
-        groups.setdefault(str(base.plan.kinds[row]), []).append(row)
-    for turn in itertools.zip_longest(*groups.values()):
-        for row in turn:
-            if row is not None and len(shown) < count:
-                shown.append(
-                    Example(
-                        prompt=base.plan.prompts[row],
-                        category=str(base.plan.kinds[row]),
-                        base=base.images[row],
-                        tuned=tuned.images[row],
-                        base_score=float(base.scores[judge][row]),
-                        tuned_score=float(tuned.scores[judge][row]),
-                        seed=base.plan.seeds[row],
-                    )
-                )
-    return shown
+    """Choose example images by the plan's order, one of each category in turn, never the best ones."""
+    rows_by_category: dict[str, list[int]] = {}
+    for row in range(0, len(base.images), base.plan.samples):
+        rows_by_category.setdefault(str(base.plan.category_per_image[row]), []).append(row)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*rows_by_category.values()))
+    rows = [row for row in turns if row is not None][:count]
+    return [
+        Example(
+            prompt=base.plan.prompts[row],
+            category=str(base.plan.category_per_image[row]),
+            base=base.images[row],
+            tuned=tuned.images[row],
+            base_score=float(base.scores[judge][row]),
+            tuned_score=float(tuned.scores[judge][row]),
+            seed=base.plan.seeds[row],
+        )
+        for row in rows
+    ]
 
 
 def compare_images(
@@ -169,136 +194,146 @@ def compare_images(
     *,
     title: str,
     command: str,
-    baseline: str | None = None,
+    sft_adapter: str | None = None,
     history: Sequence[dict[str, float]] = (),
     settings: dict[str, str] | None = None,
 ) -> CompareResult:
-    """Draw, judge and compare as the config says, and write report.html, metrics.json and a contact sheet.
+    """Generate, score and compare images, and write report.html, metrics.json and contact_sheet.png.
 
-    Run again after it was cut, it goes on: pictures and scores that are there with the right hash are not made again.
-    baseline: folder of a second adapter, SFT on the same chosen pictures, to set beside the first. history, settings:
-    of the training, for the report. Raises ValueError where a part of the config won't do.
+    An interrupted comparison resumes: images and scores on disk with the right hash are not made again.
+
+    Args:
+        config: what to compare.
+        title: heading of the report.
+        command: how to repeat the comparison, printed in the report.
+        sft_adapter: folder of an adapter fine-tuned on the chosen side only, to compare with.
+        history, settings: log and settings of the training run, for the report.
+
+    Raises:
+        ValueError: if a judge, the model, the adapter, the prompts or a setting is unknown or does not fit.
     """
-    made = made_by(config.adapter)
-    config = dataclasses.replace(config, judges=order_judges(config.judges, made))
-    plan, gallery = sampling_plan(config), ImageStore(Path(config.output_dir) / FOLDER)
-    studio = ImageSampler(_load(config, config.adapter), config, gallery, config.adapter)
-    base = studio.generate(plan, scale=0.0, label="base")
-    tuned = studio.generate(plan, scale=1.0, label="tuned") if config.adapter else base
-    found = comparisons(base, tuned, config, made=made)
-    found += compare_image_statistics(base, tuned, seed=config.seed)
-    word, notes = verdict(found), note_training_judges(found) + image_notes(found)
-    if baseline:
-        sft = ImageSampler(_load(config, baseline), config, gallery, baseline).generate(plan, scale=1.0, label="sft")
-        against = comparisons(sft, tuned, config, models=("sft", "tuned"))
-        found += comparisons(base, sft, config, models=("base", "sft")) + against
-        notes.insert(0, note_against_sft(against[0]))
-    points = mark_recommended(list(run_sweep(studio, base, tuned)))
+    training_judges = made_by(config.adapter)
+    config = dataclasses.replace(config, judges=order_judges(config.judges, training_judges))
+    plan, store = sampling_plan(config), ImageStore(Path(config.output_dir) / FOLDER)
+    sampler = ImageSampler(_load(config, config.adapter), config, store, config.adapter)
+    base = sampler.generate(plan, scale=0.0, label="base")
+    tuned = sampler.generate(plan, scale=1.0, label="tuned") if config.adapter else base
+    results = comparisons(base, tuned, config, training_judges=training_judges)
+    results += compare_image_statistics(base, tuned, seed=config.seed)
+    run, notes = verdict(results), note_training_judges(results) + image_notes(results)
+    if sft_adapter:
+        sft_sampler = ImageSampler(_load(config, sft_adapter), config, store, sft_adapter)
+        sft = sft_sampler.generate(plan, scale=1.0, label="sft")
+        against_sft = comparisons(sft, tuned, config, models=("sft", "tuned"))
+        results += comparisons(base, sft, config, models=("base", "sft")) + against_sft
+        notes.insert(0, note_against_sft(against_sft[0]))
+    points = mark_recommended(list(run_sweep(sampler, base, tuned)))
     notes += [advice(points)] if points else []
-    headline = config.judges[0]
+    primary = config.judges[0]
     report = Report(
         title=title,
-        verdict=word,
-        summary=_summary(found[0], word),
+        verdict=run,
+        summary=run_summary(results[0], run, unit="prompts"),
         command=command,
-        comparisons=tuple(found),
-        categories=tuple(by_category(base, tuned, headline, seed=config.seed)),
-        scales=tuple((sweep_point.scale, sweep_point.headline) for sweep_point in points if sweep_point.step is None),
+        comparisons=tuple(results),
+        categories=tuple(by_category(base, tuned, primary, seed=config.seed)),
+        scales=tuple((point.scale, point.headline) for point in points if point.step is None),
         points=points,
-        control=aa_control(base, headline, seed=config.seed),
+        control=aa_control(base, primary, seed=config.seed),
         history=tuple(history),
-        examples=tuple(examples(base, tuned, headline, count=24)),
-        settings={**(settings or {}), **_sampling(config, plan, studio)},
+        examples=tuple(examples(base, tuned, primary, count=24)),
+        settings={**(settings or {}), **_settings(config, plan, sampler)},
         notes=tuple(notes),
     )
-    written = write_report(Path(config.output_dir), report)
+    path = write_report(Path(config.output_dir), report)
     if not config.save_images:
-        shutil.rmtree(gallery.folder)
-    return CompareResult(word, tuple(found), tuple(notes), written)
+        shutil.rmtree(store.folder)
+    return CompareResult(run, tuple(results), tuple(notes), path)
 
 
-def run_sweep(studio: ImageSampler, base: ScoredImages, tuned: ScoredImages) -> Iterator[SweepPoint]:
-    """The base, the adapter at each scale and each checkpoint of it, on one picture a prompt; nothing where none is asked for."""
-    config = studio.config
+def run_sweep(sampler: ImageSampler, base: ScoredImages, tuned: ScoredImages) -> Iterator[SweepPoint]:
+    """Compare the base with the adapter at each LoRA scale and each checkpoint, on one image per prompt.
+
+    It yields nothing if the config has neither scales nor checkpoints.
+    """
+    config = sampler.config
     if not config.adapter or not (config.scales or config.checkpoints):
         return
-    plan, first = base.plan.first(1), base.first(1)
-    for scale in sorted({*config.scales, 0.0, 1.0}):
-        known = {0.0: first, 1.0: tuned.first(1)}.get(scale)
-        yield sweep_point(
-            first, known or studio.generate(plan, scale=scale, label=f"scale-{scale:g}"), config, scale=scale
-        )
-    for step, folder in checkpoints_of(config):
-        policy = _load(config, folder)
-        drawn = ImageSampler(policy, config, studio.gallery, folder).generate(
-            plan, scale=1.0, label=f"checkpoint-{step}"
-        )
-        yield sweep_point(first, drawn, config, scale=1.0, step=step)
+    plan, base = base.plan.first(1), base.first(1)
+    generated = {0.0: base, 1.0: tuned.first(1)}
+    for scale in sorted({*config.scales, *generated}):
+        scored = generated.get(scale) or sampler.generate(plan, scale=scale, label=f"scale-{scale:g}")
+        yield sweep_point(base, scored, config, scale=scale)
+    for step, folder in list_checkpoints(config):
+        checkpoint_sampler = ImageSampler(_load(config, folder), config, sampler.store, folder)
+        scored = checkpoint_sampler.generate(plan, scale=1.0, label=f"checkpoint-{step}")
+        yield sweep_point(base, scored, config, scale=1.0, step=step)
 
 
 def sweep_point(
-    base: ScoredImages, drawn: ScoredImages, config: CompareConfig, *, scale: float, step: int | None = None
+    base: ScoredImages, scored: ScoredImages, config: CompareConfig, *, scale: float, step: int | None = None
 ) -> SweepPoint:
-    """What was drawn against the base, by the first judge and the second."""
+    """Compare one adapter strength with the base, by the first judge and the second if there is one."""
     name = f"scale {scale:g}" if step is None else f"step {step}"
-    head, *rest = config.judges
-    guard = compare_scores(base, drawn, rest[0], metric=metric_of(rest[0]), seed=config.seed) if rest else None
-    return SweepPoint(name, scale, step, compare_scores(base, drawn, head, metric=name, seed=config.seed), guard)
+    primary, *others = config.judges
+    guard = compare_scores(base, scored, others[0], metric=metric_of(others[0]), seed=config.seed) if others else None
+    return SweepPoint(name, scale, step, compare_scores(base, scored, primary, metric=name, seed=config.seed), guard)
 
 
-def checkpoints_of(config: CompareConfig) -> list[tuple[int, str]]:
-    """Step and folder of each checkpoint in the adapter's folder, where they are to be swept.
+def list_checkpoints(config: CompareConfig) -> list[tuple[int, str]]:
+    """List step and folder of the adapter's checkpoints. Empty unless the config compares checkpoints.
 
-    Raises ValueError where there are none.
+    Raises:
+        ValueError: if there are none.
     """
     if not config.checkpoints or config.adapter is None:
         return []
-    found = [path for path in Path(config.adapter).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    if not found:
-        raise ValueError(f"checkpoints: none in {config.adapter}; train with save_every, and save_total_limit as many")
-    return sorted((int(path.name.rpartition("-")[2]), str(path)) for path in found)
+    folders = [path for path in Path(config.adapter).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    if not folders:
+        raise ValueError(
+            f"checkpoints: {config.adapter} contains none. Train with save_every and a large save_total_limit."
+        )
+    return sorted((int(path.name.rpartition("-")[2]), str(path)) for path in folders)
 
 
-def image_notes(found: Sequence[Comparison]) -> list[str]:
-    """What is to be read with the numbers: lost diversity, looks that drifted, judges that Holm's correction leaves out."""
-    words = [note_diversity(one) for one in found if one.judge == PIXELS and one.verdict == "worse"]
-    for one in found:
-        change = one.difference / one.base if one.base else 0.0
-        if one.judge == IMAGE_STATISTICS and one.verdict == "differs" and abs(change) >= DRIFT:
-            name = one.metric.partition(",")[0].capitalize()
-            words.append(
-                f"{name} changed by {change:+.0%}: look whether that, and not what was meant, pleases a judge."
+def image_notes(results: Sequence[Comparison]) -> list[str]:
+    """Write the notes on lost diversity, changed image statistics and unconfirmed verdicts."""
+    notes = [note_diversity(result) for result in results if result.judge == PIXELS and result.verdict == "worse"]
+    for result in results:
+        change = result.difference / result.base if result.base else 0.0
+        if result.judge == IMAGE_STATISTICS and result.verdict == "differs" and abs(change) >= DRIFT:
+            name = result.metric.partition(",")[0].capitalize()
+            notes.append(
+                f"{name} changed by {100 * change:+.0f} %. Check that this change is not what raised a judge's score."
             )
-    return words + note_unconfirmed(found)
+    return notes + note_unconfirmed(results)
 
 
-def note_diversity(pairwise_distance: Comparison) -> str:
-    """What a significant loss of diversity means, in words."""
-    kept = pairwise_distance.tuned / pairwise_distance.base
-    meaning = "a collapse" if kept < COLLAPSE else f"not a collapse, which would be less than {COLLAPSE:.0%}"
-    return f"Pictures of one prompt differ less than the base's: {kept:.1%} of its diversity is left, {meaning}."
+def note_diversity(result: Comparison) -> str:
+    """Explain a significant loss of diversity."""
+    fraction = result.tuned / result.base
+    if fraction < COLLAPSE:
+        meaning = f"Less than {100 * COLLAPSE:.0f} % counts as a collapse."
+    else:
+        meaning = f"This is statistically significant, but above the {100 * COLLAPSE:.0f} % threshold for a collapse."
+    return f"Diversity fell to {100 * fraction:.1f} % of the base model's. {meaning}"
 
 
-def _summary(headline: Comparison, word: str) -> str:
-    return (
-        f"{headline.metric}: {headline.base:.3f} with the base, {headline.tuned:.3f} tuned "
-        f"({headline.difference:+.3f}, 95 % interval {headline.low:+.3f} to {headline.high:+.3f}, clustered by prompt; "
-        f"{headline.wins} prompts better, {headline.losses} worse, {headline.ties} the same): {word}."
-    )
-
-
-def _sampling(config: CompareConfig, plan: SamplingPlan, studio: ImageSampler) -> dict[str, str]:
-    how = studio.sampling(0.0)
-    score = ", scores are means of the categories' means" if plan.balanced else ""
-    kept = f"{config.output_dir}/{FOLDER}/{MANIFEST} has each picture's seed and hash"
+def _settings(config: CompareConfig, plan: SamplingPlan, sampler: ImageSampler) -> dict[str, str]:
+    """Describe for the report how the images were generated."""
+    settings = sampler.settings(0.0)
+    balanced = ". Scores are means over the categories' means" if plan.balanced else ""
+    manifest = f"{config.output_dir}/{FOLDER}/{MANIFEST} lists each image with its seed and hash"
     return {
         "model": config.model,
         "adapter": config.adapter or "none",
-        "prompts": f"{config.prompts}, {len(plan.prompts) // plan.samples} of them, {config.images_per_prompt} seeds each{score}",
-        "sampler": f"{how['scheduler'].split()[0]}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {how['dtype']}",
+        "prompts": f"{config.prompts}, {len(plan.prompts) // plan.samples} prompts, "
+        f"{config.images_per_prompt} images per prompt{balanced}",
+        "sampler": f"{settings['scheduler'].split()[0]}, {config.num_inference_steps} steps, "
+        f"guidance {config.guidance_scale:g}, {settings['dtype']}",
         "seed": str(config.seed),
-        "libraries": ", ".join(f"{name} {version}" for name, version in how["versions"].items()),
-        "pictures": kept if config.save_images else "not kept",
+        "libraries": ", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
+        "images": manifest if config.save_images else "not saved",
     }
 
 

@@ -1,4 +1,4 @@
-"""Base and tuned vision-language model on the same held-out questions, judged and compared answer by answer."""
+"""Compare base and tuned vision-language models on the same held-out questions, response by response."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ import numpy as np
 from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.evaluation.report import Report, TextExample, write_report
-from dpo_mm.evaluation.response_sampling import ANSWERS, ScoredResponses, generate_responses, score_responses
-from dpo_mm.evaluation.statistics import Comparison, holm_corrected, mcnemar, paired_shares, rate_interval, run_verdict
+from dpo_mm.evaluation.response_sampling import (
+    RESPONSES_FILE,
+    ScoredResponses,
+    generate_responses,
+    score_responses,
+)
+from dpo_mm.evaluation.significance import mcnemar, rate_interval
+from dpo_mm.evaluation.statistics import BASE_AND_TUNED, Comparison, holm_corrected, paired_ratios, run_verdict
 from dpo_mm.evaluation.verdict import (
     CompareResult,
     note_against_sft,
     note_training_judges,
     note_unconfirmed,
+    run_summary,
 )
 from dpo_mm.judges import better_of, explain, metric_of
 from dpo_mm.judges.provenance import made_by, order_judges
@@ -27,8 +34,8 @@ from dpo_mm.policies.protocol import TextPolicy
 
 __all__ = ["ScoredResponses", "compare_responses", "generate_responses", "score_responses"]
 
-SHOWN = 18
-"""Answers on the page, in turns from each category."""
+MAX_EXAMPLES = 18
+"""Example responses in the report, one of each category in turn."""
 
 
 def comparisons(
@@ -36,122 +43,142 @@ def comparisons(
     tuned: ScoredResponses,
     config: CompareResponsesConfig,
     *,
-    models: tuple[str, str] = ("base", "tuned"),
-    made: Sequence[str] = (),
+    models: tuple[str, str] = BASE_AND_TUNED,
+    training_judges: Sequence[str] = (),
 ) -> list[Comparison]:
-    """Each judge, tuned against base; the first is primary if these are base and tuned.
+    """Compare two models by each judge.
 
-    made: judges that made the training pairs, which are marked. The sign tests' p are corrected for the number of judges
-    that have a better way.
+    Args:
+        base, tuned: scored responses to the same questions.
+        config: its first judge is the primary metric.
+        models: names of the two models. There is no primary metric unless they are base and tuned.
+        training_judges: judges that built the training pairs. Their comparisons are marked.
+
+    Returns:
+        One comparison per judge, with p corrected for the number of judges that have a better direction.
     """
-    found = [
-        paired_shares(
-            base.shares[judge],
-            tuned.shares[judge],
+    results = [
+        paired_ratios(
+            base.ratios[judge],
+            tuned.ratios[judge],
             metric=metric_of(judge),
-            models=models,
             judge=judge,
-            headline=judge == config.judges[0] and models == ("base", "tuned"),
+            headline=judge == config.judges[0] and models == BASE_AND_TUNED,
             direction=better_of(judge),
+            models=models,
             seed=config.seed,
         )
         for judge in config.judges
     ]
-    found = [dataclasses.replace(one, built_training_pairs=one.judge in made) for one in found]
-    tested = iter(holm_corrected([one for one in found if better_of(one.judge) != "neutral"]))
-    return [one if better_of(one.judge) == "neutral" else next(tested) for one in found]
+    results = [dataclasses.replace(result, built_training_pairs=result.judge in training_judges) for result in results]
+    tested = iter(holm_corrected([result for result in results if better_of(result.judge) != "neutral"]))
+    return [result if better_of(result.judge) == "neutral" else next(tested) for result in results]
 
 
 def by_category(
     base: ScoredResponses, tuned: ScoredResponses, questions: Sequence[Question], judge: str, *, seed: int
 ) -> list[Comparison]:
-    """The headline judge in each category of at least two questions."""
-    names = np.array([question.category for question in questions])
-    found = [
-        paired_shares(
-            base.shares[judge][names == name],
-            tuned.shares[judge][names == name],
+    """Compare by one judge within each category of at least two questions, with p corrected for their number."""
+    categories = np.array([question.category for question in questions])
+    results = [
+        paired_ratios(
+            base.ratios[judge][categories == name],
+            tuned.ratios[judge][categories == name],
             metric=str(name),
             judge=judge,
             direction=better_of(judge),
             seed=seed,
         )
-        for name in sorted(set(names))
-        if (names == name).sum() > 1
+        for name in sorted(set(categories))
+        if (categories == name).sum() > 1
     ]
-    return holm_corrected(found) if len(found) > 1 else []
+    return holm_corrected(results) if len(results) > 1 else []
 
 
 def examples(
     base: ScoredResponses, tuned: ScoredResponses, questions: Sequence[Question], judge: str, *, count: int
 ) -> list[TextExample]:
-    """Answers to show: first those that the headline's judge found fault with, of either model, in turns by category."""
-    faulty: list[tuple[str, TextExample]] = []
-    fine: list[tuple[str, TextExample]] = []
+    """Choose example responses for the report, one of each category in turn.
+
+    Those come first for which the judge's hits of base and tuned differ, or tuned has a hit.
+    """
+    notable: list[tuple[str, TextExample]] = []
+    others: list[tuple[str, TextExample]] = []
     for number, question in enumerate(questions):
-        before, after = base.answers[number], tuned.answers[number]
-        marks = [explain(judge, answer, question.truth) for answer in (before, after)]
-        changed = base.shares[judge][number, 0] != tuned.shares[judge][number, 0]
-        note = "; ".join(
-            f"{who}: {one.reason}" for who, one in zip(("base", "tuned"), marks, strict=True) if one.reason
-        )
-        shown = TextExample(
+        before, after = base.responses[number], tuned.responses[number]
+        hits = base.ratios[judge][number, 0], tuned.ratios[judge][number, 0]
+        explanations = [explain(judge, response, question.truth) for response in (before, after)]
+        reasons = zip(("base", "tuned"), explanations, strict=True)
+        note = "; ".join(f"{model}: {explanation.reason}" for model, explanation in reasons if explanation.reason)
+        example = TextExample(
             image=question.images[0] if question.images else None,
             prompt=question.prompt if isinstance(question.prompt, str) else question.id,
             base=before.text,
             tuned=after.text,
             truth=question.truth or None,
-            base_marks=marks[0].marks if base.shares[judge][number, 0] else (),
-            tuned_marks=marks[1].marks if tuned.shares[judge][number, 0] else (),
-            note=note if base.shares[judge][number, 0] or tuned.shares[judge][number, 0] else "",
+            base_marks=explanations[0].marks if hits[0] else (),
+            tuned_marks=explanations[1].marks if hits[1] else (),
+            note=note if hits[0] or hits[1] else "",
         )
-        (faulty if changed or tuned.shares[judge][number, 0] else fine).append((question.category, shown))
-    return (_interleaved(faulty) + _interleaved(fine))[:count]
+        (notable if hits[0] != hits[1] or hits[1] else others).append((question.category, example))
+    return (_interleaved(notable) + _interleaved(others))[:count]
 
 
 def _interleaved(named: list[tuple[str, TextExample]]) -> list[TextExample]:
-    groups: dict[str, list[TextExample]] = {}
-    for category, shown in named:
-        groups.setdefault(category, []).append(shown)
-    turns = itertools.zip_longest(*groups.values())
-    return [shown for turn in turns for shown in turn if shown is not None]
+    """Order (category, example) pairs such that one of each category comes in turn."""
+    by_name: dict[str, list[TextExample]] = {}
+    for category, example in named:
+        by_name.setdefault(category, []).append(example)
+    turns = itertools.zip_longest(*by_name.values())
+    return [example for turn in turns for example in turn if example is not None]
 
 
 def note_counts(base: ScoredResponses, tuned: ScoredResponses, judge: str) -> str | None:
-    """A rate as counts, with exact intervals and the exact paired test; None where the judge doesn't say yes or no."""
-    both = [base.shares[judge], tuned.shares[judge]]
-    if not all(((one[:, 1] == 1) & np.isin(one[:, 0], (0, 1))).all() for one in both):
+    """Report a rate as counts with exact intervals and McNemar's test. None for other metrics than yes or no."""
+    both = [base.ratios[judge], tuned.ratios[judge]]
+    if not all(((ratios[:, 1] == 1) & np.isin(ratios[:, 0], (0, 1))).all() for ratios in both):
         return None
-    hits, n = [int(one[:, 0].sum()) for one in both], len(both[0])
-    (a, b), (c, d) = (rate_interval(hit, n) for hit in hits)
-    test = mcnemar(*(one[:, 0] > 0 for one in both))
-    mended, broken = (test.only_base, test.only_tuned)[:: -1 if better_of(judge) == "higher" else 1]
-    change = f", {hits[1] / hits[0] - 1:+.0%} relative" if hits[0] else ""
+    hits, n = [int(ratios[:, 0].sum()) for ratios in both], len(both[0])
+    (base_low, base_high), (tuned_low, tuned_high) = (rate_interval(hit, n) for hit in hits)
+    test = mcnemar(*(ratios[:, 0] > 0 for ratios in both))
+    fixed, broken = (test.only_base, test.only_tuned)[:: -1 if better_of(judge) == "higher" else 1]
+    change = f", a relative change of {100 * (hits[1] / hits[0] - 1):+.0f} %" if hits[0] else ""
     return (
-        f"{metric_of(judge)}: {hits[0]} of {n} answers with the base (exact interval {a:.1%} to {b:.1%}), {hits[1]} tuned "
-        f"({c:.1%} to {d:.1%}){change}; {mended} mended, {broken} broken, exact McNemar p {test.p:.2g}."
+        f"{metric_of(judge)}: {hits[0]} of {n} responses of the base model (exact interval {100 * base_low:.1f} to "
+        f"{100 * base_high:.1f} %) and {hits[1]} of the tuned model ({100 * tuned_low:.1f} to {100 * tuned_high:.1f} %){change}. "
+        f"{fixed} fixed, {broken} broken, exact McNemar test p = {test.p:.2g}."
     )
 
 
 def note_tokens(base: ScoredResponses, tuned: ScoredResponses) -> str:
-    """What answers cost in tokens: on average, and at the 99th percentile, where loops are."""
-    both = [np.array([answer.tokens for answer in one.answers]) for one in (base, tuned)]
-    of = [f"{n.mean():.1f}, 99th percentile {np.percentile(n, 99):.0f}" for n in both]
-    return f"Tokens an answer: {of[0]} with the base; {of[1]} tuned."
+    """Report the mean length and the 99th percentile, which shows repetition loops."""
+    both = [np.array([response.tokens for response in scored.responses]) for scored in (base, tuned)]
+    lengths = [f"{tokens.mean():.1f} (99th percentile {np.percentile(tokens, 99):.0f})" for tokens in both]
+    return f"Tokens per response: {lengths[0]} with the base model, {lengths[1]} with the tuned model."
 
 
 def note_chosen_log_prob(history: Sequence[dict[str, float]], beta: float) -> str | None:
-    """How far the chosen answers' log-prob has moved from the reference's: the guard against falling likelihood."""
-    entries = [entry for entry in history if "eval_rewards/chosen" in entry] or [
-        e for e in history if "rewards/chosen" in e
-    ]
-    if not entries:
+    """Report how far the log-prob of the chosen responses has moved from the reference's. None without log entries.
+
+    Args:
+        history: the training log. Held-out pairs are used if it has them.
+        beta: of the run, 1/nats.
+    """
+    key = next(
+        (name for name in ("eval_rewards/chosen", "rewards/chosen") if any(name in entry for entry in history)), None
+    )
+    if key is None:
         return None
-    last = entries[-1]
-    nats = (last.get("eval_rewards/chosen", last.get("rewards/chosen", 0.0))) / beta
-    where = "watched" if "eval_rewards/chosen" in last else "training"
-    word = "kept" if nats >= 0 else "FALLEN, which tends to cost quality: raise sft_weight"
-    return f"The chosen answers' log-prob is {nats:+.2f} nats from the reference's on {where} pairs: {word}."
+    nats = next(entry[key] for entry in reversed(history) if key in entry) / beta
+    pairs = "evaluation" if key.startswith("eval_") else "training"
+    if nats >= 0:
+        return (
+            f"The log-prob of the chosen responses rose by {nats:.2f} nats on {pairs} pairs, relative to the reference."
+        )
+    return (
+        f"The log-prob of the chosen responses fell by {-nats:.2f} nats on {pairs} pairs, relative to the reference. "
+        "This usually hurts quality. Increase `sft_weight`."
+    )
 
 
 def compare_responses(
@@ -159,69 +186,74 @@ def compare_responses(
     *,
     title: str,
     command: str,
-    baseline: str | None = None,
+    sft_adapter: str | None = None,
     history: Sequence[dict[str, float]] = (),
     settings: dict[str, str] | None = None,
     beta: float | None = None,
 ) -> CompareResult:
-    """Ask, judge and compare as the config says, and write report.html and metrics.json.
+    """Generate, score and compare responses, and write report.html and metrics.json.
 
-    baseline: folder of a second adapter, SFT on the same chosen answers. history, settings, beta: of the training.
-    Run again after it was cut, it goes on after the last batch of answers. Raises ValueError where a part of the config won't do.
+    An interrupted comparison resumes after its last batch of responses.
+
+    Args:
+        config: what to compare.
+        title: heading of the report.
+        command: how to repeat the comparison, printed in the report.
+        sft_adapter: folder of an adapter fine-tuned on the chosen side only, to compare with.
+        history, settings, beta: of the training run, for the report.
+
+    Raises:
+        ValueError: if a judge, the model, the adapter, the questions or a setting is unknown or does not fit.
     """
-    strangers = [name for name in config.guards if name not in config.judges]
-    if strangers:
-        raise ValueError(f"guards: {strangers[0]!r} is not among the judges {', '.join(config.judges)}; add it there")
-    made = made_by(config.adapter)
-    config = dataclasses.replace(config, judges=order_judges(config.judges, made))
-    questions, keep = read_questions(config.questions, limit=config.max_questions), Path(config.output_dir)
+    unknown = [name for name in config.guards if name not in config.judges]
+    if unknown:
+        raise ValueError(
+            f"guards: {unknown[0]!r} is not among the judges {', '.join(config.judges)}. Add it to judges."
+        )
+    training_judges = made_by(config.adapter)
+    config = dataclasses.replace(config, judges=order_judges(config.judges, training_judges))
+    questions, folder = read_questions(config.questions, limit=config.max_questions), Path(config.output_dir)
     policy = _load(config, config.adapter)
-    base = generate_responses(policy, questions, config, base=True, title="asking the base", keep=keep)
-    tuned = generate_responses(policy, questions, config, base=False, title="asking the tuned", keep=keep)
-    found = comparisons(base, tuned, config, made=made)
-    guards = [one for one in found if one.judge in config.guards]
-    headline, word = config.judges[0], run_verdict(found[0], guards)
-    notes = [note_counts(base, tuned, headline), history and beta and note_chosen_log_prob(history, beta)]
-    notes += note_training_judges(found) + note_unconfirmed(found)
-    if baseline:
-        sft = generate_responses(_load(config, baseline), questions, config, base=False, title="asking SFT", keep=keep)
-        against = comparisons(sft, tuned, config, models=("sft", "tuned"))
-        found += comparisons(base, sft, config, models=("base", "sft")) + against
-        notes.append(note_against_sft(against[0]))
+    base = generate_responses(policy, questions, config, base=True, title="base model", output_dir=folder)
+    tuned = generate_responses(policy, questions, config, base=False, title="tuned model", output_dir=folder)
+    results = comparisons(base, tuned, config, training_judges=training_judges)
+    guards = [result for result in results if result.judge in config.guards]
+    primary, run = config.judges[0], run_verdict(results[0], guards)
+    notes = [note_counts(base, tuned, primary), history and beta and note_chosen_log_prob(history, beta)]
+    notes += note_training_judges(results) + note_unconfirmed(results)
+    if sft_adapter:
+        sft_policy = _load(config, sft_adapter)
+        sft = generate_responses(sft_policy, questions, config, base=False, title="SFT model", output_dir=folder)
+        against_sft = comparisons(sft, tuned, config, models=("sft", "tuned"))
+        results += comparisons(base, sft, config, models=("base", "sft")) + against_sft
+        notes.append(note_against_sft(against_sft[0]))
     notes.append(note_tokens(base, tuned))
     report = Report(
         title=title,
-        verdict=word,
-        summary=_summary(found[0], word),
+        verdict=run,
+        summary=run_summary(results[0], run, unit="responses"),
         command=command,
-        comparisons=tuple(found),
-        categories=tuple(by_category(base, tuned, questions, headline, seed=config.seed)),
+        comparisons=tuple(results),
+        categories=tuple(by_category(base, tuned, questions, primary, seed=config.seed)),
         history=tuple(history),
-        text_examples=tuple(examples(base, tuned, questions, headline, count=SHOWN)),
-        settings={**(settings or {}), **_asking(config, len(questions))},
+        text_examples=tuple(examples(base, tuned, questions, primary, count=MAX_EXAMPLES)),
+        settings={**(settings or {}), **_settings(config, len(questions))},
         notes=tuple(note for note in notes if note),
         unit="questions",
     )
-    return CompareResult(word, tuple(found), report.notes, write_report(Path(config.output_dir), report))
+    return CompareResult(run, tuple(results), report.notes, write_report(folder, report))
 
 
-def _summary(headline: Comparison, word: str) -> str:
-    return (
-        f"{headline.metric}: {headline.base:.3f} with the base, {headline.tuned:.3f} tuned "
-        f"({headline.difference:+.3f}, 95 % interval {headline.low:+.3f} to {headline.high:+.3f}; "
-        f"{headline.wins} answers better, {headline.losses} worse, {headline.ties} the same): {word}."
-    )
-
-
-def _asking(config: CompareResponsesConfig, count: int) -> dict[str, str]:
-    way = f"sampled at temperature {config.temperature:g}" if config.temperature else "greedy"
+def _settings(config: CompareResponsesConfig, count: int) -> dict[str, str]:
+    """Describe for the report how the responses were generated."""
+    decoding = f"sampled at temperature {config.temperature:g}" if config.temperature else "greedy"
     return {
         "model": config.model,
         "adapter": config.adapter or "none",
-        "questions": f"{config.questions}, {count} of them",
-        "decoding": f"{way}, at most {config.max_new_tokens} tokens",
+        "questions": f"{config.questions}, {count} questions",
+        "decoding": f"{decoding}, at most {config.max_new_tokens} tokens",
         "seed": str(config.seed),
-        "answers": f"{config.output_dir}/{ANSWERS} has every one",
+        "responses": f"{config.output_dir}/{RESPONSES_FILE} lists every response",
     }
 
 

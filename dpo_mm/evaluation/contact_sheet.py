@@ -1,4 +1,4 @@
-"""Pictures of base and tuned side by side, as one image that can be sent to someone."""
+"""Images of base and tuned as one contact sheet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ PIXELATED = 128  # pixels; smaller images are enlarged without smoothing
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt drawn by both models from one seed. Scores of 0 and 1 throughout are shown as wrong and right."""
+    """Images of both models for one prompt and seed.
+
+    Args:
+        prompt, category, seed: of both images.
+        base, tuned: the images.
+        base_score, tuned_score: the primary judge's scores. If all scores of a page are 0 or 1, they are shown as wrong
+            and right.
+    """
 
     prompt: str
     category: str
@@ -27,63 +34,69 @@ class Example:
 
 
 def contact_sheet(examples: Sequence[Example], *, tile: int = 176, columns: int = 8) -> Image.Image:
-    """The examples side by side, base above tuned, each with its judgement and prompt.
+    """Draw the examples next to each other, base above tuned, each with its score and prompt.
 
-    examples: at least one. tile: pixels a side. Returns an RGB image as wide as the row of at most `columns` examples.
+    Args:
+        examples: at least one.
+        tile: edge of an image, pixels.
+        columns: examples per row, at most.
+
+    Returns:
+        An RGB image.
     """
     gap, caption, margin = 10, 58, 64
     columns = min(columns, len(examples))
     height = 2 * (tile + gap) + caption
     bands = math.ceil(len(examples) / columns)
     sheet = Image.new("RGB", (margin + columns * (tile + gap) + gap, bands * height + 2 * gap), "#ffffff")
-    draw, only = ImageDraw.Draw(sheet), exact(examples)
-    for place, example in enumerate(examples):
-        left, top = margin + (place % columns) * (tile + gap), gap + place // columns * height
-        pair = ((example.base, example.base_score), (example.tuned, example.tuned_score))
-        for row, (image, score) in enumerate(pair):
+    draw, exact = ImageDraw.Draw(sheet), has_exact_scores(examples)
+    for index, example in enumerate(examples):
+        left, top = margin + (index % columns) * (tile + gap), gap + index // columns * height
+        scored = ((example.base, example.base_score), (example.tuned, example.tuned_score))
+        for row, (image, score) in enumerate(scored):
             corner = (left, top + row * (tile + gap))
-            sheet.paste(_fitted(image, tile), corner)
-            _stamp(draw, mark_of(score, only), corner, tile)
-            if place % columns == 0:
-                words = ("base", "tuned")[row]
-                draw.text((margin - 12, corner[1] + tile // 2), words, "#55555c", _font(15), anchor="rm")
-        words = "\n".join(textwrap.wrap(example.prompt, tile // 8, max_lines=3, placeholder=" …"))
-        draw.multiline_text((left, top + 2 * (tile + gap) - 4), words, "#1c1c1f", _font(13), spacing=3)
+            sheet.paste(_fit(image, tile), corner)
+            _stamp(draw, mark_of(score, exact), corner, tile)
+            if index % columns == 0:
+                name = ("base", "tuned")[row]
+                draw.text((margin - 12, corner[1] + tile // 2), name, "#55555c", _font(15), anchor="rm")
+        prompt = "\n".join(textwrap.wrap(example.prompt, tile // 8, max_lines=3, placeholder=" …"))
+        draw.multiline_text((left, top + 2 * (tile + gap) - 4), prompt, "#1c1c1f", _font(13), spacing=3)
     return sheet
 
 
 def mark_of(score: float | None, exact: bool) -> str:
-    """How a judgement is shown: "right", "wrong", a number, or nothing."""
+    """Return a score's text: "right" or "wrong" if scores are exact, else a number. Empty without a score."""
     if score is None:
         return ""
     return ("wrong", "right")[int(score)] if exact else f"{score:.3g}"
 
 
-def exact(examples: Sequence[Example]) -> bool:
-    """Whether all scores are 0 or 1, (examples,) twice: right or wrong rather than a number."""
+def has_exact_scores(examples: Sequence[Example]) -> bool:
+    """Return whether all scores are 0 or 1, so that they are shown as wrong or right."""
     return all(score in (None, 0, 1) for example in examples for score in (example.base_score, example.tuned_score))
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """A copy in RGB, transparency over white."""
-    whole = image.convert("RGBA")
-    ground = Image.new("RGBA", whole.size, "white")
-    return Image.alpha_composite(ground, whole).convert("RGB")
+    """Convert a copy to RGB, with white behind transparent pixels."""
+    rgba = image.convert("RGBA")
+    background = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(background, rgba).convert("RGB")
 
 
-def _fitted(image: Image.Image, side: int) -> Image.Image:
-    """The image in a square of `side` pixels, its proportions kept."""
-    whole = rgb(image)
-    scale = side / max(whole.size)
-    size = (max(1, round(whole.width * scale)), max(1, round(whole.height * scale)))
-    sampler = Image.Resampling.NEAREST if max(whole.size) < PIXELATED else Image.Resampling.LANCZOS
-    square = Image.new("RGB", (side, side), "#f0efec")
-    square.paste(whole.resize(size, sampler), ((side - size[0]) // 2, (side - size[1]) // 2))
+def _fit(image: Image.Image, edge: int) -> Image.Image:
+    """Fit an image into a square of `edge` pixels without distortion."""
+    image = rgb(image)
+    scale = edge / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    resampling = Image.Resampling.NEAREST if max(image.size) < PIXELATED else Image.Resampling.LANCZOS
+    square = Image.new("RGB", (edge, edge), "#f0efec")
+    square.paste(image.resize(size, resampling), ((edge - size[0]) // 2, (edge - size[1]) // 2))
     return square
 
 
 def _stamp(draw: ImageDraw.ImageDraw, mark: str, corner: tuple[int, int], tile: int) -> None:
-    """Draw a judgement into the lower right of a tile: check, cross or number."""
+    """Draw a score into the lower right of a tile: check mark, cross or number."""
     if not mark:
         return
     right, bottom = corner[0] + tile - 6, corner[1] + tile - 6

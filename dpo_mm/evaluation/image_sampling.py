@@ -1,4 +1,4 @@
-"""What a comparison draws, drawn once and judged once: plans, pictures, and all that decides a picture's pixels."""
+"""Image generation of a comparison: each image is generated and scored once."""
 
 from __future__ import annotations
 
@@ -19,22 +19,25 @@ from dpo_mm import __version__
 from dpo_mm.config import CompareConfig
 from dpo_mm.data.prompts import category, read_prompt_set, seeds_of
 from dpo_mm.evaluation.image_statistics import ImageStatistics, image_statistics
-from dpo_mm.evaluation.image_store import ImageStore, Pictures
+from dpo_mm.evaluation.image_store import ImageFiles, ImageStore
 from dpo_mm.judges import judge_card, load_judge
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
-AT_ONCE = 64
-"""Pictures that a judge is given at once; what it says of them is kept before the next are."""
+JUDGE_BATCH_SIZE = 64
+"""Images per call of a judge. Its scores are saved before the next call."""
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What is drawn: prompts and seeds, each picture's own, (prompts x samples,) with a prompt's samples together.
+    """Prompt and seed of each image, with a prompt's images together.
 
-    categories: of each picture; empty: those that the world of shapes knows. balanced: scores are means of the
-    categories' means, as GenEval's is.
+    Args:
+        prompts, seeds: of each image, (prompts x samples,).
+        samples: images per prompt.
+        categories: of each image. Empty: derived from the prompts of the synthetic shapes.
+        balanced: whether scores are means over the categories' means, as GenEval's are.
     """
 
     prompts: tuple[str, ...]
@@ -44,92 +47,124 @@ class SamplingPlan:
     balanced: bool = False
 
     @cached_property
-    def kinds(self) -> np.ndarray:
-        """The category of each picture, (pictures,)."""
+    def category_per_image(self) -> np.ndarray:
+        """Category of each image, (images,)."""
         return np.array(self.categories or [category(prompt) for prompt in self.prompts])
 
     @property
     def weights(self) -> np.ndarray | None:
-        """Of each picture in a mean, (pictures,), so that categories count alike; None where pictures do."""
+        """Weight of each image in a mean, (images,), if categories count equally. None if images do."""
         if not self.balanced:
             return None
-        _, place, count = np.unique(self.kinds, return_inverse=True, return_counts=True)
-        return 1 / count[place]
+        _, index, count = np.unique(self.category_per_image, return_inverse=True, return_counts=True)
+        return 1 / count[index]
 
     def first(self, samples: int) -> SamplingPlan:
-        """The same with fewer samples a prompt."""
-        keep = [n for n in range(len(self.prompts)) if n % self.samples < samples]
+        """Return the plan with only the first `samples` images per prompt."""
+        indices = self.first_indices(samples)
         return SamplingPlan(
-            tuple(self.prompts[n] for n in keep),
-            tuple(self.seeds[n] for n in keep),
+            tuple(self.prompts[n] for n in indices),
+            tuple(self.seeds[n] for n in indices),
             min(samples, self.samples),
-            tuple(self.categories[n] for n in keep) if self.categories else (),
+            tuple(self.categories[n] for n in indices) if self.categories else (),
             self.balanced,
         )
+
+    def first_indices(self, samples: int) -> list[int]:
+        """Return the indices of the first `samples` images of each prompt."""
+        return [n for n in range(len(self.prompts)) if n % self.samples < samples]
 
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Pictures of a plan and their scores by judge, (pictures,)."""
+    """Images of a plan and their scores.
+
+    Args:
+        plan: how many, and of which prompts.
+        images: the images, (images,).
+        scores: by judge, (images,) each.
+    """
 
     plan: SamplingPlan
     images: Sequence[Image.Image]
     scores: dict[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
-    def looks(self) -> ImageStatistics:
+    def image_statistics(self) -> ImageStatistics:
+        """Statistics of the images, computed at first access."""
         return image_statistics(self.images)
 
     def first(self, samples: int) -> ScoredImages:
-        """The same with fewer samples a prompt."""
-        keep = [n for n in range(len(self.plan.prompts)) if n % self.plan.samples < samples]
-        scores = {judge: values[keep] for judge, values in self.scores.items()}
-        images = self.images
-        some = Pictures([images.files[n] for n in keep]) if isinstance(images, Pictures) else [images[n] for n in keep]
-        return ScoredImages(self.plan.first(samples), some, scores)
+        """Return only the first `samples` images per prompt."""
+        indices, images = self.plan.first_indices(samples), self.images
+        scores = {judge: values[indices] for judge, values in self.scores.items()}
+        if isinstance(images, ImageFiles):
+            images = ImageFiles([images.files[n] for n in indices])
+        else:
+            images = [images[n] for n in indices]
+        return ScoredImages(self.plan.first(samples), images, scores)
 
 
 def sampling_plan(config: CompareConfig) -> SamplingPlan:
-    """The prompts and seeds of a config. Raises ValueError where prompts or samples won't do."""
+    """Build the plan of a config.
+
+    Raises:
+        ValueError: if the prompts cannot be read or images_per_prompt is below 1.
+    """
     if config.images_per_prompt < 1:
-        raise ValueError(f"images_per_prompt is {config.images_per_prompt}; expected at least 1 picture a prompt")
-    found = read_prompt_set(config.prompts, limit=config.max_prompts)
-    prompts = [prompt for prompt in found.prompts for _ in range(config.images_per_prompt)]
-    seeds = [seed for one in found.prompts for seed in seeds_of(one.text, config.images_per_prompt, seed=config.seed)]
-    texts, kinds = zip(*prompts, strict=True)
-    return SamplingPlan(texts, tuple(seeds), config.images_per_prompt, kinds, found.balanced)
+        raise ValueError(f"images_per_prompt is {config.images_per_prompt}. Use at least 1.")
+    prompt_set = read_prompt_set(config.prompts, limit=config.max_prompts)
+    prompts = [prompt for prompt in prompt_set.prompts for _ in range(config.images_per_prompt)]
+    seeds = [
+        seed
+        for prompt in prompt_set.prompts
+        for seed in seeds_of(prompt.text, config.images_per_prompt, seed=config.seed)
+    ]
+    texts, categories = zip(*prompts, strict=True)
+    return SamplingPlan(texts, tuple(seeds), config.images_per_prompt, categories, prompt_set.balanced)
 
 
 @dataclass(frozen=True)
 class ImageSampler:
-    """A policy that draws for a comparison, with the adapter that is attached to it, and the gallery that keeps it all."""
+    """Image generation with one policy, saved in a store.
+
+    Args:
+        policy: the model, with its adapter attached.
+        config: steps, guidance, batch size and judges.
+        store: images and scores on disk.
+        adapter: name of the adapter in the manifest.
+    """
 
     policy: ImagePolicy
     config: CompareConfig
-    gallery: ImageStore
+    store: ImageStore
     adapter: str | None = None
 
     def generate(self, plan: SamplingPlan, *, scale: float, label: str) -> ScoredImages:
-        """The plan's pictures at a LoRA scale (0: the base), judged; those that the gallery has are not drawn again.
+        """Generate and score the plan's images. Images that are in the store are not generated again.
 
-        label: what they are drawn for, the gallery's subfolder.
+        Args:
+            plan: prompts and seeds.
+            scale: LoRA scale. 0 is the base.
+            label: subfolder of the store.
         """
-        how, gallery = self.sampling(scale), self.gallery
-        wanted = list(zip(plan.prompts, plan.seeds, strict=True))
-        left = [pair for pair in dict.fromkeys(wanted) if gallery.find(how, *pair) is None]
-        with progress_bar(f"drawing: {label}", len(wanted)) as advance:
-            advance(len(wanted) - len(left))
-            for drawn in self._batches(left, scale):
-                gallery.add(how, drawn, label=label)
-                advance(len(drawn))
-        rows = [gallery.rows[gallery.key(how, *pair)] for pair in wanted]
-        pictures = Pictures([gallery.folder / row["file"] for row in rows])
+        settings, store = self.settings(scale), self.store
+        pairs = list(zip(plan.prompts, plan.seeds, strict=True))
+        missing = [pair for pair in dict.fromkeys(pairs) if store.find(settings, *pair) is None]
+        with progress_bar(f"generating images: {label}", len(pairs)) as advance:
+            advance(len(pairs) - len(missing))
+            for images in self._batches(missing, scale):
+                store.add(settings, images, label=label)
+                advance(len(images))
+        rows = [store.rows[store.key(settings, *pair)] for pair in pairs]
+        files = ImageFiles([store.folder / row["file"] for row in rows])
         digests = [row["sha256"] for row in rows]
-        scores = {name: score_images(name, pictures, digests, plan.prompts, gallery) for name in self.config.judges}
-        return ScoredImages(plan, pictures, scores)
+        scores = {name: score_images(name, files, digests, plan.prompts, store) for name in self.config.judges}
+        return ScoredImages(plan, files, scores)
 
     def _batches(self, pairs: Sequence[tuple[str, int]], scale: float) -> Iterator[list[tuple[str, int, Image.Image]]]:
-        left, config = iter(pairs), self.config
+        """Generate images batch by batch, each with its prompt and seed."""
+        remaining, config = iter(pairs), self.config
         for images in self.policy.sample(
             [prompt for prompt, _ in pairs],
             [seed for _, seed in pairs],
@@ -138,10 +173,10 @@ class ImageSampler:
             batch_size=config.batch_size,
             scale=scale,
         ):
-            yield [(*next(left), image) for image in images]
+            yield [(*next(remaining), image) for image in images]
 
-    def sampling(self, scale: float) -> dict[str, Any]:
-        """All that decides a picture beside its prompt and seed, as plain values; names of models beside their hash."""
+    def settings(self, scale: float) -> dict[str, Any]:
+        """Return everything but prompt and seed that determines an image at a LoRA scale, as plain values."""
         policy, config = self.policy, self.config
         options = json.dumps(dict(policy.scheduler.config), sort_keys=True, default=str)
         return {
@@ -170,7 +205,7 @@ class ImageSampler:
 
 
 def weights_digest(policy: ImagePolicy, denoiser: Any, *, adapter: bool = True) -> str:
-    """A hash of all weights that a picture comes from, with or without what an adapter adds."""
+    """Hash all weights that determine an image, with or without those of the adapter."""
     digest = hashlib.sha256(policy.fingerprint().encode())
     for name, tensor in sorted(denoiser.state_dict().items()):
         if adapter or "lora_" not in name:
@@ -180,29 +215,40 @@ def weights_digest(policy: ImagePolicy, denoiser: Any, *, adapter: bool = True) 
 
 
 def score_images(
-    name: str, pictures: Pictures, digests: Sequence[str], prompts: Sequence[str], gallery: ImageStore
+    name: str, files: ImageFiles, digests: Sequence[str], prompts: Sequence[str], store: ImageStore
 ) -> np.ndarray:
-    """What a judge says of each picture, (pictures,), asked of those that it has not judged before.
+    """Score images with a judge, except those that the store has its scores of.
 
-    Raises ValueError where it gives another number of scores, or one that is no number.
+    Args:
+        name: the judge.
+        files, digests, prompts: image, hash and prompt, (images,) each.
+        store: scores on disk. New ones are added.
+
+    Returns:
+        Scores, (images,).
+
+    Raises:
+        ValueError: if the judge returns another number of scores, or a score that is not finite.
     """
-    card, score = card_of(name), load_judge(name)
-    left = [n for n, of in enumerate(zip(digests, prompts, strict=True)) if gallery.score(card, *of) is None]
-    for start in range(0, len(left), AT_ONCE):
-        part = left[start : start + AT_ONCE]
-        asked = [prompts[n] for n in part]
-        found = [float(value) for value in score([pictures[n] for n in part], asked)]
-        if len(found) != len(part):
-            raise ValueError(f"judge {name!r} gave {len(found)} scores for {len(part)} pictures; expected one each")
-        wrong = next((n for n, value in enumerate(found) if not math.isfinite(value)), None)
-        if wrong is not None:
-            raise ValueError(f"judge {name!r} says {found[wrong]} of a picture of {asked[wrong]!r}; expected a number")
-        gallery.note(
-            name, card, [(digests[n], *said) for n, said in zip(part, zip(asked, found, strict=True), strict=True)]
-        )
-    return np.array([gallery.score(card, *of) for of in zip(digests, prompts, strict=True)], dtype=np.float64)
+    card, judge = judge_card_digest(name), load_judge(name)
+    keys = list(zip(digests, prompts, strict=True))
+    missing = [n for n, key in enumerate(keys) if store.score(card, *key) is None]
+    for start in range(0, len(missing), JUDGE_BATCH_SIZE):
+        part = missing[start : start + JUDGE_BATCH_SIZE]
+        scores = [float(score) for score in judge([files[n] for n in part], [prompts[n] for n in part])]
+        if len(scores) != len(part):
+            raise ValueError(
+                f"judge {name!r} returned {len(scores)} scores for {len(part)} images. Return one per image."
+            )
+        for n, score in zip(part, scores, strict=True):
+            if not math.isfinite(score):
+                raise ValueError(
+                    f"judge {name!r} returned {score} for an image of {prompts[n]!r}. Return a finite number."
+                )
+        store.add_scores(name, card, [(*keys[n], score) for n, score in zip(part, scores, strict=True)])
+    return np.array([store.score(card, *key) for key in keys], dtype=np.float64)
 
 
-def card_of(name: str) -> str:
-    """A hash of a judge's card: another model, formula or code is another judge."""
+def judge_card_digest(name: str) -> str:
+    """Hash a judge's card. Another model, formula or code is another judge."""
     return hashlib.sha256(json.dumps(judge_card(name), sort_keys=True, default=str).encode()).hexdigest()[:16]

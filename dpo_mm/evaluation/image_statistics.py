@@ -1,7 +1,7 @@
-"""What pictures look like, whatever they show: how much they differ, how saturated, sharp and detailed they are.
+"""Image statistics that need no model: diversity, saturation, sharpness and file size.
 
-A judge that is pleased by colour or sharpness teaches colour or sharpness. These measures ask no model and belong to no
-judge, so what has drifted shows beside the gain.
+A judge that prefers colour or sharpness trains colour or sharpness. These statistics depend on no model and no judge,
+so the report can show such a change next to the gain.
 """
 
 from __future__ import annotations
@@ -15,13 +15,24 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-LARGEST = 64
-"""Pixels a side of the small pictures that diversity compares, at most; a quarter of the size where that is less."""
+MAX_SIDE = 64
+"""Longest edge of the small copies, pixels, at most. They have a quarter of the image's size if that is less."""
+IMAGE_STATISTICS = "looks"
+"""Judge's name in comparisons of these statistics."""
+METRICS = {"saturation": "saturation", "sharpness": "sharpness", "bytes": "file size, bytes"}
+"""A statistic's field in `ImageStatistics`, and its name in a report."""
 
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """Measures of pictures, (pictures,) each, and small copies of them, (pictures, h, w, 3) uint8."""
+    """Statistics of images, (images,) each.
+
+    Args:
+        small: small copies, (images, h, w, 3) uint8.
+        saturation: mean of (max - min) / max over pixels, in [0, 1].
+        sharpness: standard deviation of the Laplacian of brightness, with brightness in [0, 1].
+        bytes: size as PNG. Detail and noise increase it.
+    """
 
     small: np.ndarray
     saturation: np.ndarray
@@ -29,26 +40,17 @@ class ImageStatistics:
     bytes: np.ndarray
 
 
-IMAGE_STATISTICS = "looks"
-"""What stands for a judge's name beside these measures."""
-MEASURES = {"saturation": "saturation", "sharpness": "sharpness", "bytes": "file size, bytes"}
-"""A measure's name in Looks, and in a report's words."""
-
-
 def image_statistics(images: Sequence[Image.Image]) -> ImageStatistics:
-    """Each picture's looks; one picture is in memory at a time.
-
-    saturation: mean of (max - min) / max over pixels, [0, 1]. sharpness: standard deviation of the Laplacian of
-    brightness, brightness in [0, 1]. bytes: of the picture as PNG, which detail and noise make larger.
-    """
-    each = [_look(image.convert("RGB")) for image in images]
-    small, saturation, sharpness, size = zip(*each, strict=True)
+    """Compute the statistics of each image. Only one image is in memory at a time."""
+    values = [_statistics_of(image.convert("RGB")) for image in images]
+    small, saturation, sharpness, size = zip(*values, strict=True)
     return ImageStatistics(np.stack(small), np.array(saturation), np.array(sharpness), np.array(size, dtype=np.float64))
 
 
-def _look(image: Image.Image) -> tuple[np.ndarray, float, float, int]:
-    side = min(1.0, LARGEST / (max(image.size) / 4)) / 4
-    size = (max(1, round(image.width * side)), max(1, round(image.height * side)))
+def _statistics_of(image: Image.Image) -> tuple[np.ndarray, float, float, int]:
+    """Return an RGB image's small copy, saturation, sharpness and size in bytes."""
+    scale = min(1.0, MAX_SIDE / (max(image.size) / 4)) / 4
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     pixels = np.asarray(image, dtype=np.float32) / 255
     top = pixels.max(-1)
     saturation = np.where(top > 0, (top - pixels.min(-1)) / np.where(top > 0, top, 1), 0).mean()
@@ -60,9 +62,14 @@ def _look(image: Image.Image) -> tuple[np.ndarray, float, float, int]:
 
 
 def pairwise_distance(small: np.ndarray, samples: int) -> np.ndarray:
-    """How much a prompt's pictures differ: mean pairwise RMS distance of pixels of small copies, (prompts,).
+    """Compute the mean pairwise RMS pixel distance of each prompt's images.
 
-    small: (prompts x samples, h, w, 3) uint8, a prompt's pictures together.
+    Args:
+        small: small copies, (prompts x samples, h, w, 3) uint8, a prompt's images together.
+        samples: images per prompt, >= 2.
+
+    Returns:
+        Distance per prompt in [0, 1], (prompts,).
     """
     pairs = list(itertools.combinations(range(samples), 2))
     groups = (group.astype(np.float32) / 255 for group in small.reshape(-1, samples, small[0].size))

@@ -1,10 +1,12 @@
-"""Pictures of a comparison on disk, with what each was drawn from and what each judge said of it.
+"""Images of a comparison on disk, with how each was generated and what each judge scored.
 
-A folder of PNG files and two lists of JSON lines. manifest.jsonl: one row a picture, with its hash and all that decides
-its pixels, so that a comparison which was cut goes on where it was, and anyone can check or redraw a picture later.
-scores.jsonl: one row a picture and judge. A picture is found by how it was drawn, not by what for: two steps of a
-comparison that need the same picture share one. Files are written aside and renamed, rows go in after their file; what a
-kill leaves half is left out and made again.
+The folder contains PNG files and two files of JSON lines. manifest.jsonl has one row per image: its hash, and
+everything that determines its pixels. So an interrupted comparison resumes, and anyone can check an image or generate it
+again later. scores.jsonl has one row per image and judge.
+
+An image is looked up by how it was generated, not by its purpose: two steps of a comparison that need the same image
+share it. A file is written to a temporary name and renamed, and its row is written after it. Anything that a killed run
+left incomplete is ignored and made again.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from dpo_mm.resumable import atomic_write
 
 FOLDER, MANIFEST, SCORES = "pictures", "manifest.jsonl", "scores.jsonl"
 NAMES = ("model", "revision", "adapter")
-"""What a row says beside its weights' hash; the hash decides whether a picture is the same."""
-QUICKLY = 1
-"""Compression level of the files: a large picture is written in a twentieth of the time of the best, a tenth larger."""
+"""Names that do not identify an image. The hash of the weights does."""
+COMPRESS_LEVEL = 1
+"""PNG compression level: a twentieth of the best level's time, for files a tenth larger."""
 
 
-class Pictures(Sequence[Image.Image]):
-    """Picture files as a sequence that decodes each when it is asked for, so that thousands need no memory."""
+class ImageFiles(Sequence[Image.Image]):
+    """Image files as a sequence that decodes each image on access, so that thousands need no memory."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
@@ -37,85 +39,126 @@ class Pictures(Sequence[Image.Image]):
         return len(self.files)
 
     @overload
-    def __getitem__(self, place: int) -> Image.Image: ...
+    def __getitem__(self, index: int) -> Image.Image: ...
     @overload
-    def __getitem__(self, place: slice) -> Pictures: ...
-    def __getitem__(self, place: int | slice) -> Image.Image | Pictures:
-        if isinstance(place, slice):
-            return Pictures(self.files[place])
-        return decode_image(self.files[place].read_bytes())
+    def __getitem__(self, index: slice) -> ImageFiles: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | ImageFiles:
+        if isinstance(index, slice):
+            return ImageFiles(self.files[index])
+        return decode_image(self.files[index].read_bytes())
 
 
 class ImageStore:
-    """The pictures in a folder by how they were drawn, and their scores by judge."""
+    """Images in a folder by how they were generated, and their scores by judge.
+
+    Args:
+        folder: created if it does not exist.
+
+    Raises:
+        ValueError: if a row of manifest.jsonl or scores.jsonl is damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.rglob(".*.part"):
-            left.unlink(missing_ok=True)
+        for unfinished in folder.rglob(".*.part"):
+            unfinished.unlink(missing_ok=True)
         self.rows = {self.key(row, row["prompt"], row["seed"]): row for row in read_lines(folder / MANIFEST)}
-        self.said = {(row["card"], row["sha256"], row["prompt"]): row["score"] for row in read_lines(folder / SCORES)}
+        self.scores = {(row["card"], row["sha256"], row["prompt"]): row["score"] for row in read_lines(folder / SCORES)}
 
     @staticmethod
-    def key(how: Mapping[str, Any], prompt: str, seed: int) -> str:
-        """What a picture is found by: a hash of its prompt, its seed and how it is drawn, whatever the model is called."""
-        decides = {name: how[name] for name in how if name not in (*NAMES, "file", "sha256", "prompt", "seed")}
-        return hashlib.sha256(json.dumps([decides, prompt, seed], sort_keys=True).encode()).hexdigest()
+    def key(settings: Mapping[str, Any], prompt: str, seed: int) -> str:
+        """Hash the prompt, the seed and the settings that determine an image, whatever the model is called."""
+        decisive = {
+            name: value for name, value in settings.items() if name not in (*NAMES, "file", "sha256", "prompt", "seed")
+        }
+        return hashlib.sha256(json.dumps([decisive, prompt, seed], sort_keys=True).encode()).hexdigest()
 
-    def find(self, how: Mapping[str, Any], prompt: str, seed: int) -> Path | None:
-        """The file of a picture that is there with the hash that its row has; None otherwise."""
-        row = self.rows.get(self.key(how, prompt, seed))
+    def find(self, settings: Mapping[str, Any], prompt: str, seed: int) -> Path | None:
+        """Return an image's file if it exists with the hash in its row, else None."""
+        row = self.rows.get(self.key(settings, prompt, seed))
         if row is None:
             return None
         path = self.folder / row["file"]
-        whole = path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"]
-        return path if whole else None
+        intact = path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"]
+        return path if intact else None
 
-    def add(self, how: Mapping[str, Any], drawn: Iterable[tuple[str, int, Image.Image]], *, label: str) -> None:
-        """Keep pictures, (prompt, seed, picture) each, in the subfolder `label`."""
+    def add(self, settings: Mapping[str, Any], images: Iterable[tuple[str, int, Image.Image]], *, label: str) -> None:
+        """Save images and their rows.
+
+        Args:
+            settings: how they were generated.
+            images: (prompt, seed, image) each.
+            label: subfolder of the files.
+
+        Raises:
+            OSError: if a file cannot be written. The message names it.
+        """
         rows = []
-        for prompt, seed, image in drawn:
-            key = self.key(how, prompt, seed)
-            row = {"file": f"{label}/{key[:16]}.png", "prompt": prompt, "seed": seed, **how}
+        for prompt, seed, image in images:
+            key = self.key(settings, prompt, seed)
+            row = {"file": f"{label}/{key[:16]}.png", "prompt": prompt, "seed": seed, **settings}
             rows.append({**row, "sha256": _save(image, self.folder / row["file"])})
             self.rows[key] = rows[-1]
-        append(self.folder / MANIFEST, rows)
+        append_lines(self.folder / MANIFEST, rows)
 
     def score(self, card: str, digest: str, prompt: str) -> float | None:
-        """What a judge said of a picture before; None where it was not asked."""
-        return self.said.get((card, digest, prompt))
+        """Return a judge's score of an image, None if it has not scored it.
 
-    def note(self, judge: str, card: str, found: Sequence[tuple[str, str, float]]) -> None:
-        """Keep what a judge says, (hash, prompt, score) each."""
-        rows = [{"judge": judge, "card": card, "sha256": h, "prompt": prompt, "score": s} for h, prompt, s in found]
-        self.said |= {(card, row["sha256"], row["prompt"]): row["score"] for row in rows}
-        append(self.folder / SCORES, rows)
+        Args:
+            card: hash of the judge's card.
+            digest: hash of the image.
+            prompt: the image's prompt.
+        """
+        return self.scores.get((card, digest, prompt))
+
+    def add_scores(self, judge: str, card: str, scores: Sequence[tuple[str, str, float]]) -> None:
+        """Save a judge's scores.
+
+        Args:
+            judge: its name.
+            card: hash of its card.
+            scores: (hash of the image, prompt, score) each.
+        """
+        rows = [
+            {"judge": judge, "card": card, "sha256": digest, "prompt": prompt, "score": score}
+            for digest, prompt, score in scores
+        ]
+        self.scores |= {(card, row["sha256"], row["prompt"]): row["score"] for row in rows}
+        append_lines(self.folder / SCORES, rows)
 
 
 def _save(image: Image.Image, path: Path) -> str:
-    """Write a PNG aside and rename it; returns its hash. Raises OSError that names the file."""
+    """Write a PNG atomically and return its hash. Raise OSError that names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, fix="free space and run the same again") as beside:
-        image.save(beside, "PNG", compress_level=QUICKLY)
-        return hashlib.sha256(beside.read_bytes()).hexdigest()
+    with atomic_write(path, fix="free space and run the same again") as temporary:
+        image.save(temporary, "PNG", compress_level=COMPRESS_LEVEL)
+        return hashlib.sha256(temporary.read_bytes()).hexdigest()
 
 
-def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows to a file of JSON lines."""
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a list; the end that a kill has cut is taken off, so that the next row starts on a line of its own."""
+    """Read a file of JSON lines and remove an incomplete last line from it.
+
+    Returns:
+        The rows. Empty if the file does not exist.
+
+    Raises:
+        ValueError: if a complete line is not JSON.
+    """
     if not path.exists():
         return []
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with atomic_write(path) as beside:
-            beside.write_bytes(whole)
+    complete = data[: data.rfind(b"\n") + 1]
+    if len(complete) < len(data):
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(complete)
     try:
-        return [json.loads(line) for line in whole.decode().splitlines() if line]
+        return [json.loads(line) for line in complete.decode().splitlines() if line]
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove the folder {path.parent} and draw again") from None
+        raise ValueError(f"{path} is damaged ({error}). Remove the folder {path.parent} and run again.") from None

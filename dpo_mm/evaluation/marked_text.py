@@ -1,4 +1,4 @@
-"""Answers of base and tuned to be read on a page: what a judge objects to is marked, loops are folded."""
+"""Text of responses for a page, with errors highlighted and repetition loops folded."""
 
 from __future__ import annotations
 
@@ -11,12 +11,24 @@ from dataclasses import dataclass
 from PIL import Image
 
 LOOP = re.compile(r"(.{1,200}?)\1{2,}", re.DOTALL)
-FOLDED, SHOWN = 80, 24  # characters; a longer run of repeats is folded, but for so much of it
+MAX_UNFOLDED = 80
+"""Characters. A longer loop is folded."""
+VISIBLE = 24
+"""Characters of a folded loop that stay visible, about."""
 
 
 @dataclass(frozen=True)
 class TextExample:
-    """One image read by both models. Marks: (start, end) in characters, what the judge found invented."""
+    """Responses of both models to one prompt.
+
+    Args:
+        image: the prompt's image, if there is one.
+        prompt: its text.
+        base, tuned: the responses.
+        truth: the ground truth, if there is one.
+        base_marks, tuned_marks: (start, end) in characters of what the judge objects to.
+        note: the judge's reasons.
+    """
 
     image: Image.Image | None
     prompt: str
@@ -30,7 +42,13 @@ class TextExample:
 
 @dataclass(frozen=True)
 class TextSpan:
-    """A stretch of a text; marked: the judge objects to it; repeats: > 0 where it is the folded rest of a loop."""
+    """Part of a text.
+
+    Args:
+        text: its characters.
+        marked: whether the judge objects to it.
+        repeats: number of repeats if it is the folded rest of a loop, else 0.
+    """
 
     text: str
     marked: bool = False
@@ -38,32 +56,43 @@ class TextSpan:
 
 
 def text_spans(text: str, marks: Sequence[tuple[int, int]] = ()) -> list[TextSpan]:
-    """A text cut where marks begin and end, long loops folded after their first rounds; the pieces join to the text.
+    """Split a text at its marks and fold long loops after their first repeats.
 
-    marks: (start, end) in characters, start <= end, may overlap. Raises ValueError where one lies outside the text.
+    Args:
+        text: any text.
+        marks: (start, end) in characters, start <= end. They may overlap.
+
+    Returns:
+        Spans whose texts join to `text`.
+
+    Raises:
+        ValueError: if a mark lies outside the text.
     """
     for start, end in marks:
         if not 0 <= start <= end <= len(text):
             raise ValueError(f"mark ({start}, {end}) lies outside its text of {len(text)} characters")
-    cut: list[TextSpan] = []
-    place = 0
+    spans: list[TextSpan] = []
+    position = 0
     for start, end, repeats in _loops(text):
         marked = any(a < end and start < b for a, b in marks)
-        cut += [*_marked(text, place, start, marks), TextSpan(text[start:end], marked, repeats)]
-        place = end
-    return cut + _marked(text, place, len(text), marks)
+        spans += [*_marked(text, position, start, marks), TextSpan(text[start:end], marked, repeats)]
+        position = end
+    return spans + _marked(text, position, len(text), marks)
 
 
 def _loops(text: str) -> Iterator[tuple[int, int, int]]:
-    """Start, end (characters) and rounds of what to fold: a long loop but for its first rounds, about `SHOWN` of it."""
+    """Yield start and end (characters) and number of repeats of each part to fold."""
     for match in LOOP.finditer(text):
         period = len(match[1])
-        rounds, shown = len(match[0]) // period, math.ceil(SHOWN / period)
-        if len(match[0]) > FOLDED:
-            yield match.start() + shown * period, match.end(), rounds - shown
+        repeats, visible = len(match[0]) // period, math.ceil(VISIBLE / period)
+        if len(match[0]) > MAX_UNFOLDED:
+            yield match.start() + visible * period, match.end(), repeats - visible
 
 
 def _marked(text: str, start: int, end: int, marks: Sequence[tuple[int, int]]) -> list[TextSpan]:
+    """Split text[start:end] at the marks."""
     edges = sorted({start, end, *(edge for mark in marks for edge in mark if start < edge < end)})
-    spans = itertools.pairwise(edges)
-    return [TextSpan(text[a:b], any(first <= a and b <= last for first, last in marks)) for a, b in spans]
+    return [
+        TextSpan(text[a:b], any(first <= a and b <= last for first, last in marks))
+        for a, b in itertools.pairwise(edges)
+    ]

@@ -1,7 +1,7 @@
-"""What a run showed, on one page that can be sent to someone: report.html, metrics.json and a contact sheet.
+"""Report of a comparison: report.html, metrics.json and contact_sheet.png.
 
-The page is one file: images are PNG data URIs, charts are inline SVG in the page's own colours, there is no script and
-a policy that forbids any. Everything from outside (prompts, texts, names, settings) is escaped by the template.
+The page is one file. Images are PNG data URIs, charts are inline SVG in the page's own colours. There is no script, and
+its content security policy forbids any. The template escapes everything from outside (prompts, texts, names, settings).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from dpo_mm.evaluation.charts import history_charts, pareto_chart, scale_chart
-from dpo_mm.evaluation.contact_sheet import PIXELATED, Example, contact_sheet, exact, mark_of, rgb
+from dpo_mm.evaluation.contact_sheet import PIXELATED, Example, contact_sheet, has_exact_scores, mark_of, rgb
 from dpo_mm.evaluation.marked_text import TextExample, text_spans
-from dpo_mm.evaluation.statistics import LEVEL, Comparison
+from dpo_mm.evaluation.significance import LEVEL
+from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.sweep import RULE, SweepPoint, advice
 from dpo_mm.evaluation.tables import TONES, Row, is_rate, rows_of, terminal_table
 from dpo_mm.resumable import atomic_write
@@ -39,17 +40,28 @@ __all__ = [
     "write_report",
 ]
 
-LARGEST = 384  # pixels a side on the page; larger images are shrunk to it
+MAX_EDGE = 384  # pixels; larger images are shrunk to this edge for the page
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a report shows. Raises ValueError unless exactly one of `comparisons` is the headline.
+    """Contents of a report.
 
-    categories: the headline's metric within each, `metric` holding the category's name. scales: LoRA scale and the
-    base against the adapter at it. points: the same and checkpoints on two judges. control: base against base with other seeds. history: the trainer's log entries,
-    each with "step" and any of the names in `charts.PANELS`. notes: honest remarks, a sentence or two each.
-    unit: what is drawn at random, in the plural.
+    Args:
+        title, verdict, summary, command: heading, verdict in a word, result in a sentence, and how to repeat it.
+        comparisons: one per judge and pair of models. Exactly one is the primary metric (`headline`).
+        categories: comparisons by the primary judge within each category. `metric` is the category's name.
+        scales: LoRA scale and the comparison of the base with the adapter at that scale.
+        points: scales and checkpoints, each compared by the primary and the guardrail metric.
+        control: comparison of the base with itself under other seeds.
+        history: the trainer's log entries, each with "step" and any of the names in `charts.PANELS`.
+        examples, text_examples: images and responses to show.
+        settings: name and value of each setting of the run.
+        notes: caveats, a sentence or two each.
+        unit: the random sample, in the plural: prompts or questions.
+
+    Raises:
+        ValueError: unless exactly one comparison is the primary metric.
     """
 
     title: str
@@ -69,20 +81,31 @@ class Report:
     unit: str = "prompts"
 
     def __post_init__(self) -> None:
-        headlines = [comparison.metric for comparison in self.comparisons if comparison.headline]
-        if len(headlines) != 1:
-            raise ValueError(f"{len(headlines)} headline comparisons {headlines}: mark exactly one as headline=True")
+        primary = [comparison.metric for comparison in self.comparisons if comparison.headline]
+        if len(primary) != 1:
+            raise ValueError(f"{len(primary)} primary metrics {primary}: mark exactly one with headline=True")
 
     @property
     def headline(self) -> Comparison:
+        """Comparison by the primary metric."""
         return next(comparison for comparison in self.comparisons if comparison.headline)
 
 
 def write_report(folder: Path, report: Report) -> Path:
-    """Write report.html, metrics.json and, where there are image examples, contact_sheet.png into the folder.
+    """Write report.html, metrics.json and, if there are image examples, contact_sheet.png.
 
-    Each is written aside and renamed, so that a failure leaves the file before it. Returns the path of the page.
-    Raises ValueError where a mark lies outside its text; OSError where the folder can't be written.
+    Each file is written atomically: after a failure the old file is unchanged.
+
+    Args:
+        folder: created if it does not exist.
+        report: its contents.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        ValueError: if a mark lies outside its text.
+        OSError: if a file cannot be written.
     """
     page = render(report).encode()
     folder = Path(folder)
@@ -96,14 +119,18 @@ def write_report(folder: Path, report: Report) -> Path:
 
 
 def render(report: Report) -> str:
-    """The page as HTML, everything inlined and escaped. Raises ValueError where a mark lies outside its text."""
+    """Render the page as HTML, with everything inlined and escaped.
+
+    Raises:
+        ValueError: if a mark lies outside its text.
+    """
     import jinja2
     from markupsafe import Markup
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(picture=_picture, pieces=text_spans, mark=mark_of)
+    environment.globals.update(img_attributes=_img_attributes, text_spans=text_spans, mark_of=mark_of)
     template = environment.from_string(resources.files("dpo_mm.evaluation").joinpath("report.html").read_text("utf-8"))
     percent = is_rate(report.headline)
     rows = rows_of(report.comparisons)
@@ -112,31 +139,31 @@ def render(report: Report) -> str:
         tone=TONES.get(report.verdict, "none"),
         rows=rows,
         unit=report.unit,
-        won=f"{report.headline.win_rate:.0%}",
-        headline=next(row for row in rows if row.headline),
+        win_rate=f"{100 * report.headline.win_rate:.0f} %",
+        primary=next(row for row in rows if row.headline),
         categories=rows_of(report.categories, percent),
         control=rows_of((report.control,), percent)[0] if report.control else None,
         scales=rows_of([comparison for _, comparison in report.scales], percent),
-        sweep=Markup(scale_chart(report.scales, percent)),  # drawn here, with no text from outside
-        pareto=Markup(pareto_chart(report.points, percent)),
+        scale_chart=Markup(scale_chart(report.scales, percent)),  # safe: an SVG without text from outside
+        pareto_chart=Markup(pareto_chart(report.points, percent)),
         points=_points(report.points, percent),
         advice=advice(report.points),
         rule=RULE,
         level=LEVEL,
         charts=[(chart.title, Markup(chart.svg)) for chart in history_charts(report.history)],
-        exact=exact(report.examples),
+        exact=has_exact_scores(report.examples),
     )
 
 
 def _points(points: Sequence[SweepPoint], percent: bool) -> list[tuple[SweepPoint, Row, Row | None]]:
-    """Each point with its row of the headline's judge and of the guard's."""
-    heads = rows_of([point.headline for point in points], percent)
+    """Return each point with its rows of the primary and the guardrail metric."""
+    primary = rows_of([point.headline for point in points], percent)
     guards: list[Row | None] = [*rows_of([point.guard for point in points if point.guard])]
-    return list(zip(points, heads, guards or [None] * len(points), strict=True))
+    return list(zip(points, primary, guards or [None] * len(points), strict=True))
 
 
 def _metrics(report: Report) -> dict[str, Any]:
-    """What metrics.json holds; numbers that are not finite (a skipped step's loss) become null."""
+    """Return the contents of metrics.json. Numbers that are not finite (a skipped step's loss) become null."""
     return {
         "title": report.title,
         "verdict": report.verdict,
@@ -167,18 +194,18 @@ def _point(point: SweepPoint) -> dict[str, Any]:
 
 
 def _write(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
-    """Write aside, then rename: the file is the old one or the new one, never half of it."""
-    with atomic_write(path) as beside, beside.open("wb") as file:
+    """Write a file atomically: it is the old or the new one, never an incomplete one."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         fill(file)
         file.flush()
         os.fsync(file.fileno())
     return path
 
 
-def _picture(image: Image.Image) -> dict[str, Any]:
-    """Attributes of an <img>: src, a PNG data URI; width and height in pixels; whether to enlarge without smoothing."""
+def _img_attributes(image: Image.Image) -> dict[str, Any]:
+    """Return src (a PNG data URI), width, height and whether to enlarge without smoothing, for an <img>."""
     small = rgb(image)
-    small.thumbnail((LARGEST, LARGEST))
+    small.thumbnail((MAX_EDGE, MAX_EDGE))
     buffer = io.BytesIO()
     small.save(buffer, format="PNG", optimize=True)
     source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Answers of a comparison, asked once and judged: kept as they come, so that a comparison which was cut goes on."""
+"""Response generation of a comparison. Each batch is saved, so that an interrupted comparison resumes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,26 @@ import torch
 from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
-from dpo_mm.evaluation.image_store import append, read_lines
+from dpo_mm.evaluation.image_store import append_lines, read_lines
 from dpo_mm.judges import Ratio, load_judge
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
 
-ANSWERS = "answers.jsonl"
+RESPONSES_FILE = "answers.jsonl"
 LIBRARIES = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
 class ScoredResponses:
-    """A model's answers to the questions, (questions,), and their shares by judge, (questions, 2)."""
+    """Responses of one model and their scores.
 
-    answers: list[Response]
-    shares: dict[str, np.ndarray] = field(default_factory=dict)
+    Args:
+        responses: one per question, (questions,).
+        ratios: hits and totals by judge, (questions, 2) each.
+    """
+
+    responses: list[Response]
+    ratios: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def generate_responses(
@@ -41,38 +46,50 @@ def generate_responses(
     *,
     base: bool,
     title: str,
-    keep: Path | None = None,
+    output_dir: Path | None = None,
 ) -> ScoredResponses:
-    """The answers of the policy, or of its base without the adapter, judged.
+    """Generate and score one response per question.
 
-    keep: a folder whose answers.jsonl has every answer with how it was asked for; whole batches that are there as they
-    would be asked now are not asked again.
+    Args:
+        policy: the model, with its adapter attached.
+        questions: prompts with images and ground truth.
+        config: decoding settings and judges.
+        base: whether the model responds without its adapter.
+        title: name of the model, in the progress bar and in answers.jsonl.
+        output_dir: folder of answers.jsonl. Each response is saved there with its settings. A batch that is in the file with
+            the same settings is not generated again. None: nothing is saved.
     """
-    answers: list[Response] = []
-    kept = {row["key"]: row for row in read_lines(keep / ANSWERS)} if keep else {}
-    with progress_bar(title, len(questions)) as advance, policy.base_weights() if base else contextlib.nullcontext():
-        how = asking(policy, config, base=base) if keep else {}
+    responses: list[Response] = []
+    saved = {row["key"]: row for row in read_lines(output_dir / RESPONSES_FILE)} if output_dir else {}
+    with (
+        progress_bar(f"generating responses: {title}", len(questions)) as advance,
+        policy.base_weights() if base else contextlib.nullcontext(),
+    ):
+        settings = generation_settings(policy, config, base=base) if output_dir else {}
         for start in range(0, len(questions), config.batch_size):
             part = questions[start : start + config.batch_size]
-            keys = [_key(how, part, number) for number in range(len(part))]
-            if keep and all(key in kept for key in keys):
-                found = [Response(*(kept[key][name] for name in Response._fields)) for key in keys]
+            keys = [_key(settings, part, number) for number in range(len(part))]
+            if output_dir and all(key in saved for key in keys):
+                batch = [Response(*(saved[key][name] for name in Response._fields)) for key in keys]
             else:
-                found = _asked(policy, part, config, seed=config.seed + start)
-                if keep:
-                    rows = zip(keys, part, found, strict=True)
-                    named = [{"key": k, "question": q.id, "by": title, **a._asdict(), **how} for k, q, a in rows]
-                    keep.mkdir(parents=True, exist_ok=True)
-                    append(keep / ANSWERS, named)
-            answers += found
+                batch = _generate_batch(policy, part, config, seed=config.seed + start)
+                if output_dir:
+                    rows = [
+                        {"key": key, "question": question.id, "by": title, **response._asdict(), **settings}
+                        for key, question, response in zip(keys, part, batch, strict=True)
+                    ]
+                    output_dir.mkdir(parents=True, exist_ok=True)
+                    append_lines(output_dir / RESPONSES_FILE, rows)
+            responses += batch
             advance(len(part))
-    return score_responses(answers, questions, config)
+    return score_responses(responses, questions, config)
 
 
-def _asked(
+def _generate_batch(
     policy: TextPolicy, part: Sequence[Question], config: CompareResponsesConfig, *, seed: int
 ) -> list[Response]:
-    found: list[Response] = policy.generate(
+    """Generate the responses to one batch of questions."""
+    responses: list[Response] = policy.generate(
         [question.images for question in part],
         [question.prompt for question in part],
         max_new_tokens=config.max_new_tokens,
@@ -81,11 +98,14 @@ def _asked(
         seed=seed,
         batch_size=config.batch_size,
     )
-    return found
+    return responses
 
 
-def asking(policy: TextPolicy, config: CompareResponsesConfig, *, base: bool) -> dict[str, Any]:
-    """All that decides an answer beside its batch, as plain values; called where the policy is as it will answer."""
+def generation_settings(policy: TextPolicy, config: CompareResponsesConfig, *, base: bool) -> dict[str, Any]:
+    """Return everything but its batch that determines a response, as plain values.
+
+    Call it while the policy is in the state in which it generates: for the base, inside `base_weights`.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(policy.model.state_dict().items()):
         if not base or "lora_" not in name:
@@ -105,26 +125,34 @@ def asking(policy: TextPolicy, config: CompareResponsesConfig, *, base: bool) ->
     }
 
 
-def _key(how: dict[str, Any], part: Sequence[Question], number: int) -> str:
-    """What an answer is found by: how it was asked for, and its whole batch, which padding and sampling depend on."""
-    if not how:
+def _key(settings: dict[str, Any], part: Sequence[Question], number: int) -> str:
+    """Hash a response's settings and its whole batch, on which padding and sampling depend."""
+    if not settings:
         return ""
-    batch = [[str(one.prompt), [hashlib.sha256(image.tobytes()).hexdigest() for image in one.images]] for one in part]
-    decides = {name: value for name, value in how.items() if name not in ("model", "revision", "adapter")}
-    return hashlib.sha256(json.dumps([decides, batch, number], sort_keys=True).encode()).hexdigest()
+    batch = [
+        [str(question.prompt), [hashlib.sha256(image.tobytes()).hexdigest() for image in question.images]]
+        for question in part
+    ]
+    decisive = {name: value for name, value in settings.items() if name not in ("model", "revision", "adapter")}
+    return hashlib.sha256(json.dumps([decisive, batch, number], sort_keys=True).encode()).hexdigest()
 
 
 def score_responses(
-    answers: list[Response], questions: Sequence[Question], config: CompareResponsesConfig
+    responses: list[Response], questions: Sequence[Question], config: CompareResponsesConfig
 ) -> ScoredResponses:
-    """Answers with what each judge says of them. Raises ValueError where a judge returns something else."""
-    truths = [question.truth for question in questions]
-    found = {}
+    """Score responses with each judge of the config.
+
+    Raises:
+        ValueError: if a judge does not return one ratio per response.
+    """
+    ground_truths = [question.truth for question in questions]
+    scores = {}
     for name in config.judges:
-        shares: list[Ratio] = load_judge(name)(answers, truths)
-        found[name] = np.array(shares, dtype=np.float64)
-        if found[name].shape != (len(answers), 2):
+        ratios: list[Ratio] = load_judge(name)(responses, ground_truths)
+        scores[name] = np.array(ratios, dtype=np.float64)
+        if scores[name].shape != (len(responses), 2):
             raise ValueError(
-                f"judge {name!r} returned {found[name].shape} for {len(answers)} answers; expected a Share each"
+                f"judge {name!r} returned {scores[name].shape} for {len(responses)} responses. "
+                "Return one Ratio (hits, total) per response."
             )
-    return ScoredResponses(answers, found)
+    return ScoredResponses(responses, scores)

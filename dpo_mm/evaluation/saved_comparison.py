@@ -1,4 +1,4 @@
-"""The pictures of a finished comparison, base beside tuned, for a page that shows them."""
+"""Images of a finished comparison, base next to tuned, for a page that shows them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ OUTCOMES = ("all", "better", "worse", "the same")
 
 @dataclass(frozen=True)
 class ImagePair:
-    """Base's and tuned's picture of one prompt from one seed. scores: by judge, (base, tuned)."""
+    """Base's and tuned's image of one prompt and seed.
+
+    Args:
+        prompt, category, seed: of both images.
+        base, tuned: image files.
+        scores: by judge, (base, tuned).
+    """
 
     prompt: str
     category: str
@@ -27,59 +33,84 @@ class ImagePair:
     scores: Mapping[str, tuple[float, float]]
 
     def gain(self, judge: str) -> float:
-        """How much better the tuned one is by a judge, in its unit; 0 where it was not asked of both."""
+        """Return by how much the tuned image is better by a judge, in its unit. 0 unless both images have a score."""
         base, tuned = self.scores.get(judge, (0.0, 0.0))
         return base - tuned if better_of(judge) == "lower" else tuned - base
 
 
 @dataclass(frozen=True)
 class SavedComparison:
-    """A comparison's pictures in the order they were drawn, its judges, the headline's first, and what it compared."""
+    """Images of a finished comparison.
+
+    Args:
+        pairs: in the order in which they were generated.
+        judges: the primary metric's judge first.
+        settings: settings of the comparison, as printed in its report.
+    """
 
     pairs: tuple[ImagePair, ...]
     judges: tuple[str, ...]
     settings: Mapping[str, str]
 
     def categories(self) -> list[str]:
-        return sorted({one.category for one in self.pairs})
+        """Return the names of all categories, sorted."""
+        return sorted({pair.category for pair in self.pairs})
 
     def chosen(self, judge: str, *, of: str = "all", outcome: str = "all", by_change: bool = False) -> list[ImagePair]:
-        """Those of a category ("all": of each) and outcome by a judge; by_change: the largest change first."""
-        wanted = {"all": lambda gain: True, "better": lambda gain: gain > 0, "worse": lambda gain: gain < 0}
-        keep = wanted.get(outcome, lambda gain: gain == 0)
-        found = [one for one in self.pairs if of in ("all", one.category) and keep(one.gain(judge))]
-        return sorted(found, key=lambda one: -abs(one.gain(judge))) if by_change else found
+        """Select pairs by category and outcome.
+
+        Args:
+            judge: decides the outcome.
+            of: category, or "all".
+            outcome: one of `OUTCOMES`, for the tuned image.
+            by_change: sort by the size of the change, the largest first.
+        """
+        tests = {"all": lambda gain: True, "better": lambda gain: gain > 0, "worse": lambda gain: gain < 0}
+        matches = tests.get(outcome, lambda gain: gain == 0)
+        pairs = [pair for pair in self.pairs if of in ("all", pair.category) and matches(pair.gain(judge))]
+        return sorted(pairs, key=lambda pair: -abs(pair.gain(judge))) if by_change else pairs
 
 
 def load_comparison(folder: str | Path) -> SavedComparison:
-    """A comparison's folder as `compare` left it. Raises ValueError where it holds no pictures of base and tuned."""
+    """Load the images and scores that `compare` wrote into a folder.
+
+    Raises:
+        ValueError: if the folder contains no images of base and tuned.
+    """
     folder = Path(folder).absolute()
-    pictures, metrics = folder / FOLDER, folder / "metrics.json"
-    if not (pictures / MANIFEST).is_file() or not metrics.is_file():
+    images, metrics = folder / FOLDER, folder / "metrics.json"
+    if not (images / MANIFEST).is_file() or not metrics.is_file():
         raise ValueError(
-            f"{folder}: no pictures of a finished comparison; expected metrics.json and {FOLDER}/{MANIFEST}, which "
-            "`dpo-mm compare` writes with --save-images true"
+            f"{folder}: no images of a finished comparison. Expected metrics.json and {FOLDER}/{MANIFEST}, which "
+            "`dpo-mm compare` writes with --save-images true."
         )
-    said = {(row["sha256"], row["prompt"], row["judge"]): row["score"] for row in read_lines(pictures / SCORES)}
-    known = json.loads(metrics.read_text())
-    headline = [row["judge"] for row in known["comparisons"] if row["headline"]]
-    judges = tuple(dict.fromkeys([*headline, *(judge for _, _, judge in said)]))
-    sides: dict[str, dict[tuple[str, int], dict[str, Any]]] = {"base": {}, "tuned": {}}
-    for row in read_lines(pictures / MANIFEST):
-        side = row["file"].partition("/")[0]
-        if side in sides:
-            sides[side][row["prompt"], row["seed"]] = row
-    pairs = [(row, sides["tuned"][key]) for key, row in sides["base"].items() if key in sides["tuned"]]
+    scores = {(row["sha256"], row["prompt"], row["judge"]): row["score"] for row in read_lines(images / SCORES)}
+    report = json.loads(metrics.read_text())
+    primary = [row["judge"] for row in report["comparisons"] if row["headline"]]
+    judges = tuple(dict.fromkeys([*primary, *(judge for _, _, judge in scores)]))
+    rows: dict[str, dict[tuple[str, int], dict[str, Any]]] = {"base": {}, "tuned": {}}
+    for row in read_lines(images / MANIFEST):
+        model = row["file"].partition("/")[0]
+        if model in rows:
+            rows[model][row["prompt"], row["seed"]] = row
+    pairs = [(row, rows["tuned"][key]) for key, row in rows["base"].items() if key in rows["tuned"]]
     if not pairs:
-        raise ValueError(f"{pictures}: no prompt was drawn by base and tuned; did the comparison end?")
-    twins = tuple(_twins(pictures, base, tuned, judges, said) for base, tuned in pairs)
-    return SavedComparison(twins, judges, known.get("settings", {}))
+        raise ValueError(
+            f"{images}: no prompt has an image of base and tuned. The comparison may be incomplete: run it again."
+        )
+    image_pairs = tuple(_image_pair(images, base, tuned, judges, scores) for base, tuned in pairs)
+    return SavedComparison(image_pairs, judges, report.get("settings", {}))
 
 
-def _twins(
-    pictures: Path, base: Mapping[str, Any], tuned: Mapping[str, Any], judges: Sequence[str], said: Mapping[Any, float]
+def _image_pair(
+    folder: Path, base: Mapping[str, Any], tuned: Mapping[str, Any], judges: Sequence[str], scores: Mapping[Any, float]
 ) -> ImagePair:
+    """Build the pair of two rows of the manifest."""
     prompt = base["prompt"]
-    asked = {judge: [said.get((row["sha256"], prompt, judge)) for row in (base, tuned)] for judge in judges}
-    scores = {judge: (both[0], both[1]) for judge, both in asked.items() if both[0] is not None and both[1] is not None}
-    return ImagePair(prompt, category(prompt), base["seed"], pictures / base["file"], pictures / tuned["file"], scores)
+    pair_scores: dict[str, tuple[float, float]] = {}
+    for judge in judges:
+        before, after = (scores.get((row["sha256"], prompt, judge)) for row in (base, tuned))
+        if before is not None and after is not None:
+            pair_scores[judge] = (before, after)
+    files = folder / base["file"], folder / tuned["file"]
+    return ImagePair(prompt, category(prompt), base["seed"], *files, pair_scores)

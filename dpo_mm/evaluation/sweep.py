@@ -1,4 +1,4 @@
-"""How strong the adapter should be: LoRA scales and checkpoints on two axes, and the point that a stated rule picks."""
+"""Strength of the adapter: LoRA scales and checkpoints by two judges, and the recommended one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from dataclasses import dataclass
 from dpo_mm.evaluation.statistics import Comparison
 
 RULE = (
-    "Of the points that no other beats on both judges, and where the guard is not significantly worse than the base's, "
-    "the one with the best headline, if it is significantly better than the base's; of equals the weaker one."
+    "The rule: the best primary score among the Pareto-optimal points whose guardrail is not significantly worse than "
+    "the base. It must be significantly better than the base. Ties go to the weaker setting."
 )
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One strength of the adapter against the base, by the headline's judge and by the guard's (None without one).
+    """One strength of the adapter, compared with the base.
 
-    scale: of the LoRA, 0 is the base. step: of the checkpoint; None: what the training ended with.
+    Args:
+        name: label in the report.
+        scale: LoRA scale. 0 is the base.
+        step: optimizer step of the checkpoint. None for the final adapter.
+        headline: comparison by the primary metric.
+        guard: comparison by the guardrail metric. None if there is none.
+        on_front: whether the point is Pareto-optimal.
+        recommended: whether the rule picks it.
     """
 
     name: str
@@ -31,29 +38,40 @@ class SweepPoint:
 
 
 def mark_recommended(points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
-    """The points, those on the Pareto front and the recommended one marked; by RULE. Scores are better when higher."""
-    front = [one for one in points if not any(_beats(other, one) for other in points)]
-    fit = [
-        one for one in front if one.headline.verdict == "better" and (one.guard is None or one.guard.verdict != "worse")
+    """Return the points with the Pareto front and the recommended point marked, by `RULE`.
+
+    Args:
+        points: points whose scores are better when higher.
+    """
+    front = [point for point in points if not any(_dominates(other, point) for other in points)]
+    candidates = [
+        point
+        for point in front
+        if point.headline.verdict == "better" and (point.guard is None or point.guard.verdict != "worse")
     ]
-    strength = lambda one: (one.headline.tuned, -one.scale, -(one.step or float("inf")))
-    best = max(fit, key=strength) if fit else None
-    return tuple(dataclasses.replace(one, on_front=one in front, recommended=one is best) for one in points)
+    preference = lambda point: (point.headline.tuned, -point.scale, -(point.step or float("inf")))
+    best = max(candidates, key=preference) if candidates else None
+    return tuple(dataclasses.replace(point, on_front=point in front, recommended=point is best) for point in points)
 
 
-def _beats(other: SweepPoint, one: SweepPoint) -> bool:
-    """Whether the other point is as good on both judges and better on one."""
-    ours, theirs = (
-        [judged.tuned for judged in (point.headline, point.guard) if judged is not None] for point in (one, other)
+def _dominates(other: SweepPoint, point: SweepPoint) -> bool:
+    """Return whether `other` is at least as good by both judges and better by one."""
+    scores, other_scores = (
+        [comparison.tuned for comparison in (each.headline, each.guard) if comparison is not None]
+        for each in (point, other)
     )
-    return all(a >= b for a, b in zip(theirs, ours, strict=True)) and theirs != ours
+    return all(a >= b for a, b in zip(other_scores, scores, strict=True)) and other_scores != scores
 
 
 def advice(points: Sequence[SweepPoint]) -> str:
-    """What the rule picks, in words."""
+    """Write the recommendation for the report."""
     best = next((point for point in points if point.recommended), None)
     if best is None:
         return (
-            "No strength of the adapter is significantly better than the base without costing the guard: leave it off."
+            "No strength of the adapter is recommended: none is significantly better than the base without a "
+            "significantly worse guardrail."
         )
-    return f"Recommended: {best.name}. It was chosen on these pictures, so its gain is flattered: confirm it with another seed."
+    return (
+        f"Recommended: {best.name}. It was selected on these images, so its gain is optimistic. "
+        "Confirm it with another seed."
+    )

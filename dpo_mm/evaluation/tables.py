@@ -1,7 +1,8 @@
-"""Comparisons as rows of a table: on the page, in the terminal.
+"""Comparisons as rows of a table, in the report and in the terminal.
 
-A comparison is shown in per cent where its metric's name has one of the words of `RATES` and its values are within
-[0, 1]; metrics.json always holds fractions. Categories, LoRA scales and the control are shown as the headline is.
+A comparison is shown in per cent if the metric's name contains one of the words of `RATES` and both values are in
+[0, 1]. metrics.json always contains fractions. Categories, LoRA scales and the control are shown like the primary
+metric.
 """
 
 from __future__ import annotations
@@ -14,28 +15,45 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpo_mm.evaluation.image_statistics import IMAGE_STATISTICS
-from dpo_mm.evaluation.statistics import Comparison
+from dpo_mm.evaluation.statistics import BASE_AND_TUNED, Comparison
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-RATES = re.compile(r"\b(rates?|right|share|accuracy|precision|recall|F1|CHAIR_[is])\b", re.IGNORECASE)
-GROUPS = {("base", "tuned"): "", ("base", "sft"): "SFT on the chosen side", ("sft", "tuned"): "DPO against SFT"}
-"""Heading of the rows of each pair of models."""
+RATES = re.compile(
+    r"\b(rates?|right|share|fraction|ratio|repetition|accuracy|precision|recall|F1|CHAIR_[is])\b", re.IGNORECASE
+)
+GROUPS = {
+    BASE_AND_TUNED: ("", "Base", "Tuned"),
+    ("base", "sft"): ("SFT on the chosen side", "Base", "SFT"),
+    ("sft", "tuned"): ("DPO against SFT", "SFT", "DPO"),
+}
+"""Heading of the comparisons of two models, and the names of the two."""
+JUDGE_NAMES = {IMAGE_STATISTICS: "image statistics", "pixels": "pixel distances"}
+"""Text for comparisons that no judge made."""
 TONES = {"better": "good", "worse": "bad", "over-optimised": "warn"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A comparison as words, and its interval on a track with 0 in the middle: left, width and dot in per cent.
+    """A comparison as text, with its interval as a bar on a track that has 0 in the middle.
 
-    tests: p of the sign test, and corrected by Holm where it stands beside others. detectable: the smallest true
-    difference that would be found. built_training_pairs: the judge made the training pairs.
+    Args:
+        metric, judge, base, tuned, difference, interval, verdict: the comparison's values as text.
+        headline: whether this is the primary metric.
+        tone: name of the verdict's colour.
+        votes: prompts that are better, the same and worse. Empty for image statistics.
+        tests: p of the sign test and of Holm's correction. Empty if there is no correction.
+        detectable: minimum detectable effect. Empty if it is unknown or rounds to 0.
+        built_training_pairs: whether the judge also built the training pairs.
+        n, clusters: number of items, and of prompts.
+        left, width, dot: start and width of the bar and position of the difference, per cent of the track.
+        group: heading of the two models that are compared. Empty for base and tuned.
+        models: names of the two.
     """
 
     metric: str
     judge: str
-    group: str
     headline: bool
     base: str
     tuned: str
@@ -52,20 +70,22 @@ class Row:
     left: float
     width: float
     dot: float
+    group: str
+    models: tuple[str, str]
 
 
 def terminal_table(comparisons: Sequence[Comparison]) -> Table:
-    """The comparisons as a table for the end of a command."""
+    """Build the table of comparisons that a command prints at its end."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(header_style="bold", border_style="dim")
     for name in ("metric", "base", "tuned", "difference", "95 % interval", "verdict"):
         table.add_column(name, justify="left" if name in ("metric", "verdict") else "right")
-    for heading, group in itertools.groupby(rows_of(comparisons), lambda row: row.group):
-        if heading:
-            table.add_row(Text(heading, style="italic"))
-        for row in group:
+    for group, rows in itertools.groupby(rows_of(comparisons), lambda row: (row.group, *row.models)):
+        if group[0]:
+            table.add_row(*(Text(words, style="italic") for words in group))
+        for row in rows:
             metric = Text(row.metric, style="bold" if row.headline else "")
             tone = {"good": "green", "bad": "red"}.get(row.tone, "dim")
             table.add_row(metric, row.base, row.tuned, row.difference, row.interval, Text(row.verdict, tone))
@@ -73,62 +93,78 @@ def terminal_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def is_rate(comparison: Comparison) -> bool:
-    """Whether to show it in per cent: a word of `RATES` in the metric's name, and values within [0, 1]."""
-    return all(0 <= value <= 1 for value in (comparison.base, comparison.tuned)) and bool(
-        RATES.search(comparison.metric)
-    )
+    """Return whether to show a comparison in per cent."""
+    in_range = all(0 <= value <= 1 for value in (comparison.base, comparison.tuned))
+    return in_range and bool(RATES.search(comparison.metric))
 
 
 def rows_of(comparisons: Sequence[Comparison], percent: bool | None = None) -> list[Row]:
-    """Rates share one track, so do all of them where `percent` is given; every other metric has its own."""
-    shown = [is_rate(comparison) if percent is None else percent for comparison in comparisons]
-    reach = [max(abs(c.low), abs(c.high), 1e-9) for c in comparisons]
-    shared = max((one for one, rate in zip(reach, shown, strict=True) if rate or percent is not None), default=1.0)
+    """Format comparisons as rows of one table.
+
+    Args:
+        comparisons: one per row.
+        percent: show all of them in per cent, or none. None decides for each by `is_rate`.
+
+    Returns:
+        The rows. All rates share the scale of their tracks, and so do all rows if `percent` is given. Any other metric
+        has its own scale.
+    """
+    in_percent = [is_rate(comparison) if percent is None else percent for comparison in comparisons]
+    own_reach = [max(abs(c.low), abs(c.high), 1e-9) for c in comparisons]
+    shares_scale = [rate or percent is not None for rate in in_percent]
+    shared_reach = max(itertools.compress(own_reach, shares_scale), default=1.0)
     return [
-        _row(comparison, rate, shared if rate or percent is not None else own)
-        for comparison, rate, own in zip(comparisons, shown, reach, strict=True)
+        _row(comparison, rate, shared_reach if shares else reach)
+        for comparison, rate, shares, reach in zip(comparisons, in_percent, shares_scale, own_reach, strict=True)
     ]
 
 
-def _row(one: Comparison, percent: bool, reach: float) -> Row:
-    left, right, dot = (50 + 46 * value / reach for value in (one.low, one.high, one.difference))
-    places = 1 if percent else _places(one)
-    low, high = (_signed(value, percent, places) for value in (one.low, one.high))
+def _row(comparison: Comparison, percent: bool, reach: float) -> Row:
+    """Format one comparison. reach: value at the ends of its track."""
+    left, right, dot = (50 + 46 * value / reach for value in (comparison.low, comparison.high, comparison.difference))
+    digits = 1 if percent else _decimals(comparison)
+    unit = " pts" if percent else ""
+    low, high = (_signed(value, percent, digits) for value in (comparison.low, comparison.high))
+    votes = f"{comparison.wins} better, {comparison.ties} same, {comparison.losses} worse"
+    tests = (
+        f"sign test p {comparison.p:.2g}, {comparison.p_holm:.2g} after Holm" if comparison.p_holm is not None else ""
+    )
+    mde = _signed(comparison.detectable or 0.0, percent, digits).lstrip("+")
+    group, *models = GROUPS.get(comparison.models, (" and ".join(comparison.models), *comparison.models))
     return Row(
-        metric=one.metric,
-        judge=one.judge,
-        group=GROUPS[one.models],
-        headline=one.headline,
-        base=_plain(one.base, percent, places),
-        tuned=_plain(one.tuned, percent, places),
-        difference=_signed(one.difference, percent, places) + (" pts" if percent else ""),
+        metric=comparison.metric,
+        judge=JUDGE_NAMES.get(comparison.judge, comparison.judge),
+        headline=comparison.headline,
+        base=_plain(comparison.base, percent, digits),
+        tuned=_plain(comparison.tuned, percent, digits),
+        difference=_signed(comparison.difference, percent, digits) + unit,
         interval=f"{low} to {high}",
-        verdict=one.verdict,
-        tone=TONES.get(one.verdict, "none"),
-        votes="" if one.judge == IMAGE_STATISTICS else f"{one.wins} better, {one.ties} same, {one.losses} worse",
-        tests="" if one.p_holm is None else f"sign test p {one.p:.2g}, {one.p_holm:.2g} after Holm",
-        detectable=_signed(one.detectable, percent, places).lstrip("+") + (" pts" if percent else "")
-        if one.detectable
-        else "",
-        built_training_pairs=one.built_training_pairs,
-        n=one.n,
-        clusters=one.clusters,
+        verdict=comparison.verdict,
+        tone=TONES.get(comparison.verdict, "none"),
+        votes="" if comparison.judge == IMAGE_STATISTICS else votes,
+        tests=tests,
+        detectable=mde + unit if float(mde) else "",
+        built_training_pairs=comparison.built_training_pairs,
+        n=comparison.n,
+        clusters=comparison.clusters,
         left=round(left, 2),
         width=round(max(right - left, 0.6), 2),
         dot=round(dot, 2),
+        group=group,
+        models=(models[0], models[1]),
     )
 
 
-def _places(one: Comparison) -> int:
-    """Decimals that show two digits of the interval, at least two and at most six."""
-    width = one.high - one.low
+def _decimals(comparison: Comparison) -> int:
+    """Return the decimals that show two digits of the interval's width, two to six."""
+    width = comparison.high - comparison.low
     return min(max(1 - math.floor(math.log10(width)), 2), 6) if width > 0 else 3
 
 
-def _plain(value: float, percent: bool, places: int) -> str:
-    return f"{100 * value:.{places}f} %" if percent else f"{value:.{places}f}".replace("-", "−")
+def _plain(value: float, percent: bool, digits: int) -> str:
+    return f"{100 * value:.{digits}f} %" if percent else f"{value:.{digits}f}".replace("-", "−")
 
 
-def _signed(value: float, percent: bool, places: int) -> str:
-    shown = round((100 if percent else 1) * value, places)
-    return f"{shown:+.{places}f}".replace("-", "−") if shown else f"{0:.{places}f}"
+def _signed(value: float, percent: bool, digits: int) -> str:
+    rounded = round((100 if percent else 1) * value, digits)
+    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"

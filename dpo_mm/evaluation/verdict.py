@@ -1,4 +1,4 @@
-"""The result of a comparison and the notes beside its verdict."""
+"""Result of a comparison, and the notes that every comparison may print next to its verdict."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_mm.evaluation.statistics import LEVEL, Comparison, confirmed_verdict
+from dpo_mm.evaluation.statistics import BASE_AND_TUNED, LEVEL, Comparison, confirmed_verdict
 
 
 @dataclass(frozen=True)
 class CompareResult:
-    """What a comparison found, and the folder that its report is in."""
+    """Result of a comparison.
+
+    Args:
+        verdict: verdict of the primary metric: better, worse, no evidence, differs or over-optimised.
+        comparisons: one per judge and pair of models.
+        notes: caveats, one or two sentences each.
+        report: path of report.html.
+    """
 
     verdict: str
     comparisons: tuple[Comparison, ...]
@@ -19,52 +26,75 @@ class CompareResult:
     report: Path
 
 
-def note_training_judges(found: Sequence[Comparison]) -> list[str]:
-    """That judges made the training pairs, in words; whether one of them stands at the head."""
-    named = [one.judge for one in found if one.built_training_pairs]
-    if not named:
-        return []
-    head = next(one for one in found if one.headline)
-    words = f"{' and '.join(named)} made the training pairs: the model was taught what pleases them."
-    if head.built_training_pairs:
-        words += (
-            f" {head.judge} may stand at the head all the same: it judges by rule, with nothing learned that could be "
-            "fooled, and of other prompts. What its rule does not look at, this report does not see."
-        )
-    return [words]
-
-
-def note_unconfirmed(found: Sequence[Comparison]) -> list[str]:
-    """Notes on metrics whose interval excludes 0 while the sign test, plain or after Holm's correction, confirms nothing.
+def run_summary(primary: Comparison, verdict: str, *, unit: str) -> str:
+    """Sum up a run in a few sentences.
 
     Args:
-        found: comparisons of base and tuned, and others, which are ignored.
+        primary: comparison by the primary metric.
+        verdict: verdict on the run.
+        unit: what has one vote, in the plural: prompts or responses.
     """
+    metric = primary.metric[:1].upper() + primary.metric[1:]
+    clustered = ", clustered by prompt" if unit == "prompts" else ""
+    return (
+        f"{metric}: {primary.base:.3f} with the base model, {primary.tuned:.3f} with the tuned model "
+        f"({primary.difference:+.3f}, 95 % interval {primary.low:+.3f} to {primary.high:+.3f}{clustered}). "
+        f"{primary.wins} {unit} improved, {primary.losses} got worse, {primary.ties} did not change. Verdict: {verdict}."
+    )
+
+
+def note_training_judges(comparisons: Sequence[Comparison]) -> list[str]:
+    """Name the judges that also built the training pairs, and explain it if one of them is the primary metric."""
+    judges = [comparison.judge for comparison in comparisons if comparison.built_training_pairs]
+    if not judges:
+        return []
+    primary = next(comparison for comparison in comparisons if comparison.headline)
+    names = f"The judge {judges[0]}" if len(judges) == 1 else f"The judges {' and '.join(judges)}"
+    note = f"{names} also built the training pairs, so the score is optimistic."
+    if primary.built_training_pairs:
+        note += (
+            f" The judge {primary.judge} is still the primary metric, because it is rule-based and was applied to other "
+            "prompts. It cannot detect problems outside its rule."
+        )
+    return [note]
+
+
+def note_unconfirmed(comparisons: Sequence[Comparison]) -> list[str]:
+    """Name the metrics whose interval excludes 0 but whose sign test, or its corrected p, does not."""
     notes = []
-    for one in found:
-        if one.p_holm is None or one.verdict == "no evidence" or one.models != ("base", "tuned"):
+    for comparison in comparisons:
+        tested = comparison.p_holm is not None and comparison.models == BASE_AND_TUNED
+        if not tested or comparison.verdict == "no evidence":
             continue
-        if confirmed_verdict(one) != one.verdict:
-            both = " A verdict needs both." if one.headline else ""
+        start = f"{comparison.metric} is {comparison.verdict} by its interval"
+        if confirmed_verdict(comparison) != comparison.verdict:
+            needed = " A verdict needs both." if comparison.headline else ""
             notes.append(
-                f"{one.metric} is {one.verdict} by its interval, but the sign test does not confirm it (p {one.p:.2g}, "
-                f"{one.wins} better, {one.losses} worse).{both}"
+                f"{start}, but the sign test does not confirm it (p {comparison.p:.2g}, "
+                f"{comparison.wins} better, {comparison.losses} worse).{needed}"
             )
-        elif one.p_holm > LEVEL:
+        elif comparison.p_holm is not None and comparison.p_holm > LEVEL:
             notes.append(
-                f"{one.metric} is {one.verdict} by its interval and its sign test (p {one.p:.2g}), but not after Holm's "
-                f"correction for the number of judges (p {one.p_holm:.2g})."
+                f"{start} and its sign test (p {comparison.p:.2g}), but not after Holm's correction for the number of "
+                f"judges (p {comparison.p_holm:.2g})."
             )
     return notes
 
 
-def note_against_sft(against: Comparison) -> str:
-    """Whether DPO earned its keep over SFT on the same chosen pictures at equal steps, in words."""
-    span = f"{against.difference:+.3f}, 95 % interval {against.low:+.3f} to {against.high:+.3f}"
-    words = {
-        "better": f"DPO earned its keep: {against.metric} {span}.",
-        "worse": f"SFT on the chosen would have done better: {against.metric} {span}. Prefer it here.",
-        "differs": f"DPO and SFT differ, neither for better: {against.metric} {span}.",
-        "no evidence": f"No evidence that DPO does better than SFT on the chosen here: {against.metric} {span}. SFT is cheaper.",
+def note_against_sft(comparison: Comparison) -> str:
+    """Say whether DPO beats SFT on the same chosen side at equal steps.
+
+    Args:
+        comparison: the primary metric, SFT as base and DPO as tuned.
+    """
+    result = (
+        f"{comparison.metric} {comparison.difference:+.3f} "
+        f"(95 % interval {comparison.low:+.3f} to {comparison.high:+.3f}, sign test p = {comparison.p:.2g})"
+    )
+    notes = {
+        "better": f"DPO beats SFT on the same data: {result}.",
+        "worse": f"SFT on the chosen side is better than DPO here: {result}. Use SFT.",
+        "differs": f"DPO and SFT on the chosen side differ: {result}. This metric has no better direction.",
+        "no evidence": f"No evidence that DPO is better than SFT on the chosen side: {result}. SFT is cheaper.",
     }
-    return words[confirmed_verdict(against)]
+    return notes[confirmed_verdict(comparison)]

@@ -1,1 +1,1 @@
-"""People's votes on pairs: the pairs to show, the store of votes, and what becomes of them."""
+"""Votes of people on image pairs: the pairs to show, the store of votes, ratings and exports."""

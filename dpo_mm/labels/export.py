@@ -1,8 +1,8 @@
-"""Votes as preference rows: counts, the probability that a wins, and how far people agree.
+"""Export of votes as preference rows: vote counts, the probability that a wins, and the agreement of annotators.
 
-A person counts once a pair: the repeats that measure agreement are no second votes. A tie is half a vote for each side;
-both_bad says nothing of which is better. A pair's preference is what most said; where two answers share the lead it is
-a tie, so that nothing undecided turns into a win.
+Each person counts once per pair: repeats only measure agreement. A tie is half a vote for each image. both_bad does not
+count for either image. The preference of a pair is the most frequent choice. If two choices share the lead, it is a tie,
+so that an undecided vote does not become a win.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from dpo_mm.assets import presets_folder
 from dpo_mm.data.schema import make_image_rows
 from dpo_mm.errors import did_you_mean
-from dpo_mm.labels.pairs import digest, file_of, open_pairs
-from dpo_mm.labels.ratings import Rating, ratings
+from dpo_mm.labels.pairs import file_bytes, open_pairs, pair_digest
+from dpo_mm.labels.ratings import Rating, rate_models
 from dpo_mm.labels.store import Vote, VoteStore, source_of
-from dpo_mm.labels.vote_formats import FORMS
+from dpo_mm.labels.vote_formats import FORMATS
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
@@ -31,140 +31,173 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Answers that were the same, of all that could have been: one person's to a repeat, two persons' to one pair."""
+    """Number of equal choices: of one person on a pair and its repeat, and of two people on the same pair.
 
-    same_self: int
+    Args:
+        same_annotator: number of repeats with the same choice, of repeats.
+        repeats: number of repeats.
+        two_annotators: number of comparisons with the same choice, of comparisons.
+        comparisons: number of pairs of people who voted on the same pair, summed over the pairs.
+    """
+
+    same_annotator: int
     repeats: int
-    same_others: int
-    meetings: int
+    two_annotators: int
+    comparisons: int
 
 
 def agreement(votes: Sequence[Vote]) -> Agreement:
-    """How far labellers agree with themselves and with each other; skips say nothing."""
-    said = {(vote.labeller, vote.pair, vote.again): vote.said for vote in votes if vote.said != "skip"}
-    selves = [
-        said[who, pair, False] == what
-        for (who, pair, again), what in said.items()
-        if again and (who, pair, False) in said
+    """Count how often annotators agree with themselves and with each other. Skips are ignored."""
+    choices = {(vote.annotator, vote.pair, vote.is_repeat): vote.choice for vote in votes if vote.choice != "skip"}
+    same_annotator = [
+        choices[annotator, pair, False] == choice
+        for (annotator, pair, is_repeat), choice in choices.items()
+        if is_repeat and (annotator, pair, False) in choices
     ]
     by_pair: dict[str, list[str]] = defaultdict(list)
-    for (_, pair, again), what in said.items():
-        if not again:
-            by_pair[pair].append(what)
-    others = [one == other for answers in by_pair.values() for one, other in combinations(answers, 2)]
-    return Agreement(sum(selves), len(selves), sum(others), len(others))
+    for (_, pair, is_repeat), choice in choices.items():
+        if not is_repeat:
+            by_pair[pair].append(choice)
+    two_annotators = [
+        first == second for pair_choices in by_pair.values() for first, second in combinations(pair_choices, 2)
+    ]
+    return Agreement(sum(same_annotator), len(same_annotator), sum(two_annotators), len(two_annotators))
 
 
 def tally(votes: Sequence[Vote]) -> dict[str, dict[str, Any]]:
-    """preference, p_a, votes_a and votes_b of each pair that has an answer, by id. p_a: null where all say both_bad."""
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    """Return preference, p_a, votes_a and votes_b of each pair with a choice other than skip, by pair id.
+
+    p_a is null if every choice is both_bad.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
     for vote in votes:
-        if not vote.again and vote.said != "skip":
-            answers[vote.pair][vote.said] += 1
-    return {pair: _verdict(counts) for pair, counts in answers.items()}
+        if not vote.is_repeat and vote.choice != "skip":
+            counts[vote.pair][vote.choice] += 1
+    return {pair: _preference(choices) for pair, choices in counts.items()}
 
 
-def _verdict(counts: Counter[str]) -> dict[str, Any]:
+def _preference(counts: Counter[str]) -> dict[str, Any]:
     (first, most), *rest = counts.most_common()
-    shared = bool(rest) and rest[0][1] == most
+    is_shared_lead = bool(rest) and rest[0][1] == most
     comparing = counts["a"] + counts["b"] + counts["tie"]
     return {
-        "preference": "tie" if shared else first,
+        "preference": "tie" if is_shared_lead else first,
         "p_a": (counts["a"] + counts["tie"] / 2) / comparing if comparing else None,
         "votes_a": counts["a"],
         "votes_b": counts["b"],
     }
 
 
-def labelled(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str]) -> Dataset:
-    """The pairs that have an answer as `ImagePreference` rows, in the set's order.
+def preference_rows(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str]) -> Dataset:
+    """Return the pairs with votes as `ImagePreference` rows, in the dataset's order.
 
-    Raises ValueError where there are none, or where a pair no longer looks as it did when it was voted on.
+    Args:
+        votes: active votes.
+        rows: the dataset, with undecoded images.
+        digests: `pair_digest` of each pair when it was voted on, by pair id.
+
+    Raises:
+        ValueError: if there are no votes, or the images or the prompt of a pair have changed since it was voted on.
     """
-    said = tally(votes)
-    people = len({vote.labeller for vote in votes})
-    kept = []
+    preferences = tally(votes)
+    people = len({vote.annotator for vote in votes})
+    labelled = []
     for row in rows:
-        if row["id"] not in said:
+        if row["id"] not in preferences:
             continue
-        if digests.get(row["id"], digest(row)) != digest(row):
-            raise ValueError(f"pair {row['id']!r} has other pictures or another prompt than when it was voted on")
-        pictures = {name: {"bytes": file_of(row[name]), "path": None} for name in ("image_a", "image_b")}
-        known = {"axis": "people", "source": f"labelled by {people} {'person' if people == 1 else 'people'}"}
-        kept.append({**row, **pictures, **known, **said[row["id"]]})
-    if not kept:
-        raise ValueError("no votes yet, or only skips; nothing to export")
-    return make_image_rows(kept)
+        if digests.get(row["id"], pair_digest(row)) != pair_digest(row):
+            raise ValueError(f"the images or the prompt of pair {row['id']!r} have changed since it was voted on")
+        images = {column: {"bytes": file_bytes(row[column]), "path": None} for column in ("image_a", "image_b")}
+        origin = {"axis": "people", "source": f"labelled by {people} {'person' if people == 1 else 'people'}"}
+        labelled.append({**row, **images, **origin, **preferences[row["id"]]})
+    if not labelled:
+        raise ValueError("there are no votes except skips, so there is nothing to export")
+    return make_image_rows(labelled)
 
 
-def export(votes: str, output: str, *, pairs: str | None = None, form: str = "rows") -> dict[str, str]:
-    """Write the votes of a file, whole or not at all; returns what to print.
+def export(votes: str, output: str, *, pairs: str | None = None, format: str = "rows") -> dict[str, str]:
+    """Write the votes of a file to a temporary file, then rename it. Return a summary to print.
 
-    form: rows (`ImagePreference`, Parquet), or one of FORMS, JSON. pairs: the set where it has moved.
-    Raises ValueError as `labelled`, `open_pairs` and `VoteStore`, and for an unknown form.
+    Args:
+        votes: SQLite file of votes.
+        output: file to write.
+        pairs: the dataset, if it has moved since the votes.
+        format: rows (`ImagePreference`, Parquet), or one of FORMATS (JSON).
+
+    Raises:
+        ValueError: if the format is unknown, or as in `preference_rows`, `open_pairs` and `VoteStore`.
     """
-    if form not in ("rows", *FORMS):
-        raise ValueError(f"form {form!r} is unknown; {did_you_mean(form, ('rows', *FORMS))}")
+    if format not in ("rows", *FORMATS):
+        raise ValueError(f"format {format!r} is unknown; {did_you_mean(format, ('rows', *FORMATS))}")
     store, rows = open_votes(votes, pairs)
-    cast = store.votes()
-    found = labelled(cast, rows, store.digests())
+    active_votes = store.votes()
+    labelled = preference_rows(active_votes, rows, store.digests())
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as beside:
-        if form == "rows":
-            found.to_parquet(str(beside))
+    with atomic_write(target) as temporary:
+        if format == "rows":
+            labelled.to_parquet(str(temporary))
         else:
-            beside.write_text(json.dumps(FORMS[form](cast, rows), ensure_ascii=False, indent=1))
-    return {"pairs": f"{len(found)} of {len(rows)}", **summary(cast)}
+            temporary.write_text(json.dumps(FORMATS[format](active_votes, rows), ensure_ascii=False, indent=1))
+    return {"pairs": f"{len(labelled)} of {len(rows)}", **summary(active_votes)}
 
 
 def open_votes(votes: str, pairs: str | None = None) -> tuple[VoteStore, Dataset]:
-    """A file of votes and the set that they are on. pairs: the set where it has moved."""
+    """Open a file of votes, and the dataset that they belong to.
+
+    Args:
+        votes: SQLite file of votes.
+        pairs: the dataset, if it has moved since the votes.
+    """
     source = pairs or source_of(votes)
     rows = open_pairs(source)
-    return VoteStore(votes, rows["id"], source=absolute(source)), rows
+    return VoteStore(votes, rows["id"], source=absolute_source(source)), rows
 
 
 def model_ratings(store: VoteStore, rows: Dataset) -> list[Rating]:
-    """How the models of a set stand by its votes. Raises ValueError as `ratings`."""
-    sides = zip(rows["model_a"], rows["model_b"], strict=True)
-    return ratings(store.votes(), dict(zip(rows["id"], sides, strict=True)))
+    """Rate the models of a dataset by its votes.
+
+    Raises:
+        ValueError: if no vote compares two named models.
+    """
+    models = zip(rows["model_a"], rows["model_b"], strict=True)
+    return rate_models(store.votes(), dict(zip(rows["id"], models, strict=True)))
 
 
 def summary(votes: Sequence[Vote]) -> dict[str, str]:
-    """What a person wants to know of the votes, by name."""
-    counts, agreed = Counter(vote.said for vote in votes), agreement(votes)
-    lefts = [vote.said == "ab"[vote.swapped] for vote in votes if vote.said in ("a", "b")]
+    """Return the number of votes, the choices, the bias to the left and the agreement, as text."""
+    counts, agreed = Counter(vote.choice for vote in votes), agreement(votes)
+    left_won = [vote.choice == "ab"[vote.swapped] for vote in votes if vote.choice in ("a", "b")]
     return {
-        "votes": f"{len(votes)} by {len({vote.labeller for vote in votes})} people",
-        "answers": ", ".join(f"{name} {counts[name]}" for name in ("a", "b", "tie", "both_bad", "skip")),
-        "left side won": f"{sum(lefts)} of {len(lefts)} decided",
-        "same answer to a repeat": f"{agreed.same_self} of {agreed.repeats}",
-        "two people agree": f"{agreed.same_others} of {agreed.meetings}",
+        "votes": f"{len(votes)} by {len({vote.annotator for vote in votes})} people",
+        "choices": ", ".join(f"{choice} {counts[choice]}" for choice in ("a", "b", "tie", "both_bad", "skip")),
+        "left image won": f"{sum(left_won)} of {len(left_won)} votes with a winner",
+        "same choice on a repeat": f"{agreed.same_annotator} of {agreed.repeats}",
+        "same choice of two people": f"{agreed.two_annotators} of {agreed.comparisons}",
     }
 
 
-def absolute(source: str) -> str:
-    """A file or folder by its full path; a shipped or hub set by its name."""
+def absolute_source(source: str) -> str:
+    """Return the absolute path of a file or folder. The name of a bundled or hub dataset is unchanged."""
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
 def train_command(votes: str, prompts: Sequence[str]) -> str:
-    """One command line from votes to a trained adapter, for the folder that it is asked in."""
+    """Return a command line that exports the votes and trains an adapter, relative to the current folder."""
     from dpo_mm.data.prompts import category
 
     preset = "sd15" if any(category(prompt) == "all" for prompt in prompts) else "shapes"
-    recipe, output = presets_folder() / f"faithfulness-{preset}.yaml", Path(votes).with_suffix(".parquet")
-    names = {
-        name: shlex.quote(_near(path)) for name, path in (("votes", Path(votes)), ("recipe", recipe), ("out", output))
-    }
+    config, output = presets_folder() / f"faithfulness-{preset}.yaml", Path(votes).with_suffix(".parquet")
+    votes_argument, config_argument, output_argument = (
+        shlex.quote(_relative_path(path)) for path in (Path(votes), config, output)
+    )
     return (
-        f"dpo-mm label export {names['votes']} --output {names['out']} && "
-        f"dpo-mm train {names['recipe']} --pairs {names['out']} --output-dir runs/labelled"
+        f"dpo-mm label export {votes_argument} --output {output_argument} && "
+        f"dpo-mm train {config_argument} --pairs {output_argument} --output-dir runs/labelled"
     )
 
 
-def _near(path: Path) -> str:
-    """A path as seen from the folder we are in, where it is within."""
+def _relative_path(path: Path) -> str:
+    """Return a path relative to the current folder if it is inside, otherwise the absolute path."""
     here, path = Path.cwd(), path.absolute()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,13 +1,13 @@
-"""Fresh samples of several models to label: the same prompts and seeds drawn by each, into a folder of folders.
+"""Fresh images of several models to label: every model generates from the same prompts and seeds.
 
     samples/shapes-sd/0001.png    samples/shapes-sd-faithful/0001.png    samples/0001.txt
 
-`open_pairs` reads such a folder. A picture that is there is not drawn again, so a run that was cut goes on.
+`open_pairs` reads such a folder. Images that exist are not generated again, so an interrupted run resumes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +17,76 @@ from dpo_mm.policies.families import load_image_policy
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write, check_settings_unchanged
 
-PLAN = "samples.json"
+SETTINGS_FILE = "samples.json"
 BATCH = 8
 
 
-def draw_samples(
-    models: Sequence[str], prompts: str, folder: str | Path, *, limit: int | None, steps: int, guidance: float,
-    seed: int = 0, precision: str = "fp32",
+def generate_samples(
+    models: Sequence[str], prompts: str, folder: str | Path, *, max_prompts: int | None, num_inference_steps: int,
+    guidance_scale: float, seed: int = 0, precision: str = "fp32",
 ) -> Path:  # fmt: skip
-    """One picture of each prompt by each model, MODEL or MODEL+ADAPTER; gives the folder.
+    """Generate one image per prompt and model, in one subfolder per model. Return the folder.
 
-    Raises ValueError where there are fewer than two models, two have one name, or the folder holds other samples.
+    Args:
+        models: two or more models, each as MODEL or MODEL+ADAPTER.
+        prompts: a prompt file or a bundled list, as `read_prompts` takes it.
+        folder: output folder.
+        max_prompts: largest number of prompts. None: all.
+
+    Raises:
+        ValueError: if there are fewer than two models, two have the same name, or the folder was generated with other
+            settings.
     """
-    folder, names = Path(folder), [name_of(model) for model in models]
+    folder, names = Path(folder), [model_name(model) for model in models]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise ValueError(
             f"models {', '.join(models)}: expected two or more with different names, as MODEL,MODEL+ADAPTER"
         )
-    wanted = read_prompts(prompts, limit=limit)
-    plan = {"models": list(models), "prompts": wanted, "steps": steps, "guidance": guidance, "seed": seed}
-    check_settings_unchanged(folder, plan, done="drawn", flag="samples_dir", file=PLAN)
+    texts = read_prompts(prompts, limit=max_prompts)
+    settings = {
+        "models": list(models),
+        "prompts": texts,
+        "steps": num_inference_steps,
+        "guidance": guidance_scale,
+        "seed": seed,
+    }
+    check_settings_unchanged(folder, settings, done="generated", flag="samples_dir", file=SETTINGS_FILE)
     for name in names:
         (folder / name).mkdir(exist_ok=True)
-    for number, prompt in enumerate(wanted, 1):
+    for number, prompt in enumerate(texts, 1):
         (folder / f"{number:04}.txt").write_text(prompt)
-    seeds = [seeds_of(prompt, 1, seed=seed)[0] for prompt in wanted]
-    with progress_bar("drawing samples", len(names) * len(wanted)) as advance:
+    seeds = [seeds_of(prompt, 1, seed=seed)[0] for prompt in texts]
+    with progress_bar("generating images", len(names) * len(texts)) as advance:
         for model, name in zip(models, names, strict=True):
-            places = [folder / name / f"{number:04}.png" for number in range(1, len(wanted) + 1)]
-            left = [n for n, place in enumerate(places) if not place.exists()]
-            advance(len(wanted) - len(left))
-            drawn = _draw(model, [wanted[n] for n in left], [seeds[n] for n in left], steps, guidance, precision)
-            for n, image in zip(left, drawn, strict=True):
-                with atomic_write(places[n]) as beside:
-                    beside.write_bytes(encode_png(image))
+            paths = [folder / name / f"{number:04}.png" for number in range(1, len(texts) + 1)]
+            missing = [n for n, path in enumerate(paths) if not path.exists()]
+            advance(len(texts) - len(missing))
+            images = _generate(
+                model,
+                [texts[n] for n in missing],
+                [seeds[n] for n in missing],
+                num_inference_steps,
+                guidance_scale,
+                precision,
+            )
+            for n, image in zip(missing, images, strict=True):
+                with atomic_write(paths[n]) as temporary:
+                    temporary.write_bytes(encode_png(image))
                 advance(1)
     return folder
 
 
-def name_of(model: str) -> str:
-    """What a model is called in the folder: its adapter's name, or its own."""
+def model_name(model: str) -> str:
+    """Return the name of a model's subfolder: the name of its adapter, or its own if it has none."""
     return Path(model.partition("+")[2] or model).name
 
 
-def _draw(model: str, prompts: list[str], seeds: list[int], steps: int, guidance: float, precision: str) -> Any:
+def _generate(
+    model: str, prompts: list[str], seeds: list[int], steps: int, guidance: float, precision: str
+) -> Iterator[Any]:
     if not prompts:
         return
     base, _, adapter = model.partition("+")
     policy = load_image_policy(base, precision=precision, adapter=adapter or None)
-    for part in policy.sample(prompts, seeds, steps=steps, guidance=guidance, batch_size=BATCH):
-        yield from part
+    for images in policy.sample(prompts, seeds, steps=steps, guidance=guidance, batch_size=BATCH):
+        yield from images

@@ -1,9 +1,10 @@
-"""Pairs to label: a preference set, or a folder with two or more folders of pictures of the same names.
+"""Pairs to label: a preference dataset, or a folder with two or more subfolders of images with the same names.
 
     samples/base/0001.png    samples/tuned/0001.png    samples/0001.txt
 
-A folder's pair is called by its pictures' name, with those of its sides where there are more than two. Its prompt stands
-in a text file of that name, beside the folders or within one of them; without one the name itself is the prompt, dashes and underscores as spaces.
+The id of a folder's pair is the name of its images, followed by the names of the two subfolders if there are more than
+two. The prompt is in a text file of that name, in the folder or in one of the subfolders. Without a text file the name
+itself is the prompt, with dashes and underscores replaced by spaces.
 """
 
 from __future__ import annotations
@@ -20,60 +21,70 @@ from dpo_mm.data.schema import image_preference, load_pairs
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def open_pairs(path: str) -> Dataset:
-    """The pairs of a set or folder as `ImagePreference` rows, pictures undecoded; a folder's preference is null.
+    """Open the pairs of a dataset or folder as `ImagePreference` rows with undecoded images.
 
-    Raises ValueError that names the set or folder, what was expected and the fix.
+    Args:
+        path: a preference dataset, as `load_pairs` takes it, or a folder of subfolders of images. The preference of a
+            folder's rows is null.
+
+    Raises:
+        ValueError: if it cannot be read or two rows share an id. The error names the dataset or folder and the fix.
     """
     from datasets import Image
 
     folder = Path(resolve_asset(path))
-    is_set = not folder.is_dir() or any(folder.glob("*.parquet")) or (folder / "state.json").exists()
-    rows = load_pairs(path) if is_set and not _holds_pictures(folder) else _from_folder(folder)
+    is_dataset = not folder.is_dir() or any(folder.glob("*.parquet")) or (folder / "state.json").exists()
+    rows = load_pairs(path) if is_dataset and not _has_image_subfolders(folder) else _rows_of_folder(folder)
     ids = rows["id"]
     if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if list(ids).count(name) > 1)
-        raise ValueError(f"{path}: id {twice!r} stands twice; votes are kept by id, give every pair its own")
+        repeated = next(pair for pair in ids if list(ids).count(pair) > 1)
+        raise ValueError(
+            f"{path}: several rows have the id {repeated!r}. Votes are stored by id, so ids must be unique"
+        )
     for column in ("image_a", "image_b"):
         rows = rows.cast_column(column, Image(decode=False))
     return rows
 
 
-def _holds_pictures(folder: Path) -> bool:
-    """Whether there are folders of pictures, whatever stands beside them."""
-    sides = _sides(folder) if folder.is_dir() else []
-    return len(sides) >= 2 and all(any(map(_is_picture, side.iterdir())) for side in sides)
+def _has_image_subfolders(folder: Path) -> bool:
+    """Return True if the folder has two or more subfolders and all of them contain images."""
+    subfolders = _subfolders(folder) if folder.is_dir() else []
+    return len(subfolders) >= 2 and all(any(map(_is_image, subfolder.iterdir())) for subfolder in subfolders)
 
 
-def _sides(folder: Path) -> list[Path]:
+def _subfolders(folder: Path) -> list[Path]:
     return sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith("."))
 
 
-def _from_folder(folder: Path) -> Dataset:
-    """Every picture of one folder with that of the same name in each other."""
+def _rows_of_folder(folder: Path) -> Dataset:
+    """Pair every image of one subfolder with the images of the same name in the others."""
     from datasets import Dataset
 
-    sides = _sides(folder)
-    if len(sides) < 2:
+    subfolders = _subfolders(folder)
+    if len(subfolders) < 2:
         raise ValueError(
-            f"{folder}: has {len(sides)} folders; expected two or more of the same pictures' names, such as base/ and "
-            "tuned/, or *.parquet"
+            f"{folder}: has {len(subfolders)} subfolders and no *.parquet. Expected two or more subfolders with images of "
+            "the same names, such as base/ and tuned/"
         )
-    files = {side.name: {file.stem: file for file in sorted(side.iterdir()) if _is_picture(file)} for side in sides}
-    first = sides[0].name
-    for side in sides[1:]:
-        odd = sorted(files[first].keys() ^ files[side.name].keys())
-        if odd or not files[first]:
-            what = f"{odd[0]!r} is in one of them only" if odd else "there are no pictures"
-            raise ValueError(f"{folder}: {first}/ and {side.name}/ don't pair up ({what})")
+    files = {
+        subfolder.name: {file.stem: file for file in sorted(subfolder.iterdir()) if _is_image(file)}
+        for subfolder in subfolders
+    }
+    first = subfolders[0].name
+    for other in subfolders[1:]:
+        unmatched = sorted(files[first].keys() ^ files[other.name].keys())
+        if unmatched or not files[first]:
+            reason = f"{unmatched[0]!r} is only in one of them" if unmatched else "there are no images"
+            raise ValueError(f"{folder}: {first}/ and {other.name}/ do not have the same images ({reason})")
     rows = [
-        {name: None for name in image_preference()}
+        {column: None for column in image_preference()}
         | {
-            "id": name if len(sides) == 2 else f"{name}--{a}--{b}",
-            "prompt": _prompt(name, (folder, *sides)),
+            "id": name if len(subfolders) == 2 else f"{name}--{a}--{b}",
+            "prompt": _prompt(name, (folder, *subfolders)),
             "image_a": {"bytes": None, "path": str(files[a][name].resolve())},
             "image_b": {"bytes": None, "path": str(files[b][name].resolve())},
             "model_a": a,
@@ -85,8 +96,8 @@ def _from_folder(folder: Path) -> Dataset:
     return Dataset.from_list(rows, features=image_preference())
 
 
-def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in PICTURES and not file.name.startswith(".")
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
 
 
 def _prompt(name: str, folders: tuple[Path, ...]) -> str:
@@ -97,12 +108,16 @@ def _prompt(name: str, folders: tuple[Path, ...]) -> str:
     return name.replace("_", " ").replace("-", " ")
 
 
-def file_of(cell: dict[str, Any]) -> bytes:
-    """The file of an undecoded picture, empty where that is all there is. Raises OSError where it is gone."""
+def file_bytes(cell: dict[str, Any]) -> bytes:
+    """Return the file of an undecoded image. An empty file is returned as empty bytes.
+
+    Raises:
+        OSError: if the file no longer exists.
+    """
     return b"" if cell["bytes"] == b"" else image_bytes(cell)
 
 
-def digest(row: dict[str, Any]) -> str:
-    """A hash of what a labeller saw of a pair: prompt and both files, so that votes never meet other pictures."""
-    parts = (row["prompt"].encode(), file_of(row["image_a"]), file_of(row["image_b"]))
+def pair_digest(row: dict[str, Any]) -> str:
+    """Return a hash of the prompt and both image files, which detects a pair that changed after a vote."""
+    parts = (row["prompt"].encode(), file_bytes(row["image_a"]), file_bytes(row["image_b"]))
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

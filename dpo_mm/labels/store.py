@@ -1,11 +1,11 @@
-"""Votes in SQLite, kept as they are cast: what was shown to whom, on which sides, and what was said.
+"""Votes in one SQLite file, saved as they are cast: which pair was presented to whom, in which order, and the choice.
 
-Any number of people and processes share one file (WAL, one writer at a time). A vote that was confirmed is on disk.
-A pair put before a labeller is a row of `shown`, and a row has one living vote at most, so that a key pressed twice,
-two windows of one person or a request sent again count once. An undone vote stays in the file, marked.
+Any number of people and processes share the file (WAL, one writer at a time). A confirmed vote is on disk. Each
+presentation of a pair to an annotator is a row of `presentations` and has at most one active vote. A key pressed twice,
+two windows of one person or a repeated request therefore count once. An undone vote stays in the file, marked.
 
-Pairs with the fewest showings come first, each labeller in an order of their own. Every tenth showing repeats an earlier
-pair of the same labeller, sides drawn anew, to measure agreement.
+Pairs with the fewest presentations come first, in a random order per annotator. Every tenth presentation repeats an
+earlier pair of the same annotator, with a new left and right, to measure agreement.
 """
 
 from __future__ import annotations
@@ -23,86 +23,117 @@ from pathlib import Path
 
 CHOICES = ("left", "right", "tie", "both_bad", "skip")
 BLOCK = 10
-"""Showings of which one is a repeat."""
-APART = 3
-"""Showings at least between a pair and its repeat."""
-LONGEST_NAME = 80
+"""Number of presentations that contain one repeat."""
+MIN_REPEAT_DISTANCE = 3
+"""Smallest number of presentations between a pair and its repeat."""
+MAX_NAME_LENGTH = 80
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS pairs (id TEXT PRIMARY KEY, digest TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS shown (
-    id INTEGER PRIMARY KEY, labeller TEXT NOT NULL, pair TEXT NOT NULL REFERENCES pairs(id),
-    again INTEGER NOT NULL, swapped INTEGER NOT NULL, shown_at REAL NOT NULL, UNIQUE (labeller, pair, again));
+CREATE TABLE IF NOT EXISTS presentations (
+    id INTEGER PRIMARY KEY, annotator TEXT NOT NULL, pair TEXT NOT NULL REFERENCES pairs(id),
+    is_repeat INTEGER NOT NULL, swapped INTEGER NOT NULL, shown_at REAL NOT NULL, UNIQUE (annotator, pair, is_repeat));
 CREATE TABLE IF NOT EXISTS votes (
-    id INTEGER PRIMARY KEY, shown INTEGER NOT NULL REFERENCES shown(id), choice TEXT NOT NULL,
+    id INTEGER PRIMARY KEY, presentation INTEGER NOT NULL REFERENCES presentations(id), choice TEXT NOT NULL,
     cast_at REAL NOT NULL, seconds REAL NOT NULL, undone_at REAL);
-CREATE UNIQUE INDEX IF NOT EXISTS one_living_vote ON votes (shown) WHERE undone_at IS NULL;
+CREATE UNIQUE INDEX IF NOT EXISTS one_active_vote ON votes (presentation) WHERE undone_at IS NULL;
 """
-LIVING = "votes JOIN shown ON shown.id = votes.shown AND votes.undone_at IS NULL"
+ACTIVE_VOTES = "votes JOIN presentations ON presentations.id = votes.presentation AND votes.undone_at IS NULL"
 
 
 @dataclass(frozen=True)
 class PresentedPair:
-    """A pair put before a labeller; swapped: b stands on the left; again: a repeat."""
+    """Presentation of a pair to an annotator.
+
+    Args:
+        id: id of the presentation.
+        pair: id of the pair.
+        is_repeat: the annotator voted on this pair before.
+        swapped: b is on the left.
+    """
 
     id: int
     pair: str
-    again: bool
+    is_repeat: bool
     swapped: bool
 
 
 @dataclass(frozen=True)
 class Vote:
-    """A living vote; `said` in the pair's own terms: a, b, tie, both_bad or skip. seconds: from showing to vote."""
+    """Active vote of an annotator on a pair.
 
-    labeller: str
+    Args:
+        annotator: name of the annotator.
+        pair: id of the pair.
+        is_repeat: the annotator had voted on this pair before.
+        swapped: b was on the left.
+        choice: a, b, tie, both_bad or skip.
+        cast_at: Unix time of the vote.
+        seconds: time from the presentation to the vote.
+    """
+
+    annotator: str
     pair: str
-    again: bool
+    is_repeat: bool
     swapped: bool
-    said: str
+    choice: str
     cast_at: float
     seconds: float
 
 
 @dataclass(frozen=True)
 class LabelProgress:
-    """mine: pairs this labeller has answered, of `total`. covered: pairs that anyone has answered."""
+    """Progress of an annotator and of all annotators.
 
-    mine: int
-    total: int
+    Args:
+        own_pairs: number of pairs that this annotator has voted on, of num_pairs.
+        num_pairs: number of pairs.
+        votes: number of active votes of all annotators.
+        annotators: number of annotators with an active vote.
+        covered_pairs: number of pairs with an active vote.
+    """
+
+    own_pairs: int
+    num_pairs: int
     votes: int
-    people: int
-    covered: int
+    annotators: int
+    covered_pairs: int
 
 
 class VoteStore:
-    """The votes on a set of pairs, in one SQLite file."""
+    """Store of the votes on a dataset's pairs, in one SQLite file."""
 
     def __init__(self, path: str | Path, ids: Sequence[str], *, source: str) -> None:
-        """Open or begin the votes on the pairs of these ids. source: the set, remembered for the export.
+        """Open or create the file.
 
-        Raises ValueError where the file is no store of votes or holds votes on pairs that are not among them.
+        Args:
+            path: SQLite file.
+            ids: ids of the dataset's pairs.
+            source: the dataset, stored for the export.
+
+        Raises:
+            ValueError: if the file is not a vote store, or has votes on pairs that are not in `ids`.
         """
         self.path, self.ids = Path(path).absolute(), tuple(ids)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with closing(_connect(self.path)) as connection:
                 connection.executescript(SCHEMA)
-                voted = {row[0] for row in connection.execute("SELECT id FROM pairs")}
+                stored_ids = {row[0] for row in connection.execute("SELECT id FROM pairs")}
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path}: not a file of votes ({error}); choose another for --votes") from error
-        foreign = sorted(voted - set(self.ids))
-        if foreign:
+            raise ValueError(f"{path}: not a file of votes ({error}). Choose another file for --votes") from error
+        unknown = sorted(stored_ids - set(self.ids))
+        if unknown:
             raise ValueError(
-                f"{path}: holds votes on {len(foreign)} pairs that {source} hasn't, such as {foreign[0]!r}; "
-                "choose another file for --votes, or give the set that they belong to"
+                f"{path}: has votes on {len(unknown)} pairs that are not in {source} (for example {unknown[0]!r}). "
+                "Choose another file for --votes, or the dataset that was labelled"
             )
-        with self._writing() as connection:
+        with self._transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO meta VALUES ('source', ?)", (source,))
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that holds the pen from its start, on disk when it ends."""
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Open a transaction that locks the file for writing from its start. Its changes are on disk when it ends."""
         with closing(_connect(self.path)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -112,131 +143,164 @@ class VoteStore:
                 raise
             connection.execute("COMMIT")
 
-    def show(self, labeller: str) -> PresentedPair | None:
-        """What this labeller is to answer now: what stands open, else a new pair or a repeat; None when all is done."""
-        labeller = name_of(labeller)
-        with self._writing() as connection:
-            open_ = connection.execute(
-                "SELECT id, pair, again, swapped FROM shown WHERE labeller = ? AND NOT EXISTS"
-                " (SELECT 1 FROM votes WHERE votes.shown = shown.id AND undone_at IS NULL) ORDER BY id LIMIT 1",
-                (labeller,),
+    def show(self, annotator: str) -> PresentedPair | None:
+        """Return the pair to present to this annotator next, or None if all are labelled.
+
+        It is the presentation without a vote if there is one, otherwise a new pair or a repeat.
+
+        Raises:
+            ValueError: if the name is empty or too long.
+        """
+        annotator = annotator_name(annotator)
+        with self._transaction() as connection:
+            pending = connection.execute(
+                "SELECT id, pair, is_repeat, swapped FROM presentations WHERE annotator = ? AND NOT EXISTS"
+                " (SELECT 1 FROM votes WHERE votes.presentation = presentations.id AND undone_at IS NULL)"
+                " ORDER BY id LIMIT 1",
+                (annotator,),
             ).fetchone()
-            if open_:
-                connection.execute("UPDATE shown SET shown_at = ? WHERE id = ?", (time.time(), open_[0]))
-                return PresentedPair(open_[0], open_[1], bool(open_[2]), bool(open_[3]))
-            repeat = self._repeat(connection, labeller)
-            pair = repeat or self._fresh(connection, labeller)
+            if pending:
+                connection.execute("UPDATE presentations SET shown_at = ? WHERE id = ?", (time.time(), pending[0]))
+                return PresentedPair(pending[0], pending[1], bool(pending[2]), bool(pending[3]))
+            repeat = self._repeated_pair(connection, annotator)
+            pair = repeat or self._new_pair(connection, annotator)
             if pair is None:
                 return None
-            again, swapped = repeat is not None, bool(secrets.randbits(1))
+            is_repeat, swapped = repeat is not None, bool(secrets.randbits(1))
             connection.execute("INSERT OR IGNORE INTO pairs VALUES (?, '')", (pair,))
             row = connection.execute(
-                "INSERT INTO shown (labeller, pair, again, swapped, shown_at) VALUES (?, ?, ?, ?, ?)",
-                (labeller, pair, again, swapped, time.time()),
+                "INSERT INTO presentations (annotator, pair, is_repeat, swapped, shown_at) VALUES (?, ?, ?, ?, ?)",
+                (annotator, pair, is_repeat, swapped, time.time()),
             )
-            return PresentedPair(int(row.lastrowid or 0), pair, again, swapped)
+            return PresentedPair(int(row.lastrowid or 0), pair, is_repeat, swapped)
 
-    def _fresh(self, connection: sqlite3.Connection, labeller: str) -> str | None:
-        counts = dict(connection.execute("SELECT pair, count(*) FROM shown WHERE NOT again GROUP BY pair"))
-        seen = {row[0] for row in connection.execute("SELECT pair FROM shown WHERE labeller = ?", (labeller,))}
-        left = [pair for pair in self._order(labeller) if pair not in seen]
-        return min(left, key=lambda pair: counts.get(pair, 0), default=None)
+    def _new_pair(self, connection: sqlite3.Connection, annotator: str) -> str | None:
+        counts = dict(connection.execute("SELECT pair, count(*) FROM presentations WHERE NOT is_repeat GROUP BY pair"))
+        rows = connection.execute("SELECT pair FROM presentations WHERE annotator = ?", (annotator,))
+        presented = {row[0] for row in rows}
+        remaining = [pair for pair in self._order(annotator) if pair not in presented]
+        return min(remaining, key=lambda pair: counts.get(pair, 0), default=None)
 
-    def _order(self, labeller: str) -> list[str]:
-        """The pairs in an order of the labeller's own, the same whenever asked."""
-        return random.Random(labeller).sample(self.ids, len(self.ids))
+    def _order(self, annotator: str) -> list[str]:
+        """Return the pairs in a random order that depends only on the annotator's name."""
+        return random.Random(annotator).sample(self.ids, len(self.ids))
 
-    def _repeat(self, connection: sqlite3.Connection, labeller: str) -> str | None:
-        """The pair to repeat where the next showing is the one of its ten that repeats."""
-        shown = [
-            row[0] for row in connection.execute("SELECT pair FROM shown WHERE labeller = ? ORDER BY id", (labeller,))
-        ]
-        block, place = divmod(len(shown), BLOCK)
-        chance = hashlib.blake2b(f"{block}\0{labeller}".encode(), digest_size=4).digest()[0]
-        if place != BLOCK // 2 + chance % (BLOCK - BLOCK // 2):
+    def _repeated_pair(self, connection: sqlite3.Connection, annotator: str) -> str | None:
+        """Return the pair to repeat if the next presentation is the repeat of its block."""
+        rows = connection.execute("SELECT pair FROM presentations WHERE annotator = ? ORDER BY id", (annotator,))
+        presented = [row[0] for row in rows]
+        block, index = divmod(len(presented), BLOCK)
+        random_byte = hashlib.blake2b(f"{block}\0{annotator}".encode(), digest_size=4).digest()[0]
+        if index != BLOCK // 2 + random_byte % (BLOCK - BLOCK // 2):
             return None
-        skipped = connection.execute(f"SELECT pair FROM {LIVING} WHERE labeller = ? AND choice = 'skip'", (labeller,))
-        out = {row[0] for row in skipped} | set(shown[-APART:])
-        once = [pair for pair, times in Counter(shown).items() if times == 1 and pair not in out]
-        return random.Random(f"{block}\0{labeller}").choice(once) if once else None
+        skipped = connection.execute(
+            f"SELECT pair FROM {ACTIVE_VOTES} WHERE annotator = ? AND choice = 'skip'", (annotator,)
+        )
+        excluded = {row[0] for row in skipped} | set(presented[-MIN_REPEAT_DISTANCE:])
+        candidates = [pair for pair, count in Counter(presented).items() if count == 1 and pair not in excluded]
+        return random.Random(f"{block}\0{annotator}").choice(candidates) if candidates else None
 
-    def confirm(self, pair: str, digest: str) -> None:
-        """Remember what a pair looked like when first shown. Raises ValueError where it looks otherwise now."""
-        with self._writing() as connection:
-            (before,) = connection.execute("SELECT digest FROM pairs WHERE id = ?", (pair,)).fetchone()
-            if before not in ("", digest):
+    def record_digest(self, pair: str, digest: str) -> None:
+        """Store the digest of a pair when it is first shown.
+
+        Raises:
+            ValueError: if the stored digest differs.
+        """
+        with self._transaction() as connection:
+            (stored,) = connection.execute("SELECT digest FROM pairs WHERE id = ?", (pair,)).fetchone()
+            if stored not in ("", digest):
                 raise ValueError(
-                    f"{self.path}: pair {pair!r} had other pictures or another prompt when it was voted on; "
-                    "choose another file for --votes"
+                    f"{self.path}: the images or the prompt of pair {pair!r} have changed since it was voted on. "
+                    "Choose another file for --votes"
                 )
             connection.execute("UPDATE pairs SET digest = ? WHERE id = ?", (digest, pair))
 
     def digests(self) -> dict[str, str]:
-        """What each pair that was shown looked like, by id."""
+        """Return the digest of each pair that was shown, by pair id."""
         with closing(_connect(self.path)) as connection:
             return dict(connection.execute("SELECT id, digest FROM pairs WHERE digest != ''"))
 
-    def cast(self, labeller: str, shown: int, choice: str) -> bool:
-        """Keep a vote; True once it is on disk, False where that showing has a vote or is not this labeller's.
+    def cast(self, annotator: str, presentation: int, choice: str) -> bool:
+        """Save a vote.
 
-        Raises ValueError for a choice that isn't in CHOICES.
+        Args:
+            annotator: name of the annotator.
+            presentation: id of the `PresentedPair`.
+            choice: one of CHOICES.
+
+        Returns:
+            True if the vote is on disk. False if the presentation already has a vote or is not this annotator's.
+
+        Raises:
+            ValueError: if the choice is not in CHOICES.
         """
         if choice not in CHOICES:
-            raise ValueError(f"choice {choice!r} is unknown; expected one of {', '.join(CHOICES)}")
+            raise ValueError(f"choice {choice!r} is unknown. Expected one of {', '.join(CHOICES)}")
         now = time.time()
-        with self._writing() as connection:
+        with self._transaction() as connection:
             row = connection.execute(
-                "INSERT INTO votes (shown, choice, cast_at, seconds)"
-                " SELECT id, ?, ?, max(0, ? - shown_at) FROM shown WHERE id = ? AND labeller = ?"
+                "INSERT INTO votes (presentation, choice, cast_at, seconds)"
+                " SELECT id, ?, ?, max(0, ? - shown_at) FROM presentations WHERE id = ? AND annotator = ?"
                 " ON CONFLICT DO NOTHING",
-                (choice, now, now, shown, name_of(labeller)),
+                (choice, now, now, presentation, annotator_name(annotator)),
             )
             return row.rowcount == 1
 
-    def undo(self, labeller: str) -> bool:
-        """Take back the labeller's last living vote, so that its pair stands open again; False where there is none."""
-        with self._writing() as connection:
+    def undo(self, annotator: str) -> bool:
+        """Mark the annotator's last active vote as undone, so that its pair is presented again. False if there is none."""
+        with self._transaction() as connection:
             row = connection.execute(
-                f"UPDATE votes SET undone_at = ? WHERE id = (SELECT max(votes.id) FROM {LIVING} WHERE labeller = ?)",
-                (time.time(), name_of(labeller)),
+                "UPDATE votes SET undone_at = ? WHERE id ="
+                f" (SELECT max(votes.id) FROM {ACTIVE_VOTES} WHERE annotator = ?)",
+                (time.time(), annotator_name(annotator)),
             )
             return row.rowcount == 1
 
     def votes(self) -> list[Vote]:
-        """The living votes, as cast."""
+        """Return the active votes in the order in which they were cast."""
         with closing(_connect(self.path)) as connection:
-            found = connection.execute(
-                f"SELECT labeller, pair, again, swapped, choice, cast_at, seconds FROM {LIVING} ORDER BY votes.id"
+            rows = connection.execute(
+                "SELECT annotator, pair, is_repeat, swapped, choice, cast_at, seconds"
+                f" FROM {ACTIVE_VOTES} ORDER BY votes.id"
             )
             return [
-                Vote(labeller, pair, bool(again), bool(swapped), _said(choice, bool(swapped)), cast_at, seconds)
-                for labeller, pair, again, swapped, choice, cast_at, seconds in found
+                Vote(annotator, pair, bool(is_repeat), bool(swapped), _unswap(choice, bool(swapped)), cast_at, seconds)
+                for annotator, pair, is_repeat, swapped, choice, cast_at, seconds in rows
             ]
 
-    def progress(self, labeller: str) -> LabelProgress:
-        """How far this labeller and all of them are."""
+    def progress(self, annotator: str) -> LabelProgress:
+        """Count the votes of this annotator and of all annotators."""
         with closing(_connect(self.path)) as connection:
-            votes, people, covered = connection.execute(
-                f"SELECT count(*), count(DISTINCT labeller), count(DISTINCT pair) FROM {LIVING}"
+            votes, annotators, covered_pairs = connection.execute(
+                f"SELECT count(*), count(DISTINCT annotator), count(DISTINCT pair) FROM {ACTIVE_VOTES}"
             ).fetchone()
-            (mine,) = connection.execute(
-                f"SELECT count(*) FROM {LIVING} WHERE labeller = ? AND NOT again", (name_of(labeller),)
+            (own_pairs,) = connection.execute(
+                f"SELECT count(*) FROM {ACTIVE_VOTES} WHERE annotator = ? AND NOT is_repeat",
+                (annotator_name(annotator),),
             ).fetchone()
-        return LabelProgress(mine, len(self.ids), votes, people, covered)
+        return LabelProgress(own_pairs, len(self.ids), votes, annotators, covered_pairs)
 
 
-def name_of(labeller: str) -> str:
-    """A labeller's name as it is kept. Raises ValueError where it is empty or too long."""
-    name = " ".join(labeller.split())
-    if not 0 < len(name) <= LONGEST_NAME:
-        raise ValueError(f"a labeller's name has {len(name)} letters; expected 1 to {LONGEST_NAME}")
+def annotator_name(text: str) -> str:
+    """Return an annotator's name as it is stored, without extra spaces.
+
+    Raises:
+        ValueError: if it is empty or too long.
+    """
+    name = " ".join(text.split())
+    if not 0 < len(name) <= MAX_NAME_LENGTH:
+        raise ValueError(f"the annotator's name has {len(name)} characters. Expected 1 to {MAX_NAME_LENGTH}")
     return name
 
 
 def source_of(path: str | Path) -> str:
-    """The set that a file of votes belongs to. Raises ValueError where it is missing or no file of votes."""
+    """Return the dataset that the votes in a file belong to.
+
+    Raises:
+        ValueError: if the file does not exist or is not a file of votes.
+    """
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; `dpo-mm demo label --votes {path}` begins one")
+        raise ValueError(f"{path}: no such file. `dpo-mm demo label --votes {path}` creates it")
     try:
         with closing(_connect(Path(path))) as connection:
             return str(connection.execute("SELECT value FROM meta WHERE key = 'source'").fetchone()[0])
@@ -245,7 +309,7 @@ def source_of(path: str | Path) -> str:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """A connection that waits for others and writes through to the disk."""
+    """Open a connection that waits for other writers and writes through to the disk."""
     connection = sqlite3.connect(path, timeout=60, isolation_level=None)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
@@ -253,5 +317,6 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _said(choice: str, swapped: bool) -> str:
+def _unswap(choice: str, swapped: bool) -> str:
+    """Translate left and right to a and b."""
     return {"left": "ba"[not swapped], "right": "ab"[not swapped]}.get(choice, choice)

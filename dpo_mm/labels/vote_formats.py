@@ -1,7 +1,7 @@
-"""Votes in the forms that other tools of labelling read: Label Studio's tasks and Argilla's records, as JSON.
+"""Votes in the JSON formats of other annotation tools: tasks of Label Studio and records of Argilla.
 
-Every vote is kept with who cast it, repeats and skips too where the form has a place for them. Pictures travel inside
-the file, as PNG or whatever they were.
+Every vote is written with its annotator. Repeats and skips are written if the format supports them. Images are embedded
+in the file, in their original encoding.
 """
 
 from __future__ import annotations
@@ -13,69 +13,85 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.labels.pairs import file_of
+from dpo_mm.labels.pairs import file_bytes
 from dpo_mm.labels.store import Vote
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PEOPLE = uuid.UUID("5b1d0b39-9a0e-5d0c-8f7b-6c1d6a8f2f11")
-"""Namespace of the ids that Argilla wants of people; a name gives the same id always."""
+USER_ID_NAMESPACE = uuid.UUID("5b1d0b39-9a0e-5d0c-8f7b-6c1d6a8f2f11")
+"""Namespace of the user ids that Argilla requires. A name always gives the same id."""
 
 
-def label_studio(votes: Sequence[Vote], rows: Dataset) -> list[dict[str, Any]]:
-    """Tasks with annotations, for a labelling interface with `Choices name="preference" toName="prompt"`.
+def label_studio_tasks(votes: Sequence[Vote], rows: Dataset) -> list[dict[str, Any]]:
+    """Return tasks with annotations for an interface with `Choices name="preference" toName="prompt"`.
 
-    Source: Label Studio's task format; sides are the set's own, a and b, whatever side they stood on.
+    a and b are those of the dataset, whether a was on the left or on the right.
+
+    Source: task format of Label Studio.
     """
     return [
         {
-            "data": {"id": row["id"], "prompt": row["prompt"], "image_a": uri(row["image_a"]), "image_b": uri(row["image_b"])},
+            "data": {
+                "id": row["id"],
+                "prompt": row["prompt"],
+                "image_a": data_uri(row["image_a"]),
+                "image_b": data_uri(row["image_b"]),
+            },
             "annotations": [
                 {
-                    "completed_by": {"email": vote.labeller},
+                    "completed_by": {"email": vote.annotator},
                     "created_at": datetime.fromtimestamp(vote.cast_at, UTC).isoformat(),
                     "lead_time": round(vote.seconds, 3),
-                    "was_cancelled": vote.said == "skip",
-                    "result": [] if vote.said == "skip" else [
-                        {"from_name": "preference", "to_name": "prompt", "type": "choices", "value": {"choices": [vote.said]}}
+                    "was_cancelled": vote.choice == "skip",
+                    "result": [] if vote.choice == "skip" else [
+                        {
+                            "from_name": "preference",
+                            "to_name": "prompt",
+                            "type": "choices",
+                            "value": {"choices": [vote.choice]},
+                        }
                     ],
                 }
-                for vote in cast
+                for vote in row_votes
             ],
         }
-        for row, cast in _voted(votes, rows)
+        for row, row_votes in _rows_with_votes(votes, rows)
     ]  # fmt: skip
 
 
-def argilla(votes: Sequence[Vote], rows: Dataset) -> list[dict[str, Any]]:
-    """Records as `Dataset.records.from_json` reads them: fields, and a response `preference` of each person.
+def argilla_records(votes: Sequence[Vote], rows: Dataset) -> list[dict[str, Any]]:
+    """Return records as `Dataset.records.from_json` reads them, with one response `preference` per annotator.
 
-    A person has one response a record there, so repeats are left out, and skips.
+    Argilla allows one response per annotator and record, so repeats and skips are left out.
     """
     return [
         {
             "id": row["id"],
-            "fields": {"prompt": row["prompt"], "image_a": uri(row["image_a"]), "image_b": uri(row["image_b"])},
+            "fields": {
+                "prompt": row["prompt"],
+                "image_a": data_uri(row["image_a"]),
+                "image_b": data_uri(row["image_b"]),
+            },
             "metadata": {name: row[name] for name in ("model_a", "model_b", "source", "license") if row[name]},
             "suggestions": {},
             "responses": {
                 "preference": [
-                    {"value": vote.said, "user_id": str(uuid.uuid5(PEOPLE, vote.labeller))}
-                    for vote in cast
-                    if not vote.again and vote.said != "skip"
+                    {"value": vote.choice, "user_id": str(uuid.uuid5(USER_ID_NAMESPACE, vote.annotator))}
+                    for vote in row_votes
+                    if not vote.is_repeat and vote.choice != "skip"
                 ]
             },
             "vectors": {},
         }
-        for row, cast in _voted(votes, rows)
+        for row, row_votes in _rows_with_votes(votes, rows)
     ]
 
 
-def uri(cell: dict[str, Any]) -> str:
-    """An undecoded picture as a data URI, its bytes as they are."""
-    data = file_of(cell)
-    kinds = {
+def data_uri(cell: dict[str, Any]) -> str:
+    """Encode an undecoded image as a data URI, with unchanged bytes."""
+    data = file_bytes(cell)
+    formats = {
         b"\x89PNG": "png",
         b"\xff\xd8\xff": "jpeg",
         b"RIFF": "webp",
@@ -83,21 +99,21 @@ def uri(cell: dict[str, Any]) -> str:
         b"II*\x00": "tiff",
         b"MM\x00*": "tiff",
     }
-    kind = next((kind for start, kind in kinds.items() if data.startswith(start)), "png")
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    format = next((format for start, format in formats.items() if data.startswith(start)), "png")
+    return f"data:image/{format};base64,{base64.b64encode(data).decode()}"
 
 
-def _voted(votes: Sequence[Vote], rows: Dataset) -> Iterable[tuple[dict[str, Any], list[Vote]]]:
-    """Rows that have a vote, each with its votes, in the set's order."""
-    cast: dict[str, list[Vote]] = defaultdict(list)
+def _rows_with_votes(votes: Sequence[Vote], rows: Dataset) -> Iterable[tuple[dict[str, Any], list[Vote]]]:
+    """Yield the rows that have votes, with their votes, in the dataset's order."""
+    votes_by_pair: dict[str, list[Vote]] = defaultdict(list)
     for vote in votes:
-        cast[vote.pair].append(vote)
+        votes_by_pair[vote.pair].append(vote)
     for row in rows:
-        if row["id"] in cast:
-            yield row, cast[row["id"]]
+        if row["id"] in votes_by_pair:
+            yield row, votes_by_pair[row["id"]]
 
 
-FORMS: dict[str, Callable[[Sequence[Vote], Dataset], list[dict[str, Any]]]] = {
-    "label-studio": label_studio,
-    "argilla": argilla,
+FORMATS: dict[str, Callable[[Sequence[Vote], Dataset], list[dict[str, Any]]]] = {
+    "label-studio": label_studio_tasks,
+    "argilla": argilla_records,
 }

@@ -1,16 +1,17 @@
-"""Preference pairs from a model's own samples: draw several pictures a prompt, judge them, pair best with worst.
+"""Preference pairs from a model's own images: the best of several per prompt against the worst.
 
-Several judges rank together, by the mean of their z-scores within a prompt, and guards keep a second axis from falling:
-prettiness is not to be bought with disobedience, nor one judge's taste with another's.
+Several judges rank together by the mean of their z-scores within a prompt. Guardrail judges prevent one quality from
+improving at the expense of another: aesthetics at the expense of the prompt, or one judge's preference at the expense
+of another's.
 
-Finished shards are kept; a restarted run goes on after them. Processes share the prompts (RANK of WORLD_SIZE).
+Finished shards are saved, and a restarted run continues after them. Processes share the prompts (RANK of WORLD_SIZE).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,89 +27,107 @@ from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import check_settings_unchanged, exit_cleanly_on_sigterm, missing_shards
 
-if TYPE_CHECKING:
-    pass
-
 
 def mine_images(config: MineConfig) -> Path:
-    """Mine pairs as the config says; returns the Parquet file of `ImagePreference` rows.
+    """Mine image pairs.
 
-    Raises ValueError where the folder was mined with other settings, or where no pair reaches the gap.
+    Args:
+        config: model, prompts, judges and sampling.
+
+    Returns:
+        Path of the Parquet file of `ImagePreference` rows.
+
+    Raises:
+        ValueError: if the folder was mined with other settings, a setting does not fit, or no pair reaches the gap.
     """
     if config.images_per_prompt < 2:
-        raise ValueError(
-            f"images_per_prompt is {config.images_per_prompt}; a pair needs at least 2 pictures of a prompt"
-        )
+        raise ValueError(f"images_per_prompt is {config.images_per_prompt}. A pair needs at least 2 images per prompt.")
     folder = Path(config.output_dir)
     prompts = read_prompts(config.prompts, limit=config.max_prompts)
     check_settings_unchanged(folder, as_dict(config), done="mined")
     shards = [prompts[i : i + config.shard_size] for i in range(0, len(prompts), config.shard_size)]
-    places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
-    left = missing_shards(places)
-    if left:
+    paths = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
+    missing = missing_shards(paths)
+    if missing:
         policy = load_image_policy(
             config.model, revision=config.revision, precision=config.precision, adapter=config.adapter
         )
-        total = sum(len(shards[n]) for n in left) * config.images_per_prompt
-        with exit_cleanly_on_sigterm(), progress_bar("drawing and judging", total) as advance:
-            for number in left:
+        total = sum(len(shards[number]) for number in missing) * config.images_per_prompt
+        with exit_cleanly_on_sigterm(), progress_bar("generating and scoring images", total) as advance:
+            for number in missing:
                 rows = _mine_shard(policy, shards[number], config, advance)
-                write_rows(rows, places[number], make=make_image_rows, features=image_preference())
-    nothing = (
-        f"{config.output_dir}: no two of {config.images_per_prompt} samples of any prompt differ by more than {config.min_score_gap:g} "
-        f"on {'+'.join(parse_judges(config.judges))}; draw more samples or lower min_score_gap"
+                write_rows(rows, paths[number], make=make_image_rows, features=image_preference())
+    empty_message = (
+        f"{config.output_dir}: no two of the {config.images_per_prompt} images of any prompt differ by more than "
+        f"{config.min_score_gap:g} on {'+'.join(parse_judges(config.judges))}. Increase images_per_prompt or lower "
+        "min_score_gap."
     )
-    return combine_shards(places, folder / "pairs.parquet", nothing=nothing)
+    return combine_shards(paths, folder / "pairs.parquet", nothing=empty_message)
 
 
 def parse_judges(judges: tuple[str, ...] | str | None) -> tuple[str, ...]:
-    """Judges of a setting: a list, or a text with commas."""
+    """Return the judges of a setting that is a list, a text with commas, or None."""
     return tuple(judges.split(",")) if isinstance(judges, str) else judges or ()
 
 
 def _mine_shard(policy: ImagePolicy, prompts: Sequence[str], config: MineConfig, advance: Any) -> list[dict[str, Any]]:
+    """Generate and score the images of some prompts and return the rows of their pairs."""
     judges, guards = parse_judges(config.judges), parse_judges(config.guards)
-    named = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
+    repeated = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
     seeds = [seed for prompt in prompts for seed in seeds_of(prompt, config.images_per_prompt, seed=config.seed)]
     images: list[Image.Image] = []
-    for drawn in policy.sample(
-        named, seeds, steps=config.num_inference_steps, guidance=config.guidance_scale, batch_size=config.batch_size
+    for batch in policy.sample(
+        repeated, seeds, steps=config.num_inference_steps, guidance=config.guidance_scale, batch_size=config.batch_size
     ):
-        images += drawn
-        advance(len(drawn))
-    ranking = mean_z_score([higher_is_better_scores(name, images, named) for name in judges], config.images_per_prompt)
-    scores = np.array([ranking, *(higher_is_better_scores(name, images, named) for name in guards)])
+        images += batch
+        advance(len(batch))
+    ranking = mean_z_score(
+        [higher_is_better_scores(name, images, repeated) for name in judges], config.images_per_prompt
+    )
+    scores = np.array([ranking, *(higher_is_better_scores(name, images, repeated) for name in guards)])
     rows = []
-    for number in range(len(prompts)):
+    for number, prompt in enumerate(prompts):
         part = slice(number * config.images_per_prompt, (number + 1) * config.images_per_prompt)
         for best, worst in choose_pairs(scores[:, part], config.min_score_gap, config.pairs_per_prompt):
-            rows.append(_row(named[part][0], images[part], seeds[part], scores[0, part], best, worst, config))
+            rows.append(_row(prompt, images[part], seeds[part], scores[0, part], best, worst, config))
     return rows
 
 
 def higher_is_better_scores(name: str, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
-    """A judge's scores, (pictures,), turned round where lower is better."""
+    """Score images with a judge, (images,), with the sign flipped if lower is better."""
     scores = np.array(load_judge(name)(images, prompts))
     return -scores if better_of(name) == "lower" else scores
 
 
 def mean_z_score(scores: Sequence[np.ndarray], samples: int) -> np.ndarray:
-    """One ranking of several judges' scores, (pictures,): the mean of z-scores within each prompt; of one, its own.
+    """Combine the scores of several judges into one ranking.
 
-    A judge that finds a prompt's pictures all alike says nothing there (z = 0).
+    Args:
+        scores: scores of each judge, (images,), a prompt's images together, higher is better.
+        samples: images per prompt.
+
+    Returns:
+        Mean over judges of the z-score within each prompt, (images,). The scores of a single judge are returned
+        unchanged. A judge that scores all images of a prompt equally contributes 0 there.
     """
     if len(scores) == 1:
         return scores[0]
-    each = np.array(scores, dtype=float).reshape(len(scores), -1, samples)
-    spread = each.std(-1, keepdims=True)
-    centred = each - each.mean(-1, keepdims=True)
-    return np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 1e-12).mean(0).ravel()
+    by_prompt = np.array(scores, dtype=float).reshape(len(scores), -1, samples)
+    deviation = by_prompt.std(-1, keepdims=True)
+    centred = by_prompt - by_prompt.mean(-1, keepdims=True)
+    return np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 1e-12).mean(0).ravel()
 
 
 def choose_pairs(scores: np.ndarray, min_score_gap: float, count: int) -> list[tuple[int, int]]:
-    """(chosen, rejected) of one prompt's samples: best with worst, second with second to last, and so on.
+    """Pair the images of one prompt: best with worst, second best with second worst, and so on.
 
-    scores: (1 + guards, samples); the first row ranks, by more than `min_score_gap`; on each other, chosen must not be lower.
+    Args:
+        scores: (1 + guards, images). The first row ranks. In every other row, chosen must not be lower than rejected.
+        min_score_gap: chosen and rejected differ by more than this in the first row.
+        count: maximum number of pairs. Each image is in at most one.
+
+    Returns:
+        Indices (chosen, rejected) of each pair.
     """
     order = np.argsort(-scores[0], kind="stable")
     pairs: list[tuple[int, int]] = []
@@ -133,7 +152,7 @@ def _row(
     worst: int,
     config: MineConfig,
 ) -> dict[str, Any]:
-    """A row whose winner stands on the side that its seed decides, so that the side says nothing."""
+    """Build a pair's row. The winner's seed decides whether it is a or b: the position carries no signal."""
     first, second, preference = (best, worst, "a") if seeds[best] % 2 else (worst, best, "b")
     guards = "+".join(parse_judges(config.guards))
     return {

@@ -1,9 +1,11 @@
-"""Preference pairs from a reader's or captioner's own failures: ask it, judge its answers, reject the worst.
+"""Preference pairs from a text model's own failures: generate responses, score them, reject the worst.
 
-rejected is what the model itself said (a loop cut three rounds after the truth's own, see `judges.text.truncate_repetition`),
-chosen is the truth, its own best, or the same answer corrected. Each row keeps why it was rejected and how it was
-drawn. Finished shards are kept; a restarted run goes on after them, and one that is asked to stop (SIGTERM) ends after
-its shard. Processes share the questions (RANK of WORLD_SIZE).
+`rejected` is the model's own response. A repetition loop in it is truncated three repeats after those of the ground
+truth (`judges.text.truncate_repetition`). `chosen` is the ground truth, the model's best response, or the same response
+corrected. Each row records why it was rejected and how it was decoded.
+
+Finished shards are saved, and a restarted run continues after them. On SIGTERM a run finishes its shard and ends.
+Processes share the questions (RANK of WORLD_SIZE).
 """
 
 from __future__ import annotations
@@ -27,109 +29,138 @@ from dpo_mm.resumable import StopRequest, check_settings_unchanged, missing_shar
 
 
 def mine_responses(config: MineResponsesConfig) -> Path:
-    """Mine pairs as the config says; returns the Parquet file of `ResponsePreference` rows.
+    """Mine response pairs.
 
-    Raises ValueError where the folder was mined with other settings, a question has no truth, or nothing failed; Stopped
-    after a SIGTERM.
+    Args:
+        config: model, questions, judge and decoding.
+
+    Returns:
+        Path of the Parquet file of `ResponsePreference` rows.
+
+    Raises:
+        ValueError: if the folder was mined with other settings, a setting does not fit, a question has no ground
+            truth, or no response failed.
+        TrainingInterrupted: after a SIGTERM, when the current shard is saved.
     """
-    _check(config)
+    _validate_config(config)
     folder = Path(config.output_dir)
     questions = read_questions(config.questions, limit=config.max_questions)
-    blank = next((question.id for question in questions if not question.truth), None)
-    if blank is not None:
-        raise ValueError(f"{config.questions}: question {blank} has no truth, which judges compare answers with")
+    without = next((question.id for question in questions if not question.truth), None)
+    if without is not None:
+        raise ValueError(f"{config.questions}: question {without} has no ground truth, and mining needs it. Add it.")
     check_settings_unchanged(folder, as_dict(config), done="mined")
     shards = [questions[i : i + config.shard_size] for i in range(0, len(questions), config.shard_size)]
-    places = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
-    _mine_shards(shards, places, config)
-    nothing = f"none of its answers to {len(questions)} questions failed by {config.judge}; ask more, or sample some"
-    return combine_shards(places, folder / "pairs.parquet", nothing=f"{config.output_dir}: {nothing}")
+    paths = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
+    _mine_shards(shards, paths, config)
+    empty_message = (
+        f"{config.output_dir}: no response to {len(questions)} questions failed by {config.judge}. Use more questions, "
+        "or increase responses_per_question."
+    )
+    return combine_shards(paths, folder / "pairs.parquet", nothing=empty_message)
 
 
-def _check(config: MineResponsesConfig) -> None:
+def _validate_config(config: MineResponsesConfig) -> None:
+    """Raise ValueError for settings that do not fit together."""
     if config.chosen not in ("ground_truth", "best", "corrected"):
-        raise ValueError(f"chosen {config.chosen!r} is unknown; expected 'ground_truth', 'best' or 'corrected'")
+        raise ValueError(f"chosen {config.chosen!r} is unknown. Use 'ground_truth', 'best' or 'corrected'.")
     if config.chosen == "corrected":
         correct(config.judge, Response("", 0, hit_limit=False), "")
     if config.chosen == "best" and config.responses_per_question < 2:
-        raise ValueError(
-            "responses_per_question is 1; to choose the model's own best takes at least 1 answer beside the greedy one"
-        )
+        raise ValueError("responses_per_question is 1. With chosen: best, use at least 2.")
 
 
-def _mine_shards(shards: Sequence[Sequence[Question]], places: Sequence[Path], config: MineResponsesConfig) -> None:
-    """Write the shards of this process that are not there yet."""
-    left = missing_shards(places)
-    if not left:
+def _mine_shards(shards: Sequence[Sequence[Question]], paths: Sequence[Path], config: MineResponsesConfig) -> None:
+    """Write this process's shards that do not exist yet."""
+    missing = missing_shards(paths)
+    if not missing:
         return
     stop = StopRequest()
     policy = load_text_policy(
         config.model, revision=config.revision, precision=config.precision, adapter=config.adapter
     )
-    total = sum(len(shards[n]) for n in left) * config.responses_per_question
-    with progress_bar("asking and judging", total) as advance, stop.on_sigterm():
-        for number in left:
+    total = sum(len(shards[number]) for number in missing) * config.responses_per_question
+    with progress_bar("generating and scoring responses", total) as advance, stop.on_sigterm():
+        for number in missing:
             if stop.requested:
-                there = sum(place.exists() for place in places)
+                finished = sum(path.exists() for path in paths)
                 raise TrainingInterrupted(
-                    f"stopped as asked, {there} of {len(places)} shards in {config.output_dir}; run it again"
+                    f"interrupted by SIGTERM with {finished} of {len(paths)} shards in {config.output_dir}. "
+                    "Run the same command to resume."
                 )
             rows = _mine_shard(policy, shards[number], config, advance)
-            write_rows(rows, places[number], make=make_response_rows, features=response_preference())
+            write_rows(rows, paths[number], make=make_response_rows, features=response_preference())
 
 
 def _mine_shard(
     policy: TextPolicy, questions: Sequence[Question], config: MineResponsesConfig, advance: Any
 ) -> list[dict[str, Any]]:
-    ways = [
-        "greedy",
-        *(
-            f"sampled at {config.temperature:g}, seed {config.seed + n}"
-            for n in range(config.responses_per_question - 1)
-        ),
-    ]
-    answers: list[list[Response]] = [[] for _ in questions]
-    for place in range(len(ways)):
-        drawn = policy.generate(
+    """Generate and score the responses to some questions and return the rows of their pairs."""
+    sampled = range(config.responses_per_question - 1)
+    decodings = ["greedy", *(f"sampled at {config.temperature:g}, seed {config.seed + n}" for n in sampled)]
+    responses: list[list[Response]] = [[] for _ in questions]
+    for index in range(len(decodings)):
+        batch = policy.generate(
             [question.images for question in questions],
             [question.prompt for question in questions],
             max_new_tokens=config.max_new_tokens,
-            do_sample=place > 0,
-            temperature=config.temperature if place else 1.0,
-            seed=config.seed + max(place - 1, 0),
+            do_sample=index > 0,
+            temperature=config.temperature if index else 1.0,
+            seed=config.seed + max(index - 1, 0),
             batch_size=config.batch_size,
         )
-        for own, answer in zip(answers, drawn, strict=True):
-            own.append(answer)
+        for question_responses, response in zip(responses, batch, strict=True):
+            question_responses.append(response)
         advance(len(questions))
-    rows = (build_pair(question, own, ways, config) for question, own in zip(questions, answers, strict=True))
+    rows = (
+        build_pair(question, question_responses, decodings, config)
+        for question, question_responses in zip(questions, responses, strict=True)
+    )
     return [row for row in rows if row is not None]
 
 
-def failure_scores(judge: str, answers: Sequence[Response], truth: str) -> list[float]:
-    """How bad answers to one question are by a judge, higher is worse; 0 where it has nothing to say."""
-    shares: list[Ratio] = load_judge(judge)(answers, [truth] * len(answers))
+def failure_scores(judge: str, responses: Sequence[Response], ground_truth: str) -> list[float]:
+    """Score how badly responses to one question fail.
+
+    Args:
+        judge: name of the judge.
+        responses: responses to the same question.
+        ground_truth: the correct response.
+
+    Returns:
+        One score per response, higher is worse. 0 if the judge counts nothing in it.
+    """
+    ratios: list[Ratio] = load_judge(judge)(responses, [ground_truth] * len(responses))
     sign = -1.0 if better_of(judge) == "higher" else 1.0
-    return [sign * share.hits / share.of if share.of else 0.0 for share in shares]
+    return [sign * ratio.hits / ratio.of if ratio.of else 0.0 for ratio in ratios]
 
 
 def build_pair(
-    question: Question, answers: Sequence[Response], ways: Sequence[str], config: MineResponsesConfig
+    question: Question, responses: Sequence[Response], decodings: Sequence[str], config: MineResponsesConfig
 ) -> dict[str, Any] | None:
-    """The row of one question: its worst answer rejected, the truth or its own best chosen; None where none failed."""
-    whole = Response(question.truth, 0, hit_limit=False)
-    *bad, perfect = failure_scores(config.judge, [*answers, whole], question.truth)
-    worst = max(range(len(answers)), key=bad.__getitem__)
-    chosen, floor = question.truth, perfect
+    """Build the row of one question, with its worst response as rejected.
+
+    Args:
+        question: the question with its ground truth.
+        responses: the model's responses, the greedy one first.
+        decodings: how each was decoded.
+        config: the judge, the smallest gap and the source of chosen.
+
+    Returns:
+        The row. None if no response is worse than chosen by more than the gap.
+    """
+    perfect = Response(question.truth, 0, hit_limit=False)
+    *scores, chosen_score = failure_scores(config.judge, [*responses, perfect], question.truth)
+    worst = max(range(len(responses)), key=scores.__getitem__)
+    rejected, chosen = responses[worst], question.truth
     if config.chosen == "best":
-        second = failure_scores(config.tie_break, answers, question.truth)
-        best = min(range(len(answers)), key=lambda n: (bad[n], second[n]))
-        chosen, floor = answers[best].text, bad[best]
-    rejected = answers[worst]
-    if config.chosen == "corrected":
+        ties = failure_scores(config.tie_break, responses, question.truth)
+        best = min(range(len(responses)), key=lambda n: (scores[n], ties[n]))
+        chosen, chosen_score = responses[best].text, scores[best]
+    elif config.chosen == "corrected":
         chosen = correct(config.judge, rejected, question.truth)
-        (floor,) = failure_scores(config.judge, [Response(chosen, 0, hit_limit=False)], question.truth)
-    if bad[worst] - floor <= config.min_score_gap or not chosen.strip() or rejected.text == chosen:
+        (chosen_score,) = failure_scores(config.judge, [Response(chosen, 0, hit_limit=False)], question.truth)
+    score_gap = scores[worst] - chosen_score
+    if score_gap <= config.min_score_gap or not chosen.strip() or rejected.text == chosen:
         return None
     text = truncate_repetition(rejected.text, question.truth) if rejected.hit_limit else rejected.text
     return {
@@ -139,10 +170,10 @@ def build_pair(
         "chosen": chosen,
         "rejected": text,
         "rejected_truncated": rejected.hit_limit,
-        "score_gap": bad[worst] - floor,
+        "score_gap": score_gap,
         "axis": config.judge,
         "reason": explain(config.judge, rejected, question.truth).reason or f"worse by {config.judge}",
         "model": config.model,
-        "decoding": ways[worst],
+        "decoding": decodings[worst],
         "source": f"own failures on {config.questions}, chosen: {config.chosen}",
     }

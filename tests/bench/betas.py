@@ -1,4 +1,7 @@
-"""beta auto beside the betas of the shipped recipes that were found by hand: python -m tests.bench.betas OUTPUT.json"""
+"""Compare `beta: auto` with the betas of the bundled recipes, which were chosen by hand.
+
+Command: python -m tests.bench.betas OUTPUT.json
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ def main(out: Path) -> None:
             policy = build_policy(config)
             rows = encode_splits(policy, config).rows
             policy.prepare(config)
-            found = measure_beta(policy, training_stream(config, rows, 1), config)
-            table.append({"recipe": f"{task}, {preset}", "by_hand": config.beta, "auto": found})
+            auto_beta = measure_beta(policy, training_stream(config, rows, 1), config)
+            table.append({"recipe": f"{task}, {preset}", "by_hand": config.beta, "auto": auto_beta})
     command = f"python -m tests.bench.betas {out}"
-    out.write_text(json.dumps({"command": command, "share": SHARE[False], "rows": table}, indent=1) + "\n")
+    out.write_text(json.dumps({"command": command, "share": SHARE["image"], "rows": table}, indent=1) + "\n")
     print(out.read_text())
 
 

@@ -1,12 +1,15 @@
-"""How often `compare_images` is wrong where the truth is known: the base against itself, and against a damaged model.
+"""Measure how often the verdict of `compare_images` is wrong, in cases where the right verdict is known.
 
     python -m tests.bench.compare_alarms            # about a quarter of an hour on one CPU core
 
-Three cases on the shipped shapes pipeline, at small limits: the base against itself by `compare_images` (the same pictures, so
-nothing may be found), the base against itself from other seeds (nothing changed, but every picture did: the false alarms
-of the whole verdict, over pairs that share no picture, with the exact interval of their rate), and the base against itself
-with noise on the weights of its UNet ("worse" must be found). Pictures are kept, so a run goes on where it was cut.
-Writes docs/benchmarks/compare-alarms.json.
+Three cases on the bundled shapes pipeline, with few prompts:
+
+- The base against itself by `compare_images`. The images are identical, so the verdict must be "no evidence".
+- The base against itself with other seeds. The model is the same but every image differs, so each other verdict is a
+  false alarm. The pairs share no image, and the rate of false alarms has an exact confidence interval.
+- The base against itself with noise on the weights of its UNet. The verdict must be "worse".
+
+Images are cached, so an interrupted run resumes. Writes docs/benchmarks/compare-alarms.json.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from dpo_mm.config import CompareConfig
 from dpo_mm.evaluation.compare_images import compare_images, comparisons, verdict
 from dpo_mm.evaluation.image_sampling import ImageSampler, sampling_plan
 from dpo_mm.evaluation.image_store import FOLDER, ImageStore
-from dpo_mm.evaluation.statistics import Comparison, rate_interval
+from dpo_mm.evaluation.significance import rate_interval
+from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.policies.families import load_image_policy
 
 TARGET = Path(__file__).parents[2] / "docs" / "benchmarks" / "compare-alarms.json"
@@ -40,12 +44,15 @@ CONFIG = CompareConfig(
     guidance_scale=1.5,
     batch_size=48,
 )
-APART = 10_000
-"""The first seed of the draws that share no picture."""
+FIRST_SEED = 10_000
+"""The first seed of the images that no other comparison uses."""
 
 
-def damaged(folder: Path, strength: float) -> str:
-    """The base's UNet with noise of this share of each weight's own spread, saved as a tuned one."""
+def save_damaged_model(folder: Path, strength: float) -> str:
+    """Save the base's UNet with noise on its weights, as a tuned model, and return the folder.
+
+    strength: standard deviation of the noise, as a fraction of each tensor's standard deviation.
+    """
     policy = load_image_policy(CONFIG.model, precision=CONFIG.precision)
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -55,39 +62,41 @@ def damaged(folder: Path, strength: float) -> str:
     return str(folder)
 
 
-def against_itself(config: CompareConfig) -> str:
+def compare_with_itself(config: CompareConfig) -> str:
     return compare_images(config, title="The base against itself", command="").verdict
 
 
-def against_other_seeds(studio: ImageSampler, pair: int) -> tuple[str, Comparison]:
-    """The whole verdict on two sets of the base's pictures as if one were a tuned model's, and its headline."""
-    one, other = (
-        studio.draw(
-            sampling_plan(dataclasses.replace(studio.config, seed=APART + 2 * pair + side)), scale=0.0, label="base"
+def compare_with_other_seeds(sampler: ImageSampler, pair: int) -> tuple[str, Comparison]:
+    """Compare two sets of the base's images as if one were a tuned model's. Returns the verdict and the primary metric."""
+    base, other_seeds = (
+        sampler.generate(
+            sampling_plan(dataclasses.replace(sampler.config, seed=FIRST_SEED + 2 * pair + side)),
+            scale=0.0,
+            label="base",
         )
         for side in (0, 1)
     )
-    assert not set(one.plan.seeds) & set(other.plan.seeds)
-    found = comparisons(one, dataclasses.replace(other, plan=one.plan), studio.config)
-    return verdict(found), found[0]
+    assert not set(base.plan.seeds) & set(other_seeds.plan.seeds)
+    results = comparisons(base, dataclasses.replace(other_seeds, plan=base.plan), sampler.config)
+    return verdict(results), results[0]
 
 
-def alarms(found: list[tuple[str, Comparison]]) -> dict[str, Any]:
-    """How often something was found where nothing is, in all and for the first twenty, and each headline."""
-    wrong = sum(word != "no evidence" for word, _ in found)
+def count_alarms(results: list[tuple[str, Comparison]]) -> dict[str, Any]:
+    """The rate of false alarms, the verdicts of all and of the first twenty pairs, and each primary metric."""
+    wrong = sum(word != "no evidence" for word, _ in results)
     return {
-        "verdicts": Counter(word for word, _ in found),
-        "first twenty": Counter(word for word, _ in found[:20]),
-        "false alarms": wrong / len(found),
-        "95 % interval": rate_interval(wrong, len(found)),
+        "verdicts": Counter(word for word, _ in results),
+        "first twenty": Counter(word for word, _ in results[:20]),
+        "false alarms": wrong / len(results),
+        "95 % interval": rate_interval(wrong, len(results)),
         "pairs": [
-            {"verdict": word, **{key: round(getattr(one, key), 4) for key in ("difference", "low", "high", "p")}}
-            for word, one in found
+            {"verdict": word, **{key: round(getattr(comparison, key), 4) for key in ("difference", "low", "high", "p")}}
+            for word, comparison in results
         ],
     }
 
 
-def against_damaged(config: CompareConfig, folder: str) -> dict[str, Any]:
+def compare_with_damaged(config: CompareConfig, folder: str) -> dict[str, Any]:
     outcome = compare_images(
         dataclasses.replace(config, adapter=folder), title="The base against a damaged one", command=""
     )
@@ -97,31 +106,35 @@ def against_damaged(config: CompareConfig, folder: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--pairs", type=int, default=100, help="of draws of the base from other seeds")
-    parser.add_argument("--strength", type=float, default=0.3, help="noise, as a share of each weight's spread")
+    parser.add_argument(
+        "--pairs", type=int, default=100, help="number of comparisons of the base with itself on other seeds"
+    )
+    parser.add_argument(
+        "--strength", type=float, default=0.3, help="noise, as a fraction of each tensor's standard deviation"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/compare-alarms"))
-    given = parser.parse_args()
-    started = time.process_time()
-    config = dataclasses.replace(CONFIG, output_dir=str(given.work))
+    options = parser.parse_args()
+    start = time.process_time()
+    config = dataclasses.replace(CONFIG, output_dir=str(options.work))
     with suppress_library_output():
-        each = [dataclasses.replace(config, seed=seed) for seed in range(given.seeds)]
-        itself = Counter(against_itself(one) for one in each)
-        studio = ImageSampler(
-            load_image_policy(config.model, precision=config.precision), config, ImageStore(given.work / FOLDER)
+        configs = [dataclasses.replace(config, seed=seed) for seed in range(options.seeds)]
+        same_images = Counter(compare_with_itself(config_of_seed) for config_of_seed in configs)
+        sampler = ImageSampler(
+            load_image_policy(config.model, precision=config.precision), config, ImageStore(options.work / FOLDER)
         )
-        seeds = alarms([against_other_seeds(studio, pair) for pair in range(given.pairs)])
-        folder = damaged(given.work / "damaged", given.strength)
-        worse = [against_damaged(one, folder) for one in each[:3]]
-    found = {
-        "command": f"python -m tests.bench.compare_alarms --seeds {given.seeds} --pairs {given.pairs} --strength {given.strength:g}",
+        other_seeds = count_alarms([compare_with_other_seeds(sampler, pair) for pair in range(options.pairs)])
+        folder = save_damaged_model(options.work / "damaged", options.strength)
+        worse = [compare_with_damaged(config_of_seed, folder) for config_of_seed in configs[:3]]
+    report = {
+        "command": f"python -m tests.bench.compare_alarms --seeds {options.seeds} --pairs {options.pairs} --strength {options.strength:g}",
         "settings": {name: value for name, value in dataclasses.asdict(CONFIG).items() if name != "output_dir"},
-        "base against itself": itself,
-        "base against itself from other seeds": seeds,
+        "base against itself": same_images,
+        "base against itself from other seeds": other_seeds,
         "base against a damaged one": worse,
-        "cpu_seconds": round(time.process_time() - started),
+        "cpu_seconds": round(time.process_time() - start),
     }
-    TARGET.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    TARGET.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

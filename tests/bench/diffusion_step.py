@@ -1,24 +1,24 @@
-"""One training step on image pairs, ours beside the published loop: time, memory, per part, and what FLOPs allow.
+"""Compare one training step on image pairs with the published loop: time, memory, time per part, and the FLOP bound.
 
     python -m tests.bench.diffusion_step --out docs/benchmarks/diffusion-step.json      # CPU, small and SD1.5-shaped
     python -m tests.bench.diffusion_step --size sd15 --device cuda --precision bf16     # real size, random weights
     python -m tests.bench.diffusion_step --size sdxl --device cuda --precision bf16 --checkpointing
 
-The published loop is the one of diffusers' research script train_diffusion_dpo, written anew from its description:
-autoencoder and text encoder in the step, one noise and timestep a pair, the policy's forward, then the reference by
-switching the adapter off while the policy's activations are alive, mean squared errors without the 1/2 (so that its
-beta_dpo is half of our beta), and the backward pass. Ours: posteriors and prompt embeddings read from the encoded set on
-disk, draws made in the collator, the reference asked online before the policy, or kept for K draws.
+The published loop is that of diffusers' research script train_diffusion_dpo, written anew from its description. It runs
+the autoencoder and the text encoder in the step and samples one noise and timestep per pair. It runs the policy first,
+then the reference by disabling the adapter while the policy's activations are alive. Its mean squared errors have no
+factor 1/2, so its beta_dpo is half of our beta. Our step reads posteriors and prompt embeddings from the encoded dataset
+on disk and samples noise in the collator. The reference runs online before the policy, or is precomputed for K draws.
 
-The same denoiser, adapter, rows and batch on all sides; LoRA of rank 16 on the attention layers, forward and backward,
-without the optimizer's step (the same for all). Pictures are decoded pixels for the published loop, so its JPEG decoding
-is left out; ours pays for reading its rows. Variants run in random order within each round; times are of the process's
-CPU, single-threaded (GPU: wall time between synchronisations), and the table is of medians. Before that, all are given
-the same draws and must give the same loss.
+Both use the same denoiser, adapter, rows and batch: LoRA of rank 16 on the attention layers, forward and backward, without
+the optimizer's step, which is the same for both. The published loop gets decoded pixels, so its JPEG decoding is not
+counted. Ours includes reading its rows. Variants run in random order within each round. Times are CPU times of one thread
+(on a GPU, wall times between synchronisations), and the table has the medians. Before the timing, all variants get the
+same noise and timesteps and must give the same loss.
 
-Small: UNet, autoencoder and text encoder of SD1.5's shape with channels and depth cut, 256 px, their FLOPs in the ratio
-of SD1.5's own at 512 px (`shares`; counted, on the meta device, beside those of the real ones), its attention heads as
-wide as SD1.5's (32 to 128; 40 to 160): at a width of 8, this CPU's attention alone would be 2/3 of the step.
+The small size has the shape of SD1.5's UNet, autoencoder and text encoder with fewer channels and layers, at 256 px. Its
+parts have FLOPs in the ratio of SD1.5's at 512 px (`shares`, counted on the meta device for both). Its attention heads are
+as wide as SD1.5's (32 to 128, against 40 to 160): at a width of 8, attention on a CPU would take 2/3 of the step.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ TOKENS = 77
 
 
 class Size(NamedTuple):
-    """A model's shape: keywords of its denoiser, autoencoder and text encoders; pixels of a side."""
+    """A model's shape: pixels per edge, and keyword arguments of its denoiser, autoencoder and text encoders."""
 
     pixels: int
     unet: dict[str, Any]
@@ -104,7 +104,7 @@ SIZES = {
 
 
 def modules(size: Size, words: Any = None) -> tuple[Any, Any, list[Any]]:
-    """Denoiser, autoencoder and text encoders, random, on the device that is the default."""
+    """Denoiser, autoencoder and text encoders with random weights, on torch's default device."""
     latent = size.pixels // 8
     unet = diffusers.UNet2DConditionModel(**{"sample_size": latent, "attention_head_dim": 8, **size.unet})
     downs, ups = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
@@ -123,7 +123,7 @@ def modules(size: Size, words: Any = None) -> tuple[Any, Any, list[Any]]:
 
 
 def build(size: Size, *, device: str, precision: str) -> Any:
-    """The policy of a random pipeline of this size, on the device."""
+    """The policy of a pipeline of this size with random weights."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         words = clip_tokenizer(Path(folder))
@@ -148,42 +148,46 @@ def build(size: Size, *, device: str, precision: str) -> Any:
     return StableDiffusion(pipe.to(device), "bench")
 
 
-def counted(function: Callable[[], Any]) -> float:
-    """FLOPs of a call, 10^9."""
+def count_flops(function: Callable[[], Any]) -> float:
+    """Count the FLOPs of a call, in 10^9."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function()
     return counter.get_total_flops() / 1e9
 
 
 def flops(size: Size) -> dict[str, float]:
-    """FLOPs (10^9) of one picture's denoiser forward, its encoding, and a prompt's; on the meta device."""
+    """FLOPs (10^9) of the denoiser and the autoencoder for one image, and of the text encoders for one prompt.
+
+    They are counted on the meta device.
+    """
     with torch.device("meta"):
         unet, vae, texts = modules(size)
         latent = size.pixels // 8
         width = unet.config.cross_attention_dim
-        more = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)} if len(texts) == 2 else None
-        given = (torch.empty(1, 4, latent, latent), torch.zeros(1), torch.empty(1, TOKENS, width))
+        conditioning = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)} if len(texts) == 2 else None
+        inputs = (torch.empty(1, 4, latent, latent), torch.zeros(1), torch.empty(1, TOKENS, width))
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         return {
-            "denoiser": counted(lambda: unet(*given, added_cond_kwargs=more)),
-            "autoencoder": counted(lambda: vae.encode(torch.empty(1, 3, size.pixels, size.pixels))),
-            "text": sum(counted(lambda text=text: text(ids)) for text in texts),
+            "denoiser": count_flops(lambda: unet(*inputs, added_cond_kwargs=conditioning)),
+            "autoencoder": count_flops(lambda: vae.encode(torch.empty(1, 3, size.pixels, size.pixels))),
+            "text": sum(count_flops(lambda text=text: text(ids)) for text in texts),
         }
 
 
-def allowed(one: dict[str, float]) -> dict[str, float]:
-    """What a perfect implementation would gain over the published loop, by FLOPs.
+def largest_speedups(gflops: dict[str, float]) -> dict[str, float]:
+    """The largest speed-up over the published loop that the FLOP counts allow, by variant.
 
-    A pair: two pictures encoded, one prompt; a picture's denoiser forward for the policy and for the reference, and once
-    more for the backward pass, which with a LoRA gives gradients to inputs alone.
+    The published loop encodes two images and one prompt per pair. Per image the denoiser runs forward for the policy and
+    for the reference. The backward pass costs as much as one more forward, because with a LoRA it only computes the
+    gradients of inputs.
     """
-    step = 2 * 3 * one["denoiser"]
-    published = step + 2 * one["autoencoder"] + one["text"]
+    step = 2 * 3 * gflops["denoiser"]
+    published = step + 2 * gflops["autoencoder"] + gflops["text"]
     return {"online": published / step, "precomputed": published / (step * 2 / 3)}
 
 
 class Parts:
-    """Seconds of each part of the steps that ran; a GPU is waited for."""
+    """Seconds of each part of the steps. On a GPU it synchronises before each reading."""
 
     def __init__(self, device: str) -> None:
         self.device, self.seconds = device, {}  # type: tuple[str, dict[str, list[float]]]
@@ -202,7 +206,7 @@ class Parts:
 
 
 class Draw(NamedTuple):
-    """Noise of the posteriors and of the step, (pairs, c, h, w), and timesteps, (pairs,)."""
+    """One sample: noise of the posteriors and of the step, (pairs, c, h, w), and timesteps, (pairs,)."""
 
     posterior: Tensor
     noise: Tensor
@@ -213,9 +217,9 @@ Step = Callable[[], float]
 
 
 def rows_of(size: Size, pairs: int) -> list[dict[str, Any]]:
-    """Pairs of pictures of smooth noise."""
+    """Pairs of images of smooth noise."""
 
-    def picture(seed: int) -> bytes:
+    def png_bytes(seed: int) -> bytes:
         small = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         return encode_png(Image.fromarray(small).resize((size.pixels,) * 2, Image.Resampling.BICUBIC))
 
@@ -223,69 +227,81 @@ def rows_of(size: Size, pairs: int) -> list[dict[str, Any]]:
         {
             "id": f"row-{n}",
             "prompt": WORDS[n % len(WORDS)],
-            "image_a": {"bytes": picture(2 * n), "path": None},
-            "image_b": {"bytes": picture(2 * n + 1), "path": None},
+            "image_a": {"bytes": png_bytes(2 * n), "path": None},
+            "image_b": {"bytes": png_bytes(2 * n + 1), "path": None},
             "preference": "a",
         }
         for n in range(pairs)
     ]  # fmt: skip
 
 
-def published(
+def published_step(
     policy: Any, config: TrainConfig, pixels: Tensor, ids: list[Tensor], parts: Parts
 ) -> Callable[..., float]:
-    """The published loop's step. pixels: chosen, then rejected, (2 pairs, 3, s, s). ids: of each text encoder."""
+    """The published loop's step.
+
+    Args:
+        pixels: chosen images, then rejected ones, (2 * pairs, 3, size, size).
+        ids: token ids of the prompts for each text encoder.
+    """
     unet, vae, scale = policy.model, policy.pipe.vae, policy.pipe.vae.config.scaling_factor
     texts = [
         getattr(policy.pipe, name) for name in ("text_encoder", "text_encoder_2") if getattr(policy.pipe, name, None)
     ]
-    kept = policy.scheduler.alphas_cumprod.to(pixels.device)
+    alphas_cumprod = policy.scheduler.alphas_cumprod.to(pixels.device)
     pairs, dtype = len(pixels) // 2, vae.dtype
 
-    def told() -> dict[str, Any]:
+    def encode_prompts() -> dict[str, Any]:
         if len(texts) == 1:
             return {"encoder_hidden_states": texts[0](ids[0])[0].repeat(2, 1, 1)}
-        found = [text(tokens, output_hidden_states=True) for text, tokens in zip(texts, ids, strict=True)]
+        encoded = [text(tokens, output_hidden_states=True) for text, tokens in zip(texts, ids, strict=True)]
         sizes = torch.tensor([[float(pixels.shape[-1])] * 2 + [0.0, 0.0] + [float(pixels.shape[-1])] * 2], dtype=dtype)
-        more = {"text_embeds": found[1][0].repeat(2, 1), "time_ids": sizes.to(pixels.device).repeat(2 * pairs, 1)}
-        hidden = torch.cat([one.hidden_states[-2] for one in found], -1)
-        return {"encoder_hidden_states": hidden.repeat(2, 1, 1), "added_cond_kwargs": more}
+        size_conditioning = {
+            "text_embeds": encoded[1][0].repeat(2, 1),
+            "time_ids": sizes.to(pixels.device).repeat(2 * pairs, 1),
+        }
+        hidden = torch.cat([output.hidden_states[-2] for output in encoded], -1)
+        return {"encoder_hidden_states": hidden.repeat(2, 1, 1), "added_cond_kwargs": size_conditioning}
 
     def step(draw: Draw | None = None) -> float:
         with parts.part("autoencoder"):
-            latents = [vae.encode(part).latent_dist for part in pixels.to(dtype).split(8)]
-            fresh = [one.sample() if draw is None else one.mean for one in latents]
+            posteriors = [vae.encode(part).latent_dist for part in pixels.to(dtype).split(8)]
+            samples = [posterior.sample() if draw is None else posterior.mean for posterior in posteriors]
             if draw is not None:
-                fresh = [one.mean + one.std * draw.posterior.repeat(2, 1, 1, 1) for one in latents]
-            latent = (torch.cat(fresh) * scale).float()
+                samples = [p.mean + p.std * draw.posterior.repeat(2, 1, 1, 1) for p in posteriors]
+            latent = (torch.cat(samples) * scale).float()
         with parts.part("noise"):
             noise = torch.randn_like(latent[:pairs]) if draw is None else draw.noise
-            at = torch.randint(0, len(kept), (pairs,), device=latent.device) if draw is None else draw.timestep
-            noise, at = noise.repeat(2, 1, 1, 1), at.repeat(2)
-            level = kept[at].float()[:, None, None, None]
-            noisy = (level.sqrt() * latent + (1 - level).sqrt() * noise).to(dtype)
+            timestep = (
+                torch.randint(0, len(alphas_cumprod), (pairs,), device=latent.device) if draw is None else draw.timestep
+            )
+            noise, timestep = noise.repeat(2, 1, 1, 1), timestep.repeat(2)
+            alpha_bar = alphas_cumprod[timestep].float()[:, None, None, None]
+            noisy = (alpha_bar.sqrt() * latent + (1 - alpha_bar).sqrt() * noise).to(dtype)
         with parts.part("text"):
-            prompt = told()
+            prompt = encode_prompts()
         with parts.part("policy forward"):
-            error = F.mse_loss(unet(noisy, at, **prompt).sample.float(), noise, reduction="none").mean([1, 2, 3])
+            errors = F.mse_loss(unet(noisy, timestep, **prompt).sample.float(), noise, reduction="none").mean([1, 2, 3])
         with parts.part("reference"):
             unet.disable_adapters()
             with torch.no_grad():
-                before = F.mse_loss(unet(noisy, at, **prompt).sample.float(), noise, reduction="none").mean([1, 2, 3])
+                reference_errors = F.mse_loss(
+                    unet(noisy, timestep, **prompt).sample.float(), noise, reduction="none"
+                ).mean([1, 2, 3])
             unet.enable_adapters()
         with parts.part("backward"):
-            won, lost = error.chunk(2)
-            won_before, lost_before = before.chunk(2)
-            inside = (won_before - lost_before) - (won - lost)
-            loss = -F.logsigmoid(config.beta / 2 * inside).mean()
+            chosen, rejected = errors.chunk(2)
+            reference_chosen, reference_rejected = reference_errors.chunk(2)
+            difference = (reference_chosen - reference_rejected) - (chosen - rejected)
+            loss = -F.logsigmoid(config.beta / 2 * difference).mean()
             loss.backward()
         return float(loss.detach())
 
     return step
 
 
-def ours(policy: Any, config: TrainConfig, rows: Any, parts: Parts) -> Step:
-    """Our step: rows from disk, the trainer's own loss."""
+def our_step(policy: Any, config: TrainConfig, rows: Any, parts: Parts) -> Step:
+    """Our step, with rows from disk and the trainer's loss."""
     draws = config.fixed_draws_per_row
     if config.reference == "precomputed":
         rows = precompute_reference_log_probs(
@@ -294,20 +310,20 @@ def ours(policy: Any, config: TrainConfig, rows: Any, parts: Parts) -> Step:
     trainer = PreferenceTrainer(policy, config, rows)
     policy.model.train()
     stream = PairStream(rows, seed=0, length=10**9, num_fixed_draws=draws, shuffle=False)
-    asked, asks = trainer.reference, policy.log_probs
+    run_reference, run_policy = trainer.reference, policy.log_probs
     visit = 0
 
-    def reference(model: Any, batch: Any) -> Any:
+    def timed_reference(model: Any, batch: Any) -> Any:
         with parts.part("reference"):
-            policy.log_probs = asks
+            policy.log_probs = run_policy
             try:
-                return asked(model, batch)
+                return run_reference(model, batch)
             finally:
-                policy.log_probs = timed
+                policy.log_probs = timed_policy
 
-    def timed(model: Any, batch: Any) -> Any:
+    def timed_policy(model: Any, batch: Any) -> Any:
         with parts.part("policy forward"):
-            return asks(model, batch)
+            return run_policy(model, batch)
 
     def step() -> float:
         nonlocal visit
@@ -315,28 +331,28 @@ def ours(policy: Any, config: TrainConfig, rows: Any, parts: Parts) -> Step:
             batch = policy.collate([stream[visit * len(rows) + n] for n in range(len(rows))])
             batch = trainer._prepare_inputs(batch)
         visit += 1
-        trainer.reference, policy.log_probs = reference, timed
+        trainer.reference, policy.log_probs = timed_reference, timed_policy
         try:
             loss = trainer.compute_loss(policy.model, batch)
         finally:
-            policy.log_probs = asks
+            policy.log_probs = run_policy
         with parts.part("backward"):
             loss.backward()
-        trainer._measured["train"].clear()
+        trainer._metrics["train"].clear()
         return float(loss.detach())
 
     return step
 
 
-def stir(model: Any) -> None:
-    """The same adapter on all sides, away from zero: each matrix from its own seed."""
+def randomise_adapter(model: Any) -> None:
+    """Fill the adapter with the same random numbers in all variants, each matrix from a separate seed."""
     for number, (_, tensor) in enumerate(sorted((name, t) for name, t in model.named_parameters() if "lora_" in name)):
         with torch.no_grad():
             tensor.copy_(0.01 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
 
 
 class Bench(NamedTuple):
-    """Steps by variant, the parts that each notes, how to free gradients, and each variant's loss on one same draw."""
+    """Steps and part times by variant, a function that frees gradients, and each variant's loss on the same noise."""
 
     steps: dict[str, Step]
     parts: dict[str, Parts]
@@ -344,45 +360,48 @@ class Bench(NamedTuple):
     loss: dict[str, float]
 
 
-def prepared(given: argparse.Namespace, folder: Path) -> Bench:
-    """The variants on one policy (whose encoders stay, for the published loop)."""
-    size = SIZES[given.size]
-    policy = build(size, device=given.device, precision=given.precision)
+def prepare_bench(options: argparse.Namespace, folder: Path) -> Bench:
+    """Prepare all variants on one policy. Its encoders stay in memory, because the published loop needs them."""
+    size = SIZES[options.size]
+    policy = build(size, device=options.device, precision=options.precision)
     policy.model.train()
-    rows = rows_of(size, given.pairs)
+    rows = rows_of(size, options.pairs)
     pixels = torch.stack([
         policy.pixels(Image.open(io.BytesIO(row[side]["bytes"])))
         for side in ("image_a", "image_b") for row in rows
-    ]).to(given.device)  # fmt: skip
+    ]).to(options.device)  # fmt: skip
     names = [name for name in ("tokenizer", "tokenizer_2") if getattr(policy.pipe, name, None)]
-    told = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
-    ids = [getattr(policy.pipe, n)([row["prompt"] for row in rows], **told).input_ids.to(given.device) for n in names]
+    tokenizer_options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
+    ids = [
+        getattr(policy.pipe, n)([row["prompt"] for row in rows], **tokenizer_options).input_ids.to(options.device)
+        for n in names
+    ]
     encoded = encode(policy, drop_ties(make_image_rows(rows)), where="bench", cache=folder)
     config = TrainConfig(
-        "bench", "bench", str(folder / "out"), batch_size=given.pairs, steps=1, precision=given.precision,
-        gradient_checkpointing=given.checkpointing,
+        "bench", "bench", str(folder / "out"), batch_size=options.pairs, steps=1, precision=options.precision,
+        gradient_checkpointing=options.checkpointing,
     )  # fmt: skip
     policy.prepare(config)
-    stir(policy.model)
+    randomise_adapter(policy.model)
     variants = {
         "online": config,
         "precomputed": config.__class__(
-            **{**config.__dict__, "reference": "precomputed", "fixed_draws_per_row": given.draws}
+            **{**config.__dict__, "reference": "precomputed", "fixed_draws_per_row": options.draws}
         ),
     }
-    parts = {name: Parts(given.device) for name in ("published", *variants)}
-    loop = published(policy, config, pixels, ids, parts["published"])
-    steps: dict[str, Step] = {"published": loop}
-    steps |= {name: ours(policy, one, encoded, parts[name]) for name, one in variants.items()}
-    first = policy.collate([{**encoded[n], "visit": 0} for n in range(given.pairs)])
-    draw = Draw(_posterior(config, first), first["noise"], first["timestep"])
-    draw = Draw(*(tensor.to(given.device) for tensor in draw))
-    loss = {"published": loop(draw)} | {name: steps[name]() for name in variants}
+    parts = {name: Parts(options.device) for name in ("published", *variants)}
+    published = published_step(policy, config, pixels, ids, parts["published"])
+    steps: dict[str, Step] = {"published": published}
+    steps |= {name: our_step(policy, variant_config, encoded, parts[name]) for name, variant_config in variants.items()}
+    batch = policy.collate([{**encoded[n], "visit": 0} for n in range(options.pairs)])
+    draw = Draw(_posterior(config, batch), batch["noise"], batch["timestep"])
+    draw = Draw(*(tensor.to(options.device) for tensor in draw))
+    loss = {"published": published(draw)} | {name: steps[name]() for name in variants}
     return Bench(steps, parts, lambda: policy.model.zero_grad(set_to_none=True), loss)
 
 
 def _posterior(config: TrainConfig, batch: dict[str, Any]) -> Tensor:
-    """The posterior's noise that our collator drew at visit 0."""
+    """The posterior noise that our collator samples in the first epoch."""
     from dpo_mm.policies.diffusion import random_draws
 
     shape = tuple(batch["noise"].shape[1:])
@@ -391,14 +410,14 @@ def _posterior(config: TrainConfig, batch: dict[str, Any]) -> Tensor:
     )
 
 
-def measured(given: argparse.Namespace) -> dict[str, Any]:
-    """Medians of seconds by variant and part, peak memory, the losses on one same draw, and what FLOPs allow."""
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure median seconds by variant and part, peak memory, the losses on the same noise, and the FLOP bound."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = prepared(given, Path(folder))
+        bench = prepare_bench(options, Path(folder))
         times: dict[str, list[float]] = {name: [] for name in bench.steps}
         for parts in bench.parts.values():
             parts.seconds.clear()
-        for number in range(given.rounds):
+        for number in range(options.rounds):
             order = list(bench.steps)
             random.Random(number).shuffle(order)
             for name in order:
@@ -406,15 +425,15 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
                 bench.steps[name]()
                 times[name].append(bench.parts[name].now() - start)
                 bench.clear()
-        peaks = {name: peak(step, bench.clear, given.device) for name, step in bench.steps.items()}
+        peaks = {name: peak(step, bench.clear, options.device) for name, step in bench.steps.items()}
     medians = {name: statistics.median(values) for name, values in times.items()}
-    one = {name: flops(size) for name, size in SIZES.items()}
+    gflops = {name: flops(size) for name, size in SIZES.items()}
     return {
-        "size": given.size,
-        "pairs": given.pairs,
-        "rounds": given.rounds,
-        "draws_kept": given.draws,
-        "gradient_checkpointing": given.checkpointing,
+        "size": options.size,
+        "pairs": options.pairs,
+        "rounds": options.rounds,
+        "draws_kept": options.draws,
+        "gradient_checkpointing": options.checkpointing,
         "loss_on_one_draw": bench.loss,
         "seconds": medians,
         "all_seconds": times,
@@ -427,16 +446,16 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         "round_ratios": {
             name: [a / b for a, b in zip(times["published"], values, strict=True)] for name, values in times.items()
         },
-        "gflops": one,
+        "gflops": gflops,
         "shares": {
-            name: {part: value / parts["denoiser"] for part, value in parts.items()} for name, parts in one.items()
+            name: {part: value / parts["denoiser"] for part, value in parts.items()} for name, parts in gflops.items()
         },
-        "flops_allow": {name: allowed(parts) for name, parts in one.items()},
+        "flops_allow": {name: largest_speedups(parts) for name, parts in gflops.items()},
     }
 
 
 def peak(step: Step, clear: Callable[[], None], device: str) -> float:
-    """What a step adds to memory at most, MiB (Linux, or the GPU's allocator)."""
+    """The peak memory that a step adds, in MiB, of the process (Linux) or of the GPU's allocator."""
     clear()
     gc.collect()
     if device != "cpu":
@@ -452,6 +471,7 @@ def peak(step: Step, clear: Callable[[], None], device: str) -> float:
 
 
 def status(name: str) -> float:
+    """A value of /proc/self/status, in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
 
@@ -466,26 +486,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    if given.device == "cpu":
+    options = parser.parse_args()
+    if options.device == "cpu":
         torch.set_num_threads(1)
     with suppress_library_output():
-        found = measured(given)
-    print(f"loss on one draw: {', '.join(f'{name} {loss:.6f}' for name, loss in found['loss_on_one_draw'].items())}")
-    for name, seconds in found["seconds"].items():
-        bound = found["flops_allow"][given.size].get(name)
+        results = measure(options)
+    print(f"loss on one draw: {', '.join(f'{name} {loss:.6f}' for name, loss in results['loss_on_one_draw'].items())}")
+    for name, seconds in results["seconds"].items():
+        speedup_bound = results["flops_allow"][options.size].get(name)
         print(
-            f"{name:12} {1000 * seconds:7.0f} ms  x{found['over_published'][name]:.2f}"
-            f"{f' (FLOPs alone: x{bound:.2f})' if bound else '':20}  +{found['peak_mib'][name]:.0f} MiB  "
-            + ", ".join(f"{part} {1000 * value:.0f}" for part, value in found["parts"][name].items())
+            f"{name:12} {1000 * seconds:7.0f} ms  x{results['over_published'][name]:.2f}"
+            f"{f' (FLOPs alone: x{speedup_bound:.2f})' if speedup_bound else '':20}  +{results['peak_mib'][name]:.0f} MiB  "
+            + ", ".join(f"{part} {1000 * value:.0f}" for part, value in results["parts"][name].items())
         )
-    for name, shares in found["shares"].items():
+    for name, shares in results["shares"].items():
         print(f"{name:5} FLOPs of one denoiser forward: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items()))
-    if given.out:
-        device = torch.cuda.get_device_name() if given.device != "cpu" else f"{platform.machine()} CPU, one thread"
-        about = {"command": "python -m tests.bench.diffusion_step", "device": device, "precision": given.precision,
+    if options.out:
+        device = torch.cuda.get_device_name() if options.device != "cpu" else f"{platform.machine()} CPU, one thread"
+        about = {"command": "python -m tests.bench.diffusion_step", "device": device, "precision": options.precision,
                  "torch": torch.__version__, "diffusers": diffusers.__version__}  # fmt: skip
-        given.out.write_text(json.dumps({**about, **found}, indent=1) + "\n")
+        options.out.write_text(json.dumps({**about, **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

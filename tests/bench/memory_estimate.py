@@ -1,12 +1,13 @@
-"""What `--dry-run` says of memory, beside the measured peak of a training step on this machine.
+"""Compare the memory estimate of `--dry-run` with the measured peak of a training step on this machine.
 
     python -m tests.bench.memory_estimate --out docs/benchmarks/memory-estimate.json
     python -m tests.bench.memory_estimate --device cuda --cells sdxl --out ...         # real size, the GPU's allocator
 
-Each cell runs in a process of its own: a random model of the stock classes, LoRA or whole, one step to make the optimizer's
-state, then the most that a second one adds to the process (VmHWM, large allocations mapped so that freed ones are given
-back; on a GPU max_memory_allocated). Estimates of SD1.5 and SDXL at their real size, counted without weights, stand below;
-where a GPU is at hand `--cells` measures them too.
+Each cell runs in a separate process, on a model of diffusers' classes with random weights, with LoRA or full fine-tuning.
+The first step creates the optimizer's state. The measurement is the peak memory that a second step adds to the process:
+VmHWM, with large allocations mapped so that freed ones are returned to the system, or max_memory_allocated on a GPU.
+Estimates for SD1.5 and SDXL at their real size need no weights and are printed at the end. On a machine with a GPU,
+`--cells` measures them too.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from tests.contracts.families.words import clip_tokenizer
 
 
 class Cell(NamedTuple):
-    """A model of tests.bench.diffusion_step.SIZES, or of the transformer below, and settings of TrainConfig."""
+    """A model of tests.bench.diffusion_step.SIZES, or "transformer" (see policy_of), and settings of TrainConfig."""
 
     model: str
     settings: dict[str, Any]
@@ -62,7 +63,7 @@ REAL = {
 
 
 def policy_of(model: str, *, device: str, precision: str) -> Any:
-    """A random policy; the transformer is SD3-shaped, 512 wide and 10 deep, on 512 px."""
+    """A policy with random weights. The transformer has SD3's shape with width 512 and 10 layers, at 512 px."""
     if model != "transformer":
         return build(SIZES[model], device=device, precision=precision)
     torch.manual_seed(0)
@@ -94,8 +95,8 @@ def config_of(cell: Cell) -> TrainConfig:
     return TrainConfig("bench", "bench", "bench", **cell.settings)
 
 
-def estimated(cell: Cell) -> dict[str, Any]:
-    """The estimate, MiB, and the seconds that it took."""
+def estimate_memory(cell: Cell) -> dict[str, Any]:
+    """The estimate in MiB, and the CPU seconds that it took."""
     config = config_of(cell)
     start = time.process_time()
     precision = config.precision if config.tuning == "lora" else "fp32"
@@ -106,8 +107,8 @@ def estimated(cell: Cell) -> dict[str, Any]:
     return {**parts, "training": memory.training / 2**20, "seconds": time.process_time() - start}
 
 
-def measured(cell: Cell, device: str) -> float:
-    """What a step takes at most beside weights and optimizer state, MiB."""
+def measure_peak(cell: Cell, device: str) -> float:
+    """The peak memory of a step in MiB, without weights and optimizer state."""
     config = config_of(cell)
     policy = policy_of(cell.model, device=device, precision=config.precision if config.tuning == "lora" else "fp32")
     image = torch.zeros(3, policy.resolution, policy.resolution)
@@ -115,24 +116,26 @@ def measured(cell: Cell, device: str) -> float:
         posterior = policy.vae.encode(image[None].to(device, policy.vae.dtype)).latent_dist
     mean = posterior.mean[0].float().cpu()
     prompt = {name: value[0] for name, value in policy.encode_prompts(["a picture"]).items()}
-    sides = {f"{side}_{kind}": mean for side in ("chosen", "rejected") for kind in ("mean", "std")}
+    columns = {f"{side}_{part}": mean for side in ("chosen", "rejected") for part in ("mean", "std")}
     policy.free_encoders()
     policy.prepare(config)
     reference = build_reference(policy, config)
     policy.model.train()
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], foreach=False)
-    kind = {"bf16": torch.bfloat16}.get(config.precision)
+    autocast_dtype = {"bf16": torch.bfloat16}.get(config.precision)
 
     def step() -> None:
         batch = policy.collate(
-            [{"id": str(n), "visit": 0, "prompt": prompt, **sides} for n in range(config.batch_size)]
+            [{"id": str(n), "visit": 0, "prompt": prompt, **columns} for n in range(config.batch_size)]
         )
         batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         batch["prompt"] = {k: v.to(device) for k, v in batch["prompt"].items()}
-        with torch.autocast(device, dtype=kind or torch.bfloat16, enabled=kind is not None):
-            before = reference(policy.model, batch)
-            now = policy.log_probs(policy.model, batch)
-        (now.chosen - before.chosen - now.rejected + before.rejected).sum().backward()
+        with torch.autocast(device, dtype=autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None):
+            reference_log_probs = reference(policy.model, batch)
+            log_probs = policy.log_probs(policy.model, batch)
+        (
+            log_probs.chosen - reference_log_probs.chosen - log_probs.rejected + reference_log_probs.rejected
+        ).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -150,8 +153,8 @@ def measured(cell: Cell, device: str) -> float:
     return status("VmHWM") - resident
 
 
-def apart(name: str, device: str) -> float:
-    """`measured` in a process of its own."""
+def measure_in_new_process(name: str, device: str) -> float:
+    """Run `measure_peak` in a new process."""
     command = [sys.executable, "-m", "tests.bench.memory_estimate", "--device", device, "--one", name]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
@@ -164,28 +167,32 @@ def main() -> None:
     parser.add_argument("--cells", nargs="*", default=list(CELLS))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    every = {**CELLS, **REAL}
-    torch.set_num_threads(1) if given.device == "cpu" else None
-    if given.one:
-        print(measured(every[given.one], given.device))
+    options = parser.parse_args()
+    cells = {**CELLS, **REAL}
+    torch.set_num_threads(1) if options.device == "cpu" else None
+    if options.one:
+        print(measure_peak(cells[options.one], options.device))
         return
     rows = {}
-    for name in given.cells:
-        estimate, peak = estimated(every[name]), apart(name, given.device)
+    for name in options.cells:
+        estimate, peak = estimate_memory(cells[name]), measure_in_new_process(name, options.device)
         ratio = estimate["step"] / peak
-        rows[name] = {"model": every[name].model, **every[name].settings, "estimate_mib": estimate,
+        rows[name] = {"model": cells[name].model, **cells[name].settings, "estimate_mib": estimate,
                       "measured_step_mib": peak, "ratio": ratio}  # fmt: skip
         print(
             f"{name:34} step estimated {estimate['step']:8.1f} MiB, measured {peak:8.1f}, ratio {ratio:.3f}", flush=True
         )
-    real = {name: estimated(cell) for name, cell in REAL.items()}
-    for name, estimate in real.items():
+    real_size = {name: estimate_memory(cell) for name, cell in REAL.items()}
+    for name, estimate in real_size.items():
         print(f"{name:34} {estimate['training'] / 1024:.2f} GiB to train, {estimate['encoding'] / 1024:.2f} to encode, "
               f"counted in {estimate['seconds']:.0f} s", flush=True)  # fmt: skip
-    if given.out:
-        about = {"command": "python -m tests.bench.memory_estimate", "device": given.device, "torch": torch.__version__}
-        given.out.write_text(json.dumps({**about, "cells": rows, "real_size_estimates": real}, indent=1) + "\n")
+    if options.out:
+        about = {
+            "command": "python -m tests.bench.memory_estimate",
+            "device": options.device,
+            "torch": torch.__version__,
+        }
+        options.out.write_text(json.dumps({**about, "cells": rows, "real_size_estimates": real_size}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Write docs/background/experiments.md from the measurements in docs/benchmarks/: python -m tests.bench.numbers"""
+"""Write docs/background/experiments.md from the measurements in docs/benchmarks/.
+
+Command: python -m tests.bench.numbers
+"""
 
 from __future__ import annotations
 
@@ -12,63 +15,66 @@ MEASURED = ("gradient_variance", "sdpo_drift", "shapes_studies", "reference_time
 
 
 def table(head: str, rows: list[list[str]]) -> str:
+    """A Markdown table. head: column names, separated by commas."""
     names = head.split(", ")
     lines = [names, ["---"] * len(names), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def variance(kept: dict[str, Any]) -> str:
+def variance(measured: dict[str, Any]) -> str:
     rows = [
         [row["draws"], f"{row['variance']:.2f} ± {row['standard_error']:.2f}", f"{row['noise_to_signal']:.0f}"]
-        for row in kept["rows"]
+        for row in measured["rows"]
     ]
-    return f"`{kept['command']}`\n\n" + table("sampling, variance of a step's gradient, variance / signal", rows)
+    return f"`{measured['command']}`\n\n" + table("sampling, variance of a step's gradient, variance / signal", rows)
 
 
-def studies(kept: dict[str, Any]) -> str:
-    points = lambda found: f"{100 * found['difference']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+def studies(measured: dict[str, Any]) -> str:
+    points = lambda result: (
+        f"{100 * result['difference']:+.1f} ({100 * result['low']:+.1f} to {100 * result['high']:+.1f})"
+    )
     rows = [
         [
-            one["name"],
-            ", ".join(map(str, one["seeds"])),
-            f"{one['base']:.1%} → {one['tuned']:.1%}",
-            points(one),
-            points(one["against_sigmoid"]) if one["against_sigmoid"] else "",
-            f"{one['errors/chosen']:.3f}",
-            f"{one['errors/rejected']:.3f}",
-            f"{one['train_cpu_seconds']:.0f}",
+            variation["name"],
+            ", ".join(map(str, variation["seeds"])),
+            f"{variation['base']:.1%} → {variation['tuned']:.1%}",
+            points(variation),
+            points(variation["against_sigmoid"]) if variation["against_sigmoid"] else "",
+            f"{variation['errors/chosen']:.3f}",
+            f"{variation['errors/rejected']:.3f}",
+            f"{variation['train_cpu_seconds']:.0f}",
         ]
-        for one in kept["variations"]
+        for variation in measured["variations"]
     ]
     head = (
         "variation, seeds, exactly right, points, points over sigmoid, error of chosen, error of rejected, CPU seconds"
     )
-    commands = "\n".join(f"- `{command}`" for command in kept["commands"])
+    commands = "\n".join(f"- `{command}`" for command in measured["commands"])
     return f"{commands}\n\n" + table(head, rows)
 
 
-def drift(kept: dict[str, Any]) -> str:
-    places = [10 * n for n in range(1, kept["steps"] // 10 + 1)]
+def drift(measured: dict[str, Any]) -> str:
+    steps = [10 * n for n in range(1, measured["steps"] // 10 + 1)]
     rows = [
         [row["name"], side.removeprefix("errors/"), *(f"{value:.3f}" for value in row[side])]
-        for row in kept["rows"]
+        for row in measured["rows"]
         for side in ("errors/chosen", "errors/rejected")
     ]
-    return f"`{kept['command']}`\n\n" + table(f"objective, side, {', '.join(f'to step {n}' for n in places)}", rows)
+    return f"`{measured['command']}`\n\n" + table(f"objective, side, {', '.join(f'to step {n}' for n in steps)}", rows)
 
 
-def reference_time(kept: dict[str, Any]) -> str:
-    rows = [[row["reference"], f"{row['step_ms']:.0f}", f"{row['before_s']:.1f}"] for row in kept["rows"]]
+def reference_time(measured: dict[str, Any]) -> str:
+    rows = [[row["reference"], f"{row['step_ms']:.0f}", f"{row['before_s']:.1f}"] for row in measured["rows"]]
     head = "reference, CPU ms per step, CPU seconds before the first step"
-    return f"`{kept['command']}`\n\n" + table(head, rows)
+    return f"`{measured['command']}`\n\n" + table(head, rows)
 
 
-def betas(kept: dict[str, Any]) -> str:
-    rows = [[row["recipe"], f"{row['by_hand']:g}", f"{row['auto']:g}"] for row in kept["rows"]]
-    return f"`{kept['command']}`\n\n" + table("recipe, beta found by hand, beta auto", rows)
+def betas(measured: dict[str, Any]) -> str:
+    rows = [[row["recipe"], f"{row['by_hand']:g}", f"{row['auto']:g}"] for row in measured["rows"]]
+    return f"`{measured['command']}`\n\n" + table("recipe, beta found by hand, beta auto", rows)
 
 
-def kills(kept: dict[str, Any]) -> str:
+def kills(measured: dict[str, Any]) -> str:
     rows = [
         [
             str(row["kill"]),
@@ -77,9 +83,9 @@ def kills(kept: dict[str, Any]) -> str:
             row["newest"] or "none",
             "yes" if row["same bits"] else "NO",
         ]
-        for row in kept["kills"]
+        for row in measured["kills"]
     ]
-    return f"`{kept['command']}`\n\n" + table(
+    return f"`{measured['command']}`\n\n" + table(
         "kill, seconds in, in a save, newest complete checkpoint, bit-identical", rows
     )
 
@@ -95,7 +101,7 @@ TABLES = {
 
 
 def page() -> str:
-    """The page, with a table for each {name} of its text that has been measured."""
+    """Return the page. A table replaces each {name} in its text if the measurement exists."""
     text = (Path(__file__).parent / "numbers.txt").read_text()
     for name in MEASURED:
         file = DOCS / "benchmarks" / f"{name}.json"

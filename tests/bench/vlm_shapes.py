@@ -1,8 +1,8 @@
-"""Random models for the step bench, two layers of 512, in the proportions of three published ones.
+"""Models with random weights for vlm_step: two layers of width 512, in the proportions of three published models.
 
-What a step costs is decided by how the vision tower, the language model's body and its head compare, token by token.
-`PUBLISHED` has those ratios of the published configurations, in multiply-adds, attention within pictures of their usual
-size included; `ratios` those of the models here. Attention weighs more here, as in any model this narrow.
+The cost of a step depends on the ratios of vision tower, language-model body and head, per token. `PUBLISHED` has these
+ratios for the published configurations, in multiply-adds, including attention within images of their usual size. `ratios`
+computes them for the models here. Attention has a larger part here, as in any model this narrow.
 """
 
 from __future__ import annotations
@@ -19,33 +19,40 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 PATCH, WIDTH, LAYERS, HEADS, RANK, WORDS = 14, 512, 2, 8, 16, 16
-"""Pixels a patch; the language model's width, layers and heads; the LoRA's rank; words of text in a prompt."""
+"""Pixels per patch edge, the language model's width, layers and heads, the LoRA's rank, and words of text per prompt."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's proportions. gated: whether the tower's layers have three matrices in their MLP.
+    """A model's proportions.
 
-    merge: patches along a side that become one token. tile: tokens of one picture where a row has several, else None.
+    Attributes:
+        vocabulary, inner, groups: the language model's vocabulary size, MLP width and number of key-value heads.
+        tower_width, tower_inner, tower_layers: the vision tower's width, MLP width and number of layers.
+        merge: patches per edge that become one token.
+        gated: True if the MLPs of the vision tower have three matrices.
+        special: special tokens of the tokenizer.
+        placeholder: text in the prompt that stands for an image.
+        around: special tokens per image besides the image tokens.
+        tile: tokens per image if a row has several images, else None.
     """
 
     name: str
     vocabulary: int
     inner: int
-    buckets: int
+    groups: int
     tower_width: int
     tower_inner: int
     tower_layers: int
     merge: int
     gated: bool
     special: tuple[str, ...]
-    place: str
+    placeholder: str
     around: int
-    """Special tokens beside those of each picture."""
     tile: int | None = None
 
-    def pictures(self, tokens: int) -> list[tuple[int, int]]:
-        """Rows and columns of tokens of each picture of a row with about so many image tokens."""
+    def image_sizes(self, tokens: int) -> list[tuple[int, int]]:
+        """Rows and columns of tokens of each image, for a row with about `tokens` image tokens."""
         if self.tile:
             side = round(self.tile**0.5)
             return [(side, side)] * (tokens // self.tile)
@@ -55,21 +62,22 @@ class Shape:
         return [(int(tokens**0.5), int(tokens**0.5))]
 
     def image_tokens(self, tokens: int) -> int:
-        return sum(rows * columns for rows, columns in self.pictures(tokens))
+        """The exact number of image tokens of a row with about `tokens`."""
+        return sum(rows * columns for rows, columns in self.image_sizes(tokens))
 
     def prompt(self, tokens: int) -> int:
-        """Tokens of image and prompt."""
-        return self.image_tokens(tokens) + self.around * len(self.pictures(tokens)) + WORDS
+        """Number of tokens of images and text in a prompt."""
+        return self.image_tokens(tokens) + self.around * len(self.image_sizes(tokens)) + WORDS
 
 
 WINDOW = 64
-"""Patches that one of Qwen's sees."""
+"""Patches in an attention window of Qwen's vision tower."""
 PUBLISHED = {
     "llava": ("LLaVA-1.5-7B", 0.05, 0.020),
     "qwen2_5_vl": ("Qwen2.5-VL-3B", 0.96, 0.112),
     "smolvlm": ("SmolVLM2-2.2B", 2.55, 0.063),
 }
-"""Name, vision an image token and head a token, over the body's multiply-adds a token."""
+"""Name, and two ratios to the body's multiply-adds per token: vision per image token, and head per token."""
 
 SHAPES = {
     "llava": Shape("llava", 256, 1376, HEADS, 64, 256, 1, 1, False, ("<image>",), "<image>", 0),
@@ -86,21 +94,21 @@ SHAPES = {
 
 
 def tokenizer(shape: Shape) -> Any:
-    """A word a token, split at white space and around special tokens."""
+    """A tokenizer with one token per word, which splits at white space and around special tokens."""
     special = ["<pad>", "<s>", "</s>", "<unk>", *shape.special]
     words = {word: n for n, word in enumerate([*special, *(f"w{n}" for n in range(shape.vocabulary - len(special)))])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    word_level = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    made = hf.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
-    made.add_special_tokens({"additional_special_tokens": list(shape.special)})
-    return made
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=word_level, **names)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(shape.special)})
+    return tokenizer
 
 
 def _text(shape: Shape, **more: Any) -> dict[str, Any]:
     return {
         "hidden_size": WIDTH, "intermediate_size": shape.inner, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-        "num_key_value_heads": shape.buckets, "vocab_size": shape.vocabulary, "max_position_embeddings": 8192,
+        "num_key_value_heads": shape.groups, "vocab_size": shape.vocabulary, "max_position_embeddings": 8192,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **more,
     }  # fmt: skip
 
@@ -113,7 +121,8 @@ def _tower(shape: Shape, side: int) -> dict[str, Any]:
 
 
 def _llava(shape: Shape, words: Any, side: int) -> tuple[Any, Any]:
-    tower = _tower(shape, side) | {"num_hidden_layers": shape.tower_layers + 1}  # features are of the last but one
+    # one more layer, because LLaVA uses the features of the last layer but one
+    tower = _tower(shape, side) | {"num_hidden_layers": shape.tower_layers + 1}
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**tower),
         text_config=hf.LlamaConfig(**_text(shape)),
@@ -133,7 +142,7 @@ def _qwen(shape: Shape, words: Any, side: int) -> tuple[Any, Any]:
     tower = {
         "depth": shape.tower_layers, "hidden_size": shape.tower_width, "intermediate_size": shape.tower_inner,
         "num_heads": 4, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": WIDTH,
-        "window_size": 112, "fullatt_block_indexes": [],  # one layer in eight of theirs
+        "window_size": 112, "fullatt_block_indexes": [],  # theirs has full attention in one layer of eight
     }  # fmt: skip
     ids = {f"{kind}_token_id": token(f"<|{kind}_pad|>") for kind in ("image", "video")}
     ids |= {f"vision_{end}_token_id": token(f"<|vision_{end}|>") for end in ("start", "end")}
@@ -149,7 +158,7 @@ def _smolvlm(shape: Shape, words: Any, side: int) -> tuple[Any, Any]:
     import transformers.models.smolvlm.processing_smolvlm as module
 
     if getattr(module, "num2words", None) is None:
-        module.num2words = str  # for prompts about videos alone, which are not used here
+        module.num2words = str  # only for prompts about videos, which are not used here
     config = hf.SmolVLMConfig(
         vision_config=_tower(shape, shape.merge * side),
         text_config=_text(shape, model_type="llama"),
@@ -168,40 +177,43 @@ BUILDERS: dict[str, Callable[..., tuple[Any, Any]]] = {"llava": _llava, "qwen2_5
 
 
 def build(shape: Shape, tokens: int) -> tuple[Any, Any]:
-    """A random model of a shape for rows of about so many image tokens, and its processor; the template adds nothing."""
+    """Build a model with random weights for rows of about `tokens` image tokens, and its processor.
+
+    The chat template adds nothing to the messages.
+    """
     torch.manual_seed(0)
-    model, processor = BUILDERS[shape.name](shape, tokenizer(shape), shape.pictures(tokens)[0][0])
+    model, processor = BUILDERS[shape.name](shape, tokenizer(shape), shape.image_sizes(tokens)[0][0])
     processor.chat_template = (
         "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-        + shape.place
+        + shape.placeholder
         + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
     )
     return model, processor
 
 
 def rows_of(shape: Shape, tokens: int, completion: int, pairs: int) -> list[dict[str, Any]]:
-    """Pairs of random words: prompts of about so many image tokens, completions of exactly so many tokens each."""
+    """Pairs of random words, with about `tokens` image tokens per prompt and exactly `completion` tokens per completion."""
     rng = random.Random(0)
-    say = lambda count: "".join(f" w{rng.randrange(shape.vocabulary - 9)}" for _ in range(count))
+    random_words = lambda count: "".join(f" w{rng.randrange(shape.vocabulary - 9)}" for _ in range(count))
     edge = PATCH * shape.merge
     rows = []
     for number in range(pairs):
         noise = np.random.default_rng(number)
         images = [
             Image.fromarray(noise.integers(0, 255, (height * edge, width * edge, 3), np.uint8))
-            for height, width in shape.pictures(tokens)
+            for height, width in shape.image_sizes(tokens)
         ]
-        answers = {side: f"{say(completion - 1)} </s>" for side in ("chosen", "rejected")}
-        rows.append({"id": str(number), "images": images, "prompt": say(WORDS), **answers})
+        completions = {side: f"{random_words(completion - 1)} </s>" for side in ("chosen", "rejected")}
+        rows.append({"id": str(number), "images": images, "prompt": random_words(WORDS), **completions})
     return rows
 
 
 def texts(shape: Shape, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows as TRL takes them: one text with the images' places in it."""
+    """The same rows in TRL's format, with image placeholders in the text."""
     return [
         {
             "images": row["images"],
-            "prompt": shape.place * len(row["images"]) + row["prompt"],
+            "prompt": shape.placeholder * len(row["images"]) + row["prompt"],
             "chosen": row["chosen"],
             "rejected": row["rejected"],
         }
@@ -209,14 +221,18 @@ def texts(shape: Shape, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-# What FLOPs allow
+# The FLOP bound
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds: of the body, its LoRA and the head a token, of attention a pair of positions, of the vision a row.
+    """Multiply-adds of the parts of a model.
 
-    first: the body's part that no gradient goes back through, the first layer's queries, keys and values.
+    Attributes:
+        body, lora, head: per token.
+        first: the part of the body without a backward pass, per token: queries, keys and values of the first layer.
+        attention: per pair of positions.
+        vision: per row.
     """
 
     body: int
@@ -228,8 +244,8 @@ class Cost:
 
 
 def cost(shape: Shape, tokens: int, *, attention: bool = True) -> Cost:
-    """The parts of a step of a row. attention: False leaves it out, as torch's counter does on a CPU."""
-    key_value = WIDTH // HEADS * shape.buckets
+    """The cost of a row. With attention=False attention is left out, as in torch's counter on a CPU."""
+    key_value = WIDTH // HEADS * shape.groups
     linear = [(WIDTH, WIDTH)] * 2 + [(WIDTH, key_value)] * 2 + [(WIDTH, shape.inner)] * 3
     return Cost(
         body=LAYERS * sum(a * b for a, b in linear),
@@ -237,46 +253,55 @@ def cost(shape: Shape, tokens: int, *, attention: bool = True) -> Cost:
         lora=LAYERS * RANK * sum(a + b for a, b in linear),
         head=WIDTH * shape.vocabulary,
         attention=2 * LAYERS * WIDTH * attention,
-        vision=sum(_vision(shape, *size, attention=attention) for size in shape.pictures(tokens)),
+        vision=sum(_vision(shape, *size, attention=attention) for size in shape.image_sizes(tokens)),
     )
 
 
 def _vision(shape: Shape, height: int, width: int, *, attention: bool) -> int:
-    """Multiply-adds of one picture: patches, layers, and what makes them tokens."""
-    wide, tokens = shape.tower_width, height * width
-    patches = tokens * shape.merge**2 + (shape.name == "llava")  # and a class token
-    linear = 4 * wide**2 + (3 if shape.gated else 2) * wide * shape.tower_inner
-    seen = (min(patches, WINDOW) if shape.name == "qwen2_5_vl" else patches) * attention
-    first = wide * 3 * PATCH**2 * (2 if shape.gated else 1)  # Qwen doubles a picture in time
-    merged = wide * shape.merge**2
+    """Multiply-adds of one image: patch embedding, layers, and projector."""
+    width_of_tower, tokens = shape.tower_width, height * width
+    patches = tokens * shape.merge**2 + (shape.name == "llava")  # with a class token
+    linear = 4 * width_of_tower**2 + (3 if shape.gated else 2) * width_of_tower * shape.tower_inner
+    attended = (min(patches, WINDOW) if shape.name == "qwen2_5_vl" else patches) * attention
+    patch_embedding = width_of_tower * 3 * PATCH**2 * (2 if shape.gated else 1)  # Qwen repeats an image in time
+    merged_width = width_of_tower * shape.merge**2
     projector = {
-        "llava": wide * WIDTH + WIDTH**2,
-        "qwen2_5_vl": merged**2 + merged * WIDTH,
-        "smolvlm": merged * WIDTH,
+        "llava": width_of_tower * WIDTH + WIDTH**2,
+        "qwen2_5_vl": merged_width**2 + merged_width * WIDTH,
+        "smolvlm": merged_width * WIDTH,
     }[shape.name]
-    return patches * (shape.tower_layers * (linear + 2 * wide * seen) + first) + tokens * projector
+    return (
+        patches * (shape.tower_layers * (linear + 2 * width_of_tower * attended) + patch_embedding) + tokens * projector
+    )
 
 
 def ratios(shape: Shape, tokens: int) -> tuple[float, float]:
-    """Multiply-adds of the vision an image token, and of the head a token, over the body's a token."""
-    of = cost(shape, tokens)
-    return of.vision / shape.image_tokens(tokens) / of.body, of.head / of.body
+    """Multiply-adds of the vision tower per image token and of the head per token, divided by the body's per token."""
+    costs = cost(shape, tokens)
+    return costs.vision / shape.image_tokens(tokens) / costs.body, costs.head / costs.body
 
 
-def flops(of: Cost, *, positions: int, pairs: float, answers: int, visions: int, reference: bool) -> float:
-    """FLOPs of one training step.
+def flops(costs: Cost, *, positions: int, pairs: float, completions: int, visions: int, reference: bool) -> float:
+    """FLOPs of one training step, without embeddings, norms and activations.
 
-    A multiply-add is 2. Frozen layers: forward, and backward for their inputs; a LoRA: once more, for its weights; the
-    head as frozen layers; attention's backward 2.5 times its forward, which it does again. The reference is one forward
-    without LoRA. visions: times that the tower is asked. Embeddings, norms and activations are left out.
+    A multiply-add counts as 2. Frozen layers and the head run forward, and backward for the gradients of their inputs. A
+    LoRA runs once more, for the gradients of its weights. The backward pass of attention costs 2.5 times its forward
+    pass, because it recomputes the scores. The reference is one forward pass without LoRA.
+
+    Args:
+        positions: number of positions in the sequences.
+        pairs: pairs of positions in attention.
+        completions: number of positions whose logits are computed.
+        visions: number of runs of the vision tower.
+        reference: True if the reference runs in the step.
     """
     passes = 2 + reference
     return 2 * (
-        (passes * of.body - of.first) * positions
-        + 3 * of.lora * positions
-        + passes * of.head * answers
-        + (3.5 + reference) * of.attention * pairs
-        + visions * of.vision
+        (passes * costs.body - costs.first) * positions
+        + 3 * costs.lora * positions
+        + passes * costs.head * completions
+        + (3.5 + reference) * costs.attention * pairs
+        + visions * costs.vision
     )
 
 
@@ -287,25 +312,28 @@ STEPS = {
     "reference kept": {"visions": 1, "reference": False},
     "vision kept": {"visions": 0, "reference": False},
 }
-"""How often each variant's step asks the vision tower, and whether it asks the reference."""
+"""For each variant's step: the number of runs of the vision tower, and True if the reference runs in it."""
 
 
 def step_flops(shape: Shape, tokens: int, completion: int, *, attention: bool = True) -> dict[str, float]:
     """FLOPs of each variant's step on one pair.
 
-    With P tokens of image and prompt and C of each completion, two sequences have 2 (P + C) positions and look at
-    (P + C)² pairs of them; the shared prefix has P + 2 C, and P²/2 + 2 C (P + C/2).
+    Let a prompt have P tokens, image tokens included, and each completion C tokens. Two separate sequences have 2 (P + C)
+    positions and (P + C)² pairs of positions in attention. The shared prefix has P + 2 C positions and
+    P²/2 + 2 C (P + C/2) pairs.
     """
-    of, p, c = cost(shape, tokens, attention=attention), shape.prompt(tokens), completion
-    plain = {"positions": 2 * (p + c), "pairs": (p + c) ** 2, "answers": 2 * c}
-    shared = {"positions": p + 2 * c, "pairs": p**2 / 2 + 2 * c * (p + c / 2), "answers": 2 * c}
+    costs, p, c = cost(shape, tokens, attention=attention), shape.prompt(tokens), completion
+    separate = {"positions": 2 * (p + c), "pairs": (p + c) ** 2, "completions": 2 * c}
+    shared = {"positions": p + 2 * c, "pairs": p**2 / 2 + 2 * c * (p + c / 2), "completions": 2 * c}
     return {
-        name: flops(of, **(plain if name in ("trl_head", "plain") else shared), **what)  # type: ignore[arg-type]
-        for name, what in STEPS.items()
+        name: flops(costs, **(separate if name in ("trl_head", "plain") else shared), **runs)  # type: ignore[arg-type]
+        for name, runs in STEPS.items()
     }
 
 
 def allowed(shape: Shape, tokens: int, completion: int, *, attention: bool = True) -> dict[str, float]:
-    """How many times cheaper than TRL's step (the head on completions alone) each of ours is by FLOPs."""
-    found = step_flops(shape, tokens, completion, attention=attention)
-    return {name: found["trl_head"] / value for name, value in found.items() if name != "trl_head"}
+    """The largest speed-up of each variant over TRL's step (with the head only on completions) that the FLOP counts allow."""
+    flops_by_variant = step_flops(shape, tokens, completion, attention=attention)
+    return {
+        name: flops_by_variant["trl_head"] / value for name, value in flops_by_variant.items() if name != "trl_head"
+    }

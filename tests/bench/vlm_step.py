@@ -1,16 +1,17 @@
-"""One full training step on a vision-language pair, ours beside TRL's DPOTrainer: time, memory, loss, and what FLOPs allow.
+"""Compare one training step on a vision-language pair with TRL's DPOTrainer: time, memory, loss, and the FLOP bound.
 
     python -m tests.bench.vlm_step --out docs/benchmarks/vlm-step.json --page docs/background/benchmarks.md   # needs the extra `bench`
-    python -m tests.bench.vlm_step --shapes llava --images 128 --completions 32   # a cell
+    python -m tests.bench.vlm_step --shapes llava --images 128 --completions 32   # one cell
 
-The same model (random weights, see `vlm_shapes`), rows and batch on all sides; LoRA of rank 16 on the language model, the
-reference asked with the adapter off; forward and backward, float32, one thread, without the optimizer's step and without
-image preprocessing. Time is the process's CPU time; variants take turns in random order within each round, and the table
-is of medians. Peak memory is what a step adds to the process, FLOPs are as `FlopCounterMode` counts them. TRL has two ways:
-its CPU path, and (trl_head) the head on completions alone, as on a GPU; the second is timed, both are weighed.
+All variants have the same model (random weights, see `vlm_shapes`), rows and batch: LoRA of rank 16 on the language model,
+the reference with the adapter disabled, forward and backward in float32 on one thread. The optimizer's step and image
+preprocessing are not measured. Time is the CPU time of the process. Variants run in random order within each round, and
+the table has the medians. Peak memory is the memory that a step adds to the process. FLOPs are counted by
+`FlopCounterMode`. TRL has two code paths: the one for CPUs (trl), and one that runs the head only on completions, as on a
+GPU (trl_head). The time is of the second. Memory is measured for both.
 
-An allocator that hands memory back page-faults in some steps and not in others; the process therefore keeps its heap
-(MALLOC_* below), on all sides alike.
+An allocator that returns memory to the system causes page faults in some steps and not in others. So the process keeps its
+heap (MALLOC_* below) for all variants.
 """
 
 from __future__ import annotations
@@ -46,15 +47,19 @@ from tests.bench.vlm_shapes import PUBLISHED, RANK, SHAPES, Shape, allowed, buil
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_ARENA_MAX": "1"}
-PLACE = {**HEAP, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""The process's surroundings: see above, and one thread."""
+ENVIRONMENT = {**HEAP, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""Environment variables of the process: it keeps its heap and has one thread."""
 
 Step = Callable[[], float]
 
 
-def ours(shape: Shape, rows: list[dict[str, Any]], tokens: int, **options: Any) -> Step:
-    """Our step: layout plain or shared, reference online or kept, vision features kept or not."""
-    keep, reference = options.pop("cache_vision_features", False), options.pop("reference", "adapter_off")
+def our_step(shape: Shape, rows: list[dict[str, Any]], tokens: int, **options: Any) -> Step:
+    """Our step.
+
+    Args:
+        options: pair_layout, reference (default: online) and cache_vision_features (default: False).
+    """
+    cache_features, reference = options.pop("cache_vision_features", False), options.pop("reference", "adapter_off")
     config = TrainConfig(
         "bench", "", "bench", beta=0.1, batch_size=len(rows), steps=1, lora_rank=RANK, lora_alpha=RANK,
         lora_targets=ADAPTED, reference=reference,
@@ -62,8 +67,8 @@ def ours(shape: Shape, rows: list[dict[str, Any]], tokens: int, **options: Any) 
     policy = VisionLanguage(*build(shape, tokens), "bench", **options)
     encoded: Any = policy.encode(rows)
     policy.prepare(config)
-    stir(policy.model)
-    if keep:
+    randomise_adapter(policy.model)
+    if cache_features:
         encoded = policy.cache_vision_features(encoded)
     if reference == "precomputed":
         encoded = precompute_reference_log_probs(
@@ -81,107 +86,110 @@ def ours(shape: Shape, rows: list[dict[str, Any]], tokens: int, **options: Any) 
     return step
 
 
-def trl(shape: Shape, rows: list[dict[str, Any]], tokens: int, *, head: bool) -> Step:
-    """TRL's own collator and loss. head: its GPU path, where the head sees completions alone."""
+def trl_step(shape: Shape, rows: list[dict[str, Any]], tokens: int, *, head: bool) -> Step:
+    """TRL's step, with its collator and loss. With head=True the head runs only on completions, as on a GPU."""
     import trl.trainer.utils as internals
-    from trl import DPOConfig
-    from trl import PreferenceTrainer as Theirs
+    from trl import DPOConfig, DPOTrainer
 
     model, processor = build(shape, tokens)
     features = {name: Value("string") for name in ("prompt", "chosen", "rejected")} | {"images": List(Image())}
-    plain = texts(shape, rows)
+    trl_rows = texts(shape, rows)
     arguments = DPOConfig(
         output_dir="runs/bench-trl", per_device_train_batch_size=len(rows), use_cpu=True, bf16=False, report_to="none",
         beta=0.1, max_length=None, gradient_checkpointing=False,
     )  # fmt: skip
-    where = rf".*(language_model|text_model).*\.({'|'.join(ADAPTED)})"
-    trainer = Theirs(
+    target_modules = rf".*(language_model|text_model).*\.({'|'.join(ADAPTED)})"
+    trainer = DPOTrainer(
         model,
         args=arguments,
-        train_dataset=Dataset.from_list(plain, features=Features(features)),
+        train_dataset=Dataset.from_list(trl_rows, features=Features(features)),
         processing_class=processor,
-        peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules=where),
+        peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules=target_modules),
     )
-    stir(trainer.model)
+    randomise_adapter(trainer.model)
     trainer.model.train()
-    inputs = trainer.data_collator(plain)
+    inputs = trainer.data_collator(trl_rows)
 
     def step() -> float:
         trainer.model.zero_grad(set_to_none=True)
-        before = internals._use_triton
-        internals._use_triton = (lambda device: True) if head else before
+        use_triton = internals._use_triton
+        internals._use_triton = (lambda device: True) if head else use_triton
         try:
             loss = trainer._compute_loss(trainer.model, inputs, False)
             loss.backward()
         finally:
-            internals._use_triton = before
+            internals._use_triton = use_triton
         return float(loss.detach())
 
     return step
 
 
-def stir(model: Any) -> None:
-    """The same adapter on all sides, away from zero: each matrix from its own seed."""
+def randomise_adapter(model: Any) -> None:
+    """Fill the adapter with the same random numbers in all variants, each matrix from a separate seed."""
     for number, (_, tensor) in enumerate(sorted((name, t) for name, t in model.named_parameters() if "lora_" in name)):
         with torch.no_grad():
             tensor.copy_(0.01 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
 
 
 VARIANTS: dict[str, Callable[..., Step]] = {
-    "vision kept": lambda *of: ours(
-        *of, pair_layout="shared_prefix", reference="precomputed", cache_vision_features=True
+    "vision kept": lambda *cell: our_step(
+        *cell, pair_layout="shared_prefix", reference="precomputed", cache_vision_features=True
     ),
-    "reference kept": lambda *of: ours(*of, pair_layout="shared_prefix", reference="precomputed"),
-    "prefix": lambda *of: ours(*of, pair_layout="shared_prefix"),
-    "plain": lambda *of: ours(*of, pair_layout="separate"),
-    "trl_head": lambda *of: trl(*of, head=True),
-    "trl": lambda *of: trl(*of, head=False),
+    "reference kept": lambda *cell: our_step(*cell, pair_layout="shared_prefix", reference="precomputed"),
+    "prefix": lambda *cell: our_step(*cell, pair_layout="shared_prefix"),
+    "plain": lambda *cell: our_step(*cell, pair_layout="separate"),
+    "trl_head": lambda *cell: trl_step(*cell, head=True),
+    "trl": lambda *cell: trl_step(*cell, head=False),
 }
 
 
-def sizes(steps: dict[str, Step]) -> dict[str, dict[str, float]]:
-    """Loss, FLOPs as torch counts them, and what a step adds to the process's memory at most, MiB (Linux)."""
-    found: dict[str, dict[str, float]] = {"loss": {}, "counted_flops": {}, "peak_mib": {}}
+def measure_sizes(steps: dict[str, Step]) -> dict[str, dict[str, float]]:
+    """Measure the loss, the FLOPs that torch counts, and the peak memory in MiB that a step adds to the process (Linux)."""
+    results: dict[str, dict[str, float]] = {"loss": {}, "counted_flops": {}, "peak_mib": {}}
     for name, step in steps.items():
-        step()  # the check of the first batch, and what is made once
+        step()  # the first step checks the batch and creates what is cached
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         with FlopCounterMode(display=False) as counter:
-            found["loss"][name] = step()
-        found["peak_mib"][name] = _status("VmHWM") - before
-        found["counted_flops"][name] = counter.get_total_flops()
-    return found
+            results["loss"][name] = step()
+        results["peak_mib"][name] = _status("VmHWM") - before
+        results["counted_flops"][name] = counter.get_total_flops()
+    return results
 
 
 def _status(name: str) -> float:
+    """A value of /proc/self/status, in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
 
 
-def times(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each variant in each round, one after the other in random order."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+def measure_times(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Measure the CPU seconds of each variant in each round. The order is random in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         order = list(steps)
         random.Random(number).shuffle(order)
         for name in order:
             start = time.process_time()
             steps[name]()
-            found[name].append(time.process_time() - start)
-    return found
+            seconds[name].append(time.process_time() - start)
+    return seconds
 
 
-def cell(shape: Shape, tokens: int, completion: int, rounds: int) -> dict[str, Any]:
-    """One cell of the table; as many pairs as make our sequences of about 800 positions, at least one."""
+def measure_cell(shape: Shape, tokens: int, completion: int, rounds: int) -> dict[str, Any]:
+    """Measure a cell of the table.
+
+    Its number of pairs gives our step about 800 positions, and is at least one.
+    """
     pairs = max(1, 800 // (shape.prompt(tokens) + 2 * completion))
     rows = rows_of(shape, tokens, completion, pairs)
     steps = {name: make(shape, rows, tokens) for name, make in VARIANTS.items()}
-    measured = sizes(steps)
-    taken = times({name: step for name, step in steps.items() if name != "trl"}, rounds)
-    seconds = {name: statistics.median(values) for name, values in taken.items()}
-    return derived(
+    measured = measure_sizes(steps)
+    all_seconds = measure_times({name: step for name, step in steps.items() if name != "trl"}, rounds)
+    seconds = {name: statistics.median(values) for name, values in all_seconds.items()}
+    return add_derived_values(
         {
             "shape": shape.name,
             "image_tokens": shape.image_tokens(tokens),
@@ -189,42 +197,40 @@ def cell(shape: Shape, tokens: int, completion: int, rounds: int) -> dict[str, A
             "completion": completion,
             "pairs": pairs,
             "cpu_seconds": seconds,
-            "all_cpu_seconds": taken,
+            "all_cpu_seconds": all_seconds,
             **measured,
         }
     )
 
 
-def derived(raw: dict[str, Any]) -> dict[str, Any]:
-    """A cell with what follows from its measurements: gain over TRL, what FLOPs allow by formula and as counted."""
-    where = SHAPES[raw["shape"]], raw["about"], raw["completion"]
-    bound, seconds, counted = allowed(*where), raw["cpu_seconds"], raw["counted_flops"]
-    gained = {name: seconds["trl_head"] / seconds[name] for name in bound}
+def add_derived_values(measured: dict[str, Any]) -> dict[str, Any]:
+    """Add the speed-up over TRL to a cell, and the FLOP bounds by formula and as counted."""
+    size = SHAPES[measured["shape"]], measured["about"], measured["completion"]
+    bound, seconds, counted = allowed(*size), measured["cpu_seconds"], measured["counted_flops"]
+    speedup = {name: seconds["trl_head"] / seconds[name] for name in bound}
     return {
-        **raw,
-        "over_trl_head": gained,
+        **measured,
+        "over_trl_head": speedup,
         "flops_allow": bound,
-        "share_of_allowed": {name: gained[name] / bound[name] for name in bound},
-        "flops_allow_without_attention": allowed(*where, attention=False),
+        "share_of_allowed": {name: speedup[name] / bound[name] for name in bound},
+        "flops_allow_without_attention": allowed(*size, attention=False),
         "counted_without_attention": {name: counted["trl_head"] / counted[name] for name in bound},
     }
 
 
-def told(found: dict[str, Any]) -> str:
-    """A cell as lines for the terminal."""
-    losses = found["loss"].values()
+def cell_summary(cell: dict[str, Any]) -> str:
+    """Summarise a cell for the terminal."""
+    losses = cell["loss"].values()
     lines = [
-        f"{found['shape']}, {found['image_tokens']} tokens of the image, completions {found['completion']}, "
-        f"{found['pairs']} pairs: losses {min(losses):.6f} to {max(losses):.6f}"
+        f"{cell['shape']}, {cell['image_tokens']} tokens of the image, completions {cell['completion']}, "
+        f"{cell['pairs']} pairs: losses {min(losses):.6f} to {max(losses):.6f}"
     ]
-    for name, memory in found["peak_mib"].items():
-        seconds, bound = found["cpu_seconds"].get(name), found["flops_allow"].get(name)
-        share = (
-            f"x{found['over_trl_head'][name]:.2f} of x{bound:.2f}, {found['share_of_allowed'][name]:.0%}"
-            if bound
-            else ""
+    for name, memory in cell["peak_mib"].items():
+        seconds, bound = cell["cpu_seconds"].get(name), cell["flops_allow"].get(name)
+        speedup = (
+            f"x{cell['over_trl_head'][name]:.2f} of x{bound:.2f}, {cell['share_of_allowed'][name]:.0%}" if bound else ""
         )
-        lines.append(f"  {name:16}{f'{1000 * seconds:7.0f} ms' if seconds else '':12}{share:24}+{memory:.0f} MiB")
+        lines.append(f"  {name:16}{f'{1000 * seconds:7.0f} ms' if seconds else '':12}{speedup:24}+{memory:.0f} MiB")
     return "\n".join(lines)
 
 
@@ -234,22 +240,22 @@ COLUMNS = {
     "reference kept": "precomputed reference",
     "vision kept": "cached vision features",
 }
-"""A cell's names of the variants, and the page's."""
+"""Names of the variants in a cell and on the page."""
 
 
 def page(cells: list[dict[str, Any]]) -> str:
-    """The cells as tables for a page: gain and what FLOPs allow, then memory."""
+    """Format the cells as tables in Markdown: speed-up and FLOP bound, then memory."""
     lines = [f"{len(cells)} of the {9 * len(SHAPES)} cells have been measured.", ""]
     for name in SHAPES:
-        found = [c for c in cells if c["shape"] == name]
-        if not found:
+        shape_cells = [cell for cell in cells if cell["shape"] == name]
+        if not shape_cells:
             continue
-        like, vision, head = PUBLISHED[name]
-        own = ratios(SHAPES[name], 576)
+        published_name, vision, head = PUBLISHED[name]
+        model_ratios = ratios(SHAPES[name], 576)
         lines += [
-            f"### {like}",
+            f"### {published_name}",
             "",
-            f"Multiply-adds relative to the body: {own[0]:.2f} for vision per image token, {own[1]:.3f} for the head (published: {vision:.2f}, "
+            f"Multiply-adds relative to the body: {model_ratios[0]:.2f} for vision per image token, {model_ratios[1]:.3f} for the head (published: {vision:.2f}, "
             f"{head:.3f}).",
             "",
             "| image tokens x completion (pairs) | TRL | "
@@ -257,23 +263,25 @@ def page(cells: list[dict[str, Any]]) -> str:
             + " | memory: TRL, shared prefix, cached vision features |",
             "|---|---|" + "---|" * (len(COLUMNS) + 1),
         ]
-        for c in found:
-            gains = [
-                f"{c['over_trl_head'][k]:.2f} of {c['flops_allow'][k]:.2f}, {c['share_of_allowed'][k]:.0%}"
+        for cell in shape_cells:
+            speedups = [
+                f"{cell['over_trl_head'][k]:.2f} of {cell['flops_allow'][k]:.2f}, {cell['share_of_allowed'][k]:.0%}"
                 for k in COLUMNS
             ]
-            kept = c["peak_mib"]
-            memory = f"{kept['trl']:.0f} / {kept['trl_head']:.0f}, {kept['prefix']:.0f}, {kept['vision kept']:.0f} MiB"
-            where = f"{c['image_tokens']} x {c['completion']} ({c['pairs']})"
+            peaks = cell["peak_mib"]
+            memory = (
+                f"{peaks['trl']:.0f} / {peaks['trl_head']:.0f}, {peaks['prefix']:.0f}, {peaks['vision kept']:.0f} MiB"
+            )
+            size = f"{cell['image_tokens']} x {cell['completion']} ({cell['pairs']})"
             lines.append(
-                " | ".join([f"| {where}", f"{1000 * c['cpu_seconds']['trl_head']:.0f} ms", *gains, f"{memory} |"])
+                " | ".join([f"| {size}", f"{1000 * cell['cpu_seconds']['trl_head']:.0f} ms", *speedups, f"{memory} |"])
             )
         lines.append("")
     return "\n".join(lines).strip()
 
 
-def drawn(path: Path, cells: list[dict[str, Any]]) -> None:
-    """Put the tables between the page's markers."""
+def write_page(path: Path, cells: list[dict[str, Any]]) -> None:
+    """Write the tables between the page's markers."""
     before, _, rest = path.read_text().partition("<!-- steps -->")
     _, end, after = rest.partition("<!-- /steps -->")
     assert end, f"{path}: no markers"
@@ -281,35 +289,35 @@ def drawn(path: Path, cells: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    if any(os.environ.get(name) != value for name, value in PLACE.items()):
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
         os.execve(
-            sys.executable, [sys.executable, "-m", "tests.bench.vlm_step", *sys.argv[1:]], {**os.environ, **PLACE}
+            sys.executable, [sys.executable, "-m", "tests.bench.vlm_step", *sys.argv[1:]], {**os.environ, **ENVIRONMENT}
         )
-    numbers = lambda text: [int(n) for n in text.split(",")]
+    integers = lambda text: [int(n) for n in text.split(",")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=lambda text: text.split(","), default=list(SHAPES))
-    parser.add_argument("--images", type=numbers, default=[128, 576, 1024], help="tokens of the image, about")
-    parser.add_argument("--completions", type=numbers, default=[32, 128, 256])
+    parser.add_argument("--images", type=integers, default=[128, 576, 1024], help="approximate number of image tokens")
+    parser.add_argument("--completions", type=integers, default=[32, 128, 256])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="cells that are in it already are kept")
-    parser.add_argument("--page", type=Path, help="put the tables between this page's markers")
-    given = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="JSON file of the cells. Cells that it has are not measured again")
+    parser.add_argument("--page", type=Path, help="page to write the tables to, between its markers")
+    options = parser.parse_args()
     hf.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    cells = json.loads(given.out.read_text())["cells"] if given.out and given.out.exists() else []
-    cells = [derived(one) for one in cells]
-    done = {(c["shape"], c["image_tokens"], c["completion"]) for c in cells}
-    for tokens, completion, name in itertools.product(given.images, given.completions, given.shapes):
+    cells = json.loads(options.out.read_text())["cells"] if options.out and options.out.exists() else []
+    cells = [add_derived_values(measured) for measured in cells]
+    done = {(cell["shape"], cell["image_tokens"], cell["completion"]) for cell in cells}
+    for tokens, completion, name in itertools.product(options.images, options.completions, options.shapes):
         shape = SHAPES[name]
         if (name, shape.image_tokens(tokens), completion) in done:
             continue
-        cells.append(cell(shape, tokens, completion, given.rounds))
-        print(told(cells[-1]), flush=True)
-        if given.out:
-            about = {"torch": torch.__version__, "transformers": hf.__version__, "rounds": given.rounds}
-            given.out.write_text(json.dumps({**about, "cells": cells}, indent=1) + "\n")
-    if given.page:
-        drawn(given.page, cells)
+        cells.append(measure_cell(shape, tokens, completion, options.rounds))
+        print(cell_summary(cells[-1]), flush=True)
+        if options.out:
+            about = {"torch": torch.__version__, "transformers": hf.__version__, "rounds": options.rounds}
+            options.out.write_text(json.dumps({**about, "cells": cells}, indent=1) + "\n")
+    if options.page:
+        write_page(options.page, cells)
 
 
 if __name__ == "__main__":

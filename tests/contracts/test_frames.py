@@ -1,4 +1,7 @@
-"""Every family trains in a frame that is no square: chosen and rejected cropped to it, told of it, judged on all of it."""
+"""Every family trains at a size that is not square.
+
+Chosen and rejected are cropped to it, the denoiser is conditioned on it, and the error covers all of it.
+"""
 
 from __future__ import annotations
 
@@ -16,29 +19,29 @@ from tests.conftest import picture
 from tests.contracts.families import BUILDERS, WORDS
 
 
-def rows_in(policy: Any, frame: tuple[int, int]) -> list[dict[str, Any]]:
+def rows_at_size(policy: Any, target_size: tuple[int, int]) -> list[dict[str, Any]]:
     prompt = {name: value[0] for name, value in policy.encode_prompts(WORDS[:1]).items()}
     row: dict[str, Any] = {"id": "row", "visit": 0, "prompt": prompt}
-    with policy.at_size(frame):
+    with policy.at_size(target_size):
         for number, side in enumerate(("chosen", "rejected", *(["source"] if policy.is_image_editing else []))):
             image = picture(number, 96).resize((90, 61))
             mean, std = policy.encode_images([image])
             row |= {f"{side}_mean": mean[0], f"{side}_std": std[0]}
-            row |= {f"{side}_{name}": fact[0] for name, fact in policy.size_conditioning([image]).items()}
+            row |= {f"{side}_{name}": value[0] for name, value in policy.size_conditioning([image]).items()}
     return [row]
 
 
 @pytest.mark.parametrize("family", sorted(BUILDERS))
-def test_a_wide_frame_is_trained_on(family: str, tmp_path: Path) -> None:
+def test_every_family_trains_at_a_wide_size(family: str, tmp_path: Path) -> None:
     size = BUILDERS[family].size
     policy = load_policy(str(BUILDERS[family].build(tmp_path / "model")), resolution=size)
     policy.prepare(TrainConfig("-", "-", "-"))
     unit = policy.patch * policy.pipe.vae_scale_factor
-    frame = next(each for each in buckets_of(size, unit) if each[0] > each[1])
-    batch = policy.collate(rows_in(policy, frame))
+    target_size = next(bucket for bucket in buckets_of(size, unit) if bucket[0] > bucket[1])
+    batch = policy.collate(rows_at_size(policy, target_size))
     height, width = batch["chosen"].shape[-2:]
-    assert width / height == pytest.approx(frame[0] / frame[1])
+    assert width / height == pytest.approx(target_size[0] / target_size[1])
     assert batch["rejected"].shape == batch["noise"].shape == batch["chosen"].shape
-    before, now = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
-    assert torch.equal(before.chosen, now.chosen) and torch.isfinite(now.chosen).all()
+    reference, log_probs = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
+    assert torch.equal(reference.chosen, log_probs.chosen) and torch.isfinite(log_probs.chosen).all()
     assert policy.pair_errors(policy.model, batch).residual.numel() == 2 * batch["chosen"].numel()

@@ -1,4 +1,7 @@
-"""PixArt-Sigma's adapters are PEFT's, since diffusers has none for it: a run saves, resumes and draws with them."""
+"""PixArt-Sigma's adapters are PEFT's, because diffusers has no LoRA loader for it.
+
+A run saves them, resumes from them and generates images with them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(BUILDERS["pixart-sigma"].build(tmp_path_factory.mktemp("pixart")))
 
 
-def test_a_run_goes_on_where_it_was_and_its_adapter_draws(
+def test_resumed_run_saves_the_same_adapter_and_it_changes_images(
     model: str, tmp_path: Path, write_pairs: Callable[..., str]
 ) -> None:
     pairs = write_pairs(rows(6))
@@ -35,26 +38,26 @@ def test_a_run_goes_on_where_it_was_and_its_adapter_draws(
         ).folder  # fmt: skip
 
     whole = run("whole", 3)
-    run("broken", 2)
-    broken = run("broken", 3, resume=True)
-    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, broken))
-    assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    run("resumed", 2)
+    resumed = run("resumed", 3, resume=True)
+    expected, weights = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    assert expected.keys() == weights.keys() and all(np.array_equal(expected[name], weights[name]) for name in expected)
     assert "PeftModel.from_pretrained(pipe.transformer" in (whole / "README.md").read_text()
     policy = load_policy(model)
     policy.load_adapter(whole)
-    drawn = [
+    images = [
         np.asarray(next(policy.sample(WORDS[:1], [5], steps=2, guidance=2.0, batch_size=1, scale=scale))[0], dtype=int)
         for scale in (0.0, 0.5, 1.0)
     ]
-    assert np.abs(drawn[2] - drawn[0]).max() > 0 and np.abs(drawn[2] - drawn[1]).max() > 0
+    assert np.abs(images[2] - images[0]).max() > 0 and np.abs(images[2] - images[1]).max() > 0
 
 
-def test_an_adapter_of_other_layers_is_refused(model: str, tmp_path: Path) -> None:
-    def prepared(targets: tuple[str, ...]) -> object:
+def test_adapter_for_other_layers_raises(model: str, tmp_path: Path) -> None:
+    def policy_with_targets(targets: tuple[str, ...]) -> object:
         policy = load_policy(model)
         policy.prepare(TrainConfig(model=model, pairs="-", output_dir="-", lora_targets=targets))
         return policy
 
-    prepared(("to_q",)).save(tmp_path)  # type: ignore[attr-defined]
+    policy_with_targets(("to_q",)).save(tmp_path)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"to_q.*does not fit this model's LoRA"):
-        prepared(("to_k",)).load_weights(tmp_path)  # type: ignore[attr-defined]
+        policy_with_targets(("to_k",)).load_weights(tmp_path)  # type: ignore[attr-defined]

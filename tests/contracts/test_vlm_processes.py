@@ -1,4 +1,4 @@
-"""Two processes train a vision-language model as one does, in real processes."""
+"""Two processes give the same losses as one for a vision-language model, in real processes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
-    some = rows("qwen2_5_vl", (1, 2, 1, 1, 2, 1))
-    for row in some:
+def test_two_processes_give_the_losses_of_one_for_a_vlm(tmp_path: Path) -> None:
+    pairs = rows("qwen2_5_vl", (1, 2, 1, 1, 2, 1))
+    for row in pairs:
         row["images"] = [{"bytes": encode_png(image), "path": None} for image in row["images"]]
-    make_response_rows(some).to_parquet(str(tmp_path / "pairs.parquet"))
+    make_response_rows(pairs).to_parquet(str(tmp_path / "pairs.parquet"))
     settings = {"model": save("qwen2_5_vl", tmp_path / "model"), "pairs": str(tmp_path / "pairs.parquet"), **SETTINGS}
     train(TrainConfig(**settings, batch_size=4, output_dir=str(tmp_path / "one")))
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({**settings, "batch_size": 2}))

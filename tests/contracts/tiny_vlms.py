@@ -1,4 +1,4 @@
-"""Tiny random models of transformers' stock classes, with tokenizers and processors made on the spot, no downloads."""
+"""Tiny models of transformers' classes with random weights, and tokenizers and processors built without a download."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-BASE = ["<pad>", "<s>", "</s>", "<unk>"]
-SPECIAL = {
+BASE_TOKENS = ["<pad>", "<s>", "</s>", "<unk>"]
+SPECIAL_TOKENS = {
     "llava": ["<image>"],
     "qwen2_5_vl": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"],
     "smolvlm": ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"],
@@ -25,23 +25,27 @@ SPECIAL = {
     "gemma2": [],
     "qwen3_next": [],
 }
-SPECIAL |= {"qwen3_vl": SPECIAL["qwen2_5_vl"], "qwen2_vl": SPECIAL["qwen2_5_vl"], "idefics3": SPECIAL["smolvlm"]}
-SPECIAL |= {"llava_next": ["<image>"], "llava_onevision": ["<image>", "<video>"], "paligemma2": ["<image>"]}
-QWEN_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
-PLACE = {
+SPECIAL_TOKENS |= {
+    "qwen3_vl": SPECIAL_TOKENS["qwen2_5_vl"],
+    "qwen2_vl": SPECIAL_TOKENS["qwen2_5_vl"],
+    "idefics3": SPECIAL_TOKENS["smolvlm"],
+}
+SPECIAL_TOKENS |= {"llava_next": ["<image>"], "llava_onevision": ["<image>", "<video>"], "paligemma2": ["<image>"]}
+QWEN_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
+PLACEHOLDERS = {
     "gemma3": "<start_of_image>",
     "idefics3": "<image>",
     "internvl": "<IMG_CONTEXT>",
     "llava": "<image>",
     "llava_next": "<image>",
     "llava_onevision": "<image>",
-    "qwen2_5_vl": QWEN_PLACE,
-    "qwen2_vl": QWEN_PLACE,
-    "qwen3_vl": QWEN_PLACE,
+    "qwen2_5_vl": QWEN_PLACEHOLDER,
+    "qwen2_vl": QWEN_PLACEHOLDER,
+    "qwen3_vl": QWEN_PLACEHOLDER,
     "smolvlm": "<image>",
 }
-"""What each family's template writes where an image stands. PaliGemma has no template, as the published ones."""
-NAMED = {
+"""The image placeholder in each family's chat template. PaliGemma has no chat template, like the published models."""
+NAMED_TOKENS = {
     "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
     "internvl": {
         "start_image_token": "<img>",
@@ -50,42 +54,45 @@ NAMED = {
         "video_token": "<video>",
     },
 }
-"""Special tokens that a family's processor asks its tokenizer for by name."""
+"""Special tokens that a family's processor looks up in its tokenizer by name."""
 TEXT = "describe the picture of a red square on a blue field and three small circles beside it with no text at all."
-IMAGES = (*PLACE, "paligemma", "paligemma2")
-SIDE = 56
-"""Pixels; 16 patches of 14."""
-UNEQUAL = ("idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Families to which a picture of another shape is another number of tokens."""
-WORDS = TEXT.rstrip(".").split()
+IMAGES = (*PLACEHOLDERS, "paligemma", "paligemma2")
+EDGE = 56
+"""Pixels per edge of an image, which has 16 patches of 14 x 14."""
+VARIABLE_LENGTH = ("idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Families whose number of image tokens depends on the image's shape."""
+VOCABULARY = TEXT.rstrip(".").split()
 
 
 def tokenizer(family: str) -> Any:
     """A byte-level BPE tokenizer trained on a line of text, with the family's special tokens."""
-    special = BASE + SPECIAL[family]
-    inner = Tokenizer(models.BPE(unk_token="<unk>"))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = BASE_TOKENS + SPECIAL_TOKENS[family]
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator([TEXT] * 4, trainer)
+    bpe.train_from_iterator([TEXT] * 4, trainer)
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    if family in NAMED:
-        return hf.PreTrainedTokenizerFast(tokenizer_object=inner, extra_special_tokens=NAMED[family], **names)
-    made = hf.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
-    if SPECIAL[family]:
-        made.add_special_tokens({"additional_special_tokens": SPECIAL[family]})
-    return made
+    if family in NAMED_TOKENS:
+        return hf.PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=NAMED_TOKENS[family], **names)
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+    if SPECIAL_TOKENS[family]:
+        tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS[family]})
+    return tokenizer
 
 
 def template(family: str) -> str:
+    """A chat template in which each turn is a line."""
     part = "{{ content if content is string else '' }}"
-    if family in PLACE:
+    if family in PLACEHOLDERS:
         part = (
-            "{% for part in content %}{% if part['type'] == 'image' %}" + PLACE[family] + "{% else %}{{ part['text'] }}"
+            "{% for part in content %}{% if part['type'] == 'image' %}"
+            + PLACEHOLDERS[family]
+            + "{% else %}{{ part['text'] }}"
             "{% endif %}{% endfor %}"
         )
     return (
@@ -105,7 +112,7 @@ def _text(vocabulary: int, **more: Any) -> dict[str, Any]:
 
 def _vision(**more: Any) -> dict[str, Any]:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return {**sizes, "image_size": SIDE, "patch_size": 14, "initializer_range": 0.12, **more}
+    return {**sizes, "image_size": EDGE, "patch_size": 14, "initializer_range": 0.12, **more}
 
 
 def _llava(token: Any, words: Any) -> tuple[Any, Any]:
@@ -115,14 +122,14 @@ def _llava(token: Any, words: Any) -> tuple[Any, Any]:
         image_token_id=token("<image>"),
         tie_word_embeddings=False,
     )
-    size = {"height": SIDE, "width": SIDE}
+    size = {"height": EDGE, "width": EDGE}
     pixels = hf.CLIPImageProcessor(size=size, crop_size=size)
     return hf.LlavaForConditionalGeneration(config), hf.LlavaProcessor(pixels, words, **CLIP_TOKENS)
 
 
 CLIP_TOKENS = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-TILES = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
-"""Grids, in pixels, that pictures of other shapes than the tower's are cut into."""
+TILES = [[EDGE, 2 * EDGE], [2 * EDGE, EDGE]]
+"""Grids in pixels that images are cut into if their shape differs from the vision tower's."""
 
 
 def _llava_next(token: Any, words: Any) -> tuple[Any, Any]:
@@ -132,7 +139,7 @@ def _llava_next(token: Any, words: Any) -> tuple[Any, Any]:
         image_token_index=token("<image>"),
         image_grid_pinpoints=TILES,
     )
-    edges = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    edges = {"size": {"shortest_edge": EDGE}, "crop_size": {"height": EDGE, "width": EDGE}}
     pixels = hf.LlavaNextImageProcessor(**edges, image_grid_pinpoints=TILES)
     return hf.LlavaNextForConditionalGeneration(config), hf.LlavaNextProcessor(pixels, words, **CLIP_TOKENS)
 
@@ -146,7 +153,7 @@ def _llava_onevision(token: Any, words: Any) -> tuple[Any, Any]:
         video_token_index=token("<video>"),
         image_grid_pinpoints=TILES,
     )
-    pixels = hf.LlavaOnevisionImageProcessor(size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=TILES)
+    pixels = hf.LlavaOnevisionImageProcessor(size={"height": EDGE, "width": EDGE}, image_grid_pinpoints=TILES)
     more = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
     processor = hf.LlavaOnevisionProcessor(pixels, words, hf.LlavaOnevisionVideoProcessor(), **more)
     return hf.LlavaOnevisionForConditionalGeneration(config), processor
@@ -160,7 +167,7 @@ def _internvl(token: Any, words: Any) -> tuple[Any, Any]:
         image_seq_length=4,
         tie_word_embeddings=False,
     )
-    pixels = hf.GotOcr2ImageProcessor(size={"height": SIDE, "width": SIDE}, crop_to_patches=True, max_patches=2)
+    pixels = hf.GotOcr2ImageProcessor(size={"height": EDGE, "width": EDGE}, crop_to_patches=True, max_patches=2)
     processor = hf.InternVLProcessor(pixels, words, hf.InternVLVideoProcessor(), image_seq_length=4)
     return hf.InternVLForConditionalGeneration(config), processor
 
@@ -186,8 +193,8 @@ def _qwen(token: Any, words: Any, *, version: str) -> tuple[Any, Any]:
     config, model, processor = QWENS[version]
     pixels = hf.Qwen2VLImageProcessor(size={"shortest_edge": 784, "longest_edge": 78400}, patch_size=14, merge_size=2)
     videos = hf.Qwen3VLVideoProcessor() if version == "3" else hf.Qwen2VLVideoProcessor()
-    made = model(config(text_config=text, vision_config=tower, tie_word_embeddings=False, **ids))
-    return made, processor(pixels, words, videos)
+    qwen = model(config(text_config=text, vision_config=tower, tie_word_embeddings=False, **ids))
+    return qwen, processor(pixels, words, videos)
 
 
 QWENS: dict[str, tuple[Any, Any, Any]] = {
@@ -197,8 +204,8 @@ QWENS: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
-def _shuffled(words: Any, token: Any) -> dict[str, Any]:
-    """What SmolVLM's and Idefics3's configurations share."""
+def _idefics_settings(words: Any, token: Any) -> dict[str, Any]:
+    """The settings that SmolVLM's and Idefics3's configurations share."""
     text = _text(len(words), model_type="llama")
     ids = {"image_token_id": token("<image>"), "pad_token_id": 0}
     return {"vision_config": _vision(), "text_config": text, "scale_factor": 2, "tie_word_embeddings": False, **ids}
@@ -208,17 +215,17 @@ def _smolvlm(token: Any, words: Any) -> tuple[Any, Any]:
     import transformers.models.smolvlm.processing_smolvlm as module
 
     if getattr(module, "num2words", None) is None:
-        module.num2words = str  # for prompts about videos alone, which are not used here
-    edge = {"longest_edge": SIDE}
+        module.num2words = str  # only for prompts about videos, which are not used here
+    edge = {"longest_edge": EDGE}
     pixels = hf.SmolVLMImageProcessor(size=edge, max_image_size=edge, do_image_splitting=False)
     processor = hf.SmolVLMProcessor(pixels, words, hf.SmolVLMVideoProcessor(), image_seq_len=4)
-    return hf.SmolVLMForConditionalGeneration(hf.SmolVLMConfig(**_shuffled(words, token))), processor
+    return hf.SmolVLMForConditionalGeneration(hf.SmolVLMConfig(**_idefics_settings(words, token))), processor
 
 
 def _idefics3(token: Any, words: Any) -> tuple[Any, Any]:
-    """Cuts pictures into tiles, with the whole one as the last."""
-    config = hf.Idefics3Config(**_shuffled(words, token))
-    pixels = hf.Idefics3ImageProcessor(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    """Idefics3 cuts an image into tiles and adds the whole image as the last one."""
+    config = hf.Idefics3Config(**_idefics_settings(words, token))
+    pixels = hf.Idefics3ImageProcessor(size={"longest_edge": 2 * EDGE}, max_image_size={"longest_edge": EDGE})
     return hf.Idefics3ForConditionalGeneration(config), hf.Idefics3Processor(pixels, words, image_seq_len=4)
 
 
@@ -234,14 +241,14 @@ def _gemma3(token: Any, words: Any) -> tuple[Any, Any]:
         boi_token_index=token("<start_of_image>"),
         eoi_token_index=token("<end_of_image>"),
     )
-    pixels = hf.Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE})
+    pixels = hf.Gemma3ImageProcessor(size={"height": EDGE, "width": EDGE})
     return hf.Gemma3ForConditionalGeneration(config), hf.Gemma3Processor(pixels, words, image_seq_length=4)
 
 
 def _paligemma(token: Any, words: Any, *, text: str) -> tuple[Any, Any]:
-    pixels = hf.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
+    pixels = hf.SiglipImageProcessor(size={"height": EDGE, "width": EDGE})
     pixels.image_seq_length = 16
-    processor = hf.PaliGemmaProcessor(pixels, words)  # adds its tokens of places and segments
+    processor = hf.PaliGemmaProcessor(pixels, words)  # adds its location and segmentation tokens
     more: dict[str, Any] = {}
     if text == "gemma2":
         kinds = ["sliding_attention", "full_attention"]
@@ -305,7 +312,10 @@ BUILDERS: dict[str, Callable[..., tuple[Any, Any]]] = {
 
 
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:
-    """A random model of a family, in evaluation mode, and its processor (a tokenizer for text alone)."""
+    """Build a family's model with random weights, in evaluation mode, and its processor.
+
+    The processor of a text-only model is its tokenizer.
+    """
     words = tokenizer(family)
     torch.manual_seed(seed)
     model, processor = BUILDERS[family](words.convert_tokens_to_ids, words)
@@ -315,25 +325,31 @@ def build(family: str, seed: int = 0) -> tuple[Any, Any]:
 
 
 def save(family: str, folder: Any) -> str:
-    """Build a family and write it as its stock files."""
+    """Build a family, save it in its published file layout, and return the folder."""
     model, processor = build(family)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
 
 
-def picture(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
+def picture(seed: int, size: tuple[int, int] = (EDGE, EDGE)) -> Image.Image:
+    """An image of random pixels, of (width, height)."""
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def rows(family: str, images: tuple[int, ...], seed: int = 0) -> list[dict[str, Any]]:
-    """Preference rows with so many images each, of unequal lengths, and of unequal sizes where that makes a difference."""
+    """Preference rows of unequal lengths.
+
+    Args:
+        images: number of images of each row. If the family's number of image tokens depends on the shape, the images
+            have different shapes.
+    """
     rng = random.Random(seed)
-    sizes = [(84, 56), (56, 84), (SIDE, SIDE)] if family in UNEQUAL else [(SIDE, SIDE)]
+    sizes = [(84, 56), (56, 84), (EDGE, EDGE)] if family in VARIABLE_LENGTH else [(EDGE, EDGE)]
 
     def text(low: int, high: int) -> str:
-        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+        return " ".join(rng.choice(VOCABULARY) for _ in range(rng.randint(low, high)))
 
     return [
         {

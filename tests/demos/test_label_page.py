@@ -1,4 +1,4 @@
-"""Labelling in a real browser: every key counts once, nothing confirmed is lost, hostile prompts stay words."""
+"""The labelling page in a browser: every key counts once, confirmed votes survive, and hostile prompts are escaped."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ HOSTILE = {
 
 
 def folder_of_pairs(folder: Path, prompts: list[str]) -> Path:
-    """Pictures a/N.png and b/N.png of one colour each, and their prompts."""
-    for side, colour in (("a", 0), ("b", 255)):
-        (folder / side).mkdir(parents=True)
+    """Write images a/N.png and b/N.png with one colour per model, and their prompts."""
+    for model, colour in (("a", 0), ("b", 255)):
+        (folder / model).mkdir(parents=True)
         for number in range(len(prompts)):
             image = picture(number, 64)
             image.paste((colour, number % 256, 128), (0, 0, 32, 64))
-            image.save(folder / side / f"{number:03}.png")
+            image.save(folder / model / f"{number:03}.png")
     for number, prompt in enumerate(prompts):
         (folder / f"{number:03}.txt").write_text(prompt)
     return folder
 
 
-def shown(page: Any) -> str:
-    return str(page.locator(".pair").get_attribute("data-shown"))
+def presentation_of(page: Any) -> str:
+    return str(page.locator(".pair").get_attribute("data-presentation"))
 
 
 def press(page: Any, key: str) -> None:
-    """A key, and wait until the page shows what comes after it."""
-    before = shown(page)
+    """Press a key and wait for the next presentation."""
+    before = presentation_of(page)
     page.keyboard.press(key)
     page.wait_for_function(
-        "before => { const now = document.querySelector('[data-shown]'); return now && now.dataset.shown !== before; }",
+        "before => { const now = document.querySelector('[data-presentation]'); return now && now.dataset.presentation !== before; }",
         arg=before,
     )
 
@@ -60,7 +60,7 @@ def begin(page: Any, address: str, name: str) -> None:
     page.locator(".pair").wait_for()
 
 
-def test_thirty_pairs_by_keyboard_with_undo_and_reload(
+def test_label_page_stores_thirty_votes_with_undo_and_reload(
     serve: Callable[..., Any], page: Any, tmp_path: Path, run_command: Callable[..., str]
 ) -> None:
     pairs = folder_of_pairs(tmp_path / "pairs", [f"prompt number {n}" for n in range(30)])
@@ -78,26 +78,26 @@ def test_thirty_pairs_by_keyboard_with_undo_and_reload(
         if number == 12:
             page.reload()
             page.locator(".pair").wait_for()
-        pressed[shown(page)] = choice
+        pressed[presentation_of(page)] = choice
         press(page, KEYS[choice])
     assert page.locator(".finished").count() == 1
     store = VoteStore(tmp_path / "votes.sqlite", [f"{n:03}" for n in range(30)], source=str(pairs))
     votes = store.votes()
-    assert {vote.pair for vote in votes if not vote.again} == {f"{n:03}" for n in range(30)}
-    assert len(votes) == len(pressed) and 2 <= sum(vote.again for vote in votes) <= 4
-    assert all(vote.labeller == "Ada" and vote.seconds >= 0 for vote in votes)
-    sides = {True: {"left": "b", "right": "a"}, False: {"left": "a", "right": "b"}}
+    assert {vote.pair for vote in votes if not vote.is_repeat} == {f"{n:03}" for n in range(30)}
+    assert len(votes) == len(pressed) and 2 <= sum(vote.is_repeat for vote in votes) <= 4
+    assert all(vote.annotator == "Ada" and vote.seconds >= 0 for vote in votes)
+    letters = {True: {"left": "b", "right": "a"}, False: {"left": "a", "right": "b"}}
     expected = list(pressed.values())
-    assert [v.said for v in votes] == [sides[v.swapped].get(c, c) for v, c in zip(votes, expected, strict=True)]
+    assert [v.choice for v in votes] == [letters[v.swapped].get(c, c) for v, c in zip(votes, expected, strict=True)]
     assert len({vote.swapped for vote in votes}) == 2
 
     run_command("label", "export", str(tmp_path / "votes.sqlite"), "--output", str(tmp_path / "rows.parquet"))
     rows = pd.read_parquet(tmp_path / "rows.parquet").set_index("id")
-    first = {vote.pair: vote.said for vote in votes if not vote.again}
+    first = {vote.pair: vote.choice for vote in votes if not vote.is_repeat}
     assert rows["preference"].to_dict() == first
 
 
-def test_two_people_at_once_lose_and_double_nothing(serve: Callable[..., Any], browser: Any, tmp_path: Path) -> None:
+def test_label_page_two_people_store_every_vote_once(serve: Callable[..., Any], browser: Any, tmp_path: Path) -> None:
     pairs = folder_of_pairs(tmp_path / "pairs", [f"prompt {n}" for n in range(120)])
     server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
     people = {}
@@ -107,22 +107,24 @@ def test_two_people_at_once_lose_and_double_nothing(serve: Callable[..., Any], b
     cast = dict.fromkeys(people, 0)
     for number in range(100):
         for name, page in people.items():
-            before = shown(page)
+            before = presentation_of(page)
             page.keyboard.press(("ArrowLeft", "ArrowRight")[number % 2])
             if number % 10 == 0:
                 page.keyboard.press("ArrowLeft")
-            page.wait_for_function("b => document.querySelector('[data-shown]')?.dataset.shown !== b", arg=before)
+            page.wait_for_function(
+                "b => document.querySelector('[data-presentation]')?.dataset.presentation !== b", arg=before
+            )
             cast[name] += 1
     for page in people.values():
         page.context.close()
     votes = VoteStore(tmp_path / "votes.sqlite", [f"{n:03}" for n in range(120)], source=str(pairs)).votes()
-    once = {(vote.labeller, vote.pair, vote.again) for vote in votes}
-    assert len(once) == len(votes)
+    presentations = {(vote.annotator, vote.pair, vote.is_repeat) for vote in votes}
+    assert len(presentations) == len(votes)
     for name, count in cast.items():
-        assert count <= sum(vote.labeller == name for vote in votes) <= count + 10
+        assert count <= sum(vote.annotator == name for vote in votes) <= count + 10
 
 
-def test_a_killed_server_loses_no_confirmed_vote(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+def test_label_page_killed_server_loses_no_confirmed_vote(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
     pairs = folder_of_pairs(tmp_path / "pairs", [f"prompt {n}" for n in range(20)])
     command = ("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
     server = serve(*command)
@@ -137,31 +139,31 @@ def test_a_killed_server_loses_no_confirmed_vote(serve: Callable[..., Any], page
     press(page, "ArrowRight")
 
 
-def test_hostile_prompts_and_names_stay_words(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+def test_label_page_escapes_hostile_prompts_and_names(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
     pairs = folder_of_pairs(tmp_path / "pairs", list(HOSTILE.values()))
     server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
     begin(page, server.address, "<img src=x onerror=\"document.title='owned'\">")
-    seen = set()
+    prompts = set()
     for _ in HOSTILE:
         prompt = page.locator(".pair .prompt")
-        seen.add(prompt.inner_text().strip())
+        prompts.add(prompt.inner_text().strip())
         assert page.title() == "Label pairs" and prompt.is_visible()
         assert page.locator(".pair img").count() == 2
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         press(page, "ArrowLeft")
-    assert {text.split()[0] for text in seen} == {text.split()[0] for text in HOSTILE.values()}
+    assert {text.split()[0] for text in prompts} == {text.split()[0] for text in HOSTILE.values()}
 
 
-def test_a_broken_picture_can_be_skipped(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+def test_label_page_undecodable_image_can_be_skipped(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
     pairs = folder_of_pairs(tmp_path / "pairs", ["one", "two"])
-    (pairs / "a" / "000.png").write_bytes(b"no picture")
+    (pairs / "a" / "000.png").write_bytes(b"not an image")
     server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
     begin(page, server.address, "Ada")
     texts = []
     for _ in range(2):
         texts.append(page.locator(".pair").inner_text())
         press(page, "s")
-    assert any("can’t be read" in text for text in texts)
+    assert any("can’t be decoded" in text for text in texts)
 
 
 @pytest.fixture(scope="module")
@@ -174,19 +176,21 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "/proc/self/environ", "votes.sqlite", ".env"])
-def test_no_file_of_the_machine_is_served(path: str, serve_once: Callable[..., Any], page: Any, secrets: Path) -> None:
+def test_label_page_serves_no_file_of_the_machine(
+    path: str, serve_once: Callable[..., Any], page: Any, secrets: Path
+) -> None:
     server = serve_once("label", "--pairs", str(secrets / "pairs"), "--votes", str(secrets / "votes.sqlite"))
     full = path if path.startswith("/") else str(secrets / path)
     assert Path(full).exists()
     for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/gradio_api/proxy="):
         for name in (full, full.lstrip("/"), "../" * 8 + full.lstrip("/"), full.replace("/", "%2F")):
-            answer = page.request.get(server.address + route + name)
-            body = answer.body()
-            assert answer.status >= 400 or b"<!doctype html" in body[:200].lower(), (route, name)
+            response = page.request.get(server.address + route + name)
+            body = response.body()
+            assert response.status >= 400 or b"<!doctype html" in body[:200].lower(), (route, name)
             assert b"root:" not in body and b"SECRET" not in body and b"SQLite format" not in body
 
 
-def test_the_pictures_are_png_of_the_very_pixels(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+def test_label_page_images_are_lossless_png(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
     import base64
     import io
 
@@ -194,24 +198,24 @@ def test_the_pictures_are_png_of_the_very_pixels(serve: Callable[..., Any], page
     server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
     begin(page, server.address, "Ada")
     sources = [page.locator(".pair img").nth(n).get_attribute("src") for n in range(2)]
-    drawn = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
-    kept = [Image.open(pairs / side / "000.png") for side in "ab"]
+    shown = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+    original = [Image.open(pairs / model / "000.png") for model in "ab"]
     assert all(source.startswith("data:image/png") for source in sources)
-    assert {image.tobytes() for image in drawn} == {image.tobytes() for image in kept}
+    assert {image.tobytes() for image in shown} == {image.tobytes() for image in original}
 
 
-def test_how_the_models_stand_after_votes(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+def test_label_page_shows_ratings_after_votes(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
     server = serve("label", "--pairs", str(folder_of_pairs(tmp_path / "set", ["one", "two", "three", "four"])))
     begin(page, server.address, "Ada")
-    page.get_by_text("How the models stand").click()
+    page.get_by_text("Ratings of the models").click()
     page.get_by_text("No vote compares two models").wait_for()
-    page.get_by_text("How the models stand").click()
+    page.get_by_text("Ratings of the models").click()
     store = VoteStore(tmp_path / "labels.sqlite", open_pairs(str(tmp_path / "set"))["id"], source=str(tmp_path / "set"))
     for _ in range(3):
-        now = store.show("Ada")
-        assert now is not None
-        press(page, "ArrowRight" if now.swapped else "ArrowLeft")
-    page.get_by_text("How the models stand").click()
-    page.locator(".arena tbody tr").first.wait_for()
-    lines = page.locator(".arena tbody tr").all_inner_texts()
+        presented = store.show("Ada")
+        assert presented is not None
+        press(page, "ArrowRight" if presented.swapped else "ArrowLeft")
+    page.get_by_text("Ratings of the models").click()
+    page.locator(".ratings tbody tr").first.wait_for()
+    lines = page.locator(".ratings tbody tr").all_inner_texts()
     assert lines[0].startswith("a") and "3 / 0 / 0" in lines[0] and "0 / 0 / 3" in lines[1]

@@ -1,4 +1,4 @@
-"""`dpo-mm quickstart --task captioner | ocr` in an empty folder does what the project promises of own failures."""
+"""`dpo-mm quickstart --task captioner | ocr` in an empty folder reduces the model's failures without side effects."""
 
 from __future__ import annotations
 
@@ -32,46 +32,52 @@ def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Pa
     assert done.returncode == 0, done.stderr
     assert "Verdict: better" in done.stdout and "Next" in done.stdout
     folder = empty / "runs" / "quickstart"
-    kept = json.loads((folder / "metrics.json").read_text())
-    return request.param, folder, {one["judge"]: one for one in kept["comparisons"]}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return request.param, folder, {comparison["judge"]: comparison for comparison in metrics["comparisons"]}
 
 
-def test_failures_fall_and_nothing_is_paid_for_it(run: tuple[str, Path, dict[str, Any]]) -> None:
-    task, _, found = run
+def test_quickstart_reduces_failures_without_side_effects(run: tuple[str, Path, dict[str, Any]]) -> None:
+    task, _, comparisons = run
     if task == "ocr":
-        loops = found["degeneration"]
-        assert 0.05 <= loops["base"] <= 0.3 and loops["tuned"] <= 0.4 * loops["base"] and loops["high"] < 0
-        assert found["cer"]["verdict"] == "better" and found["valid_json"]["verdict"] != "worse"
-        assert found["num_tokens"]["tuned"] < found["num_tokens"]["base"]
+        degeneration = comparisons["degeneration"]
+        assert (
+            0.05 <= degeneration["base"] <= 0.3
+            and degeneration["tuned"] <= 0.4 * degeneration["base"]
+            and degeneration["high"] < 0
+        )
+        assert comparisons["cer"]["verdict"] == "better" and comparisons["valid_json"]["verdict"] != "worse"
+        assert comparisons["num_tokens"]["tuned"] < comparisons["num_tokens"]["base"]
         return
-    invented = found["chair_i"]
-    assert invented["tuned"] <= 0.6 * invented["base"] and invented["high"] < 0
-    assert found["recall"]["difference"] >= -0.02
-    assert abs(found["num_words"]["difference"]) <= 0.1 * found["num_words"]["base"]
+    hallucination = comparisons["chair_i"]
+    assert hallucination["tuned"] <= 0.6 * hallucination["base"] and hallucination["high"] < 0
+    assert comparisons["recall"]["difference"] >= -0.02
+    assert abs(comparisons["num_words"]["difference"]) <= 0.1 * comparisons["num_words"]["base"]
 
 
-def test_the_chosen_answers_are_not_given_up(run: tuple[str, Path, dict[str, Any]]) -> None:
+def test_report_shows_that_the_chosen_log_prob_did_not_fall(run: tuple[str, Path, dict[str, Any]]) -> None:
     _, folder, _ = run
     page = (folder / "report.html").read_text()
-    assert "log-prob is +" in page and "kept" in page
+    assert "The log-prob of the chosen responses rose by" in page
     assert "<script" not in page and "data:image/png;base64," in page
 
 
-def test_the_stock_library_generates_the_tuned_policys_tokens(run: tuple[str, Path, dict[str, Any]]) -> None:
+def test_upstream_library_generates_the_tuned_policys_tokens(run: tuple[str, Path, dict[str, Any]]) -> None:
     task, folder, _ = run
     name, questions, limit = TASKS[task]
-    asked = read_questions(questions, limit=8)
+    first_questions = read_questions(questions, limit=8)
     policy = load_policy(name)
     policy.load_adapter(folder / "adapter")
-    ours = policy.generate([q.images for q in asked], [q.prompt for q in asked], max_new_tokens=limit, do_sample=False)
+    ours = policy.generate(
+        [q.images for q in first_questions], [q.prompt for q in first_questions], max_new_tokens=limit, do_sample=False
+    )
     processor = AutoProcessor.from_pretrained(resolve_asset(name))
     base = AutoModelForImageTextToText.from_pretrained(resolve_asset(name), dtype=torch.float32)
-    stock = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
-    for question, answer in zip(asked, ours, strict=True):
+    upstream = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+    for question, response in zip(first_questions, ours, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": question.prompt}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(text=text, images=list(question.images), return_tensors="pt")
         with torch.no_grad():
-            out = stock.generate(**inputs, max_new_tokens=limit, do_sample=False)
-        tokens = out[0, inputs["input_ids"].shape[1] :]
-        assert processor.decode(tokens, skip_special_tokens=True) == answer.text
+            output = upstream.generate(**inputs, max_new_tokens=limit, do_sample=False)
+        tokens = output[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(tokens, skip_special_tokens=True) == response.text

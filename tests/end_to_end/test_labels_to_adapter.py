@@ -1,4 +1,4 @@
-"""From an empty folder to thirty labels, an adapter trained on them, and a page that sets it beside its base."""
+"""From an empty folder to thirty labels, an adapter trained on them, and a page that compares it with its base."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from tests.demos.test_label_page import begin, press
 
 pytestmark = pytest.mark.slow
 
-LABELS = 30
+NUM_LABELS = 30
 
 
-def test_from_thirty_labels_to_a_page(
+def test_thirty_labels_train_an_adapter_that_the_page_compares(
     serve: Callable[..., Any],
     page: Any,
     tmp_path: Path,
 ) -> None:
     rows = open_pairs("shapes-faithfulness")
-    truth = dict(zip(rows["id"], rows["preference"], strict=True))
+    preferences = dict(zip(rows["id"], rows["preference"], strict=True))
     server = serve("label", "--votes", "labels.sqlite")
     begin(page, server.address, "Ada")
     store = VoteStore(tmp_path / "labels.sqlite", rows["id"], source="shapes-faithfulness")
-    while len({vote.pair for vote in store.votes()}) < LABELS:
+    while len({vote.pair for vote in store.votes()}) < NUM_LABELS:
         shown = store.show("Ada")
         assert shown is not None
-        left = truth[shown.pair] == "ab"[shown.swapped]
+        left = preferences[shown.pair] == "ab"[shown.swapped]
         press(page, "ArrowLeft" if left else "ArrowRight")
     page.get_by_text("From votes to a trained adapter").click()
-    printed = page.locator("#command").inner_text().strip()
+    shell_commands = page.locator("#command").inner_text().strip()
     server.kill()
 
-    assert printed.startswith("dpo-mm label export labels.sqlite") and "&& dpo-mm train" in printed
-    command = printed.replace("dpo-mm ", f"{shlex.quote(sys.executable)} -m dpo_mm ")
+    assert shell_commands.startswith("dpo-mm label export labels.sqlite") and "&& dpo-mm train" in shell_commands
+    command = shell_commands.replace("dpo-mm ", f"{shlex.quote(sys.executable)} -m dpo_mm ")
     short = " --steps 20 --warmup-steps 2"
     done = subprocess.run(["bash", "-c", command + short], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kept = pd.read_parquet(tmp_path / "labels.parquet")
-    assert len(kept) == LABELS and all(truth[one.id] == one.preference for one in kept.itertuples())
+    exported = pd.read_parquet(tmp_path / "labels.parquet")
+    assert len(exported) == NUM_LABELS and all(preferences[row.id] == row.preference for row in exported.itertuples())
     assert (tmp_path / "runs" / "labelled" / "pytorch_lora_weights.safetensors").exists()
 
     side_by_side = serve("images", "--adapter", "runs/labelled", "--judges", "faithfulness")

@@ -1,4 +1,4 @@
-"""Vision-language models go through the same trainer, objectives and references as image generators."""
+"""Vision-language and text models train with the same trainer, objectives and references as image models."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from tests.contracts.tiny_vlms import rows, save
 
 
 @pytest.mark.parametrize("family", ["llava", "llama"])
-def test_a_language_model_trains_from_a_file(family: str, tmp_path: Path) -> None:
+def test_language_model_trains_from_a_parquet_file(family: str, tmp_path: Path) -> None:
     model = save(family, tmp_path / "model")
     images = 0 if family == "llama" else 1
-    some = [{**row, "id": f"row-{n}"} for n, row in enumerate(rows(family, (images,) * 8))]
-    names = list(response_preference())
-    table = Dataset.from_list([{name: row.get(name) for name in names} for row in some], features=response_preference())
+    examples = [{**row, "id": f"row-{n}"} for n, row in enumerate(rows(family, (images,) * 8))]
+    columns = list(response_preference())
+    table = Dataset.from_list(
+        [{name: row.get(name) for name in columns} for row in examples], features=response_preference()
+    )
     table.to_parquet(str(tmp_path / "pairs.parquet"))
     config = TrainConfig(
         model=model,
@@ -34,8 +36,8 @@ def test_a_language_model_trains_from_a_file(family: str, tmp_path: Path) -> Non
         log_every=1,
         eval_fraction=0.0,
     )
-    trained = train(config)
-    losses = [entry for entry in trained.history if "loss" in entry]
+    result = train(config)
+    losses = [entry for entry in result.history if "loss" in entry]
     assert losses[0]["rewards/accuracies"] == 0.5 and losses[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert losses[0]["loss"] > math.log(2)
     assert losses[-1]["rewards/margins"] > 0 and "errors/chosen" not in losses[-1]

@@ -1,4 +1,4 @@
-"""The README's first command, from a wheel in an empty folder, at its real settings."""
+"""The README's first command with its real settings, from a wheel in an empty folder."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as its wheel installs it, in a folder of its own."""
+    """Folder with the package as its wheel installs it."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
-    (made,) = folder.glob("*.whl")
+    (path,) = folder.glob("*.whl")
     site = folder / "site"
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site), str(made)]
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site), str(path)]
     subprocess.run(install, check=True, capture_output=True)
     return site
 
@@ -49,18 +49,18 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return empty / "runs" / "quickstart"
 
 
-def test_it_finds_a_real_improvement(run: Path) -> None:
-    kept = json.loads((run / "metrics.json").read_text())
-    (headline,) = [one for one in kept["comparisons"] if one["headline"]]
-    assert headline["judge"] == "faithfulness" and headline["verdict"] == "better"
-    assert headline["low"] > 0 and headline["difference"] == pytest.approx(headline["tuned"] - headline["base"])
-    assert 0.35 <= headline["base"] <= 0.65
-    diversity = next(one for one in kept["comparisons"] if one["judge"] == "pixels")
+def test_quickstart_finds_a_significant_improvement(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    (primary,) = [comparison for comparison in metrics["comparisons"] if comparison["headline"]]
+    assert primary["judge"] == "faithfulness" and primary["verdict"] == "better"
+    assert primary["low"] > 0 and primary["difference"] == pytest.approx(primary["tuned"] - primary["base"])
+    assert 0.35 <= primary["base"] <= 0.65
+    diversity = next(comparison for comparison in metrics["comparisons"] if comparison["judge"] == "pixels")
     assert diversity["tuned"] >= 0.9 * diversity["base"]
-    assert kept["control"]["verdict"] == "no evidence"
+    assert metrics["control"]["verdict"] == "no evidence"
 
 
-def test_it_writes_what_it_promises(run: Path) -> None:
+def test_quickstart_writes_its_files_and_a_self_contained_report(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names >= {"adapter", "report.html", "metrics.json", "contact_sheet.png"}
     page = (run / "report.html").read_text()
@@ -68,7 +68,7 @@ def test_it_writes_what_it_promises(run: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
 
 
-def test_the_stock_library_draws_the_tuned_policys_pixels(run: Path) -> None:
+def test_upstream_library_generates_the_tuned_policys_pixels(run: Path) -> None:
     config = read_recipe("faithfulness", "shapes", {}).compare
     plan = sampling_plan(config).first(1)
     prompts, seeds = list(plan.prompts[:8]), plan.seeds[:8]
@@ -78,5 +78,5 @@ def test_the_stock_library_draws_the_tuned_policys_pixels(run: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(resolve_asset("shapes-sd"), dtype=torch.float32)
     pipe.load_lora_weights(str(run / "adapter"))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    stock = pipe(prompts, num_inference_steps=15, guidance_scale=1.5, generator=generators).images
-    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(ours, stock, strict=True))
+    upstream = pipe(prompts, num_inference_steps=15, guidance_scale=1.5, generator=generators).images
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(ours, upstream, strict=True))

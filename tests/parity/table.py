@@ -1,4 +1,6 @@
-"""Print objective x peer x largest difference; write docs/benchmarks/parity.json and the tables of docs/background/parity.md.
+"""Print every objective, its peer and the largest difference.
+
+Writes docs/benchmarks/parity.json and the tables of docs/background/parity.md.
 
 python -m tests.parity.table
 """
@@ -17,49 +19,50 @@ from tests.parity.trl_peer import Peer, compare, comparisons
 
 DOCS = Path(__file__).parents[2] / "docs"
 OUT, PAGE = DOCS / "benchmarks" / "parity.json", DOCS / "background" / "parity.md"
-HEAD = "| peer | comparisons | largest difference of a value | of a gradient, relative |\n|---|---|---|---|\n"
+SUMMARY_HEAD = "| peer | comparisons | largest difference of a value | of a gradient, relative |\n|---|---|---|---|\n"
 
 
 def rows() -> list[dict[str, str | float]]:
-    """One row a comparison."""
-    peer, found = Peer(), []
+    """Compare every objective with its peer, one row per comparison."""
+    peer, table = Peer(), []
     for comparison in comparisons():
         measured = compare(peer, comparison)
         names = {"objective": comparison.objective, "peer": comparison.peer, "adapted": comparison.adapted}
-        found.append({**names, "value": short(measured.value), "gradient": short(measured.gradient)})
+        table.append({**names, "value": two_digits(measured.value), "gradient": two_digits(measured.gradient)})
     for formula in FORMULAS:
         value, gradient = difference(formula)
         names = {"objective": formula.objective, "peer": formula.peer, "adapted": ""}
-        found.append({**names, "value": short(value), "gradient": short(gradient)})
-    return found
+        table.append({**names, "value": two_digits(value), "gradient": two_digits(gradient)})
+    return table
 
 
-def short(number: float) -> float:
+def two_digits(number: float) -> float:
+    """Round to two significant digits."""
     return float(f"{number:.1e}")
 
 
-def kind(peer: str) -> str:
-    """The line of the summary that a comparison counts in."""
+def peer_group(peer: str) -> str:
+    """The row of the summary that a comparison belongs to."""
     if not peer.startswith("DPOTrainer"):
         return f"TRL {peer.split()[0]}" if "Trainer" in peer else "diffusion formulas, float64"
     if "," in peer:
         return "TRL DPOTrainer, divergences"
     special = any(word in peer for word in ("ld_alpha", "use_weighting", "+"))
-    return f"TRL DPOTrainer, {'LD-DPO, WPO, mixture' if special else 'loss types and label_smoothing'}"
+    return f"TRL DPOTrainer, {'LD-DPO, WPO, mixture' if special else 'loss types and label smoothing'}"
 
 
-def summary(found: list[dict[str, Any]]) -> str:
-    """The rows by kind of peer, as a table in Markdown."""
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table with one row per group of peers."""
     lines = []
-    for name in dict.fromkeys(kind(str(row["peer"])) for row in found):
-        of_kind = [row for row in found if kind(str(row["peer"])) == name]
-        worst = [max(float(row[key]) for row in of_kind) for key in ("value", "gradient")]
-        lines.append(f"| {name} | {len(of_kind)} | {worst[0]:.1e} | {worst[1]:.1e} |")
-    return HEAD + "\n".join(lines)
+    for name in dict.fromkeys(peer_group(str(row["peer"])) for row in rows):
+        group = [row for row in rows if peer_group(str(row["peer"])) == name]
+        worst = [max(float(row[key]) for row in group) for key in ("value", "gradient")]
+        lines.append(f"| {name} | {len(group)} | {worst[0]:.1e} | {worst[1]:.1e} |")
+    return SUMMARY_HEAD + "\n".join(lines)
 
 
-def every(measured: dict[str, Any]) -> str:
-    """Every comparison that docs/benchmarks/parity.json holds, as a table in Markdown."""
+def comparison_table(measured: dict[str, Any]) -> str:
+    """A Markdown table of every comparison in docs/benchmarks/parity.json."""
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     lines = [
         f"| {row['objective'].replace('|', ' ')} | {row['peer']} | {row['adapted']} | {row['value']:.1e} | {row['gradient']:.1e} |"
@@ -72,9 +75,9 @@ def every(measured: dict[str, Any]) -> str:
     )
 
 
-def written(page: str, measured: dict[str, Any]) -> str:
-    """The page with both tables as they were measured."""
-    for name, table in (("summary", summary(measured["rows"])), ("comparisons", every(measured))):
+def page_with_tables(page: str, measured: dict[str, Any]) -> str:
+    """Return the page with both tables filled in from the measurements."""
+    for name, table in (("summary", summary(measured["rows"])), ("comparisons", comparison_table(measured))):
         before, _, rest = page.partition(f"<!-- {name} -->")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         if not end:
@@ -84,25 +87,25 @@ def written(page: str, measured: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    found = rows()
-    width = max(len(str(row["objective"])) for row in found), max(len(str(row["peer"])) for row in found)
-    for row in found:
+    table = rows()
+    width = max(len(str(row["objective"])) for row in table), max(len(str(row["peer"])) for row in table)
+    for row in table:
         numbers = f"{row['value']:8.1e} {row['gradient']:8.1e}"
         print(f"{row['objective']:{width[0]}} {row['peer']:{width[1]}} {numbers}  {row['adapted']}")
-    worst = {key: max(float(row[key]) for row in found) for key in ("value", "gradient")}
+    worst = {key: max(float(row[key]) for row in table) for key in ("value", "gradient")}
     print(
-        f"{len(found)} comparisons; largest difference of a value {worst['value']:.1e}, of a gradient {worst['gradient']:.1e}"
+        f"{len(table)} comparisons; largest difference of a value {worst['value']:.1e}, of a gradient {worst['gradient']:.1e}"
     )
-    kept = {
+    measured = {
         "command": "python -m tests.parity.table",
         "precision": "float32 against float32 (TRL) and float64 (formulas)",
         "versions": {"trl": trl.__version__, "torch": torch.__version__.split("+")[0]},
         "worst": worst,
-        "rows": found,
+        "rows": table,
     }
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(kept, indent=1) + "\n")
-    PAGE.write_text(written(PAGE.read_text(), kept))
+    OUT.write_text(json.dumps(measured, indent=1) + "\n")
+    PAGE.write_text(page_with_tables(PAGE.read_text(), measured))
 
 
 if __name__ == "__main__":

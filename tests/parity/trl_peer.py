@@ -1,8 +1,8 @@
-"""TRL's own trainers and our objectives on the same tiny causal model and batch, in float32.
+"""TRL's trainers and our objectives on the same tiny causal model and batch, in float32.
 
-Their side is their `_compute_loss` (CPO and ORPO: `get_batch_loss_metrics`), called with settings put on the trainer.
-Our side reads the tokens' log-probs off plain logits and gives the mean over pairs. Where TRL deviates, a comparison
-says in `adapted` what was put on our side to get TRL's number, so that nothing but that stands between the two.
+TRL's loss is its trainer's `_compute_loss` (CPO and ORPO: `get_batch_loss_metrics`), with settings written to the
+trainer. Our loss is the mean over pairs of the objective, on token log-probs computed from plain logits. If TRL deviates,
+`Comparison.adapted` describes the change on our side that reproduces TRL's value. Nothing else differs.
 """
 
 from __future__ import annotations
@@ -31,19 +31,23 @@ from dpo_mm.objectives import MPO, LogProbs, mixture
 
 VOCABULARY = 64
 SEED = 3
-"""With it the sides' orders differ (for AOT), TRL's z for KTO is above 0, and each side has log-ratios of both signs."""
+"""With this seed chosen and rejected have different orders (for AOT), TRL's z for KTO is above 0, and log-ratios have
+both signs."""
 PAIRS = [
     {"prompt_ids": [5, 9, 11], "chosen_ids": [21, 22, 23, 24, 25], "rejected_ids": [31, 32, 33]},
     {"prompt_ids": [6, 7], "chosen_ids": [41, 42], "rejected_ids": [43, 44, 45, 46, 47, 48]},
     {"prompt_ids": [8, 9, 10, 12], "chosen_ids": [51, 13, 52, 14], "rejected_ids": [53, 15, 54, 16]},
     {"prompt_ids": [17, 18, 19], "chosen_ids": [60, 61, 62], "rejected_ids": [20, 63, 26, 27, 28]},
 ]
-"""Four pairs, completions of 2 to 6 tokens; either side is the longer one."""
+"""Four pairs with completions of 2 to 6 tokens. In some the chosen one is longer, in others the rejected one."""
 
 
 @dataclass(frozen=True)
 class Ours:
-    """Log-probs on our side: whole, and of the single tokens, (pairs, length); masks 1 for a completion's token."""
+    """Log-probs on our side: of whole completions, (pairs,), and of their tokens, (pairs, length).
+
+    Tuples are (chosen, rejected). A mask is 1 at a completion's tokens and 0 at padding.
+    """
 
     policy: LogProbs
     reference: LogProbs
@@ -52,14 +56,14 @@ class Ours:
     masks: tuple[Tensor, Tensor]
     collisions: tuple[Tensor, Tensor]
     prompt_and_chosen: Tensor
-    """Log-probs of all of the chosen rows' tokens, prompt included, one flat line."""
+    """Log-probs of all tokens of the chosen sequences, prompts included, (tokens,)."""
     z: Tensor
-    """TRL's point of reference for KTO, scalar."""
+    """TRL's reference point for KTO, a scalar."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One objective under one setting, here and there."""
+    """One objective with one setting, in our code and in TRL's."""
 
     objective: str
     peer: str
@@ -70,14 +74,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the two are apart: |value| relative above 1, norm of the gradient's difference over its norm."""
+    """Differences between the two sides.
+
+    The value's is absolute, or relative if TRL's value is above 1. The gradient's is the norm of the difference divided
+    by the norm of TRL's gradient.
+    """
 
     value: float
     gradient: float
 
 
 class Peer:
-    """The trainers, around copies of one policy and one reference."""
+    """TRL's trainers, with copies of one policy and one reference."""
 
     def __init__(self) -> None:
         torch.manual_seed(SEED)
@@ -150,37 +158,37 @@ class Peer:
         )
 
     def ours(self, pairs: list[dict[str, list[int]]] = PAIRS) -> tuple[Ours, LlamaForCausalLM]:
-        """Our side's log-probs, and the model whose gradient they carry."""
+        """Return our log-probs, and the model that their gradients belong to."""
         model = copy.deepcopy(self.policy)
-        policy = _read(model, pairs)
+        policy = _token_log_probs(model, pairs)
         with torch.no_grad():
-            reference = _read(self.reference, pairs)
+            reference = _token_log_probs(self.reference, pairs)
         chosen = [pair["prompt_ids"] + pair["chosen_ids"] for pair in pairs]
-        flat = [
+        prompt_and_chosen = [
             model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]] for ids in chosen
         ]
-        made = Ours(
-            policy=_whole(policy),
-            reference=_whole(reference),
+        ours = Ours(
+            policy=_sequence_log_probs(policy),
+            reference=_sequence_log_probs(reference),
             tokens=(policy[0].tokens, policy[1].tokens),
             reference_tokens=(reference[0].tokens, reference[1].tokens),
             masks=(policy[0].mask, policy[1].mask),
             collisions=(policy[0].collision, policy[1].collision),
-            prompt_and_chosen=torch.cat(flat),
+            prompt_and_chosen=torch.cat(prompt_and_chosen),
             z=mismatched_z(self),
         )
-        return made, model
+        return ours, model
 
 
 @dataclass(frozen=True)
-class _Side:
+class _Completions:
     tokens: Tensor
     mask: Tensor
     collision: Tensor
 
 
-def _read(model: Any, pairs: list[dict[str, list[int]]]) -> tuple[_Side, _Side]:
-    """Both sides, each row by itself, without padding in the forward."""
+def _token_log_probs(model: Any, pairs: list[dict[str, list[int]]]) -> tuple[_Completions, _Completions]:
+    """Token log-probs of chosen and rejected, from one forward pass per sequence, so without padding."""
     sides = []
     for key in ("chosen_ids", "rejected_ids"):
         rows = []
@@ -190,11 +198,11 @@ def _read(model: Any, pairs: list[dict[str, list[int]]]) -> tuple[_Side, _Side]:
             rows.append((scores[range(len(scores)), pair[key]], (2 * scores).logsumexp(-1)))
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         mask = pad([torch.ones(len(row)) for row, _ in rows])
-        sides.append(_Side(pad([row for row, _ in rows]), mask, pad([collision for _, collision in rows])))
+        sides.append(_Completions(pad([row for row, _ in rows]), mask, pad([collision for _, collision in rows])))
     return sides[0], sides[1]
 
 
-def _whole(sides: tuple[_Side, _Side]) -> LogProbs:
+def _sequence_log_probs(sides: tuple[_Completions, _Completions]) -> LogProbs:
     (w, l), (n_w, n_l) = ((s.tokens * s.mask).sum(1) for s in sides), (s.mask.sum(1) for s in sides)  # noqa: E741
     return LogProbs(w, l, n_w, n_l, is_likelihood=True)
 
@@ -207,7 +215,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
-# Their side
+# TRL's side
 
 
 def trl_dpo(
@@ -218,10 +226,10 @@ def trl_dpo(
     divergence: str = "reverse_kl",
     alpha: float = 0.5,
     ld_alpha: float | None = None,
-    weighted: bool = False,
+    use_weighting: bool = False,
     pairs: list[dict[str, list[int]]] = PAIRS,
 ) -> Callable[[Peer], Tensor]:
-    """DPOTrainer._compute_loss with these settings."""
+    """The loss of DPOTrainer with these settings."""
 
     def theirs(peer: Peer) -> Tensor:
         trainer = peer.dpo
@@ -229,14 +237,17 @@ def trl_dpo(
         trainer.loss_types, trainer.loss_weights = list(weights), list(weights.values())
         trainer.beta, trainer.label_smoothing, trainer.ld_alpha = beta, label_smoothing, ld_alpha
         trainer.f_divergence_type, trainer.f_alpha_divergence_coef = divergence, alpha
-        trainer.use_weighting = weighted
+        trainer.use_weighting = use_weighting
         return trainer._compute_loss(trainer.model, trainer.data_collator(pairs), False)
 
     return theirs
 
 
 def trl_kto(loss: str, *, chosen_weight: float = 1.0, rejected_weight: float = 1.0) -> Callable[[Peer], Tensor]:
-    """KTOTrainer._compute_loss: each side of each pair is a row, completions turned by one row for its KL."""
+    """The loss of KTOTrainer, where chosen and rejected are separate rows.
+
+    For its KL term, each prompt gets the completion of the row before.
+    """
 
     def theirs(peer: Peer) -> Tensor:
         trainer = peer.kto
@@ -274,7 +285,7 @@ def trl_orpo(peer: Peer) -> Tensor:
 
 
 def padded() -> dict[str, Tensor]:
-    """The batch in the form of TRL's older collator."""
+    """The batch in the format of TRL's older collator."""
     batch = {}
     for side in ("chosen", "rejected"):
         rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for pair in PAIRS]
@@ -301,26 +312,26 @@ def plain(
     data: dict[str, Tensor] | None = None,
     **settings: float,
 ) -> Callable[[Ours], Tensor]:
-    """The mean over pairs of an objective from the table."""
+    """The mean over pairs of an objective of the table OBJECTIVES."""
     if "beta" in objectives.keyword_settings(name):
         settings.setdefault("beta", 0.3)
     loss = mixture({name: 1.0}, settings, divergence=divergence, divergence_alpha=alpha)
     return lambda ours: loss(ours.policy, ours.reference, data or {}).mean()
 
 
-def batch_mean_sft(ours: Ours) -> Tensor:
-    """TRL's SFT term: the mean over all tokens of the batch."""
+def token_mean_sft(ours: Ours) -> Tensor:
+    """TRL's SFT term, which is the mean over all tokens of the batch."""
     return -(ours.tokens[0] * ours.masks[0]).sum() / ours.masks[0].sum()
 
 
 def mpo(ours: Ours) -> Tensor:
     loss = mixture({name: weight for name, weight in MPO.items() if name != "sft"}, {"beta": 0.3})
     data = {"reward_shift": torch.tensor(0.0)}
-    return loss(ours.policy, ours.reference, data).mean() + MPO["sft"] * batch_mean_sft(ours)
+    return loss(ours.policy, ours.reference, data).mean() + MPO["sft"] * token_mean_sft(ours)
 
 
-def shortened(ld_alpha: float) -> Callable[[Ours], Tensor]:
-    """LD-DPO: sigmoid on length-desensitised log-probs of policy and reference."""
+def ld_dpo(ld_alpha: float) -> Callable[[Ours], Tensor]:
+    """The sigmoid loss on length-desensitised log-probs of policy and reference (LD-DPO)."""
 
     def loss(ours: Ours) -> Tensor:
         sides = [
@@ -334,8 +345,8 @@ def shortened(ld_alpha: float) -> Callable[[Ours], Tensor]:
     return loss
 
 
-def weighted(name: str, **settings: float) -> Callable[[Ours], Tensor]:
-    """WPO: each pair's loss times both sides' weights."""
+def wpo(name: str, **settings: float) -> Callable[[Ours], Tensor]:
+    """The loss of each pair times the weights of chosen and rejected (WPO)."""
 
     def loss(ours: Ours) -> Tensor:
         sides = zip(ours.tokens, ours.masks, ours.collisions, strict=True)
@@ -351,11 +362,14 @@ def kto(ours: Ours, **weights: float) -> Tensor:
 
 
 def mismatched_z(peer: Peer) -> Tensor:
-    """TRL's point of reference: mean reward of the completions turned by one row, at least 0."""
+    """TRL's reference point for KTO: the mean reward of completions paired with the next row's prompt, at least 0."""
     rows = [{"prompt_ids": row["prompt_ids"], "chosen_ids": row["KL_completion_ids"]} for row in unpaired()]
     both = [row | {"rejected_ids": row["chosen_ids"]} for row in rows]
     with torch.no_grad():
-        ratio = _whole(_read(peer.policy, both)).chosen - _whole(_read(peer.reference, both)).chosen
+        ratio = (
+            _sequence_log_probs(_token_log_probs(peer.policy, both)).chosen
+            - _sequence_log_probs(_token_log_probs(peer.reference, both)).chosen
+        )
     return (0.3 * ratio.mean()).clamp(min=0)
 
 
@@ -366,25 +380,25 @@ def orpo(ours: Ours) -> Tensor:
 
 def cpo(ours: Ours, *, label_smoothing: float = 0.0) -> Tensor:
     term = objectives.cpo(ours.policy, beta=0.3, nll_weight=0.0, label_smoothing=label_smoothing)
-    return term.mean() + batch_mean_sft(ours)
+    return term.mean() + token_mean_sft(ours)
 
 
-TOKEN_MEAN = "SFT term as a mean over the batch's tokens, not a mean a pair"
+TOKEN_MEAN = "SFT term as a mean over the batch's tokens, not a mean per pair"
 ZERO = {"reward_shift": torch.tensor(0.0)}
 THEIR_DIVERGENCES = {"forward_kl": "forward_kl", "js": "js_divergence", "alpha": "alpha_divergence"}
 
 
 def comparisons() -> list[Comparison]:
-    """Everything that both have."""
-    found = [
+    """All comparisons: every objective that we and TRL both implement."""
+    table = [
         Comparison(name, f"DPOTrainer {name}", plain(name), trl_dpo(name))
         for name in ("sigmoid", "hinge", "ipo", "nca_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero")
     ]
-    found += [
+    table += [
         Comparison(name, f"DPOTrainer {name}", plain(name), trl_dpo(name))
         for name in ("apo_down", "discopop", "sigmoid_norm")
     ]
-    found += [
+    table += [
         Comparison(
             f"{name}, label_smoothing {e:g}",
             f"DPOTrainer {name}",
@@ -393,7 +407,7 @@ def comparisons() -> list[Comparison]:
         )
         for name, e in (("robust", 0.1), ("exo_pair", 1e-3), ("exo_pair", 0.1), ("aot", 0.1), ("aot_unpaired", 0.1))
     ]
-    found += [
+    table += [
         Comparison(
             "bco_pair, reward_shift 0",
             "DPOTrainer bco_pair",
@@ -401,12 +415,12 @@ def comparisons() -> list[Comparison]:
             trl_dpo("bco_pair"),
             "no running mean",
         ),
-        Comparison("sft", "DPOTrainer sft", batch_mean_sft, trl_dpo("sft"), TOKEN_MEAN),
+        Comparison("sft", "DPOTrainer sft", token_mean_sft, trl_dpo("sft"), TOKEN_MEAN),
         Comparison(
             "MPO", "DPOTrainer sigmoid + bco_pair + sft", mpo, trl_dpo(dict(MPO)), f"no running mean; {TOKEN_MEAN}"
         ),
     ]
-    found += [
+    table += [
         Comparison(
             f"{name}, {ours}{f' {alpha:g}' if ours == 'alpha' else ''}",
             f"DPOTrainer {name}, {theirs}",
@@ -418,28 +432,28 @@ def comparisons() -> list[Comparison]:
         for alpha in ((0.5, 2.0) if ours == "alpha" else (0.5,))
         for extra in ({"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {},)
     ]
-    found += [
-        Comparison(f"LD-DPO, ld_alpha {a:g}", "DPOTrainer ld_alpha", shortened(a), trl_dpo("sigmoid", ld_alpha=a))
+    table += [
+        Comparison(f"LD-DPO, ld_alpha {a:g}", "DPOTrainer ld_alpha", ld_dpo(a), trl_dpo("sigmoid", ld_alpha=a))
         for a in (0.0, 0.5, 1.0)
     ]
-    found += [
-        Comparison("WPO sigmoid", "DPOTrainer use_weighting", weighted("sigmoid"), trl_dpo("sigmoid", weighted=True)),
-        Comparison("WPO ipo", "DPOTrainer use_weighting", weighted("ipo"), trl_dpo("ipo", weighted=True)),
+    table += [
+        Comparison("WPO sigmoid", "DPOTrainer use_weighting", wpo("sigmoid"), trl_dpo("sigmoid", use_weighting=True)),
+        Comparison("WPO ipo", "DPOTrainer use_weighting", wpo("ipo"), trl_dpo("ipo", use_weighting=True)),
     ]
-    found += [
+    table += [
         Comparison(
             "kto",
             "KTOTrainer kto",
             kto,
             trl_kto("kto"),
-            "half of the pair's sum; z of turned completions",
+            "half of the pair's sum; z of mismatched completions",
         ),
         Comparison(
             "kto, weights 1.5 and 0.7",
             "KTOTrainer kto",
             functools.partial(kto, chosen_weight=1.5, rejected_weight=0.7),
             trl_kto("kto", chosen_weight=1.5, rejected_weight=0.7),
-            "half of the pair's sum; z of turned completions",
+            "half of the pair's sum; z of mismatched completions",
         ),
         Comparison(
             "apo_zero",
@@ -465,13 +479,13 @@ def comparisons() -> list[Comparison]:
             trl_cpo("simpo", beta=2.5, label_smoothing=0.1, nll_weight=0.0),
         ),
     ]
-    return found
+    return table
 
 
 def compare(peer: Peer, comparison: Comparison) -> Difference:
-    """Both values and both gradients of every weight of the model."""
-    made, model = peer.ours()
-    loss = comparison.ours(made)
+    """Compare both values, and both gradients with respect to all weights."""
+    ours, model = peer.ours()
+    loss = comparison.ours(ours)
     model.zero_grad()
     loss.backward()
     theirs = comparison.theirs(peer)
@@ -479,13 +493,13 @@ def compare(peer: Peer, comparison: Comparison) -> Difference:
     their_model = getattr(peer, trainer).model
     their_model.zero_grad()
     theirs.backward()
-    one, other = (_gradient(m) for m in (model, their_model))
+    gradient, their_gradient = (_gradient(m) for m in (model, their_model))
     return Difference(
         value=abs(loss.item() - theirs.item()) / max(1.0, abs(theirs.item())),
-        gradient=((one - other).norm() / other.norm()).item(),
+        gradient=((gradient - their_gradient).norm() / their_gradient.norm()).item(),
     )
 
 
 def _gradient(model: Any) -> Tensor:
-    every = [p.grad if p.grad is not None else torch.zeros_like(p) for _, p in sorted(model.named_parameters())]
-    return torch.cat([g.flatten() for g in every])
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for _, p in sorted(model.named_parameters())]
+    return torch.cat([g.flatten() for g in gradients])

@@ -1,4 +1,4 @@
-"""The recipe's judge works answers out and runs none of them; the world's right answers are right."""
+"""The recipe's judge evaluates arithmetic without executing it, and the synthetic task's ground truth is correct."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def judge() -> Any:
     ("text", "expected"),
     [("12+35", 47), (" 80-33 ", 47), ("2*(3+4)-1", 13), ("-3+5", 2), ("(1+2)*-3", -9)],
 )
-def test_arithmetic_is_worked_out(text: str, expected: int, judge: Any) -> None:
+def test_arithmetic_expression_is_evaluated(text: str, expected: int, judge: Any) -> None:
     assert judge.value(text) == expected
 
 
@@ -37,20 +37,22 @@ def test_arithmetic_is_worked_out(text: str, expected: int, judge: Any) -> None:
     ["47", "-47", "12+35=47", "9**9**9**9", "12+", "(12+35", "007+1", "1/0", "a+b", "__import__('os').system('x')", "",
      "1+1;2+2", "4(3)+1", "(" * 200 + "1+1" + ")" * 200, "1+" * 40 + "1", "٣+٤"],
 )  # fmt: skip
-def test_anything_else_is_none_and_nothing_is_executed(text: str, judge: Any) -> None:
+def test_other_text_gives_none_and_is_not_executed(text: str, judge: Any) -> None:
     assert judge.value(text) is None
 
 
-def test_an_answer_is_right_that_comes_to_its_truth(judge: Any) -> None:
-    answers = [Response(text, 3, hit_limit=False) for text in ("12+35", "12+45", "12+35=47", "47")]
-    assert [share.hits for share in judge.right(answers, ["47"] * 4)] == [1, 0, 0, 0]
-    assert [share.hits for share in judge.runs(answers, ["47"] * 4)] == [1, 1, 0, 0]
+def test_response_is_right_if_it_evaluates_to_the_ground_truth(judge: Any) -> None:
+    responses = [Response(text, 3, hit_limit=False) for text in ("12+35", "12+45", "12+35=47", "47")]
+    assert [ratio.hits for ratio in judge.right(responses, ["47"] * 4)] == [1, 0, 0, 0]
+    assert [ratio.hits for ratio in judge.runs(responses, ["47"] * 4)] == [1, 1, 0, 0]
     assert judge.right.by_rule
 
 
-def test_the_worlds_right_answers_are_right_and_its_notes_sloppy(judge: Any) -> None:
-    held, rng = list(sums.sums(400, 0, held_out=True)), np.random.default_rng(0)
-    assert all(judge.value(sums.expression(one)) == one.number for one in held)
-    assert not {one.prompt for one in held} & {one.prompt for one in sums.sums(10**6, 1)}
-    right = np.mean([judge.value(sums.noisy_answer(one, rng)) == one.number for one in held])
-    assert 0.3 < right < 0.6
+def test_expressions_of_the_synthetic_task_are_correct_and_noisy_answers_are_not(judge: Any) -> None:
+    held_out, rng = list(sums.sums(400, 0, held_out=True)), np.random.default_rng(0)
+    assert all(judge.value(sums.expression(question)) == question.number for question in held_out)
+    assert not {question.prompt for question in held_out} & {question.prompt for question in sums.sums(10**6, 1)}
+    fraction_right = np.mean(
+        [judge.value(sums.noisy_answer(question, rng)) == question.number for question in held_out]
+    )
+    assert 0.3 < fraction_right < 0.6

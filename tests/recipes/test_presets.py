@@ -1,4 +1,4 @@
-"""Every preset parses, what it names exists, and the run's opening lines can be printed from it."""
+"""Every preset parses, the names in it exist, and a run can print its effective beta."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ TINY = {
     "z_image": "z-image",
     "flux2_klein": "flux2-klein",
 }
-"""The tiny pipeline that stands for a preset's model."""
-OWN = re.compile(r"[a-z_]+(\.[a-z_]+)*:[a-z_]+")
-HUB = re.compile(r"[\w.-]+/[\w.-]+")
+"""The tiny pipeline that replaces a preset's model."""
+CUSTOM_JUDGE = re.compile(r"[a-z_]+(\.[a-z_]+)*:[a-z_]+")
+HUB_MODEL = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def recipe(name: str) -> Recipe:
@@ -41,17 +41,20 @@ def recipe(name: str) -> Recipe:
     return read_recipe(task, preset, {})
 
 
-def test_every_preset_is_tried() -> None:
+def test_every_tiny_pipeline_has_a_preset() -> None:
     assert len(PRESETS) >= 20
     assert {name.partition("-")[2] for name in PRESETS} >= set(TINY)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_a_preset_names_exists(name: str) -> None:
+def test_names_in_a_preset_exist(name: str) -> None:
     settings = recipe(name)
-    mined = [settings.mine.judges] if settings.mine else []
-    judges = [*settings.compare.judges, *(n for one in mined for n in ([one] if isinstance(one, str) else one))]
-    assert judges and all(parse_judge_name(judge) or OWN.fullmatch(judge) for judge in judges)
+    mining_judges = [settings.mine.judges] if settings.mine else []
+    judges = [
+        *settings.compare.judges,
+        *(judge for entry in mining_judges for judge in ([entry] if isinstance(entry, str) else entry)),
+    ]
+    assert judges and all(parse_judge_name(judge) or CUSTOM_JUDGE.fullmatch(judge) for judge in judges)
     if isinstance(settings.compare, CompareResponsesConfig):
         assert set(settings.compare.guards) <= set(settings.compare.judges)
     train = settings.train
@@ -60,41 +63,41 @@ def test_what_a_preset_names_exists(name: str) -> None:
     assert train.schedule in {kind.value for kind in SchedulerType}
     assert train.precision in DTYPES and settings.compare.precision == train.precision
     assert train.model == settings.compare.model
-    assert train.model in BUNDLED or HUB.fullmatch(train.model)
+    assert train.model in BUNDLED or HUB_MODEL.fullmatch(train.model)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_says_where_its_numbers_are_from(name: str) -> None:
-    head = [line for line in (presets_folder() / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
-    words = " ".join(line.lstrip("# ") for line in head)
-    assert head
+def test_preset_cites_the_source_of_its_numbers(name: str) -> None:
+    comments = [line for line in (presets_folder() / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
+    text = " ".join(line.lstrip("# ") for line in comments)
+    assert comments
     if recipe(name).train.model not in BUNDLED:
-        assert re.search(r"\d{4}\.\d{5}|\bours and not tuned\b|examples/", words, re.IGNORECASE)
+        assert re.search(r"\d{4}\.\d{5}|\bours and not tuned\b|examples/", text, re.IGNORECASE)
 
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Recipe], object]:
-    """What stands for a preset's model: the shipped one, or a tiny one of its family."""
-    made: dict[str, object] = {}
+    """Return a preset's bundled model, or a tiny model of the same family."""
+    loaded: dict[str, object] = {}
 
     def policy(preset: str, settings: Recipe) -> object:
         model = settings.train.model
-        if model not in made:
+        if model not in loaded:
             if model in BUNDLED:
-                made[model] = load_policy(model)
+                loaded[model] = load_policy(model)
             elif isinstance(settings.compare, CompareResponsesConfig):
                 kind = preset if preset in tiny_vlms.BUILDERS else "llava"
-                made[model] = VisionLanguage(*tiny_vlms.build(kind), kind)
+                loaded[model] = VisionLanguage(*tiny_vlms.build(kind), kind)
             else:
                 family = BUILDERS[TINY[preset]]
-                made[model] = load_policy(str(family.build(tmp_path_factory.mktemp(preset))), resolution=family.size)
-        return made[model]
+                loaded[model] = load_policy(str(family.build(tmp_path_factory.mktemp(preset))), resolution=family.size)
+        return loaded[model]
 
     return policy
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_effective_beta_of_a_preset_is_printed(name: str, policies: Callable[[str, Recipe], object]) -> None:
+def test_effective_beta_of_a_preset_is_in_the_run_summary(name: str, policies: Callable[[str, Recipe], object]) -> None:
     settings = recipe(name)
     policy = policies(name.partition("-")[2], settings)
     assert policy.describe(settings.train)["effective beta"].startswith(f"{settings.train.beta:g} ")  # type: ignore[attr-defined]

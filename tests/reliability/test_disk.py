@@ -1,4 +1,4 @@
-"""A disk that is really full, or a file that may not grow: what was there stays, the message is one line, and it resumes."""
+"""A disk that is full, or a file that may not grow: existing files are unchanged, and the error is one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def command(model: str, pairs: str, out: Path, *more: str) -> list[str]:
 
 @contextmanager
 def small_disk(folder: Path, kibibytes: int) -> Iterator[Path | None]:
-    """A file system of this size, where the machine lets us mount one, else None."""
+    """Mount a file system of this size. Yields None if the machine does not allow it."""
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={kibibytes}k", "dpo-mm-test", str(folder)]
     if sys.platform != "linux" or subprocess.run(["mount", *options], capture_output=True).returncode:
@@ -44,32 +44,32 @@ def small_disk(folder: Path, kibibytes: int) -> Iterator[Path | None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def no_larger_than(size: int | None, call: Callable[[], None] = forked.command) -> None:
-    """In a new process: a call, and none of its files grows past this."""
+def limit_file_size(size: int | None, call: Callable[[], None] = forked.command) -> None:
+    """Run a call in which no file may grow beyond `size` bytes. Only for a new process."""
     if size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     call()
 
 
-def write_too_much() -> None:
-    """Write more than 4 KiB to the file of the first argument in three ways; print the error of each."""
-    place, many = Path(sys.argv[1]), torch.zeros(2**16)
-    ways: tuple[Callable[[], Any], ...] = (
-        lambda: torch.save(many, place),
-        lambda: save_file({"many": many}, place),
-        lambda: place.write_bytes(bytes(2**16)),
+def write_beyond_the_limit() -> None:
+    """Write more than 4 KiB to the file of the first argument in three ways, and print the error of each."""
+    path, tensor = Path(sys.argv[1]), torch.zeros(2**16)
+    writers: tuple[Callable[[], Any], ...] = (
+        lambda: torch.save(tensor, path),
+        lambda: save_file({"many": tensor}, path),
+        lambda: path.write_bytes(bytes(2**16)),
     )
-    for write in ways:
+    for write in writers:
         try:
-            with explain_disk_full(place):
+            with explain_disk_full(path):
                 write()
         except OSError as error:
             print(error)
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_checkpoint_before(tiny_model: str, pairs: str, tmp_path: Path) -> None:
-    """Mutation that it catches: taking torch's or safetensors' own errors for a bug, and dying with a traceback."""
+def test_full_disk_leaves_the_previous_checkpoint_unchanged(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    """Mutation that it catches: torch's or safetensors' error is taken for a bug and ends the run with a traceback."""
     first = command(tiny_model, pairs, tmp_path / "first", "--steps", "2")
     forked.run(*first, check=True)
     checkpoint = tmp_path / "first" / "checkpoint-2"
@@ -79,9 +79,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(tiny_model: str, pairs: str, tm
         out = (disk or tmp_path / "disk") / "out"
         out.mkdir()
         subprocess.run(["cp", "-r", str(checkpoint), str(out)], check=True)
-        goes_on = command(tiny_model, pairs, tmp_path / "first", "--steps", "4", "--resume")
-        goes_on[goes_on.index("--output-dir") + 1] = str(out)
-        done = forked.run(*goes_on, call=partial(no_larger_than, None if disk else largest - 1))
+        resume = command(tiny_model, pairs, tmp_path / "first", "--steps", "4", "--resume")
+        resume[resume.index("--output-dir") + 1] = str(out)
+        done = forked.run(*resume, call=partial(limit_file_size, None if disk else largest - 1))
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
         assert "checkpoint-4" in errors[0] and "Earlier checkpoints are unchanged" in errors[0]
@@ -90,19 +90,19 @@ def test_a_full_disk_keeps_the_checkpoint_before(tiny_model: str, pairs: str, tm
 
 
 @pytest.mark.slow
-def test_each_librarys_error_is_one_that_names_the_place(tmp_path: Path) -> None:
-    """In a process of its own, whose files may not grow past 4 KiB."""
-    done = forked.run(str(tmp_path / "file"), call=partial(no_larger_than, 4096, write_too_much))
-    said = done.stdout.splitlines()
-    assert len(said) == 3 and all(f"could not write {tmp_path / 'file'}: " in line for line in said), done.stderr
+def test_write_error_of_each_library_names_the_path(tmp_path: Path) -> None:
+    """Runs in a separate process whose files may not grow beyond 4 KiB."""
+    done = forked.run(str(tmp_path / "file"), call=partial(limit_file_size, 4096, write_beyond_the_limit))
+    errors = done.stdout.splitlines()
+    assert len(errors) == 3 and all(f"could not write {tmp_path / 'file'}: " in line for line in errors), done.stderr
 
 
-def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+def test_other_errors_are_not_reported_as_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes"), explain_disk_full(tmp_path):
         raise RuntimeError("shapes do not fit")
 
 
-def test_a_result_replaces_the_one_before_part_by_part(tmp_path: Path) -> None:
+def test_new_result_replaces_the_previous_one_entry_by_entry(tmp_path: Path) -> None:
     for name, word in (("old", "old"), ("aside", "new")):
         (tmp_path / name / "unet").mkdir(parents=True)
         (tmp_path / name / "unet" / f"{word}.txt").write_text(word)
@@ -115,8 +115,8 @@ def test_a_result_replaces_the_one_before_part_by_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_only_whole_checkpoints_push_out_older_ones(tiny_model: str, pairs: str, tmp_path: Path) -> None:
-    """Retention of 1, and what is newest is broken: it is replaced by a whole one before anything is deleted."""
+def test_only_complete_checkpoints_replace_older_ones(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    """With save_total_limit 1 and a broken newest checkpoint, a complete one is written before anything is deleted."""
     config = TrainConfig(
         tiny_model, pairs, str(tmp_path), steps=4, batch_size=2, save_every=2, eval_fraction=0, learning_rate=1e-3
     )

@@ -1,4 +1,7 @@
-"""Ten thousand damaged pictures and rows: each is used rightly or refused with a reason; nothing crashes or hangs."""
+"""Ten thousand damaged images, and damaged rows.
+
+Each is decoded correctly or rejected with a reason. Nothing crashes or hangs.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode
 from tests.conftest import rows
 
-PICTURES, SETS = 10_000, 300
+NUM_IMAGES, NUM_DATASETS = 10_000, 300
 MODES = {"PNG": ("RGB", "RGBA", "L", "P", "1", "I;16"), "JPEG": ("RGB", "CMYK", "L"), "GIF": ("P",), "BMP": ("RGB",),
          "TIFF": ("RGB", "CMYK", "F"), "PPM": ("RGB",), "ICO": ("RGBA",)}  # fmt: skip
 
 
-def whole_files() -> list[bytes]:
-    """A small file of each format and mode."""
+def valid_files() -> list[bytes]:
+    """A small image file of each format and mode."""
     if features.check("webp"):
         MODES["WEBP"] = ("RGB", "RGBA")
     noise = np.random.default_rng(0).integers(0, 256, (16, 24), dtype=np.uint8)
-    found = []
+    files = []
     for kind, modes in MODES.items():
         for mode in modes:
             image = (
@@ -39,29 +42,33 @@ def whole_files() -> list[bytes]:
             )
             buffer = io.BytesIO()
             image.save(buffer, kind)
-            found.append(buffer.getvalue())
-    return found
+            files.append(buffer.getvalue())
+    return files
 
 
-def damaged(data: bytes, rng: random.Random) -> bytes:
-    """The file cut, flipped, stuffed, with a stretch doubled, zeroed, or under another's head."""
-    whole = bytearray(data)
+def damage(data: bytes, rng: random.Random) -> bytes:
+    """Damage a file one to four times.
+
+    Each time it is truncated, bytes are changed, inserted, doubled or zeroed, or the header is replaced by another
+    format's.
+    """
+    content = bytearray(data)
     for _ in range(rng.randint(1, 4)):
-        at, length = rng.randrange(len(whole) + 1), rng.choice((1, 2, 4, 16, 64))
+        start, length = rng.randrange(len(content) + 1), rng.choice((1, 2, 4, 16, 64))
         kind = rng.randrange(6)
         if kind == 0:
-            del whole[at:]
+            del content[start:]
         elif kind == 1:
-            for place in range(at, min(at + length, len(whole))):
-                whole[place] ^= rng.randrange(1, 256)
+            for index in range(start, min(start + length, len(content))):
+                content[index] ^= rng.randrange(1, 256)
         elif kind == 2:
-            whole[at:at] = rng.randbytes(length)
+            content[start:start] = rng.randbytes(length)
         elif kind == 3:
-            whole[at:at] = whole[at : at + length]
+            content[start:start] = content[start : start + length]
         elif kind == 4:
-            whole[at : at + length] = bytes(min(length, len(whole) - at))
+            content[start : start + length] = bytes(min(length, len(content) - start))
         else:
-            whole[:8] = rng.choice(
+            content[:8] = rng.choice(
                 (
                     b"\x89PNG\r\n\x1a\n",
                     b"\xff\xd8\xff\xe0\0\x10JF",
@@ -70,68 +77,84 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
                     b"II*\0\x08\0\0\0",
                 )
             )
-    return bytes(whole)
+    return bytes(content)
 
 
 @pytest.mark.slow
-def test_damaged_pictures_are_pictures_or_refused_with_a_reason() -> None:
-    files, rng = whole_files(), random.Random(0)
+def test_damaged_images_decode_or_are_rejected_with_a_reason() -> None:
+    files, rng = valid_files(), random.Random(0)
     assert all(decode_image(file).mode == "RGB" for file in files)
-    used = refused = 0
-    for number in range(PICTURES):
-        data = damaged(files[number % len(files)], rng)
+    decoded = rejected = 0
+    for number in range(NUM_IMAGES):
+        data = damage(files[number % len(files)], rng)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 image = decode_image(data)
         except ValueError as error:
             assert str(error).strip(), data[:40]
-            refused += 1
+            rejected += 1
             continue
         assert image.mode == "RGB" and 0 < image.width * image.height <= MAX_PIXELS
-        used += 1
-    assert used > PICTURES / 20 and refused > PICTURES / 5, (used, refused)
+        decoded += 1
+    assert decoded > NUM_IMAGES / 20 and rejected > NUM_IMAGES / 5, (decoded, rejected)
 
 
-STRANGE: list[Any] = [None, "", "x", "A", "b ", "left", 0, 1.5, True, [], {}, "tie\0", "é" * 5000, float("nan"), b"a"]
+UNUSUAL_VALUES: list[Any] = [
+    None,
+    "",
+    "x",
+    "A",
+    "b ",
+    "left",
+    0,
+    1.5,
+    True,
+    [],
+    {},
+    "tie\0",
+    "é" * 5000,
+    float("nan"),
+    b"a",
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("column", ["prompt", "preference", "image_a", "id", "p_a", "votes_a", "score_a"])
-def test_damaged_rows_are_valid_or_refused_with_their_row(column: str, tmp_path: Path) -> None:
+def test_damaged_rows_are_valid_or_rejected_with_the_file_name(column: str, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rng = random.Random(column)
-    for number in range(SETS):
-        some: list[dict[str, Any]] = [dict(row) for row in rows(rng.randint(1, 4))]
+    for number in range(NUM_DATASETS):
+        table: list[dict[str, Any]] = [dict(row) for row in rows(rng.randint(1, 4))]
         for _ in range(rng.randint(1, 2)):
-            rng.choice(some)[column] = rng.choice(STRANGE)
+            rng.choice(table)[column] = rng.choice(UNUSUAL_VALUES)
         if rng.random() < 0.1:
-            for row in some:
+            for row in table:
                 row.pop(column, None)
         try:
-            pq.write_table(pa.Table.from_pylist(some), tmp_path / f"{number}.parquet")
+            pq.write_table(pa.Table.from_pylist(table), tmp_path / f"{number}.parquet")
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
             continue
         try:
-            found = load_pairs(str(tmp_path / f"{number}.parquet"))
+            pairs = load_pairs(str(tmp_path / f"{number}.parquet"))
         except ValueError as error:
             assert f"{number}.parquet" in str(error)
             continue
-        assert set(found["preference"]) <= {"a", "b", "tie", "both_bad"} and len(found) == len(some)
-        assert all(isinstance(prompt, str) for prompt in found["prompt"])
+        assert set(pairs["preference"]) <= {"a", "b", "tie", "both_bad"} and len(pairs) == len(table)
+        assert all(isinstance(prompt, str) for prompt in pairs["prompt"])
 
 
-def test_what_is_refused_in_a_run_is_quarantined_with_its_reason(tiny_model: str, tmp_path: Path) -> None:
-    files, rng = whole_files(), random.Random(1)
-    some = [dict(row) for row in rows(60)]
-    for number, row in enumerate(some):
-        row["image_a"] = {"bytes": damaged(files[number % len(files)], rng), "path": None}
+def test_skipped_rows_are_recorded_with_the_reason(tiny_model: str, tmp_path: Path) -> None:
+    files, rng = valid_files(), random.Random(1)
+    examples = [dict(row) for row in rows(60)]
+    for number, row in enumerate(examples):
+        row["image_a"] = {"bytes": damage(files[number % len(files)], rng), "path": None}
         row["preference"] = "a"
-    kept = encode(
-        load_policy(tiny_model), make_image_rows(some), where="fuzz", undecodable_images="drop", cache=tmp_path
+    encoded = encode(
+        load_policy(tiny_model), make_image_rows(examples), where="fuzz", undecodable_images="drop", cache=tmp_path
     )
-    noted = [json.loads(line) for line in next(tmp_path.rglob("quarantine.jsonl")).read_text().splitlines()]
-    assert len(kept) + len(noted) == len(some) and len(kept) > 0 and len(noted) > 0
-    assert all(one["reason"] for one in noted)
+    skipped = [json.loads(line) for line in next(tmp_path.rglob("quarantine.jsonl")).read_text().splitlines()]
+    assert len(encoded) + len(skipped) == len(examples) and len(encoded) > 0 and len(skipped) > 0
+    assert all(record["reason"] for record in skipped)

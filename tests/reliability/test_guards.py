@@ -1,4 +1,4 @@
-"""Steps that aren't numbers, a request to stop, and checkpoints that aren't whole, in real runs."""
+"""Non-finite steps, SIGTERM, and incomplete checkpoints, in real runs."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from tests import forked
 
 
 def config(model: str, pairs: str, out: Path, **more: Any) -> TrainConfig:
-    given = {"steps": 8, "batch_size": 2, "log_every": 1, "eval_fraction": 0.0, "learning_rate": 1e-3, **more}
-    return TrainConfig(model=model, pairs=pairs, output_dir=str(out), **given)
+    settings = {"steps": 8, "batch_size": 2, "log_every": 1, "eval_fraction": 0.0, "learning_rate": 1e-3, **more}
+    return TrainConfig(model=model, pairs=pairs, output_dir=str(out), **settings)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "pytorch_lora_weights.safetensors")
 
 
-def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """From now on the loss of these steps is not a number."""
-    real = PreferenceTrainer.compute_loss
+def make_loss_nan(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Replace the loss of these steps with NaN."""
+    compute_loss = PreferenceTrainer.compute_loss
 
     def loss(self: PreferenceTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
-        found = real(self, *arguments, **named)
-        return found * float("nan") if self.state.global_step in steps else found
+        value = compute_loss(self, *arguments, **named)
+        return value * float("nan") if self.state.global_step in steps else value
 
     monkeypatch.setattr(module.PreferenceTrainer, "compute_loss", loss)
 
 
-def test_a_loss_that_is_not_a_number_makes_no_step_and_is_counted(
+def test_nan_loss_skips_the_step_and_is_counted(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(config(tiny_model, pairs, tmp_path / "two", steps=2, schedule="constant"))
-    poisoned(monkeypatch, {2, 3})
-    trained = train(config(tiny_model, pairs, tmp_path / "four", steps=4, schedule="constant"))
-    one, other = weights(tmp_path / "two"), weights(tmp_path / "four")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert [e["skipped_steps"] for e in trained.history if "skipped_steps" in e][-1] == 2
+    make_loss_nan(monkeypatch, {2, 3})
+    result = train(config(tiny_model, pairs, tmp_path / "four", steps=4, schedule="constant"))
+    expected, skipped_two = weights(tmp_path / "two"), weights(tmp_path / "four")
+    assert all(torch.equal(expected[name], skipped_two[name]) for name in expected)
+    assert [e["skipped_steps"] for e in result.history if "skipped_steps" in e][-1] == 2
 
 
 @pytest.mark.slow
-def test_many_in_a_row_end_the_run_with_a_diagnosis(
+def test_many_consecutive_skips_end_the_run_with_a_diagnosis(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poisoned(monkeypatch, set(range(3, 1000)))
+    make_loss_nan(monkeypatch, set(range(3, 1000)))
     with pytest.raises(
         FloatingPointError,
         match=rf"{MAX_CONSECUTIVE_SKIPS} steps in a row up to step {3 + MAX_CONSECUTIVE_SKIPS} .* learning_rate .*none is finite.*"
@@ -67,24 +67,24 @@ def test_many_in_a_row_end_the_run_with_a_diagnosis(
         train(config(tiny_model, pairs, tmp_path, steps=100))
 
 
-def test_the_diagnosis_names_the_row_at_fault_its_timestep_and_the_norms() -> None:
-    """Mutations that it catches: naming every row, norms taken after clipping, rows of the step before."""
-    guard, layer = SkipNonFiniteStepsCallback(), torch.nn.Linear(2, 2)
-    guard.record_batch(["earlier"], None, torch.tensor([torch.nan]))
+def test_diagnosis_names_the_non_finite_row_its_timestep_and_the_norms() -> None:
+    """Mutations that it catches: naming every row, norms after clipping, rows of the previous step."""
+    callback, layer = SkipNonFiniteStepsCallback(), torch.nn.Linear(2, 2)
+    callback.record_batch(["earlier"], None, torch.tensor([torch.nan]))
     layer(torch.ones(1, 2)).sum().backward()
     state = SimpleNamespace(global_step=6)
-    guard.on_pre_optimizer_step(None, state, None, model=layer)
-    assert guard.skipped == 0 and layer.weight.grad is not None
-    guard.record_batch(["a", "b"], torch.tensor([10, 900]), torch.tensor([0.5, torch.inf]))
-    guard.record_batch(["c"], torch.tensor([7]), torch.tensor([0.25]))
+    callback.on_pre_optimizer_step(None, state, None, model=layer)
+    assert callback.skipped == 0 and layer.weight.grad is not None
+    callback.record_batch(["a", "b"], torch.tensor([10, 900]), torch.tensor([0.5, torch.inf]))
+    callback.record_batch(["c"], torch.tensor([7]), torch.tensor([0.25]))
     layer.weight.grad[0, 0] = torch.inf
-    guard.measure(layer)
+    callback.measure(layer)
     torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
-    said = guard.diagnosis()
-    assert "not finite in 1 of 2 tensors, first weight (largest finite norm 1.41)" in said
-    assert said.endswith("rows b at timestep 900 (loss inf)") and "earlier" not in said
-    guard.on_pre_optimizer_step(None, state, None, model=layer)
-    assert (guard.skipped, layer.weight.grad, guard.batches) == (1, None, [])
+    diagnosis = callback.diagnosis()
+    assert "not finite in 1 of 2 tensors, first weight (largest finite norm 1.41)" in diagnosis
+    assert diagnosis.endswith("rows b at timestep 900 (loss inf)") and "earlier" not in diagnosis
+    callback.on_pre_optimizer_step(None, state, None, model=layer)
+    assert (callback.skipped, layer.weight.grad, callback.batches) == (1, None, [])
 
 
 @pytest.mark.slow
@@ -108,13 +108,13 @@ def test_sigterm_saves_exits_and_resumes_to_the_same_adapter(tiny_model: str, pa
 
     forked.run(*command, str(out), "--resume", check=True)
     forked.run(*command, str(tmp_path / "whole"), check=True)
-    one, other = weights(tmp_path / "whole"), weights(out)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    expected, resumed = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", ["truncate", "remove", "unmark"])
-def test_a_broken_checkpoint_is_passed_over_and_named(
+def test_incomplete_checkpoint_is_skipped_and_named_in_a_warning(
     harm: str, tiny_model: str, pairs: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(config(tiny_model, pairs, tmp_path, save_every=4))
@@ -136,7 +136,7 @@ def test_a_broken_checkpoint_is_passed_over_and_named(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_no_whole_checkpoint_is_an_error_never_a_new_start(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+def test_resuming_without_a_complete_checkpoint_raises(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     train(config(tiny_model, pairs, tmp_path, save_every=4))
     for checkpoint in tmp_path.glob("checkpoint-*"):
         (checkpoint / "optimizer.pt").unlink()
@@ -144,7 +144,7 @@ def test_no_whole_checkpoint_is_an_error_never_a_new_start(tiny_model: str, pair
         train(config(tiny_model, pairs, tmp_path, save_every=4, resume=True))
 
 
-def test_a_checkpoint_notes_what_it_holds(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+def test_checkpoint_lists_its_files(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     train(config(tiny_model, pairs, tmp_path, save_every=4))
-    noted = json.loads((tmp_path / "checkpoint-4" / "complete.json").read_text())
-    assert {"optimizer.pt", "trainer_state.json", "dpo_mm.json", "pytorch_lora_weights.safetensors"} <= set(noted)
+    files = json.loads((tmp_path / "checkpoint-4" / "complete.json").read_text())
+    assert {"optimizer.pt", "trainer_state.json", "dpo_mm.json", "pytorch_lora_weights.safetensors"} <= set(files)

@@ -1,4 +1,4 @@
-"""Two processes see the single process's pairs and draws, and give its losses."""
+"""Two processes train on the pairs and noise of one process and give the same losses."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ from tests.conftest import picture, rows
 
 pytestmark = pytest.mark.slow
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-"""What `accelerate launch` runs for several processes; one test starts it, the others fork what it would start."""
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+"""The command that `accelerate launch` runs for several processes.
+
+One test runs it. The others fork the processes that it would start.
+"""
 COMMON = ["--steps", "4", "--save-every", "4", "--log-every", "1", "--learning-rate", "1e-3", "--eval-fraction", "0.34"]
 
 
@@ -51,52 +54,55 @@ def test_two_processes_give_the_losses_of_one(objective: str, tiny_model: str, p
     assert (tmp_path / "two" / "pytorch_lora_weights.safetensors").exists()
 
 
-def test_frames_come_in_the_same_order_on_two_processes(
+def test_buckets_come_in_the_same_order_on_two_processes(
     tiny_model: str, write_pairs: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Two processes make the steps of one that accumulates twice, and each encodes its own shards."""
-    some = rows(10)
-    for number, row in enumerate(some):
+    """Two processes make the same steps as one with two accumulated batches. Each process encodes separate shards."""
+    examples = rows(10)
+    for number, row in enumerate(examples):
         size = [(32, 32), (80, 48), (48, 80)][number % 3]
-        for place, side in enumerate(("image_a", "image_b")):
-            row[side] = {"bytes": encode_png(picture(2 * number + place, 64).resize(size)), "path": None}
+        for offset, side in enumerate(("image_a", "image_b")):
+            row[side] = {"bytes": encode_png(picture(2 * number + offset, 64).resize(size)), "path": None}
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: {tiny_model}\npairs: {write_pairs(some)}\nbeta: 500\nbuckets: true\nbatch_size: 2\n")
+    recipe.write_text(f"model: {tiny_model}\npairs: {write_pairs(examples)}\nbeta: 500\nbuckets: true\nbatch_size: 2\n")
     logs = {}
     for name, count, accumulate in (("one", 1, "2"), ("two", 2, "1")):
         command = ["train", str(recipe), *COMMON, "--accumulate", accumulate, "--output-dir", str(tmp_path / name)]
         forked.run_together(*command, count=count, env={**os.environ, "DPO_MM_CACHE": str(tmp_path / name)})
         logs[name] = history(tmp_path / name)
-    for measure in ("loss", "rewards/margins"):
-        values = [[entry[measure] for entry in logs[name] if measure in entry] for name in logs]
-        assert values[0] and values[0] == pytest.approx(values[1], abs=1e-3 if measure == "rewards/margins" else 1e-4)
+    for key in ("loss", "rewards/margins"):
+        values = [[entry[key] for entry in logs[name] if key in entry] for name in logs]
+        assert values[0] and values[0] == pytest.approx(values[1], abs=1e-3 if key == "rewards/margins" else 1e-4)
 
 
-def test_one_of_two_processes_asked_to_stop_stops_both_and_one_process_goes_on(
+def test_sigterm_to_one_of_two_processes_stops_both_and_one_process_resumes(
     tiny_model: str, pairs: str, tmp_path: Path
 ) -> None:
-    """Mutation that it catches: each process looking at its own signal alone, which waits for ever in the save."""
+    """Mutation that it catches: each process checks only its own signal, and the save waits for ever."""
     import psutil
 
-    whole = TrainConfig(
+    uninterrupted = TrainConfig(
         tiny_model, pairs, str(tmp_path / "whole"), steps=6, batch_size=4, save_every=2, log_every=1,
         learning_rate=1e-3, beta=100, eval_fraction=0, stratified_timesteps=True,
     )  # fmt: skip
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "two"
-    settings = as_dict(whole) | {"output_dir": str(out), "batch_size": 2, "steps": 400, "save_every": 1}
+    settings = as_dict(uninterrupted) | {"output_dir": str(out), "batch_size": 2, "steps": 400, "save_every": 1}
     recipe.write_text(yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}))
-    agent = subprocess.Popen(
-        [*TWO, "-m", "dpo_mm", "train", str(recipe)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    launcher = subprocess.Popen(
+        [*TWO_PROCESSES, "-m", "dpo_mm", "train", str(recipe)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    while not list(out.glob("checkpoint-*")) and agent.poll() is None:
+    while not list(out.glob("checkpoint-*")) and launcher.poll() is None:
         time.sleep(0.01)
-    workers = [child for child in psutil.Process(agent.pid).children() if "dpo_mm" in child.cmdline()]
+    workers = [child for child in psutil.Process(launcher.pid).children() if "dpo_mm" in child.cmdline()]
     workers[1].send_signal(signal.SIGTERM)
-    _, errors = agent.communicate(timeout=300)
+    _, errors = launcher.communicate(timeout=300)
     assert errors.count("stopped after step") == 2, errors[-3000:]
     step = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
     assert f"stopped after step {step} and" in errors and step < 400
-    longer = dataclasses.replace(whole, steps=step + 2, save_every=0)
-    alone = train(dataclasses.replace(longer, output_dir=str(out), resume=True))
-    losses = [[e["loss"] for e in run.history if "loss" in e] for run in (train(longer), alone)]
+    longer = dataclasses.replace(uninterrupted, steps=step + 2, save_every=0)
+    resumed = train(dataclasses.replace(longer, output_dir=str(out), resume=True))
+    losses = [[e["loss"] for e in run.history if "loss" in e] for run in (train(longer), resumed)]
     assert len(losses[0]) == step + 2 and losses[0] == pytest.approx(losses[1], abs=1e-5)

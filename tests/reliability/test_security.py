@@ -1,4 +1,4 @@
-"""Nothing that comes with a model or an adapter is run, and no secret is written down."""
+"""Code in a model or an adapter is never executed, and no secret is saved."""
 
 from __future__ import annotations
 
@@ -19,64 +19,64 @@ from tests.contracts.tiny_vlms import save
 
 
 class Canary:
-    """Whoever unpickles it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.place,)
+        return Path.touch, (self.path,)
 
 
-def poisoned(file: Path, canary: Path) -> None:
-    """A pickle, alone and as torch would write it, in the place of weights."""
+def write_pickled_weights(file: Path, canary: Path) -> None:
+    """Write a pickled Canary as a weights file, and check that unpickling it creates the canary file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"weight": Canary(canary)}, file)
-    with pytest.raises(pickle.UnpicklingError):  # torch itself refuses; ours must not even ask
+    with pytest.raises(pickle.UnpicklingError):  # torch itself raises; ours must not call it
         torch.load(file, weights_only=True)
     pickle.loads(pickle.dumps(Canary(canary)))
-    assert canary.exists()  # the canary sings where it is unpickled
+    assert canary.exists()  # unpickling creates the file
     canary.unlink()
 
 
-def test_pickled_weights_of_a_pipeline_are_not_read(tmp_path: Path) -> None:
+def test_pickled_pipeline_weights_are_not_loaded(tmp_path: Path) -> None:
     folder, canary = stable_diffusion(tmp_path / "model"), tmp_path / "canary"
     for weights in (folder / "unet").glob("*.safetensors"):
         weights.unlink()
-    poisoned(folder / "unet" / "diffusion_pytorch_model.bin", canary)
+    write_pickled_weights(folder / "unet" / "diffusion_pytorch_model.bin", canary)
     with pytest.raises((ValueError, OSError)):
         load_policy(str(folder))
     assert not canary.exists()
 
 
-def test_pickled_adapters_are_not_read(tiny_model: str, tmp_path: Path) -> None:
+def test_pickled_image_adapters_are_not_loaded(tiny_model: str, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    poisoned(tmp_path / "images" / "pytorch_lora_weights.bin", canary)
+    write_pickled_weights(tmp_path / "images" / "pytorch_lora_weights.bin", canary)
     with pytest.raises(ValueError, match=r"neither pytorch_lora_weights.safetensors nor"):
         load_policy(tiny_model).load_adapter(tmp_path / "images")
-    poisoned(tmp_path / "whole" / "unet" / "diffusion_pytorch_model.bin", canary)
+    write_pickled_weights(tmp_path / "whole" / "unet" / "diffusion_pytorch_model.bin", canary)
     shutil.copy(Path(tiny_model) / "unet" / "config.json", tmp_path / "whole" / "unet")
     with pytest.raises((ValueError, OSError)):
         load_policy(tiny_model).load_adapter(tmp_path / "whole")
     assert not canary.exists()
 
 
-def test_pickled_weights_of_a_reader_and_its_adapter_are_not_read(tmp_path: Path) -> None:
+def test_pickled_vlm_weights_and_adapter_are_not_loaded(tmp_path: Path) -> None:
     model, canary = save("llava", tmp_path / "model"), tmp_path / "canary"
-    reader = load_policy(model)
-    poisoned(tmp_path / "adapter" / "adapter_model.bin", canary)
+    policy = load_policy(model)
+    write_pickled_weights(tmp_path / "adapter" / "adapter_model.bin", canary)
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
     with pytest.raises(ValueError, match=r"no adapter_model\.safetensors. Pickled weights are not loaded"):
-        reader.load_adapter(tmp_path / "adapter")
+        policy.load_adapter(tmp_path / "adapter")
     for weights in Path(model).glob("*.safetensors"):
         weights.unlink()
-    poisoned(Path(model) / "pytorch_model.bin", canary)
+    write_pickled_weights(Path(model) / "pytorch_model.bin", canary)
     with pytest.raises((ValueError, OSError)):
         load_policy(model)
     assert not canary.exists()
 
 
-def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+def test_code_in_a_model_folder_is_not_executed(tmp_path: Path) -> None:
     model, canary = Path(save("llava", tmp_path / "model")), tmp_path / "canary"
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "mystery", "auto_map": {"AutoConfig": "code.Config"}}
@@ -89,7 +89,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     assert len(sources) > 50 and not any("trust_remote_code=True" in source for source in sources)
 
 
-def test_no_token_is_written_down(tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_is_saved(tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "hf_" + "S3cret" * 6
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, secret)
@@ -98,8 +98,8 @@ def test_no_token_is_written_down(tiny_model: str, pairs: str, tmp_path: Path, m
     assert len(files) > 8 and not any(secret.encode() in path.read_bytes() for path in files)
 
 
-def test_the_commit_of_a_hub_model_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's cache as it lies on disk: what `main` meant on that day is what the run records."""
+def test_commit_of_a_cached_hub_model_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit is read from the hub's cache on disk, which records the commit of `main` at download time."""
     from huggingface_hub import constants
 
     commit = "0123456789abcdef0123456789abcdef01234567"

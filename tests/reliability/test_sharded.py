@@ -1,4 +1,4 @@
-"""FSDP2 on two CPU processes, and the configs of several GPUs."""
+"""FSDP2 on two CPU processes, and the accelerate configs for several GPUs."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ CONFIGS = presets_folder() / "accelerate"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_in_shards_all_is_as_it_is_whole(tuning: str, tiny_model: str, tmp_path: Path) -> None:
-    """Answers, gradients, the frozen copy in shards of its own, and what is saved; see sharded.py for what it asserts."""
+def test_sharded_policy_equals_the_unsharded_one(tuning: str, tiny_model: str, tmp_path: Path) -> None:
+    """Compares log-probs, gradients, the separately sharded frozen copy and the saved weights. The checks are in sharded.py."""
     forked.run_together(call=partial(sharded.main, tiny_model, tmp_path, tuning))
     policy = load_policy(tiny_model)
     rows = [{**_row(policy), "id": f"row-{n}"} for n in range(2)]
     policy.prepare(TrainConfig(tiny_model, "-", "-", tuning=tuning))
     policy.load_weights(tmp_path)
     with torch.no_grad():
-        found = policy.log_probs(policy.model, policy.collate(rows)).chosen
-    assert found.tolist() == pytest.approx(json.loads((tmp_path / "chosen.txt").read_text()), abs=1e-6)
+        chosen = policy.log_probs(policy.model, policy.collate(rows)).chosen
+    assert chosen.tolist() == pytest.approx(json.loads((tmp_path / "chosen.txt").read_text()), abs=1e-6)
 
 
-def test_every_config_is_one_that_accelerate_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_reads_every_config(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     files = sorted(CONFIGS.glob("*.yaml"))
@@ -48,7 +48,7 @@ def test_every_config_is_one_that_accelerate_reads(monkeypatch: pytest.MonkeyPat
     assert all(f"accelerate/{path.name}" in path.read_text() for path in files)
 
 
-def test_the_settings_of_fsdp2_are_those_that_its_plugin_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp2_settings_reach_accelerates_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     for name, value in yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"].items():

@@ -1,4 +1,4 @@
-"""`dpo-mm verify`: passes on what holds, and says what differs where it doesn't."""
+"""`dpo-mm verify` passes on a sound recipe, and prints what differs if a check fails."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tests.contracts.tiny_vlms import save
 
 
 def config(model: str, pairs: str, **more: Any) -> TrainConfig:
-    given = {"batch_size": 2, "learning_rate": 1e-3, **more}
-    return TrainConfig(model=model, pairs=pairs, output_dir="", **given)
+    settings = {"batch_size": 2, "learning_rate": 1e-3, **more}
+    return TrainConfig(model=model, pairs=pairs, output_dir="", **settings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"reference": "precomputed", "fixed_draws_per_row": 2}, {"tuning": "full"}])
-def test_a_sound_recipe_passes(more: dict[str, Any], tiny_model: str, pairs: str, tmp_path: Path) -> None:
+def test_sound_recipe_passes_every_check(more: dict[str, Any], tiny_model: str, pairs: str, tmp_path: Path) -> None:
     checks = list(verify(config(tiny_model, pairs, **more), tmp_path))
     assert len(checks) == 5 and all(check.passed for check in checks), checks
     assert sum("bit for bit" in check.observed for check in checks) == 3
 
 
 @pytest.mark.slow
-def test_the_command_says_pass_and_leaves_nothing(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+def test_command_prints_pass_and_leaves_no_files(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {tiny_model}\npairs: {pairs}\nbatch_size: 2\n")
     command = [sys.executable, "-m", "dpo_mm", "verify", str(recipe), "--learning-rate", "1e-3"]
@@ -40,14 +40,14 @@ def test_the_command_says_pass_and_leaves_nothing(tiny_model: str, pairs: str, t
     assert done.stdout.count("pass  ") == 5 and [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-def test_a_run_that_does_not_repeat_itself_is_found(
+def test_run_with_random_losses_fails_the_checks(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, drawn = PreferenceTrainer.compute_loss, torch.Generator().manual_seed(0)
+    compute_loss, generator = PreferenceTrainer.compute_loss, torch.Generator().manual_seed(0)
 
-    def loss(self: PreferenceTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
-        found: torch.Tensor = real(self, *arguments, **named)
-        return found * (1 + torch.rand((), generator=drawn))
+    def loss(self: PreferenceTrainer, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        value: torch.Tensor = compute_loss(self, *arguments, **keywords)
+        return value * (1 + torch.rand((), generator=generator))
 
     monkeypatch.setattr(module.PreferenceTrainer, "compute_loss", loss)
     failed = [check for check in verify(config(tiny_model, pairs), tmp_path) if not check.passed]
@@ -56,15 +56,15 @@ def test_a_run_that_does_not_repeat_itself_is_found(
 
 
 @pytest.mark.slow
-def test_a_reader_is_verified_too(tmp_path: Path) -> None:
+def test_vlm_recipe_passes_every_check(tmp_path: Path) -> None:
     from datasets import Dataset
 
     from dpo_mm.data.schema import response_preference
     from tests.contracts.tiny_vlms import rows
 
     model = save("llava", tmp_path / "model")
-    some = [{**row, "id": f"row-{n}"} for n, row in enumerate(rows("llava", (1,) * 6))]
-    table = [{name: row.get(name) for name in response_preference()} for row in some]
+    examples = [{**row, "id": f"row-{n}"} for n, row in enumerate(rows("llava", (1,) * 6))]
+    table = [{name: row.get(name) for name in response_preference()} for row in examples]
     Dataset.from_list(table, features=response_preference()).to_parquet(str(tmp_path / "pairs.parquet"))
     recipe = config(model, str(tmp_path / "pairs.parquet"), beta=0.1, learning_rate=1e-2)
     checks = list(verify(recipe, tmp_path / "runs"))

@@ -1,4 +1,4 @@
-"""A wheel works away from the repository: presets and the judges that they name, bundled models, demos, types."""
+"""A wheel works outside the repository: presets and their judges, bundled models, demos, types."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ for judge in custom:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of a wheel built from the repository."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder), str(ROOT)]
     done = subprocess.run(build, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -46,7 +47,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_an_unpacked_wheel_has_all_that_presets_name(wheel: Path, tmp_path: Path) -> None:
+def test_unpacked_wheel_contains_everything_that_presets_use(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     assert (tmp_path / "site" / "dpo_mm" / "py.typed").is_file()
@@ -56,5 +57,7 @@ def test_an_unpacked_wheel_has_all_that_presets_name(wheel: Path, tmp_path: Path
     command = [sys.executable, "-c", CHECK, str(tmp_path / "site")]
     done = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    helped = subprocess.run([sys.executable, "-m", "dpo_mm", "--help"], cwd=elsewhere, env=env, capture_output=True)
-    assert helped.returncode == 0 and b"quickstart" in helped.stdout
+    help_output = subprocess.run(
+        [sys.executable, "-m", "dpo_mm", "--help"], cwd=elsewhere, env=env, capture_output=True
+    )
+    assert help_output.returncode == 0 and b"quickstart" in help_output.stdout

@@ -78,15 +78,15 @@ def test_names_that_scripts_import_exist() -> None:
         path for folder in ("tests/bench", "docs", "data", "demos", "recipes") for path in (root / folder).glob("*.py")
     ]
     assert len(scripts) > 25
-    gone = []
+    missing = []
     for path in scripts:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dpo_mm"):
                 module = importlib.import_module(str(node.module))
-                inside = {found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []))}
-                gone += [
+                inside = {submodule.name for submodule in pkgutil.iter_modules(getattr(module, "__path__", []))}
+                missing += [
                     f"{path.name}: {node.module}.{n.name}"
                     for n in node.names
                     if not hasattr(module, n.name) and n.name not in inside
                 ]
-    assert not gone
+    assert not missing

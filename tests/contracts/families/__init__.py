@@ -1,9 +1,12 @@
-"""Tiny random pipelines of the stock classes, a file a family: the next one adds its file and its rows to BUILDERS."""
+"""Tiny pipelines of diffusers' classes with random weights, one file per family.
+
+To add a family, add its file, and its rows to BUILDERS.
+"""
 
 from __future__ import annotations
 
 from tests.contracts.families import flux, flux2_klein, pixart_sigma, qwen_image, sana, sd3, sdxl, z_image
-from tests.contracts.families import stable_diffusion as stable
+from tests.contracts.families import stable_diffusion as stable_diffusion_families
 from tests.contracts.families.parts import Family
 from tests.contracts.families.stable_diffusion import stable_diffusion
 from tests.contracts.families.words import WORDS
@@ -11,7 +14,7 @@ from tests.contracts.families.words import WORDS
 __all__ = ["BUILDERS", "WORDS", "Family", "stable_diffusion"]
 
 BUILDERS: dict[str, Family] = {
-    **stable.FAMILIES,
+    **stable_diffusion_families.FAMILIES,
     **sdxl.FAMILIES,
     **sd3.FAMILIES,
     **flux.FAMILIES,

@@ -1,4 +1,4 @@
-"""Tiny FLUX.1 pipelines: dev (embedded guidance, a shift that follows the size), schnell (neither), Kontext (edits)."""
+"""Tiny FLUX.1 pipelines: dev (embedded guidance, size-dependent shift), schnell (neither), Kontext (image editing)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def unpack(pipe: Any, latents: Tensor, size: int) -> Tensor:
 
 
 def shifted(level: float) -> float:
-    """exp(mu) / (exp(mu) + 1 / u - 1), mu from (256 tokens, 0.5) to (4096, 1.15); 16 x 16 latents are 64 tokens."""
+    """FLUX's shift: exp(mu) / (exp(mu) + 1 / u - 1).
+
+    mu is linear in the number of tokens, through (256, 0.5) and (4096, 1.15). Latents of 16 x 16 are 64 tokens.
+    """
     mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (64 - 256)
     return math.exp(mu) / (math.exp(mu) + 1 / level - 1)
 

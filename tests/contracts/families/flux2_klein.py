@@ -1,4 +1,8 @@
-"""A tiny pipeline of FLUX.2 klein: three layers of Qwen3, latents in 2x2 patches normalised by the autoencoder's batch norm, flow."""
+"""A tiny FLUX.2 klein pipeline with rectified flow.
+
+Its prompt embeddings are hidden states of three layers of Qwen3. Its latents are 2x2 patches, normalised by the
+autoencoder's batch norm.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +55,8 @@ def pack(pipe: Any, latents: Tensor, size: int) -> Tensor:
 
 def unpack(pipe: Any, latents: Tensor, size: int) -> Tensor:
     side = size // (2 * pipe.vae_scale_factor)
-    places = pipe._prepare_latent_ids(latents.new_empty(len(latents), 1, side, side))
-    return pipe._unpack_latents_with_ids(latents, places, side, side)
+    latent_ids = pipe._prepare_latent_ids(latents.new_empty(len(latents), 1, side, side))
+    return pipe._unpack_latents_with_ids(latents, latent_ids, side, side)
 
 
 FAMILIES = {"flux2-klein": Family(flux2_klein, pack=pack, unpack=unpack, target="flow", sigma=dynamic(64))}

@@ -1,4 +1,4 @@
-"""Small parts of random weights that several families' pipelines are made of, and what a builder's row says."""
+"""Small components with random weights that several families' pipelines share, and the Family row of BUILDERS."""
 
 from __future__ import annotations
 
@@ -21,48 +21,57 @@ from transformers import (
 )
 
 
-def as_they_are(pipe: Any, latents: Tensor, size: int) -> Tensor:
+def unchanged(pipe: Any, latents: Tensor, size: int) -> Tensor:
     return latents
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family is built and asked in tests, in the words of its stock pipeline.
-
-    build: writes a tiny pipeline into a folder. size: pixels on a side. unguided: arguments that switch its
-    classifier-free guidance off. pack: latents (images, c, h, w) as its scheduler steps on them, for pictures of a size;
-    unpack: the other way round; both with the pipeline's own functions. target: epsilon | v | flow. betas: the schedule's
-    first and last and their kind. sigma: a flow's noise share at a level in [0, 1), by its paper's formula. kohya: whether
-    diffusers reads kohya's format for it. left_out: optional parts that the pipeline is built without. reason: why a
-    saved adapter is loaded by another stock library than the pipeline's own.
-    """
+    """A row of BUILDERS: how the tests build a family's pipeline and call it."""
 
     build: Callable[[Path], Path]
+    """Write a tiny pipeline into a folder and return the folder."""
     size: int = 32
+    """Height and width of its images in pixels."""
     unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
-    pack: Callable[[Any, Tensor, int], Tensor] = as_they_are
-    unpack: Callable[[Any, Tensor, int], Tensor] = as_they_are
+    """Arguments of the pipeline that switch classifier-free guidance off."""
+    pack: Callable[[Any, Tensor, int], Tensor] = unchanged
+    """Convert latents (images, c, h, w) to the shape that the scheduler steps on, by the pipeline's own function.
+
+    Its arguments are the pipeline, the latents and the image size in pixels.
+    """
+    unpack: Callable[[Any, Tensor, int], Tensor] = unchanged
+    """The inverse of pack."""
     target: str = "epsilon"
+    """The prediction target: epsilon, v or flow."""
     betas: tuple[float, float, str] = (0.00085, 0.012, "scaled_linear")
+    """First and last beta of the schedule, and the kind of schedule."""
     sigma: Callable[[float], float] | None = None
+    """Fraction of noise of a flow model at a noise level in [0, 1), by the paper's formula."""
     kohya: bool = True
+    """True if diffusers reads kohya's format for this family."""
     left_out: tuple[str, ...] = ()
+    """Optional components that the pipeline is built without."""
     reason: str | None = None
+    """The reason, if a saved adapter is not loaded by the pipeline's own library."""
 
 
 def shifted(shift: float) -> Callable[[float], float]:
-    """Esser et al. 2024 eq. 23."""
+    """A flow's fraction of noise under a constant shift.
+
+    Source: Esser et al. 2024, eq. 23.
+    """
     return lambda level: shift * level / (1 + (shift - 1) * level)
 
 
 def dynamic(tokens: int, *, most: int = 4096, base: float = 0.5, top: float = 1.15) -> Callable[[float], float]:
-    """The same with the shift e^mu, mu on a line through (256, base) and (most, top)."""
+    """A flow's fraction of noise under the shift exp(mu), where mu is linear in `tokens` through (256, base) and (most, top)."""
     mu = base + (top - base) * (tokens - 256) / (most - 256)
     return lambda level: math.exp(mu) / (math.exp(mu) + 1 / level - 1)
 
 
 def autoencoder(*, channels: int = 4, scaling_factor: float = 0.7, **more: Any) -> AutoencoderKL:
-    """A factor-2 autoencoder."""
+    """An autoencoder that halves height and width."""
     return AutoencoderKL(
         block_out_channels=(16, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,

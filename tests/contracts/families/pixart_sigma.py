@@ -1,4 +1,4 @@
-"""A tiny pipeline of PixArt-Sigma: T5, epsilon with a learned sigma that nothing reads."""
+"""A tiny pipeline of PixArt-Sigma: T5, epsilon prediction with a learned sigma that is not used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A tiny pipeline of Qwen-Image: Qwen2.5-VL reads, a video autoencoder with its own mean and deviation a channel, flow."""
+"""A tiny Qwen-Image pipeline with rectified flow.
+
+Its text encoder is Qwen2.5-VL. Its video autoencoder has a mean and a standard deviation per latent channel.
+"""
 
 from __future__ import annotations
 

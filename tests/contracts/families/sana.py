@@ -1,4 +1,8 @@
-"""A tiny pipeline of Sana: Gemma 2 behind a long instruction, a deep-compression autoencoder without posterior, flow."""
+"""A tiny Sana pipeline with rectified flow.
+
+Its text encoder is Gemma 2, which gets a long instruction before the prompt. Its deep-compression autoencoder has no
+posterior.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny Stable Diffusion 3 pipelines: with T5, as 3.5 is made (dual attention, normalised queries), and without T5."""
+"""Tiny Stable Diffusion 3 pipelines: 3 with T5, and 3.5 (dual attention, normalised queries) without T5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion XL pipeline, with the scheduler that its base model has."""
+"""A tiny Stable Diffusion XL pipeline with the scheduler of the base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny Stable Diffusion pipelines: epsilon, v, and with the tiny autoencoder."""
+"""Tiny Stable Diffusion pipelines: epsilon prediction, v prediction, and epsilon with the tiny autoencoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.contracts.families.words import clip_tokenizer
 
 
 def stable_diffusion(folder: Path, *, prediction_type: str = "epsilon", tiny_vae: bool = False) -> Path:
-    """A Stable Diffusion pipeline of random weights, 32x32 pixels."""
+    """Write a Stable Diffusion pipeline with random weights for 32x32 images."""
     torch.manual_seed(0)
     words = clip_tokenizer(folder / "tokenizer")
     widths = {"encoder_block_out_channels": (16, 16), "decoder_block_out_channels": (16, 16)}

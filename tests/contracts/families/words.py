@@ -1,4 +1,4 @@
-"""Prompts of the tests, and real tokenizers of their few words, made on the spot."""
+"""Prompts of the tests, and real tokenizers that are trained on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = ["a red circle", "two blue squares left of a green star", "an orange cro
 
 
 def clip_tokenizer(folder: Path, *, length: int = 16) -> CLIPTokenizer:
-    """A CLIP tokenizer of a few words."""
+    """A CLIP tokenizer trained on WORDS."""
     folder.mkdir(parents=True, exist_ok=True)
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = WhitespaceSplit()
@@ -30,7 +30,7 @@ def clip_tokenizer(folder: Path, *, length: int = 16) -> CLIPTokenizer:
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    """A T5 tokenizer of the same words, without sentencepiece."""
+    """A T5 tokenizer trained on WORDS, without sentencepiece."""
     special = ["<pad>", "</s>", "<unk>"]
     pieces = Tokenizer(Unigram())
     pieces.pre_tokenizer = Metaspace()

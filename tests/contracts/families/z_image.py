@@ -1,4 +1,7 @@
-"""A tiny pipeline of Z-Image: Qwen3 reads, time runs from 0 (noise) to 1, and the prediction is the negative of the velocity."""
+"""A tiny Z-Image pipeline with rectified flow.
+
+Its text encoder is Qwen3. Its time runs from 0 (noise) to 1, and it predicts the negative of the velocity.
+"""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_demo_label_models_generate_into_samples_dir(monkeypatch: pytest.MonkeyP
     calls: list[Any] = []
     page = type("Page", (), {"run": lambda self, *arguments, **options: calls.append(arguments)})()
     monkeypatch.setattr(
-        "dpo_mm.labels.fresh_samples.draw_samples", lambda *arguments, **options: calls.append(arguments)
+        "dpo_mm.labels.fresh_samples.generate_samples", lambda *arguments, **options: calls.append(arguments)
     )
     monkeypatch.setattr("dpo_mm.demo_server.load_page", lambda name: page)
     result = CliRunner().invoke(app, ["demo", "label", "--models", "m,m+a", "--samples-dir", "s"])

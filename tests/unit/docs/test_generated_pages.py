@@ -1,4 +1,4 @@
-"""Pages of the documentation that are generated from the code equal what the generators give now."""
+"""Documentation pages that are generated from the code equal the current output of their generators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def script(name: str) -> ModuleType:
-    """A script of docs/ as a module."""
+    """Load a script of docs/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -26,7 +26,7 @@ def test_reference_pages_equal_the_code() -> None:
     assert script("write_reference").stale() == []
 
 
-def test_a_page_with_another_default_is_stale(tmp_path: Path) -> None:
+def test_page_with_a_different_default_is_stale(tmp_path: Path) -> None:
     write = script("write_reference")
     for name, page in write.PAGES.items():
         (tmp_path / name).write_text(page())
@@ -41,13 +41,13 @@ def test_a_page_with_another_default_is_stale(tmp_path: Path) -> None:
         write.main(["--check"])
 
 
-def test_a_setting_is_read_with_type_default_and_docstring() -> None:
+def test_setting_has_type_default_and_docstring() -> None:
     source = (
         'class AConfig:\n    """Two\n    lines."""\n\n    model: str\n    """Which."""\n    rate: float | None = None\n'
         '    names: tuple[str, ...] = ("a", "b")\n    """Several,\n    in order."""\n'
     )
-    (found,) = script("write_reference").dataclasses_of(source)
-    assert found == (
+    (dataclass_row,) = script("write_reference").dataclasses_of(source)
+    assert dataclass_row == (
         "AConfig",
         "Two lines.",
         [
@@ -72,7 +72,7 @@ def test_every_page_that_code_or_docs_name_exists() -> None:
     assert sorted(f"{file.name}: {name}" for file, name in names if not (ROOT / name).exists()) == []
 
 
-def test_every_setting_and_command_has_its_row() -> None:
+def test_every_setting_has_a_row() -> None:
     import dataclasses
 
     from dpo_mm import config
@@ -87,7 +87,7 @@ def test_every_setting_and_command_has_its_row() -> None:
         ]
 
 
-def test_the_page_of_parity_has_the_measured_tables() -> None:
+def test_parity_page_contains_the_measured_tables() -> None:
     page = (ROOT / "docs" / "background" / "parity.md").read_text()
     measured = json.loads((ROOT / "docs" / "benchmarks" / "parity.json").read_text())
     block = page.partition("<!-- comparisons -->")[2].partition("<!-- /comparisons -->")[0]
@@ -97,7 +97,7 @@ def test_the_page_of_parity_has_the_measured_tables() -> None:
         assert f"| {row['value']:.1e} | {row['gradient']:.1e} |" in line and row["peer"] in line
 
 
-def test_figures_draw_the_same_bytes_again(tmp_path: Path) -> None:
+def test_figures_are_rendered_to_identical_bytes(tmp_path: Path) -> None:
     draw = script("draw_figures")
     draw.FOLDER = tmp_path
     (tmp_path / "concepts").mkdir()

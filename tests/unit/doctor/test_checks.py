@@ -1,4 +1,4 @@
-"""One planted fault of each kind is found and named, in a set of pictures and in one of answers; a clean set is clean."""
+"""Every check of the doctor finds a planted fault, in image and response datasets, and none in a clean dataset."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from dpo_mm.data.schema import image_preference, response_preference
 from dpo_mm.doctor import Diagnosis, examine, image_checks, response_checks
 from dpo_mm.doctor.checks import CHECKS
 from dpo_mm.doctor.doctor_report import write_report
-from dpo_mm.doctor.image_features import look
+from dpo_mm.doctor.image_features import extract_features
 
 ROWS = 210
 MODELS = ("red", "green", "blue", "grey")
 Rows = list[dict[str, Any]]
 
 
-def picture(seed: int, side: int = 24) -> Image.Image:
+def random_image(seed: int, side: int = 24) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def encoded(image: Image.Image, kind: str = "BMP", **options: Any) -> bytes:
-    """BMP: of two pictures of one size the files are of one size, and nothing is lost."""
+def encode(image: Image.Image, format: str = "BMP", **options: Any) -> bytes:
+    """Encode an image. BMP is lossless, and its files of images of one size have one size."""
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def image_rows() -> Rows:
-    """A clean set: balanced sides, four models, votes that agree with the label, ties, two pairs a prompt."""
+    """Rows without a fault: balanced labels, four models, votes that agree with the label, ties, two pairs per prompt."""
     rng = random.Random(0)
     rows = []
     for n in range(ROWS):
@@ -49,8 +49,8 @@ def image_rows() -> Rows:
             {
                 "id": f"pair {n}",
                 "prompt": f"Prompt {n // 2} of some kind.",
-                "image_a": {"bytes": encoded(picture(2 * n)), "path": None},
-                "image_b": {"bytes": encoded(picture(2 * n + 1)), "path": None},
+                "image_a": {"bytes": encode(random_image(2 * n)), "path": None},
+                "image_b": {"bytes": encode(random_image(2 * n + 1)), "path": None},
                 "preference": preference,
                 "votes_a": votes[0],
                 "votes_b": votes[1],
@@ -63,8 +63,8 @@ def image_rows() -> Rows:
     return rows
 
 
-def answer_rows() -> Rows:
-    """A clean set: answers of any length, some with lists, some that refuse, on either side alike; a picture a row."""
+def response_rows() -> Rows:
+    """Rows without a fault: chosen and rejected have the same distribution of length, lists and refusals. One image per row."""
     rng = random.Random(1)
     words = [
         "the",
@@ -86,7 +86,7 @@ def answer_rows() -> Rows:
         "looks",
     ]
 
-    def answer() -> str:
+    def response() -> str:
         text = " ".join(rng.choice(words) for _ in range(rng.randint(5, 40))) + "."
         if rng.random() < 0.1:
             text = "I'm sorry, but I can't help with that. " + text
@@ -95,12 +95,12 @@ def answer_rows() -> Rows:
     return [
         {
             "id": f"row {n}",
-            "images": [{"bytes": encoded(picture(n)), "path": None}],
+            "images": [{"bytes": encode(random_image(n)), "path": None}],
             "prompt": [
                 {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"Question {n % 9}?"}]}
             ],
-            "chosen": say(answer()),
-            "rejected": say(answer()),
+            "chosen": message(response()),
+            "rejected": message(response()),
             "score_gap": rng.random(),
             "chosen_model": rng.choice(MODELS),
             "rejected_model": rng.choice(MODELS),
@@ -111,57 +111,57 @@ def answer_rows() -> Rows:
     ]
 
 
-def say(text: str, role: str = "assistant") -> list[dict[str, Any]]:
+def message(text: str, role: str = "assistant") -> list[dict[str, Any]]:
     return [{"role": role, "content": [{"type": "text", "text": text}]}]
 
 
-def text_of(row: dict[str, Any], side: str) -> str:
-    return row[side][0]["content"][-1]["text"]
+def text_of(row: dict[str, Any], column: str) -> str:
+    return row[column][0]["content"][-1]["text"]
 
 
 def winner(row: dict[str, Any]) -> tuple[str, str] | None:
-    """The winner's letter and the loser's."""
+    """Return the letters of winner and loser."""
     return {"a": ("a", "b"), "b": ("b", "a")}.get(row["preference"])
 
 
-def sided(rows: Rows, change: Callable[[bytes, bool], bytes]) -> None:
-    """Change every decided pair's pictures, told which is the winner's."""
+def change_images(rows: Rows, change: Callable[[bytes, bool], bytes]) -> None:
+    """Change both images of every pair with a winner. change(data, is_winner) returns the new file."""
     for row in rows:
-        for place, letter in enumerate(winner(row) or ()):
-            row[f"image_{letter}"] = {"bytes": change(row[f"image_{letter}"]["bytes"], place == 0), "path": None}
+        for n, letter in enumerate(winner(row) or ()):
+            row[f"image_{letter}"] = {"bytes": change(row[f"image_{letter}"]["bytes"], n == 0), "path": None}
 
 
-def again(rows: Rows, number: int, **changes: Any) -> None:
+def add_copy(rows: Rows, number: int, **changes: Any) -> None:
     rows.append({**copy.deepcopy(rows[number]), "id": f"copy of {number}", **changes})
 
 
-def decided(rows: Rows, start: int = 3) -> int:
-    """The first pair from there on that its side a won."""
+def first_win_of_a(rows: Rows, start: int = 3) -> int:
+    """Return the first row from `start` that a won."""
     return next(n for n, row in enumerate(rows) if n >= start and row["preference"] == "a")
 
 
-def swapped(rows: Rows, preference: str, start: int) -> None:
-    """The same pair again with its sides swapped; "b": and its winner, so that nothing but the order is new."""
-    place = decided(rows, start)
-    row = rows[place]
+def add_swapped(rows: Rows, preference: str, start: int) -> None:
+    """Add a copy with a and b swapped. With preference b the winner is swapped too, so only the order differs."""
+    number = first_win_of_a(rows, start)
+    row = rows[number]
     votes = {"votes_a": 1, "votes_b": 4} if preference == "b" else {}
-    again(rows, place, image_a=row["image_b"], image_b=row["image_a"], preference=preference, **votes)
+    add_copy(rows, number, image_a=row["image_b"], image_b=row["image_a"], preference=preference, **votes)
 
 
-def opened(data: bytes) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
-def lighter(data: bytes, won: bool) -> bytes:
-    return encoded(opened(data).point(lambda value: min(255, value + 30))) if won else data
+def brighten_winner(data: bytes, won: bool) -> bytes:
+    return encode(decode(data).point(lambda value: min(255, value + 30))) if won else data
 
 
-def larger(data: bytes, won: bool) -> bytes:
-    return encoded(opened(data).resize((26, 26))) if won else data
+def enlarge_winner(data: bytes, won: bool) -> bytes:
+    return encode(decode(data).resize((26, 26))) if won else data
 
 
-def in_formats(data: bytes, won: bool) -> bytes:
-    return encoded(opened(data), "PNG") if won else encoded(opened(data), "WEBP", lossless=True)
+def encode_winner_as_png(data: bytes, won: bool) -> bytes:
+    return encode(decode(data), "PNG") if won else encode(decode(data), "WEBP", lossless=True)
 
 
 def set_all(rows: Rows, **values: Any) -> None:
@@ -169,109 +169,121 @@ def set_all(rows: Rows, **values: Any) -> None:
         row.update(values)
 
 
-def put(rows: Rows, number: int, **values: Any) -> None:
+def update(rows: Rows, number: int, **values: Any) -> None:
     rows[number].update(values)
 
 
-def models(rows: Rows, choose: Callable[[int], tuple[str, str]], names: tuple[str, str]) -> None:
-    """Models of winner and loser, in the columns that go by the side or by the outcome."""
+def set_models(rows: Rows, models_of: Callable[[int], tuple[str, str]], names: tuple[str, str]) -> None:
+    """Set the models of winner and loser, in the columns of images (a, b) or of responses (chosen, rejected)."""
     for n, row in enumerate(rows):
         first, second = winner(row) or ("a", "b") if "preference" in row else names
-        row[names[0].format(first)], row[names[1].format(second)] = choose(n)
+        row[names[0].format(first)], row[names[1].format(second)] = models_of(n)
 
 
-def jpeg(cell: dict[str, Any]) -> dict[str, Any]:
-    return {"bytes": encoded(opened(cell["bytes"]), "JPEG", quality=95, subsampling=0), "path": None}
+def as_jpeg(cell: dict[str, Any]) -> dict[str, Any]:
+    return {"bytes": encode(decode(cell["bytes"]), "JPEG", quality=95, subsampling=0), "path": None}
 
 
-SIDES = ("model_{}", "model_{}")
-OUTCOMES = ("chosen_model", "rejected_model")
+IMAGE_MODELS = ("model_{}", "model_{}")
+RESPONSE_MODELS = ("chosen_model", "rejected_model")
 ALWAYS, TWO = (lambda n: ("red", MODELS[1 + n % 3])), (lambda n: ("red", "blue") if n % 2 else ("blue", "red"))
 
 IMAGE_FAULTS: dict[str, Callable[..., object]] = {
-    "labels-unknown": lambda rows, n=3: put(rows, n, preference="left"),
-    "labels-against-evidence": lambda rows, n=3: put(rows, decided(rows, n), votes_a=2, votes_b=2),
-    "contradictory-labels": lambda rows, n=3: swapped(rows, "a", n),
-    "duplicate-pairs": lambda rows, n=3: swapped(rows, "b", n),
-    "ids-repeated": lambda rows, n=3: put(rows, decided(rows, n), id=rows[decided(rows, 190)]["id"]),
-    "near-duplicate-pairs": lambda rows, n=3: again(
-        rows, decided(rows, n), **{side: jpeg(rows[decided(rows, n)][side]) for side in ("image_a", "image_b")}
+    "labels-unknown": lambda rows, n=3: update(rows, n, preference="left"),
+    "labels-against-evidence": lambda rows, n=3: update(rows, first_win_of_a(rows, n), votes_a=2, votes_b=2),
+    "contradictory-labels": lambda rows, n=3: add_swapped(rows, "a", n),
+    "duplicate-pairs": lambda rows, n=3: add_swapped(rows, "b", n),
+    "ids-repeated": lambda rows, n=3: update(rows, first_win_of_a(rows, n), id=rows[first_win_of_a(rows, 190)]["id"]),
+    "near-duplicate-pairs": lambda rows, n=3: add_copy(
+        rows,
+        first_win_of_a(rows, n),
+        **{column: as_jpeg(rows[first_win_of_a(rows, n)][column]) for column in ("image_a", "image_b")},
     ),
-    "identical-sides": lambda rows, n=3: put(rows, decided(rows, n), image_b=rows[decided(rows, n)]["image_a"]),
-    "near-identical-sides": lambda rows, n=3: put(
-        rows, decided(rows, n), image_b=jpeg(rows[decided(rows, n)]["image_a"])
+    "identical-sides": lambda rows, n=3: update(
+        rows, first_win_of_a(rows, n), image_b=rows[first_win_of_a(rows, n)]["image_a"]
     ),
-    "pictures-broken": lambda rows, n=3: [
-        put(rows, n + k, image_a={"bytes": data, "path": None})
-        for k, data in enumerate((b"", b"<html>", rows[n]["image_a"]["bytes"][:300], encoded(picture(1), "JPEG")[:400]))
+    "near-identical-sides": lambda rows, n=3: update(
+        rows, first_win_of_a(rows, n), image_b=as_jpeg(rows[first_win_of_a(rows, n)]["image_a"])
+    ),
+    "undecodable-images": lambda rows, n=3: [
+        update(rows, n + k, image_a={"bytes": data, "path": None})
+        for k, data in enumerate(
+            (b"", b"<html>", rows[n]["image_a"]["bytes"][:300], encode(random_image(1), "JPEG")[:400])
+        )
     ],
-    "held-out-prompts": lambda rows, n=3: put(rows, n, prompt="a  prompt HELD out"),
-    "held-out-pictures": lambda rows, n=3: put(rows, n, image_a={"bytes": encoded(picture(9999), "PNG"), "path": None}),
-    "model-always-wins": lambda rows, n=3: models(rows, ALWAYS, SIDES),
-    "same-two-models": lambda rows, n=3: models(rows, TWO, SIDES),
-    "resolution-shortcut": lambda rows, n=3: sided(rows, larger),
-    "look-shortcut": lambda rows, n=3: sided(rows, lighter),
-    "format-shortcut": lambda rows, n=3: sided(rows, in_formats),
-    "file-size-shortcut": lambda rows, n=3: sided(rows, lambda data, won: data + b"0" * (400 * won)),
-    "trivial-features": lambda rows, n=3: sided(rows, lighter),
-    "empty-prompts": lambda rows, n=3: put(rows, n, prompt=" "),
-    "ties-and-votes-lost": lambda rows, n=3: [
+    "held-out-prompts": lambda rows, n=3: update(rows, n, prompt="a  prompt HELD out"),
+    "held-out-images": lambda rows, n=3: update(
+        rows, n, image_a={"bytes": encode(random_image(9999), "PNG"), "path": None}
+    ),
+    "model-always-wins": lambda rows, n=3: set_models(rows, ALWAYS, IMAGE_MODELS),
+    "same-two-models": lambda rows, n=3: set_models(rows, TWO, IMAGE_MODELS),
+    "resolution-shortcut": lambda rows, n=3: change_images(rows, enlarge_winner),
+    "colour-shortcut": lambda rows, n=3: change_images(rows, brighten_winner),
+    "format-shortcut": lambda rows, n=3: change_images(rows, encode_winner_as_png),
+    "file-size-shortcut": lambda rows, n=3: change_images(rows, lambda data, won: data + b"0" * (400 * won)),
+    "trivial-features": lambda rows, n=3: change_images(rows, brighten_winner),
+    "empty-prompts": lambda rows, n=3: update(rows, n, prompt=" "),
+    "no-ties-or-votes": lambda rows, n=3: [
         row.update(votes_a=None, votes_b=None, preference=row["preference"].replace("tie", "a")) for row in rows
     ],
-    "licence-missing": lambda rows, n=3: put(rows, n, license=None),
-    "licence-non-commercial": lambda rows, n=3: put(rows, n, license="cc-by-nc-4.0"),
+    "licence-missing": lambda rows, n=3: update(rows, n, license=None),
+    "licence-non-commercial": lambda rows, n=3: update(rows, n, license="cc-by-nc-4.0"),
 }
-ANSWER_FAULTS: dict[str, Callable[..., object]] = {
-    "labels-against-evidence": lambda rows, n=3: put(rows, n, score_gap=-0.5),
-    "contradictory-labels": lambda rows, n=3: again(rows, n, chosen=rows[n]["rejected"], rejected=rows[n]["chosen"]),
-    "duplicate-pairs": lambda rows, n=3: again(rows, n),
-    "ids-repeated": lambda rows, n=3: put(rows, n, id=rows[n + 1]["id"]),
-    "identical-sides": lambda rows, n=3: put(rows, n, rejected=say(text_of(rows[n], "chosen") + " \n")),
-    "pictures-broken": lambda rows, n=3: put(rows, n, images=[{"bytes": b"GIF89a", "path": None}]),
-    "held-out-prompts": lambda rows, n=3: put(
-        rows, 3, prompt=say("What is HELD out?", "user"), images=[{"bytes": encoded(picture(9999)), "path": None}]
+RESPONSE_FAULTS: dict[str, Callable[..., object]] = {
+    "labels-against-evidence": lambda rows, n=3: update(rows, n, score_gap=-0.5),
+    "contradictory-labels": lambda rows, n=3: add_copy(rows, n, chosen=rows[n]["rejected"], rejected=rows[n]["chosen"]),
+    "duplicate-pairs": lambda rows, n=3: add_copy(rows, n),
+    "ids-repeated": lambda rows, n=3: update(rows, n, id=rows[n + 1]["id"]),
+    "identical-sides": lambda rows, n=3: update(rows, n, rejected=message(text_of(rows[n], "chosen") + " \n")),
+    "undecodable-images": lambda rows, n=3: update(rows, n, images=[{"bytes": b"GIF89a", "path": None}]),
+    "held-out-prompts": lambda rows, n=3: update(
+        rows,
+        3,
+        prompt=message("What is HELD out?", "user"),
+        images=[{"bytes": encode(random_image(9999)), "path": None}],
     ),
-    "held-out-pictures": lambda rows, n=3: put(
-        rows, n, images=[{"bytes": encoded(picture(9999), "PNG"), "path": None}]
+    "held-out-images": lambda rows, n=3: update(
+        rows, n, images=[{"bytes": encode(random_image(9999), "PNG"), "path": None}]
     ),
-    "model-always-wins": lambda rows, n=3: models(rows, ALWAYS, OUTCOMES),
-    "same-two-models": lambda rows, n=3: models(rows, TWO, OUTCOMES),
+    "model-always-wins": lambda rows, n=3: set_models(rows, ALWAYS, RESPONSE_MODELS),
+    "same-two-models": lambda rows, n=3: set_models(rows, TWO, RESPONSE_MODELS),
     "length-shortcut": lambda rows, n=3: [
-        row.update(chosen=say(text_of(row, "chosen") + " And so on." * 9)) for row in rows
+        row.update(chosen=message(text_of(row, "chosen") + " And so on." * 9)) for row in rows
     ],
-    "format-of-text-shortcut": lambda rows, n=3: [
+    "markup-shortcut": lambda rows, n=3: [
         row.update(
-            chosen=say(f"**Yes**: {text_of(row, 'chosen')}"), rejected=say(f"Yes:     {text_of(row, 'rejected')}")
+            chosen=message(f"**Yes**: {text_of(row, 'chosen')}"),
+            rejected=message(f"Yes:     {text_of(row, 'rejected')}"),
         )
         for row in rows
     ],
     "refusal-shortcut": lambda rows, n=3: [
-        put(rows, n, rejected=say("I cannot help with this one.")) for n in range(40, 90)
+        update(rows, n, rejected=message("I cannot help with this one.")) for n in range(40, 90)
     ],
     "trivial-features": lambda rows, n=3: [
-        row.update(chosen=say(text_of(row, "chosen") + " And so on." * 9)) for row in rows
+        row.update(chosen=message(text_of(row, "chosen") + " And so on." * 9)) for row in rows
     ],
-    "empty-answers": lambda rows, n=3: put(rows, n, chosen=say("\n")),
-    "empty-prompts": lambda rows, n=3: put(rows, n, prompt=say("", "user")),
-    "prompts-differ": lambda rows, n=3: put(rows, n, chosen=[*say("Really?", "user"), *rows[n]["chosen"]]),
-    "tokens-in-text": lambda rows, n=3: put(rows, n, prompt=say("<image>\nWhat?", "user")),
-    "images-misplaced": lambda rows, n=3: put(rows, n, images=rows[n]["images"] * 2),
-    "ties-and-votes-lost": lambda rows, n=3: set_all(rows, score_gap=None),
-    "licence-missing": lambda rows, n=3: put(rows, n, license=None),
-    "licence-non-commercial": lambda rows, n=3: put(rows, n, license="Research-only"),
+    "empty-responses": lambda rows, n=3: update(rows, n, chosen=message("\n")),
+    "empty-prompts": lambda rows, n=3: update(rows, n, prompt=message("", "user")),
+    "prompts-differ": lambda rows, n=3: update(rows, n, chosen=[*message("Really?", "user"), *rows[n]["chosen"]]),
+    "tokens-in-text": lambda rows, n=3: update(rows, n, prompt=message("<image>\nWhat?", "user")),
+    "images-misplaced": lambda rows, n=3: update(rows, n, images=rows[n]["images"] * 2),
+    "no-ties-or-votes": lambda rows, n=3: set_all(rows, score_gap=None),
+    "licence-missing": lambda rows, n=3: update(rows, n, license=None),
+    "licence-non-commercial": lambda rows, n=3: update(rows, n, license="Research-only"),
 }
-COMES_WITH = {
+SIDE_FINDINGS = {
     "resolution-shortcut": {"file-size-shortcut", "trivial-features"},
     "format-shortcut": {"file-size-shortcut", "trivial-features"},
     "file-size-shortcut": {"trivial-features"},
-    "look-shortcut": {"trivial-features"},
-    "trivial-features": {"look-shortcut", "length-shortcut"},
+    "colour-shortcut": {"trivial-features"},
+    "trivial-features": {"colour-shortcut", "length-shortcut"},
     "length-shortcut": {"trivial-features"},
-    "format-of-text-shortcut": {"trivial-features"},
+    "markup-shortcut": {"trivial-features"},
     "refusal-shortcut": {"trivial-features", "length-shortcut"},
-    "held-out-prompts": {"held-out-pictures"},
+    "held-out-prompts": {"held-out-images"},
 }
-"""What else a planted fault is, so that it is rightly found with it."""
+"""Findings that a planted fault also causes, correctly."""
 
 
 def write(rows: Rows, path: Path, kind: str) -> str:
@@ -285,40 +297,40 @@ def write(rows: Rows, path: Path, kind: str) -> str:
 
 @pytest.fixture(scope="module")
 def clean() -> dict[str, Rows]:
-    return {"images": image_rows(), "answers": answer_rows()}
+    return {"images": image_rows(), "responses": response_rows()}
 
 
-LOOKS: dict[bytes, Any] = {}
+CACHE: dict[bytes, Any] = {}
 
 
 @pytest.fixture(autouse=True)
-def each_file_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same few hundred files go through every test; what a file looks like is a function of its bytes."""
+def cache_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute the features of each file once. The tests share a few hundred files."""
 
     def cached(cell: Any) -> Any:
         data = bytes(cell["bytes"] or b"")
-        if data not in LOOKS:
-            LOOKS[data] = look(cell)
-        return LOOKS[data]
+        if data not in CACHE:
+            CACHE[data] = extract_features(cell)
+        return CACHE[data]
 
     for module in (image_checks, response_checks):
-        monkeypatch.setattr(module, "look", cached)
+        monkeypatch.setattr(module, "extract_features", cached)
 
 
 @pytest.fixture
 def diagnose(tmp_path: Path, clean: dict[str, Rows]) -> Callable[..., Diagnosis]:
-    """Looks at a clean set with changes, beside a held-out set with one prompt and one picture."""
+    """Function that examines a clean dataset after changes, with a held-out dataset of one prompt and one image."""
 
     def diagnose(kind: str, *changes: Callable[[Rows], object]) -> Diagnosis:
         rows = copy.deepcopy(clean[kind])
         for change in changes:
             change(rows)
-        cell = {"bytes": encoded(picture(9999)), "path": None}
+        cell = {"bytes": encode(random_image(9999)), "path": None}
         held: dict[str, Any] = {"id": "h", "prompt": "A prompt held out.", "preference": "a"}
-        held |= {"image_a": cell, "image_b": {"bytes": encoded(picture(9998)), "path": None}}
-        if kind == "answers":
-            held = {"id": "h", "prompt": say("What is held out?", "user"), "images": [cell], "chosen": say("x")}
-            held["rejected"] = say("y")
+        held |= {"image_a": cell, "image_b": {"bytes": encode(random_image(9998)), "path": None}}
+        if kind == "responses":
+            held = {"id": "h", "prompt": message("What is held out?", "user"), "images": [cell], "chosen": message("x")}
+            held["rejected"] = message("y")
         held_out = write([held], tmp_path / "held.parquet", kind)
         uncertain = frozenset({"rapidata", "vl-feedback"})
         return examine(write(rows, tmp_path / "set.parquet", kind), held_out=held_out, uncertain=uncertain)
@@ -326,117 +338,123 @@ def diagnose(tmp_path: Path, clean: dict[str, Rows]) -> Callable[..., Diagnosis]
     return diagnose
 
 
-@pytest.mark.parametrize("kind", ["images", "answers"])
-def test_a_clean_set_is_clean(kind: str, diagnose: Callable[..., Diagnosis]) -> None:
-    found = diagnose(kind)
-    assert found.rows == ROWS and found.findings == () and not found.failed(strict=True)
-    assert set(found.fine) == {check for check, about in CHECKS.items() if kind in about.kinds}
+@pytest.mark.parametrize("kind", ["images", "responses"])
+def test_examine_clean_dataset_has_no_findings(kind: str, diagnose: Callable[..., Diagnosis]) -> None:
+    diagnosis = diagnose(kind)
+    assert diagnosis.rows == ROWS and diagnosis.findings == () and not diagnosis.failed(strict=True)
+    assert set(diagnosis.passed) == {check for check, spec in CHECKS.items() if kind in spec.kinds}
 
 
-CASES = [("images", name) for name in IMAGE_FAULTS] + [("answers", name) for name in ANSWER_FAULTS]
+CASES = [("images", name) for name in IMAGE_FAULTS] + [("responses", name) for name in RESPONSE_FAULTS]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_each_fault_is_found_and_named(kind: str, name: str, diagnose: Callable[..., Diagnosis]) -> None:
-    found = diagnose(kind, (IMAGE_FAULTS if kind == "images" else ANSWER_FAULTS)[name])
-    checks = {finding.check for finding in found.findings}
-    assert name in checks and checks <= {name} | COMES_WITH.get(name, set())
-    (finding,) = (finding for finding in found.findings if finding.check == name)
-    assert 0 < finding.rows <= finding.total and finding.what and finding.advice
-    assert len(finding.examples) == min(5, finding.rows) or name in ("ties-and-votes-lost", "near-duplicate-pairs")
-    assert found.failed(strict=True) == (finding.severity != "note")
+def test_examine_each_planted_fault_is_reported(kind: str, name: str, diagnose: Callable[..., Diagnosis]) -> None:
+    diagnosis = diagnose(kind, (IMAGE_FAULTS if kind == "images" else RESPONSE_FAULTS)[name])
+    checks = {finding.check for finding in diagnosis.findings}
+    assert name in checks and checks <= {name} | SIDE_FINDINGS.get(name, set())
+    (finding,) = (finding for finding in diagnosis.findings if finding.check == name)
+    assert 0 < finding.rows <= finding.total and finding.summary and finding.advice
+    assert len(finding.examples) == min(5, finding.rows) or name in ("no-ties-or-votes", "near-duplicate-pairs")
+    assert diagnosis.failed(strict=True) == (finding.severity != "note")
 
 
-@pytest.mark.parametrize("kind", ["images", "answers"])
-def test_all_faults_at_once_are_found(kind: str, diagnose: Callable[..., Diagnosis]) -> None:
-    faults = dict(IMAGE_FAULTS if kind == "images" else ANSWER_FAULTS)
-    left_out = {"same-two-models", "ties-and-votes-lost", "trivial-features", "near-identical-sides"}
-    ordered = sorted(faults, key=lambda name: not name.endswith(("shortcut", "wins")))  # what changes all rows first
-    apart = [partial(faults[name], n=5 + 8 * k) for k, name in enumerate(ordered) if name not in left_out]
-    found = diagnose(kind, *apart)
-    assert {finding.check for finding in found.findings} >= set(faults) - left_out
-    assert found.findings[0].severity == "error" and found.failed()
+@pytest.mark.parametrize("kind", ["images", "responses"])
+def test_examine_all_planted_faults_are_reported(kind: str, diagnose: Callable[..., Diagnosis]) -> None:
+    faults = dict(IMAGE_FAULTS if kind == "images" else RESPONSE_FAULTS)
+    excluded = {"same-two-models", "no-ties-or-votes", "trivial-features", "near-identical-sides"}
+    ordered = sorted(
+        faults, key=lambda name: not name.endswith(("shortcut", "wins"))
+    )  # faults that change all rows come first
+    changes = [partial(faults[name], n=5 + 8 * k) for k, name in enumerate(ordered) if name not in excluded]
+    diagnosis = diagnose(kind, *changes)
+    assert {finding.check for finding in diagnosis.findings} >= set(faults) - excluded
+    assert diagnosis.findings[0].severity == "error" and diagnosis.failed()
 
 
-def test_every_check_has_its_fault() -> None:
-    for kind, faults in (("images", IMAGE_FAULTS), ("answers", ANSWER_FAULTS)):
-        assert set(faults) == {check for check, about in CHECKS.items() if kind in about.kinds}
+def test_checks_each_have_a_planted_fault() -> None:
+    for kind, faults in (("images", IMAGE_FAULTS), ("responses", RESPONSE_FAULTS)):
+        assert set(faults) == {check for check, spec in CHECKS.items() if kind in spec.kinds}
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "row", "words"),
     [
-        ("images", "labels-against-evidence", "pair 4", "a is called the winner, votes are 2 to 2"),
-        ("images", "pictures-broken", "pair 3", "image_a does not decode (it is missing)"),
-        ("answers", "empty-answers", "row 3", "chosen is empty"),
-        ("answers", "images-misplaced", "row 3", "2 images, 1 places"),
-        ("answers", "tokens-in-text", "row 3", "<image>"),
+        ("images", "labels-against-evidence", "pair 4", "the label is a, but the votes are 2 to 2"),
+        ("images", "undecodable-images", "pair 3", "image_a does not decode (it is missing)"),
+        ("responses", "empty-responses", "row 3", "chosen is empty"),
+        ("responses", "images-misplaced", "row 3", "2 images, 1 image parts"),
+        ("responses", "tokens-in-text", "row 3", "<image>"),
     ],
 )
-def test_examples_say_which_row_and_why(
+def test_finding_examples_have_row_id_and_reason(
     kind: str, name: str, row: str, words: str, diagnose: Callable[..., Diagnosis]
 ) -> None:
-    found = diagnose(kind, (IMAGE_FAULTS if kind == "images" else ANSWER_FAULTS)[name])
-    assert found.findings[0].examples[0] == (row, words)
+    diagnosis = diagnose(kind, (IMAGE_FAULTS if kind == "images" else RESPONSE_FAULTS)[name])
+    assert diagnosis.findings[0].examples[0] == (row, words)
 
 
-def test_the_page_shows_the_rows_to_look_at(tmp_path: Path, clean: dict[str, Rows]) -> None:
+def test_report_shows_example_rows(tmp_path: Path, clean: dict[str, Rows]) -> None:
     rows = copy.deepcopy(clean["images"])
-    place = decided(rows, 100)
+    winning = first_win_of_a(rows, 100)
     IMAGE_FAULTS["labels-against-evidence"](rows, n=100)
-    IMAGE_FAULTS["pictures-broken"](rows, n=30)
-    put(rows, 31, preference="tie", votes_a=None, votes_b=None)
+    IMAGE_FAULTS["undecodable-images"](rows, n=30)
+    update(rows, 31, preference="tie", votes_a=None, votes_b=None)
     page = write_report(tmp_path / "r.html", examine(write(rows, tmp_path / "set.parquet", "images")), command="c")
     text = page.read_text()
-    assert text.count("data:image/png") == 2 + 3 and text.count("can't be shown") == 3
+    assert text.count("data:image/png") == 2 + 3 and text.count("does not decode</em>") == 3
     assert text.count('class="a"') == text.count('class="b"') == 1
-    first = text.index(f"winner of pair {place}")
+    first = text.index(f"winner of pair {winning}")
     image = Image.open(io.BytesIO(base64.b64decode(text[:first].rpartition("base64,")[2].partition('"')[0])))
-    assert (np.asarray(image) == np.asarray(picture(2 * place))).all()
-    rows = copy.deepcopy(clean["answers"])
-    put(rows, 7, rejected=say("same <b>"), chosen=say("same <b>"))
-    page = write_report(tmp_path / "r.html", examine(write(rows, tmp_path / "set.parquet", "answers")), command="c")
+    assert (np.asarray(image) == np.asarray(random_image(2 * winning))).all()
+    rows = copy.deepcopy(clean["responses"])
+    update(rows, 7, rejected=message("same <b>"), chosen=message("same <b>"))
+    page = write_report(tmp_path / "r.html", examine(write(rows, tmp_path / "set.parquet", "responses")), command="c")
     assert page.read_text().count("<p>same &lt;b&gt;</p>") == 2
 
 
-def test_shortcuts_say_how_far_they_reach(diagnose: Callable[..., Diagnosis]) -> None:
-    found = diagnose("images", IMAGE_FAULTS["resolution-shortcut"])
-    first = found.findings[0]
+def test_shortcut_findings_report_fraction_and_accuracy(diagnose: Callable[..., Diagnosis]) -> None:
+    diagnosis = diagnose("images", IMAGE_FAULTS["resolution-shortcut"])
+    first = diagnosis.findings[0]
     assert (first.check, first.severity) == ("resolution-shortcut", "error")
     assert (
-        "the winner has more pixels in 100% of the 187 pairs" in first.what
-        and "tells 100% of all winners" in first.what
+        "the winner has more pixels in 100% of the 187 pairs" in first.summary
+        and "predicts 100% of all winners" in first.summary
     )
-    longer = diagnose("answers", ANSWER_FAULTS["length-shortcut"]).findings[0]
-    assert longer.check == "length-shortcut" and "its correlation with the margin is" in longer.what
-    shorter = diagnose("answers", lambda rows: [row.update(rejected=say(text_of(row, "rejected") * 4)) for row in rows])
-    assert "the winner is shorter in" in next(f for f in shorter.findings if f.check == "length-shortcut").what
+    longer = diagnose("responses", RESPONSE_FAULTS["length-shortcut"]).findings[0]
+    assert longer.check == "length-shortcut" and "its correlation with the score gap is" in longer.summary
+    shorter = diagnose(
+        "responses", lambda rows: [row.update(rejected=message(text_of(row, "rejected") * 4)) for row in rows]
+    )
+    assert "the winner is shorter in" in next(f for f in shorter.findings if f.check == "length-shortcut").summary
 
 
-def test_a_text_list_is_held_out_too(tmp_path: Path, clean: dict[str, Rows]) -> None:
+def test_examine_held_out_text_file_is_checked(tmp_path: Path, clean: dict[str, Rows]) -> None:
     path = write(clean["images"], tmp_path / "set.parquet", "images")
     (tmp_path / "held.txt").write_text("something else\nprompt 3 of some kind\n")
     (finding,) = examine(path, held_out=str(tmp_path / "held.txt")).findings
     assert (finding.check, finding.rows, finding.examples[0][0]) == ("held-out-prompts", 2, "pair 6")
 
 
-def test_sets_of_several_files_and_shipped_ones(tmp_path: Path, clean: dict[str, Rows]) -> None:
+def test_examine_folder_and_bundled_dataset(tmp_path: Path, clean: dict[str, Rows]) -> None:
     (tmp_path / "set").mkdir()
     for n in range(3):
         write(clean["images"][n * 80 : n * 80 + 80], tmp_path / "set" / f"{n}.parquet", "images")
-    found = examine(str(tmp_path / "set"))
-    assert found.rows == ROWS and not found.findings
-    shipped = examine("shapes-faithfulness", held_out="shapes-held-out")
-    assert not shipped.failed() and shipped.rows == 708
-    assert {f.check for f in shipped.findings} <= {"licence-missing", "trivial-features"}
+    diagnosis = examine(str(tmp_path / "set"))
+    assert diagnosis.rows == ROWS and not diagnosis.findings
+    bundled = examine("shapes-faithfulness", held_out="shapes-held-out")
+    assert not bundled.failed() and bundled.rows == 708
+    assert {f.check for f in bundled.findings} <= {"licence-missing", "trivial-features"}
 
 
-def test_what_is_no_set_is_named(tmp_path: Path) -> None:
+def test_examine_unreadable_dataset_raises_with_its_name(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"caption": ["x"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet: has columns caption; expected prompt, image_a, .*dpo-mm import"):
+    with pytest.raises(
+        ValueError, match=r"x\.parquet: has columns caption\. Expected prompt, image_a, .*dpo-mm import"
+    ):
         examine(str(tmp_path / "x.parquet"))
     with pytest.raises(ValueError, match="no such file or folder"):
         examine(str(tmp_path / "y.parquet"))

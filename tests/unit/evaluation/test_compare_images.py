@@ -34,7 +34,7 @@ def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[fl
     return [float(np.asarray(image).mean()) / 255 for image in images]
 
 
-def drawn(scores: dict[str, np.ndarray], images: np.ndarray, samples: int = 2) -> ScoredImages:
+def scored(scores: dict[str, np.ndarray], images: np.ndarray, samples: int = 2) -> ScoredImages:
     count = len(images)
     prompts = tuple(f"prompt {n // samples}" for n in range(count))
     return ScoredImages(
@@ -50,9 +50,9 @@ def pair(gain: float, guard: float, tuned_images: np.ndarray | None = None) -> t
     rng = np.random.default_rng(0)
     scores = rng.random(80)
     change = rng.normal(0, 0.05, (2, 80))
-    base = drawn({"judge": scores, "guard": scores}, noise(80, 0))
+    base = scored({"judge": scores, "guard": scores}, noise(80, 0))
     after = {"judge": scores + gain + change[0], "guard": scores + guard + change[1]}
-    return base, drawn(after, noise(80, 1) if tuned_images is None else tuned_images)
+    return base, scored(after, noise(80, 1) if tuned_images is None else tuned_images)
 
 
 @pytest.mark.parametrize(
@@ -65,52 +65,52 @@ def pair(gain: float, guard: float, tuned_images: np.ndarray | None = None) -> t
         (0.3, 0.0, np.full((80, 8, 8, 3), 9, np.uint8), "over-optimised"),
     ],
 )
-def test_the_verdict_weighs_headline_guard_and_diversity(
+def test_verdict_uses_primary_metric_guardrail_and_diversity(
     gain: float, guard: float, images: np.ndarray | None, expected: str
 ) -> None:
-    found = comparisons(*pair(gain, guard, images), CONFIG)
-    assert [one.headline for one in found] == [True, False, False]
-    assert verdict(found) == expected
-    assert found[0].difference == pytest.approx(gain, abs=0.03)
+    results = comparisons(*pair(gain, guard, images), CONFIG)
+    assert [one.headline for one in results] == [True, False, False]
+    assert verdict(results) == expected
+    assert results[0].difference == pytest.approx(gain, abs=0.03)
 
 
-def test_diversity_is_the_mean_distance_within_a_prompt() -> None:
+def test_diversity_is_mean_pairwise_distance_within_a_prompt() -> None:
     images = np.zeros((4, 8, 8, 3), np.uint8)
     images[1] = 255
-    assert diversity(drawn({}, images)).tolist() == [1.0, 0.0]
+    assert diversity(scored({}, images)).tolist() == [1.0, 0.0]
 
 
-def test_the_base_against_itself_shows_nothing() -> None:
-    read = []
+def test_aa_control_of_equal_models_is_no_evidence() -> None:
+    verdicts = []
     for seed in range(20):
         scores = np.random.default_rng(seed).random(160)
-        one = aa_control(drawn({"judge": scores}, noise(160, seed), samples=4), "judge", seed=0)
+        one = aa_control(scored({"judge": scores}, noise(160, seed), samples=4), "judge", seed=0)
         assert one is not None
-        read.append(one.verdict)
-    assert read.count("no evidence") >= 18
-    assert aa_control(drawn({"judge": np.ones(4)}, noise(4, 0), samples=1), "judge", seed=0) is None
+        verdicts.append(one.verdict)
+    assert verdicts.count("no evidence") >= 18
+    assert aa_control(scored({"judge": np.ones(4)}, noise(4, 0), samples=1), "judge", seed=0) is None
 
 
-def test_categories_are_those_of_the_prompts() -> None:
+def test_by_category_derives_categories_from_prompts() -> None:
     names = read_prompts("shapes-held-out", limit=12)
     scores = {"judge": np.zeros(24)}
     prompts = tuple(name for name in names for _ in range(2))
     base = ScoredImages(SamplingPlan(prompts, tuple(range(24)), 2), [], scores)
-    found = by_category(base, base, "judge", seed=0)
-    assert [one.metric for one in found] == sorted(
+    results = by_category(base, base, "judge", seed=0)
+    assert [one.metric for one in results] == sorted(
         ["single object", "two objects", "counting", "colours", "position", "colour attribution"]
     )
-    assert sum(one.n for one in found) == 24
+    assert sum(one.n for one in results) == 24
 
 
-def test_baselines_are_judged_in_words() -> None:
+def test_note_against_sft_states_the_winner() -> None:
     base, tuned = pair(0.3, 0.0)
-    assert "DPO earned its keep" in note_against_sft(comparisons(base, tuned, CONFIG)[0])
-    assert "SFT on the chosen would have done better" in note_against_sft(comparisons(tuned, base, CONFIG)[0])
+    assert "DPO beats SFT on the same data" in note_against_sft(comparisons(base, tuned, CONFIG)[0])
+    assert "SFT on the chosen side is better than DPO" in note_against_sft(comparisons(tuned, base, CONFIG)[0])
     assert "SFT is cheaper" in note_against_sft(comparisons(*pair(0.0, 0.0), CONFIG)[0])
 
 
-def test_prompts_are_spread_and_seeds_are_theirs() -> None:
+def test_sampling_plan_spreads_prompts_over_categories_and_seeds_by_prompt() -> None:
     few = read_prompts("shapes-held-out", limit=6)
     assert len({name for name in few}) == 6 and few == read_prompts("shapes-held-out", limit=6)
     assert len(read_prompts("shapes-held-out")) == len(Path(resolve_asset("shapes-held-out")).read_text().splitlines())
@@ -120,7 +120,7 @@ def test_prompts_are_spread_and_seeds_are_theirs() -> None:
     assert plan.first(1).prompts == plan.prompts[::2] and plan.first(1).samples == 1
 
 
-def test_a_comparison_writes_its_report(tiny_model: str, tmp_path: Path) -> None:
+def test_compare_images_writes_report_and_metrics(tiny_model: str, tmp_path: Path) -> None:
     policy = load_policy(tiny_model)
     from tests.contracts.test_diffusion import config as train_config
 
@@ -138,14 +138,14 @@ def test_a_comparison_writes_its_report(tiny_model: str, tmp_path: Path) -> None
         num_inference_steps=2,
         scales=(0.5,),
     )
-    outcome = compare_images(config, title="<b>t</b>", command="cmd", baseline=str(tmp_path / "adapter"))
-    kept = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert sum(one["headline"] for one in kept["comparisons"]) == 1
+    outcome = compare_images(config, title="<b>t</b>", command="cmd", sft_adapter=str(tmp_path / "adapter"))
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert sum(one["headline"] for one in metrics["comparisons"]) == 1
     wanted = {"metric", "judge", "headline", "base", "tuned", "difference", "low", "high", "n", "verdict"}
-    assert all(wanted <= one.keys() for one in kept["comparisons"])
-    first = kept["comparisons"][0]
+    assert all(wanted <= one.keys() for one in metrics["comparisons"])
+    first = metrics["comparisons"][0]
     assert first["difference"] == pytest.approx(first["tuned"] - first["base"]) and first["difference"] != 0
-    against = next(one for one in kept["comparisons"] if one["models"] == ["sft", "tuned"])
+    against = next(one for one in metrics["comparisons"] if one["models"] == ["sft", "tuned"])
     assert against["difference"] == 0 and "SFT is cheaper" in outcome.notes[0]
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "metrics.json", "contact_sheet.png"}
     assert "&lt;b&gt;t&lt;/b&gt;" in outcome.report.read_text()

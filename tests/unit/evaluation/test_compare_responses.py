@@ -1,4 +1,4 @@
-"""Comparing answers: shares into verdicts, notes that say what was found, a report that marks it."""
+"""Comparison of responses: ratios and verdicts, notes, and the report with highlighted errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dpo_mm.evaluation.compare_responses import (
     note_tokens,
     score_responses,
 )
-from dpo_mm.evaluation.statistics import paired_shares
+from dpo_mm.evaluation.statistics import paired_ratios
 from dpo_mm.policies.families import load_policy
 from tests.contracts.tiny_vlms import save
 
@@ -33,95 +33,101 @@ QUESTIONS = [Question(str(n), (RED,), "Describe the picture.", TRUTH, f"{n % 2} 
 CONFIG = CompareResponsesConfig("m", "o", "q", judges=("chair_s", "chair_i", "recall", "num_words"), guards=("recall",))
 
 
-def answered(texts: list[str], config: CompareResponsesConfig = CONFIG) -> ScoredResponses:
+def scored(texts: list[str], config: CompareResponsesConfig = CONFIG) -> ScoredResponses:
     return score_responses([Response(text, len(text.split()), False) for text in texts], QUESTIONS, config)
 
 
-INVENTS, RIGHT, MUTE = "a red circle, a blue star and a green cross.", TRUTH, "a red circle."
+HALLUCINATED, RIGHT, SHORT = "a red circle, a blue star and a green cross.", TRUTH, "a red circle."
 
 
-def test_a_rate_is_a_sum_over_a_sum_and_its_interval_holds_the_difference() -> None:
-    base, tuned = answered([INVENTS] * 30 + [RIGHT] * 10), answered([INVENTS] * 10 + [RIGHT] * 30)
-    found = {one.judge: one for one in comparisons(base, tuned, CONFIG)}
-    assert found["chair_i"].base == pytest.approx(30 / 110) and found["chair_i"].tuned == pytest.approx(10 / 90)
-    assert found["chair_i"].low < found["chair_i"].difference < found["chair_i"].high < 0
-    assert found["chair_i"].verdict == "better" and found["chair_s"].headline and found["chair_s"].wins == 20
-    assert found["recall"].verdict == "no evidence" and found["num_words"].verdict == "differs"
+def test_rate_is_sum_over_sum_and_interval_contains_difference() -> None:
+    base, tuned = scored([HALLUCINATED] * 30 + [RIGHT] * 10), scored([HALLUCINATED] * 10 + [RIGHT] * 30)
+    results = {one.judge: one for one in comparisons(base, tuned, CONFIG)}
+    assert results["chair_i"].base == pytest.approx(30 / 110) and results["chair_i"].tuned == pytest.approx(10 / 90)
+    assert results["chair_i"].low < results["chair_i"].difference < results["chair_i"].high < 0
+    assert results["chair_i"].verdict == "better" and results["chair_s"].headline and results["chair_s"].wins == 20
+    assert results["recall"].verdict == "no evidence" and results["num_words"].verdict == "differs"
 
 
-def test_winning_by_silence_is_over_optimised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    sides = {"base": answered([INVENTS] * 40), "tuned": answered([MUTE] * 40)}
+def test_shorter_responses_with_lower_recall_are_over_optimised(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sides = {"base": scored([HALLUCINATED] * 40), "tuned": scored([SHORT] * 40)}
     monkeypatch.setattr(module, "read_questions", lambda *_, **__: QUESTIONS)
     monkeypatch.setattr(module, "_load", lambda *_: None)
     monkeypatch.setattr(module, "generate_responses", lambda *_, base, **__: sides["base" if base else "tuned"])
     config = dataclasses.replace(CONFIG, output_dir=str(tmp_path))
     assert compare_responses(config, title="t", command="c").verdict == "over-optimised"
-    sides["tuned"] = answered([RIGHT] * 40)
+    sides["tuned"] = scored([RIGHT] * 40)
     outcome = compare_responses(config, title="t", command="c")
-    assert outcome.verdict == "better" and "40 mended, 0 broken" in outcome.notes[0]
+    assert outcome.verdict == "better" and "40 fixed, 0 broken" in outcome.notes[0]
     page = outcome.report.read_text()
     assert "<mark>green cross</mark>" in page and "CHAIR_i" in page
 
 
-def test_what_answers_cost_is_told_with_where_the_loops_are() -> None:
+def test_note_tokens_reports_mean_and_99th_percentile() -> None:
     base = ScoredResponses([Response("", 10, hit_limit=False)] * 98 + [Response("", 200, hit_limit=True)] * 2)
     tuned = ScoredResponses([Response("", 10, hit_limit=False)] * 100)
-    told = "Tokens an answer: 13.8, 99th percentile 200 with the base; 10.0, 99th percentile 10 tuned."
-    assert note_tokens(base, tuned) == told
+    expected = "Tokens per response: 13.8 (99th percentile 200) with the base model, 10.0 (99th percentile 10) with the tuned model."
+    assert note_tokens(base, tuned) == expected
 
 
-def test_counts_come_with_exact_intervals() -> None:
-    base, tuned = answered([INVENTS] * 8 + [RIGHT] * 32), answered([RIGHT] * 40)
+def test_note_counts_reports_exact_intervals() -> None:
+    base, tuned = scored([HALLUCINATED] * 8 + [RIGHT] * 32), scored([RIGHT] * 40)
     note = note_counts(base, tuned, "chair_s")
-    assert note is not None and note.startswith("CHAIR_s: 8 of 40 answers") and "-100% relative" in note
-    assert "McNemar p 0.0078" in note
+    assert (
+        note is not None
+        and note.startswith("CHAIR_s: 8 of 40 responses of the base model")
+        and "a relative change of -100 %" in note
+    )
+    assert "exact McNemar test p = 0.0078" in note
     assert note_counts(base, tuned, "chair_i") is None
 
 
-def test_examples_show_what_changed_first_in_turns() -> None:
-    base, tuned = answered([RIGHT] * 20 + [INVENTS] * 20), answered([RIGHT] * 40)
+def test_examples_list_changed_responses_first_by_category() -> None:
+    base, tuned = scored([RIGHT] * 20 + [HALLUCINATED] * 20), scored([RIGHT] * 40)
     shown = examples(base, tuned, QUESTIONS, "chair_s", count=6)
-    assert all(one.base == INVENTS and one.base[slice(*one.base_marks[0])] == "green cross" for one in shown)
+    assert all(one.base == HALLUCINATED and one.base[slice(*one.base_marks[0])] == "green cross" for one in shown)
     assert all(one.note == "base: hallucinated: green cross" for one in shown)
 
 
-@pytest.mark.parametrize("better", ["higher", "lower", "neutral"])
-def test_shares_that_never_differ_are_no_evidence(better: str) -> None:
+@pytest.mark.parametrize("direction", ["higher", "lower", "neutral"])
+def test_equal_ratios_are_no_evidence(direction: str) -> None:
     same = np.tile([1.0, 2.0], (30, 1))
-    found = paired_shares(same, same, metric="m", judge="j", direction=better)  # type: ignore[arg-type]
-    assert found.verdict == "no evidence" and found.difference == 0 and found.ties == 30
+    results = paired_ratios(same, same, metric="m", judge="j", direction=direction)  # type: ignore[arg-type]
+    assert results.verdict == "no evidence" and results.difference == 0 and results.ties == 30
 
 
-def test_few_changes_are_no_evidence_however_large() -> None:
+def test_fewer_than_six_changed_ratios_are_no_evidence() -> None:
     base, tuned = np.tile([0.0, 1.0], (400, 1)), np.tile([0.0, 1.0], (400, 1))
     tuned[:5, 0] = 1
-    assert paired_shares(base, tuned, metric="m", judge="j").verdict == "no evidence"
+    assert paired_ratios(base, tuned, metric="m", judge="j").verdict == "no evidence"
     tuned[:40, 0] = 1
-    assert paired_shares(base, tuned, metric="m", judge="j").verdict == "better"
+    assert paired_ratios(base, tuned, metric="m", judge="j").verdict == "better"
 
 
-def test_the_interval_of_shares_covers_the_truth_about_95_times_in_100() -> None:
+def test_interval_of_ratios_covers_true_difference_in_95_percent() -> None:
     rng, covered = np.random.default_rng(0), 0
     for _ in range(150):
         of = rng.integers(1, 6, (2, 120))
         hits = rng.binomial(of, [[0.3], [0.2]])
-        found = paired_shares(
+        results = paired_ratios(
             np.column_stack([hits[0], of[0]]), np.column_stack([hits[1], of[1]]), metric="m", judge="j", resamples=400
         )
-        covered += found.low <= -0.1 <= found.high
+        covered += results.low <= -0.1 <= results.high
     assert 134 <= covered <= 149
 
 
-def test_bad_shares_are_refused() -> None:
+def test_invalid_ratios_raise() -> None:
     with pytest.raises(ValueError, match="expected \\(items, 2\\)"):
-        paired_shares([[1, 2]], [[1, 2]], metric="m", judge="j")
+        paired_ratios([[1, 2]], [[1, 2]], metric="m", judge="j")
     with pytest.raises(ValueError, match="not finite"):
-        paired_shares([[1, 2], [np.nan, 1]], [[1, 2], [1, 1]], metric="m", judge="j")
+        paired_ratios([[1, 2], [np.nan, 1]], [[1, 2], [1, 1]], metric="m", judge="j")
     with pytest.raises(ValueError, match="not among the judges"):
         compare_responses(dataclasses.replace(CONFIG, guards=("cer",)), title="t", command="c")
 
 
-def test_a_real_model_against_itself_shows_no_difference(tmp_path: Path) -> None:
+def test_real_model_against_itself_has_no_difference(tmp_path: Path) -> None:
     RED.save(tmp_path / "red.png")
     rows = [{"image": "red.png", "prompt": "What?", "ground_truth": "a red field"} for _ in range(3)]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -137,7 +143,7 @@ def test_a_real_model_against_itself_shows_no_difference(tmp_path: Path) -> None
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["decoding"].startswith("greedy")
 
 
-def test_base_weights_answer_as_before_the_adapter(tmp_path: Path) -> None:
+def test_base_weights_give_the_responses_of_the_model_without_adapter(tmp_path: Path) -> None:
     model, other = save("llava", tmp_path / "model"), tmp_path / "other"
     policy = load_policy(model)
     changed = load_policy(model)

@@ -1,4 +1,4 @@
-"""No picture is drawn twice and none judged twice, whatever was cut; what decides a picture is what it is found by."""
+"""Image sampling: no image is generated or scored twice after an interruption, and settings identify an image."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ CONFIG = CompareConfig(
     num_inference_steps=2,
     batch_size=3,
 )
-asked: list[str] = []
+scored_prompts: list[str] = []
 
 
 def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-    asked.extend(prompts)
+    scored_prompts.extend(prompts)
     return [float(np.asarray(image).mean()) / 255 for image in images]
 
 
@@ -48,17 +48,17 @@ def too_few(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float
 
 @pytest.fixture
 def counted(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A policy that counts what it draws, in `.drawn`; the judge's questions are counted from here."""
+    """A policy that lists the images that it generates in `.generated`, and an empty list of the judge's calls."""
     policy = load_policy(tiny_model)
-    policy.drawn = []
+    policy.generated = []
     real = policy.sample
 
     def sample(prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> Any:
-        policy.drawn += list(zip(prompts, seeds, strict=True))
+        policy.generated += list(zip(prompts, seeds, strict=True))
         return real(prompts, seeds, **options)
 
     monkeypatch.setattr(policy, "sample", sample)
-    asked.clear()
+    scored_prompts.clear()
     return policy
 
 
@@ -67,73 +67,71 @@ def hashes(folder: Path) -> dict[tuple[str, int], str]:
     return {(row["prompt"], row["seed"]): row["sha256"] for row in rows}
 
 
-def test_only_what_is_missing_or_damaged_is_drawn_again(counted: Any, tmp_path: Path) -> None:
+def test_only_missing_or_damaged_images_are_generated_again(counted: Any, tmp_path: Path) -> None:
     first = ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
     before = hashes(tmp_path)
-    assert len(counted.drawn) == 4 and len(asked) == 4 and len(before) == 4
+    assert len(counted.generated) == 4 and len(scored_prompts) == 4 and len(before) == 4
     again = ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
-    assert len(counted.drawn) == 4 and len(asked) == 4
+    assert len(counted.generated) == 4 and len(scored_prompts) == 4
     assert np.array_equal(first.scores[CONFIG.judges[0]], again.scores[CONFIG.judges[0]])
     files = [file for file in first.images.files]  # type: ignore[attr-defined]
     files[1].unlink()
     files[2].write_bytes(files[2].read_bytes()[:-20])
     ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
-    assert counted.drawn[4:] == [(WORDS[0], 2), (WORDS[1], 3)] and len(asked) == 4
+    assert counted.generated[4:] == [(WORDS[0], 2), (WORDS[1], 3)] and len(scored_prompts) == 4
     assert hashes(tmp_path) == before
 
 
-def test_another_way_of_drawing_is_another_picture(counted: Any, tmp_path: Path) -> None:
-    gallery = ImageStore(tmp_path)
+def test_other_sampling_settings_give_other_images(counted: Any, tmp_path: Path) -> None:
+    store = ImageStore(tmp_path)
     for change in ({}, {"num_inference_steps": 3}, {"guidance_scale": 1.0}, {}):
         config = dataclasses.replace(CONFIG, **change)
-        ImageSampler(counted, config, gallery).generate(PLAN, scale=0.0, label="base")
-    assert len(counted.drawn) == 12 and len(set(gallery.rows)) == 12
+        ImageSampler(counted, config, store).generate(PLAN, scale=0.0, label="base")
+    assert len(counted.generated) == 12 and len(set(store.rows)) == 12
 
 
-def test_the_base_is_the_base_with_and_without_an_adapter(counted: Any, tmp_path: Path) -> None:
-    gallery = ImageStore(tmp_path / "pictures")
-    ImageSampler(counted, CONFIG, gallery).generate(PLAN, scale=0.0, label="base")
+def test_base_settings_are_equal_with_and_without_adapter(counted: Any, tmp_path: Path) -> None:
+    store = ImageStore(tmp_path / "pictures")
+    ImageSampler(counted, CONFIG, store).generate(PLAN, scale=0.0, label="base")
     counted.prepare(train_config())
     disturbed(counted)
     counted.save(tmp_path / "adapter")
     tuned = load_policy(counted.source)
     tuned.load_adapter(tmp_path / "adapter")
-    studio = ImageSampler(tuned, CONFIG, gallery, str(tmp_path / "adapter"))
-    bare, adapted = studio.sampling(0.0), studio.sampling(1.0)
+    sampler = ImageSampler(tuned, CONFIG, store, str(tmp_path / "adapter"))
+    bare, adapted = sampler.settings(0.0), sampler.settings(1.0)
     assert ImageStore.key(bare, "x", 1) == ImageStore.key(
-        ImageSampler(load_policy(counted.source), CONFIG, gallery).sampling(0.0), "x", 1
+        ImageSampler(load_policy(counted.source), CONFIG, store).settings(0.0), "x", 1
     )
     assert adapted["weights"] != bare["weights"] and adapted["adapter"] and bare["adapter"] is None
     assert bare["scheduler"].split()[0] == type(tuned.scheduler).__name__ and bare["dtype"] == "float32"
     assert {"torch", "diffusers", "dpo_mm"} <= bare["versions"].keys()
 
 
-def test_a_judge_whose_card_has_changed_is_asked_again(
-    counted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_judge_with_changed_card_scores_again(counted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
     monkeypatch.setattr(image_sampling, "judge_card", lambda name: {"name": name, "code_sha256": "another"})
     ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
-    assert len(counted.drawn) == 4 and len(asked) == 8
+    assert len(counted.generated) == 4 and len(scored_prompts) == 8
 
 
 @pytest.mark.parametrize(
-    ("judge", "message"), [("no_number", "says nan of a picture of"), ("too_few", "gave 1 scores for 4")]
+    ("judge", "message"), [("no_number", "returned nan for an image of"), ("too_few", "returned 1 scores for 4")]
 )
-def test_a_judge_that_gives_no_numbers_is_named(judge: str, message: str, counted: Any, tmp_path: Path) -> None:
+def test_invalid_scores_raise_with_the_judge_name(judge: str, message: str, counted: Any, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, judges=(f"tests.unit.evaluation.test_image_sampling:{judge}",))
     with pytest.raises(ValueError, match=message):
         ImageSampler(counted, config, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
 
 
-def test_scores_of_categories_weigh_alike_where_the_set_says_so() -> None:
+def test_balanced_plan_weighs_categories_equally() -> None:
     plan = SamplingPlan(("a", "b", "c", "d"), (1, 2, 3, 4), 1, ("x", "x", "x", "y"), balanced=True)
     assert plan.weights == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])
     assert SamplingPlan(("a", "b"), (1, 2), 1, ("x", "y")).weights is None
     assert plan.first(1).categories == plan.categories and plan.first(1).balanced
 
 
-def test_a_comparison_that_is_run_again_draws_nothing_and_finds_the_same(
+def test_repeated_comparison_generates_nothing_and_gives_the_same_result(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(WORDS) + "\n")
@@ -145,10 +143,10 @@ def test_a_comparison_that_is_run_again_draws_nothing_and_finds_the_same(
         images_per_prompt=2,
     )
     found = compare_images(config, title="t", command="c")
-    assert found.verdict == "no evidence" and len(asked) > 0
+    assert found.verdict == "no evidence" and len(scored_prompts) > 0
     assert len(list((tmp_path / "out" / "pictures" / "base").glob("*.png"))) == 2 * len(WORDS)
     monkeypatch.setattr(
-        ImageSampler, "_batches", lambda self, pairs, scale: iter(()) if not pairs else pytest.fail("drawn again")
+        ImageSampler, "_batches", lambda self, pairs, scale: iter(()) if not pairs else pytest.fail("generated again")
     )
     again = compare_images(dataclasses.replace(config, save_images=False), title="t", command="c")
     assert again.comparisons == found.comparisons

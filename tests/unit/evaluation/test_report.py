@@ -1,4 +1,4 @@
-"""The report: what it says, what it writes, and that nothing put into it comes alive."""
+"""The report: its contents, its files, and that everything put into it is escaped."""
 
 import base64
 import errno
@@ -51,7 +51,7 @@ def report(**rest) -> Report:
 
 
 def full(word: str) -> Report:
-    """A report with the same text wherever text goes."""
+    """Build a report with the same text in every place for text."""
     one = comparison(metric=word, judge=word)
     return report(
         title=word,
@@ -71,7 +71,7 @@ def full(word: str) -> Report:
 
 
 class Page(HTMLParser):
-    """What a browser would find: elements with their attributes, and text outside <style>."""
+    """Elements of a page with their attributes, and its text outside <style>."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("word", HOSTILE)
-def test_hostile_text_is_inert_wherever_it_stands(word):
+def test_hostile_text_is_escaped_everywhere(word):
     hostile, tame = Page(render(full(word))), Page(render(full("plain words of some length")))
     assert hostile.words.count(word) >= 20
     assert "49" not in hostile.words.replace(word, "")
@@ -104,7 +104,7 @@ def test_hostile_text_is_inert_wherever_it_stands(word):
     assert len(hostile.all("style")) == len(tame.all("style")) == 1
 
 
-def test_the_page_needs_nothing_from_outside_and_forbids_scripts():
+def test_page_has_no_external_resources_and_forbids_scripts():
     page = render(full("words"))
     assert re.findall(r"(?:https?:)?//(?!www\.w3\.org/)[a-z]", page) == []
     assert re.findall(r"url\((?!#)", page) == []
@@ -114,13 +114,13 @@ def test_the_page_needs_nothing_from_outside_and_forbids_scripts():
 
 
 @pytest.mark.parametrize("headlines", [0, 2])
-def test_there_is_exactly_one_headline(headlines):
+def test_report_without_exactly_one_primary_metric_raises(headlines):
     marked = tuple(comparison(headline=n < headlines) for n in range(3))
-    with pytest.raises(ValueError, match=f"{headlines} headline"):
+    with pytest.raises(ValueError, match=f"{headlines} primary metrics"):
         report(comparisons=marked)
 
 
-def test_rates_are_shown_in_per_cent_and_other_numbers_are_not():
+def test_only_rates_are_shown_in_per_cent():
     page = Page(render(report(comparisons=(comparison(headline=True), comparison("diversity", 0.21, 0.2, -0.02, 0.0)))))
     assert "50.0 %" in page.words and "62.5 %" in page.words
     assert "+12.5 pts" in page.words and "+6.2 to +18.8" in page.words
@@ -134,14 +134,14 @@ def test_rates_are_shown_in_per_cent_and_other_numbers_are_not():
     assert not is_rate(comparison("word error rate", base=1.4))
 
 
-def test_a_control_that_moved_is_not_passed_over():
+def test_significant_control_warns():
     calm = Page(render(report(control=comparison(low=-0.1, verdict="no evidence")))).words
     moved = Page(render(report(control=comparison()))).words
-    assert "as it should be" in calm and "Don't trust" not in calm
-    assert "Don't trust" in moved and "as it should be" not in moved
+    assert "This is the expected result" in calm and "do not trust" not in calm
+    assert "do not trust" in moved and "expected result" not in moved
 
 
-def test_base_stands_left_of_tuned_with_the_judges_marks():
+def test_base_is_left_of_tuned_with_score_marks():
     shown = Page(render(report(examples=(Example("a red circle", "colours", RED, BLUE, 0.0, 1.0),))))
     images = shown.all("img")
     assert [image["alt"] for image in images] == ["base: a red circle", "tuned: a red circle"]
@@ -152,7 +152,7 @@ def test_base_stands_left_of_tuned_with_the_judges_marks():
     assert marks == ["wrong", "right"]
 
 
-def test_scores_that_are_no_verdicts_are_numbers_and_large_images_are_smooth_and_shrunk():
+def test_other_scores_are_numbers_and_large_images_are_smooth_and_shrunk():
     large = Image.new("RGB", (1024, 512))
     page = Page(
         render(report(examples=(Example("a dog", "", large, large, 1.0, 0.25), Example("a cat", "", RED, BLUE))))
@@ -163,35 +163,35 @@ def test_scores_that_are_no_verdicts_are_numbers_and_large_images_are_smooth_and
     assert last["class"] == "pixelated"
 
 
-def test_pieces_mark_what_they_are_told_and_join_to_the_text():
-    cut = text_spans("a cat and a dog", ((2, 5), (12, 15), (12, 13)))
-    assert [piece.text for piece in cut if piece.marked] == ["cat", "d", "og"]
-    assert "".join(piece.text for piece in cut) == "a cat and a dog"
+def test_text_spans_follow_marks_and_join_to_the_text():
+    spans = text_spans("a cat and a dog", ((2, 5), (12, 15), (12, 13)))
+    assert [span.text for span in spans if span.marked] == ["cat", "d", "og"]
+    assert "".join(span.text for span in spans) == "a cat and a dog"
     assert text_spans("") == []
     for wrong in ((3, 2), (-1, 2), (0, 16)):
         with pytest.raises(ValueError, match="outside its text of 15"):
             text_spans("a cat and a dog", (wrong,))
 
 
-def test_long_loops_are_folded_with_their_length_and_short_ones_are_not():
+def test_only_long_loops_are_folded_with_their_length():
     text = "Total: 12.40\n" + "thank you " * 30 + "goodbye"
-    cut = text_spans(text, ((250, 260),))
-    folded = [piece for piece in cut if piece.repeats]
-    assert [(piece.repeats, len(piece.text), piece.marked) for piece in folded] == [(27, 270, True)]
-    assert "".join(piece.text for piece in cut) == text
-    assert not any(piece.repeats for piece in text_spans("ha " * 20))
-    assert not any(piece.repeats for piece in text_spans("A sentence that is said twice, as poems do. " * 2))
+    spans = text_spans(text, ((250, 260),))
+    folded = [span for span in spans if span.repeats]
+    assert [(span.repeats, len(span.text), span.marked) for span in folded] == [(27, 270, True)]
+    assert "".join(span.text for span in spans) == text
+    assert not any(span.repeats for span in text_spans("ha " * 20))
+    assert not any(span.repeats for span in text_spans("A sentence that is said twice, as poems do. " * 2))
     page = render(report(text_examples=(TextExample(None, "Read.", text, "short", None),)))
-    assert "27 more times, 270 characters" in page
+    assert "27 more repeats, 270 characters" in page
 
 
-def test_metrics_json_keeps_the_contract(tmp_path):
+def test_metrics_json_has_the_documented_keys(tmp_path):
     history = ({"step": 1, "loss": math.nan}, {"step": 2, "loss": 0.5})
     scales = ((0.5, comparison("scale 0.5")),)
     path = write_report(tmp_path / "new" / "run", report(history=history, scales=scales, settings={"beta": "2500"}))
-    found = json.loads((path.parent / "metrics.json").read_text(), parse_constant=lambda word: pytest.fail(word))
-    assert found["verdict"] == "better"
-    (one,) = found["comparisons"]
+    metrics = json.loads((path.parent / "metrics.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert metrics["verdict"] == "better"
+    (one,) = metrics["comparisons"]
     assert list(one)[:10] == [
         "metric",
         "judge",
@@ -205,12 +205,12 @@ def test_metrics_json_keeps_the_contract(tmp_path):
         "verdict",
     ]
     assert (one["base"], one["tuned"], one["difference"], one["headline"]) == (0.5, 0.625, 0.125, True)
-    assert found["scales"][0]["scale"] == 0.5 and found["scales"][0]["metric"] == "scale 0.5"
-    assert found["history"] == [{"step": 1.0, "loss": None}, {"step": 2.0, "loss": 0.5}]
-    assert (found["categories"], found["control"], found["settings"]) == ([], None, {"beta": "2500"})
+    assert metrics["scales"][0]["scale"] == 0.5 and metrics["scales"][0]["metric"] == "scale 0.5"
+    assert metrics["history"] == [{"step": 1.0, "loss": None}, {"step": 2.0, "loss": 0.5}]
+    assert (metrics["categories"], metrics["control"], metrics["settings"]) == ([], None, {"beta": "2500"})
 
 
-def test_the_folder_holds_the_page_the_numbers_and_a_sheet_where_there_are_pictures(tmp_path):
+def test_contact_sheet_is_written_only_with_image_examples(tmp_path):
     assert write_report(tmp_path, report()) == tmp_path / "report.html"
     assert {file.name for file in tmp_path.iterdir()} == {"report.html", "metrics.json"}
     write_report(tmp_path, report(examples=(Example("a circle", "", RED, BLUE),)))
@@ -218,7 +218,7 @@ def test_the_folder_holds_the_page_the_numbers_and_a_sheet_where_there_are_pictu
     assert Image.open(tmp_path / "contact_sheet.png").mode == "RGB"
 
 
-def test_a_full_disk_leaves_the_report_before_it(tmp_path, monkeypatch):
+def test_full_disk_leaves_the_previous_report_unchanged(tmp_path, monkeypatch):
     write_report(tmp_path, report(title="the old one"))
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
@@ -231,7 +231,7 @@ def test_a_full_disk_leaves_the_report_before_it(tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_the_contact_sheet_has_base_above_tuned_check_and_cross():
+def test_contact_sheet_has_base_above_tuned_with_check_and_cross():
     clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     sheet = contact_sheet([Example("a", "", RED, BLUE, 0, 1), Example("b", "", BLUE, clear, 1, 0)], tile=100)
     column = 64 + 50
@@ -243,7 +243,7 @@ def test_the_contact_sheet_has_base_above_tuned_check_and_cross():
     assert many.width == 64 + 4 * 60 + 10 and many.height > 3 * 120
 
 
-def test_there_is_a_chart_for_all_that_the_log_has():
+def test_history_charts_draw_every_panel_in_the_log():
     names = sorted({name for panel in PANELS for name, _ in panel.lines})
     assert len(names) == 10
     history = [{"step": n} | {name: n / 100 for name in names} for n in range(100)]
@@ -257,8 +257,8 @@ def test_there_is_a_chart_for_all_that_the_log_has():
     assert history_charts([{"step": 1, "loss": 0.7}, {"step": 2, "loss": math.nan}, {"loss": 0.1}]) == []
 
 
-def test_the_last_evaluation_is_shown_by_noise():
-    """Mutation that it catches: an earlier evaluation, quarters in another order, a quarter that isn't a number."""
+def test_history_charts_draw_last_evaluation_by_noise_quartile():
+    """Mutation that it catches: an earlier evaluation, quartiles in another order, a quartile that is not finite."""
     log = [
         {"step": n}
         | {
@@ -269,8 +269,8 @@ def test_the_last_evaluation_is_shown_by_noise():
         for n in (1, 2)
     ]
     charts = history_charts(log)
-    assert [chart.title for chart in charts] == ["Implicit accuracy by noise", "Margin by noise"]
-    assert all("from the cleanest quarter to the noisiest: 0.21, 0.22, 0.23, 0.24" in chart.svg for chart in charts)
+    assert [chart.title for chart in charts] == ["Implicit accuracy by noise", "Reward margin by noise"]
+    assert all("from the least noisy quartile to the noisiest: 0.21, 0.22, 0.23, 0.24" in chart.svg for chart in charts)
     assert (
         history_charts(
             [log[0] | {"eval_rewards/accuracies_quartile3": math.nan, "eval_rewards/margins_quartile1": math.inf}]
@@ -279,13 +279,13 @@ def test_the_last_evaluation_is_shown_by_noise():
     )
 
 
-def test_the_sweep_needs_two_scales():
+def test_scale_chart_needs_two_scales():
     sweep = ((1.0, comparison()), (0.0, comparison(tuned=0.5, low=0.0, high=0.0)))
     assert scale_chart(sweep[:1], percent=True) == ""
     assert "scales 0, 1" in scale_chart(sweep, percent=True)
 
 
-def test_the_terminal_table_reads_like_the_page_and_takes_no_markup():
+def test_terminal_table_has_groups_and_ignores_markup():
     output = io.StringIO()
     rows = (
         comparison("[red]right[/red] rate", headline=True),
@@ -295,6 +295,6 @@ def test_the_terminal_table_reads_like_the_page_and_takes_no_markup():
     first, against, second = (
         line for line in output.getvalue().splitlines() if "right" in line or "diversity" in line or "SFT" in line
     )
-    assert "against SFT" in against and "better" not in against
+    assert "DPO against SFT" in against and "better" not in against and "│    SFT │    DPO │" in against
     assert "[red]right[/red] rate" in first and "+12.5 pts" in first and "better" in first
     assert "0.50 " in second and "+0.06 to +0.19" in second and "worse" in second

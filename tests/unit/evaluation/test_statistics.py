@@ -1,4 +1,4 @@
-"""Paired statistics: against known values, against scipy, and by simulation where the truth is known."""
+"""Paired statistics: against known values, against scipy, and by simulation with a known difference."""
 
 import dataclasses
 import json
@@ -9,17 +9,15 @@ import pytest
 from scipy import stats
 
 from dpo_mm.evaluation import statistics
+from dpo_mm.evaluation.significance import LEVEL, holm, mcnemar, rate_interval
 from dpo_mm.evaluation.statistics import (
     Comparison,
     confirmed_verdict,
-    holm,
-    mcnemar,
     minimum_detectable_effect,
     paired,
-    rate_interval,
+    paired_ratios,
     run_verdict,
 )
-from dpo_mm.evaluation.verdict import note_unconfirmed
 
 FIELDS = ["metric", "judge", "headline", "base", "tuned", "difference", "low", "high", "n", "verdict"]
 FIELDS += [
@@ -42,16 +40,16 @@ def compare(base, tuned, clusters=None, **options) -> Comparison:
 
 
 def rates(rng, prompts, seeds, base, tuned):
-    """Right or not for each prompt and seed, prompts differing in difficulty."""
+    """Sample whether base and tuned are right for each prompt and seed, with prompts of different difficulty."""
     logit = rng.normal(0, 1.5, prompts).repeat(seeds)
 
-    def draw(shift):
+    def sample(shift):
         return rng.random(prompts * seeds) < 1 / (1 + np.exp(-(logit + shift)))
 
-    return draw(base), draw(tuned), np.arange(prompts).repeat(seeds)
+    return sample(base), sample(tuned), np.arange(prompts).repeat(seeds)
 
 
-def test_the_difference_is_tuned_minus_base_and_its_sign_gives_the_verdict():
+def test_difference_is_tuned_minus_base_and_decides_the_verdict():
     rng = np.random.default_rng(0)
     base = rng.random(200)
     tuned = base + 0.2 + rng.normal(0, 0.1, 200)
@@ -63,14 +61,14 @@ def test_the_difference_is_tuned_minus_base_and_its_sign_gives_the_verdict():
     assert (up.wins, up.losses) == (down.losses, down.wins) and up.wins > 190
 
 
-def test_lower_is_better_turns_the_verdict_and_the_votes_but_not_the_difference():
+def test_lower_direction_flips_verdict_and_votes_but_not_difference():
     base, tuned = np.full(50, 0.5) + np.arange(50) / 1000, np.full(50, 0.2)
     result = compare(base, tuned, direction="lower")
     assert result.difference < 0 and result.high < 0
     assert (result.verdict, result.wins, result.losses) == ("better", 50, 0)
 
 
-def test_repeating_every_item_as_another_seed_buys_nothing():
+def test_repeated_items_within_a_prompt_do_not_narrow_the_interval():
     rng = np.random.default_rng(1)
     base, tuned = rng.random(60), rng.random(60)
     ids = np.arange(60)
@@ -87,7 +85,7 @@ def test_repeating_every_item_as_another_seed_buys_nothing():
 
 
 @pytest.mark.parametrize(("prompts", "seeds"), [(4, 3), (12, 4), (80, 4)])
-def test_the_interval_covers_the_truth_about_95_times_in_100(prompts, seeds):
+def test_interval_covers_true_difference_in_95_percent(prompts, seeds):
     rng = np.random.default_rng(prompts)
     covered = 0
     for run in range(400):
@@ -99,26 +97,26 @@ def test_the_interval_covers_the_truth_about_95_times_in_100(prompts, seeds):
     assert 0.92 <= covered / 400 <= 0.985
 
 
-def test_uneven_clusters_keep_the_mean_over_items():
+def test_uneven_clusters_give_the_mean_over_items():
     base, tuned = np.zeros(8), np.array([1.0, 1, 1, 1, 1, 0, 0, 2])
     result = compare(base, tuned, list("aaaaabcd"))
     assert result.difference == pytest.approx(7 / 8)
     assert (result.wins, result.ties, result.losses) == (2, 2, 0)
 
 
-def test_base_against_base_with_other_seeds_is_no_evidence():
+def test_equal_models_with_other_seeds_are_no_evidence():
     rng = np.random.default_rng(2)
     verdicts = [compare(*rates(rng, 60, 4, 0.0, 0.0), seed=run, resamples=1000).verdict for run in range(100)]
     assert verdicts.count("no evidence") >= 90
 
 
-def test_a_real_gain_is_found():
+def test_real_gain_is_better():
     rng = np.random.default_rng(3)
     verdicts = [compare(*rates(rng, 100, 4, 0.0, 1.0), resamples=1000).verdict for _ in range(30)]
     assert verdicts.count("better") == 30
 
 
-def test_the_sign_test_is_scipys_with_one_vote_a_prompt():
+def test_sign_test_equals_scipy_with_one_vote_per_prompt():
     difference = np.array([1.0, 1, -1, 1, 1, 1, -1, 0, 1, 1, 1, 1])
     result = compare(np.zeros(36), difference.repeat(3), np.arange(12).repeat(3))
     assert (result.wins, result.ties, result.losses) == (9, 1, 2)
@@ -126,7 +124,7 @@ def test_the_sign_test_is_scipys_with_one_vote_a_prompt():
     assert compare(np.ones(5), np.ones(5)).p == 1.0
 
 
-def test_rounding_never_makes_a_win_of_a_tie():
+def test_rounding_error_is_a_tie():
     base, tuned = [0.1, 0.2] * 10, [0.3, 0.0] * 10
     assert (0.3 - 0.1) + (0.0 - 0.2) != 0
     result = compare(base, tuned, np.arange(10).repeat(2))
@@ -134,7 +132,7 @@ def test_rounding_never_makes_a_win_of_a_tie():
     assert result.verdict == "no evidence"
 
 
-def test_equal_differences_count_as_many_as_there_are_prompts_of_them():
+def test_equal_differences_need_six_prompts():
     nothing = compare(np.ones(30), np.ones(30))
     assert (nothing.low, nothing.high, nothing.verdict) == (0.0, 0.0, "no evidence")
     few, enough = compare(np.zeros(5), np.full(5, 0.3)), compare(np.zeros(6), np.full(6, 0.3))
@@ -143,7 +141,7 @@ def test_equal_differences_count_as_many_as_there_are_prompts_of_them():
     assert compare(np.zeros(9), np.ones(9)).high == 1.0
 
 
-def test_a_few_changed_prompts_are_no_evidence_however_alike():
+def test_fewer_than_six_changed_prompts_are_no_evidence():
     tuned = np.zeros(200)
     tuned[:5] = 1.0
     assert compare(np.zeros(200), tuned).verdict == "no evidence"
@@ -151,7 +149,7 @@ def test_a_few_changed_prompts_are_no_evidence_however_alike():
     assert compare(np.zeros(200), tuned).verdict == "better"
 
 
-def test_two_prompts_give_a_wide_interval_and_one_gives_an_error():
+def test_two_prompts_give_a_wide_interval_and_one_raises():
     result = compare([0.0, 0.0], [1.0, 1.2])
     assert result.low == 0.0 and result.high > 2.0 and result.verdict == "no evidence"
     with pytest.raises(ValueError, match=r"1 prompt.*2 or more"):
@@ -168,19 +166,19 @@ def test_two_prompts_give_a_wide_interval_and_one_gives_an_error():
         ([], [], [], "0 prompt"),
     ],
 )
-def test_wrong_scores_are_named(base, tuned, clusters, message):
+def test_invalid_scores_raise_with_their_place(base, tuned, clusters, message):
     with pytest.raises(ValueError, match=message):
         compare(base, tuned, clusters)
 
 
-def test_the_same_seed_gives_the_same_interval():
+def test_same_seed_gives_the_same_interval():
     rng = np.random.default_rng(5)
     base, tuned = rng.random(40), rng.random(40)
     assert compare(base, tuned, seed=7) == compare(base, tuned, seed=7)
     assert compare(base, tuned, seed=7).low != compare(base, tuned, seed=8).low
 
 
-def test_as_dict_is_json_in_the_order_of_the_contract():
+def test_as_dict_is_json_with_the_documented_keys():
     result = compare(np.array([True, False]), np.array([True, True]), headline=np.bool_(True))
     plain = dataclasses.replace(result, base=np.float32(0.5), n=np.int64(2)).as_dict()
     assert list(plain) == FIELDS
@@ -188,7 +186,7 @@ def test_as_dict_is_json_in_the_order_of_the_contract():
     assert json.loads(json.dumps(plain, allow_nan=False))["base"] == 0.5
 
 
-def test_clopper_pearson_against_known_values():
+def test_rate_interval_equals_clopper_pearson_values():
     assert rate_interval(0, 10) == pytest.approx((0.0, 0.308497), abs=1e-6)
     assert rate_interval(5, 10) == pytest.approx((0.187086, 0.812914), abs=1e-6)
     assert rate_interval(10, 10) == pytest.approx((0.691503, 1.0), abs=1e-6)
@@ -197,7 +195,7 @@ def test_clopper_pearson_against_known_values():
             rate_interval(successes, n)
 
 
-def test_mcnemar_counts_only_what_tells_the_models_apart():
+def test_mcnemar_counts_only_discordant_items():
     base, tuned = [True] * 20 + [True] + [False] * 8, [True] * 20 + [False] + [True] * 8
     result = mcnemar(base, tuned)
     assert (result.only_base, result.only_tuned) == (1, 8)
@@ -207,7 +205,7 @@ def test_mcnemar_counts_only_what_tells_the_models_apart():
         mcnemar([True], [True, False])
 
 
-def test_holm_by_hand():
+def test_holm_equals_hand_arithmetic():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
     assert holm([]).shape == (0,)
@@ -215,18 +213,18 @@ def test_holm_by_hand():
         holm([1.2])
 
 
-def test_the_smallest_detectable_difference_is_found_four_times_in_five():
+def test_minimum_detectable_effect_is_detected_in_80_percent():
     rng = np.random.default_rng(6)
     base = rng.normal(size=400)
     effect = minimum_detectable_effect(base, base + rng.normal(size=400), np.arange(400))
     assert effect == pytest.approx(2.8 / 20, rel=0.1)
-    found = sum(
+    detected = sum(
         compare(np.zeros(400), rng.normal(2.8 / 20, 1.0, 400), resamples=400).verdict == "better" for _ in range(200)
     )
-    assert 0.7 <= found / 200 <= 0.9
+    assert 0.7 <= detected / 200 <= 0.9
 
 
-def test_overall_reads_the_guards_only_where_the_headline_won():
+def test_run_verdict_uses_guardrails_only_if_primary_is_better():
     better = compare(np.zeros(50), np.ones(50))
     worse, same = compare(np.ones(50), np.zeros(50)), compare(np.ones(50), np.ones(50))
     assert run_verdict(better, []) == run_verdict(better, [same, better]) == "better"
@@ -235,7 +233,7 @@ def test_overall_reads_the_guards_only_where_the_headline_won():
     assert run_verdict(worse, [better]) == "worse"
 
 
-def test_a_verdict_wants_the_votes_beside_the_interval():
+def test_confirmed_verdict_needs_interval_and_sign_test():
     few_gain_much = compare(np.zeros(30), np.r_[np.full(8, 9.0), np.full(7, -0.1), np.zeros(15)])
     assert few_gain_much.verdict == "better" and few_gain_much.p > 0.05
     assert confirmed_verdict(few_gain_much) == run_verdict(few_gain_much, []) == "no evidence"
@@ -247,47 +245,47 @@ def test_a_verdict_wants_the_votes_beside_the_interval():
     assert confirmed_verdict(dataclasses.replace(alike, verdict="differs")) == "differs"
 
 
-def test_the_settled_verdict_is_seldom_wrong_of_few_prompts():
-    """Two rates drawn alike, 24 prompts of two seeds, as in the bench of the shipped generator."""
+def test_confirmed_verdict_has_few_false_alarms_with_few_prompts():
+    """Two equal models, 24 prompts with two seeds each, as in the benchmark of the bundled image model."""
     rng = np.random.default_rng(8)
     prompts, rates = np.repeat(np.arange(24), 2), np.repeat(rng.uniform(0.05, 0.85, 24), 2)
-    draw = lambda: (rng.random(48) < rates).astype(float)
-    found = [compare(draw(), draw(), clusters=prompts, resamples=400) for _ in range(400)]
-    wrong = sum(confirmed_verdict(one) != "no evidence" for one in found) / len(found)
-    assert wrong < 0.045 < sum(one.verdict != "no evidence" for one in found) / len(found) < 0.09
+    sample = lambda: (rng.random(48) < rates).astype(float)
+    comparisons = [compare(sample(), sample(), clusters=prompts, resamples=400) for _ in range(400)]
+    wrong = sum(confirmed_verdict(one) != "no evidence" for one in comparisons) / len(comparisons)
+    assert wrong < 0.045 < sum(one.verdict != "no evidence" for one in comparisons) / len(comparisons) < 0.09
 
 
-def test_constants_are_those_of_the_docstrings():
-    assert 2 * 0.5**statistics.FEWEST_VOTES <= statistics.LEVEL < 2 * 0.5 ** (statistics.FEWEST_VOTES - 1)
-    assert pytest.approx(stats.norm.ppf(0.975) + stats.norm.ppf(0.8), abs=0.01) == statistics.DETECTABLE
+def test_constants_match_their_derivation():
+    assert 2 * 0.5**statistics.MIN_VOTES <= LEVEL < 2 * 0.5 ** (statistics.MIN_VOTES - 1)
+    assert pytest.approx(stats.norm.ppf(0.975) + stats.norm.ppf(0.8), abs=0.01) == statistics.MDE_STANDARD_ERRORS
 
 
 def false_alarms(*, clustered: bool, replicates: int = 300) -> float:
-    """Share of verdicts where nothing changed: prompts differ, and each takes to one of two like models by chance."""
+    """Return the fraction of verdicts between equal models, with prompts that prefer one of the two by chance."""
     rng = np.random.default_rng(11)
-    found = 0
+    alarms = 0
     for run in range(replicates):
         prompts, seeds = 72, 4
         liking = rng.normal(0, 2, (2, prompts)).repeat(seeds, axis=1)
         noise = rng.normal(0, 1, (2, prompts * seeds))
         ids = np.arange(prompts).repeat(seeds) if clustered else np.arange(prompts * seeds)
-        found += compare(*(liking + noise), ids, seed=run, resamples=500).verdict != "no evidence"
-    return found / replicates
+        alarms += compare(*(liking + noise), ids, seed=run, resamples=500).verdict != "no evidence"
+    return alarms / replicates
 
 
-def test_nothing_is_found_where_nothing_is_only_with_the_prompts_kept_together():
+def test_false_alarms_stay_below_5_percent_only_with_clusters():
     assert false_alarms(clustered=True) <= 0.05
     assert false_alarms(clustered=False, replicates=100) > 0.2
 
 
-def test_holm_stands_beside_each_p_and_leaves_the_rest():
-    found = [compare(np.zeros(n), np.ones(n)) for n in (6, 12)]
-    both = statistics.holm_corrected(found)
+def test_holm_corrected_adds_p_holm_and_changes_nothing_else():
+    comparisons = [compare(np.zeros(n), np.ones(n)) for n in (6, 12)]
+    both = statistics.holm_corrected(comparisons)
     assert [one.p_holm for one in both] == pytest.approx([2 * 0.5**6, 4 * 0.5**12])
-    assert [dataclasses.replace(one, p_holm=None) for one in both] == found
+    assert [dataclasses.replace(one, p_holm=None) for one in both] == comparisons
 
 
-def test_weights_make_the_mean_one_of_categories():
+def test_weights_give_the_mean_over_categories():
     base, tuned = np.zeros(12), np.array([1.0] * 9 + [0.0] * 3)
     weights = np.array([1 / 9] * 9 + [1 / 3] * 3)
     plain, balanced = compare(base, tuned), compare(base, tuned, weights=weights)
@@ -297,28 +295,26 @@ def test_weights_make_the_mean_one_of_categories():
     assert compare(base, tuned, weights=np.full(12, 7.0)).high == pytest.approx(plain.high)
 
 
-def test_what_has_no_better_way_is_changed():
+def test_neutral_direction_gives_differs():
     up = compare(np.zeros(40), np.ones(40), direction="neutral")
     assert up.verdict == "differs" and compare(np.ones(40), np.ones(40), direction="neutral").verdict == "no evidence"
 
 
-def test_the_win_rate_counts_a_tie_half():
+def test_win_rate_counts_a_tie_half():
     tuned = np.array([1.0] * 6 + [0.0] * 2 + [-1.0] * 2)
     assert compare(np.zeros(10), tuned).win_rate == pytest.approx(0.7)
     assert compare(np.zeros(10), tuned, direction="lower").win_rate == pytest.approx(0.3)
 
 
-def unconfirmed(p: float, p_holm: float, *, headline: bool = False) -> str:
-    """The note on a metric whose interval excludes 0, with these p of the sign test."""
-    one = dataclasses.replace(compare(np.zeros(40), np.ones(40)), p=p, p_holm=p_holm, headline=headline)
-    (note,) = note_unconfirmed([one, dataclasses.replace(one, models=("sft", "tuned"))]) or [""]
-    return note
+@pytest.mark.parametrize("direction", ["neither", "up", ""])
+def test_unknown_direction_raises(direction):
+    with pytest.raises(ValueError, match=r"direction .* is unknown\. Use one of higher, lower, neutral"):
+        compare(np.zeros(9), np.ones(9), direction=direction)
+    with pytest.raises(ValueError, match=r"direction .* is unknown"):
+        paired_ratios(np.ones((9, 2)), np.ones((9, 2)), metric="m", judge="j", direction=direction)
 
 
-def test_note_unconfirmed_names_holm_only_if_the_plain_test_confirms() -> None:
-    """Catches the note that blamed Holm's correction for a p of 0.89."""
-    assert "the sign test does not confirm it (p 0.89" in unconfirmed(0.89, 0.89) and "Holm" not in unconfirmed(
-        0.89, 0.89
-    )
-    assert "but not after Holm's correction for the number of judges (p 0.098)" in unconfirmed(0.049, 0.098)
-    assert unconfirmed(0.01, 0.02) == "" and "A verdict needs both." in unconfirmed(0.06, 0.06, headline=True)
+def test_models_of_a_comparison_are_written_as_a_list():
+    result = compare(np.zeros(9), np.ones(9), models=("sft", "tuned"))
+    assert result.as_dict()["models"] == ["sft", "tuned"] and result.as_dict()["metric"] == "fully correct rate"
+    assert compare(np.zeros(9), np.ones(9)).models == ("base", "tuned")

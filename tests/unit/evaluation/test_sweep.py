@@ -1,4 +1,4 @@
-"""The recommended strength, by its rule: on the front, significantly better, and never at the guard's cost."""
+"""The recommended strength: Pareto-optimal, significantly better, and without a significantly worse guardrail."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def best(*points: SweepPoint) -> str | None:
     return next((one.name for one in mark_recommended(points) if one.recommended), None)
 
 
-def test_the_front_is_what_no_other_beats_on_both() -> None:
+def test_pareto_front_has_the_points_that_none_dominates() -> None:
     assert [one.on_front for one in mark_recommended((BASE, HALF, WHOLE, STRONG, BEATEN))] == [
         False,
         True,
@@ -43,8 +43,8 @@ def test_the_front_is_what_no_other_beats_on_both() -> None:
         True,
         False,
     ]
-    twins = mark_recommended((HALF, dataclasses.replace(HALF, name="twin")))
-    assert [one.on_front for one in twins] == [True, True]
+    equal_points = mark_recommended((HALF, dataclasses.replace(HALF, name="copy")))
+    assert [one.on_front for one in equal_points] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,17 @@ def test_the_front_is_what_no_other_beats_on_both() -> None:
         (tuple(dataclasses.replace(one, guard=None) for one in (BASE, HALF, STRONG)), "scale 1.5"),
     ],
 )
-def test_the_rule_picks(points: tuple[SweepPoint, ...], expected: str | None) -> None:
+def test_rule_recommends_best_point_without_worse_guardrail(
+    points: tuple[SweepPoint, ...], expected: str | None
+) -> None:
     assert best(*points) == expected
     words = advice(mark_recommended(points))
-    assert (f"Recommended: {expected}." in words) if expected else "leave it off" in words
+    assert (f"Recommended: {expected}." in words) if expected else "No strength of the adapter is recommended" in words
 
 
-def test_the_picture_needs_two_judges() -> None:
+def test_pareto_chart_needs_a_guardrail() -> None:
     points = mark_recommended((BASE, HALF, WHOLE))
-    assert 'aria-label="Headline across' in pareto_chart(points, True) and "scale 0.5" in pareto_chart(points, True)
+    assert 'aria-label="Primary metric and guardrail' in pareto_chart(points, True) and "scale 0.5" in pareto_chart(
+        points, True
+    )
     assert pareto_chart([dataclasses.replace(one, guard=None) for one in points], True) == ""

@@ -20,7 +20,7 @@ def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[fl
     return [float(np.asarray(image).mean()) for image in images]
 
 
-def nothing(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+def constant(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
     return [0.0] * len(images)
 
 
@@ -36,7 +36,7 @@ def nothing(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float
         ([[0.1, 0.9, 0.5], [1, 0, 1]], 0.0, 1, [(2, 0)]),
     ],
 )
-def test_best_is_paired_with_worst(
+def test_choose_pairs_pairs_best_with_worst(
     scores: list[list[float]], gap: float, count: int, expected: list[tuple[int, int]]
 ) -> None:
     assert choose_pairs(np.array(scores, dtype=float), gap, count) == expected
@@ -53,7 +53,7 @@ def redness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float
     return [float(np.asarray(image)[..., 0].mean()) for image in images]
 
 
-def test_judges_rank_together_by_z_scores_within_a_prompt() -> None:
+def test_mean_z_score_is_taken_within_a_prompt() -> None:
     one, other = np.array([1.0, 2.0, 3.0, 10.0, 10.0, 10.0]), np.array([300.0, 0.0, 0.0, 5.0, 7.0, 9.0])
     assert mean_z_score([one], 3) is one
     got = mean_z_score([one, other], 3)
@@ -63,13 +63,13 @@ def test_judges_rank_together_by_z_scores_within_a_prompt() -> None:
     np.testing.assert_allclose(mean_z_score([1000 * one + 7, other], 3), got, atol=1e-12)
 
 
-def test_every_guard_holds() -> None:
+def test_choose_pairs_respects_every_guardrail() -> None:
     scores = np.array([[0.1, 0.9, 0.8, 0.7], [1, 0, 1, 1], [1, 1, 0, 1]], dtype=float)
     assert choose_pairs(scores, 0.0, 1) == [(3, 0)]
     assert choose_pairs(scores[:2], 0.0, 1) == [(2, 0)] and choose_pairs(scores[:1], 0.0, 1) == [(1, 0)]
 
 
-def test_judges_are_named_as_a_list_or_with_commas() -> None:
+def test_parse_judges_accepts_list_or_commas() -> None:
     assert parse_judges("a,b:c@d") == ("a", "b:c@d") and parse_judges(("a", "b")) == ("a", "b")
     assert parse_judges("a") == ("a",) and parse_judges(None) == ()
 
@@ -88,7 +88,7 @@ def config(tiny_model: str, tmp_path: Path) -> MineConfig:
     )
 
 
-def test_mined_rows_say_how_they_came_about(config: MineConfig) -> None:
+def test_mined_rows_record_scores_seeds_and_group(config: MineConfig) -> None:
     rows = load_pairs(str(mine_images(config)))
     assert sorted(rows["prompt"]) == sorted(WORDS)
     for row in rows:
@@ -98,32 +98,32 @@ def test_mined_rows_say_how_they_came_about(config: MineConfig) -> None:
         assert row["seed_a"] != row["seed_b"] and row["group_id"] == row["prompt"]
 
 
-def test_an_ensemble_with_guards_mines(config: MineConfig) -> None:
+def test_mining_with_several_judges_and_guardrails(config: MineConfig) -> None:
     here = "tests.unit.mining.test_mine_images"
     judges = (f"{here}:brightness", f"{here}:darkness", f"{here}:redness")
     alone = mine_images(dataclasses.replace(config, judges=f"{here}:redness", output_dir=config.output_dir + "-1"))
-    both = mine_images(dataclasses.replace(config, judges=judges, guards=f"{here}:nothing"))
+    both = mine_images(dataclasses.replace(config, judges=judges, guards=f"{here}:constant"))
     assert load_pairs(str(both))["axis"][0] == "+".join(judges)
     ids = [sorted(load_pairs(str(path))["id"]) for path in (alone, both)]
-    assert ids[0] == ids[1], "brightness and darkness, turned round, cancel out"
-    with pytest.raises(ValueError, match="draw more samples"):
+    assert ids[0] == ids[1], "brightness and flipped darkness cancel out"
+    with pytest.raises(ValueError, match="Increase images_per_prompt"):
         mine_images(
             dataclasses.replace(
-                config, guards=(f"{here}:nothing", f"{here}:darkness"), output_dir=config.output_dir + "-2"
+                config, guards=(f"{here}:constant", f"{here}:darkness"), output_dir=config.output_dir + "-2"
             )
         )
 
 
-def test_mining_goes_on_after_finished_shards(config: MineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mining_resumes_after_finished_shards(config: MineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = mining._mine_shard, []
 
-    def cut(*arguments: object) -> object:
+    def interrupt(*arguments: object) -> object:
         calls.append(arguments[1])
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(mining, "_mine_shard", cut)
+    monkeypatch.setattr(mining, "_mine_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
         mine_images(config)
     path = mine_images(config)
@@ -133,12 +133,12 @@ def test_mining_goes_on_after_finished_shards(config: MineConfig, monkeypatch: p
     assert load_pairs(str(path)).select_columns(columns)[:] == load_pairs(str(whole)).select_columns(columns)[:]
 
 
-def test_what_cannot_be_mined_is_said(config: MineConfig) -> None:
-    with pytest.raises(ValueError, match="draw more samples or lower min_score_gap"):
-        mine_images(dataclasses.replace(config, judges="tests.unit.mining.test_mine_images:nothing"))
+def test_invalid_image_mining_raises(config: MineConfig) -> None:
+    with pytest.raises(ValueError, match="Increase images_per_prompt or lower min_score_gap"):
+        mine_images(dataclasses.replace(config, judges="tests.unit.mining.test_mine_images:constant"))
     with pytest.raises(ValueError, match=r"mined with other settings \(judge"):
         mine_images(config)
-    with pytest.raises(ValueError, match="at least 2 pictures"):
+    with pytest.raises(ValueError, match="at least 2 images"):
         mine_images(dataclasses.replace(config, images_per_prompt=1))
     with pytest.raises(ValueError, match="judge 'faithfulnes' is unknown; did you mean 'faithfulness'"):
         mine_images(dataclasses.replace(config, judges="faithfulnes", output_dir=config.output_dir + "-2"))

@@ -1,4 +1,4 @@
-"""Own failures as pairs: what is chosen, what is rejected, where a loop is cut, and that work resumes."""
+"""Pairs from own failures: chosen, rejected, truncation of loops, and resuming."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.contracts.tiny_vlms import build, save
 RED = Image.new("RGB", (8, 8), "#ff0000")
 PAGE = Question("page", (RED,), "Transcribe this page.", "1 2 3", "digits")
 SCENE = Question("scene", (RED,), "Describe the picture.", "a red circle and a blue star.", "2 things")
-WAYS = ("greedy", "sampled at 1, seed 0", "sampled at 1, seed 1")
+DECODINGS = ("greedy", "sampled at 1, seed 0", "sampled at 1, seed 1")
 
 
 def config(**more: object) -> MineResponsesConfig:
@@ -31,46 +31,46 @@ def config(**more: object) -> MineResponsesConfig:
     return MineResponsesConfig(**given)  # type: ignore[arg-type]
 
 
-def test_a_loop_is_rejected_cut_and_left_open_with_its_reason() -> None:
-    row = build_pair(PAGE, [Response("1 2 3", 5, False), Response("1 " + "7 " * 60, 121, True)], WAYS, config())
+def test_loop_is_rejected_truncated_without_end_of_turn_and_with_reason() -> None:
+    row = build_pair(PAGE, [Response("1 2 3", 5, False), Response("1 " + "7 " * 60, 121, True)], DECODINGS, config())
     assert row is not None
     assert row["rejected"] == "1 7 7 7" and row["rejected_truncated"] and row["chosen"] == "1 2 3"
-    assert row["reason"] == "' 7' x 60 at the end, truncated at the token limit" and row["decoding"] == WAYS[1]
+    assert row["reason"] == "' 7' x 60 at the end, truncated at the token limit" and row["decoding"] == DECODINGS[1]
     assert row["id"] == "page/1" and row["score_gap"] == 1 and row["axis"] == "degeneration"
 
 
-def test_what_did_not_fail_makes_no_pair() -> None:
-    assert build_pair(PAGE, [Response("1 2 9", 5, False)], WAYS, config()) is None
-    assert build_pair(PAGE, [Response("1 2 3 4", 7, False)], WAYS, config(judges="cer", min_score_gap=0.5)) is None
-    row = build_pair(PAGE, [Response("1 2 3 4", 7, False)], WAYS, config(judges="cer"))
+def test_response_without_failure_gives_no_pair() -> None:
+    assert build_pair(PAGE, [Response("1 2 9", 5, False)], DECODINGS, config()) is None
+    assert build_pair(PAGE, [Response("1 2 3 4", 7, False)], DECODINGS, config(judges="cer", min_score_gap=0.5)) is None
+    row = build_pair(PAGE, [Response("1 2 3 4", 7, False)], DECODINGS, config(judges="cer"))
     assert row is not None and row["rejected"] == "1 2 3 4" and not row["rejected_truncated"]
 
 
-def test_the_best_of_its_own_is_chosen_and_recall_breaks_ties() -> None:
-    answers = [
+def test_chosen_best_uses_recall_for_ties() -> None:
+    responses = [
         Response("a green cross.", 4, False),
         Response("a red circle.", 4, False),
         Response("a red circle and a blue star.", 8, False),
     ]
-    row = build_pair(SCENE, answers, WAYS, config(judges="chair_i", chosen="best"))
-    assert row is not None and (row["chosen"], row["rejected"]) == (answers[2].text, answers[0].text)
-    assert build_pair(SCENE, answers[1:], WAYS, config(judges="chair_i", chosen="best")) is None
+    row = build_pair(SCENE, responses, DECODINGS, config(judges="chair_i", chosen="best"))
+    assert row is not None and (row["chosen"], row["rejected"]) == (responses[2].text, responses[0].text)
+    assert build_pair(SCENE, responses[1:], DECODINGS, config(judges="chair_i", chosen="best")) is None
 
 
-def test_a_corrected_answer_keeps_what_was_right_or_merely_misread() -> None:
+def test_corrected_response_changes_only_what_the_judge_rejects() -> None:
     page = dataclasses.replace(PAGE, truth="Mines ....... 44\nRoads ........ 75")
     looping = Response("Nines ....... 44\nRoads " + "." * 170, 200, True)
-    row = build_pair(page, [looping], WAYS, config(chosen="corrected"))
+    row = build_pair(page, [looping], DECODINGS, config(chosen="corrected"))
     assert row is not None and row["chosen"] == "Nines ....... 44\nRoads ........ 75"
-    assert row["rejected"] == "Nines ....... 44\nRoads " + "." * 11, "past the 8 dots of the truth"
+    assert row["rejected"] == "Nines ....... 44\nRoads " + "." * 11, "three more than the 8 dots of the ground truth"
     assert row["source"].endswith("chosen: corrected")
     caption = Response("a blue star and a green cross.", 8, False)
-    row = build_pair(SCENE, [caption], WAYS, config(judges="hallucination_f1_error", chosen="corrected"))
+    row = build_pair(SCENE, [caption], DECODINGS, config(judges="hallucination_f1_error", chosen="corrected"))
     assert row is not None and row["chosen"] == "a blue star and a red circle."
     assert row["reason"] == "hallucinated: green cross; missing: red circle"
 
 
-def test_an_open_answer_has_no_end_of_turn() -> None:
+def test_truncated_response_has_no_end_of_turn() -> None:
     model, processor = build("llava")
     rows = ConversationEncoder(processor, model, max_length=None, overlong_rows="raise")
     end = rows.tokenizer.eos_token_id
@@ -82,7 +82,7 @@ def test_an_open_answer_has_no_end_of_turn() -> None:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> MineResponsesConfig:
+def mining_config(tmp_path: Path) -> MineResponsesConfig:
     RED.save(tmp_path / "red.png")
     rows = [
         {"id": f"q{n}", "image": "red.png", "prompt": "What?", "ground_truth": f"a red field {n}"} for n in range(5)
@@ -99,8 +99,8 @@ def asked(tmp_path: Path) -> MineResponsesConfig:
     )
 
 
-def test_mined_rows_are_a_preference_set(asked: MineResponsesConfig) -> None:
-    rows = load_responses(str(mine_responses(asked)))
+def test_mined_rows_are_response_preferences(mining_config: MineResponsesConfig) -> None:
+    rows = load_responses(str(mine_responses(mining_config)))
     assert len(rows) == 5
     for number, row in enumerate(rows):
         assert row["chosen"][0]["content"][0]["text"] == f"a red field {number}"
@@ -108,26 +108,28 @@ def test_mined_rows_are_a_preference_set(asked: MineResponsesConfig) -> None:
         assert row["score_gap"] > 0 and row["reason"] and row["decoding"] and row["images"][0].size == (8, 8)
 
 
-def test_mining_goes_on_after_finished_shards(asked: MineResponsesConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mining_resumes_after_finished_shards(
+    mining_config: MineResponsesConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = mining._mine_shard, []
 
-    def cut(*arguments: object) -> object:
+    def interrupt(*arguments: object) -> object:
         calls.append(arguments[1])
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(mining, "_mine_shard", cut)
+    monkeypatch.setattr(mining, "_mine_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        mine_responses(asked)
-    again = mine_responses(asked)
-    assert len(calls) == 4  # the first shard was not asked again
-    whole = mine_responses(dataclasses.replace(asked, output_dir=asked.output_dir + "-whole"))
+        mine_responses(mining_config)
+    again = mine_responses(mining_config)
+    assert len(calls) == 4  # the first shard was not mined again
+    whole = mine_responses(dataclasses.replace(mining_config, output_dir=mining_config.output_dir + "-whole"))
     assert load_responses(str(again))["rejected"] == load_responses(str(whole))["rejected"]
 
 
-def test_asked_to_stop_it_ends_after_its_shard_and_goes_on(
-    asked: MineResponsesConfig, monkeypatch: pytest.MonkeyPatch
+def test_sigterm_ends_mining_after_its_shard_and_it_resumes(
+    mining_config: MineResponsesConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = mining._mine_shard, []
 
@@ -139,15 +141,15 @@ def test_asked_to_stop_it_ends_after_its_shard_and_goes_on(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(mining, "_mine_shard", signalled)
-    with pytest.raises(TrainingInterrupted, match=r"2 of 3 shards in .*mined; run it again"):
-        mine_responses(asked)
+    with pytest.raises(TrainingInterrupted, match=r"2 of 3 shards in .*mined\. Run the same command"):
+        mine_responses(mining_config)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert len(load_responses(str(mine_responses(asked)))) == 5 and len(calls) == 3
+    assert len(load_responses(str(mine_responses(mining_config)))) == 5 and len(calls) == 3
 
 
-def test_two_processes_share_the_questions(asked: MineResponsesConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = load_responses(str(mine_responses(asked)))
-    shared = dataclasses.replace(asked, output_dir=asked.output_dir + "-shared")
+def test_two_processes_share_the_shards(mining_config: MineResponsesConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_responses(str(mine_responses(mining_config)))
+    shared = dataclasses.replace(mining_config, output_dir=mining_config.output_dir + "-shared")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, shards in (("1", ["00001"]), ("0", ["00000", "00001", "00002"])):
         monkeypatch.setenv("RANK", rank)
@@ -160,18 +162,20 @@ def test_two_processes_share_the_questions(asked: MineResponsesConfig, monkeypat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chosen": "mine"}, "expected 'ground_truth', 'best' or 'corrected'"),
+        ({"chosen": "mine"}, "Use 'ground_truth', 'best' or 'corrected'"),
         ({"chosen": "corrected", "judges": "cer"}, "cannot correct a response"),
-        ({"chosen": "best", "responses_per_question": 1}, "at least 1 answer"),
-        ({"judges": "valid_json"}, "none of its answers to 5 questions failed by valid_json"),
+        ({"chosen": "best", "responses_per_question": 1}, "use at least 2"),
+        ({"judges": "valid_json"}, "no response to 5 questions failed by valid_json"),
     ],
 )
-def test_what_cannot_be_mined_is_refused(change: dict[str, object], message: str, asked: MineResponsesConfig) -> None:
+def test_invalid_response_mining_raises(
+    change: dict[str, object], message: str, mining_config: MineResponsesConfig
+) -> None:
     with pytest.raises(ValueError, match=message):
-        mine_responses(dataclasses.replace(asked, **change))  # type: ignore[arg-type]
+        mine_responses(dataclasses.replace(mining_config, **change))  # type: ignore[arg-type]
 
 
-def test_a_question_without_truth_is_named(asked: MineResponsesConfig) -> None:
-    Path(asked.questions).write_text(json.dumps({"id": "lost", "prompt": "What?"}))
-    with pytest.raises(ValueError, match="question lost has no truth"):
-        mine_responses(asked)
+def test_question_without_ground_truth_raises_with_its_id(mining_config: MineResponsesConfig) -> None:
+    Path(mining_config.questions).write_text(json.dumps({"id": "lost", "prompt": "What?"}))
+    with pytest.raises(ValueError, match="question lost has no ground truth"):
+        mine_responses(mining_config)
