@@ -238,7 +238,7 @@ def labelled_scenes(count: int, seed: int) -> Iterator[Labelled]:
     centres = (np.arange(side) + 0.5) * PATCH
     for scene in caption_scenes.scenes(count, seed):
         labels = np.zeros((side, side, 2), np.int64)
-        for item in scene.things:
+        for item in scene.objects:
             across, down = (np.abs(centres - centre) <= item.size / 2 for centre in (item.x, item.y))
             kind = 1 + shapes.SHAPES.index(item.shape), 1 + list(shapes.COLOURS).index(item.colour)
             labels[np.ix_(down, across)] = kind
@@ -371,7 +371,7 @@ It exists so that preference tuning can be tried, tested and measured without a 
 Made by `python data/make_small_vlms.py {kind}` from what code draws{spec["texts"]}.
 
 - Stock classes: LlavaForConditionalGeneration (CLIP tower, Llama), {policy.base_model.num_parameters():,} parameters, half precision.
-- {spec["side"]}x{spec["side"]} pixels, patches of {PATCH}; {len(policy.rows.tokenizer)} tokens.
+- {spec["side"]}x{spec["side"]} pixels, patches of {PATCH}; {len(policy.encoder.tokenizer)} tokens.
 - The vision tower first learned what stands in each patch ({look[3]:,} steps of {batch}), then all of it was fine-tuned: {steps} (steps of {batch}).
 - {spec["imperfect"]}
 

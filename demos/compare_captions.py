@@ -19,7 +19,7 @@ from dpo_mm.demo_server import DemoPage, escape, image_html, serve
 from dpo_mm.evaluation.report import text_spans
 from dpo_mm.judges import explain
 from dpo_mm.policies.families import load_text_policy
-from dpo_mm.policies.vlm.generation import stream, token_log_probs
+from dpo_mm.policies.vlm.generation import response_token_log_probs, stream_response
 
 EXAMPLES = 12
 """Number of examples per model."""
@@ -115,7 +115,9 @@ def base_failures(policy: Any, questions: Sequence[Question], judge: str, max_ne
     images, prompts = [question.images for question in questions], [question.prompt for question in questions]
     with policy.base_weights():
         responses = policy.generate(images, prompts, max_new_tokens=max_new_tokens, do_sample=False, batch_size=100)
-    return [q for q, response in zip(questions, responses, strict=True) if explain(judge, response, q.truth).reason]
+    return [
+        q for q, response in zip(questions, responses, strict=True) if explain(judge, response, q.ground_truth).reason
+    ]
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,9 @@ def compare(model: DemoModel, shown: ShownImage, prompt: str) -> Iterator[list[s
     show = lambda: f'<div class="responses">{"".join(response_html(*item) for item in responses.items())}</div>'
     yield ["The base model generates …", show(), ""]
     with policy.base_weights():
-        for responses["Base"] in stream(policy, images, prompt, max_new_tokens=model.max_new_tokens):
+        for responses["Base"] in stream_response(policy, images, prompt, max_new_tokens=model.max_new_tokens):
             yield ["The base model generates …", show(), ""]
-    for responses["Tuned"] in stream(policy, images, prompt, max_new_tokens=model.max_new_tokens):
+    for responses["Tuned"] in stream_response(policy, images, prompt, max_new_tokens=model.max_new_tokens):
         yield ["The tuned model generates …", show(), ""]
     judged = "".join(
         judged_response_html(name, text, shown.ground_truth, model.judge) for name, text in responses.items()
@@ -206,9 +208,9 @@ def compare(model: DemoModel, shown: ShownImage, prompt: str) -> Iterator[list[s
 
 def log_ratios_html(policy: Any, images: Sequence[Any], prompt: str, name: str, text: str) -> str:
     """Compute the log-ratio of tuned and base for each token of a response, and return the shaded tokens."""
-    tokens, tuned = token_log_probs(policy, images, prompt, text)
+    tokens, tuned = response_token_log_probs(policy, images, prompt, text)
     with policy.base_weights():
-        _, base = token_log_probs(policy, images, prompt, text)
+        _, base = response_token_log_probs(policy, images, prompt, text)
     return shaded_html(f"{name}: change of each token’s log-probability", tokens, (tuned - base).tolist())
 
 
@@ -233,7 +235,7 @@ def shown_image_html(shown: ShownImage) -> str:
 def add_model(model: DemoModel, quiet: dict[str, Any]) -> list[Any]:
     """Add the controls of one model to the page. Return the function, inputs and outputs that run its first example."""
     first = model.questions[0] if model.questions else None
-    start = ShownImage(first.images[0], first.truth) if first else ShownImage()
+    start = ShownImage(first.images[0], first.ground_truth) if first else ShownImage()
     state = gr.State(start)
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
@@ -282,7 +284,7 @@ def add_model(model: DemoModel, quiet: dict[str, Any]) -> list[Any]:
 
         def choose(event: gr.SelectData) -> list[Any]:
             question = model.questions[event.index]
-            shown = ShownImage(question.images[0], question.truth)
+            shown = ShownImage(question.images[0], question.ground_truth)
             return [shown, shown_image_html(shown), str(question.prompt)]
 
         gallery.select(choose, None, [state, image, prompt], **plain).then(run, [state, prompt], outputs, **quiet)

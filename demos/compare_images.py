@@ -225,7 +225,7 @@ def gallery_html(
     comparison: SavedComparison, num_shown: int, judge: str, category: str, outcome: str, order: str
 ) -> str:
     """Return the first pairs that pass the filters, with their number."""
-    pairs = comparison.chosen(judge, of=category, outcome=outcome, by_change=order == "largest change")
+    pairs = comparison.select(judge, category=category, outcome=outcome, by_change=order == "largest change")
     count = (
         f"{min(num_shown, len(pairs))} of {len(pairs)} pairs, {len(comparison.pairs)} in all. "
         "The outcome is the judge’s, seed by seed."

@@ -152,7 +152,7 @@ def page_updates(store: VoteStore, rows: Any, row_numbers: dict[str, int], annot
         return [gr.update(visible=True), gr.update(visible=False), "", ""]
     try:
         annotator = annotator_name(annotator)
-        presented = store.show(annotator)
+        presented = store.next_pair(annotator)
         if presented is None:
             body = finished_html(store, annotator)
         else:

@@ -57,7 +57,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(stable_diffusion(tmp_path_factory.mktemp("tiny")))
 
 
-def picture(seed: int, size: int = 32) -> Image.Image:
+def noise_image(seed: int, size: int = 32) -> Image.Image:
     """A square image of smooth noise, `size` pixels per edge."""
     noise = np.random.default_rng(seed).integers(0, 256, (size // 4, size // 4, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)
@@ -69,8 +69,8 @@ def rows(count: int) -> list[dict[str, object]]:
         {
             "id": f"row-{n}",
             "prompt": WORDS[n % len(WORDS)],
-            "image_a": {"bytes": encode_png(picture(2 * n)), "path": None},
-            "image_b": {"bytes": encode_png(picture(2 * n + 1)), "path": None},
+            "image_a": {"bytes": encode_png(noise_image(2 * n)), "path": None},
+            "image_b": {"bytes": encode_png(noise_image(2 * n + 1)), "path": None},
             "preference": "ab"[n % 2],
             "score_a": 0.9 if n % 2 == 0 else 0.1,
             "score_b": 0.1 if n % 2 == 0 else 0.9,

@@ -194,13 +194,13 @@ def doctor(
     from rich.console import Console
 
     from dpo_mm.doctor import examine
-    from dpo_mm.doctor.doctor_report import terminal, write_report
+    from dpo_mm.doctor.doctor_report import terminal_report, write_report
     from dpo_mm.sources import SOURCES
 
     disable_progress_bars()
     uncertain = frozenset(name for name, source in SOURCES.items() if source.uncertain)
     diagnosis = examine(pairs, held_out=held_out, uncertain=uncertain)
-    Console().print(terminal(diagnosis), highlight=False, markup=False)
+    Console().print(terminal_report(diagnosis), highlight=False, markup=False)
     if output:
         print(f"Report: {write_report(Path(output), diagnosis, command=command_line())}")
     if diagnosis.failed(strict=strict):

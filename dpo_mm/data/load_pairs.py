@@ -21,20 +21,20 @@ class Pairs:
 
     Args:
         rows: rows in which a or b wins.
-        where: name of the dataset, for errors.
+        dataset_name: name of the dataset, for errors.
         undecodable_images: raise | drop. Dropped rows are listed in the file `dropped_rows_file`.
         dropped_rows_file: JSON-lines file for dropped rows.
-        edits: True if the model edits an image. Then the image to edit is decoded too.
+        with_source: True if the model edits an image. Then the image to edit is decoded too.
     """
 
     rows: Dataset
-    where: str
+    dataset_name: str
     undecodable_images: str
     dropped_rows_file: Path
-    edits: bool = False
+    with_source: bool = False
 
-    def decoded(self, part: range) -> Iterator[dict[str, Any]]:
-        """Yield these rows with their `number` and their decoded images in `pictures`.
+    def decode(self, part: range) -> Iterator[dict[str, Any]]:
+        """Yield these rows with their `number` and their decoded images in `images`.
 
         The images are the chosen one, the rejected one and, for a model that edits, the image to edit. `number` is the row's
         position in `rows`.
@@ -44,7 +44,7 @@ class Pairs:
         """
         for number, row in zip(part, _undecoded(self.rows.select(part)), strict=True):
             columns = ["image_a", "image_b"] if row["preference"] == "a" else ["image_b", "image_a"]
-            columns += ["image_source"] if self.edits else []
+            columns += ["image_source"] if self.with_source else []
             images: list[Any] = []
             for column in columns:
                 try:
@@ -53,12 +53,12 @@ class Pairs:
                     self._raise_or_list(row["id"], column, error)
                     break
             if len(images) == len(columns):
-                yield {**row, "number": number, "pictures": images}
+                yield {**row, "number": number, "images": images}
 
     def _raise_or_list(self, row: str, column: str, error: Exception) -> None:
         if self.undecodable_images == "raise":
             raise ValueError(
-                f"row {row} of {self.where}: {column} does not decode ({error}). "
+                f"row {row} of {self.dataset_name}: {column} does not decode ({error}). "
                 "Fix the file, or train with undecodable_images: drop"
             ) from None
         with self.dropped_rows_file.open("a") as file:
@@ -73,7 +73,7 @@ def _undecoded(rows: Dataset) -> Dataset:
     return rows
 
 
-def check_sources(rows: Dataset, dataset_name: str, *, pipeline: str, is_image_editing: bool) -> None:
+def check_source_images(rows: Dataset, dataset_name: str, *, pipeline: str, is_image_editing: bool) -> None:
     """Check that rows have a source image if, and only if, the model edits images.
 
     Args:

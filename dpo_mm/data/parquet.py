@@ -33,13 +33,13 @@ def write_rows(rows: list[dict[str, Any]], path: Path, *, make: Callable[..., Da
         dataset.to_parquet(str(temporary), batch_size=max(1, len(dataset) * ROW_GROUP_BYTES // max(size, 1)))
 
 
-def combine_shards(paths: list[Path], target: Path, *, nothing: str) -> Path:
+def combine_shards(paths: list[Path], target: Path, *, empty_message: str) -> Path:
     """Combine shards into one Parquet file, if all shards exist.
 
     Args:
         paths: the shards in order.
         target: file to write.
-        nothing: error message if the shards have no rows.
+        empty_message: error message if the shards have no rows.
 
     Returns:
         `target`, also if it is not written because shards are missing.
@@ -55,7 +55,7 @@ def combine_shards(paths: list[Path], target: Path, *, nothing: str) -> Path:
     files = [pq.ParquetFile(path) for path in paths]
     filled = [file for file in files if file.metadata.num_rows]
     if not filled:
-        raise ValueError(nothing)
+        raise ValueError(empty_message)
     schema = pa.unify_schemas([file.schema_arrow for file in filled], promote_options="permissive")
     with atomic_write(target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for file in filled:

@@ -30,14 +30,14 @@ class Question:
         id: unique name.
         images: images of the prompt, possibly none.
         prompt: a text, or chat messages.
-        truth: the ground truth, "" if unknown.
+        ground_truth: the correct response, "" if unknown.
         category: category for the report.
     """
 
     id: str
     images: tuple[Image.Image, ...]
     prompt: Any
-    truth: str
+    ground_truth: str
     category: str
 
 
@@ -80,7 +80,7 @@ def _scenes(count: int, *, held_out: bool) -> Iterator[Question]:
 
     seed = HELD_OUT_SEED if held_out else TRAIN_SEED
     for number, scene in enumerate(caption_scenes.scenes(count, seed, held_out=held_out)):
-        things = f"{len(scene.things)} thing{'s' * (len(scene.things) > 1)}"
+        things = f"{len(scene.objects)} thing{'s' * (len(scene.objects) > 1)}"
         yield Question(
             f"scene-{number}", (shapes.render(scene),), caption_scenes.PROMPT, caption_scenes.caption(scene), things
         )

@@ -35,7 +35,7 @@ def verdict(diagnosis: Diagnosis) -> str:
     return ", ".join(parts) or "no findings"
 
 
-def terminal(diagnosis: Diagnosis) -> RenderableType:
+def terminal_report(diagnosis: Diagnosis) -> RenderableType:
     """Return the facts, the findings and the advice as tables for the terminal."""
     from rich.console import Group
     from rich.table import Table

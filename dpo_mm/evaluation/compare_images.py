@@ -36,7 +36,7 @@ from dpo_mm.evaluation.verdict import (
     run_summary,
 )
 from dpo_mm.judges import metric_of
-from dpo_mm.judges.provenance import made_by, order_judges
+from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
 from dpo_mm.policies.families import load_image_policy
 from dpo_mm.policies.protocol import ImagePolicy
 
@@ -212,7 +212,7 @@ def compare_images(
     Raises:
         ValueError: if a judge, the model, the adapter, the prompts or a setting is unknown or does not fit.
     """
-    training_judges = made_by(config.adapter)
+    training_judges = training_judges_of_adapter(config.adapter)
     config = dataclasses.replace(config, judges=order_judges(config.judges, training_judges))
     plan, store = sampling_plan(config), ImageStore(Path(config.output_dir) / FOLDER)
     sampler = ImageSampler(_load(config, config.adapter), config, store, config.adapter)

@@ -28,7 +28,7 @@ from dpo_mm.evaluation.verdict import (
     run_summary,
 )
 from dpo_mm.judges import better_of, explain, metric_of
-from dpo_mm.judges.provenance import made_by, order_judges
+from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
 from dpo_mm.policies.families import load_text_policy
 from dpo_mm.policies.protocol import TextPolicy
 
@@ -107,7 +107,7 @@ def examples(
     for number, question in enumerate(questions):
         before, after = base.responses[number], tuned.responses[number]
         hits = base.ratios[judge][number, 0], tuned.ratios[judge][number, 0]
-        explanations = [explain(judge, response, question.truth) for response in (before, after)]
+        explanations = [explain(judge, response, question.ground_truth) for response in (before, after)]
         reasons = zip(("base", "tuned"), explanations, strict=True)
         note = "; ".join(f"{model}: {explanation.reason}" for model, explanation in reasons if explanation.reason)
         example = TextExample(
@@ -115,7 +115,7 @@ def examples(
             prompt=question.prompt if isinstance(question.prompt, str) else question.id,
             base=before.text,
             tuned=after.text,
-            truth=question.truth or None,
+            ground_truth=question.ground_truth or None,
             base_marks=explanations[0].marks if hits[0] else (),
             tuned_marks=explanations[1].marks if hits[1] else (),
             note=note if hits[0] or hits[1] else "",
@@ -210,7 +210,7 @@ def compare_responses(
         raise ValueError(
             f"guards: {unknown[0]!r} is not among the judges {', '.join(config.judges)}. Add it to judges."
         )
-    training_judges = made_by(config.adapter)
+    training_judges = training_judges_of_adapter(config.adapter)
     config = dataclasses.replace(config, judges=order_judges(config.judges, training_judges))
     questions, folder = read_questions(config.questions, limit=config.max_questions), Path(config.output_dir)
     policy = _load(config, config.adapter)

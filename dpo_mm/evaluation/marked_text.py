@@ -25,7 +25,7 @@ class TextExample:
         image: the prompt's image, if there is one.
         prompt: its text.
         base, tuned: the responses.
-        truth: the ground truth, if there is one.
+        ground_truth: the correct response, if there is one.
         base_marks, tuned_marks: (start, end) in characters of what the judge objects to.
         note: the judge's reasons.
     """
@@ -34,7 +34,7 @@ class TextExample:
     prompt: str
     base: str
     tuned: str
-    truth: str | None = None
+    ground_truth: str | None = None
     base_marks: tuple[tuple[int, int], ...] = ()
     tuned_marks: tuple[tuple[int, int], ...] = ()
     note: str = ""

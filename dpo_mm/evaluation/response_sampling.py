@@ -145,7 +145,7 @@ def score_responses(
     Raises:
         ValueError: if a judge does not return one ratio per response.
     """
-    ground_truths = [question.truth for question in questions]
+    ground_truths = [question.ground_truth for question in questions]
     scores = {}
     for name in config.judges:
         ratios: list[Ratio] = load_judge(name)(responses, ground_truths)

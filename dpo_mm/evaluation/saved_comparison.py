@@ -56,18 +56,20 @@ class SavedComparison:
         """Return the names of all categories, sorted."""
         return sorted({pair.category for pair in self.pairs})
 
-    def chosen(self, judge: str, *, of: str = "all", outcome: str = "all", by_change: bool = False) -> list[ImagePair]:
+    def select(
+        self, judge: str, *, category: str = "all", outcome: str = "all", by_change: bool = False
+    ) -> list[ImagePair]:
         """Select pairs by category and outcome.
 
         Args:
             judge: decides the outcome.
-            of: category, or "all".
+            category: name of a category, or "all".
             outcome: one of `OUTCOMES`, for the tuned image.
             by_change: sort by the size of the change, the largest first.
         """
         tests = {"all": lambda gain: True, "better": lambda gain: gain > 0, "worse": lambda gain: gain < 0}
         matches = tests.get(outcome, lambda gain: gain == 0)
-        pairs = [pair for pair in self.pairs if of in ("all", pair.category) and matches(pair.gain(judge))]
+        pairs = [pair for pair in self.pairs if category in ("all", pair.category) and matches(pair.gain(judge))]
         return sorted(pairs, key=lambda pair: -abs(pair.gain(judge))) if by_change else pairs
 
 

@@ -40,7 +40,7 @@ class Ratio(NamedTuple):
     """One response's part in a rate: hits divided by a total. A total of 0 means that the judge skips this response."""
 
     hits: float
-    of: float
+    total: float
 
 
 class Explanation(NamedTuple):

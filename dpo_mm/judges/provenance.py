@@ -50,7 +50,7 @@ def _judges_in_row(source: str, axis: str) -> list[str]:
     return [name for names in BUILT_BY.findall(source) for name in names.split("+")]
 
 
-def made_by(adapter: str | None) -> tuple[str, ...]:
+def training_judges_of_adapter(adapter: str | None) -> tuple[str, ...]:
     """Names of the judges that built an adapter's training pairs.
 
     They come from the adapter's model card, or else from the dataset that the adapter names.

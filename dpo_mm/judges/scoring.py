@@ -80,7 +80,7 @@ def score(config: JudgeConfig) -> ScoreResult | None:
                 advance(len(shards[number]))
     if not all(path.exists() for path in paths):
         return None
-    output = combine_shards(paths, Path(config.output), nothing="")
+    output = combine_shards(paths, Path(config.output), empty_message="")
     output.with_suffix(".json").write_text(json.dumps(card, indent=1))
     return _result(output)
 

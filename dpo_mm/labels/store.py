@@ -143,7 +143,7 @@ class VoteStore:
                 raise
             connection.execute("COMMIT")
 
-    def show(self, annotator: str) -> PresentedPair | None:
+    def next_pair(self, annotator: str) -> PresentedPair | None:
         """Return the pair to present to this annotator next, or None if all are labelled.
 
         It is the presentation without a vote if there is one, otherwise a new pair or a repeat.

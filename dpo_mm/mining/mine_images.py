@@ -62,7 +62,7 @@ def mine_images(config: MineConfig) -> Path:
         f"{config.min_score_gap:g} on {'+'.join(parse_judges(config.judges))}. Increase images_per_prompt or lower "
         "min_score_gap."
     )
-    return combine_shards(paths, folder / "pairs.parquet", nothing=empty_message)
+    return combine_shards(paths, folder / "pairs.parquet", empty_message=empty_message)
 
 
 def parse_judges(judges: tuple[str, ...] | str | None) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def mine_responses(config: MineResponsesConfig) -> Path:
     _validate_config(config)
     folder = Path(config.output_dir)
     questions = read_questions(config.questions, limit=config.max_questions)
-    without = next((question.id for question in questions if not question.truth), None)
+    without = next((question.id for question in questions if not question.ground_truth), None)
     if without is not None:
         raise ValueError(f"{config.questions}: question {without} has no ground truth, and mining needs it. Add it.")
     check_settings_unchanged(folder, as_dict(config), done="mined")
@@ -56,7 +56,7 @@ def mine_responses(config: MineResponsesConfig) -> Path:
         f"{config.output_dir}: no response to {len(questions)} questions failed by {config.judge}. Use more questions, "
         "or increase responses_per_question."
     )
-    return combine_shards(paths, folder / "pairs.parquet", nothing=empty_message)
+    return combine_shards(paths, folder / "pairs.parquet", empty_message=empty_message)
 
 
 def _validate_config(config: MineResponsesConfig) -> None:
@@ -131,7 +131,7 @@ def failure_scores(judge: str, responses: Sequence[Response], ground_truth: str)
     """
     ratios: list[Ratio] = load_judge(judge)(responses, [ground_truth] * len(responses))
     sign = -1.0 if better_of(judge) == "higher" else 1.0
-    return [sign * ratio.hits / ratio.of if ratio.of else 0.0 for ratio in ratios]
+    return [sign * ratio.hits / ratio.total if ratio.total else 0.0 for ratio in ratios]
 
 
 def build_pair(
@@ -148,21 +148,21 @@ def build_pair(
     Returns:
         The row. None if no response is worse than chosen by more than the gap.
     """
-    perfect = Response(question.truth, 0, hit_limit=False)
-    *scores, chosen_score = failure_scores(config.judge, [*responses, perfect], question.truth)
+    perfect = Response(question.ground_truth, 0, hit_limit=False)
+    *scores, chosen_score = failure_scores(config.judge, [*responses, perfect], question.ground_truth)
     worst = max(range(len(responses)), key=scores.__getitem__)
-    rejected, chosen = responses[worst], question.truth
+    rejected, chosen = responses[worst], question.ground_truth
     if config.chosen == "best":
-        ties = failure_scores(config.tie_break, responses, question.truth)
+        ties = failure_scores(config.tie_break, responses, question.ground_truth)
         best = min(range(len(responses)), key=lambda n: (scores[n], ties[n]))
         chosen, chosen_score = responses[best].text, scores[best]
     elif config.chosen == "corrected":
-        chosen = correct(config.judge, rejected, question.truth)
-        (chosen_score,) = failure_scores(config.judge, [Response(chosen, 0, hit_limit=False)], question.truth)
+        chosen = correct(config.judge, rejected, question.ground_truth)
+        (chosen_score,) = failure_scores(config.judge, [Response(chosen, 0, hit_limit=False)], question.ground_truth)
     score_gap = scores[worst] - chosen_score
     if score_gap <= config.min_score_gap or not chosen.strip() or rejected.text == chosen:
         return None
-    text = truncate_repetition(rejected.text, question.truth) if rejected.hit_limit else rejected.text
+    text = truncate_repetition(rejected.text, question.ground_truth) if rejected.hit_limit else rejected.text
     return {
         "id": f"{question.id}/{worst}",
         "images": [{"bytes": encode_png(image), "path": None} for image in question.images],
@@ -172,7 +172,7 @@ def build_pair(
         "rejected_truncated": rejected.hit_limit,
         "score_gap": score_gap,
         "axis": config.judge,
-        "reason": explain(config.judge, rejected, question.truth).reason or f"worse by {config.judge}",
+        "reason": explain(config.judge, rejected, question.ground_truth).reason or f"worse by {config.judge}",
         "model": config.model,
         "decoding": decodings[worst],
         "source": f"own failures on {config.questions}, chosen: {config.chosen}",

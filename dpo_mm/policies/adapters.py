@@ -80,7 +80,7 @@ def save_whole(model: Any, folder: Path, weights: Weights = None) -> None:
     model.save_pretrained(folder)
 
 
-def check_format(config: TrainConfig, prefix: str | None, *, family: str) -> None:
+def check_lora_format(config: TrainConfig, prefix: str | None, *, family: str) -> None:
     """Check that the LoRA can be saved in the format of a config.
 
     Args:

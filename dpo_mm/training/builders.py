@@ -14,7 +14,7 @@ from dpo_mm import objectives
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
 from dpo_mm.objectives import LogProbs
-from dpo_mm.policies.adapters import check_format
+from dpo_mm.policies.adapters import check_lora_format
 from dpo_mm.policies.diffusion.random_draws import TIMESTEP_DISTRIBUTIONS
 from dpo_mm.policies.families import load_policy, policy_class
 from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
@@ -87,12 +87,12 @@ def validate_config(config: TrainConfig) -> None:
     """Refuse every invalid setting that can be found before a model is loaded. Raises ValueError."""
     family = policy_class(config.model, revision=config.revision)
     modality: Modality = family.modality
-    check_format(config, getattr(family, "kohya_prefix", None), family=family.__name__)
+    check_lora_format(config, getattr(family, "kohya_prefix", None), family=family.__name__)
     build_loss(config, modality=modality)
     draws = 1 if modality == "text" else config.fixed_draws_per_row
     if resolve_reference_name(config) == "precomputed" and draws < 1:
         raise ValueError(
-            "reference 'precomputed' needs fixed_draws_per_row of at least 1: so many fixed draws a row are kept"
+            "reference 'precomputed' needs fixed_draws_per_row of at least 1, the number of noise samples per row"
         )
     if resolve_reference_name(config) == "precomputed" and "corrupted_ratio" in required_inputs(config):
         raise ValueError("reference 'precomputed' does not go with image_conditional; take adapter_off or frozen_copy")

@@ -199,6 +199,6 @@ class ChosenErrorWarning(_ThresholdWarning):
 
     name, limit, above = "errors/chosen", DRIFTED, True
     advice = (
-        "the denoising error of chosen pictures is {mean:.2f} times the reference's over the last {window} logs; look at "
-        "pictures, not at the loss. If they get worse: objective sdpo, a higher beta, a lower learning_rate or fewer steps"
+        "the denoising error of chosen images is {mean:.2f} times the reference's over the last {window} logs; look at "
+        "images, not at the loss. If they get worse: objective sdpo, a higher beta, a lower learning_rate or fewer steps"
     )

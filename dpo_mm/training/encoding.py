@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.data.load_pairs import Pairs, check_sources, data_columns
+from dpo_mm.data.load_pairs import Pairs, check_source_images, data_columns
 from dpo_mm.data.schema import digest, drop_ties, load_pairs, load_responses, split_by_prompt
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
@@ -132,11 +132,11 @@ def encode(
     unit = policy.patch * policy.pipe.vae_scale_factor
     frames = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
     folder = (cache or cache_folder()) / "encoded" / _key(policy, rows, frames, precision)
-    pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, edits=policy.is_image_editing)
+    pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, with_source=policy.is_image_editing)
     task = EncodingJob(policy, pairs, folder, frames, precision, ProcessRank.own())
     if not (folder / COMPLETE).exists():
         pipeline = type(policy.pipe).__name__
-        check_sources(rows, where, pipeline=pipeline, is_image_editing=policy.is_image_editing)
+        check_source_images(rows, where, pipeline=pipeline, is_image_editing=policy.is_image_editing)
         folder.mkdir(parents=True, exist_ok=True)
         _encode(task)
     return EncodedPairs(folder)
@@ -182,12 +182,12 @@ def _complete(task: EncodingJob) -> None:
     pairs = list(arrow_shards.list_parts(task.folder, "pairs"))
     if not pairs:
         raise ValueError(
-            f"{task.pairs.where}: no pair is left, because every row has an image that does not decode. See "
+            f"{task.pairs.dataset_name}: no pair is left, because every row has an image that does not decode. See "
             f"{task.folder / QUARANTINE}"
         )
     kept = {"pairs": pairs, "prompts": list(arrow_shards.list_parts(task.folder, "prompts"))}
     about = {
-        "source": task.pairs.where,
+        "source": task.pairs.dataset_name,
         "model": task.policy.source,
         "rows": len(task.pairs.rows),
         "precision": task.precision,
@@ -229,7 +229,7 @@ def _own(task: EncodingJob, kind: str, total: int) -> Iterator[tuple[Path, range
 
 
 def _encode_prompts(task: EncodingJob, names: Sequence[str], advance: Any) -> None:
-    from dpo_mm.policies.diffusion.collate import padded
+    from dpo_mm.policies.diffusion.collate import stack_padded
 
     for place, part in _own(task, "prompts", len(names)):
         first = task.policy.encode_prompts([names[part.start]])
@@ -239,9 +239,9 @@ def _encode_prompts(task: EncodingJob, names: Sequence[str], advance: Any) -> No
             task.policy.encode_prompts([names[n] for n in part[start : start + images_per_batch]])
             for start in range(0, len(part), images_per_batch)
         ]
-        columns = {name: padded([row for each in found for row in each[name]]) for name in found[0]}
+        columns = {name: stack_padded([row for each in found for row in each[name]]) for name in found[0]}
         arrow_shards.write_shard(
-            place, {"all": arrow_shards.cast_columns(columns, task.precision, where=task.pairs.where)}
+            place, {"all": arrow_shards.cast_columns(columns, task.precision, where=task.pairs.dataset_name)}
         )
         advance(len(part))
 
@@ -251,12 +251,14 @@ def _encode_pairs(task: EncodingJob, names: Sequence[str], advance: Any) -> None
     optional = data_columns(task.pairs.rows)
     for place, part in _own(task, "pairs", len(task.pairs.rows)):
         good: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        for row in task.pairs.decoded(part):
-            good.setdefault(bucket_for([each.size for each in row["pictures"][:2]], task.frames), []).append(row)
+        for row in task.pairs.decode(part):
+            good.setdefault(bucket_for([each.size for each in row["images"][:2]], task.frames), []).append(row)
         sets = {}
         for frame, some in sorted(good.items()):
             columns = _columns(task.policy, some, frame, index, optional)
-            sets[f"{frame[0]}x{frame[1]}"] = arrow_shards.cast_columns(columns, task.precision, where=task.pairs.where)
+            sets[f"{frame[0]}x{frame[1]}"] = arrow_shards.cast_columns(
+                columns, task.precision, where=task.pairs.dataset_name
+            )
         arrow_shards.write_shard(place, sets)
         advance(len(part))
 
@@ -275,8 +277,8 @@ def _columns(
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"id": [row["id"] for row in rows], "prompt_row": [index[row["prompt"]] for row in rows]}
     count = images_per_batch(frame)
-    for place, side in enumerate(("chosen", "rejected", "source")[: len(rows[0]["pictures"])]):
-        some = [row["pictures"][place] for row in rows]
+    for place, side in enumerate(("chosen", "rejected", "source")[: len(rows[0]["images"])]):
+        some = [row["images"][place] for row in rows]
         with policy.at_size(frame):
             parts = [policy.encode_images(some[i : i + count]) for i in range(0, len(rows), count)]
             facts = policy.size_conditioning(some)

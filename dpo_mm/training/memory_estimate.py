@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.policies.diffusion.meta_pipeline import fake
+from dpo_mm.policies.diffusion.meta_pipeline import to_fake_tensors
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.training.arrow_shards import gib
 from dpo_mm.training.encoding import images_per_batch, sample_bytes
@@ -113,7 +113,7 @@ def count_bytes(policy: ImagePolicy, config: TrainConfig) -> tuple[Memory, tuple
     everything = sum(_bytes(module) for module in modules)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         for module in modules:
-            fake(module)
+            to_fake_tensors(module)
         disk = sample_bytes(policy, config.cache_precision)
         rows = [_row(policy)] * config.batch_size
         with PeakMemoryMode() as encoding:

@@ -42,7 +42,7 @@ def caption(scene: Scene) -> str:
 
 
 def _kinds_left_to_right(scene: Scene) -> list[str]:
-    return [f"{item.colour} {item.shape}" for item in sorted(scene.things, key=lambda item: item.x)]
+    return [f"{item.colour} {item.shape}" for item in sorted(scene.objects, key=lambda item: item.x)]
 
 
 def in_words(kinds: list[str]) -> str:

@@ -86,7 +86,7 @@ class HasCentre(Protocol):
 class Scene:
     """Objects on a background gradient from `top` to `bottom` (RGB, 0-255)."""
 
-    things: tuple[SceneObject, ...]
+    objects: tuple[SceneObject, ...]
     top: tuple[int, int, int]
     bottom: tuple[int, int, int]
 
@@ -270,7 +270,7 @@ def render(scene: Scene, *, oversample: int = 4) -> Image.Image:
     canvas = np.broadcast_to(ramp, (SIZE * oversample, SIZE * oversample, 3)).round().astype(np.uint8)
     image = Image.fromarray(np.ascontiguousarray(canvas))
     pen = ImageDraw.Draw(image)
-    for item in scene.things:
+    for item in scene.objects:
         points = outline(item.shape, item.x, item.y, item.size)
         pen.polygon([(px * oversample - 0.5, py * oversample - 0.5) for px, py in points], fill=item.rgb)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)

@@ -406,7 +406,10 @@ def _posterior(config: TrainConfig, batch: dict[str, Any]) -> Tensor:
 
     shape = tuple(batch["noise"].shape[1:])
     return torch.stack(
-        [torch.from_numpy(random_draws.sample_noise(config.seed, id, 0, shape, what="posterior")) for id in batch["id"]]
+        [
+            torch.from_numpy(random_draws.sample_noise(config.seed, id, 0, shape, purpose="posterior"))
+            for id in batch["id"]
+        ]
     )
 
 

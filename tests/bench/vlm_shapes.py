@@ -331,7 +331,7 @@ def step_flops(shape: Shape, tokens: int, completion: int, *, attention: bool = 
     }
 
 
-def allowed(shape: Shape, tokens: int, completion: int, *, attention: bool = True) -> dict[str, float]:
+def largest_speedups(shape: Shape, tokens: int, completion: int, *, attention: bool = True) -> dict[str, float]:
     """The largest speed-up of each variant over TRL's step (with the head only on completions) that the FLOP counts allow."""
     flops_by_variant = step_flops(shape, tokens, completion, attention=attention)
     return {

@@ -43,7 +43,7 @@ from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.training.pair_stream import PairStream
 from dpo_mm.training.reference import precompute_reference_log_probs
 from dpo_mm.training.trainer import PreferenceTrainer
-from tests.bench.vlm_shapes import PUBLISHED, RANK, SHAPES, Shape, allowed, build, ratios, rows_of, texts
+from tests.bench.vlm_shapes import PUBLISHED, RANK, SHAPES, Shape, build, largest_speedups, ratios, rows_of, texts
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_ARENA_MAX": "1"}
@@ -206,14 +206,14 @@ def measure_cell(shape: Shape, tokens: int, completion: int, rounds: int) -> dic
 def add_derived_values(measured: dict[str, Any]) -> dict[str, Any]:
     """Add the speed-up over TRL to a cell, and the FLOP bounds by formula and as counted."""
     size = SHAPES[measured["shape"]], measured["about"], measured["completion"]
-    bound, seconds, counted = allowed(*size), measured["cpu_seconds"], measured["counted_flops"]
+    bound, seconds, counted = largest_speedups(*size), measured["cpu_seconds"], measured["counted_flops"]
     speedup = {name: seconds["trl_head"] / seconds[name] for name in bound}
     return {
         **measured,
         "over_trl_head": speedup,
         "flops_allow": bound,
         "share_of_allowed": {name: speedup[name] / bound[name] for name in bound},
-        "flops_allow_without_attention": allowed(*size, attention=False),
+        "flops_allow_without_attention": largest_speedups(*size, attention=False),
         "counted_without_attention": {name: counted["trl_head"] / counted[name] for name in bound},
     }
 

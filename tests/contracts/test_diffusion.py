@@ -20,13 +20,13 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.objectives import deltas, sigmoid
-from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_format
+from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_lora_format
 from dpo_mm.policies.diffusion import random_draws
 from dpo_mm.policies.diffusion.latents import posterior
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode
 from dpo_mm.training.reference import adapter_off, frozen_copy
-from tests.conftest import picture, rows
+from tests.conftest import noise_image, rows
 from tests.contracts.families import BUILDERS, WORDS, Family
 
 FAMILIES = sorted(BUILDERS)
@@ -53,8 +53,8 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def encoded_rows(policy: Any, count: int = 4) -> list[dict[str, Any]]:
-    chosen = policy.encode_images([picture(n, policy.resolution) for n in range(count)])
-    rejected = policy.encode_images([picture(100 + n, policy.resolution) for n in range(count)])
+    chosen = policy.encode_images([noise_image(n, policy.resolution) for n in range(count)])
+    rejected = policy.encode_images([noise_image(100 + n, policy.resolution) for n in range(count)])
     prompts = policy.encode_prompts([WORDS[n % len(WORDS)] for n in range(count)])
     source_rows = [source_columns(policy, n) for n in range(count)]
     return [
@@ -78,10 +78,10 @@ def source_columns(policy: Any, number: int) -> dict[str, torch.Tensor]:
 
 
 def source_image(number: int) -> Image.Image:
-    return picture(200 + number)
+    return noise_image(200 + number)
 
 
-def disturbed(policy: Any) -> None:
+def randomise_adapter(policy: Any) -> None:
     """Add noise to the adapter. A fresh adapter changes nothing, because its second factors are zero."""
     torch.manual_seed(3)
     for parameter in policy.model.parameters():
@@ -131,7 +131,7 @@ def test_reference_is_unchanged_when_the_adapter_changes(family: str, prepare: C
     policy = prepare(family)
     batch = policy.collate(encoded_rows(policy))
     before = policy.log_probs(policy.model, batch)
-    disturbed(policy)
+    randomise_adapter(policy)
     after, reference = policy.log_probs(policy.model, batch), adapter_off(policy)(policy.model, batch)
     assert torch.equal(reference.chosen, before.chosen)
     assert not torch.allclose(after.chosen, before.chosen)
@@ -141,7 +141,7 @@ def test_frozen_copy_is_unchanged_by_full_fine_tuning(prepare: Callable[..., Any
     policy = prepare("stable-diffusion", tuning="full")
     reference, batch = frozen_copy(policy), policy.collate(encoded_rows(policy))
     before = reference(policy.model, batch)
-    disturbed(policy)
+    randomise_adapter(policy)
     assert torch.equal(reference(policy.model, batch).chosen, before.chosen)
     assert not torch.allclose(policy.log_probs(policy.model, batch).chosen, before.chosen)
 
@@ -149,7 +149,7 @@ def test_frozen_copy_is_unchanged_by_full_fine_tuning(prepare: Callable[..., Any
 @pytest.mark.parametrize("family", FAMILIES)
 def test_swapping_chosen_and_rejected_swaps_their_log_probs(family: str, prepare: Callable[..., Any]) -> None:
     policy = prepare(family)
-    disturbed(policy)
+    randomise_adapter(policy)
     batch = policy.collate(encoded_rows(policy))
     swapped_batch = swap(batch)
     reference = adapter_off(policy)
@@ -185,7 +185,7 @@ def test_rows_cached_on_disk_give_the_log_probs_of_rows_in_memory(
     cached = encode(policy, pairs, where="pairs", cache=tmp_path)
     in_memory = encoded_rows(policy)
     for n, row in enumerate(in_memory):
-        sides = [picture(2 * n), picture(2 * n + 1)][:: -1 if n % 2 else 1]
+        sides = [noise_image(2 * n), noise_image(2 * n + 1)][:: -1 if n % 2 else 1]
         for side, image in zip(("chosen", "rejected"), sides, strict=True):
             (row[f"{side}_mean"],), (row[f"{side}_std"],) = policy.encode_images([image])
     from_cache = policy.log_probs(policy.model, policy.collate([{**cached[n], "visit": 0} for n in range(4)]))
@@ -288,7 +288,7 @@ def test_denoise_equals_the_upstream_pipelines_first_step(family: str, load: Cal
     latents, expected = (row.unpack(policy.pipe, value, row.size) for value in (latents, expected))
     conditioning = policy.encode_prompts(prompts)
     if policy.is_image_editing:
-        conditioning["source"] = policy.latent_scale.normalised(
+        conditioning["source"] = policy.latent_scale.normalise(
             policy.encode_images([source_image(0), source_image(1)])[0]
         )
     with torch.no_grad():
@@ -301,20 +301,20 @@ def test_denoise_equals_the_upstream_pipelines_first_step(family: str, load: Cal
 def test_latents_decode_to_the_image_in_the_upstream_pipeline(family: str, prepare: Callable[..., Any]) -> None:
     """The upstream pipeline decodes a batch's latents to the image that the autoencoder decodes from its own latents."""
     policy, row = prepare(family), BUILDERS[family]
-    mean, std = policy.encode_images([picture(0, row.size)])
+    mean, std = policy.encode_images([noise_image(0, row.size)])
     rows = [{**encoded_rows(policy, 1)[0], "chosen_mean": mean[0], "chosen_std": torch.zeros_like(std[0])}]
     latents = policy.collate(rows)["chosen"]
     packed = row.pack(policy.pipe, latents, row.size)
     arguments = {"prompt": WORDS[:1], "num_inference_steps": 1}
     *_, images = first_step(policy, row, arguments, result=packed)
-    pixels = policy.pixels(picture(0, row.size))[None]
+    pixels = policy.pixels(noise_image(0, row.size))[None]
     with torch.no_grad():
         native, _ = posterior(policy.pipe.vae, pixels[:, :, None] if policy.vae_is_video else pixels)
         decoded = policy.pipe.vae.decode(native).sample
     expected = ((decoded[:, :, 0] if policy.vae_is_video else decoded) / 2 + 0.5).clamp(0, 1)
     assert expected.std() > 1e-3
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(policy.latent_scale.unnormalised(latents), mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.latent_scale.denormalise(latents), mean, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -323,7 +323,7 @@ def test_saved_adapter_generates_the_same_pixels_in_the_upstream_library(
 ) -> None:
     policy, row = prepare(family, lora_rank=4, lora_alpha=8), BUILDERS[family]
     base = [np.asarray(i) for part in generate_images(policy, 0.0) for i in part]
-    disturbed(policy)
+    randomise_adapter(policy)
     policy.save(tmp_path)
     ours = [np.asarray(i) for part in generate_images(policy, 1.0) for i in part]
     pipe = DiffusionPipeline.from_pretrained(folders(family), **dict.fromkeys(BUILDERS[family].left_out))
@@ -349,9 +349,9 @@ def test_kohya_file_contains_the_same_adapter(
     policy, row = prepare(family, lora_rank=4, lora_alpha=8, lora_format="kohya"), BUILDERS[family]
     if policy.kohya_prefix is None:
         with pytest.raises(ValueError, match=r"lora_format 'kohya': .* has no names in kohya's format"):
-            check_format(policy.config, None, family=type(policy).__name__)
+            check_lora_format(policy.config, None, family=type(policy).__name__)
         return
-    disturbed(policy)
+    randomise_adapter(policy)
     policy.save(tmp_path)
     tensors = load_file(tmp_path / KOHYA_FILE)
     plain = {f"unet.{k.split('.', 1)[1]}": v for k, v in load_file(tmp_path / LORA_FILE).items()}
@@ -386,7 +386,7 @@ def test_scale_zero_generates_the_base_models_images(
     tmp_path: Path, prepare: Callable[..., Any], load: Callable[[str], Any]
 ) -> None:
     policy = prepare("stable-diffusion")
-    disturbed(policy)
+    randomise_adapter(policy)
     policy.save(tmp_path)
     fresh = load("stable-diffusion")
     base = np.stack([np.asarray(i) for part in generate_images(fresh, 1.0) for i in part])
@@ -402,7 +402,7 @@ def test_fully_tuned_denoiser_is_saved_and_loaded(
 ) -> None:
     policy = prepare("stable-diffusion", tuning="full")
     base = np.stack([np.asarray(i) for part in generate_images(policy, 1.0) for i in part])
-    disturbed(policy)
+    randomise_adapter(policy)
     policy.save(tmp_path)
     tuned = np.stack([np.asarray(i) for part in generate_images(policy, 1.0) for i in part])
     pipe = load("stable-diffusion").pipe

@@ -14,10 +14,10 @@ from PIL import Image
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import make_image_rows, split_by_prompt
-from dpo_mm.policies.adapters import check_format
+from dpo_mm.policies.adapters import check_lora_format
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode
-from tests.conftest import picture, rows
+from tests.conftest import noise_image, rows
 from tests.contracts.families import BUILDERS, WORDS
 from tests.contracts.test_diffusion import config, first_step
 
@@ -37,7 +37,7 @@ def cell(image: Image.Image) -> dict[str, Any]:
 
 
 def edit_rows(count: int) -> list[dict[str, Any]]:
-    return [{**row, "image_source": cell(picture(300 + n))} for n, row in enumerate(rows(count))]
+    return [{**row, "image_source": cell(noise_image(300 + n))} for n, row in enumerate(rows(count))]
 
 
 def test_sdxl_conditioning_equals_the_upstream_pipelines(sdxl: str) -> None:
@@ -58,7 +58,7 @@ def test_sdxl_conditioning_equals_the_upstream_pipelines(sdxl: str) -> None:
 def test_sdxl_rows_have_the_size_and_crop_of_each_image(sdxl: str, tmp_path: Path) -> None:
     policy = load_policy(sdxl)
     policy.prepare(config())
-    wide = picture(5, 64).resize((96, 64))
+    wide = noise_image(5, 64).resize((96, 64))
     row = {**rows(1)[0], "image_b": cell(wide), "preference": "a"}
     cached = encode(policy, make_image_rows([row]), where="pairs", cache=tmp_path)
     assert cached[0]["chosen_frame"].tolist() == [32, 32, 0, 0, 32, 32]
@@ -76,10 +76,10 @@ def test_sdxl_rows_have_the_size_and_crop_of_each_image(sdxl: str, tmp_path: Pat
 
 def test_sdxl_autoencoder_encodes_in_float32_in_a_float16_pipeline(sdxl: str) -> None:
     policy = load_policy(sdxl, precision="fp16")
-    mean, std = policy.encode_images([picture(0)])
+    mean, std = policy.encode_images([noise_image(0)])
     assert policy.vae.dtype == torch.float16
     with torch.no_grad():
-        expected = policy.vae.float().encode(policy.pixels(picture(0))[None]).latent_dist
+        expected = policy.vae.float().encode(policy.pixels(noise_image(0))[None]).latent_dist
     assert torch.equal(mean, expected.mean) and torch.equal(std, expected.std)
 
 
@@ -87,10 +87,10 @@ def test_image_to_edit_reaches_the_denoiser(kontext: str, tmp_path: Path) -> Non
     policy = load_policy(kontext, resolution=32)
     policy.prepare(config())
     cached = encode(policy, make_image_rows(edit_rows(2)), where="pairs", cache=tmp_path)
-    mean, _ = policy.encode_images([picture(300), picture(301)])
+    mean, _ = policy.encode_images([noise_image(300), noise_image(301)])
     torch.testing.assert_close(torch.stack([cached[n]["source_mean"] for n in (0, 1)]), mean, atol=1e-6, rtol=0)
     batch = policy.collate([{**cached[n], "visit": 0} for n in (0, 1)])
-    torch.testing.assert_close(batch["prompt"]["source"], policy.latent_scale.normalised(mean), atol=1e-6, rtol=0)
+    torch.testing.assert_close(batch["prompt"]["source"], policy.latent_scale.normalise(mean), atol=1e-6, rtol=0)
     other = {**batch, "prompt": {**batch["prompt"], "source": batch["prompt"]["source"].flip(0)}}
     assert not torch.equal(policy.log_probs(policy.model, batch).chosen, policy.log_probs(policy.model, other).chosen)
 
@@ -109,7 +109,7 @@ def test_missing_or_unused_source_images_are_named_in_the_error(kontext: str, ti
     with pytest.raises(ValueError, match="FluxKontextPipeline, which needs an image to edit per prompt"):
         next(editor.sample(WORDS[:1], [0], **drawing))
     with pytest.raises(ValueError, match="StableDiffusionPipeline, which takes no images to edit"):
-        next(plain.sample(WORDS[:1], [0], sources=[picture(0)], **drawing))
+        next(plain.sample(WORDS[:1], [0], sources=[noise_image(0)], **drawing))
 
 
 def test_undecodable_source_image_is_named_in_the_error(kontext: str, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_unsupported_resolution_is_named_in_the_error(kontext: str) -> None:
 )
 def test_unsupported_lora_format_raises(changes: dict[str, Any], prefix: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_format(config(**changes), prefix, family="Mystery")
+        check_lora_format(config(**changes), prefix, family="Mystery")
 
 
 def test_training_on_edits_writes_an_adapter(

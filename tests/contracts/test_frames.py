@@ -15,7 +15,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion.buckets import buckets_of
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.reference import adapter_off
-from tests.conftest import picture
+from tests.conftest import noise_image
 from tests.contracts.families import BUILDERS, WORDS
 
 
@@ -24,7 +24,7 @@ def rows_at_size(policy: Any, target_size: tuple[int, int]) -> list[dict[str, An
     row: dict[str, Any] = {"id": "row", "visit": 0, "prompt": prompt}
     with policy.at_size(target_size):
         for number, side in enumerate(("chosen", "rejected", *(["source"] if policy.is_image_editing else []))):
-            image = picture(number, 96).resize((90, 61))
+            image = noise_image(number, 96).resize((90, 61))
             mean, std = policy.encode_images([image])
             row |= {f"{side}_mean": mean[0], f"{side}_std": std[0]}
             row |= {f"{side}_{name}": value[0] for name, value in policy.size_conditioning([image]).items()}

@@ -140,7 +140,9 @@ def test_fresh_adapter_gives_the_reference_log_probs_despite_dropout(family: str
     log_probs = policy.log_probs(policy.model, batch)
     assert torch.equal(log_probs.chosen, reference.chosen) and torch.equal(log_probs.rejected, reference.rejected)
     assert torch.equal(sigmoid(log_probs, reference, beta=0.1), torch.full((3,), math.log(2)))
-    assert policy.scorer.layout == "shared_prefix" and log_probs.is_likelihood and log_probs.chosen.requires_grad
+    assert (
+        policy.token_log_probs.layout == "shared_prefix" and log_probs.is_likelihood and log_probs.chosen.requires_grad
+    )
     policy.model.eval()
     assert torch.equal(policy.log_probs(policy.model, batch_of(policy, family)).chosen, log_probs.chosen)
 
@@ -208,7 +210,7 @@ def test_shared_prefix_equals_two_separate_forward_passes(family: str, checkpoin
     expected = separate_forward_passes(policy, encoded)
     expected_gradients = gradients(policy, expected)
     log_probs = policy.log_probs(policy.model, policy.collate(encoded))
-    assert policy.scorer.layout == "shared_prefix"
+    assert policy.token_log_probs.layout == "shared_prefix"
     assert_log_probs_close(log_probs, expected, 1e-5)
     assert_gradients_close(gradients(policy, log_probs), expected_gradients, 1e-5)
     assert log_probs.num_tokens_chosen.tolist() == [len(row["chosen_ids"]) for row in encoded]
@@ -229,7 +231,7 @@ def test_shared_prefix_without_padding_equals_separate_forward_passes() -> None:
     policy = policy_of("llava")
     encoded = policy.encode(rows("llava", (1,)))
     batch = policy.collate(encoded)
-    assert not batch["layout"].padded
+    assert not batch["layout"].has_padding
     expected = separate_forward_passes(policy, encoded)
     log_probs = policy.log_probs(policy.model, batch)
     assert_log_probs_close(log_probs, expected, 1e-5)
@@ -254,7 +256,7 @@ def test_separate_sequences_give_the_same_log_probs_with_left_and_right_padding(
     with torch.no_grad():
         log_probs = policy.log_probs(policy.model, batch)
         for side in ("left", "right"):
-            separate = separate_log_probs(policy.model, batch, head=policy.scorer.head, padding_side=side)
+            separate = separate_log_probs(policy.model, batch, head=policy.token_log_probs.head, padding_side=side)
             assert largest_difference(log_probs.chosen, separate[:, :chosen].sum(1)) < 1e-5
             assert largest_difference(log_probs.rejected, separate[:, chosen:].sum(1)) < 1e-5
 
@@ -268,7 +270,7 @@ def test_bf16_autocast_gives_close_log_probs(family: str) -> None:
         expected = separate_forward_passes(policy, encoded)
         with torch.autocast("cpu", torch.bfloat16):
             log_probs = policy.log_probs(policy.model, policy.collate(encoded))
-    assert policy.scorer.layout == "shared_prefix" and log_probs.chosen.dtype == torch.float32
+    assert policy.token_log_probs.layout == "shared_prefix" and log_probs.chosen.dtype == torch.float32
     assert_log_probs_close(log_probs, expected, 2e-2)
 
 
@@ -281,14 +283,14 @@ def test_saved_adapter_gives_the_same_outputs_in_upstream_classes(family: str, t
     assert (tmp_path / "adapter_model.safetensors").exists() and not list(tmp_path.glob("*.bin"))
     upstream = PeftModel.from_pretrained(build(family)[0], str(tmp_path)).eval()
     row = rows(family, (1 if family in IMAGES else 0,))[0]
-    prompt = policy.rows.prompt(row["images"], row["prompt"], where="here")
+    prompt = policy.encoder.prompt(row["images"], row["prompt"], label="here")
     inputs = {"input_ids": prompt["ids"][None], **{k: v[None] for k, v in prompt["types"].items()}, **prompt["images"]}
     with torch.no_grad():
         policy.model.eval()
         torch.testing.assert_close(upstream(**inputs).logits, policy.model(**inputs).logits, rtol=1e-5, atol=1e-5)
         tokens = upstream.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, len(prompt["ids"]) :]
     response = policy.generate([row["images"]], [row["prompt"]], max_new_tokens=8, do_sample=False)[0]
-    assert response.text == policy.rows.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert response.text == policy.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
     loaded = policy_of(family, trained=False)
     loaded.load_weights(tmp_path)
     batch = batch_of(policy, family)
@@ -324,7 +326,7 @@ def test_lm_head_in_chunks_gives_the_same_log_probs_and_gradients(monkeypatch: p
     batch = batch_of(policy, "llava")
     log_probs = policy.log_probs(policy.model, batch)
     expected_gradients = gradients(policy, log_probs)
-    monkeypatch.setattr(token_log_probs, "HEAD_ELEMENTS", 16 * len(policy.rows.tokenizer))
+    monkeypatch.setattr(token_log_probs, "HEAD_ELEMENTS", 16 * len(policy.encoder.tokenizer))
     head_rows = []
     upstream_linear = torch.nn.functional.linear
 
@@ -345,7 +347,7 @@ def test_soft_capped_text_model_gives_the_right_log_probs() -> None:
     expected = separate_forward_passes(policy, encoded)
     expected_gradients = gradients(policy, expected)
     log_probs = policy.log_probs(policy.model, policy.collate(encoded))
-    assert (policy.scorer.head, policy.scorer.layout) == ("finished", "shared_prefix")
+    assert (policy.token_log_probs.head, policy.token_log_probs.layout) == ("finished", "shared_prefix")
     assert_log_probs_close(log_probs, expected, 1e-5)
     assert_gradients_close(gradients(policy, log_probs), expected_gradients, 1e-5)
 
@@ -364,7 +366,7 @@ def test_custom_lm_head_computes_all_logits(caplog: pytest.LogCaptureFixture) ->
     encoded = policy.encode(rows("llama", (0, 0)))
     log_probs = policy.log_probs(policy.model, policy.collate(encoded))
     assert_log_probs_close(log_probs, separate_forward_passes(policy, encoded), 1e-5)
-    assert policy.scorer.head == "own" and "in an unknown way" in caplog.text
+    assert policy.token_log_probs.head == "own" and "in an unknown way" in caplog.text
 
 
 @pytest.mark.parametrize("detected_by", ["layer types", "the check"])
@@ -381,7 +383,7 @@ def test_linear_attention_falls_back_to_separate_sequences_and_warns_once(
         for _ in range(2):
             log_probs = policy.log_probs(policy.model, policy.collate(encoded))
     warnings = [record for record in caplog.records if "two separate sequences" in record.message]
-    assert policy.scorer.layout == "separate" and len(warnings) == 1
+    assert policy.token_log_probs.layout == "separate" and len(warnings) == 1
     assert ("linear_attention layers" in warnings[0].message) == (detected_by == "layer types")
     assert_log_probs_close(log_probs, expected, 1e-5)
     assert_gradients_close(gradients(policy, log_probs), expected_gradients, 1e-5)
@@ -420,7 +422,7 @@ def test_wrong_shared_prefix_fails_the_check(wrong: str, half_precision: str, mo
     batch = batch_of(policy, "llava")
     with torch.autocast("cpu", torch.bfloat16, enabled=half_precision == "autocast"), torch.no_grad():
         policy.log_probs(policy.model, batch)
-    assert policy.scorer.layout == "separate"
+    assert policy.token_log_probs.layout == "separate"
     strict_policy = policy_of("llava", options={"pair_layout": "shared_prefix"})
     with pytest.raises(ValueError, match="pair_layout 'shared_prefix' is not exact"):
         strict_policy.log_probs(strict_policy.model, batch_of(strict_policy, "llava"))
@@ -439,8 +441,10 @@ def test_check_runs_in_float32_inside_a_wrapper_that_casts() -> None:
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: dtypes.append(inputs[0].dtype))
     linear = model.get_decoder().layers[0].mlp.down_proj
     linear.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
-    policy.scorer.check(policy.model, batch_of(policy, "qwen2_5_vl"))
-    assert policy.scorer.layout == "shared_prefix" and set(dtypes) == {torch.float32} and model.forward is forward
+    policy.token_log_probs.check(policy.model, batch_of(policy, "qwen2_5_vl"))
+    assert (
+        policy.token_log_probs.layout == "shared_prefix" and set(dtypes) == {torch.float32} and model.forward is forward
+    )
     policy.log_probs(policy.model, batch_of(policy, "qwen2_5_vl"))
     assert torch.bfloat16 in dtypes
 
@@ -535,7 +539,7 @@ def test_completion_is_the_text_that_the_template_adds_after_the_prompt(family: 
     policy = VisionLanguage(*build(family), family)
     row = rows(family, (1 if family in IMAGES else 0,))[0]
     encoded = policy.encode([row])[0]
-    tokenizer = policy.rows.tokenizer
+    tokenizer = policy.encoder.tokenizer
     assert tokenizer.decode(encoded["chosen_ids"]) == row["chosen"][0]["content"][0]["text"] + "</s>"
     assert tokenizer.decode(encoded["prompt_ids"]).count("<s>") == 1
     prompt = row["prompt"][0]["content"][0]["text"]
@@ -556,7 +560,7 @@ def test_overlong_rows_are_named_and_raise_or_are_dropped(caplog: pytest.LogCapt
         VisionLanguage(*build("llava"), "m", max_length=64).encode(some)
     policy = VisionLanguage(*build("llava"), "m", max_length=64, overlong_rows="drop")
     assert [row["id"] for row in policy.encode(some)] == ["llava-0", "llava-2"]
-    assert policy.rows.dropped == ["llava-1"] and "row llava-1" in caplog.text
+    assert policy.encoder.dropped == ["llava-1"] and "row llava-1" in caplog.text
     two_images = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "a"}]}]
     with pytest.raises(ValueError, match="row llava-0: 1 images for 2 placeholders"):
         policy.encode([{**some[0], "prompt": two_images}])
@@ -608,7 +612,7 @@ def test_sampled_responses_depend_only_on_the_seed() -> None:
 def test_response_records_that_it_hit_the_limit() -> None:
     policy = VisionLanguage(*build("llama"), "m")
     end_tokens = policy.base_model.generation_config.eos_token_id
-    response = lambda tokens: response_from_tokens(tokens, policy.rows.tokenizer, end_tokens)
+    response = lambda tokens: response_from_tokens(tokens, policy.encoder.tokenizer, end_tokens)
     assert response([5, 6, 2, 0, 0])[1:] == (3, False) and response([5, 6, 7])[1:] == (3, True)
 
 

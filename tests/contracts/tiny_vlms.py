@@ -85,7 +85,7 @@ def tokenizer(family: str) -> Any:
     return tokenizer
 
 
-def template(family: str) -> str:
+def chat_template(family: str) -> str:
     """A chat template in which each turn is a line."""
     part = "{{ content if content is string else '' }}"
     if family in PLACEHOLDERS:
@@ -320,7 +320,7 @@ def build(family: str, seed: int = 0) -> tuple[Any, Any]:
     torch.manual_seed(seed)
     model, processor = BUILDERS[family](words.convert_tokens_to_ids, words)
     if family not in ("paligemma", "paligemma2"):
-        processor.chat_template = template(family)
+        processor.chat_template = chat_template(family)
     return model.eval(), processor
 
 
@@ -332,7 +332,7 @@ def save(family: str, folder: Any) -> str:
     return str(folder)
 
 
-def picture(seed: int, size: tuple[int, int] = (EDGE, EDGE)) -> Image.Image:
+def noise_image(seed: int, size: tuple[int, int] = (EDGE, EDGE)) -> Image.Image:
     """An image of random pixels, of (width, height)."""
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -354,7 +354,7 @@ def rows(family: str, images: tuple[int, ...], seed: int = 0) -> list[dict[str, 
     return [
         {
             "id": f"{family}-{n}",
-            "images": [picture(100 * seed + 10 * n + k, sizes[(n + k) % len(sizes)]) for k in range(count)],
+            "images": [noise_image(100 * seed + 10 * n + k, sizes[(n + k) % len(sizes)]) for k in range(count)],
             "prompt": [{"role": "user", "content": [{"type": "text", "text": text(2, 9)}]}],
             "chosen": [{"role": "assistant", "content": [{"type": "text", "text": text(1, 8)}]}],
             "rejected": [{"role": "assistant", "content": [{"type": "text", "text": text(3, 14)}]}],

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.store import VoteStore
-from tests.conftest import picture
+from tests.conftest import noise_image
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ def folder_of_pairs(folder: Path, prompts: list[str]) -> Path:
     for model, colour in (("a", 0), ("b", 255)):
         (folder / model).mkdir(parents=True)
         for number in range(len(prompts)):
-            image = picture(number, 64)
+            image = noise_image(number, 64)
             image.paste((colour, number % 256, 128), (0, 0, 32, 64))
             image.save(folder / model / f"{number:03}.png")
     for number, prompt in enumerate(prompts):
@@ -212,7 +212,7 @@ def test_label_page_shows_ratings_after_votes(serve: Callable[..., Any], page: A
     page.get_by_text("Ratings of the models").click()
     store = VoteStore(tmp_path / "labels.sqlite", open_pairs(str(tmp_path / "set"))["id"], source=str(tmp_path / "set"))
     for _ in range(3):
-        presented = store.show("Ada")
+        presented = store.next_pair("Ada")
         assert presented is not None
         press(page, "ArrowRight" if presented.swapped else "ArrowLeft")
     page.get_by_text("Ratings of the models").click()

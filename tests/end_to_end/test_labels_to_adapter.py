@@ -32,7 +32,7 @@ def test_thirty_labels_train_an_adapter_that_the_page_compares(
     begin(page, server.address, "Ada")
     store = VoteStore(tmp_path / "labels.sqlite", rows["id"], source="shapes-faithfulness")
     while len({vote.pair for vote in store.votes()}) < NUM_LABELS:
-        shown = store.show("Ada")
+        shown = store.next_pair("Ada")
         assert shown is not None
         left = preferences[shown.pair] == "ab"[shown.swapped]
         press(page, "ArrowLeft" if left else "ArrowRight")

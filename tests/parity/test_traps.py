@@ -20,7 +20,7 @@ TRAPS = {
     "TRL: likelihoods averaged over the batch's tokens": "parity/test_trl.py::test_trl_sft_is_a_mean_over_the_batchs_tokens",
     "ms-swift, LLaMA-Factory: LD-DPO only on the policy": "parity/test_trl.py::test_trl_ld_dpo_applies_to_policy_and_reference",
     "diffusers: no 1/2 for SD": "parity/test_diffusion_formulas.py::test_factor_half_changes_the_loss",
-    "diffusers: an ipo that can't run": "unit/objectives/test_objectives.py::test_objective_matches_hand_arithmetic",
+    "diffusers: an ipo that cannot run": "unit/objectives/test_objectives.py::test_objective_matches_hand_arithmetic",
     "diffusers: ties are wins of the first image": "unit/data/test_schema.py::test_ties_never_become_wins",
     "diffusers: the ratio's sign in ORPO": "unit/objectives/test_objectives.py::test_objective_matches_hand_arithmetic",
     "Salesforce, diffusers: chosen and rejected flipped independently": "parity/test_traps.py::test_same_image_as_chosen_and_rejected_gives_equal_log_probs",
@@ -31,12 +31,12 @@ TRAPS = {
     "LongCat: gradients zeroed within accumulation": "parity/test_traps.py::test_two_accumulated_halves_give_the_step_of_the_whole_batch",
     "SimpleTuner: automatic beta not in the checkpoint": "unit/training/test_auto_beta.py::test_a_measured_beta_is_said_kept_and_taken_up_again",
     "SimpleTuner: Flow-DPO on summed errors": "parity/test_diffusion_formulas.py::test_beta_5000_in_sum_reduced_units",
-    "raw v errors re-weigh time": "unit/training/test_auto_beta.py::test_weighting_epsilon_is_the_error_of_the_noise",
+    "raw v errors re-weight the timesteps": "unit/training/test_auto_beta.py::test_weighting_epsilon_is_the_error_of_the_noise",
     "a save by only the main process hangs": "reliability/test_processes.py::test_sigterm_to_one_of_two_processes_stops_both_and_one_process_resumes",
-    "Diffusion-SDPO: one scale a micro-batch": "unit/objectives/test_objectives.py::test_sdpo_lambda_image_is_computed_per_pair",
+    "Diffusion-SDPO: one scale per micro-batch": "unit/objectives/test_objectives.py::test_sdpo_lambda_image_is_computed_per_pair",
     "rounding of half-precision errors hides the delta": "parity/test_traps.py::test_errors_of_a_half_precision_model_are_computed_in_float32",
-    "one sample of the posterior kept for good": "unit/training/test_encoding.py::test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives",
-    "a mined loop dominates the margin": "unit/mining/test_mine_responses.py::test_loop_is_rejected_truncated_without_end_of_turn_and_with_reason",
+    "one posterior sample cached for all epochs": "unit/training/test_encoding.py::test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives",
+    "a mined repetition loop dominates the delta": "unit/mining/test_mine_responses.py::test_loop_is_rejected_truncated_without_end_of_turn_and_with_reason",
 }
 
 

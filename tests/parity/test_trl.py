@@ -1,4 +1,6 @@
-"""Compare our objectives with TRL's trainers in float32: values to 1e-5, gradients to 1e-4. The known deviations are tested too.
+"""Compare our objectives with TRL's trainers in float32: values to 1e-5, gradients to 1e-4.
+
+TRL's known deviations are tested too.
 
 Mutations that it catches, here and in TRL's next release: a sign, a factor 1/2, swapped chosen and rejected, an unsorted
 quantile, a changed z.

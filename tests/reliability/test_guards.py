@@ -104,7 +104,7 @@ def test_sigterm_saves_exits_and_resumes_to_the_same_adapter(tiny_model: str, pa
     errors = done.stderr
     assert done.returncode == 143 and "stopped after step" in errors and "--resume" in errors
     step = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
-    assert f"step {step}," in errors and step < 30 and not (out / "pytorch_lora_weights.safetensors").exists()
+    assert f"step {step} and" in errors and step < 30 and not (out / "pytorch_lora_weights.safetensors").exists()
 
     forked.run(*command, str(out), "--resume", check=True)
     forked.run(*command, str(tmp_path / "whole"), check=True)

@@ -20,7 +20,7 @@ from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.training.run import train
 from tests import forked
-from tests.conftest import picture, rows
+from tests.conftest import noise_image, rows
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,7 @@ def test_buckets_come_in_the_same_order_on_two_processes(
     for number, row in enumerate(examples):
         size = [(32, 32), (80, 48), (48, 80)][number % 3]
         for offset, side in enumerate(("image_a", "image_b")):
-            row[side] = {"bytes": encode_png(picture(2 * number + offset, 64).resize(size)), "path": None}
+            row[side] = {"bytes": encode_png(noise_image(2 * number + offset, 64).resize(size)), "path": None}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {tiny_model}\npairs: {write_pairs(examples)}\nbeta: 500\nbuckets: true\nbatch_size: 2\n")
     logs = {}

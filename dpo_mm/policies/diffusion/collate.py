@@ -43,7 +43,7 @@ def collate(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> Batch:
     """
     keys = [(policy.config.seed, row["id"], row["visit"]) for row in rows]
     shape = tuple(rows[0]["chosen_mean"].shape)
-    posterior_noise = _stack_arrays([random_draws.sample_noise(*key, shape, what="posterior") for key in keys])
+    posterior_noise = _stack_arrays([random_draws.sample_noise(*key, shape, purpose="posterior") for key in keys])
     levels = _sample_levels(policy, rows, keys)
     noise = [row.get("sign", 1) * random_draws.sample_noise(*key, shape) for key, row in zip(keys, rows, strict=True)]
     batch: Batch = {
@@ -53,11 +53,11 @@ def collate(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> Batch:
         "noise": _stack_arrays(noise),
         "level": levels,
         "timestep": policy.noise_process.timesteps(levels, tokens=policy.num_tokens(shape)),
-        "prompt": {name: padded([row["prompt"][name] for row in rows]) for name in rows[0]["prompt"]},
+        "prompt": {name: stack_padded([row["prompt"][name] for row in rows]) for name in rows[0]["prompt"]},
     }
     if "source_mean" in rows[0]:
         source = torch.stack([row["source_mean"] for row in rows]).float()
-        batch["prompt"]["source"] = policy.latent_scale.normalised(source)
+        batch["prompt"]["source"] = policy.latent_scale.normalise(source)
     for name in (f"{side}_{column}" for column in policy.conditioning_columns for side in ("chosen", "rejected")):
         if name in rows[0]:
             batch[name] = torch.stack([row[name] for row in rows])
@@ -91,10 +91,10 @@ def _sample_latents(policy: DiffusionPolicy, rows: list[dict[str, Any]], side: s
     """Sample the autoencoder's posterior, normalised for the denoiser, (pairs, channels, height, width) float32."""
     mean = torch.stack([row[f"{side}_mean"] for row in rows]).float()
     std = torch.stack([row[f"{side}_std"] for row in rows]).float()
-    return policy.latent_scale.normalised(mean + std * noise)
+    return policy.latent_scale.normalise(mean + std * noise)
 
 
-def padded(tensors: Sequence[Tensor]) -> Tensor:
+def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
     """Stack tensors, filling shorter ones up with zeros at the end of their first dimension.
 
     The dtype is unchanged. A family whose prompts differ in length must have a mask.

@@ -16,11 +16,11 @@ class LatentScale(NamedTuple):
     scale: Tensor
     """(channels, 1, 1) or (1, 1, 1), float32."""
 
-    def normalised(self, raw: Tensor) -> Tensor:
+    def normalise(self, raw: Tensor) -> Tensor:
         """Convert the autoencoder's latents to the denoiser's, (..., channels, height, width)."""
         return (raw - self.shift) * self.scale
 
-    def unnormalised(self, latents: Tensor) -> Tensor:
+    def denormalise(self, latents: Tensor) -> Tensor:
         """Convert the denoiser's latents to the autoencoder's, (..., channels, height, width)."""
         return latents / self.scale + self.shift
 

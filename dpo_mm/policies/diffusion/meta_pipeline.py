@@ -1,6 +1,6 @@
 """Pipelines without weights: every module has its real shape and type, built only from the config files.
 
-The modules are on the meta device. After `fake` they compute fake tensors, which have shapes but no numbers. So the
+The modules are on the meta device. After `to_fake_tensors` they compute fake tensors, which have shapes but no numbers. So the
 memory of a model can be counted on a machine that is too small for it.
 """
 
@@ -75,7 +75,7 @@ def _fill_small_buffers(module: nn.Module) -> nn.Module:
     return module
 
 
-def fake(module: nn.Module) -> None:
+def to_fake_tensors(module: nn.Module) -> None:
     """Give a meta module fake parameters and buffers. Call it in a FakeTensorMode. Shared parameters stay shared."""
     fakes: dict[int, Any] = {}
     for submodule in module.modules():

@@ -14,22 +14,22 @@ import numpy as np
 from scipy.special import expit, logit, ndtr, ndtri
 
 
-def row_generator(seed: int, row: str, epoch: int, what: str) -> np.random.Generator:
+def row_generator(seed: int, row: str, epoch: int, purpose: str) -> np.random.Generator:
     """Return the random generator of one purpose at one epoch of one row.
 
     Args:
         seed: seed of the run.
         row: id of the row.
         epoch: epoch of the row, from 0.
-        what: the purpose, such as "noise", "timestep" or "posterior".
+        purpose: the purpose, such as "noise", "timestep" or "posterior".
     """
-    digest = hashlib.blake2b(f"{seed}\0{row}\0{epoch}\0{what}".encode(), digest_size=16).digest()
+    digest = hashlib.blake2b(f"{seed}\0{row}\0{epoch}\0{purpose}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def sample_noise(seed: int, row: str, epoch: int, shape: tuple[int, ...], *, what: str = "noise") -> np.ndarray:
+def sample_noise(seed: int, row: str, epoch: int, shape: tuple[int, ...], *, purpose: str = "noise") -> np.ndarray:
     """Sample standard normal noise in this shape, float32. See `row_generator` for the other arguments."""
-    return row_generator(seed, row, epoch, what).standard_normal(shape, dtype=np.float32)
+    return row_generator(seed, row, epoch, purpose).standard_normal(shape, dtype=np.float32)
 
 
 def sample_noise_level(

@@ -37,8 +37,8 @@ class ConversationEncoder:
         model: the transformers model.
         max_length: largest number of tokens of images, prompt and the longer completion. None is the model's limit.
         overlong_rows: "raise" or "drop" for rows above `max_length`.
-        corrupt: True also encodes a corrupted version of each image, see `corrupted`.
-        mark_edits: True also marks the tokens in which the responses differ, see `edits`.
+        corrupt: True also encodes a corrupted version of each image, see `corrupt_image`.
+        mark_edits: True also marks the tokens in which the responses differ, see `edited_token_masks`.
 
     Raises:
         ValueError: if `overlong_rows` is unknown.
@@ -84,7 +84,7 @@ class ConversationEncoder:
         """
         name, images = str(row["id"]), list(row.get("images") or [])
         messages = as_messages(row["prompt"], "user")
-        prompt = self.prompt(images, messages, where=f"row {name}")
+        prompt = self.prompt(images, messages, label=f"row {name}")
         completions = {
             side: self._completion(
                 messages, images, row[side], f"row {name}: {side}", ends=not row.get(f"{side}_truncated")
@@ -102,12 +102,12 @@ class ConversationEncoder:
             columns["score_margin"] = float(row["score_gap"])
         ids = {f"{side}_ids": torch.tensor(tokens) for side, tokens in completions.items()}
         if self.mark_edits:
-            ids |= edits(completions["chosen"], completions["rejected"])
+            ids |= edited_token_masks(completions["chosen"], completions["rejected"])
         if self.corrupt:
             if not images:
                 raise ValueError(f"row {name} has no image to corrupt. The objective image_conditional needs images")
-            corrupted_images = [corrupted(image, seed=f"{name} {n}") for n, image in enumerate(images)]
-            columns["corrupted_images"] = self.prompt(corrupted_images, messages, where=f"row {name}")["images"]
+            corrupted_images = [corrupt_image(image, seed=f"{name} {n}") for n, image in enumerate(images)]
+            columns["corrupted_images"] = self.prompt(corrupted_images, messages, label=f"row {name}")["images"]
         return {
             "id": name,
             "prompt_ids": prompt["ids"],
@@ -126,13 +126,13 @@ class ConversationEncoder:
         logger.warning("%s. The row is dropped", reason)
         self.dropped.append(name)
 
-    def prompt(self, images: Sequence[Any], messages: Sequence[dict[str, Any]], *, where: str) -> dict[str, Any]:
+    def prompt(self, images: Sequence[Any], messages: Sequence[dict[str, Any]], *, label: str) -> dict[str, Any]:
         """Encode a conversation up to the start of the model's response.
 
         Args:
             images: images of the conversation.
             messages: messages in the chat format.
-            where: name of the conversation, the start of an error.
+            label: name of the conversation, the start of an error.
 
         Returns:
             A dict with `ids` (tokens,), `types` (token types by name, (tokens,)) and `images` (tensors by name).
@@ -141,15 +141,15 @@ class ConversationEncoder:
             ValueError: if the numbers of images and image placeholders differ, or the processor does not accept them.
         """
         if images and not self.takes_images:
-            raise ValueError(f"{where}: {len(images)} images for a model that takes only text")
-        text = self._template(_with_image_parts(messages, len(images), where), complete=False)
+            raise ValueError(f"{label}: {len(images)} images for a model that takes only text")
+        text = self._template(_with_image_parts(messages, len(images), label), complete=False)
         try:
             processed = self._process(text, images)
         except ValueError as error:
-            raise ValueError(f"{where}: the processor failed: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{label}: the processor failed: {' '.join(str(error).split())}") from error
         ids = processed["input_ids"][0]
         if len(ids) == 0:
-            raise ValueError(f"{where}: the prompt is empty. Expected at least one token")
+            raise ValueError(f"{label}: the prompt is empty. Expected at least one token")
         types = {key: processed[key][0] for key in TOKEN_TYPE_INPUTS if key in processed and key in self.accepted}
         tensors = {
             k: v
@@ -185,11 +185,11 @@ class ConversationEncoder:
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=not complete)
 
     def _completion(
-        self, messages: Sequence[dict[str, Any]], images: Sequence[Any], response: Any, where: str, *, ends: bool
+        self, messages: Sequence[dict[str, Any]], images: Sequence[Any], response: Any, label: str, *, ends: bool
     ) -> list[int]:
         """Ids of the completion, (tokens,), with the end of the turn unless the response is truncated."""
         responses = as_messages(response, "assistant")
-        prompt = _with_image_parts(messages, len(images), where)
+        prompt = _with_image_parts(messages, len(images), label)
         before, whole = self._template(prompt, complete=False), self._template([*prompt, *responses], complete=True)
         if not self.templated or not whole.startswith(before):
             whole = before + "".join(part["text"] or "" for message in responses for part in message["content"])
@@ -201,7 +201,7 @@ class ConversationEncoder:
         if not ends and last is not None:
             ids = ids[:last]
         if not ids:
-            raise ValueError(f"{where} is empty. Expected at least one token")
+            raise ValueError(f"{label} is empty. Expected at least one token")
         return ids
 
     def _after(self, before: str, whole: str) -> list[int]:
@@ -219,7 +219,7 @@ class ConversationEncoder:
         return indices[-1]
 
 
-def corrupted(image: Any, *, seed: str) -> Any:
+def corrupt_image(image: Any, *, seed: str) -> Any:
     """Corrupt an image: crop a random 1 to 20 % of its area and scale the crop to the image's size.
 
     Args:
@@ -236,7 +236,7 @@ def corrupted(image: Any, *, seed: str) -> Any:
     return image.convert("RGB").crop((left, top, left + width, top + height)).resize(image.size)
 
 
-def edits(chosen: Sequence[int], rejected: Sequence[int]) -> dict[str, Tensor]:
+def edited_token_masks(chosen: Sequence[int], rejected: Sequence[int]) -> dict[str, Tensor]:
     """Mark the tokens of each response that are not in the longest matching blocks of both.
 
     Returns:
@@ -270,18 +270,18 @@ def _parts(content: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _with_image_parts(messages: Sequence[dict[str, Any]], images: int, where: str) -> list[dict[str, Any]]:
+def _with_image_parts(messages: Sequence[dict[str, Any]], images: int, label: str) -> list[dict[str, Any]]:
     """Messages with a part per image. If they have no image parts, these come first in the first user message."""
     messages = as_messages(messages, "user")
     placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
     if placeholders not in (0, images):
         raise ValueError(
-            f"{where}: {images} images for {placeholders} placeholders in the prompt. "
+            f"{label}: {images} images for {placeholders} placeholders in the prompt. "
             "Expected one placeholder per image, or none"
         )
     first = next((message for message in messages if message["role"] == "user"), None)
     if placeholders == 0 and images and first is None:
-        raise ValueError(f"{where}: {images} images, but no user message to put them in")
+        raise ValueError(f"{label}: {images} images, but no user message to put them in")
     if placeholders == 0 and first is not None:
         first["content"] = [{"type": "image"}] * images + first["content"]
     return messages
@@ -319,7 +319,7 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]
         "id": [row["id"] for row in rows],
         "ids": torch.cat(ids, 1),
         "mask": mask,
-        "layout": Layout(widths[0], widths[1], widths[2], padded=not bool(mask.all())),
+        "layout": Layout(widths[0], widths[1], widths[2], has_padding=not bool(mask.all())),
         "types": {k: pad_rows([row["types"][k] for row in rows], widths[0], left=True) for k in rows[0]["types"]},
         "images": join_images([row["images"] for row in rows]),
     }

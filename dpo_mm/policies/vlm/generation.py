@@ -43,7 +43,7 @@ def generate(
         ValueError: if images and messages do not fit together or the processor does not accept them.
     """
     prompts = [
-        policy.rows.prompt(conversation_images, as_messages(conversation, "user"), where=f"conversation {n}")
+        policy.encoder.prompt(conversation_images, as_messages(conversation, "user"), label=f"conversation {n}")
         for n, (conversation_images, conversation) in enumerate(zip(images, messages, strict=True))
     ]
     responses: list[Response] = []
@@ -64,10 +64,14 @@ def _generate_batch(policy: VisionLanguage, prompts: list[dict[str, Any]], limit
     }
     output = policy.model.generate(**_to_model(policy, inputs), **limits, pad_token_id=policy.pad_token_id)
     end_ids = policy.base_model.generation_config.eos_token_id
-    return [response_from_tokens(tokens.tolist(), policy.rows.tokenizer, end_ids) for tokens in output[:, width:].cpu()]
+    return [
+        response_from_tokens(tokens.tolist(), policy.encoder.tokenizer, end_ids) for tokens in output[:, width:].cpu()
+    ]
 
 
-def stream(policy: VisionLanguage, images: Sequence[Any], message: Any, *, max_new_tokens: int) -> Iterator[str]:
+def stream_response(
+    policy: VisionLanguage, images: Sequence[Any], message: Any, *, max_new_tokens: int
+) -> Iterator[str]:
     """Stream the greedy response to one conversation.
 
     Args:
@@ -86,7 +90,7 @@ def stream(policy: VisionLanguage, images: Sequence[Any], message: Any, *, max_n
     from transformers import TextIteratorStreamer
 
     inputs = _inputs(policy, images, message)
-    streamer = TextIteratorStreamer(policy.rows.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(policy.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
     errors: list[BaseException] = []
 
     def run_generate() -> None:
@@ -115,7 +119,7 @@ def stream(policy: VisionLanguage, images: Sequence[Any], message: Any, *, max_n
 
 
 @torch.no_grad()
-def token_log_probs(
+def response_token_log_probs(
     policy: VisionLanguage, images: Sequence[Any], message: Any, response: str
 ) -> tuple[list[str], torch.Tensor]:
     """Compute the log-prob of each token of a response under the current weights.
@@ -132,7 +136,7 @@ def token_log_probs(
     Raises:
         ValueError: if images and message do not fit together or the processor does not accept them.
     """
-    tokenizer = policy.rows.tokenizer
+    tokenizer = policy.encoder.tokenizer
     ids = tokenizer(response, add_special_tokens=False, return_tensors="pt")["input_ids"][0].to(policy.device)
     if not len(ids):
         return [], torch.zeros(0)
@@ -150,7 +154,7 @@ def token_log_probs(
 
 def _inputs(policy: VisionLanguage, images: Sequence[Any], message: Any) -> dict[str, torch.Tensor]:
     """Model inputs of one conversation, up to the start of the response."""
-    prompt = policy.rows.prompt(images, as_messages(message, "user"), where="this conversation")
+    prompt = policy.encoder.prompt(images, as_messages(message, "user"), label="this conversation")
     ids = prompt["ids"][None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs |= {name: value[None] for name, value in prompt["types"].items()} | prompt["images"]

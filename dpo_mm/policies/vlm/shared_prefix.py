@@ -52,7 +52,7 @@ class Layout:
     """Number of columns of chosen."""
     rejected: int
     """Number of columns of rejected."""
-    padded: bool
+    has_padding: bool
     """True if any column of any row is padding."""
 
     @property
@@ -125,7 +125,7 @@ def _mask_builder(build: Callable[..., Any], *, may_skip: bool) -> Callable[...,
             return build(q_length=q_length, kv_length=kv_length, mask_function=mask_function, **rest)
         if (
             may_skip
-            and not layout.padded
+            and not layout.has_padding
             and mask_function is causal_mask_function
             and rest.get("allow_is_causal_skip")
         ):

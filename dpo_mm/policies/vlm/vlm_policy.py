@@ -67,7 +67,7 @@ class VisionLanguage:
         self.model: Any = model
         self.processor, self.source, self.train_vision_tower = processor, source, train_vision_tower
         self.ld_alpha, self.edited_token_weight = ld_alpha, edited_token_weight
-        self.rows = ConversationEncoder(
+        self.encoder = ConversationEncoder(
             processor,
             model,
             max_length=max_length,
@@ -75,7 +75,7 @@ class VisionLanguage:
             corrupt=corrupt,
             mark_edits=edited_token_weight != 1,
         )
-        self.scorer = TokenLogProbs(f"{type(model).__name__} ({source})", layout=pair_layout)
+        self.token_log_probs = TokenLogProbs(f"{type(model).__name__} ({source})", layout=pair_layout)
         self.untuned_model: Any = None
         """The base model, if `load_adapter` replaced it."""
         self.features_are_exact: bool | None = None
@@ -129,7 +129,7 @@ class VisionLanguage:
     @property
     def pad_token_id(self) -> int:
         """Token id of padding."""
-        tokenizer = self.rows.tokenizer
+        tokenizer = self.encoder.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
     def prepare(self, config: TrainConfig) -> None:
@@ -177,9 +177,9 @@ class VisionLanguage:
         It contains the weights without a LoRA, the processor, the chat template and the length settings.
         """
         digest = hashlib.sha256(
-            f"{type(self.base_model).__name__} {self.base_model.dtype} {self.rows.max_length}".encode()
+            f"{type(self.base_model).__name__} {self.base_model.dtype} {self.encoder.max_length}".encode()
         )
-        digest.update(f"{self.processor} {self.processor.chat_template} {self.rows.overlong_rows}".encode())
+        digest.update(f"{self.processor} {self.processor.chat_template} {self.encoder.overlong_rows}".encode())
         weights = {name.replace(".base_layer.", "."): tensor for name, tensor in self.base_model.state_dict().items()}
         for name, tensor in sorted((name, tensor) for name, tensor in weights.items() if ".lora_" not in name):
             digest.update(name.encode())
@@ -192,7 +192,7 @@ class VisionLanguage:
         Raises:
             ValueError: as `ConversationEncoder.encode_row`.
         """
-        return self.rows.encode(rows)
+        return self.encoder.encode(rows)
 
     def cache_vision_features(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Replace the pixels of encoded rows by the vision tower's features, on the CPU.
@@ -216,7 +216,7 @@ class VisionLanguage:
             ids = {name: batch[name].to(self.device) for name in ("ids", "mask")}
             token_type_inputs = {name: value.to(self.device) for name, value in batch["types"].items()}
             self.features_are_exact = features_agree(
-                self.scorer, self.model, {**batch, **ids, "types": token_type_inputs, "images": images}
+                self.token_log_probs, self.model, {**batch, **ids, "types": token_type_inputs, "images": images}
             )
         if not self.features_are_exact:
             raise ValueError(
@@ -272,7 +272,7 @@ class VisionLanguage:
         """Log-probs of the completions' tokens, (pairs, columns of chosen and rejected)."""
         if self._can_use_features(model, batch):
             batch["features"] = vision_features(unwrap(model), batch)
-        return self.scorer(model, batch)
+        return self.token_log_probs(model, batch)
 
     def _sum_per_response(self, token_log_probs: torch.Tensor, batch: Batch) -> LogProbs:
         """Log-probs of the responses: sums, or weighted by `ld_alpha` or `edited_token_weight`."""
@@ -300,7 +300,7 @@ class VisionLanguage:
         if "features" in batch or "pixel_values" not in batch["images"] or self._trains_vision():
             return False
         if self.features_are_exact is None:
-            self.features_are_exact = features_agree(self.scorer, model, batch)
+            self.features_are_exact = features_agree(self.token_log_probs, model, batch)
         return self.features_are_exact
 
     @contextlib.contextmanager
@@ -385,6 +385,6 @@ class VisionLanguage:
             "family": f"{type(self.base_model).__name__}, {type(self.processor).__name__}",
             "target": f"token log-probs, {'vision tower and ' if self.train_vision_tower else ''}language model",
             "reduction": self._reduction(),
-            "layout": layout.get(self.scorer.layout, self.scorer.layout),
+            "layout": layout.get(self.token_log_probs.layout, self.token_log_probs.layout),
             "effective beta": f"{config.beta} per nat of the whole completion, as in Rafailov et al. 2023",
         }

@@ -16,9 +16,9 @@ RED = Image.new("RGB", (8, 6), "#ff0000")
 def test_read_questions_synthetic_splits_have_different_ground_truths() -> None:
     train, held_out = read_questions("pages-train", limit=5), read_questions("pages-held-out", limit=5)
     assert len(train) == len(held_out) == 5 and train[0].images[0].size == (80, 80)
-    assert not {one.truth for one in train} & {one.truth for one in held_out}
+    assert not {one.ground_truth for one in train} & {one.ground_truth for one in held_out}
     scene = read_questions("scenes-held-out", limit=1)[0]
-    assert scene.truth.endswith(".") and scene.category in ("1 thing", "2 things", "3 things", "4 things")
+    assert scene.ground_truth.endswith(".") and scene.category in ("1 thing", "2 things", "3 things", "4 things")
 
 
 def test_read_questions_json_lines_image_paths_are_relative_to_the_file(tmp_path: Path) -> None:
@@ -31,8 +31,12 @@ def test_read_questions_json_lines_image_paths_are_relative_to_the_file(tmp_path
     ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     one, two, three = read_questions(str(tmp_path / "q.jsonl"))
-    assert (one.id, one.truth, one.category) == ("0", "red", "colour") and one.images[0].getpixel((0, 0)) == (255, 0, 0)
-    assert two.id == "two" and len(two.images) == 2 and two.truth == ""
+    assert (one.id, one.ground_truth, one.category) == ("0", "red", "colour") and one.images[0].getpixel((0, 0)) == (
+        255,
+        0,
+        0,
+    )
+    assert two.id == "two" and len(two.images) == 2 and two.ground_truth == ""
     assert three.images == ()
     assert len(read_questions(str(tmp_path / "q.jsonl"), limit=2)) == 2
 
@@ -41,7 +45,7 @@ def test_read_questions_parquet_contains_image_bytes(tmp_path: Path) -> None:
     rows = {"prompt": ["Read."], "ground_truth": ["abc"], "images": [[{"bytes": encode_png(RED), "path": None}]]}
     Dataset.from_dict(rows).to_parquet(str(tmp_path / "q.parquet"))
     (question,) = read_questions(str(tmp_path / "q.parquet"))
-    assert question.images[0].size == (8, 6) and question.truth == "abc"
+    assert question.images[0].size == (8, 6) and question.ground_truth == "abc"
 
 
 @pytest.mark.parametrize(

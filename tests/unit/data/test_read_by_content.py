@@ -23,7 +23,7 @@ from dpo_mm.data.schema import (
     make_response_rows,
     split_by_prompt,
 )
-from tests.conftest import picture, rows
+from tests.conftest import noise_image, rows
 
 TWO = ["a cat", "a dog"]
 
@@ -90,7 +90,7 @@ def test_load_pairs_reads_the_train_split_of_a_folder(tmp_path: Path) -> None:
 
 def test_split_by_prompt_keeps_an_image_on_one_side(tmp_path: Path) -> None:
     """Catches a split by file name or by question: the same image under two of them leaks into the evaluation."""
-    images = [encode_png(picture(n)) for n in range(20)]
+    images = [encode_png(noise_image(n)) for n in range(20)]
     some = [
         {
             "images": [{"bytes": images[n // 2], "path": f"{n}.png"}],
@@ -111,7 +111,7 @@ def test_split_by_prompt_keeps_an_image_on_one_side(tmp_path: Path) -> None:
 
 def test_split_by_prompt_links_rows_over_shared_images() -> None:
     """a and b share an image, b and c another one: all three are one group, and d is another."""
-    images = [{"bytes": encode_png(picture(n)), "path": None} for n in range(4)]
+    images = [{"bytes": encode_png(noise_image(n)), "path": None} for n in range(4)]
     lists = [[images[0]], [images[0], images[1]], [images[1], images[2]], [images[3]]]
     some = [
         {"images": cell, "prompt": "what?", "chosen": "yes", "rejected": "no", "id": name}
@@ -130,7 +130,7 @@ def test_combine_shards_writes_row_groups_of_bounded_size(monkeypatch: pytest.Mo
         paths.append(tmp_path / f"{shard}.parquet")
         some = [{**row, "id": f"{shard}-{n}"} for n, row in enumerate(rows(8))] if shard != 1 else []
         write_rows(some, paths[-1], make=make_image_rows, features=image_preference())
-    target = combine_shards(paths, tmp_path / "pairs.parquet", nothing="none")
+    target = combine_shards(paths, tmp_path / "pairs.parquet", empty_message="none")
     metadata = pq.ParquetFile(target).metadata
     assert metadata.num_rows == 16 and metadata.num_row_groups >= 4
     assert max(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)) <= 4

@@ -25,7 +25,7 @@ from dpo_mm.evaluation.compare_images import (
 from dpo_mm.evaluation.verdict import note_against_sft
 from dpo_mm.policies.families import load_policy
 from tests.contracts.families import WORDS
-from tests.contracts.test_diffusion import disturbed
+from tests.contracts.test_diffusion import randomise_adapter
 
 CONFIG = CompareConfig(model="-", output_dir="-", judges=("judge", "guard"))
 
@@ -125,7 +125,7 @@ def test_compare_images_writes_report_and_metrics(tiny_model: str, tmp_path: Pat
     from tests.contracts.test_diffusion import config as train_config
 
     policy.prepare(train_config())
-    disturbed(policy)
+    randomise_adapter(policy)
     policy.save(tmp_path / "adapter")
     (tmp_path / "prompts.txt").write_text("\n".join(WORDS) + "\n")
     config = CompareConfig(

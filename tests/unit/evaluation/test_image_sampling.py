@@ -20,7 +20,7 @@ from dpo_mm.evaluation.image_store import ImageStore
 from dpo_mm.policies.families import load_policy
 from tests.contracts.families import WORDS
 from tests.contracts.test_diffusion import config as train_config
-from tests.contracts.test_diffusion import disturbed
+from tests.contracts.test_diffusion import randomise_adapter
 
 PLAN = SamplingPlan((WORDS[0], WORDS[0], WORDS[1], WORDS[1]), (1, 2, 3, 4), 2)
 CONFIG = CompareConfig(
@@ -94,7 +94,7 @@ def test_base_settings_are_equal_with_and_without_adapter(counted: Any, tmp_path
     store = ImageStore(tmp_path / "pictures")
     ImageSampler(counted, CONFIG, store).generate(PLAN, scale=0.0, label="base")
     counted.prepare(train_config())
-    disturbed(counted)
+    randomise_adapter(counted)
     counted.save(tmp_path / "adapter")
     tuned = load_policy(counted.source)
     tuned.load_adapter(tmp_path / "adapter")

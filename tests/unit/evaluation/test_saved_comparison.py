@@ -9,7 +9,7 @@ import pytest
 
 from dpo_mm.evaluation.image_store import ImageStore
 from dpo_mm.evaluation.saved_comparison import load_comparison
-from tests.conftest import picture
+from tests.conftest import noise_image
 
 PROMPTS = ("a red circle", "two blue squares", "a photo of <b>a dog</b>")
 SCORES = {"a red circle": (0.0, 1.0), "two blue squares": (1.0, 0.0), "a photo of <b>a dog</b>": (1.0, 1.0)}
@@ -19,7 +19,7 @@ def finished_run(folder: Path) -> Path:
     """Write what `compare` writes: images of base, tuned and another scale, and scores of two judges."""
     store = ImageStore(folder / "pictures")
     for side, scale in (("base", 0.0), ("tuned", 1.0), ("scale-0.5", 0.5)):
-        drawn = [(prompt, n, picture(10 * n + int(4 * scale), 64)) for n, prompt in enumerate(PROMPTS)]
+        drawn = [(prompt, n, noise_image(10 * n + int(4 * scale), 64)) for n, prompt in enumerate(PROMPTS)]
         store.add({"weights": side, "scale": scale}, drawn, label=side)
     for row in list(store.rows.values()):
         place = {"base": 0, "tuned": 1}.get(row["file"].split("/")[0])
@@ -43,10 +43,10 @@ def test_load_comparison_pairs_base_and_tuned(tmp_path: Path) -> None:
 
 def test_filters_select_by_category_outcome_and_change(tmp_path: Path) -> None:
     found = load_comparison(finished_run(tmp_path))
-    of = lambda **more: [PROMPTS.index(one.prompt) for one in found.chosen("faithfulness", **more)]
+    of = lambda **more: [PROMPTS.index(one.prompt) for one in found.select("faithfulness", **more)]
     assert of() == [0, 1, 2]
     assert of(outcome="better") == [0] and of(outcome="worse") == [1] and of(outcome="the same") == [2]
-    assert of(of=found.pairs[1].category) == [1]
+    assert of(category=found.pairs[1].category) == [1]
     assert sorted(of(by_change=True)[:2]) == [0, 1] and of(by_change=True)[2] == 2
 
 

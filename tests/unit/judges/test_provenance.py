@@ -13,7 +13,7 @@ import yaml
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_response_rows
 from dpo_mm.judges import JUDGES
-from dpo_mm.judges.provenance import is_rule_based, made_by, order_judges, training_judges_of
+from dpo_mm.judges.provenance import is_rule_based, order_judges, training_judges_of, training_judges_of_adapter
 from dpo_mm.training.model_card import write_card
 from tests.conftest import rows
 
@@ -65,13 +65,13 @@ def test_training_judges_of_adapter_reads_card_then_dataset(tmp_path: Path, writ
     pairs = write_pairs([{**row, "source": "mined with a:b"} for row in rows(2)])
     config = TrainConfig(model="m", pairs=pairs, output_dir=str(tmp_path))
     (tmp_path / "dpo_mm.json").write_text(json.dumps({"pairs": pairs}))
-    assert made_by(str(tmp_path)) == ("a:b",)
+    assert training_judges_of_adapter(str(tmp_path)) == ("a:b",)
     card = write_card(config, {}, text=False)
     front = yaml.safe_load(card.read_text().split("---\n")[1])
     assert front["pairs_made_by"] == ["a:b"]
     Path(pairs).unlink()
-    assert made_by(str(tmp_path)) == ("a:b",)
-    assert made_by(None) == made_by("some/adapter") == ()
+    assert training_judges_of_adapter(str(tmp_path)) == ("a:b",)
+    assert training_judges_of_adapter(None) == training_judges_of_adapter("some/adapter") == ()
 
 
 def test_order_judges_learned_training_judge_is_not_primary() -> None:

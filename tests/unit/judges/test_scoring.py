@@ -20,7 +20,7 @@ from dpo_mm.judges import scoring as module
 from dpo_mm.judges.scoring import score
 from dpo_mm.judges.self_test import CLIP_PROBABILITIES, CheckResult, compare_clip_probabilities, self_test
 from tests import forked
-from tests.conftest import picture
+from tests.conftest import noise_image
 
 HERE = "tests.unit.judges.test_scoring"
 
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "images"
     path.mkdir()
     for n in range(5):
-        picture(n).save(path / f"{n}.png")
+        noise_image(n).save(path / f"{n}.png")
     (path / "3.png").write_bytes((path / "3.png").read_bytes()[:50])
     lines = [{"file_name": f"{n}.png", "prompt": f"prompt {n}"} for n in range(4)]
     (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -66,7 +66,7 @@ def test_score_folder_writes_a_score_or_a_reason_per_image(config: JudgeConfig) 
     rows = pq.read_table(done.path).to_pylist()
     assert [(row["id"], row["prompt"]) for row in rows] == [(f"{n}.png", f"prompt {n}") for n in range(5)]
     for n, row in enumerate(rows):
-        expected = None if n == 3 else float(np.asarray(picture(n)).mean())
+        expected = None if n == 3 else float(np.asarray(noise_image(n)).mean())
         assert row["score"] == expected and bool(row["error"]) == (n == 3)
     assert json.loads(done.path.with_suffix(".json").read_text())["name"] == config.judge
 
@@ -76,7 +76,7 @@ def test_score_dataset_scores_both_images_of_a_pair(config: JudgeConfig, pairs: 
     assert done is not None and done.scored == 24
     rows = pq.read_table(done.path).to_pylist()
     assert [row["id"] for row in rows[:3]] == ["row-0/a", "row-0/b", "row-1/a"]
-    assert [row["score"] for row in rows[:4]] == [float(np.asarray(picture(n)).mean()) for n in range(4)]
+    assert [row["score"] for row in rows[:4]] == [float(np.asarray(noise_image(n)).mean()) for n in range(4)]
 
 
 def test_score_interrupted_run_skips_finished_shards(config: JudgeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

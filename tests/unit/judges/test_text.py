@@ -144,7 +144,7 @@ def test_every_response_judge_returns_one_ratio_per_response() -> None:
     for name, judge in JUDGES.items():
         if judge.function.startswith(("dpo_mm.judges.text", "dpo_mm.judges.captions")):
             found = load_judge(name)(responses, ground_truths)
-            assert len(found) == 2 and all(share.hits >= 0 and share.of >= 0 for share in found), name
+            assert len(found) == 2 and all(share.hits >= 0 and share.total >= 0 for share in found), name
     assert better_of("cer") == "lower" and better_of("recall") == "higher" and better_of("num_words") == "neutral"
 
 
@@ -159,7 +159,7 @@ def test_hallucination_f1_error_counts_hallucinated_and_missing_objects() -> Non
     responses = [
         Response(words, 5, hit_limit=False) for words in (truth, "a red circle.", "a red circle and a green cross.")
     ]
-    assert [share.hits / share.of for share in chair.hallucination_f1_error(responses, [truth] * 3)] == [
+    assert [share.hits / share.total for share in chair.hallucination_f1_error(responses, [truth] * 3)] == [
         0,
         1 / 3,
         2 / 4,

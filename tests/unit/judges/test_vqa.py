@@ -36,7 +36,7 @@ from dpo_mm.judges.vqa import (
 from tests.contracts import tiny_vlms
 
 PROMPTS = ["a red square", "three small circles beside it", "no text at all and a blue field"]
-IMAGES = [tiny_vlms.picture(n) for n in range(3)]
+IMAGES = [tiny_vlms.noise_image(n) for n in range(3)]
 ANSWERS = ["Yes", "No", "two", "Two", "2", "first", "second"]
 
 
@@ -47,7 +47,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     words.add_tokens(ANSWERS)
     torch.manual_seed(3)
     model, processor = tiny_vlms.BUILDERS[family](words.convert_tokens_to_ids, words)
-    processor.chat_template = tiny_vlms.template(family)
+    processor.chat_template = tiny_vlms.chat_template(family)
     model.generation_config.repetition_penalty = 1.5
     path = tmp_path_factory.mktemp(family)
     model.save_pretrained(path)

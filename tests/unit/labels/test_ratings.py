@@ -21,7 +21,7 @@ from dpo_mm.labels.fresh_samples import generate_samples
 from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.ratings import MEAN_RATING, POINTS_PER_LOGIT, PRIOR, fit_log_odds, rate_models
 from dpo_mm.labels.store import Vote, VoteStore
-from tests.conftest import picture
+from tests.conftest import noise_image
 
 
 def vote(pair: str, choice: str, annotator: str = "Ada", is_repeat: bool = False) -> Vote:
@@ -86,12 +86,12 @@ def voted(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     for n, model in enumerate(("a", "b", "c")):
         (tmp_path / "set" / model).mkdir(parents=True)
         for name in ("1", "2"):
-            picture(10 * n + int(name)).save(tmp_path / "set" / model / f"{name}.png")
+            noise_image(10 * n + int(name)).save(tmp_path / "set" / model / f"{name}.png")
     rows = open_pairs(str(tmp_path / "set"))
     store = VoteStore(tmp_path / "votes.sqlite", rows["id"], source=str(tmp_path / "set"))
     for annotator in ("Ada", "Bob"):
         for _ in range(6):
-            shown = store.show(annotator)
+            shown = store.next_pair(annotator)
             assert shown is not None
             better = min(shown.pair.split("--")[1:]) == shown.pair.split("--")[1 + shown.swapped]
             skipped = annotator == "Bob" and shown.pair == "1--a--b"
@@ -116,7 +116,7 @@ def test_export_label_studio_writes_tasks(voted: tuple[str, Path]) -> None:
     assert {a["completed_by"]["email"]: a["was_cancelled"] for a in task["annotations"]} == {"Ada": False, "Bob": True}
     choices = [a["result"][0]["value"]["choices"] for a in task["annotations"] if a["result"]]
     assert choices == [["a"]] and task["annotations"][0]["lead_time"] >= 0
-    assert decode_uri(task["data"]["image_b"]).tobytes() == picture(11).tobytes()
+    assert decode_uri(task["data"]["image_b"]).tobytes() == noise_image(11).tobytes()
 
 
 def test_export_argilla_writes_records(voted: tuple[str, Path]) -> None:

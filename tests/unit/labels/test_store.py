@@ -18,7 +18,7 @@ from dpo_mm.data.schema import load_pairs
 from dpo_mm.labels.export import Agreement, agreement, export, tally, train_command
 from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.store import BLOCK, Vote, VoteStore, source_of
-from tests.conftest import picture, rows
+from tests.conftest import noise_image, rows
 
 IDS = [f"pair-{n}" for n in range(30)]
 
@@ -32,7 +32,7 @@ def label(store: VoteStore, annotator: str, count: int, choice: str = "left") ->
     """Vote on `count` presentations with one choice. Return the pairs in the order of presentation."""
     pairs = []
     for _ in range(count):
-        shown = store.show(annotator)
+        shown = store.next_pair(annotator)
         assert shown and store.cast(annotator, shown.id, choice)
         pairs.append(shown.pair)
     return pairs
@@ -40,19 +40,19 @@ def label(store: VoteStore, annotator: str, count: int, choice: str = "left") ->
 
 def label_all(store: VoteStore, annotator: str) -> list[str]:
     pairs = []
-    while shown := store.show(annotator):
+    while shown := store.next_pair(annotator):
         assert store.cast(annotator, shown.id, "left")
         pairs.append(shown.pair)
     return pairs
 
 
 def test_show_without_vote_returns_the_same_presentation(store: VoteStore) -> None:
-    first = store.show("Ada")
-    assert first and store.show("Ada") == first
+    first = store.next_pair("Ada")
+    assert first and store.next_pair("Ada") == first
     reopened = VoteStore(store.path, IDS, source="a set")
-    assert reopened.show(" Ada ") == first
+    assert reopened.next_pair(" Ada ") == first
     assert reopened.cast("Ada", first.id, "tie")
-    assert reopened.show("Ada") != first
+    assert reopened.next_pair("Ada") != first
 
 
 def test_show_repeats_one_pair_in_ten(store: VoteStore) -> None:
@@ -89,7 +89,7 @@ def test_show_pairs_with_fewest_presentations_come_first(store: VoteStore) -> No
 
 
 def test_cast_counts_one_vote_per_presentation(store: VoteStore) -> None:
-    shown = store.show("Ada")
+    shown = store.next_pair("Ada")
     assert shown
     assert store.cast("Ada", shown.id, "left")
     assert not store.cast("Ada", shown.id, "right"), "a second key on the same presentation"
@@ -102,7 +102,7 @@ def test_cast_counts_one_vote_per_presentation(store: VoteStore) -> None:
 
 def test_undo_presents_the_pair_again_and_keeps_the_record(store: VoteStore) -> None:
     first, second = label(store, "Ada", 2)
-    pending = store.show("Ada")
+    pending = store.next_pair("Ada")
     label(store, "Bob", 1)
     assert pending and store.undo("Ada") and store.undo("Ada") and not store.undo("Ada")
     assert [vote.annotator for vote in store.votes()] == ["Bob"], "nobody else's vote is touched"
@@ -128,11 +128,11 @@ def test_progress_counts_votes_and_annotators(store: VoteStore) -> None:
 def test_show_invalid_name_raises(store: VoteStore) -> None:
     for name in ("", "  ", "x" * 81):
         with pytest.raises(ValueError, match="Expected 1 to 80"):
-            store.show(name)
+            store.next_pair(name)
 
 
 def test_vote_store_other_dataset_or_file_raises(store: VoteStore, tmp_path: Path) -> None:
-    shown = store.show("Ada")
+    shown = store.next_pair("Ada")
     assert shown
     with pytest.raises(ValueError, match="has votes on 1 pairs that are not in other"):
         VoteStore(store.path, ["x"], source="other")
@@ -154,7 +154,7 @@ def test_vote_store_other_dataset_or_file_raises(store: VoteStore, tmp_path: Pat
 def vote_in_process(path: str, annotator: str, count: int) -> None:
     store = VoteStore(path, IDS, source="a set")
     for _ in range(count):
-        if (shown := store.show(annotator)) is None:
+        if (shown := store.next_pair(annotator)) is None:
             return
         assert store.cast(annotator, shown.id, "left") or annotator == "both", "two windows of one person may meet"
 
@@ -182,7 +182,7 @@ VOTER = """
 import sys
 from dpo_mm.labels.store import VoteStore
 store = VoteStore(sys.argv[1], [f"pair-{n}" for n in range(2000)], source="a set")
-while shown := store.show("Ada"):
+while shown := store.next_pair("Ada"):
     assert store.cast("Ada", shown.id, "left")
     print(shown.id, flush=True)
 """
@@ -241,7 +241,7 @@ def test_export_rows_have_preferences_and_counts(pairs: str, tmp_path: Path) -> 
     path = str(tmp_path / "votes.sqlite")
     store = VoteStore(path, pair_rows["id"], source=pairs)
     choices = dict(zip(label(store, "Ada", 4, "left"), (vote.choice for vote in store.votes())))
-    shown = store.show("Ada")
+    shown = store.next_pair("Ada")
     assert shown and store.cast("Ada", shown.id, "skip")
     printed = export(path, str(tmp_path / "out" / "labels.parquet"))
     exported = load_pairs(str(tmp_path / "out" / "labels.parquet"))
@@ -274,7 +274,7 @@ def test_open_pairs_folder_of_two_models(tmp_path: Path) -> None:
     for model in ("base", "tuned"):
         (tmp_path / model).mkdir()
         for n, name in enumerate(("0001", "a-red_star")):
-            picture(n + 10 * (model == "base")).save(tmp_path / model / f"{name}.png")
+            noise_image(n + 10 * (model == "base")).save(tmp_path / model / f"{name}.png")
     (tmp_path / "0001.txt").write_text("a big circle\n")
     pair_rows = open_pairs(str(tmp_path))
     assert list(pair_rows["prompt"]) == ["a big circle", "a red star"]
@@ -283,7 +283,10 @@ def test_open_pairs_folder_of_two_models(tmp_path: Path) -> None:
     label(store, "Ada", 2, "tie")
     export(str(store.path), str(tmp_path / "labels.parquet"))
     exported = load_pairs(str(tmp_path / "labels.parquet"))
-    assert exported[0]["image_b"].tobytes() == picture(0).tobytes() and list(exported["preference"]) == ["tie", "tie"]
+    assert exported[0]["image_b"].tobytes() == noise_image(0).tobytes() and list(exported["preference"]) == [
+        "tie",
+        "tie",
+    ]
     (tmp_path / "tuned" / "0001.png").unlink()
     with pytest.raises(
         ValueError, match="base/ and tuned/ do not have the same images \\('0001' is only in one of them\\)"

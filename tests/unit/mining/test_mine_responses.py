@@ -58,7 +58,7 @@ def test_chosen_best_uses_recall_for_ties() -> None:
 
 
 def test_corrected_response_changes_only_what_the_judge_rejects() -> None:
-    page = dataclasses.replace(PAGE, truth="Mines ....... 44\nRoads ........ 75")
+    page = dataclasses.replace(PAGE, ground_truth="Mines ....... 44\nRoads ........ 75")
     looping = Response("Nines ....... 44\nRoads " + "." * 170, 200, True)
     row = build_pair(page, [looping], DECODINGS, config(chosen="corrected"))
     assert row is not None and row["chosen"] == "Nines ....... 44\nRoads ........ 75"

@@ -16,7 +16,7 @@ from dpo_mm.data.schema import drop_ties, load_pairs
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training import arrow_shards, encoding
 from dpo_mm.training.encoding import encode
-from tests.conftest import picture, rows
+from tests.conftest import noise_image, rows
 
 
 def test_what_is_kept_is_what_the_encoder_says(tiny_model: str, pairs: str, tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_what_is_kept_is_what_the_encoder_says(tiny_model: str, pairs: str, tmp_
     found = encode(policy, drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)
     assert len(found) == 12
     row = found[1]
-    mean, std = policy.encode_images([picture(3), picture(2)])
+    mean, std = policy.encode_images([noise_image(3), noise_image(2)])
     torch.testing.assert_close(row["chosen_mean"], mean[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(row["rejected_std"], std[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(row["prompt"]["embeds"], policy.encode_prompts([rows(2)[1]["prompt"]])["embeds"][0])
@@ -114,10 +114,10 @@ def test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives(
     row = encode(policy, drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)[0]
     batches = [policy.collate([{**row, "visit": visit}]) for visit in (0, 1, 0)]
     for batch, visit in zip(batches, (0, 1, 0), strict=True):
-        noise = torch.from_numpy(random_draws.sample_noise(7, "row-0", visit, (4, 16, 16), what="posterior"))
+        noise = torch.from_numpy(random_draws.sample_noise(7, "row-0", visit, (4, 16, 16), purpose="posterior"))
         for side, place in (("chosen", 0), ("rejected", 1)):
             with torch.no_grad():
-                own = policy.vae.encode(policy.pixels(picture(place))[None]).latent_dist
+                own = policy.vae.encode(policy.pixels(noise_image(place))[None]).latent_dist
             torch.testing.assert_close(batch[side][0], ((own.mean + own.std * noise) * 0.7)[0], atol=2e-6, rtol=0)
     assert torch.equal(batches[0]["chosen"], batches[2]["chosen"])
     assert torch.equal(batches[0]["noise"], batches[2]["noise"])
@@ -130,7 +130,7 @@ def shaped(sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
     some = rows(len(sizes))
     for number, (row, size) in enumerate(zip(some, sizes, strict=True)):
         for place, side in enumerate(("image_a", "image_b")):
-            row[side] = {"bytes": encode_png(picture(2 * number + place, 64).resize(size)), "path": None}
+            row[side] = {"bytes": encode_png(noise_image(2 * number + place, 64).resize(size)), "path": None}
     return some
 
 

@@ -14,14 +14,14 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import load_responses, make_response_rows
 from dpo_mm.objectives import OBJECTIVES
 from dpo_mm.policies.families import load_policy
-from dpo_mm.policies.vlm.chat import corrupted, edits
+from dpo_mm.policies.vlm.chat import corrupt_image, edited_token_masks
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.training.builders import build_policy, validate_config
 from dpo_mm.training.pair_stream import PairStream
 from dpo_mm.training.reference import precompute_reference_log_probs
 from dpo_mm.training.run import dry_run, train
 from dpo_mm.training.trainer import PreferenceTrainer
-from tests.contracts.tiny_vlms import picture, save
+from tests.contracts.tiny_vlms import noise_image, save
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = [
         {
             "id": f"row-{n}",
-            "images": [picture(n)],
+            "images": [noise_image(n)],
             "prompt": "describe the picture",
             "chosen": "a red square on a blue field",
             "probability": 0.9,
@@ -56,15 +56,15 @@ def config(model: str, pairs: str, folder: Path, **more: object) -> TrainConfig:
 def test_a_corrupted_image_is_a_small_crop_at_the_same_size() -> None:
     ramp = np.add.outer(np.arange(60), np.arange(80)).astype(np.uint8)
     image = Image.fromarray(np.stack([ramp] * 3, -1))
-    left = corrupted(image, seed="row 0")
-    assert left.size == image.size and left.tobytes() == corrupted(image, seed="row 0").tobytes()
-    assert left.tobytes() != corrupted(image, seed="row 1").tobytes()
-    spans = [np.ptp(np.asarray(corrupted(image, seed=str(n)))) / np.ptp(ramp) for n in range(50)]
+    left = corrupt_image(image, seed="row 0")
+    assert left.size == image.size and left.tobytes() == corrupt_image(image, seed="row 0").tobytes()
+    assert left.tobytes() != corrupt_image(image, seed="row 1").tobytes()
+    spans = [np.ptp(np.asarray(corrupt_image(image, seed=str(n)))) / np.ptp(ramp) for n in range(50)]
     assert max(spans) <= 0.2**0.5 + 0.05 and min(spans) < 0.3
 
 
 def test_edited_tokens_are_those_that_the_other_side_does_not_share() -> None:
-    found = edits([1, 2, 3, 4, 5], [1, 2, 9, 9, 4, 5])
+    found = edited_token_masks([1, 2, 3, 4, 5], [1, 2, 9, 9, 4, 5])
     assert found["chosen_edited"].tolist() == [0, 0, 1, 0, 0]
     assert found["rejected_edited"].tolist() == [0, 0, 1, 1, 0, 0]
 
@@ -77,7 +77,7 @@ def encoded(model: str, pairs: str, folder: Path, **more: object) -> tuple[objec
 def test_tails_and_edits_weigh_the_tokens_as_their_papers_say(model: str, pairs: str, tmp_path: Path) -> None:
     plain, batch = encoded(model, pairs, tmp_path)
     with torch.no_grad():
-        scores = plain.scorer(plain.model, batch)  # type: ignore[attr-defined]
+        scores = plain.token_log_probs(plain.model, batch)  # type: ignore[attr-defined]
     layout, mask = batch["layout"], batch["mask"][:, batch["layout"].prompt :].bool()  # type: ignore[attr-defined, index]
     sides = scores.split([layout.chosen, layout.rejected], 1), mask.split([layout.chosen, layout.rejected], 1)
     tokens = [[s[m].tolist() for s, m in zip(part, kept)] for part, kept in zip(*sides)]

@@ -65,7 +65,7 @@ def test_web_caption_adds_companions_and_omits_objects() -> None:
     scenes = list(caption_scenes.scenes(400, 0))
     hallucinated = omitted = 0
     for scene in scenes:
-        present = {f"{thing.colour} {thing.shape}" for thing in scene.things}
+        present = {f"{thing.colour} {thing.shape}" for thing in scene.objects}
         assert set(caption_scenes.mentions(caption_scenes.caption(scene))) == present
         mentioned = caption_scenes.mentions(caption_scenes.web_caption(scene, rng))
         extra, missing = set(mentioned) - present, present - set(mentioned)

@@ -57,14 +57,14 @@ def test_sample_scene_satisfies_its_spec() -> None:
     for request in shapes.all_specs()[::5]:
         scene = shapes.sample_scene(request, rng)
         wanted = [(one.shape, one.colour) for one in request.objects for _ in range(one.count)]
-        assert [thing.shape for thing in scene.things] == [shape for shape, _ in wanted]
-        assert all(colour in (None, thing.colour) for thing, (_, colour) in zip(scene.things, wanted, strict=True))
-        for n, a in enumerate(scene.things):
+        assert [thing.shape for thing in scene.objects] == [shape for shape, _ in wanted]
+        assert all(colour in (None, thing.colour) for thing, (_, colour) in zip(scene.objects, wanted, strict=True))
+        for n, a in enumerate(scene.objects):
             assert all(a.size / 2 < place < 64 - a.size / 2 for place in (a.x, a.y))
-            gaps = [max(abs(a.x - b.x), abs(a.y - b.y)) - (a.size + b.size) / 2 for b in scene.things[:n]]
+            gaps = [max(abs(a.x - b.x), abs(a.y - b.y)) - (a.size + b.size) / 2 for b in scene.objects[:n]]
             assert all(gap > 4 for gap in gaps)
         if request.relation:
-            assert shapes.holds(request.relation, *scene.things)
+            assert shapes.holds(request.relation, *scene.objects)
 
 
 def test_holds_requires_a_clear_relation() -> None:

@@ -14,7 +14,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from dpo_mm.policies.diffusion.collate import padded
+from dpo_mm.policies.diffusion.collate import stack_padded
 from dpo_mm.policies.diffusion.latents import latent_scale
 from dpo_mm.policies.diffusion.noise_process import noise_process_for
 
@@ -130,11 +130,11 @@ class Config(dict[str, Any]):
 def test_latent_scale_follows_the_autoencoders_config(config: dict[str, Any], expected: list[list[float]]) -> None:
     raw = torch.tensor([2.0, 4.0]).view(1, 2, 1, 1)
     scale = latent_scale(Config(config))
-    assert scale.normalised(raw).flatten(1).tolist() == expected
-    assert torch.equal(scale.unnormalised(scale.normalised(raw)), raw)
+    assert scale.normalise(raw).flatten(1).tolist() == expected
+    assert torch.equal(scale.denormalise(scale.normalise(raw)), raw)
 
 
 def test_padded_unequal_lengths_keep_their_dtype() -> None:
-    masks = padded([torch.tensor([True, True, True]), torch.tensor([True])])
+    masks = stack_padded([torch.tensor([True, True, True]), torch.tensor([True])])
     assert masks.tolist() == [[True, True, True], [True, False, False]] and masks.dtype == torch.bool
-    assert padded([torch.ones(2, 3), torch.ones(1, 3)]).shape == (2, 2, 3)
+    assert stack_padded([torch.ones(2, 3), torch.ones(1, 3)]).shape == (2, 2, 3)

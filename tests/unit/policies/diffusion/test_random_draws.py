@@ -16,7 +16,7 @@ def test_random_draws_depend_only_on_seed_row_epoch_and_purpose() -> None:
     one = random_draws.sample_noise(0, "row", 3, (4, 8, 8))
     assert np.array_equal(one, random_draws.sample_noise(0, "row", 3, (4, 8, 8))) and one.dtype == np.float32
     others = [random_draws.sample_noise(*key, (4, 8, 8)) for key in ((1, "row", 3), (0, "wor", 3), (0, "row", 4))]
-    others.append(random_draws.sample_noise(0, "row", 3, (4, 8, 8), what="posterior"))
+    others.append(random_draws.sample_noise(0, "row", 3, (4, 8, 8), purpose="posterior"))
     assert not any(np.array_equal(one, other) for other in others)
     assert (
         random_draws.sample_noise_level(0, "row", 3)

@@ -11,7 +11,7 @@ from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import make_response_rows
 from dpo_mm.policies.families import load_policy
-from dpo_mm.policies.vlm.generation import stream, token_log_probs
+from dpo_mm.policies.vlm.generation import response_token_log_probs, stream_response
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 
 
@@ -29,20 +29,20 @@ def question() -> Question:
 
 def test_stream_grows_to_the_generated_response(policy: VisionLanguage, question: Question) -> None:
     (whole,) = policy.generate([question.images], [question.prompt], max_new_tokens=48, do_sample=False)
-    texts = list(stream(policy, question.images, question.prompt, max_new_tokens=48))
+    texts = list(stream_response(policy, question.images, question.prompt, max_new_tokens=48))
     assert texts[-1] == whole.text and len(texts) > 2
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
 
 
 def test_token_log_probs_match_those_of_training(policy: VisionLanguage, question: Question) -> None:
     response = "a red circle and a blue star"
-    tokens, log_probs = token_log_probs(policy, question.images, question.prompt, response)
+    tokens, log_probs = response_token_log_probs(policy, question.images, question.prompt, response)
     assert "".join(tokens) == response and log_probs.shape == (len(tokens),) and bool((log_probs < 0).all())
     row = {
         "id": "one",
         "images": [{"bytes": encode_png(image), "path": None} for image in question.images],
         "prompt": question.prompt,
-        "chosen": question.truth,
+        "chosen": question.ground_truth,
         "rejected": response,
         "rejected_truncated": True,
     }
@@ -55,9 +55,9 @@ def test_token_log_probs_match_those_of_training(policy: VisionLanguage, questio
 
 def test_stream_error_while_generating_is_raised(policy: VisionLanguage, question: Question) -> None:
     with pytest.raises(ValueError, match="max_new_tokens"):
-        list(stream(policy, question.images, question.prompt, max_new_tokens=-1))
+        list(stream_response(policy, question.images, question.prompt, max_new_tokens=-1))
 
 
 def test_token_log_probs_empty_response_has_no_tokens(policy: VisionLanguage, question: Question) -> None:
-    tokens, log_probs = token_log_probs(policy, question.images, question.prompt, "")
+    tokens, log_probs = response_token_log_probs(policy, question.images, question.prompt, "")
     assert tokens == [] and log_probs.shape == (0,)
