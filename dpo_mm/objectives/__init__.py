@@ -1,7 +1,7 @@
 """Preference objectives: pure functions from log-probs to one loss per pair.
 
-Symbols, for one pair: w is chosen and l is rejected. r = log p_policy - log p_reference is the log-ratio (beta * r is the
-implicit reward) and delta = r_w - r_l. An image's log-prob is -1/2 of its denoising error, so that `beta` means the same
+Symbols, for one pair: w is chosen and l is rejected. r = log p_policy - log p_reference is the log-ratio, beta * r the
+implicit reward, and delta = r_w - r_l. An image's log-prob is -1/2 of its denoising error, so that `beta` means the same
 as in the code of the Diffusion-DPO authors. The diffusers research script leaves out the 1/2, and its beta is half of
 this one.
 

@@ -1,7 +1,7 @@
 """Log-probs of both sides of each pair, and the quantities that objectives compute from them.
 
-Symbols, for one pair: w is chosen and l is rejected. r = log p_policy - log p_reference is the log-ratio (beta * r is the
-implicit reward) and delta = r_w - r_l.
+Symbols, for one pair: w is chosen and l is rejected. r = log p_policy - log p_reference is the log-ratio, beta * r the
+implicit reward, and delta = r_w - r_l.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Objectives of sorted log-ratios (alignment by optimal transport): they compare distributions instead of single pairs.
+"""Objectives of sorted log-ratios (alignment by optimal transport), which compare distributions instead of pairs.
 
 Symbols: w is chosen and l is rejected, r = log p_policy - log p_reference is the log-ratio of one side, and
 s(x) = 1 / (1 + e^-x). sort(x)_i is the i-th smallest value of x over the pairs.

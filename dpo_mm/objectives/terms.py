@@ -2,8 +2,8 @@
 
 The terms for vision-language models need log-ratios of a further forward pass (another image). They come with the batch.
 
-Symbols, for one pair: w is chosen and l is rejected, r = log p_policy - log p_reference is the log-ratio, delta = r_w - r_l
-and s(x) = 1 / (1 + e^-x).
+Symbols, for one pair: w is chosen and l is rejected, r = log p_policy - log p_reference is the log-ratio,
+delta = r_w - r_l and s(x) = 1 / (1 + e^-x).
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
     log p(x) = -1/2 * mean over latent elements of (prediction - target)^2
 
-Noise and timestep come with the batch. They are the same for chosen and rejected, and for policy and reference. The noise
-process and the target are those of the pipeline's scheduler, see `noise_process`. Source: Wallace et al. 2023
+Noise and timestep come with the batch. They are the same for chosen and rejected, and for policy and reference. The
+noise process and the target are those of the pipeline's scheduler, see `noise_process`. Source: Wallace et al. 2023
 (2311.12908), eq. 14.
 
 Errors are computed in float32 after the network. At beta 5000, half-precision errors would add noise with a standard
 deviation of 0.2 to 0.9 to the logit.
 
-A family is a subclass. It defines the components of its pipeline, how prompts are encoded and how the denoiser is called.
+A family is a subclass. It defines the components of its pipeline, the encoding of prompts and the denoiser's call.
 `dpo_mm/policies/README.md` shows how to write one.
 """
 
@@ -75,7 +75,7 @@ class DiffusionPolicy:
     conditioning_columns: ClassVar[tuple[str, ...]] = ()
     """Columns per image, (images, ...), on which the denoiser is conditioned if the rows have them."""
     is_image_editing: ClassVar[bool] = False
-    """True if the prompt contains an image to edit. Rows then have `image_source`, prompts `source` (images, c, h, w)."""
+    """True if the prompt contains an image to edit: `image_source` in rows, `source` (images, c, h, w) in prompts."""
     kohya_prefix: ClassVar[str | None] = None
     """Prefix of the denoiser's module names in kohya's and ComfyUI's files. None if no such format is known."""
 
@@ -277,7 +277,7 @@ class DiffusionPolicy:
     # Training
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
-        """Make a batch from encoded rows. Noise and timestep of a row depend only on its seed, id and epoch (`visit`)."""
+        """Make a batch from encoded rows, whose noise depends only on seed, row id and epoch. See `Policy.collate`."""
         return collate(self, rows)
 
     def num_tokens(self, shape: tuple[int, ...]) -> int:

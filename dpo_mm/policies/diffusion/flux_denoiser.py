@@ -1,4 +1,4 @@
-"""Functions that FLUX.1 and FLUX.1 Kontext share: prompt encoding, latents packed in 2x2 patches, and the velocity."""
+"""Functions that FLUX.1 and FLUX.1 Kontext share: prompt encoding, packing of latents, and the velocity."""
 
 from __future__ import annotations
 

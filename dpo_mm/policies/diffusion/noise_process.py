@@ -1,4 +1,4 @@
-"""Noise processes: noisy latents, the denoiser's target and its timestep, according to the pipeline's own scheduler.
+"""Noise processes of the pipelines' schedulers: noisy latents, the denoiser's target and its timestep.
 
 A noise level in [0, 1) is a position in the schedule: 0 is clean and 1 is pure noise. A noise process maps it to the
 timestep on which the denoiser is conditioned. Noisy latents, target and error scale follow from the timestep.

@@ -1,4 +1,4 @@
-"""Sana: Gemma 2 text encoder with an instruction, a deep-compression autoencoder without posterior, rectified flow."""
+"""Sana: Gemma 2 text encoder with an instruction, an autoencoder without posterior, rectified flow."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class StableDiffusion3(DiffusionPolicy):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
-        """Hidden states of CLIP, then of T5, (prompts, tokens, width), and both CLIPs' pooled states (prompts, width)."""
+        """Hidden states of CLIP, then of T5, (prompts, tokens, width), and CLIP's pooled states, (prompts, width)."""
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             list(prompts), None, None, device=self.device, do_classifier_free_guidance=False
         )

@@ -27,7 +27,7 @@ class StableDiffusionXL(DiffusionPolicy):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
-        """Joined hidden states of both encoders, (prompts, tokens, width), and the second's pooled state (prompts, width)."""
+        """Joined hidden states of both encoders, (prompts, tokens, width), and a pooled state, (prompts, width)."""
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

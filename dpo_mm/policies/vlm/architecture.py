@@ -1,4 +1,4 @@
-"""Parts of a transformers model: its auto classes, the modules outside the language model, dropout and LoRA targets."""
+"""Parts of a transformers model: auto classes, modules outside the language model, dropout, LoRA targets."""
 
 from __future__ import annotations
 

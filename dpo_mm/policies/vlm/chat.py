@@ -127,7 +127,7 @@ class ConversationEncoder:
         self.dropped.append(name)
 
     def prompt(self, images: Sequence[Any], messages: Sequence[dict[str, Any]], *, label: str) -> dict[str, Any]:
-        """Encode a conversation up to where the model's response starts.
+        """Encode a conversation up to the start of the model's response.
 
         Args:
             images: images of the conversation.
@@ -175,7 +175,7 @@ class ConversationEncoder:
         return {"add_special_tokens": False} if whole else {}
 
     def _template(self, messages: Sequence[dict[str, Any]], *, complete: bool) -> str:
-        """Apply the model's chat template: a complete conversation, or one up to where the response starts."""
+        """Apply the model's chat template to a complete conversation, or up to the start of the response."""
         if not self.templated:
             return _untemplated(messages, getattr(self.processor, "image_token", None))
         if not self.takes_images:
@@ -187,7 +187,7 @@ class ConversationEncoder:
     def _completion(
         self, messages: Sequence[dict[str, Any]], images: Sequence[Any], response: Any, label: str, *, ends: bool
     ) -> list[int]:
-        """Ids of what follows the prompt, (tokens,), with the end of the turn, or without it if the response is truncated."""
+        """Ids of the completion, (tokens,), with the end of the turn unless the response is truncated."""
         responses = as_messages(response, "assistant")
         prompt = _with_image_parts(messages, len(images), label)
         before, whole = self._template(prompt, complete=False), self._template([*prompt, *responses], complete=True)

@@ -153,7 +153,7 @@ def response_token_log_probs(
 
 
 def _inputs(policy: VisionLanguage, images: Sequence[Any], message: Any) -> dict[str, torch.Tensor]:
-    """Model inputs of one conversation, up to where the response starts."""
+    """Model inputs of one conversation, up to the start of the response."""
     prompt = policy.encoder.prompt(images, as_messages(message, "user"), label="this conversation")
     ids = prompt["ids"][None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -1,4 +1,4 @@
-"""Log-probs of two completions of one prompt from one packed sequence per pair: [images + prompt][chosen][rejected].
+"""Packed sequences [images + prompt][chosen][rejected]: log-probs of two completions in one forward pass.
 
 Images and prompt run through the model once, and the log-probs equal those of two separate sequences:
 
@@ -39,7 +39,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 COMPLETION_TYPES = {("paligemma", "token_type_ids"): 1}
-"""Token type of a completion if it is not 0, by model type: PaliGemma's prefix (0) attends to itself in both directions."""
+"""Token type of a completion if it is not 0. PaliGemma's prefix has type 0 and attends to itself in both directions."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def mask_chosen_from_rejected(mask_function: Callable[..., Any], layout: Layout)
         visible = (key < prompt) | ((query >= prompt) & (query_in_rejected == key_in_rejected))
         # The model's rule (causal, sliding window, ...) compares positions. Moving the columns of rejected back by the
         # length of chosen gives them the positions that they have if chosen is absent, so the rule applies unchanged.
-        # True counts as 1 in the product, and the columns of prompt and chosen stay where they are.
+        # True counts as 1 in the product, and the columns of prompt and chosen do not move.
         return visible & mask_function(batch, head, query - chosen * query_in_rejected, key - chosen * key_in_rejected)
 
     return mask

@@ -1,4 +1,4 @@
-"""Log-prob of each completion token of a pair, with a shared prefix if that is exact, otherwise with separate sequences.
+"""Log-prob of each completion token, with a shared prefix if that is exact, otherwise with separate sequences.
 
 The output head runs only on the completions, in chunks that are recomputed in the backward pass, so that the logits of a
 whole sequence are never in memory. On the first batch of a run both layouts are computed. If they differ, the model uses
@@ -246,7 +246,7 @@ def _finish(base_model: Any, logits: Tensor) -> Tensor:
 
 
 def _chunked_log_probs(base_model: Any, logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    """Log-prob of each target, nats, (tokens,), from hidden states (tokens, width), with one chunk of logits at a time."""
+    """Log-prob of each target, nats, (tokens,), from hidden states (tokens, width), one chunk of logits at a time."""
 
     def chunk(states: Tensor, tokens: Tensor) -> Tensor:
         return -F.cross_entropy(logits(states), tokens, reduction="none")

@@ -296,7 +296,7 @@ class VisionLanguage:
         return LogProbs(chosen, rejected, num_tokens_chosen, num_tokens_rejected, is_likelihood=True)
 
     def _can_use_features(self, model: nn.Module, batch: Batch) -> bool:
-        """True if features can replace the batch's pixels: the tower is frozen, and they were exact on the first batch."""
+        """True if features can replace pixels: the tower is frozen, and they were exact on the first batch."""
         if "features" in batch or "pixel_values" not in batch["images"] or self._trains_vision():
             return False
         if self.features_are_exact is None:
