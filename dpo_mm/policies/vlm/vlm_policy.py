@@ -79,6 +79,7 @@ class VisionLanguage:
         self.untuned_model: Any = None
         """The base model, if `load_adapter` replaced it."""
         self.features_are_exact: bool | None = None
+        self.vision_trains = False
         """True if vision features can replace pixels. None until the first batch with pixels."""
 
     @classmethod
@@ -149,6 +150,9 @@ class VisionLanguage:
                 module.requires_grad_(False)
         else:
             raise ValueError(f"tuning {config.tuning!r} is unknown. Expected 'lora' or 'full'")
+        # Noted once, because PEFT turns requires_grad off while its adapter is disabled for the reference.
+        outside = non_language_modules(self.base_model)
+        self.vision_trains = any(parameter.requires_grad for module in outside for parameter in module.parameters())
         if config.gradient_checkpointing:
             base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base_model.enable_input_require_grads()
@@ -201,7 +205,7 @@ class VisionLanguage:
             ValueError: if the tower is trained, because its features would become stale, or if the features cannot be
                 computed separately.
         """
-        if self._trains_vision():
+        if self.vision_trains:
             raise ValueError(
                 "cache_vision_features: features cannot be cached, because the vision tower trains (train_vision_tower)"
             )
@@ -227,10 +231,6 @@ class VisionLanguage:
         without_pixels = {name: value for name, value in row["images"].items() if name != "pixel_values"}
         features = vision_features(self.base_model, {"images": images})
         return {**row, "images": without_pixels, "features": features_to(features, "cpu")}
-
-    def _trains_vision(self) -> bool:
-        modules = non_language_modules(self.base_model)
-        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
     def free_encoders(self) -> None:
         """Do nothing: the vision tower runs in every step unless its features are cached."""
@@ -297,7 +297,7 @@ class VisionLanguage:
 
     def _can_use_features(self, model: nn.Module, batch: Batch) -> bool:
         """True if features can replace pixels: the tower is frozen, and they were exact on the first batch."""
-        if "features" in batch or "pixel_values" not in batch["images"] or self._trains_vision():
+        if "features" in batch or "pixel_values" not in batch["images"] or self.vision_trains:
             return False
         if self.features_are_exact is None:
             self.features_are_exact = features_agree(self.token_log_probs, model, batch)

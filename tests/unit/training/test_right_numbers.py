@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion.stable_diffusion import StableDiffusion
@@ -18,8 +19,10 @@ from dpo_mm.policies.families import load_policy
 from dpo_mm.training import run
 from dpo_mm.training.encoding import encode_splits
 from dpo_mm.training.pair_stream import PairStream
+from dpo_mm.training.reference import adapter_off
 from dpo_mm.training.trainer import PreferenceTrainer
 from tests.conftest import rows
+from tests.contracts import tiny_vlms
 
 
 def config(model: str, pairs: str, folder: Path, **changes: Any) -> TrainConfig:
@@ -115,3 +118,22 @@ def test_an_evaluation_stream_numbers_its_rows_and_its_filling() -> None:
     stream = PairStream(Rows(), seed=0, length=12, num_fixed_draws=2, shuffle=False, batch_size=4)
     numbered = [(row["id"], row["visit"], row["number"] >= 0) for row in (stream[n] for n in range(12))]
     assert len({row for row in numbered if row[2]}) == 10 and [row[2] for row in numbered].count(False) == 2
+
+
+def test_a_lora_on_the_vision_tower_trains_with_adapter_off(tmp_path: Path) -> None:
+    """Catches features that the reference computed without gradient, which the policy then used: the tower stood still."""
+    model = tiny_vlms.save("llava", tmp_path / "model")
+    settings = config(model, "-", tmp_path, train_vision_tower=True, lora_rank=2)
+    policy = load_policy(model, train_vision_tower=True)
+    encoded = policy.encode(Dataset.from_list(tiny_vlms.rows("llava", (1, 1))))
+    policy.prepare(settings)
+    batch = policy.collate(encoded)
+    adapter_off(policy)(policy.model, batch)
+    log_probs = policy.log_probs(policy.model, batch)
+    (log_probs.chosen - log_probs.rejected).sum().backward()
+    tower = {
+        name: p.grad
+        for name, p in policy.model.named_parameters()
+        if "vision" in name and "layers.0" in name and "lora_B" in name
+    }
+    assert tower and all(gradient is not None and gradient.abs().max() > 0 for gradient in tower.values())
