@@ -104,7 +104,7 @@ def test_changed_pairs_are_not_resumed(tiny_model: str, write_pairs: Callable[..
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_batch_of_the_same_pairs_a_step(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """4 a step as one batch, then as two: the same pairs and draws, so the same losses but for rounding."""
-    whole = config(tiny_model, pairs, str(tmp_path / "whole"), batch_size=4, stratified_timesteps=True)
+    whole = config(tiny_model, pairs, str(tmp_path / "whole"), batch_size=4, stratified_timesteps=True, learning_rate=2e-4)
     cut = dataclasses.replace(whole, output_dir=str(tmp_path / "cut"), steps=3, save_every=3)
     train(cut)
     resumed = train(dataclasses.replace(cut, steps=6, batch_size=2, accumulate=2, resume=True))
