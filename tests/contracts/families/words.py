@@ -20,12 +20,15 @@ def clip_tokenizer(folder: Path, *, length: int = 16) -> CLIPTokenizer:
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = WhitespaceSplit()
     bpe.train_from_iterator(WORDS, BpeTrainer(vocab_size=120, end_of_word_suffix="</w>", show_progress=False))
-    vocabulary = bpe.get_vocab()
+    # The trainer breaks ties by a random hash, so ids and the order of merges are sorted: each process makes one model.
+    vocabulary = {token: number for number, token in enumerate(sorted(bpe.get_vocab()))}
     for token in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary.setdefault(token, len(vocabulary))
     bpe.model.save(str(folder))
     lines = (folder / "merges.txt").read_text().splitlines()
-    merges = [tuple(line.split()) for line in lines if not line.startswith("#")]
+    merges = sorted(
+        (tuple(line.split()) for line in lines if not line.startswith("#")), key=lambda pair: (len("".join(pair)), pair)
+    )
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
@@ -38,4 +41,8 @@ def t5_tokenizer() -> T5TokenizerFast:
         WORDS, UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
     )
     vocabulary = json.loads(pieces.to_str())["model"]["vocab"]
-    return T5TokenizerFast(vocab=[(piece, score) for piece, score in vocabulary], extra_ids=0)
+    known = {piece: round(score, 3) for piece, score in vocabulary}
+    learned = sorted(
+        set(known) - set(special), key=lambda piece: (-known[piece], piece)
+    )  # ties have no order of their own
+    return T5TokenizerFast(vocab=[(piece, known[piece]) for piece in (*special, *learned)], extra_ids=0)
