@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_mm.data.image_files import image_bytes
+
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
@@ -375,7 +377,8 @@ def _image_digests(cell: Any) -> list[str]:
 
 
 def _content(image: dict[str, Any]) -> bytes:
+    """Return the bytes of an image, or its path if it cannot be read: decoding refuses such a row by its number."""
     try:
-        return image["bytes"] or Path(image["path"]).read_bytes()
-    except (OSError, TypeError):
-        return str(image.get("path")).encode()  # refused with its row when it is decoded
+        return image_bytes(image)
+    except (OSError, TypeError, ValueError):
+        return str(image.get("path")).encode()

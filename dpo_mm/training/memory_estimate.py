@@ -150,8 +150,8 @@ def _step(policy: ImagePolicy, config: TrainConfig, batch: dict[str, Any]) -> No
         if resolve_reference_name(config) != "precomputed":
             with torch.no_grad(), off:
                 policy.log_probs(policy.model, batch)
-        found = policy.log_probs(policy.model, batch)
-    (found.chosen - found.rejected).sum().backward()
+        log_probs = policy.log_probs(policy.model, batch)
+    (log_probs.chosen - log_probs.rejected).sum().backward()
 
 
 def state_bytes(shape: Sequence[int], optimizer: str) -> int:

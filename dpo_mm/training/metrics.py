@@ -11,11 +11,11 @@ from dpo_mm import objectives
 from dpo_mm.objectives import LogProbs
 
 
-def split_by_noise_quartile(found: Mapping[str, Tensor], level: Tensor) -> dict[str, Tensor]:
+def split_by_noise_quartile(metrics: Mapping[str, Tensor], level: Tensor) -> dict[str, Tensor]:
     """Repeat accuracies and margins for each quartile of the noise schedule.
 
     Args:
-        found: metrics, (pairs,) each.
+        metrics: values by name, (pairs,) each.
         level: noise level of each pair, [0, 1), (pairs,). The first quartile is the cleanest.
 
     Returns:
@@ -23,7 +23,7 @@ def split_by_noise_quartile(found: Mapping[str, Tensor], level: Tensor) -> dict[
     """
     quarter = (level * 4).long()
     return {
-        f"{name}_quartile{n + 1}": found[name].masked_fill(quarter != n, torch.nan)
+        f"{name}_quartile{n + 1}": metrics[name].masked_fill(quarter != n, torch.nan)
         for name in ("rewards/accuracies", "rewards/margins")
         for n in range(4)
     }
@@ -43,7 +43,7 @@ def reward_metrics(policy: LogProbs, reference: LogProbs, *, beta: float) -> dic
     """
     chosen, rejected = objectives.log_ratios(policy, reference)
     delta = objectives.deltas(policy, reference)
-    found = {
+    metrics = {
         "rewards/accuracies": (delta > 0).float() + 0.5 * (delta == 0).float(),
         "rewards/margins": beta * delta,
         "rewards/absolute_margins": (beta * delta).abs(),
@@ -51,9 +51,9 @@ def reward_metrics(policy: LogProbs, reference: LogProbs, *, beta: float) -> dic
         "rewards/rejected": beta * rejected,
     }
     if not policy.is_likelihood:
-        found["errors/chosen"] = policy.chosen / reference.chosen
-        found["errors/rejected"] = policy.rejected / reference.rejected
-    return {name: value.detach() for name, value in found.items()}
+        metrics["errors/chosen"] = policy.chosen / reference.chosen
+        metrics["errors/rejected"] = policy.rejected / reference.rejected
+    return {name: value.detach() for name, value in metrics.items()}
 
 
 def image_reliance(policy: LogProbs, reference: LogProbs, corrupted_ratio: Tensor) -> Tensor:

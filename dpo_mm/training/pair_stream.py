@@ -40,42 +40,42 @@ class PairStream(Dataset[dict[str, Any]]):
     num_fixed_draws: int = 0
     """K: a row's noise repeats after K epochs. 0: fresh noise in every epoch."""
     num_strata: int = 0
-    """So many rows in a row, a step's, draw their timesteps from as many parts of the schedule, one each; of K fixed
-    draws, those of a row do so instead. 0: each is drawn by itself."""
+    """Number of parts of the noise schedule. The rows of a step draw one timestep from each part. With K fixed draws, the
+    draws of a row do so instead. 0: timesteps are independent."""
     antithetic: bool = False
-    """Each use of a row comes twice in a row, the second time with negated noise."""
+    """Each use of a row is two items in succession, the second with negated noise."""
     shuffle: bool = True
     batch_size: int = 1
-    """Rows of a process and step, which are of one group; length and what is asked for come in whole batches."""
+    """Rows per process and step, all from one bucket. The length is a multiple of it."""
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         number, second = divmod(number, 2) if self.antithetic else (number, 0)
-        round_, row = self._ungrouped(number) if len(buckets_of(self.rows)) == 1 else self._in_bucket(number)
+        round_, row = self._in_one_bucket(number) if len(buckets_of(self.rows)) == 1 else self._in_bucket(number)
         visit = round_ % self.num_fixed_draws if self.num_fixed_draws else round_
-        found = self.row_at_epoch(row, visit, number=number, sign=-1 if second else 1)
-        if not self.shuffle:  # evaluation: rows that only fill up a batch count for nothing
-            found["number"] = number if round_ < self.num_fixed_draws else -1
-        return found
+        item = self.row_at_epoch(row, visit, number=number, sign=-1 if second else 1)
+        if not self.shuffle:  # evaluation: -1 marks rows that only fill the last batch and are not counted
+            item["number"] = number if round_ < self.num_fixed_draws else -1
+        return item
 
     def row_at_epoch(self, row: int, visit: int, *, number: int = 0, sign: int = 1) -> dict[str, Any]:
         """Return a row in one of its epochs (`visit`). number: its index in the stream, which selects the stratum."""
-        found = self.rows[row]
-        place_in_time = {"stratum": self._stratum(found["id"], visit, number)} if self.num_strata else {}
-        return {**found, "visit": visit, "sign": sign, **place_in_time}
+        encoded = self.rows[row]
+        stratum = {"stratum": self._stratum(encoded["id"], visit, number)} if self.num_strata else {}
+        return {**encoded, "visit": visit, "sign": sign, **stratum}
 
-    def _ungrouped(self, number: int) -> tuple[int, int]:
-        visit, place = divmod(number, len(self.rows))
-        return visit, int(_order((self.seed, visit), len(self.rows))[place]) if self.shuffle else place
+    def _in_one_bucket(self, number: int) -> tuple[int, int]:
+        visit, position = divmod(number, len(self.rows))
+        return visit, int(_order((self.seed, visit), len(self.rows))[position]) if self.shuffle else position
 
     def _in_bucket(self, number: int) -> tuple[int, int]:
         size, buckets = max(self.batch_size // 2, 1) if self.antithetic else self.batch_size, buckets_of(self.rows)
-        step, place = divmod(number, size)
+        step, position = divmod(number, size)
         sizes = tuple(len(bucket) for bucket in buckets)
         which, batch = _batch(self.seed, sizes, size, step) if self.shuffle else self._bucket_by_bucket(step)
-        visit, at = divmod(batch * size + place, sizes[which])
+        visit, at = divmod(batch * size + position, sizes[which])
         order = _order((self.seed, which, visit), sizes[which]) if self.shuffle else range(sizes[which])
         return visit, buckets[which][int(order[at])]
 
@@ -92,8 +92,8 @@ class PairStream(Dataset[dict[str, Any]]):
         if self.num_fixed_draws:
             return int(random_draws.stratum_order(self.seed, row, self.num_fixed_draws)[visit]), self.num_fixed_draws
         count = max(self.num_strata // 2, 1) if self.antithetic else self.num_strata
-        step, place = divmod(number, count)
-        return int(_order((self.seed, 1 + step, 1), count)[place]), count
+        step, position = divmod(number, count)
+        return int(_order((self.seed, 1 + step, 1), count)[position]), count
 
 
 def buckets_of(rows: Any) -> Sequence[range]:
@@ -125,7 +125,7 @@ def _round(seed: int, sizes: tuple[int, ...], batch_size: int, number: int) -> l
         for which, size in enumerate(sizes)
         for batch in range(number * size // batch_size, (number + 1) * size // batch_size)
     ]
-    return [filled[place] for place in _order((seed, len(sizes), number), len(filled))]
+    return [filled[position] for position in _order((seed, len(sizes), number), len(filled))]
 
 
 @functools.lru_cache(maxsize=256)

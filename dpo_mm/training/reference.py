@@ -226,8 +226,8 @@ def precompute_reference_log_probs(
         for visit in range(stream.num_fixed_draws):
             for numbers, fresh in _batches(rows, config.batch_size):
                 batch = policy.collate([stream.row_at_epoch(n, visit) for n in numbers])
-                found = policy.log_probs(policy.model, _moved(batch, device))
-                for side, values in zip(sides, (found.chosen, found.rejected), strict=True):
+                log_probs = policy.log_probs(policy.model, _moved(batch, device))
+                for side, values in zip(sides, (log_probs.chosen, log_probs.rejected), strict=True):
                     side[torch.tensor(numbers), visit] = values.float().cpu()
                 advance(fresh)
     if place:

@@ -92,7 +92,7 @@ class PreferenceTrainer(Trainer):
     def _shard(self, model: nn.Module) -> None:
         """Spread a frozen copy over the processes like the model itself. Raises ValueError under FSDP1."""
         if not self.accelerator.is_fsdp2:
-            raise ValueError("a frozen copy is sharded by FSDP2 alone; set fsdp_version: 2 in accelerate's config")
+            raise ValueError("a frozen copy of the model needs FSDP2: set fsdp_version: 2 in accelerate's config")
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
         fsdp2_prepare_model(self.accelerator, model)
@@ -126,7 +126,7 @@ class PreferenceTrainer(Trainer):
         if evaluating:
             by_noise = "level" in inputs and reference_logps is not None
             quartiles = split_by_noise_quartile(metrics, inputs["level"]) if by_noise else {}
-            self._metrics["eval"].append(metrics | quartiles | {k: inputs[k] for k in ("number",) if k in inputs})
+            self._metrics["eval"].append(metrics | quartiles | {"number": inputs["number"]})
         else:
             self.skip_callback.record_batch(inputs["id"], inputs.get("timestep"), losses)
             self._metrics["train"].append(metrics)
@@ -170,7 +170,7 @@ class PreferenceTrainer(Trainer):
         return statistics
 
     def _eval_averages(self) -> dict[str, float]:
-        """Mean of each metric over the evaluation rows, each counted once.
+        """Mean of each metric over the evaluation rows. Each row counts once.
 
         With several processes, accelerate repeats the first rows to fill up the last batch. With buckets, so does the
         stream. The rows' numbers tell them apart.
@@ -179,9 +179,9 @@ class PreferenceTrainer(Trainer):
         names = list(batches[0])
         values = torch.stack([torch.cat([batch[name].double() for batch in batches]) for name in names], dim=1)
         padded = self.accelerator.pad_across_processes(values, pad_index=-1)
-        gathered = self.accelerator.gather(padded)[:, :].cpu()  # type: ignore[index]
+        gathered = self.accelerator.gather(padded).cpu()  # type: ignore[union-attr]
         numbers = gathered[:, names.index("number")].long().tolist()
-        first = {number: place for place, number in reversed(list(enumerate(numbers))) if number >= 0}
+        first = {number: position for position, number in reversed(list(enumerate(numbers))) if number >= 0}
         means = gathered[[first[number] for number in sorted(first)]].nanmean(0).tolist()
         metrics = dict(zip(names, means, strict=True))
         return {k: v for k, v in metrics.items() if k != "number" and ("_quartile" not in k or not math.isnan(v))}
@@ -215,13 +215,13 @@ class PreferenceTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
-    # Checkpoints: written aside and renamed, so that one that is there is whole
+    # Checkpoints are written to a temporary folder and renamed, so a checkpoint is never incomplete
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(Path(super()._get_output_dir(trial)) / ".saving")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        aside, final = Path(self._get_output_dir()), Path(self.args.output_dir)  # type: ignore[arg-type]
+        temporary, final = Path(self._get_output_dir()), Path(self.args.output_dir)  # type: ignore[arg-type]
         name = f"checkpoint-{self.state.global_step}"
         try:
             with explain_disk_full(final / name):
@@ -229,14 +229,14 @@ class PreferenceTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     if isinstance(self.reference, TrackingReference):
-                        self.reference.save(aside / name)
-                    mark_complete(aside / name)
+                        self.reference.save(temporary / name)
+                    mark_complete(temporary / name)
                     shutil.rmtree(final / name, ignore_errors=True)
-                    os.replace(aside / name, final / name)
+                    os.replace(temporary / name, final / name)
                     rotate_checkpoints(str(final), self.args.save_total_limit)
         finally:
             if self.args.should_save:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
@@ -248,13 +248,13 @@ class PreferenceTrainer(Trainer):
 
     def save_result(self) -> None:
         """Write the trained weights to output_dir, each part to a temporary file that is then renamed."""
-        aside, final = Path(self._get_output_dir()) / "result", Path(self.args.output_dir)  # type: ignore[arg-type]
+        temporary, final = Path(self._get_output_dir()) / "result", Path(self.args.output_dir)  # type: ignore[arg-type]
         with explain_disk_full(final):
-            self.save_model(str(aside))
+            self.save_model(str(temporary))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                move_into_place(aside, final)
-                shutil.rmtree(aside.parent)
+                move_into_place(temporary, final)
+                shutil.rmtree(temporary.parent)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
