@@ -45,7 +45,7 @@ class Said:
         )
 
 
-def test_beta_is_one_over_a_share_of_the_spread() -> None:
+def test_auto_beta_is_the_inverse_of_a_fraction_of_the_spread() -> None:
     """Differences -3, -1, 1, 3, sixteen times each: standard deviation 2.254; shares 2 % and 1/2. Means don't count."""
     rows = [{"id": str(n), "chosen": 7.0 + d, "rejected": 5.0} for n, d in enumerate((-3.0, -1.0, 1.0, 3.0))]
     given, stream = TrainConfig("-", "-", "-", batch_size=4), PairStream(rows, seed=0, length=4)
@@ -60,7 +60,7 @@ def test_beta_is_one_over_a_share_of_the_spread() -> None:
 
 
 @pytest.mark.slow
-def test_a_measured_beta_is_said_kept_and_taken_up_again(
+def test_auto_beta_is_logged_saved_and_used_on_resume(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mutation that it catches: measuring again at resume, when the policy has moved."""
@@ -80,7 +80,7 @@ def test_a_measured_beta_is_said_kept_and_taken_up_again(
     assert [e["loss"] for e in by_number.history if "loss" in e] == [e["loss"] for e in trained.history if "loss" in e]
 
 
-def test_beta_is_a_number_or_auto(tiny_model: str, pairs: str, out: str) -> None:
+def test_beta_other_than_a_number_or_auto_is_refused(tiny_model: str, pairs: str, out: str) -> None:
     needed = {"model": "m", "pairs": "p", "output_dir": "o"}
     found = [
         config_from_mapping(TrainConfig, {**needed, "beta": beta}, source="flags").beta
@@ -94,7 +94,7 @@ def test_beta_is_a_number_or_auto(tiny_model: str, pairs: str, out: str) -> None
 
 
 @pytest.mark.parametrize("process", ["v", "velocity"])
-def test_weighting_epsilon_is_the_error_of_the_noise(process: str, pairs: str, tmp_path: Path) -> None:
+def test_epsilon_weighting_equals_the_error_of_the_noise(process: str, pairs: str, tmp_path: Path) -> None:
     """beta constant on the noise: kept times v's error, (1 - s)^2 times a velocity's; derived here from x_t.
 
     Mutations that it catches: the factor's root, its inverse, 1 - kept, a factor on one side alone.

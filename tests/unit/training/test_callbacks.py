@@ -20,7 +20,7 @@ def fed(watch: ChosenLikelihoodWarning | ChosenErrorWarning, values: list[float]
     ("watch", "limit", "worse", "advice"),
     [(ChosenLikelihoodWarning, DISPLACED, -0.01, "sft_weight"), (ChosenErrorWarning, DRIFTED, 0.01, "objective sdpo")],
 )
-def test_a_drift_is_warned_of_once_with_what_to_do(
+def test_chosen_drift_is_warned_of_once_with_a_fix(
     watch: type[ChosenLikelihoodWarning | ChosenErrorWarning],
     limit: float,
     worse: float,
@@ -28,7 +28,7 @@ def test_a_drift_is_warned_of_once_with_what_to_do(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Mutations that it catches: the sign of the limit, one value for a mean, a warning at every log."""
-    with caplog.at_level(logging.WARNING, logger="dpo_mm.training.drift"):
+    with caplog.at_level(logging.WARNING, logger="dpo_mm.training.callbacks"):
         fed(watch(), [limit - worse] * 3 * WINDOW)
         fed(watch(), [limit - worse] * (WINDOW - 1) + [limit + worse])
         fed(watch(), [limit + 100 * worse] * (WINDOW - 1))

@@ -19,7 +19,7 @@ from dpo_mm.training.encoding import encode
 from tests.conftest import noise_image, rows
 
 
-def test_what_is_kept_is_what_the_encoder_says(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+def test_cached_latents_equal_the_encoder_output(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     policy = load_policy(tiny_model)
     found = encode(policy, drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)
     assert len(found) == 12
@@ -32,7 +32,7 @@ def test_what_is_kept_is_what_the_encoder_says(tiny_model: str, pairs: str, tmp_
     assert float(row["score_margin"]) == pytest.approx(0.8)
 
 
-def test_a_second_run_encodes_nothing(
+def test_second_run_reads_the_cache(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = load_policy(tiny_model)
@@ -48,7 +48,7 @@ def test_a_second_run_encodes_nothing(
         encode(policy, drop_ties(load_pairs(pairs)).select(range(4)), where="pairs", cache=tmp_path)
 
 
-def test_a_run_cut_short_goes_on_where_it_was(
+def test_interrupted_encoding_resumes_at_its_shard(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "SHARD", 4)
@@ -76,7 +76,7 @@ def damaged(write_pairs: Callable[..., str]) -> str:
     return write_pairs(some, "damaged.parquet")
 
 
-def test_a_damaged_picture_is_named(damaged: str, tiny_model: str, tmp_path: Path) -> None:
+def test_damaged_image_is_named_in_the_error(damaged: str, tiny_model: str, tmp_path: Path) -> None:
     given = drop_ties(load_pairs(damaged))
     with pytest.raises(
         ValueError, match=r"row row-3 of d\.parquet: image_b does not decode .*undecodable_images: drop"
@@ -84,7 +84,7 @@ def test_a_damaged_picture_is_named(damaged: str, tiny_model: str, tmp_path: Pat
         encode(load_policy(tiny_model), given, where="d.parquet", cache=tmp_path)
 
 
-def test_a_damaged_picture_is_left_out_where_asked(damaged: str, tiny_model: str, tmp_path: Path) -> None:
+def test_damaged_image_is_dropped_if_set(damaged: str, tiny_model: str, tmp_path: Path) -> None:
     given = drop_ties(load_pairs(damaged))
     found = encode(load_policy(tiny_model), given, where="d.parquet", cache=tmp_path, undecodable_images="drop")
     assert found.ids() == ["row-0", "row-1", "row-2", "row-4", "row-5"]
@@ -92,7 +92,9 @@ def test_a_damaged_picture_is_left_out_where_asked(damaged: str, tiny_model: str
     assert (noted["row"], noted["column"]) == ("row-3", "image_b")
 
 
-def test_a_full_disk_is_said(tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_reported_with_a_fix(
+    tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from datasets import Dataset
 
     def full(*_: Any, **__: Any) -> None:
@@ -103,9 +105,7 @@ def test_a_full_disk_is_said(tiny_model: str, pairs: str, tmp_path: Path, monkey
         encode(load_policy(tiny_model), drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)
 
 
-def test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives(
-    tiny_model: str, pairs: str, tmp_path: Path
-) -> None:
+def test_fresh_latent_sample_equals_encoding_in_the_step(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """The kept posterior with a visit's noise is the autoencoder's own sample with that noise, to float32's rounding."""
     from dpo_mm.policies.diffusion import random_draws
 
@@ -142,7 +142,7 @@ def several(write_pairs: Callable[..., str]) -> str:
     return write_pairs(shaped(SIZES), "several.parquet")
 
 
-def test_a_pair_shares_the_frame_of_its_aspect_ratio(
+def test_pair_uses_the_bucket_of_its_aspect_ratio(
     several: str, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "SHARD", 3)
@@ -163,13 +163,13 @@ def policy_picture(path: str, row: str) -> Any:
     return next(each["image_a"] for each in load_pairs(path) if each["id"] == row)
 
 
-def test_without_buckets_all_are_cropped_to_one_square(several: str, tiny_model: str, tmp_path: Path) -> None:
+def test_images_are_cropped_to_one_square_without_buckets(several: str, tiny_model: str, tmp_path: Path) -> None:
     found = encode(load_policy(tiny_model), drop_ties(load_pairs(several)), where="several", cache=tmp_path)
     assert found.frames == ["32x32"] and found.buckets == [range(7)]
     assert found.ids() == [f"row-{n}" for n in range(7)]
 
 
-def test_a_run_trains_on_frames_of_its_own(several: str, tiny_model: str, tmp_path: Path) -> None:
+def test_run_trains_on_several_buckets(several: str, tiny_model: str, tmp_path: Path) -> None:
     from dpo_mm.training.run import train
 
     config = TrainConfig(
@@ -183,7 +183,7 @@ def test_a_run_trains_on_frames_of_its_own(several: str, tiny_model: str, tmp_pa
 
 
 @pytest.mark.parametrize(("precision", "apart"), [("bf16", 2**-8), ("fp16", 2**-11)])
-def test_halves_are_as_near_as_their_bits(
+def test_half_precision_cache_is_within_its_rounding(
     precision: str, apart: float, tiny_model: str, pairs: str, tmp_path: Path
 ) -> None:
     policy, given = load_policy(tiny_model), drop_ties(load_pairs(pairs))
@@ -196,12 +196,12 @@ def test_halves_are_as_near_as_their_bits(
     assert size(half) < 0.6 * size(exact)
 
 
-def test_what_fp16_cannot_hold_is_said() -> None:
+def test_fp16_overflow_is_reported() -> None:
     with pytest.raises(ValueError, match=r"set: embeds is too large for fp16 \(7e\+04\); take cache_precision bf16"):
         arrow_shards.cast_columns({"embeds": torch.full((1, 2), 7e4)}, "fp16", where="set")
 
 
-def test_ids_and_masks_stay_whole(tmp_path: Path) -> None:
+def test_ids_and_masks_are_not_cast(tmp_path: Path) -> None:
     kept = {"id": ["a", "b"], "mask": torch.tensor([[1, 0], [1, 1]]), "x": torch.tensor([[0.1], [70000.0]])}
     arrow_shards.write_shard(tmp_path / "pairs-00000", {"1x1": arrow_shards.cast_columns(kept, "bf16", where="-")})
     found = arrow_shards.Shards(tmp_path, list(arrow_shards.list_parts(tmp_path, "pairs")))
@@ -209,7 +209,7 @@ def test_ids_and_masks_stay_whole(tmp_path: Path) -> None:
     assert found[0]["id"] == "a" and found[1]["x"].item() == pytest.approx(70000, rel=2**-8)
 
 
-def test_prompts_of_unequal_lengths_keep_their_mask(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+def test_prompts_of_different_lengths_have_their_masks(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """Lengths differ from shard to shard and are filled up in the batch alone."""
     policy = load_policy(tiny_model)
     plain = policy.encode_prompts
@@ -234,7 +234,7 @@ def test_prompts_of_unequal_lengths_keep_their_mask(tiny_model: str, pairs: str,
     assert batch["prompt"]["embeds"].shape[1] == max(lengths)
 
 
-def test_too_full_a_disk_is_said_before_anything_is_encoded(
+def test_too_little_disk_space_is_refused_before_encoding(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
@@ -245,7 +245,7 @@ def test_too_full_a_disk_is_said_before_anything_is_encoded(
     assert not list(tmp_path.rglob("pairs-*"))
 
 
-def test_what_is_said_of_the_disk_is_what_is_taken(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+def test_predicted_cache_size_equals_the_size_on_disk(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     policy = load_policy(tiny_model)
     a_prompt, a_pair = encoding.sample_bytes(policy, "fp32")
     found = encode(policy, drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)
@@ -253,7 +253,7 @@ def test_what_is_said_of_the_disk_is_what_is_taken(tiny_model: str, pairs: str, 
     assert 1 <= taken / (12 * a_pair + 3 * a_prompt) < 1.2
 
 
-def test_two_processes_share_the_shards_out(
+def test_two_processes_divide_the_shards(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one that comes first leaves the other's shards to it and waits; both read the same."""
@@ -283,7 +283,7 @@ def test_two_processes_share_the_shards_out(
     assert all(torch.equal(shared[n]["chosen_mean"], whole[n]["chosen_mean"]) for n in range(12))
 
 
-def test_two_runs_that_encode_the_same_set_do_not_hinder_each_other(
+def test_concurrent_runs_encode_the_same_dataset(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each shard is there already by the time that ours would be renamed to its name."""

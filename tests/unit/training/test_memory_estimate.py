@@ -29,7 +29,7 @@ def of(model: str, **changes: Any) -> Any:
     return count_bytes(policy, config(model, **changes))[0]
 
 
-def test_what_is_alive_is_counted_as_it_comes_and_goes() -> None:
+def test_peak_counts_tensors_that_are_alive() -> None:
     with PeakMemoryMode() as alive:
         one = torch.zeros(256)
         view = one[:10]
@@ -45,7 +45,7 @@ def test_what_is_alive_is_counted_as_it_comes_and_goes() -> None:
         assert alive.now == 0
 
 
-def test_a_step_on_fake_tensors_lives_as_the_real_one(tiny_model: str) -> None:
+def test_fake_tensor_peak_equals_the_real_peak(tiny_model: str) -> None:
     """The same counting on the real step gives the same peak."""
     from dpo_mm.training import memory_estimate
 
@@ -64,7 +64,7 @@ UNCOUNTED = {"qwen-image", "z-image"}
 
 
 @pytest.mark.parametrize("family", sorted(UNCOUNTED))
-def test_a_family_that_is_not_counted_says_what_is_known(family: str, pairs: str, out: str, tmp_path: Path) -> None:
+def test_unsupported_family_reports_partial_memory(family: str, pairs: str, out: str, tmp_path: Path) -> None:
     folder = BUILDERS[family].build(tmp_path / "model")
     said = dry_run(TrainConfig(str(folder), pairs, out, resolution=BUILDERS[family].size))
     assert said["memory"].endswith("plus activations") and "disk" not in said
@@ -72,7 +72,7 @@ def test_a_family_that_is_not_counted_says_what_is_known(family: str, pairs: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(BUILDERS) - UNCOUNTED))
-def test_every_family_is_counted_without_its_weights(family: str, tmp_path: Path) -> None:
+def test_memory_of_each_family_is_estimated_without_weights(family: str, tmp_path: Path) -> None:
     folder = BUILDERS[family].build(tmp_path / "model")
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
@@ -82,7 +82,7 @@ def test_every_family_is_counted_without_its_weights(family: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_what_is_chosen_shows_in_the_count(tiny_model: str) -> None:
+def test_settings_change_the_memory_estimate(tiny_model: str) -> None:
     plain = of(tiny_model)
     spared = of(tiny_model, gradient_checkpointing=True, precision="bf16")
     assert spared.step < plain.step and spared.weights < 0.6 * plain.weights
@@ -91,7 +91,7 @@ def test_what_is_chosen_shows_in_the_count(tiny_model: str) -> None:
     assert whole.reference == whole.weights and whole.optimizer == pytest.approx(2 * whole.weights, rel=0.01)
 
 
-def test_a_run_takes_another_optimizer(tiny_model: str, pairs: str, out: str) -> None:
+def test_run_accepts_another_optimizer(tiny_model: str, pairs: str, out: str) -> None:
     said = dataclasses.replace(
         config(tiny_model, optimizer="adafactor", steps=2, log_every=1), pairs=pairs, output_dir=out
     )
@@ -99,7 +99,7 @@ def test_a_run_takes_another_optimizer(tiny_model: str, pairs: str, out: str) ->
     assert history[1]["loss"] != history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
-def test_a_plan_says_memory_and_disk_and_reads_no_weights(
+def test_dry_run_reports_memory_and_disk_without_weights(
     tiny_model: str, pairs: str, out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import safetensors.torch
@@ -116,7 +116,7 @@ def test_a_plan_says_memory_and_disk_and_reads_no_weights(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_an_optimizers_state_is_as_large_as_counted(optimizer: str) -> None:
+def test_optimizer_state_equals_the_estimate(optimizer: str) -> None:
     layer = nn.Linear(96, 64)
     kinds: dict[str, Callable[..., Any]] = {"adamw": torch.optim.AdamW}
     if optimizer == "adafactor":
@@ -131,7 +131,7 @@ def test_an_optimizers_state_is_as_large_as_counted(optimizer: str) -> None:
     assert held == sum(state_bytes(parameter.shape, optimizer) for parameter in layer.parameters())
 
 
-def test_optimizers_are_the_trainers_own(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimizer_names_are_those_of_the_trainer(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {name: training_arguments(config(tiny_model, optimizer=name)).optim for name in ("adamw", "adafactor")}
     assert (names["adamw"].value, names["adafactor"].value) == ("adamw_torch_fused", "adafactor")
     with pytest.raises(ValueError, match=r"optimizer 'adam' is unknown; did you mean 'adamw'\?"):

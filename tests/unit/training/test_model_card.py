@@ -27,7 +27,7 @@ def one(metric: str, tuned: float) -> Comparison:
     )  # fmt: skip
 
 
-def test_the_card_is_front_matter_and_tables(tmp_path: Path) -> None:
+def test_model_card_has_front_matter_and_tables(tmp_path: Path) -> None:
     config = TrainConfig(model="some/reader", pairs="p.parquet", output_dir=str(tmp_path))
     path = write_card(config, {"objective": "dpo", "pairs": "p|<script>alert(1)</script>\n# title"}, text=True)
     front, _, body = path.read_text().removeprefix("---\n").partition("---\n")
@@ -40,7 +40,7 @@ def test_the_card_is_front_matter_and_tables(tmp_path: Path) -> None:
     assert f'PeftModel.from_pretrained(model, "{tmp_path.name}")' in body
 
 
-def test_results_are_replaced(tmp_path: Path) -> None:
+def test_model_card_replaces_earlier_results(tmp_path: Path) -> None:
     config = TrainConfig(model="some/reader", pairs="p.parquet", output_dir=str(tmp_path))
     write_card(config, {"objective": "dpo"}, text=True)
     for tuned in (0.4, 0.3):
@@ -55,7 +55,7 @@ def test_results_are_replaced(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
-def test_a_folder_without_a_card_is_left_alone(tmp_path: Path) -> None:
+def test_folder_without_model_card_is_unchanged(tmp_path: Path) -> None:
     assert add_results(tmp_path, [one("x", 0.1)], verdict="better", command="") is None
     assert list(tmp_path.iterdir()) == []
 
@@ -71,7 +71,7 @@ def run_code_of(card: Path, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("base", ["tiny", "shapes-sd"])
-def test_the_code_of_an_image_card_draws(base: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
+def test_code_in_the_image_model_card_generates(base: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """A bundled base has its weights in half precision and a name that diffusers does not know."""
     bundled = base != "tiny"
     train(
@@ -89,7 +89,7 @@ def test_the_code_of_an_image_card_draws(base: str, tiny_model: str, pairs: str,
 @pytest.mark.parametrize(
     ("base", "family"), [("page-reader", "VisionLanguage"), ("sums-writer", "VisionLanguage, Qwen2ForCausalLM")]
 )
-def test_the_code_of_a_text_card_loads_what_was_saved(base: str, family: str, tmp_path: Path) -> None:
+def test_code_in_the_text_model_card_loads_the_adapter(base: str, family: str, tmp_path: Path) -> None:
     full = family.endswith("CausalLM")
     folder = tmp_path / "tuned"
     shutil.copytree(data_folder() / "models" / (base if full else f"{base}-tuned"), folder)

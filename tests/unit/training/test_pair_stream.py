@@ -30,7 +30,7 @@ def group_of(rows: Rows, row: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("sizes", [(5, 3, 9), (1, 40), (2, 2), (16, 16, 1)])
-def test_a_batch_holds_one_group_and_every_visit_of_a_row_comes_once(sizes: tuple[int, ...]) -> None:
+def test_batch_has_one_bucket_and_each_row_once_per_epoch(sizes: tuple[int, ...]) -> None:
     rows = grouped(*sizes)
     seen = stream(rows)
     total = 12 * sum(sizes) // 4 * 4
@@ -44,7 +44,7 @@ def test_a_batch_holds_one_group_and_every_visit_of_a_row_comes_once(sizes: tupl
     assert max(visits.values()) - min(visits.values()) <= 4 + 1
 
 
-def test_rounds_differ_and_the_seed_decides_them() -> None:
+def test_epochs_differ_and_depend_on_the_seed() -> None:
     rows = grouped(8, 12)
     order = lambda **more: [stream(rows, **more)[n]["id"] for n in range(20)]
     assert order() == order() != order(seed=4)
@@ -52,20 +52,20 @@ def test_rounds_differ_and_the_seed_decides_them() -> None:
     assert sorted(whole[:20]) == sorted(whole[20:]) and whole[:20] != whole[20:]
 
 
-def test_an_index_says_all_whatever_was_asked_before() -> None:
+def test_item_depends_on_its_index_only() -> None:
     rows = grouped(5, 3, 9)
     walked = [stream(rows)[n] for n in range(400)]
     fresh = stream(rows)
     assert [fresh[n] for n in (399, 7, 250)] == [walked[399], walked[7], walked[250]]
 
 
-def test_one_group_is_ordered_as_a_set_without_groups() -> None:
+def test_one_bucket_has_the_order_of_rows_without_buckets() -> None:
     rows = grouped(7)
     plain = [{"id": str(n)} for n in range(7)]
     assert [stream(rows)[n] for n in range(30)] == [stream(plain)[n] for n in range(30)]
 
 
-def test_watched_rows_come_in_turn_in_whole_batches() -> None:
+def test_evaluation_rows_are_in_order_in_full_batches() -> None:
     rows = grouped(3, 2)
     watched = stream(rows, shuffle=False, num_fixed_draws=2, length=12)
     found = [(int(watched[n]["id"]), watched[n]["visit"]) for n in range(12)]

@@ -46,7 +46,7 @@ class Line:
     ("name", "wanted"),
     [("moving_average", [1.25, 1.6875, 2.265625]), ("synced", [1.0, 3.0, 3.0])],
 )
-def test_a_following_reference_by_hand(name: str, wanted: list[float]) -> None:
+def test_tracking_reference_equals_hand_arithmetic(name: str, wanted: list[float]) -> None:
     """Mutations that it catches: decay for 1 - decay, following before the step, weights that aren't given back."""
     policy = Line()
     made = build_reference(
@@ -62,7 +62,7 @@ def test_a_following_reference_by_hand(name: str, wanted: list[float]) -> None:
     assert found == wanted
 
 
-def test_a_following_reference_is_asked_without_gradient_and_gives_weights_back_when_asking_fails() -> None:
+def test_tracking_reference_has_no_gradient_and_restores_weights_after_an_error() -> None:
     policy = Line()
     made = TrackingReference(policy, decay=0.0, every=1)
     policy.model.weight.data.fill_(5.0)
@@ -76,7 +76,7 @@ def test_a_following_reference_is_asked_without_gradient_and_gives_weights_back_
     assert policy.model.weight.item() == 5.0 and policy.model.weight.requires_grad
 
 
-def test_wrong_numbers_and_missing_files_are_named(tmp_path: Path) -> None:
+def test_invalid_reference_settings_and_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="reference_ema_decay must be in"):
         TrackingReference(Line(), decay=1.0, every=1)
     with pytest.raises(ValueError, match="reference_sync_steps must be at least 1"):
@@ -87,7 +87,7 @@ def test_wrong_numbers_and_missing_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["moving_average", "synced"])
-def test_a_following_reference_lives_in_checkpoints(name: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
+def test_tracking_reference_is_saved_in_checkpoints(name: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """Cut at 4 of 6, with the reference last renewed at 3: resumed to the same bits, which a fresh reference isn't."""
     more = {"reference": name, "reference_ema_decay": 0.5, "reference_sync_steps": 3, "save_every": 4}
     whole = train(config(tiny_model, pairs, tmp_path / "whole", **more))
@@ -109,7 +109,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("stratified_timesteps", [False, True])
-def test_kept_references_equal_those_asked_in_the_step_to_the_bit(
+def test_precomputed_references_equal_online_ones_bit_for_bit(
     stratified_timesteps: bool, tiny_model: str, pairs: str, tmp_path: Path
 ) -> None:
     """12 rows at 2 draws in batches of 5, which don't divide them, met in other company than when they were asked."""
@@ -132,7 +132,7 @@ def test_kept_references_equal_those_asked_in_the_step_to_the_bit(
         assert torch.equal(online.rejected, batch["reference_rejected"])
 
 
-def test_more_fixed_draws_than_visits_are_fresh_draws() -> None:
+def test_more_fixed_draws_than_epochs_equal_fresh_draws() -> None:
     """Seven visits of each row, as the shapes recipe makes: 16 kept draws are the same run, 4 are not."""
     rows = [{"id": str(n)} for n in range(5)]
     fresh, sixteen, four = (PairStream(rows, seed=0, length=35, num_fixed_draws=k) for k in (0, 16, 4))

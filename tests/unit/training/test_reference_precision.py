@@ -48,7 +48,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("modality", ["image", "text"])
 @pytest.mark.parametrize(("reference", "precision", "tuning"), CASES)
-def test_reference_and_policy_do_not_mix_their_weights(
+def test_reference_forward_uses_only_reference_weights(
     modality: str,
     reference: str,
     precision: str,

@@ -30,7 +30,7 @@ def config(model: str, pairs: str, folder: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(model=model, pairs=pairs, output_dir=str(folder), **settings)
 
 
-def test_rows_that_share_an_id_have_their_own_probability(
+def test_rows_with_the_same_id_have_separate_probabilities(
     tiny_model: str, write_pairs: Callable[..., str], tmp_path: Path
 ) -> None:
     """Catches columns that are looked up by id."""
@@ -56,7 +56,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(StableDiffusion, "log_probs", log_probs)
 
 
-def test_a_skipped_step_adds_nothing_to_the_running_mean(
+def test_skipped_step_does_not_change_the_running_mean(
     monkeypatch: pytest.MonkeyPatch, tiny_model: str, pairs: str, tmp_path: Path
 ) -> None:
     """Catches BCO's running mean staying NaN after one bad batch, and counting its rows."""
@@ -68,7 +68,7 @@ def test_a_skipped_step_adds_nothing_to_the_running_mean(
     assert [math.isfinite(loss) for loss in losses] == [True, False, True, True]
 
 
-def test_a_run_without_a_finite_step_writes_no_adapter(
+def test_run_without_a_finite_step_writes_no_adapter(
     monkeypatch: pytest.MonkeyPatch, tiny_model: str, pairs: str, tmp_path: Path
 ) -> None:
     poison(monkeypatch, {1, 2, 3, 4})
@@ -77,7 +77,7 @@ def test_a_run_without_a_finite_step_writes_no_adapter(
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_latents_that_are_not_finite_are_refused_with_their_row(
+def test_non_finite_latents_are_refused_with_their_row(
     monkeypatch: pytest.MonkeyPatch, tiny_model: str, write_pairs: Callable[..., str], tmp_path: Path
 ) -> None:
     real = StableDiffusion.encode_images
@@ -105,7 +105,7 @@ def test_evaluation_counts_each_row_once(tiny_model: str, pairs: str, tmp_path: 
     assert trainer._eval_averages() == {"loss": pytest.approx(3.0)}
 
 
-def test_an_evaluation_stream_numbers_its_rows_and_its_filling() -> None:
+def test_evaluation_stream_marks_padding_rows() -> None:
     class Rows:
         buckets = (range(3), range(3, 5))
 
@@ -120,7 +120,7 @@ def test_an_evaluation_stream_numbers_its_rows_and_its_filling() -> None:
     assert len({row for row in numbered if row[2]}) == 10 and [row[2] for row in numbered].count(False) == 2
 
 
-def test_a_lora_on_the_vision_tower_trains_with_adapter_off(tmp_path: Path) -> None:
+def test_vision_tower_lora_trains_with_adapter_off(tmp_path: Path) -> None:
     """Catches features that the reference computed without gradient, which the policy then used: the tower stood still."""
     model = tiny_vlms.save("llava", tmp_path / "model")
     settings = config(model, "-", tmp_path, train_vision_tower=True, lora_rank=2)

@@ -53,7 +53,7 @@ def config(model: str, pairs: str, folder: Path, **more: object) -> TrainConfig:
     return TrainConfig(model=model, pairs=pairs, output_dir=str(folder), **{**given, **more})  # type: ignore[arg-type]
 
 
-def test_a_corrupted_image_is_a_small_crop_at_the_same_size() -> None:
+def test_corrupted_image_is_a_small_crop_at_the_same_size() -> None:
     ramp = np.add.outer(np.arange(60), np.arange(80)).astype(np.uint8)
     image = Image.fromarray(np.stack([ramp] * 3, -1))
     left = corrupt_image(image, seed="row 0")
@@ -63,7 +63,7 @@ def test_a_corrupted_image_is_a_small_crop_at_the_same_size() -> None:
     assert max(spans) <= 0.2**0.5 + 0.05 and min(spans) < 0.3
 
 
-def test_edited_tokens_are_those_that_the_other_side_does_not_share() -> None:
+def test_edited_tokens_are_those_not_shared_with_the_other_side() -> None:
     found = edited_token_masks([1, 2, 3, 4, 5], [1, 2, 9, 9, 4, 5])
     assert found["chosen_edited"].tolist() == [0, 0, 1, 0, 0]
     assert found["rejected_edited"].tolist() == [0, 0, 1, 1, 0, 0]
@@ -74,7 +74,7 @@ def encoded(model: str, pairs: str, folder: Path, **more: object) -> tuple[objec
     return policy, policy.collate(policy.encode(load_responses(pairs))[:2])
 
 
-def test_tails_and_edits_weigh_the_tokens_as_their_papers_say(model: str, pairs: str, tmp_path: Path) -> None:
+def test_token_weights_equal_those_of_the_papers(model: str, pairs: str, tmp_path: Path) -> None:
     plain, batch = encoded(model, pairs, tmp_path)
     with torch.no_grad():
         scores = plain.token_log_probs(plain.model, batch)  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ def test_tails_and_edits_weigh_the_tokens_as_their_papers_say(model: str, pairs:
         assert found.chosen[row].item() == pytest.approx(expected, rel=1e-5) and 0 < sum(marks) < len(marks)
 
 
-def test_the_corrupted_ratio_is_that_of_the_chosen_answer_with_other_pictures(
+def test_corrupted_ratio_is_of_the_chosen_response_with_corrupted_images(
     model: str, pairs: str, tmp_path: Path
 ) -> None:
     settings = config(model, pairs, tmp_path, objective={"image_conditional": 1.0})
@@ -123,7 +123,7 @@ def test_the_corrupted_ratio_is_that_of_the_chosen_answer_with_other_pictures(
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and abs(expected.item() - math.log(2)) > 1e-4
 
 
-def test_kept_features_leave_the_corrupted_pictures_as_they_are(model: str, pairs: str, tmp_path: Path) -> None:
+def test_cached_features_do_not_replace_corrupted_images(model: str, pairs: str, tmp_path: Path) -> None:
     settings = config(model, pairs, tmp_path, objective={"image_conditional": 1.0})
     policy = build_policy(settings)
     rows = policy.encode(load_responses(pairs))[:3]
@@ -140,7 +140,7 @@ def test_kept_features_leave_the_corrupted_pictures_as_they_are(model: str, pair
     assert (asked[0] - asked[2]).abs().min() > 1e-4
 
 
-def test_mdpo_trains_and_the_image_comes_to_matter(model: str, pairs: str, tmp_path: Path) -> None:
+def test_mdpo_raises_image_reliance(model: str, pairs: str, tmp_path: Path) -> None:
     mixture = {"sigmoid": 1.0, "image_conditional": 1.0, "anchor": 1.0}
     trained = train(config(model, pairs, tmp_path, objective=mixture, steps=12))
     losses = [entry["loss"] for entry in trained.history if "loss" in entry]
@@ -152,7 +152,7 @@ def test_mdpo_trains_and_the_image_comes_to_matter(model: str, pairs: str, tmp_p
 @pytest.mark.parametrize(
     "more", [{"reference": "precomputed"}, {"cache_vision_features": True}, {"pair_layout": "separate"}]
 )
-def test_what_is_kept_changes_no_loss(more: dict[str, object], model: str, pairs: str, tmp_path: Path) -> None:
+def test_caches_do_not_change_the_loss(more: dict[str, object], model: str, pairs: str, tmp_path: Path) -> None:
     one, other = (
         [e["loss"] for e in train(config(model, pairs, tmp_path / name, **extra)).history if "loss" in e]
         for name, extra in (("plain", {}), ("kept", more))
@@ -160,7 +160,7 @@ def test_what_is_kept_changes_no_loss(more: dict[str, object], model: str, pairs
     assert one == pytest.approx(other, rel=1e-4)
 
 
-def test_the_reference_is_kept_for_the_next_run_on_the_same_rows(
+def test_reference_cache_is_reused_by_the_next_run(
     model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DPO_MM_CACHE", str(tmp_path / "cache"))
@@ -192,7 +192,7 @@ def test_the_reference_is_kept_for_the_next_run_on_the_same_rows(
     assert tails[0] == 6 and tails[1] != first[1]
 
 
-def test_the_split_is_by_picture_where_the_prompt_is_always_the_same(model: str, pairs: str, tmp_path: Path) -> None:
+def test_split_is_by_image_if_all_prompts_are_equal(model: str, pairs: str, tmp_path: Path) -> None:
     trained = train(config(model, pairs, tmp_path))
     assert any("eval_rewards/chosen" in entry for entry in trained.history)
     assert dry_run(config(model, pairs, tmp_path))["pairs"].endswith("6 to train on")
@@ -208,21 +208,21 @@ def test_the_split_is_by_picture_where_the_prompt_is_always_the_same(model: str,
         ({"train_vision_tower": True, "cache_vision_features": True}, "the vision tower trains"),
     ],
 )
-def test_options_that_do_not_go_are_refused(
+def test_incompatible_text_settings_are_refused(
     more: dict[str, object], message: str, model: str, pairs: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train(config(model, pairs, tmp_path, **more))
 
 
-def test_an_image_generator_takes_no_setting_of_text(tiny_model: str, tmp_path: Path) -> None:
+def test_text_settings_are_refused_for_an_image_generator(tiny_model: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layout is a setting of vision-language models"):
         validate_config(config(tiny_model, "pairs", tmp_path, pair_layout="separate"))
     with pytest.raises(ValueError, match="image_conditional"):
         validate_config(config(tiny_model, "pairs", tmp_path, objective={"image_conditional": 1.0}))
 
 
-def test_rows_without_a_picture_have_none_to_corrupt(tmp_path: Path) -> None:
+def test_corrupted_images_are_refused_for_rows_without_images(tmp_path: Path) -> None:
     language = save("llama", tmp_path / "llama")
     policy = load_policy(language, corrupt=True)
     with pytest.raises(ValueError, match="row r has no image to corrupt"):
@@ -235,13 +235,13 @@ NOT_OF_TEXT = {"linear", "mapo", "symmetric_image", "tdpo"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - NOT_OF_TEXT))
-def test_every_objective_trains_text(objective: str, model: str, pairs: str, tmp_path: Path) -> None:
+def test_objective_trains_text(objective: str, model: str, pairs: str, tmp_path: Path) -> None:
     given = {"objective": objective, "steps": 2, "eval_fraction": 0.0, "pair_layout": "shared_prefix"}
     trained = train(config(model, pairs, tmp_path, **given))
     assert all(math.isfinite(entry["loss"]) for entry in trained.history if "loss" in entry)
 
 
 @pytest.mark.parametrize("objective", sorted(NOT_OF_TEXT))
-def test_objectives_that_cannot_train_text_are_refused(objective: str, model: str, tmp_path: Path) -> None:
+def test_objective_without_text_support_is_refused(objective: str, model: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=objective):
         validate_config(config(model, "pairs", tmp_path, objective=objective))
