@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from dpo_mm import __version__
 from dpo_mm.cli import demo, label
 from dpo_mm.cli.terminal import print_rows, suppress_library_output
+from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.resumable import exit_cleanly_on_sigterm
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -48,18 +50,33 @@ def _global_options(
     """Preference optimisation for image generators and vision-language models."""
 
 
-def main() -> None:
-    """Run a command. An error that the user can fix is one line on standard error, with exit status 2."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+@contextlib.contextmanager
+def exit_with_one_line() -> Iterator[None]:
+    """Context manager in which an error or an interruption ends the process with one line on standard error.
+
+    The exit status is 2 after an error that the user can fix and 143 after SIGTERM. On SIGTERM, training
+    saves a checkpoint first, and mining of responses completes its shard.
+    """
+    status = 2
     try:
-        # On SIGTERM, training saves a checkpoint first, and mining of responses completes its shard.
         with exit_cleanly_on_sigterm():
-            app()
+            yield
+        return
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DPO_MM_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        line = f"error: {' '.join(str(error).split())}"
+    except TrainingInterrupted as interruption:
+        line, status = str(interruption), 143
+    print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def main() -> None:
+    """Run a command of `dpo-mm`."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    with exit_with_one_line():
+        app()
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
@@ -220,17 +237,12 @@ def train(context: typer.Context, config: ConfigFile, dry_run: DryRun = False) -
         TrainConfig, _command_settings(TrainConfig, config, "train", context.args), source=config
     )
     with suppress_library_output():
-        from dpo_mm.errors import TrainingInterrupted
         from dpo_mm.training import run
 
         if dry_run:
             print_rows(run.dry_run(settings))
             return
-        try:
-            result = run.train(settings)
-        except TrainingInterrupted as interruption:
-            print(interruption, file=sys.stderr)
-            sys.exit(143)
+        result = run.train(settings)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     print_rows(result.settings)
@@ -306,14 +318,9 @@ def mine(context: typer.Context, config: OptionalConfigFile = None) -> None:
 
     settings = _image_or_vlm_config(context, config, "mine", MineConfig, MineResponsesConfig)
     with suppress_library_output():
-        from dpo_mm.errors import TrainingInterrupted
         from dpo_mm.recipe import mine
 
-        try:
-            path = mine(settings)
-        except TrainingInterrupted as interruption:
-            print(interruption, file=sys.stderr)
-            sys.exit(143)
+        path = mine(settings)
     print(f"Mined: {path}\nNext: dpo-mm train CONFIG.yaml --pairs {path}")
 
 

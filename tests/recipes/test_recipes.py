@@ -49,3 +49,11 @@ def test_recipe_writes_both_adapters_and_a_report(name: str, tmp_path: Path) -> 
     assert any(comparison["models"] == ["sft", "tuned"] for comparison in metrics["comparisons"])
     assert (tmp_path / "adapter" / adapter).exists() and (tmp_path / "adapter-sft" / adapter).exists()
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_reports_a_wrong_setting_in_one_line(name: str, tmp_path: Path) -> None:
+    """Mutation that it catches: a script that ends in a traceback."""
+    done = forked.run(str(ROOT / "recipes" / f"{name}.py"), "--stepz", "2", call=forked.script, cwd=tmp_path)
+    assert done.returncode == 2 and "'stepz' is not a setting; did you mean 'steps'?" in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and not list(tmp_path.iterdir())
