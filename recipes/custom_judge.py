@@ -21,7 +21,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from dpo_mm.cli.main import exit_with_one_line, parse_overrides, suppress_library_output
+from dpo_mm.cli.main import parse_overrides, run_as_command, suppress_library_output
 from dpo_mm.data.schema import Response
 from dpo_mm.judges import Ratio
 from dpo_mm.recipe import read_recipe, run_recipe
@@ -77,5 +77,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_line():
+    with run_as_command():
         main(sys.argv[1:])

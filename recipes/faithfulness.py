@@ -16,7 +16,7 @@ the same weights with the adapter disabled, and a shorter run at a higher learni
 import shlex
 import sys
 
-from dpo_mm.cli.main import exit_with_one_line, parse_overrides, suppress_library_output
+from dpo_mm.cli.main import parse_overrides, run_as_command, suppress_library_output
 from dpo_mm.recipe import read_recipe, run_recipe
 
 
@@ -28,5 +28,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_line():
+    with run_as_command():
         main(sys.argv[1:])

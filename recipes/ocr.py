@@ -16,7 +16,7 @@ Its beta, learning rate and rank are not public, so ours were found on the bundl
 import shlex
 import sys
 
-from dpo_mm.cli.main import exit_with_one_line, parse_overrides, suppress_library_output
+from dpo_mm.cli.main import parse_overrides, run_as_command, suppress_library_output
 from dpo_mm.recipe import read_recipe, run_recipe
 
 
@@ -28,5 +28,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_line():
+    with run_as_command():
         main(sys.argv[1:])

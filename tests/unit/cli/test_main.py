@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dpo_mm.cli.main import app, main, parse_overrides
+from dpo_mm.cli.main import app, main, parse_overrides, run_as_command
 
 
 def commands(words: tuple[str, ...] = (), command: Any = None) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -163,3 +164,13 @@ def test_demo_label_models_generate_into_samples_dir(monkeypatch: pytest.MonkeyP
     assert calls == [(["m", "m+a"], "shapes-held-out", "s"), ("s", "labels.sqlite")]
     result = CliRunner().invoke(app, ["demo", "label", "--models", "m,m+a", "--pairs", "p"])
     assert "--pairs and --models exclude each other" in str(result.exception)
+
+
+def test_run_as_command_sets_variables_that_are_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation that it catches: the user's own value is replaced."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with run_as_command():
+        assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    with run_as_command():
+        assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
