@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_mm.content_key import check_ingredients
+
 PLAN_FILE = "mining.json"
 """Default name of the record of a folder's settings."""
 
@@ -43,15 +45,16 @@ def atomic_write(path: Path, *, fix: str | None = None) -> Iterator[Path]:
 
 
 def check_settings_unchanged(
-    folder: Path, plan: Mapping[str, Any], *, done: str, flag: str = "output_dir", file: str = PLAN_FILE
+    folder: Path, kind: str, parts: Mapping[str, Any], *, done: str, flag: str = "output_dir", file: str = PLAN_FILE
 ) -> None:
-    """Record the settings of a folder's work in the folder, and refuse to continue it with other settings.
+    """Record what decides the content of a folder's work in the folder, and refuse to continue it with anything else.
 
-    `output_dir` and `batch_size` may change.
+    The settings `output_dir` and `batch_size` may change.
 
     Args:
         folder: output folder. It is created.
-        plan: settings of this run, as values that JSON can hold.
+        kind: kind of work, a key of `dpo_mm.content_key.INGREDIENTS`.
+        parts: its ingredients by name, as values that JSON can hold.
         done: participle for the error, for example "mined".
         flag: name of the setting that chooses the folder, for the error.
         file: name of the record in the folder.
@@ -59,7 +62,9 @@ def check_settings_unchanged(
     Raises:
         ValueError: if the folder was begun with other settings. The error names them.
     """
+    check_ingredients(kind, parts)
     folder.mkdir(parents=True, exist_ok=True)
+    plan = {**parts["settings"], **{name: value for name, value in parts.items() if name != "settings"}}
     settings, record = json.loads(json.dumps(plan)), folder / file
     before = json.loads(record.read_text()) if record.exists() else settings
     free = ("output_dir", "batch_size")

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_mm.content_key import content_hash
 from dpo_mm.data.image_files import image_bytes
 
 if TYPE_CHECKING:
@@ -307,16 +308,17 @@ def drop_ties(rows: Dataset) -> Dataset:
 
 
 def digest(rows: Dataset) -> str:
-    """Hash a dataset to 16 hex digits: its texts and labels in order, and the size in bytes of each image."""
-    import pyarrow.compute as pc
+    """Hash a dataset to 32 hex digits: its texts, labels and images in order. An image given as a path is read."""
+    batches = rows.with_format("arrow").iter(256)
+    return content_hash([content_hash(_with_image_bytes(row)) for batch in batches for row in batch.to_pylist()])
 
-    sha256, arrow = hashlib.sha256(), rows.with_format("arrow")
-    for name in sorted(rows.column_names):
-        column = arrow[name][:]  # type: ignore[call-overload]
-        if str(column.type).startswith("struct<bytes"):
-            column = pc.binary_length(pc.struct_field(column, "bytes"))
-        sha256.update(f"{name} {column.to_pylist()!r}".encode())
-    return sha256.hexdigest()[:16]
+
+def _with_image_bytes(value: Any) -> Any:
+    """Replace every image of a row by the bytes of its file."""
+    if isinstance(value, dict):
+        is_image = value.keys() == {"bytes", "path"} and (value["bytes"] or value["path"])
+        return _content(value) if is_image else {name: _with_image_bytes(part) for name, part in value.items()}
+    return [_with_image_bytes(part) for part in value] if isinstance(value, list) else value
 
 
 def split_by_prompt(rows: Dataset, fraction: float, *, seed: int) -> tuple[Dataset, Dataset | None]:

@@ -332,7 +332,7 @@ def _settings(config: CompareConfig, plan: SamplingPlan, sampler: ImageSampler) 
         "sampler": f"{settings['scheduler'].split()[0]}, {config.num_inference_steps} steps, "
         f"guidance {config.guidance_scale:g}, {settings['dtype']}",
         "seed": str(config.seed),
-        "libraries": ", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
+        "libraries": settings["libraries"],
         "images": manifest if config.save_images else "not saved",
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -15,16 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dpo_mm import __version__
 from dpo_mm.config import CompareConfig
+from dpo_mm.content_key import check_ingredients, content_hash, library_versions, lora_scales, plain_settings
 from dpo_mm.data.prompts import category, read_prompt_set, seeds_of
 from dpo_mm.evaluation.image_statistics import ImageStatistics, image_statistics
 from dpo_mm.evaluation.image_store import ImageFiles, ImageStore
-from dpo_mm.judges import judge_card, load_judge
+from dpo_mm.judges import judge_digests, load_judge
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
 
-LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 JUDGE_BATCH_SIZE = 64
 """Images per call of a judge. Its scores are saved before the next call."""
 
@@ -179,10 +177,7 @@ class ImageSampler:
         """Return everything but prompt and seed that determines an image at a LoRA scale, as plain values."""
         policy, config = self.policy, self.config
         options = json.dumps(dict(policy.scheduler.config), sort_keys=True, default=str)
-        return {
-            "model": config.model,
-            "revision": config.revision,
-            "adapter": self.adapter if scale else None,
+        decisive = {
             "weights": self._tuned_digest if scale else self._base_digest,
             "scale": scale,
             "scheduler": f"{type(policy.scheduler).__name__} {hashlib.sha256(options.encode()).hexdigest()[:12]}",
@@ -191,8 +186,11 @@ class ImageSampler:
             "size": policy.resolution,
             "dtype": str(policy.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type,
-            "versions": {"dpo_mm": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "libraries": library_versions(),
         }
+        check_ingredients("image of a comparison", decisive)
+        names = {"model": config.model, "revision": config.revision, "adapter": self.adapter if scale else None}
+        return {**names, **decisive}
 
     @cached_property
     def _tuned_digest(self) -> str:
@@ -205,13 +203,14 @@ class ImageSampler:
 
 
 def weights_digest(policy: ImagePolicy, denoiser: Any, *, adapter: bool = True) -> str:
-    """Hash all weights that determine an image, with or without those of the adapter."""
-    digest = hashlib.sha256(policy.fingerprint().encode())
-    for name, tensor in sorted(denoiser.state_dict().items()):
-        if adapter or "lora_" not in name:
-            digest.update(name.replace(".base_layer", "").encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    """Hash all weights and configurations that determine an image, with or without those of the adapter."""
+    weights = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in denoiser.state_dict().items()
+        if adapter or "lora_" not in name
+    }
+    settings = plain_settings(dict(getattr(denoiser, "config", {})))
+    return content_hash([policy.fingerprint(), weights, settings, lora_scales(denoiser) if adapter else {}])
 
 
 def score_images(
@@ -250,5 +249,5 @@ def score_images(
 
 
 def judge_card_digest(name: str) -> str:
-    """Hash a judge's card. Another model, formula or code is another judge."""
-    return hashlib.sha256(json.dumps(judge_card(name), sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """Hash a judge's card, see `judge_digests`."""
+    return judge_digests([name])[name]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +12,7 @@ import numpy as np
 import torch
 
 from dpo_mm.config import CompareResponsesConfig
+from dpo_mm.content_key import content_hash, content_key, library_versions, lora_scales
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
 from dpo_mm.evaluation.image_store import append_lines, read_lines
@@ -23,7 +21,6 @@ from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
 
 RESPONSES_FILE = "answers.jsonl"
-LIBRARIES = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -106,22 +103,20 @@ def generation_settings(policy: TextPolicy, config: CompareResponsesConfig, *, b
 
     Call it while the policy is in the state in which it generates: for the base, inside `base_weights`.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(policy.model.state_dict().items()):
-        if not base or "lora_" not in name:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    lora = {name: tensor for name, tensor in policy.model.state_dict().items() if "lora_" in name}
+    tuned = {} if base else {"weights": lora, "scales": lora_scales(policy.model)}
     return {
         "model": config.model,
         "revision": config.revision,
         "adapter": None if base else config.adapter,
-        "weights": digest.hexdigest(),
+        "weights": content_hash([policy.fingerprint(), tuned]),
+        "generation": content_hash(getattr(policy.model, "generation_config", None)),
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
         "seed": config.seed,
         "dtype": config.precision,
         "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type,
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "libraries": library_versions(),
     }
 
 
@@ -129,12 +124,9 @@ def _key(settings: dict[str, Any], part: Sequence[Question], number: int) -> str
     """Hash a response's settings and its whole batch, on which padding and sampling depend."""
     if not settings:
         return ""
-    batch = [
-        [str(question.prompt), [hashlib.sha256(image.tobytes()).hexdigest() for image in question.images]]
-        for question in part
-    ]
+    batch = [number, [[question.prompt, question.images] for question in part]]
     decisive = {name: value for name, value in settings.items() if name not in ("model", "revision", "adapter")}
-    return hashlib.sha256(json.dumps([decisive, batch, number], sort_keys=True).encode()).hexdigest()
+    return content_key("response of a comparison", {**decisive, "batch": batch})
 
 
 def score_responses(

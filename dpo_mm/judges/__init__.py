@@ -19,6 +19,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from dpo_mm.assets import recipes_folder
+from dpo_mm.content_key import content_hash
 from dpo_mm.data.schema import Response
 from dpo_mm.errors import did_you_mean
 
@@ -270,8 +272,18 @@ def judge_card(name: str) -> dict[str, Any]:
     return card | {"versions": {library: _version(library) for library in LIBRARIES}}
 
 
+def judge_digests(names: Sequence[str]) -> dict[str, str]:
+    """Hash the cards of judges, by name. Another model, formula, argument or code is another judge."""
+    return {name: content_hash(json.loads(json.dumps(judge_card(name), default=str))) for name in names}
+
+
 def _function_card(function: Any) -> dict[str, str | None]:
     """Path of a function and the hash of its source file. A partial or a callable object is unwrapped first."""
+    state = [getattr(function, "args", ()), getattr(function, "keywords", {}), getattr(function, "__dict__", {})]
+    try:
+        arguments = content_hash([part for part in state if part]) if any(state) else None
+    except TypeError:  # an object of unknown content, such as a model
+        arguments = None
     inner: Any = inspect.unwrap(getattr(function, "func", function))
     inner = inner if hasattr(inner, "__qualname__") else type(inner)
     try:
@@ -279,7 +291,7 @@ def _function_card(function: Any) -> dict[str, str | None]:
     except TypeError:
         source = None
     code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None
-    return {"function": f"{inner.__module__}:{inner.__qualname__}", "code_sha256": code}
+    return {"function": f"{inner.__module__}:{inner.__qualname__}", "code_sha256": code, "arguments": arguments}
 
 
 def _version(library: str) -> str:

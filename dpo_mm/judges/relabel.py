@@ -15,7 +15,6 @@ divide the shards among them.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -29,9 +28,10 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 
 from dpo_mm.config import RelabelConfig
+from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import decode_image, image_bytes
-from dpo_mm.data.schema import load_pairs
-from dpo_mm.judges import better_of, is_pairwise, judge_card, load_judge, load_pairwise
+from dpo_mm.data.schema import digest, load_pairs
+from dpo_mm.judges import better_of, is_pairwise, judge_card, judge_digests, load_judge, load_pairwise
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write, check_settings_unchanged, exit_cleanly_on_sigterm, missing_shards
 
@@ -93,10 +93,7 @@ def relabel(config: RelabelConfig) -> RelabelResult | None:
     _check(config)
     rows, folder = load_pairs(config.pairs), Path(f"{config.output}.parts")
     cards = {name: judge_card(name) for name in config.judges}
-    judge_files = {name: card.get("weights") or card.get("code_sha256") for name, card in cards.items()}
-    content = hashlib.sha256("\0".join([*rows["id"], *rows["prompt"]]).encode()).hexdigest()
-    plan = {"pairs": config.pairs, "ids and prompts": content, "judges": judge_files, "shard_size": config.shard_size}
-    check_settings_unchanged(folder, plan, done="judged", flag="output")
+    check_settings_unchanged(folder, "relabelled pairs", ingredients(config, rows), done="judged", flag="output")
     scores = _score_shards(rows, config, folder)
     if scores is None:
         return None
@@ -112,6 +109,16 @@ def relabel(config: RelabelConfig) -> RelabelResult | None:
     summary = _summary(list(rows["preference"]), given, relabelled, config, cards)
     Path(config.output).with_suffix(".json").write_text(json.dumps(summary, indent=1))
     return RelabelResult(Path(config.output), summary)
+
+
+def ingredients(config: RelabelConfig, rows: Dataset) -> dict[str, Any]:
+    """Return what decides the scores of a dataset, see `dpo_mm.content_key`. The rule for labels does not."""
+    return {
+        "settings": {name: getattr(config, name) for name in ("pairs", "shard_size")},
+        "images": digest(rows.select_columns(["id", "prompt", "image_a", "image_b"])),
+        "judges": judge_digests(config.judges),
+        "libraries": library_versions(),
+    }
 
 
 def _check(config: RelabelConfig) -> None:

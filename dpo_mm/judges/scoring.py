@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from dpo_mm.config import JudgeConfig
+from dpo_mm.content_key import content_hash, file_hash, library_versions
 from dpo_mm.data.image_files import decode_image, image_bytes
 from dpo_mm.data.parquet import combine_shards
-from dpo_mm.data.schema import load_pairs
-from dpo_mm.judges import judge_card, load_judge
+from dpo_mm.data.schema import digest, load_pairs
+from dpo_mm.judges import judge_card, judge_digests, load_judge
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write, check_settings_unchanged, exit_cleanly_on_sigterm, missing_shards
 
@@ -68,9 +69,9 @@ def score(config: JudgeConfig) -> ScoreResult | None:
     load_judge(config.judge)
     images, rows = read_images(config.images, config.prompts)
     card, folder = judge_card(config.judge), Path(f"{config.output}.parts")
-    plan = {"judge": config.judge, "images": config.images, "prompts": config.prompts, "pictures": len(images)}
-    plan |= {"weights": card.get("weights") or card.get("code_sha256"), "shard_size": config.shard_size}
-    check_settings_unchanged(folder, plan, done="judged", flag="output")
+    check_settings_unchanged(
+        folder, "scores of images", ingredients(config, images, rows), done="judged", flag="output"
+    )
     shards = [images[i : i + config.shard_size] for i in range(0, len(images), config.shard_size)]
     paths = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
     missing = missing_shards(paths)
@@ -84,6 +85,20 @@ def score(config: JudgeConfig) -> ScoreResult | None:
     output = combine_shards(paths, Path(config.output), empty_message="")
     output.with_suffix(".json").write_text(json.dumps(card, indent=1))
     return _result(output)
+
+
+def ingredients(config: JudgeConfig, images: Sequence[ImageToScore], rows: Dataset | None) -> dict[str, Any]:
+    """Return what decides the scores of images, see `dpo_mm.content_key`."""
+    if rows is not None:
+        content = digest(rows.select_columns(["id", "prompt", "image_a", "image_b"]))
+    else:
+        content = content_hash([[image.id, image.prompt, file_hash(image.file)] for image in images if image.file])
+    return {
+        "settings": {name: getattr(config, name) for name in ("judge", "images", "prompts", "shard_size")},
+        "images": content,
+        "judges": judge_digests([config.judge]),
+        "libraries": library_versions(),
+    }
 
 
 def read_images(images: str, prompts: str | None) -> tuple[list[ImageToScore], Dataset | None]:

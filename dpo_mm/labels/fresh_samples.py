@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.prompts import read_prompts, seeds_of
-from dpo_mm.policies.families import load_image_policy
+from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write, check_settings_unchanged
 
@@ -43,14 +44,9 @@ def generate_samples(
             f"models {', '.join(models)}: expected two or more with different names, as MODEL,MODEL+ADAPTER"
         )
     texts = read_prompts(prompts, limit=max_prompts)
-    settings = {
-        "models": list(models),
-        "prompts": texts,
-        "steps": num_inference_steps,
-        "guidance": guidance_scale,
-        "seed": seed,
-    }
-    check_settings_unchanged(folder, settings, done="generated", flag="samples_dir", file=SETTINGS_FILE)
+    settings = {"steps": num_inference_steps, "guidance": guidance_scale, "seed": seed, "precision": precision}
+    parts = ingredients(models, texts, settings)
+    check_settings_unchanged(folder, "images to label", parts, done="generated", flag="samples_dir", file=SETTINGS_FILE)
     for name in names:
         (folder / name).mkdir(exist_ok=True)
     for number, prompt in enumerate(texts, 1):
@@ -74,6 +70,12 @@ def generate_samples(
                     temporary.write_bytes(encode_png(image))
                 advance(1)
     return folder
+
+
+def ingredients(models: Sequence[str], prompts: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides the images, see `dpo_mm.content_key`."""
+    files = {model: [model_content(part) for part in model.split("+") if part] for model in models}
+    return {"settings": settings, "models": files, "prompts": list(prompts), "libraries": library_versions()}
 
 
 def model_name(model: str) -> str:

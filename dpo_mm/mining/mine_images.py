@@ -17,12 +17,13 @@ import numpy as np
 from PIL import Image
 
 from dpo_mm.config import MineConfig, as_dict
+from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.data.schema import image_preference, make_image_rows
-from dpo_mm.judges import better_of, load_judge
-from dpo_mm.policies.families import load_image_policy
+from dpo_mm.judges import better_of, judge_digests, load_judge
+from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import check_settings_unchanged, exit_cleanly_on_sigterm, missing_shards
@@ -44,7 +45,7 @@ def mine_images(config: MineConfig) -> Path:
         raise ValueError(f"images_per_prompt is {config.images_per_prompt}. A pair needs at least 2 images per prompt.")
     folder = Path(config.output_dir)
     prompts = read_prompts(config.prompts, limit=config.max_prompts)
-    check_settings_unchanged(folder, as_dict(config), done="mined")
+    check_settings_unchanged(folder, "mined image pairs", ingredients(config, prompts), done="mined")
     shards = [prompts[i : i + config.shard_size] for i in range(0, len(prompts), config.shard_size)]
     paths = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
     missing = missing_shards(paths)
@@ -63,6 +64,18 @@ def mine_images(config: MineConfig) -> Path:
         "min_score_gap."
     )
     return combine_shards(paths, folder / "pairs.parquet", empty_message=empty_message)
+
+
+def ingredients(config: MineConfig, prompts: Sequence[str]) -> dict[str, Any]:
+    """Return what decides the mined pairs, see `dpo_mm.content_key`."""
+    return {
+        "settings": as_dict(config),
+        "model": model_content(config.model, revision=config.revision),
+        "adapter": model_content(config.adapter) if config.adapter else None,
+        "prompts": content_hash(prompts),
+        "judges": judge_digests([*parse_judges(config.judges), *parse_judges(config.guards)]),
+        "libraries": library_versions(),
+    }
 
 
 def parse_judges(judges: tuple[str, ...] | str | None) -> tuple[str, ...]:

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.config import MineResponsesConfig, as_dict
+from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response, make_response_rows, response_preference
 from dpo_mm.errors import TrainingInterrupted
-from dpo_mm.judges import Ratio, better_of, correct, explain, load_judge
+from dpo_mm.judges import Ratio, better_of, correct, explain, judge_digests, load_judge
 from dpo_mm.judges.text import truncate_repetition
-from dpo_mm.policies.families import load_text_policy
+from dpo_mm.policies.families import load_text_policy, model_content
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import StopRequest, check_settings_unchanged, missing_shards
@@ -48,7 +49,7 @@ def mine_responses(config: MineResponsesConfig) -> Path:
     without = next((question.id for question in questions if not question.ground_truth), None)
     if without is not None:
         raise ValueError(f"{config.questions}: question {without} has no ground truth, and mining needs it. Add it.")
-    check_settings_unchanged(folder, as_dict(config), done="mined")
+    check_settings_unchanged(folder, "mined response pairs", ingredients(config, questions), done="mined")
     shards = [questions[i : i + config.shard_size] for i in range(0, len(questions), config.shard_size)]
     paths = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
     _mine_shards(shards, paths, config)
@@ -57,6 +58,19 @@ def mine_responses(config: MineResponsesConfig) -> Path:
         "or increase responses_per_question."
     )
     return combine_shards(paths, folder / "pairs.parquet", empty_message=empty_message)
+
+
+def ingredients(config: MineResponsesConfig, questions: Sequence[Question]) -> dict[str, Any]:
+    """Return what decides the mined pairs, see `dpo_mm.content_key`. A batch draws its samples with one seed."""
+    sampled = config.responses_per_question > 1
+    return {
+        "settings": as_dict(config) | ({"batch_size of sampling": config.batch_size} if sampled else {}),
+        "model": model_content(config.model, revision=config.revision),
+        "adapter": model_content(config.adapter) if config.adapter else None,
+        "questions": content_hash([vars(question) for question in questions]),
+        "judges": judge_digests([config.judge]),
+        "libraries": library_versions(),
+    }
 
 
 def _validate_config(config: MineResponsesConfig) -> None:

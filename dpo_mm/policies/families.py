@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.assets import resolve_asset
+from dpo_mm.content_key import model_files_hash
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 
 FAMILIES: dict[str, str] = {
@@ -60,6 +61,20 @@ def resolve_commit(model: str, *, revision: str | None = None) -> str | None:
     index = _index(model, "model_index.json", revision) or _index(model, "config.json", revision)
     parts = index.parts if index else ()
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+def model_content(model: str, *, revision: str | None = None) -> str:
+    """Return what identifies a model's or an adapter's files: the commit on the hub, or a hash of the folder's files.
+
+    Args:
+        model: a folder, a hub id, or the name of a bundled model.
+        revision: a branch, tag or commit of a hub model.
+
+    Raises:
+        ValueError: if it is neither a folder nor reachable on the hub.
+    """
+    folder = Path(resolve_asset(model))
+    return model_files_hash(folder) if folder.is_dir() else resolve_commit(model, revision=revision) or ""
 
 
 def policy_path_for(model: str, *, revision: str | None = None) -> str:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 COMPLETE = "complete.json"
 CONFIG_FILE = "dpo_mm.json"
-STATE = ("rewards", "measured_beta", "pairs_digest", "pairs_per_step")
+STATE = ("rewards", "measured_beta", "content", "pairs_per_step")
 """Entries of a checkpoint's CONFIG_FILE in addition to the config."""
 FREE_TO_CHANGE = {
     "output_dir",
@@ -127,3 +127,31 @@ def check_same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_per_step: 
             f"{checkpoint} was made by another recipe ({'; '.join(changed)}); undo that, or choose another output_dir"
         )
     return {name: before.get(name) for name in STATE}
+
+
+def check_same_content(
+    checkpoint: Path, before: Mapping[str, str] | None, content: Mapping[str, str], config: TrainConfig
+) -> None:
+    """Check that what a run is made of is what it was made of before.
+
+    Args:
+        checkpoint: folder, for the error.
+        before: ingredients of a training run (`dpo_mm.content_key`) by name, from the checkpoint.
+        content: those of this run, possibly not all of them.
+        config: settings of this run, for the error.
+
+    Raises:
+        ValueError: if one has changed. It names it.
+    """
+    for name, value in content.items():
+        old = (before or {}).get(name)
+        if old != value:
+            what = {
+                "model": f"a file of model {config.model}",
+                "libraries": f"the version of a library ({old} -> {value})",
+                "pairs": config.pairs,
+                "encoded rows": f"what the chat template or the tokenizer makes of {config.pairs}",
+            }
+            raise ValueError(
+                f"{what[name]} has changed since {checkpoint} was made. Restore it, or choose another output_dir"
+            )

@@ -7,7 +7,6 @@ has the posterior's mean and standard deviation, not one sample, so that a fresh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -22,6 +21,7 @@ import torch
 from PIL import Image
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.content_key import content_hash, content_key, library_versions
 from dpo_mm.data.load_pairs import Pairs, check_source_images, data_columns
 from dpo_mm.data.schema import digest, drop_ties, load_pairs, load_responses, split_by_prompt
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
@@ -108,6 +108,7 @@ def encode(
     cache: Path | None = None,
     buckets: bool = False,
     precision: str = "fp32",
+    rows_digest: str | None = None,
 ) -> EncodedPairs:
     """Encode decided pairs for a policy, or open them from the cache.
 
@@ -119,6 +120,7 @@ def encode(
         cache: folder of the cache, or None for the default.
         buckets: fit each pair to one of several sizes by its aspect ratio.
         precision: of the cached tensors, fp32, bf16 or fp16.
+        rows_digest: `digest(rows)`, if it is known already.
 
     Raises:
         ValueError: if an image does not decode, latents are not finite, or the disk is too small. It names dataset, row and fix.
@@ -131,7 +133,7 @@ def encode(
         )
     unit = policy.patch * policy.pipe.vae_scale_factor
     frames = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
-    folder = (cache or cache_folder()) / "encoded" / _key(policy, rows, frames, precision)
+    folder = (cache or cache_folder()) / "encoded" / _key(policy, rows_digest or digest(rows), frames, precision)
     pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, with_source=policy.is_image_editing)
     task = EncodingJob(policy, pairs, folder, frames, precision, ProcessRank.own())
     if not (folder / COMPLETE).exists():
@@ -142,9 +144,9 @@ def encode(
     return EncodedPairs(folder)
 
 
-def _key(policy: ImagePolicy, rows: Dataset, frames: Sequence[tuple[int, int]], precision: str) -> str:
-    content = f"{policy.fingerprint()} {rows._fingerprint} {list(frames)} {precision} v2"
-    return hashlib.sha256(content.encode()).hexdigest()[:24]
+def _key(policy: ImagePolicy, rows_digest: str, frames: Sequence[tuple[int, int]], precision: str) -> str:
+    parts = {"encoders": policy.fingerprint(), "rows": rows_digest, "sizes": frames, "precision": precision}
+    return content_key("encoded pairs", {**parts, "libraries": library_versions()})
 
 
 def _encode(task: EncodingJob) -> None:
@@ -309,11 +311,17 @@ def _write(path: Path, text: str) -> None:
 
 
 class EncodedSplits(NamedTuple):
-    """Encoded training pairs, encoded evaluation pairs or None, and a digest of the dataset."""
+    """Encoded training pairs, encoded evaluation pairs or None, and what decided them.
+
+    Attributes:
+        digest: of the dataset.
+        encoded_digest: of encoded text, "" for images, whose cache has a key.
+    """
 
     rows: Any
     eval_rows: Any
     digest: str
+    encoded_digest: str = ""
 
 
 def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> EncodedSplits:
@@ -327,7 +335,8 @@ def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Enco
     if policy.modality == "text":
         pairs = load_responses(config.pairs)
         inside, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
-        return EncodedSplits(policy.encode(inside), None if apart is None else policy.encode(apart), digest(pairs))
+        texts = [policy.encode(inside), None if apart is None else policy.encode(apart)]
+        return EncodedSplits(texts[0], texts[1], digest(pairs), content_hash(texts))
     pairs = drop_ties(load_pairs(config.pairs))
     rows, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
     how: dict[str, Any] = {
@@ -336,5 +345,7 @@ def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Enco
         "buckets": config.buckets,
         "precision": config.cache_precision,
     }
-    encoded = encode(policy, rows, **how)
-    return EncodedSplits(encoded, None if apart is None else encode(policy, apart, **how), digest(pairs))
+    digests = [digest(some) for some in (rows, apart) if some is not None]  # each image is read once
+    encoded = encode(policy, rows, **how, rows_digest=digests[0])
+    encoded_apart = None if apart is None else encode(policy, apart, **how, rows_digest=digests[1])
+    return EncodedSplits(encoded, encoded_apart, content_hash(digests))

@@ -1,18 +1,17 @@
 """Reference log-probs of responses on disk, so that a resumed run, or another on the same pairs, computes none.
 
-The file name is a hash of all that decides the values: weights, processor, template, token weights, and every row.
+The file name is a hash of all that decides the values, see `dpo_mm.content_key`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpo_mm.content_key import content_key, library_versions
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.resumable import atomic_write
 
@@ -26,29 +25,14 @@ def cache_path(policy: TextPolicy, rows: Any, folder: Path, *, precision: str) -
         folder: the cache.
         precision: of the run.
     """
-    digest = hashlib.sha256(
-        f"{policy.fingerprint()} {precision} {policy.ld_alpha} {policy.edited_token_weight} v1".encode()
-    )
-    for row in rows:
-        for part in _bytes(row):
-            digest.update(part)
-    return folder / "reference" / f"{digest.hexdigest()[:32]}.safetensors"
-
-
-def _bytes(value: Any) -> Iterator[bytes]:
-    """Serialise a row in a fixed order, names and shapes included."""
-    if isinstance(value, Tensor):
-        yield f"{value.dtype} {tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, dict):
-        for name in sorted(value):
-            yield name.encode()
-            yield from _bytes(value[name])
-    elif isinstance(value, list):
-        for one in value:
-            yield from _bytes(one)
-    else:
-        yield repr(value).encode()
+    parts = {
+        "model": policy.fingerprint(),
+        "rows": list(rows),
+        "settings": precision,
+        "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type,
+        "libraries": library_versions(),
+    }
+    return folder / "reference" / f"{content_key('reference log-probs', parts)}.safetensors"
 
 
 def load(place: Path) -> dict[str, Tensor] | None:

@@ -12,16 +12,17 @@ from transformers import PrinterCallback
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.config import TrainConfig
+from dpo_mm.content_key import check_ingredients, library_versions
 from dpo_mm.data.schema import drop_ties, load_pairs, load_responses, split_by_prompt
 from dpo_mm.errors import TrainingInterrupted
-from dpo_mm.policies.families import resolve_commit
+from dpo_mm.policies.families import model_content, resolve_commit
 from dpo_mm.policies.protocol import ImagePolicy, Policy, TextPolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import StopRequest
 from dpo_mm.training.auto_beta import AUTO, measure_beta
 from dpo_mm.training.builders import build_policy, training_arguments, validate_config
 from dpo_mm.training.callbacks import GracefulStopCallback, ProgressBarCallback
-from dpo_mm.training.checkpoints import check_same_recipe, latest_complete_checkpoint
+from dpo_mm.training.checkpoints import check_same_content, check_same_recipe, latest_complete_checkpoint
 from dpo_mm.training.encoding import EncodedSplits, encode_splits
 from dpo_mm.training.memory_estimate import estimate_memory_and_disk
 from dpo_mm.training.model_card import write_card
@@ -58,17 +59,20 @@ def train(config: TrainConfig) -> TrainResult:
     pairs_per_step = config.batch_size * config.accumulate * training_arguments(config).world_size
     checkpoint = latest_complete_checkpoint(Path(config.output_dir)) if config.resume else None
     saved_state = check_same_recipe(checkpoint, config, pairs_per_step=pairs_per_step) if checkpoint else {}
+    content = {"model": model_content(config.model, revision=config.revision), "libraries": library_versions()}
+    if checkpoint:  # before the pairs are encoded, which takes long
+        check_same_content(checkpoint, saved_state["content"], content, config)
     policy = build_policy(config)
     splits = _encode_once(policy, config)
-    if checkpoint and saved_state["pairs_digest"] != splits.digest:
-        raise ValueError(
-            f"{config.pairs} has changed since {checkpoint} was made. Restore it, or choose another output_dir"
-        )
+    content |= {"pairs": splits.digest, "encoded rows": splits.encoded_digest}
+    check_ingredients("training run", {"settings": config, **content})
+    if checkpoint:
+        check_same_content(checkpoint, saved_state["content"], content, config)
     policy.free_encoders()
     policy.prepare(config)
     train_rows, eval_rows = _with_frozen_outputs(policy, config, splits)
     run_state: dict[str, Any] = {"beta": config.beta, "measured_beta": None}
-    run_state |= {"pairs_digest": splits.digest, "pairs_per_step": pairs_per_step}
+    run_state |= {"content": content, "pairs_per_step": pairs_per_step}
     if config.beta == AUTO:
         stream = training_stream(config, train_rows, 1)
         run_state["measured_beta"] = saved_state.get("measured_beta") or measure_beta(policy, stream, config)

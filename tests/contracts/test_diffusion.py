@@ -163,6 +163,15 @@ def test_swapping_chosen_and_rejected_swaps_their_log_probs(family: str, prepare
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_fingerprint_is_that_of_the_files_and_unchanged_by_encoding(family: str, load: Callable[[str], Any]) -> None:
+    """It catches a fingerprint with state that a call leaves in a tokenizer: the second run would encode again."""
+    policy = load(family)
+    before = policy.fingerprint()
+    policy.encode_prompts(["a red square"])
+    assert policy.fingerprint() == before == load(family).fingerprint()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_do_not_depend_on_the_batch(family: str, prepare: Callable[..., Any]) -> None:
     policy = prepare(family)
     rows = encoded_rows(policy)

@@ -7,7 +7,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
-    {"__version__", "worlds", "config", "config_parsing", "errors", "progress", "resumable", "assets", "model_loading"},
+    {
+        "__version__",
+        "worlds",
+        "config",
+        "config_parsing",
+        "errors",
+        "progress",
+        "resumable",
+        "assets",
+        "model_loading",
+        "content_key",
+    },
     {"objectives"},
     {"data"},
     {"policies", "judges", "sources", "doctor"},

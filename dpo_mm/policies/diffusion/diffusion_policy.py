@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -28,6 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.content_key import content_hash, plain_settings
 from dpo_mm.model_loading import load_pipeline
 from dpo_mm.objectives import LogProbs, sdpo_lambda_image
 from dpo_mm.policies.adapters import Weights, add_lora, has_lora
@@ -221,14 +221,17 @@ class DiffusionPolicy:
     # Encoding, done once per dataset
 
     def fingerprint(self) -> str:
-        """Return a hash of everything that determines an encoding: the encoders' weights, dtype and resolution."""
-        digest = hashlib.sha256(f"{type(self).__name__} {self.resolution} {self.vae.dtype}".encode())
-        for part in self.pipe.components.values():
-            if isinstance(part, nn.Module) and part is not self.model:
-                for name, tensor in part.state_dict().items():
-                    digest.update(name.encode())
-                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """Return a hash of everything that determines an encoding.
+
+        It contains the encoders' weights and configurations, the tokenizers, the dtype and the resolution.
+        """
+        encoders = {
+            name: part
+            for name, part in self.pipe.components.items()
+            if part is not None and part is not self.model and name != "scheduler"
+        }
+        settings = plain_settings(dict(self.pipe.config))
+        return content_hash([type(self).__name__, self.resolution, str(self.vae.dtype), encoders, settings])
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,11 @@ class Sana(DiffusionPolicy):
     denoiser = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
+    def __init__(self, pipe: Any, source: str) -> None:
+        super().__init__(pipe, source)
+        if pipe.tokenizer is not None:
+            pipe.tokenizer.padding_side = "right"  # as the pipeline sets it when it first encodes
+
     def sampling_kwargs(
         self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
     ) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.content_key import content_hash
 from dpo_mm.data.schema import Response
 from dpo_mm.model_loading import load_module
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
@@ -178,17 +178,14 @@ class VisionLanguage:
     def fingerprint(self) -> str:
         """Return a hash of everything that determines a row's encoding and its reference log-probs.
 
-        It contains the weights without a LoRA, the processor, the chat template and the length settings.
+        It contains the weights without a LoRA, the configuration, the processor with its tokenizer and chat template, and the
+        settings of lengths and token weights.
         """
-        digest = hashlib.sha256(
-            f"{type(self.base_model).__name__} {self.base_model.dtype} {self.encoder.max_length}".encode()
-        )
-        digest.update(f"{self.processor} {self.processor.chat_template} {self.encoder.overlong_rows}".encode())
-        weights = {name.replace(".base_layer.", "."): tensor for name, tensor in self.base_model.state_dict().items()}
-        for name, tensor in sorted((name, tensor) for name, tensor in weights.items() if ".lora_" not in name):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        model, encoder = self.base_model, self.encoder
+        weights = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
+        settings = [encoder.max_length, encoder.overlong_rows, self.ld_alpha, self.edited_token_weight]
+        base = {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
+        return content_hash([type(model).__name__, str(model.dtype), base, model.config, self.processor, settings])
 
     def encode(self, rows: Any) -> list[dict[str, Any]]:
         """Encode rows of the schema `response_preference` as token ids and image tensors.

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpo_mm import judges
 from dpo_mm.config import CompareConfig
-from dpo_mm.evaluation import image_sampling
 from dpo_mm.evaluation.compare_images import compare_images
 from dpo_mm.evaluation.image_sampling import ImageSampler, SamplingPlan
 from dpo_mm.evaluation.image_store import ImageStore
@@ -105,12 +105,12 @@ def test_base_settings_are_equal_with_and_without_adapter(counted: Any, tmp_path
     )
     assert adapted["weights"] != bare["weights"] and adapted["adapter"] and bare["adapter"] is None
     assert bare["scheduler"].split()[0] == type(tuned.scheduler).__name__ and bare["dtype"] == "float32"
-    assert {"torch", "diffusers", "dpo_mm"} <= bare["versions"].keys()
+    assert all(f"{name} " in bare["libraries"] for name in ("torch", "diffusers", "dpo-mm"))
 
 
 def test_judge_with_changed_card_scores_again(counted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
-    monkeypatch.setattr(image_sampling, "judge_card", lambda name: {"name": name, "code_sha256": "another"})
+    monkeypatch.setattr(judges, "judge_card", lambda name: {"name": name, "code_sha256": "another"})
     ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
     assert len(counted.generated) == 4 and len(scored_prompts) == 8
 
