@@ -21,7 +21,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from dpo_mm.cli.main import parse_overrides, run_as_command, suppress_library_output
+from dpo_mm.cli.main import parse_overrides
+from dpo_mm.cli.terminal import run_as_command, suppress_library_output
 from dpo_mm.data.schema import Response
 from dpo_mm.judges import Ratio
 from dpo_mm.recipe import read_recipe, run_recipe

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +13,7 @@ import typer
 
 from dpo_mm import __version__
 from dpo_mm.cli import demo, label
-from dpo_mm.cli.terminal import print_rows, suppress_library_output
-from dpo_mm.errors import TrainingInterrupted
-from dpo_mm.resumable import exit_cleanly_on_sigterm
+from dpo_mm.cli.terminal import print_rows, run_as_command, suppress_library_output
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(demo.demo, name="demo")
@@ -48,33 +45,6 @@ def _global_options(
     ] = False,
 ) -> None:
     """Preference optimisation for image generators and vision-language models."""
-
-
-@contextlib.contextmanager
-def run_as_command() -> Iterator[None]:
-    """Context manager for a command: an error or an interruption ends the process with one line on standard error.
-
-    The exit status is 2 after an error that the user can fix and 143 after SIGTERM. On SIGTERM, training
-    saves a checkpoint first, and mining of responses completes its shard.
-
-    It also sets two environment variables unless they are set. Without OMP_WAIT_POLICY=PASSIVE, threads of torch on a CPU
-    that is shared with other work wait in busy loops, and a step takes 10 times as long.
-    """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    status = 2
-    try:
-        with exit_cleanly_on_sigterm():
-            yield
-        return
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("DPO_MM_TRACEBACK"):
-            raise
-        line = f"error: {' '.join(str(error).split())}"
-    except TrainingInterrupted as interruption:
-        line, status = str(interruption), 143
-    print(line, file=sys.stderr)
-    sys.exit(status)
 
 
 def main() -> None:

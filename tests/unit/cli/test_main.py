@@ -11,7 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dpo_mm.cli.main import app, main, parse_overrides, run_as_command
+from dpo_mm.cli.main import app, main, parse_overrides
+from dpo_mm.cli.terminal import run_as_command
 
 
 def commands(words: tuple[str, ...] = (), command: Any = None) -> Iterator[tuple[tuple[str, ...], Any]]:

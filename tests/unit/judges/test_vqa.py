@@ -29,7 +29,6 @@ from dpo_mm.judges.vqa import (
     VlmQuestion,
     named_image,
     open_vlm,
-    prefer_in_both_orders,
     token_ids,
     wrap_vlm,
 )
