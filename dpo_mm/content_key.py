@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
 INGREDIENTS: dict[str, tuple[str, ...]] = {
@@ -106,6 +105,8 @@ def lora_scales(model: Any) -> dict[str, Any]:
 
 def _add(digest: Any, value: Any) -> None:
     """Add a value to a hash, with its type and length before it, so that no two values look alike."""
+    import numpy as np
+
     if value is None or isinstance(value, bool | int | float | str | Path | np.generic):
         text = f"{value!r}" if not isinstance(value, str | Path) else str(value)
         _add_bytes(digest, f"{'text' if isinstance(value, str) else 'value'}", text.encode("utf-8", "surrogatepass"))

@@ -48,25 +48,23 @@ def test_parse_yes_no_accepts_free_text(texts: tuple[str, ...], meaning: bool | 
     assert {text: parse_yes_no(text) for text in texts} == dict.fromkeys(texts, meaning)
 
 
-def rate(name: str, responses: list[str], ground_ground_truths: list[str]) -> float:
-    ratios = np.array(
-        load_judge(name)([Response(text, 1, hit_limit=False) for text in responses], ground_ground_truths)
-    )
+def rate(name: str, responses: list[str], ground_truths: list[str]) -> float:
+    ratios = np.array(load_judge(name)([Response(text, 1, hit_limit=False) for text in responses], ground_truths))
     return float(ratios[:, 0].sum() / ratios[:, 1].sum())
 
 
 def test_pope_rates_equal_counts_over_the_dataset() -> None:
     """3 true yes, 2 false yes, 1 missed, 2 right no, 1 unclear response to a yes, 1 question without a ground truth."""
     responses = ["yes"] * 5 + ["no"] * 3 + ["hm", "yes"]
-    ground_ground_truths = ["yes"] * 3 + ["no"] * 2 + ["yes"] + ["no"] * 2 + ["yes", "a dog"]
-    assert rate("pope_accuracy", responses, ground_ground_truths) == pytest.approx(5 / 9)
-    assert rate("pope_precision", responses, ground_ground_truths) == pytest.approx(3 / 5)
-    assert rate("pope_recall", responses, ground_ground_truths) == pytest.approx(3 / 5)
-    assert rate("pope_f1", responses, ground_ground_truths) == pytest.approx(6 / 10)
-    assert rate("yes_ratio", responses, ground_ground_truths) == pytest.approx(5 / 9)
+    ground_truths = ["yes"] * 3 + ["no"] * 2 + ["yes"] + ["no"] * 2 + ["yes", "a dog"]
+    assert rate("pope_accuracy", responses, ground_truths) == pytest.approx(5 / 9)
+    assert rate("pope_precision", responses, ground_truths) == pytest.approx(3 / 5)
+    assert rate("pope_recall", responses, ground_truths) == pytest.approx(3 / 5)
+    assert rate("pope_f1", responses, ground_truths) == pytest.approx(6 / 10)
+    assert rate("yes_ratio", responses, ground_truths) == pytest.approx(5 / 9)
 
 
-def test_yes_ratio_counts_responses_and_not_ground_ground_ground_truths() -> None:
+def test_yes_ratio_counts_responses_and_not_ground_truths() -> None:
     assert rate("yes_ratio", ["yes"] * 4, ["no"] * 4) == 1.0
     assert rate("pope_recall", ["yes"] * 4, ["yes", "no", "no", "no"]) == 1.0
     assert rate("pope_precision", ["yes"] * 4, ["yes", "no", "no", "no"]) == 0.25

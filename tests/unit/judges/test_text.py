@@ -97,7 +97,7 @@ def test_error_rates_sum_over_responses() -> None:
     assert judges.anls([response("Hello "), response("xyz")], ["hello", "abc"]) == [Ratio(1, 1), Ratio(0, 1)]
 
 
-def test_valid_json_skips_ground_ground_ground_truths_that_are_not_json() -> None:
+def test_valid_json_skips_ground_truths_that_are_not_json() -> None:
     truth = json.dumps({"header": "a", "body": "b"})
     responses = [
         response('{"header": "x", "body": ""}'),
@@ -140,10 +140,10 @@ def test_explain_names_faults_and_positions() -> None:
 
 
 def test_every_response_judge_returns_one_ratio_per_response() -> None:
-    responses, ground_ground_truths = [response("a red circle."), response("")], ["a blue star.", '{"a": 1}']
+    responses, ground_truths = [response("a red circle."), response("")], ["a blue star.", '{"a": 1}']
     for name, judge in JUDGES.items():
         if judge.function.startswith(("dpo_mm.judges.text", "dpo_mm.judges.captions")):
-            found = load_judge(name)(responses, ground_ground_truths)
+            found = load_judge(name)(responses, ground_truths)
             assert len(found) == 2 and all(share.hits >= 0 and share.total >= 0 for share in found), name
     assert better_of("cer") == "lower" and better_of("recall") == "higher" and better_of("num_words") == "neutral"
 

@@ -29,6 +29,7 @@ from dpo_mm.judges.vqa import (
     VlmQuestion,
     named_image,
     open_vlm,
+    prefer_in_both_orders,
     token_ids,
     wrap_vlm,
 )
@@ -126,22 +127,20 @@ def test_self_test_covers_judges_with_a_vlm(folder: str, tmp_path: Path) -> None
 
 
 def answering(answer: Callable[[VlmQuestion], str]) -> Vlm:
-    return Vlm(lambda asked: [0.0] * len(asked), lambda asked: [answer(one) for one in received])
+    return Vlm(lambda asked: [0.0] * len(asked), lambda asked: [answer(one) for one in asked])
 
 
 def test_position_biased_vlm_returns_only_ties() -> None:
     for stubborn in ("first", "The second.", "", "first or second", "neither", "1st"):
-        assert (
-            prefer_prefer_in_both_orders(answering(lambda _, s=stubborn: s), IMAGES, IMAGES[::-1], PROMPTS) == [0.5] * 3
-        )
+        assert prefer_in_both_orders(answering(lambda _, s=stubborn: s), IMAGES, IMAGES[::-1], PROMPTS) == [0.5] * 3
 
 
 def test_order_swapping_judge_returns_consistent_preference() -> None:
     bright = {id(image): n for n, image in enumerate(IMAGES)}
     vlm = answering(lambda one: "First!" if bright[id(one.images[0])] > bright[id(one.images[1])] else "the second one")
-    assert prefer_prefer_in_both_orders(vlm, [IMAGES[2], IMAGES[0]], [IMAGES[0], IMAGES[1]], PROMPTS[:2]) == [1.0, 0.0]
+    assert prefer_in_both_orders(vlm, [IMAGES[2], IMAGES[0]], [IMAGES[0], IMAGES[1]], PROMPTS[:2]) == [1.0, 0.0]
     received: list[VlmQuestion] = []
-    prefer_prefer_in_both_orders(
+    prefer_in_both_orders(
         Vlm(lambda _: [], lambda batch: received.extend(batch) or ["x"] * len(batch)),
         IMAGES[:1],
         IMAGES[1:2],
