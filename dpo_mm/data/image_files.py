@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,41 +33,78 @@ def decode_image(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's photo with a preview
-                raise ValueError("it is animated")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # a phone's photo with a preview
+                raise ValueError(f"it is animated or has several pages ({frames} frames)")
+            if image.mode == "I" and image.format == "TIFF":
+                raise ValueError(
+                    "its pixels are integers of 32 bits, so the value of white is unknown. Save it with 8 or 16 bits"
+                )
             image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
     except ValueError:
         raise
     except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-    return to_rgb(ImageOps.exif_transpose(image))
 
 
-def image_bytes(cell: Mapping[str, Any] | None) -> bytes:
+def image_bytes(cell: Any) -> bytes:
     """Return the image file of an undecoded cell, from the row itself or from disk.
 
     Args:
-        cell: `bytes` and `path`, as `datasets` stores images. `bytes` come first.
+        cell: a dict of `bytes` and `path`, as `datasets` stores images, of which `bytes` come first. Or one of the two.
 
     Raises:
         ValueError: if the cell has neither bytes nor a path.
         OSError: if the file at the path cannot be read.
     """
-    if not cell or not (cell.get("bytes") or cell.get("path")):
+    if not isinstance(cell, dict):
+        cell = {"bytes": cell} if isinstance(cell, bytes) else {"path": cell}
+    if not (cell.get("bytes") or cell.get("path")):
         raise ValueError("it is missing")
-    return cell["bytes"] or Path(cell["path"]).read_bytes()
+    return cell.get("bytes") or Path(cell["path"]).read_bytes()
+
+
+def rgb_image(cell: Any) -> Image.Image:
+    """Return an image as 8-bit RGB: a Pillow image of any mode, or a cell as `image_bytes` reads it.
+
+    Raises:
+        ValueError: if the cell is missing, its file cannot be read or it does not decode. The error is the reason.
+    """
+    if isinstance(cell, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(cell))
+    try:
+        return decode_image(image_bytes(cell))
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to 8-bit RGB: 16-bit values are scaled, transparency is flattened on white."""
+    """Convert any Pillow mode to 8-bit RGB: 16-bit values are scaled, transparency is flattened on white.
+
+    Raises:
+        ValueError: if float values are outside 0 to 1, or integers outside 16 bits.
+    """
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode.startswith("I") else 1.0
-        image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """Scale the grey values of 16 bits (0 to 65535) or of floats (0 to 1) to 8 bits."""
+    values, is_float = np.asarray(image, dtype=np.float64), image.mode.startswith("F")
+    white, low, high = 1.0 if is_float else 65535.0, values.min(), values.max()
+    if not (low >= 0 and high <= white):  # also refuses NaN
+        raise ValueError(
+            f"its pixels are from {low:g} to {high:g}, but {'floats' if is_float else 'integers'} from 0 to {white:g} are "
+            "expected. Save it with 8 or 16 bits"
+        )
+    transparent = image.info.get("transparency")
+    values = values if transparent is None else np.where(values == transparent, white, values)
+    return (values / white * 255).round().astype(np.uint8)
 
 
 def encode_png(image: Image.Image) -> bytes:

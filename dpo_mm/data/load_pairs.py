@@ -1,18 +1,24 @@
-"""Load image pairs for encoding: decoded images, chosen first, and the columns that objectives use."""
+"""Decode the images of pairs for encoding, and derive the columns that objectives use."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_mm.data import image_files
+from dpo_mm.data.schema import prompt_images
 from dpo_mm.objectives import DATASET_INPUTS
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL import Image
+
+
+ROWS_IN_MEMORY = 16
+"""Rows whose image files are read at once."""
 
 
 @dataclass(frozen=True)
@@ -42,35 +48,83 @@ class Pairs:
         Raises:
             ValueError: if an image does not decode and undecodable_images is "raise".
         """
-        for number, row in zip(part, _undecoded(self.rows.select(part)), strict=True):
+        for number, row in zip(part, undecoded_rows(self.rows.select(part)), strict=True):
             columns = ["image_a", "image_b"] if row["preference"] == "a" else ["image_b", "image_a"]
             columns += ["image_source"] if self.with_source else []
             images: list[Any] = []
             for column in columns:
                 try:
-                    images.append(image_files.decode_image(image_files.image_bytes(row[column])))
-                except (ValueError, OSError) as error:
-                    self._raise_or_list(row["id"], column, error)
+                    images.append(image_files.rgb_image(row[column]))
+                except ValueError as reason:
+                    error = UndecodableImageError(self.dataset_name, row["id"], column, reason)
+                    if self.undecodable_images == "raise":
+                        raise error from None
+                    with self.dropped_rows_file.open("a") as file:
+                        file.write(error.as_json_line())
                     break
             if len(images) == len(columns):
                 yield {**row, "number": number, "images": images}
 
-    def _raise_or_list(self, row: str, column: str, error: Exception) -> None:
-        if self.undecodable_images == "raise":
-            raise ValueError(
-                f"row {row} of {self.dataset_name}: {column} does not decode ({error}). "
-                "Fix the file, or train with undecodable_images: drop"
-            ) from None
-        with self.dropped_rows_file.open("a") as file:
-            file.write(json.dumps({"row": row, "column": column, "reason": str(error)}) + "\n")
+
+class UndecodableImageError(ValueError):
+    """An image of a row that is missing or does not decode.
+
+    Args:
+        dataset_name: name of the dataset.
+        row: id of the row.
+        column: column of the image.
+        reason: why it does not decode.
+    """
+
+    def __init__(self, dataset_name: str, row: str, column: str, reason: Exception) -> None:
+        self.row, self.column, self.reason = row, column, str(reason)
+        super().__init__(
+            f"row {row} of {dataset_name}: {column} does not decode ({reason}). "
+            "Fix the file, or train with undecodable_images: drop"
+        )
+
+    def as_json_line(self) -> str:
+        """Return the line for the list of dropped rows."""
+        return json.dumps({"row": self.row, "column": self.column, "reason": self.reason}) + "\n"
 
 
-def _undecoded(rows: Dataset) -> Dataset:
-    from datasets import Image
+def undecoded_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yield rows with their image files as stored. Rows of other iterables than a dataset are yielded unchanged."""
+    from datasets import Dataset, Image, List
 
-    for column in ("image_a", "image_b", "image_source"):
-        rows = rows.cast_column(column, Image(decode=False))
-    return rows
+    if not isinstance(rows, Dataset):
+        yield from rows
+        return
+    columns = [
+        name
+        for name, feature in rows.features.items()
+        if isinstance(feature.feature if isinstance(feature, List) else feature, Image)
+    ]
+    images, others = rows.select_columns(columns).with_format("arrow"), rows.remove_columns(columns)
+    for start in range(0, len(rows), ROWS_IN_MEMORY):
+        part = range(start, min(start + ROWS_IN_MEMORY, len(rows)))
+        cells = images[part.start : part.stop].to_pylist() if columns else [{}] * len(part)
+        for number, files in zip(part, cells, strict=True):
+            yield {**(others[number] if others.column_names else {}), **files}
+
+
+def decode_prompt_images(row: Mapping[str, Any], dataset_name: str) -> list[Image.Image]:
+    """Decode the images of a row of `response_preference` to RGB.
+
+    Args:
+        row: the row, with image files, Pillow images or no images.
+        dataset_name: name of the dataset, for errors.
+
+    Raises:
+        UndecodableImageError: if an image is missing or does not decode.
+    """
+    images = []
+    for number, cell in enumerate(prompt_images(row)):
+        try:
+            images.append(image_files.rgb_image(cell))
+        except ValueError as reason:
+            raise UndecodableImageError(dataset_name, str(row["id"]), f"image {number}", reason) from None
+    return images
 
 
 def check_source_images(rows: Dataset, dataset_name: str, *, pipeline: str, is_image_editing: bool) -> None:

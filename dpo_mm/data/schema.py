@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -169,6 +170,13 @@ def make_response_rows(rows: list[dict[str, Any]]) -> Dataset:
         for row in rows
     ]
     return Dataset.from_list(full, features=features)
+
+
+def prompt_images(row: Mapping[str, Any]) -> list[Any]:
+    """Return the images of a response pair's prompt: the column `images`, or the one of the column `image`."""
+    cells = row.get("images")
+    cells = row.get("image") if cells is None else cells
+    return list(cells) if isinstance(cells, list | tuple) else [] if cells is None else [cells]
 
 
 def _as_message(content: Any, role: str) -> Any:
@@ -350,7 +358,7 @@ def split_by_prompt(rows: Dataset, fraction: float, *, seed: int) -> tuple[Datas
 def _groups(rows: Dataset) -> list[str]:
     """Name of the group of each row, see `split_by_prompt`: a prompt, or the first of the images that link its rows."""
     prompts = [str(prompt) for prompt in rows["prompt"]]
-    columns = sorted({"images", "image_source"} & set(rows.column_names))
+    columns = sorted({"images", "image", "image_source"} & set(rows.column_names))
     if not columns:
         return prompts
     parents: dict[str, str] = {}

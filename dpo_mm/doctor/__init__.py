@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.data.prompts import read_prompts
+from dpo_mm.data.schema import prompt_images
 from dpo_mm.doctor import image_checks, response_checks
 from dpo_mm.doctor.checks import CHECKS, Finding, sort_by_severity
 from dpo_mm.doctor.dataset_statistics import (
@@ -97,7 +98,7 @@ def held_out_digests(name: str) -> tuple[set[int], set[int]]:
     with progress_bar("reading held-out rows", dataset.num_rows) as advance:
         for rows in batches(dataset):
             for row in rows:
-                cells = row.get("images") or [row[column] for column in ("image_a", "image_b") if row.get(column)]
+                cells = prompt_images(row) or [row[column] for column in ("image_a", "image_b") if row.get(column)]
                 images: list[ImageFeatures] = [
                     image for image in map(extract_features, cells) if not isinstance(image, str)
                 ]

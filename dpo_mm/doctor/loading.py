@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_mm.assets import resolve_asset
+from dpo_mm.data.load_pairs import undecoded_rows
 from dpo_mm.data.schema import REQUIRED, load_pairs, load_responses
 
 BATCH = 32
@@ -70,8 +72,6 @@ def _kind_of_columns(name: str, columns: list[str]) -> str:
 
 
 def _load_with_datasets(name: str) -> LoadedDataset:
-    from datasets import Image, List
-
     try:
         rows = load_pairs(name)
     except ValueError as error:
@@ -79,10 +79,6 @@ def _load_with_datasets(name: str) -> LoadedDataset:
             raise
         rows = load_responses(name)
     kind = _kind_of_columns(name, rows.column_names)
-    for column in ("image_a", "image_b") if kind == "images" else ():
-        rows = rows.cast_column(column, Image(decode=False))
-    if kind == "responses" and "images" in rows.column_names:
-        rows = rows.cast_column("images", List(Image(decode=False)))
     return LoadedDataset(name, kind, len(rows), (), rows)
 
 
@@ -94,10 +90,8 @@ def batches(dataset: LoadedDataset) -> Iterator[list[Row]]:
     if dataset.files:
         parts = (part.to_pylist() for file in dataset.files for part in pq.ParquetFile(file).iter_batches(BATCH))
     else:
-        parts = (
-            [dataset.arrow_dataset[n] for n in range(start, min(start + BATCH, dataset.num_rows))]
-            for start in range(0, dataset.num_rows, BATCH)
-        )
+        stored = undecoded_rows(dataset.arrow_dataset)
+        parts = ([dict(row) for row in islice(stored, BATCH)] for _ in range(0, dataset.num_rows, BATCH))
     for rows in parts:
         for row in rows:
             row["id"] = str(number if row.get("id") is None else row["id"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_mm.data.schema import prompt_images
 from dpo_mm.doctor.checks import Finding
 from dpo_mm.doctor.dataset_statistics import DatasetStatistics, digest, plain_text, shortcut_finding
 from dpo_mm.doctor.duplicates import exact_duplicates
@@ -77,7 +78,7 @@ def prompt_digests(row: Row, images: list[ImageFeatures]) -> tuple[int, int]:
 
 def _add_row(statistics: DatasetStatistics, row: Row, held_out_prompts: set[int], held_out_images: set[int]) -> None:
     statistics.add_row(row)
-    cells = row.get("images") or []
+    cells = prompt_images(row)
     decoded = [extract_features(cell) for cell in cells]
     images = [image for image in decoded if not isinstance(image, str)]
     for number, reason in enumerate(decoded):

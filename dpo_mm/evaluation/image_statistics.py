@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from dpo_mm.data.image_files import to_rgb
+
 MAX_SIDE = 64
 """Longest edge of the small copies, pixels, at most. They have a quarter of the image's size if that is less."""
 IMAGE_STATISTICS = "looks"
@@ -42,7 +44,7 @@ class ImageStatistics:
 
 def image_statistics(images: Sequence[Image.Image]) -> ImageStatistics:
     """Compute the statistics of each image. Only one image is in memory at a time."""
-    values = [_statistics_of(image.convert("RGB")) for image in images]
+    values = [_statistics_of(to_rgb(image)) for image in images]
     small, saturation, sharpness, size = zip(*values, strict=True)
     return ImageStatistics(np.stack(small), np.array(saturation), np.array(sharpness), np.array(size, dtype=np.float64))
 

@@ -21,6 +21,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from dpo_mm.data.image_files import to_rgb
+
 CHROMA = 52
 """Chroma above which a pixel counts as coloured, of 255. The judge of scenes uses the same threshold."""
 COVER = (0.01, 0.03, 0.45, 0.65)
@@ -34,7 +36,7 @@ def aesthetic(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[flo
 
 def score(image: Image.Image) -> float:
     """Score of one image: geometric mean of its parts, times a factor for the coloured fraction of the canvas."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    pixels = np.asarray(to_rgb(image), dtype=np.float32)
     chroma = pixels.max(-1) - pixels.min(-1)
     objects = chroma > CHROMA
     cover_factor = float(np.interp(objects.mean(), COVER, (0, 1, 1, 0)))

@@ -29,7 +29,7 @@ from scipy.special import expit, logit
 
 from dpo_mm.config import RelabelConfig
 from dpo_mm.content_key import library_versions
-from dpo_mm.data.image_files import decode_image, image_bytes
+from dpo_mm.data.image_files import rgb_image
 from dpo_mm.data.schema import digest, load_pairs
 from dpo_mm.judges import better_of, is_pairwise, judge_card, judge_digests, load_judge, load_pairwise
 from dpo_mm.progress import progress_bar
@@ -255,7 +255,7 @@ def _score_shard(part: Dataset, config: RelabelConfig, *, first: int) -> np.ndar
     images, decoded = [], []
     for number, row in enumerate(_stored_rows(part)):
         try:
-            images.append([_decode(row[f"image_{side}"]) for side in "ab"])
+            images.append([rgb_image(row[f"image_{side}"]) for side in "ab"])
             decoded.append(number)
         except ValueError as error:
             if config.undecodable_images == "raise":
@@ -289,13 +289,6 @@ def score_pairs(name: str, a: list[Image.Image], b: list[Image.Image], prompts: 
             f"judge {name!r} returns {scores[pair].tolist()} for the prompt {prompts[pair]!r}. Expected finite numbers."
         )
     return scores
-
-
-def _decode(cell: dict[str, Any] | None) -> Image.Image:
-    try:
-        return decode_image(image_bytes(cell))
-    except OSError as error:
-        raise ValueError(str(error)) from error
 
 
 def _stored_rows(rows: Dataset) -> Iterator[dict[str, Any]]:

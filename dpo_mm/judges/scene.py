@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from dpo_mm.data.image_files import to_rgb
 from dpo_mm.worlds import shapes
 
 CHROMA = 52
@@ -53,7 +54,7 @@ def detect_objects(image: Image.Image) -> list[DetectedObject]:
         raise ValueError(
             f"image is {image.size[0]}x{image.size[1]}, but the judge of shapes only scores {shapes.SIZE}x{shapes.SIZE}"
         )
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    pixels = np.asarray(to_rgb(image), dtype=np.float32)
     chroma = pixels.max(-1) - pixels.min(-1)
     labels, _ = ndimage.label(chroma > CHROMA)
     background = np.median(pixels[labels == 0], axis=0) if (labels == 0).any() else np.zeros(3, np.float32)

@@ -8,6 +8,7 @@ has the posterior's mean and standard deviation, not one sample, so that a fresh
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +23,14 @@ from PIL import Image
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions
-from dpo_mm.data.load_pairs import Pairs, check_source_images, data_columns
+from dpo_mm.data.load_pairs import (
+    Pairs,
+    UndecodableImageError,
+    check_source_images,
+    data_columns,
+    decode_prompt_images,
+    undecoded_rows,
+)
 from dpo_mm.data.schema import digest, drop_ties, load_pairs, load_responses, split_by_prompt
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
@@ -33,6 +41,8 @@ from dpo_mm.training.arrow_shards import Part, Shards
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 COMPLETE, QUARANTINE = "complete.json", "quarantine.jsonl"
 SHARD = 256
@@ -333,10 +343,7 @@ def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Enco
         ValueError: as `encode`.
     """
     if policy.modality == "text":
-        pairs = load_responses(config.pairs)
-        inside, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
-        texts = [policy.encode(inside), None if apart is None else policy.encode(apart)]
-        return EncodedSplits(texts[0], texts[1], digest(pairs), content_hash(texts))
+        return _encode_responses(policy, config)
     pairs = drop_ties(load_pairs(config.pairs))
     rows, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
     how: dict[str, Any] = {
@@ -345,7 +352,29 @@ def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Enco
         "buckets": config.buckets,
         "precision": config.cache_precision,
     }
-    digests = [digest(some) for some in (rows, apart) if some is not None]  # each image is read once
-    encoded = encode(policy, rows, **how, rows_digest=digests[0])
-    encoded_apart = None if apart is None else encode(policy, apart, **how, rows_digest=digests[1])
-    return EncodedSplits(encoded, encoded_apart, content_hash(digests))
+    encoded = encode(policy, rows, **how)
+    return EncodedSplits(encoded, None if apart is None else encode(policy, apart, **how), digest(pairs))
+
+
+def _encode_responses(policy: TextPolicy, config: TrainConfig) -> EncodedSplits:
+    """Encode response pairs in memory. Rows with an undecodable image raise, or are listed in the output folder."""
+    pairs, dropped = load_responses(config.pairs), list[str]()
+
+    def decode(rows: Dataset) -> Iterator[dict[str, Any]]:
+        for row in undecoded_rows(rows):
+            try:
+                yield {**row, "images": decode_prompt_images(row, config.pairs)}
+            except UndecodableImageError as error:
+                if config.undecodable_images == "raise":
+                    raise
+                dropped.append(error.as_json_line())
+
+    inside, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
+    texts = [policy.encode(decode(inside)), None if apart is None else policy.encode(decode(apart))]
+    if dropped and ProcessRank.own().index == 0:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        _write(Path(config.output_dir) / QUARANTINE, "".join(dropped))
+        logger.warning(
+            "%d rows have an image that does not decode. See %s", len(dropped), Path(config.output_dir) / QUARANTINE
+        )
+    return EncodedSplits(texts[0], texts[1], digest(pairs), content_hash(texts))

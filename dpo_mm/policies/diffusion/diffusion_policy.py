@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, plain_settings
+from dpo_mm.data.image_files import to_rgb
 from dpo_mm.model_loading import load_pipeline
 from dpo_mm.objectives import LogProbs, sdpo_lambda_image
 from dpo_mm.policies.adapters import Weights, add_lora, has_lora
@@ -252,10 +253,11 @@ class DiffusionPolicy:
 
     def resize_and_crop(self, image: Image.Image) -> Image.Image:
         """Scale an image to cover the target size and crop it to the centre."""
+        image = to_rgb(image)
         scaled, box = self.crop_box(image.size)
         if scaled != image.size:
             image = image.resize(scaled, Image.Resampling.LANCZOS)
-        return image.convert("RGB").crop(box)
+        return image.crop(box)
 
     def crop_box(self, size: Size) -> Crop:
         """Return the scaling and crop that fit an image of this (width, height) to the target size."""

@@ -12,12 +12,14 @@ import hashlib
 import inspect
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpo_mm.data.image_files import rgb_image
+from dpo_mm.data.load_pairs import decode_prompt_images, undecoded_rows
 from dpo_mm.data.schema import Response
 from dpo_mm.objectives import DATASET_INPUTS
 from dpo_mm.policies.vlm.shared_prefix import Layout
@@ -66,12 +68,12 @@ class ConversationEncoder:
         self.dropped: list[str] = []
         """Ids of the rows that were dropped because they are too long."""
 
-    def encode(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    def encode(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Encode rows of the schema `response_preference`, without the dropped ones. See `encode_row`."""
-        encoded = (self.encode_row(row) for row in rows)
+        encoded = (self.encode_row(row) for row in undecoded_rows(rows))
         return [row for row in encoded if row is not None]
 
-    def encode_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
+    def encode_row(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         """Encode one row.
 
         Returns:
@@ -82,7 +84,7 @@ class ConversationEncoder:
             ValueError: if the row is too long, or its images, prompt and responses do not fit together. The error names
                 the row.
         """
-        name, images = str(row["id"]), list(row.get("images") or [])
+        name, images = str(row["id"]), decode_prompt_images(row, "the pairs")
         messages = as_messages(row["prompt"], "user")
         prompt = self.prompt(images, messages, label=f"row {name}")
         completions = {
@@ -165,7 +167,7 @@ class ConversationEncoder:
     def _process(self, text: str, images: Sequence[Any]) -> Any:
         if not self.takes_images:
             return self.tokenizer([text], return_tensors="pt", **self._special_token_options(text))
-        rgb = [[image.convert("RGB") for image in images]] if images else None
+        rgb = [[rgb_image(image) for image in images]] if images else None
         return self.processor(text=[text], images=rgb, return_tensors="pt", **self._special_token_options(text))
 
     def _special_token_options(self, text: str) -> dict[str, bool]:
@@ -223,7 +225,7 @@ def corrupt_image(image: Any, *, seed: str) -> Any:
     """Corrupt an image: crop a random 1 to 20 % of its area and scale the crop to the image's size.
 
     Args:
-        image: a PIL image.
+        image: an RGB image.
         seed: seed of the crop.
 
     Source: mDPO, Wang et al. 2024 (2406.11839).
@@ -233,7 +235,7 @@ def corrupt_image(image: Any, *, seed: str) -> Any:
     edge = rng.uniform(0.01, 0.2) ** 0.5
     width, height = max(1, round(image.width * edge)), max(1, round(image.height * edge))
     left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
-    return image.convert("RGB").crop((left, top, left + width, top + height)).resize(image.size)
+    return image.crop((left, top, left + width, top + height)).resize(image.size)
 
 
 def edited_token_masks(chosen: Sequence[int], rejected: Sequence[int]) -> dict[str, Tensor]:

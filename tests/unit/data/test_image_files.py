@@ -31,6 +31,8 @@ RED = Image.new("RGB", (8, 4), (200, 20, 20))
         (Image.new("L", (8, 4), 77), "PNG", (77, 77, 77)),
         (Image.new("1", (8, 4), 1), "PNG", (255, 255, 255)),
         (Image.fromarray(np.full((4, 8), 32768, np.uint16)), "PNG", (128, 128, 128)),
+        (Image.fromarray(np.full((4, 8), 32768, np.uint16)), "TIFF", (128, 128, 128)),
+        (Image.fromarray(np.full((4, 8), 0.5, np.float32)), "TIFF", (128, 128, 128)),
     ],
 )
 def test_decode_image_every_mode_becomes_rgb(image: Image.Image, kind: str, expected: tuple[int, int, int]) -> None:
@@ -72,11 +74,24 @@ def bomb() -> bytes:
             "animated",
         ),
         (bomb(), "pixels|exceeds"),
+        (
+            encode(Image.fromarray(np.full((4, 8), 128.0, np.float32)), "TIFF"),
+            "from 128 to 128, but floats from 0 to 1 ",
+        ),
+        (encode(Image.fromarray(np.full((4, 8), np.nan, np.float32)), "TIFF"), "from nan to nan"),
+        (encode(Image.fromarray(np.full((4, 8), 128, np.int32)), "TIFF"), "integers of 32 bits"),
     ],
 )
 def test_decode_image_bad_file_is_refused_with_the_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         image_files.decode_image(data)
+
+
+def test_decode_image_transparent_grey_of_16_bits_is_white() -> None:
+    """Catches the key of a transparent colour that is lost when 16 bits are scaled."""
+    pixels = np.array([[0, 30000]], np.uint16)
+    decoded = image_files.decode_image(encode(Image.fromarray(pixels), "PNG", transparency=0))
+    assert np.asarray(decoded)[0, :, 0].tolist() == [255, 117]
 
 
 def test_encode_png_is_lossless() -> None:
