@@ -72,7 +72,7 @@ def response_preference() -> Features:
 
     They are TRL's conversational preference with images, and columns about the row's label and origin.
     `rejected_truncated` is true if the rejected response was truncated, so no end-of-turn token follows it. `reason` says
-    why it was rejected. `probability` is that of chosen being better, in [0, 1]. `score_gap` is by how much, in the
+    why it was rejected. `tools` are the JSON schemas of tools for the chat template, as JSON text. `probability` is that of chosen being better, in [0, 1]. `score_gap` is by how much, in the
     judge's unit.
     """
     from datasets import Features, Image, List, Value
@@ -88,6 +88,7 @@ def response_preference() -> Features:
             "chosen": messages,
             "rejected": messages,
             "rejected_truncated": Value("bool"),
+            "tools": text,
             "probability": Value("float64"),
             "score_gap": Value("float64"),
             "axis": text,
@@ -141,12 +142,15 @@ def load_responses(path: str) -> Dataset:
         path: a Parquet file, a folder of Parquet files, a folder saved by `datasets`, a hub id, or a bundled dataset.
 
     Raises:
-        ValueError: if the dataset is missing or empty, or has no column prompt, chosen or rejected.
+        ValueError: if the dataset is missing or empty, has no column prompt, chosen or rejected, or has images in a column
+            with another name.
     """
     from dpo_mm.assets import resolve_asset
 
     rows = _open(resolve_asset(path))
     _require_columns(rows, ("prompt", "chosen", "rejected"), path)
+    if "image" in rows.column_names and "images" not in rows.column_names:
+        raise ValueError(f"{path}: images are in the column 'image'. Convert the dataset with `dpo-mm import trl`")
     return _with_ids(rows)
 
 

@@ -5,6 +5,7 @@ These steps are the same for every dataset. Only the converter differs, see `dpo
 
 from __future__ import annotations
 
+import base64
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -176,4 +177,17 @@ def _load_image(cell: Any, files: ImageFiles) -> dict[str, Any]:
     path = cell.get("path") if isinstance(cell, dict) else cell
     if not isinstance(path, str) or not path:
         raise FileNotFoundError("an image is empty")
+    if path.startswith("data:"):
+        return {"bytes": _data_uri_bytes(path), "path": None}
     return {"bytes": files.read(path), "path": Path(path).name}
+
+
+def _data_uri_bytes(uri: str) -> bytes:
+    """Bytes of a base64 data URI. FileNotFoundError has the reason if it does not decode."""
+    header, _, data = uri.partition(",")
+    try:
+        if not header.endswith(";base64"):
+            raise ValueError(header)
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise FileNotFoundError("the data URI of an image does not decode") from error

@@ -1,13 +1,14 @@
-"""Build chat messages from questions and responses. Images are parts of a message, not `<image>` in a text."""
+"""Build chat messages from the turns of a dataset. Images become parts of a message and cells of the row."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-PLACEHOLDER = re.compile(r"\n?<image>\n?")
+from dpo_mm.data.conversation import Message, as_messages, place_images
+
 ROLES = {"human": "user", "gpt": "assistant"}
-Message = dict[str, Any]
+IMAGE_SOURCES = ("image", "image_url", "url", "path", "base64")
+"""Keys of an image part that contain the image itself or its address."""
 
 
 def user_message(text: str, images: int) -> list[Message] | None:
@@ -20,69 +21,44 @@ def user_message(text: str, images: int) -> list[Message] | None:
     Returns:
         One message, or None if the number of `<image>` placeholders is wrong.
     """
-    pieces = PLACEHOLDER.split(text)
-    if len(pieces) - 1 not in (0, images):
-        return None
-    if len(pieces) == 1:
-        return [{"role": "user", "content": [_image_part() for _ in range(images)] + [_text_part(text)]}]
-    parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(pieces):
-        parts += [_image_part()] if number else []
-        parts += [_text_part(piece)] if piece.strip() else []
-    return [{"role": "user", "content": parts}]
+    return place_images(as_messages(text, "user"), images)
 
 
 def assistant_message(text: str) -> list[Message]:
     """Build the assistant's message of a response."""
-    return [{"role": "assistant", "content": [_text_part(text)]}]
+    return as_messages(text, "assistant")
 
 
-def to_messages(conversation: Any) -> list[Message]:
+def to_messages(conversation: Any, images: list[Any] | None = None) -> list[Message]:
     """Convert turns of ShareGPT (`from`, `value`) or OpenAI (`role`, `content`) to messages.
 
-    Raises:
-        KeyError: if a turn has neither format.
-    """
-    messages = []
-    for turn in [conversation] if isinstance(conversation, dict) else conversation:
-        sharegpt = "from" in turn
-        role, content = (turn["from"], turn["value"]) if sharegpt else (turn["role"], turn["content"])
-        parts = [_text_part(content)] if isinstance(content, str) else [_part(part) for part in content]
-        messages.append({"role": ROLES.get(role, role), "content": parts})
-    return messages
-
-
-def insert_image_parts(messages: list[Message], images: int) -> list[Message] | None:
-    """Replace every `<image>` in the texts by an image part.
-
     Args:
-        messages: the conversation. Without any `<image>` or image part, the images come first in the user's first message.
-        images: number of images.
+        conversation: one turn or a list of turns.
+        images: list to which the images inside the turns are added, as cells: paths, URLs or data URIs. None if they may
+            have none.
 
-    Returns:
-        The messages, or None if the number of image parts is wrong or there is no user's message for the images.
+    Raises:
+        ValueError: if a turn would lose content, such as a video, a call of a tool or an image for which there is no list.
+            The error is the reason to leave the row out.
     """
-    converted: list[Message] = []
-    for message in messages:
-        parts: list[dict[str, Any]] = []
-        for part in message["content"]:
-            count = len(PLACEHOLDER.findall(part["text"] or "")) if part["type"] == "text" else 0
-            parts += user_message(part["text"], count)[0]["content"] if count else [part]  # type: ignore[index]
-        converted.append({**message, "content": parts})
-    image_parts = sum(part["type"] == "image" for message in converted for part in message["content"])
-    first = next((message for message in converted if message["role"] == "user"), None)
-    if image_parts == 0 and images and first is not None:
-        first["content"] = [_image_part() for _ in range(images)] + first["content"]
-    return converted if image_parts in (0, images) and (first is not None or not images) else None
+    turns = [conversation] if isinstance(conversation, dict) else conversation
+    converted = []
+    for turn in turns:
+        turn = {**turn, "role": turn["from"], "content": turn["value"]} if "from" in turn else turn
+        content = turn.get("content")
+        if images is not None and isinstance(content, list):
+            content = [_without_source(part, images) for part in content]
+        role = turn.get("role")
+        converted.append({**turn, "role": ROLES.get(str(role), role), "content": content})
+    return as_messages(converted, "user")
 
 
-def _part(part: dict[str, Any]) -> dict[str, Any]:
-    return _image_part() if part["type"] == "image" else _text_part(part.get("text") or "")
-
-
-def _image_part() -> dict[str, Any]:
-    return {"type": "image", "text": None}
-
-
-def _text_part(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
+def _without_source(part: Any, images: list[Any]) -> Any:
+    """Part of a message with its image in the list."""
+    if not isinstance(part, dict) or part.get("type") not in ("image", "image_url", "input_image"):
+        return part
+    cell = next((part[name] for name in IMAGE_SOURCES if part.get(name)), None)
+    if cell is None:
+        return part
+    images.append(cell["url"] if isinstance(cell, dict) and cell.get("url") else cell)
+    return {"type": "image"}

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
-from dpo_mm.sources.messages import assistant_message, insert_image_parts, to_messages, user_message
+from dpo_mm.data.conversation import place_images
+from dpo_mm.sources.messages import assistant_message, to_messages, user_message
 from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
 
 IMAGE_COUNT_MISMATCH = LeftOut("its images do not match the image placeholders in the question")
@@ -140,7 +141,7 @@ def povid(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
             yield LeftOut("its two prompts differ")
             continue
         images = [row["image"]] if row.get("image") else []
-        prompt = insert_image_parts(chosen[:-1], len(images))
+        prompt = place_images(chosen[:-1], len(images))
         if prompt is None:
             yield IMAGE_COUNT_MISMATCH
             continue

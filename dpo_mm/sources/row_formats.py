@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from dpo_mm.data.conversation import Message, place_images, response_of
 from dpo_mm.data.schema import PREFERENCES, image_preference, response_preference
-from dpo_mm.sources.messages import insert_image_parts, to_messages
+from dpo_mm.sources.messages import to_messages
 from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
 from dpo_mm.sources.response_pair_sets import IMAGE_COUNT_MISMATCH, response_pair
 
@@ -18,47 +20,55 @@ def llama_factory(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     """
     for row in rows:
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        turns_before = to_messages([*system, *row["conversations"]])
-        yield _conversation_pair(row, turns_before, to_messages(row["chosen"]), to_messages(row["rejected"]))
+        yield _conversation_pair(row, [*system, *row["conversations"]], row["chosen"], row["rejected"])
 
 
 def trl(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """Convert TRL's preference format: `prompt, chosen, rejected` as texts or messages, `images` (or `image`).
+    """Convert TRL's preference format: `prompt, chosen, rejected` as texts or messages, `images` (or `image`), `tools`.
 
     Without a prompt, the messages that chosen and rejected have in common at their beginning are the prompt.
     """
     for row in rows:
-        chosen, rejected = (_messages(row[side], "assistant") for side in ("chosen", "rejected"))
-        if row.get("prompt"):
-            prompt = _messages(row["prompt"], "user")
-        else:
+        chosen, rejected = (_turns(row[side], "assistant") for side in ("chosen", "rejected"))
+        prompt = _turns(row["prompt"], "user") if row.get("prompt") else []
+        if not prompt:
             end = next((n for n, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y), 0)
             prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
         yield _conversation_pair(row, prompt, chosen, rejected)
 
 
-def _messages(content: Any, role: str) -> list[dict[str, Any]]:
-    return to_messages([{"role": role, "content": content}] if isinstance(content, str) else content)
+def _turns(content: Any, role: str) -> list[Any]:
+    return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
 
 
-def _conversation_pair(row: Row, prompt: list[Any], chosen: list[Any], rejected: list[Any]) -> Item:
+def _conversation_pair(row: Row, prompt: list[Any], chosen: Any, rejected: Any) -> Item:
     images = row.get("images") or ([row["image"]] if row.get("image") else [])
     images = [images] if isinstance(images, str) else list(images)
     if not prompt:
         return LeftOut("its chosen and rejected conversations have no prompt in common")
-    if any(message["role"] != "assistant" for message in (*chosen, *rejected)):
-        return LeftOut("its two prompts differ")
-    prompt_with_images = insert_image_parts(prompt, len(images))
+    inside: list[Any] = []
+    try:
+        messages = to_messages(prompt, None if images else inside)
+        responses = {"chosen": _response(chosen, messages), "rejected": _response(rejected, messages)}
+    except ValueError as error:
+        return LeftOut(str(error))
+    images = images or inside
+    prompt_with_images = place_images(messages, len(images))
     if prompt_with_images is None:
         return IMAGE_COUNT_MISMATCH
+    tools = row.get("tools")
     return {
         "id": str(row.get("id") or row["_number"]),
         "images": images,
         "prompt": prompt_with_images,
-        "chosen": chosen,
-        "rejected": rejected,
+        **responses,
+        **({"tools": tools if isinstance(tools, str) else json.dumps(tools)} if tools else {}),
         **_typed_columns(row, ("score_gap", "probability", "axis", "license", "reason", "model")),
     }
+
+
+def _response(turns: Any, prompt: list[Message]) -> list[Message]:
+    return response_of(to_messages(turns, []), prompt)
 
 
 def custom_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:

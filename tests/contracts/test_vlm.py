@@ -544,6 +544,10 @@ def test_completion_is_the_text_that_the_template_adds_after_the_prompt(family: 
     assert tokenizer.decode(encoded["prompt_ids"]).count("<s>") == 1
     prompt = row["prompt"][0]["content"][0]["text"]
     assert prompt in tokenizer.decode(encoded["prompt_ids"])
+    stops = policy.base_model.generation_config.eos_token_id
+    assert encoded["chosen_ids"][-1] in ([stops] if isinstance(stops, int) else stops)
+    truncated = policy.encode([{**row, "rejected_truncated": True}])[0]
+    assert tokenizer.decode(truncated["rejected_ids"]) == row["rejected"][0]["content"][0]["text"]
 
 
 def test_row_that_the_processor_rejects_is_named_in_the_error() -> None:
@@ -611,8 +615,7 @@ def test_sampled_responses_depend_only_on_the_seed() -> None:
 
 def test_response_records_that_it_hit_the_limit() -> None:
     policy = VisionLanguage(*build("llama"), "m")
-    end_tokens = policy.base_model.generation_config.eos_token_id
-    response = lambda tokens: response_from_tokens(tokens, policy.encoder.tokenizer, end_tokens)
+    response = lambda tokens: response_from_tokens(tokens, policy.encoder.tokenizer, policy.encoder.stops)
     assert response([5, 6, 2, 0, 0])[1:] == (3, False) and response([5, 6, 7])[1:] == (3, True)
 
 

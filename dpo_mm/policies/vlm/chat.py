@@ -1,15 +1,17 @@
 """Encode preference rows of text and images as token ids and image tensors, once for all epochs.
 
-The prompt goes through the model's own chat template and processor. Completions are the tokens that the template puts
-after the prompt, with the end of the turn. A model without a chat template gets the images, then the text. Image tokens
-are never truncated: a row that is too long raises an error, or is dropped and logged.
+The prompt goes through the model's own chat template and processor. A completion is the response's tokens with the end of
+the template's turn, see completion.py. A model without a chat template gets the images, then the text. Image tokens are
+never truncated: a row that is too long raises an error, or is dropped and logged.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import inspect
+import json
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_mm.data.conversation import Message, as_messages, count_image_parts, place_images, response_of
 from dpo_mm.data.image_files import rgb_image
 from dpo_mm.data.load_pairs import decode_prompt_images, undecoded_rows
 from dpo_mm.data.schema import Response
 from dpo_mm.objectives import DATASET_INPUTS
-from dpo_mm.policies.vlm.shared_prefix import Layout
+from dpo_mm.policies.vlm.completion import TurnEnd, stop_ids, turn_end, without_repeated_opening
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ class ConversationEncoder:
         self.takes_images = self.tokenizer is not processor
         self.templated = bool(getattr(processor, "chat_template", None) or self.tokenizer.chat_template)
         self.accepted = set(inspect.signature(model.forward).parameters)
+        self.generation_stops = stop_ids(self.tokenizer, model)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length, self.overlong_rows = max_length or limit, overlong_rows
         self.corrupt, self.mark_edits = corrupt, mark_edits
@@ -85,11 +89,15 @@ class ConversationEncoder:
                 the row.
         """
         name, images = str(row["id"]), decode_prompt_images(row, "the pairs")
-        messages = as_messages(row["prompt"], "user")
-        prompt = self.prompt(images, messages, label=f"row {name}")
+        label, tools = f"row {name}", _tools(row.get("tools"), f"row {name}")
+        try:
+            messages = as_messages(row["prompt"], "user")
+        except ValueError as error:
+            raise ValueError(f"{label}: prompt: {error}") from error
+        prompt = self.prompt(images, messages, label=label, tools=tools)
         completions = {
             side: self._completion(
-                messages, images, row[side], f"row {name}: {side}", ends=not row.get(f"{side}_truncated")
+                messages, images, row[side], f"{label}: {side}", ends=not row.get(f"{side}_truncated"), tools=tools
             )
             for side in ("chosen", "rejected")
         }
@@ -109,7 +117,7 @@ class ConversationEncoder:
             if not images:
                 raise ValueError(f"row {name} has no image to corrupt. The objective image_conditional needs images")
             corrupted_images = [corrupt_image(image, seed=f"{name} {n}") for n, image in enumerate(images)]
-            columns["corrupted_images"] = self.prompt(corrupted_images, messages, label=f"row {name}")["images"]
+            columns["corrupted_images"] = self.prompt(corrupted_images, messages, label=label)["images"]
         return {
             "id": name,
             "prompt_ids": prompt["ids"],
@@ -128,13 +136,18 @@ class ConversationEncoder:
         logger.warning("%s. The row is dropped", reason)
         self.dropped.append(name)
 
-    def prompt(self, images: Sequence[Any], messages: Sequence[dict[str, Any]], *, label: str) -> dict[str, Any]:
+    def prompt(
+        self, images: Sequence[Any], messages: Sequence[Message], *, label: str, tools: Any = None
+    ) -> dict[str, Any]:
         """Encode a conversation up to the start of the model's response.
+
+        A last message of the assistant is the beginning of the response (a prefill), which the model continues.
 
         Args:
             images: images of the conversation.
             messages: messages in the chat format.
             label: name of the conversation, the start of an error.
+            tools: JSON schemas of tools, for the chat template. None for none.
 
         Returns:
             A dict with `ids` (tokens,), `types` (token types by name, (tokens,)) and `images` (tensors by name).
@@ -144,7 +157,7 @@ class ConversationEncoder:
         """
         if images and not self.takes_images:
             raise ValueError(f"{label}: {len(images)} images for a model that takes only text")
-        text = self._template(_with_image_parts(messages, len(images), label), complete=False)
+        text = self._template(_with_image_parts(messages, len(images), label), complete=False, tools=tools)
         try:
             processed = self._process(text, images)
         except ValueError as error:
@@ -176,35 +189,75 @@ class ConversationEncoder:
         whole = self.templated and (not self.takes_images or (bool(first) and text.startswith(first)))
         return {"add_special_tokens": False} if whole else {}
 
-    def _template(self, messages: Sequence[dict[str, Any]], *, complete: bool) -> str:
+    def _template(self, messages: Sequence[Message], *, complete: bool, tools: Any = None) -> str:
         """Apply the model's chat template to a complete conversation, or up to the start of the response."""
         if not self.templated:
             return _untemplated(messages, getattr(self.processor, "image_token", None))
         if not self.takes_images:
-            messages = [
-                {"role": m["role"], "content": "".join(part["text"] or "" for part in m["content"])} for m in messages
-            ]
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=not complete)
+            messages = [{"role": m["role"], "content": _untemplated([m], None)} for m in messages]
+        prefilled = not complete and messages[-1]["role"] == "assistant"
+        options = {"continue_final_message": True} if prefilled else {"add_generation_prompt": not complete}
+        return self.processor.apply_chat_template(messages, tokenize=False, tools=tools, **options)
+
+    @functools.cached_property
+    def turn_end(self) -> TurnEnd:
+        """The end of a response's turn in the model's chat template."""
+        if not self.templated:
+            return TurnEnd("", "", self.tokenizer.eos_token_id)
+        render = functools.partial(self._template, complete=True)
+        return turn_end(render, self.tokenizer, self.generation_stops)
+
+    @property
+    def stops(self) -> list[int]:
+        """Ids at which a generated response ends: the template's end of a turn, and those at which `generate` stops."""
+        return list(dict.fromkeys([*self.generation_stops, *([] if self.turn_end.id is None else [self.turn_end.id])]))
 
     def _completion(
-        self, messages: Sequence[dict[str, Any]], images: Sequence[Any], response: Any, label: str, *, ends: bool
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Any],
+        response: Any,
+        label: str,
+        *,
+        ends: bool,
+        tools: Any = None,
     ) -> list[int]:
         """Ids of the completion, (tokens,), with the end of the turn unless the response is truncated."""
-        responses = as_messages(response, "assistant")
+        try:
+            answer = response_of(response, messages)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
         prompt = _with_image_parts(messages, len(images), label)
-        before, whole = self._template(prompt, complete=False), self._template([*prompt, *responses], complete=True)
-        if not self.templated or not whole.startswith(before):
-            whole = before + "".join(part["text"] or "" for message in responses for part in message["content"])
-        ids = self._after(before, whole)
-        last = self._end_of_turn(ids)
-        if ends and last is None and self.tokenizer.eos_token_id is not None:
-            ids.append(self.tokenizer.eos_token_id)
-        ids = ids if last is None else ids[: last + 1]
-        if not ends and last is not None:
-            ids = ids[:last]
+        before, body = self._body(prompt, answer, tools)
+        ids = self._after(before, before + body)
+        end = next((n for n, token in enumerate(ids) if token in self.stops), len(ids))
+        if ends and end == len(ids) and self.turn_end.text:
+            ids = self._after(before, before + body + self.turn_end.text)
+        elif ends:
+            ids = ids[:end] + ([] if self.turn_end.id is None else [self.turn_end.id])
+        else:
+            ids = ids[:end]
         if not ids:
             raise ValueError(f"{label} is empty. Expected at least one token")
         return ids
+
+    def _body(self, prompt: list[Message], answer: list[Message], tools: Any) -> tuple[str, str]:
+        """Text of the templated prompt, and the response's text after it as the template writes it."""
+        before, text = self._template(prompt, complete=False, tools=tools), _untemplated(answer, None)
+        if not self.templated:
+            return before, text
+        if prompt[-1]["role"] == "assistant":
+            content = [*prompt[-1]["content"], *answer[0]["content"]]
+            whole = self._template(
+                [*prompt[:-1], {"role": "assistant", "content": content}], complete=True, tools=tools
+            )
+        else:
+            whole = self._template([*prompt, *answer], complete=True, tools=tools)
+        if whole.startswith(before) and whole.endswith(self.turn_end.suffix):
+            return before, whole[len(before) : len(whole) - len(self.turn_end.suffix)]
+        closed = self._template(prompt, complete=True, tools=tools)
+        opening = before[len(closed) :] if before.startswith(closed) else ""
+        return before, without_repeated_opening(opening, text)
 
     def _after(self, before: str, whole: str) -> list[int]:
         """Ids of `whole` after those of `before`, or of the remaining text if a token crosses the boundary."""
@@ -212,13 +265,6 @@ class ConversationEncoder:
         if ids[: len(start)] == start:
             return list(ids[len(start) :])
         return list(self.tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"])
-
-    def _end_of_turn(self, ids: Sequence[int]) -> int | None:
-        """Index of the last end-of-sequence token, if only white space follows it."""
-        indices = [n for n, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
-        if not indices or self.tokenizer.decode(ids[indices[-1] + 1 :]).strip():
-            return None
-        return indices[-1]
 
 
 def corrupt_image(image: Any, *, seed: str) -> Any:
@@ -251,142 +297,38 @@ def edited_token_masks(chosen: Sequence[int], rejected: Sequence[int]) -> dict[s
     return marks
 
 
-def as_messages(content: Any, role: str) -> list[dict[str, Any]]:
-    """Convert a text or messages to messages whose content is a list of parts.
-
-    Args:
-        content: a text, or messages in the chat format.
-        role: role of the message if content is a text.
-    """
-    if isinstance(content, str):
-        content = [{"role": role, "content": content}]
-    return [{"role": message["role"], "content": _parts(message["content"])} for message in content]
-
-
-def _parts(content: Any) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [
-        {"type": part["type"]} if part["type"] == "image" else {"type": "text", "text": part["text"]}
-        for part in content
-    ]
-
-
-def _with_image_parts(messages: Sequence[dict[str, Any]], images: int, label: str) -> list[dict[str, Any]]:
-    """Messages with a part per image. If they have no image parts, these come first in the first user message."""
-    messages = as_messages(messages, "user")
-    placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if placeholders not in (0, images):
+def _with_image_parts(messages: Sequence[Message], images: int, label: str) -> list[Message]:
+    placed = place_images(messages, images)
+    if placed is None:
         raise ValueError(
-            f"{label}: {images} images for {placeholders} placeholders in the prompt. "
-            "Expected one placeholder per image, or none"
+            f"{label}: {images} images for {count_image_parts(messages)} placeholders in the prompt. "
+            "Expected one placeholder per image, or none and a message of the user"
         )
-    first = next((message for message in messages if message["role"] == "user"), None)
-    if placeholders == 0 and images and first is None:
-        raise ValueError(f"{label}: {images} images, but no user message to put them in")
-    if placeholders == 0 and first is not None:
-        first["content"] = [{"type": "image"}] * images + first["content"]
-    return messages
+    return placed
 
 
-def _untemplated(messages: Sequence[dict[str, Any]], image_token: str | None) -> str:
+def _tools(tools: Any, label: str) -> Any:
+    """Tools of a row, from a list or its JSON text."""
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise ValueError(f"{label}: tools is not JSON: {error}") from error
+    return tools or None
+
+
+def _untemplated(messages: Sequence[Message], image_token: str | None) -> str:
     parts = [part for message in messages for part in message["content"]]
-    return "".join((image_token or "") if part["type"] == "image" else part["text"] or "" for part in parts)
+    return "".join((image_token or "") if part["type"] == "image" else part["text"] for part in parts)
 
 
-# Batches
-
-
-def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
-    """Make a batch from encoded rows.
-
-    Args:
-        rows: rows from `ConversationEncoder.encode`.
-        pad_token_id: id of padding.
-
-    Returns:
-        A dict with `id`, `ids` and `mask` (pairs, columns of prompt, chosen and rejected), `layout`, `types`, `images`,
-        `num_tokens_chosen` and `num_tokens_rejected` (pairs,). Optional columns of the rows are added under their names.
-    """
-    parts = [[row[f"{part}_ids"] for row in rows] for part in ("prompt", "chosen", "rejected")]
-    widths = [max(len(ids) for ids in part) for part in parts]
-    ids = [
-        pad_rows(part, width, left=n == 0, value=pad_token_id)
-        for n, (part, width) in enumerate(zip(parts, widths, strict=True))
-    ]
-    ones = [[torch.ones_like(ids) for ids in part] for part in parts]
-    masks = [pad_rows(part, width, left=n == 0) for n, (part, width) in enumerate(zip(ones, widths, strict=True))]
-    mask = torch.cat(masks, 1)
-    batch: dict[str, Any] = {
-        "id": [row["id"] for row in rows],
-        "ids": torch.cat(ids, 1),
-        "mask": mask,
-        "layout": Layout(widths[0], widths[1], widths[2], has_padding=not bool(mask.all())),
-        "types": {k: pad_rows([row["types"][k] for row in rows], widths[0], left=True) for k in rows[0]["types"]},
-        "images": join_images([row["images"] for row in rows]),
-    }
-    for part, side in enumerate(("chosen", "rejected"), start=1):
-        batch[f"num_tokens_{side}"] = torch.tensor([float(len(ids)) for ids in parts[part]])
-        if f"{side}_edited" in rows[0]:
-            edited = [row[f"{side}_edited"] for row in rows]
-            batch[f"{side}_edited"] = pad_rows(edited, widths[part], left=False).float()
-    for name in DATASET_INPUTS:
-        if all(name in row for row in rows):
-            batch[name] = torch.tensor([float(row[name]) for row in rows])
-    if "number" in rows[0]:
-        batch["number"] = torch.tensor([row["number"] for row in rows])
-    if "corrupted_images" in rows[0]:
-        batch["corrupted"] = collate([_corrupted_row(row) for row in rows], pad_token_id)
-    for name in ("reference_chosen", "reference_rejected"):
-        if all(name in row for row in rows):  # one value for all epochs, because text has no noise
-            batch[name] = torch.stack([torch.as_tensor(row[name]).float().flatten()[0] for row in rows])
-    return batch
-
-
-def _corrupted_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Row with the corrupted images. Its rejected side is one token, because its log-prob is not used."""
-    replaced = ("corrupted_images", "features", "reference_chosen", "reference_rejected")
-    unchanged = {name: value for name, value in row.items() if name not in replaced}
-    shortened: dict[str, Any] = {name: row[name][:1] for name in ("rejected_ids", "rejected_edited") if name in row}
-    return {**unchanged, **shortened, "images": row["corrupted_images"]}
-
-
-def pad_rows(rows: Sequence[Tensor], width: int, *, left: bool, value: int = 0) -> Tensor:
-    """Pad rows of (tokens,) to (rows, width) on the left or the right."""
-    output = torch.full((len(rows), width), value, dtype=torch.long)
-    for output_row, row in zip(output, rows, strict=True):
-        output_row[slice(width - len(row), width) if left else slice(len(row))] = row
-    return output
-
-
-def join_images(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate the image tensors of rows, padded with zeros if they differ in a later dimension."""
-    joined = {}
-    for name in sorted({name for row in rows for name in row}):
-        parts = [row[name] for row in rows if name in row]
-        shape = [max(part.shape[d] for part in parts) for d in range(1, parts[0].ndim)]
-        joined[name] = torch.cat([_pad_to(part, shape) for part in parts])
-    return joined
-
-
-def _pad_to(part: Tensor, shape: list[int]) -> Tensor:
-    if list(part.shape[1:]) == shape:
-        return part
-    output = part.new_zeros((part.shape[0], *shape))
-    output[tuple(slice(size) for size in part.shape)] = part
-    return output
-
-
-def response_from_tokens(tokens: list[int], tokenizer: Any, end_ids: int | list[int] | None) -> Response:
+def response_from_tokens(tokens: list[int], tokenizer: Any, end_ids: Sequence[int]) -> Response:
     """Decode a generated response up to the first token that ends a turn.
 
     Args:
         tokens: generated token ids, possibly padded at the end.
         tokenizer: the model's tokenizer.
-        end_ids: ids that end a turn. None is the tokenizer's own end of sequence.
+        end_ids: ids that end a turn.
     """
-    end_ids = [tokenizer.eos_token_id] if end_ids is None else end_ids
-    stop_ids = {end_ids} if isinstance(end_ids, int) else set(end_ids)
-    end = next((n + 1 for n, token in enumerate(tokens) if token in stop_ids), None)
+    end = next((n + 1 for n, token in enumerate(tokens) if token in set(end_ids)), None)
     completion = tokens[:end]
     return Response(tokenizer.decode(completion, skip_special_tokens=True), len(completion), hit_limit=end is None)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dpo_mm.data.conversation import as_messages
 from dpo_mm.data.schema import Response
-from dpo_mm.policies.vlm.chat import as_messages, join_images, pad_rows, response_from_tokens
+from dpo_mm.policies.vlm.chat import response_from_tokens
 from dpo_mm.policies.vlm.layout_check import eval_mode
+from dpo_mm.policies.vlm.pair_batches import join_images, pad_rows
 
 if TYPE_CHECKING:
     from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
@@ -62,10 +64,12 @@ def _generate_batch(policy: VisionLanguage, prompts: list[dict[str, Any]], limit
         **{name: pad_rows([p["types"][name] for p in prompts], width, left=True) for name in prompts[0]["types"]},
         **join_images([prompt["images"] for prompt in prompts]),
     }
-    output = policy.model.generate(**_to_model(policy, inputs), **limits, pad_token_id=policy.pad_token_id)
-    end_ids = policy.base_model.generation_config.eos_token_id
+    stops = policy.encoder.stops
+    output = policy.model.generate(
+        **_to_model(policy, inputs), **limits, pad_token_id=policy.pad_token_id, eos_token_id=stops or None
+    )
     return [
-        response_from_tokens(tokens.tolist(), policy.encoder.tokenizer, end_ids) for tokens in output[:, width:].cpu()
+        response_from_tokens(tokens.tolist(), policy.encoder.tokenizer, stops) for tokens in output[:, width:].cpu()
     ]
 
 
@@ -101,6 +105,7 @@ def stream_response(
                     do_sample=False,
                     max_new_tokens=max_new_tokens,
                     pad_token_id=policy.pad_token_id,
+                    eos_token_id=policy.encoder.stops or None,
                     streamer=streamer,
                 )
         except BaseException as error:

@@ -65,7 +65,7 @@ def disagreement(
 
     Args:
         shared: function from a batch to token log-probs with a shared prefix.
-        batch: from `chat.collate`.
+        batch: from `pair_batches.collate`.
         separate: token log-probs of the batch from separate sequences.
         config: the model's config.
 

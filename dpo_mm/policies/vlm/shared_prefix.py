@@ -314,7 +314,7 @@ def separate_inputs(base_model: Any, batch: dict[str, Any], *, padding_side: str
 
     Args:
         base_model: a transformers model without wrappers.
-        batch: from `chat.collate`.
+        batch: from `pair_batches.collate`.
         padding_side: "left" or "right".
 
     Returns:

@@ -57,7 +57,7 @@ class TokenLogProbs:
 
         Args:
             model: the model, possibly wrapped.
-            batch: from `chat.collate`, on the model's device.
+            batch: from `pair_batches.collate`, on the model's device.
 
         Returns:
             Log-probs in nats, 0 at padding, (pairs, columns of chosen and rejected), float32.
@@ -137,7 +137,7 @@ def sdpo_gradient_scale(batch: dict[str, Any], log_probs: Tensor, *, slack: floa
     """Compute `sdpo`'s scale of the rejected gradient, (pairs,).
 
     Args:
-        batch: from `chat.collate`.
+        batch: from `pair_batches.collate`.
         log_probs: token log-probs, nats, (pairs, columns of chosen and rejected).
         slack: the paper's mu, in [0, 1).
     """
@@ -157,7 +157,7 @@ def shared_prefix_log_probs(model: nn.Module, batch: dict[str, Any], *, head: st
 
     Args:
         model: the model, possibly wrapped.
-        batch: from `chat.collate`, on the model's device.
+        batch: from `pair_batches.collate`, on the model's device.
         head: a name in HEADS.
 
     Returns:
@@ -182,7 +182,7 @@ def separate_log_probs(
 
     Args:
         model: the model, possibly wrapped.
-        batch: from `chat.collate`, on the model's device.
+        batch: from `pair_batches.collate`, on the model's device.
         head: a name in HEADS.
         padding_side: "left" or "right".
 

@@ -23,7 +23,7 @@ def image_inputs(base_model: Any, batch: dict[str, Any], *, repeated: bool = Fal
 
     Args:
         base_model: a transformers model without wrappers.
-        batch: from `chat.collate`.
+        batch: from `pair_batches.collate`.
         repeated: True repeats them, for separate sequences of chosen and rejected.
     """
     images = {k: v.to(base_model.dtype) if v.is_floating_point() else v for k, v in batch["images"].items()}
@@ -45,7 +45,7 @@ def features_agree(token_log_probs: TokenLogProbs, model: nn.Module, batch: dict
     Args:
         token_log_probs: computes the log-probs of the model.
         model: the model, possibly wrapped. The result is False for sharded weights.
-        batch: from `chat.collate`, with pixels, on the model's device.
+        batch: from `pair_batches.collate`, with pixels, on the model's device.
     """
     base_model = unwrap(model)
     if is_sharded(base_model):

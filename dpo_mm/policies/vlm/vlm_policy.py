@@ -25,7 +25,7 @@ from dpo_mm.data.schema import Response
 from dpo_mm.model_loading import load_module
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies.protocol import Batch
-from dpo_mm.policies.vlm import chat, generation, model_files
+from dpo_mm.policies.vlm import generation, model_files, pair_batches
 from dpo_mm.policies.vlm.architecture import auto_classes_for, disable_dropout, lora_targets, non_language_modules
 from dpo_mm.policies.vlm.chat import ConversationEncoder
 from dpo_mm.policies.vlm.shared_prefix import unwrap
@@ -240,7 +240,7 @@ class VisionLanguage:
         Raises:
             ValueError: if only some of the rows with images have cached features.
         """
-        batch = chat.collate(rows, self.pad_token_id)
+        batch = pair_batches.collate(rows, self.pad_token_id)
         features = [row["features"] for row in rows if "features" in row]
         if features and "pixel_values" in batch["images"]:
             raise ValueError(

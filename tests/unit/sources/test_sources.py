@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import zipfile
@@ -467,6 +468,45 @@ def test_trl_with_and_without_a_prompt(folder: Path, run: Any) -> None:
     asked = [("image", None), ("text", "What?")]
     assert [texts(row) for row in got] == [(asked, "A", "B"), (asked, "A", "B"), ([("text", "Text?")], "A", "B")]
     assert result.left_out == {"its chosen and rejected conversations have no prompt in common": 1}
+
+
+def test_trl_rows_that_would_lose_content_are_left_out(folder: Path, run: Any) -> None:
+    """Mutations that it catches: parts of an unknown type become empty texts, an image at an address is dropped."""
+    text = {"type": "text", "text": "What?"}
+    user = lambda *parts: [{"role": "user", "content": list(parts)}]
+    say = lambda answer, **more: [{"role": "assistant", "content": answer, **more}]
+    pair = {"chosen": say("A"), "rejected": say("B")}
+    uri = "data:image/png;base64," + base64.b64encode(file_of(9, "PNG")).decode()
+    rows = [
+        {"prompt": user({"type": "image_url", "image_url": {"url": uri}}, text), **pair},
+        {"prompt": user({"type": "image", "image": "1.png"}, text), **pair, "tools": [{"name": "zoom"}]},
+        {"prompt": "What?", "chosen": user(text) + say("A"), "rejected": user(text) + say("B")},
+        {"prompt": user({"type": "image_url", "image_url": {"url": "data:image/png;base64,%"}}, text), **pair},
+        {"prompt": user({"type": "image_url", "image_url": {"url": "https://x.invalid/1.png"}}, text), **pair},
+        {"prompt": user({"type": "video", "video": "1.mp4"}, text), **pair},
+        {"prompt": user({"type": "input_audio", "input_audio": {}}, text), **pair},
+        {"prompt": user(text), "chosen": say(None), "rejected": say("B")},
+        {"prompt": user(text), "chosen": say("A", tool_calls=[{"id": "1"}]), "rejected": say("B")},
+        {"prompt": user(text), "chosen": say("A") + user(text) + say("C"), "rejected": say("B")},
+        {"prompt": user(text), "chosen": say([{"type": "image", "image": "1.png"}]), "rejected": say("B")},
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_images(folder, "1.png")
+    result, got = run("trl")
+    asked = [("image", None), ("text", "What?")]
+    assert [texts(row) for row in got] == [(asked, "A", "B"), (asked, "A", "B"), ([("text", "What?")], "A", "B")]
+    assert grey(got[0]["images"][0]) == 9 and grey(got[1]["images"][0]) == 1 and not got[2]["images"]
+    assert json.loads(got[1]["tools"]) == [{"name": "zoom"}] and got[0]["tools"] is None
+    assert result.left_out == {
+        "the data URI of an image does not decode": 1,
+        "an image is a URL, and URLs are not fetched": 1,
+        "a part of a message has the type 'video'. Only text and image are supported": 1,
+        "a part of a message has the type 'input_audio'. Only text and image are supported": 1,
+        "a message has no content": 1,
+        "a message calls tools": 1,
+        "the response has messages of assistant, user, assistant. Expected one of the assistant": 1,
+        "the response contains an image. Expected text": 1,
+    }
 
 
 def test_custom_images_table(folder: Path, run: Any, tmp_path: Path) -> None:

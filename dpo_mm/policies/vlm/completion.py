@@ -1,0 +1,68 @@
+"""Completions: the text of a response, and the token that ends its turn in the chat template.
+
+The end of a turn is what the model's chat template writes after a response, up to the first special token. It is often
+not the tokenizer's end of sequence: Gemma ends a turn with <end_of_turn>, Phi with <|end|>. Nothing after it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from dpo_mm.data.conversation import Message
+
+STAND_IN = "The-response-7f3a9c"
+"""Text in place of a response, to find what a template writes after one."""
+
+
+class TurnEnd(NamedTuple):
+    """The end of a response's turn: the template's text up to its end, all of its text, and the token id of the end."""
+
+    text: str
+    suffix: str
+    id: int | None
+
+
+def stop_ids(tokenizer: Any, model: Any) -> list[int]:
+    """Ids at which `generate` stops: those of the generation config, or the tokenizer's end of sequence."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def turn_end(render: Callable[[Sequence[Message]], str], tokenizer: Any, stops: Sequence[int]) -> TurnEnd:
+    """Find the end of a response's turn in a chat template.
+
+    Args:
+        render: applies the template to a complete conversation.
+        tokenizer: the model's tokenizer.
+        stops: ids at which `generate` stops.
+
+    Returns:
+        The first id of `stops` after the response, or else the first special token there. A template that writes none has
+        the end text "", and the id of the tokenizer's end of sequence.
+    """
+    text = lambda role, content: {"role": role, "content": [{"type": "text", "text": content}]}
+    _, stand_in, suffix = render([text("user", "x"), text("assistant", STAND_IN)]).rpartition(STAND_IN)
+    ids = tokenizer(suffix, add_special_tokens=False)["input_ids"] if stand_in and suffix else []
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ends = [i for i in ids if i in stops] or [i for i in ids if i in special]
+    for end in ends:
+        token = tokenizer.convert_ids_to_tokens(end)
+        if token in suffix:
+            return TurnEnd(suffix[: suffix.index(token) + len(token)], suffix, end)
+    return TurnEnd("", suffix if stand_in else "", tokenizer.eos_token_id)
+
+
+def without_repeated_opening(opening: str, response: str) -> str:
+    """Remove from a response what the template has written already, such as `<think>`.
+
+    Args:
+        opening: what the template writes to open the response's turn.
+        response: the text of the response.
+    """
+    for written in (opening, opening.rstrip()):
+        for length in range(min(len(written), len(response)), 0, -1):
+            if written.endswith(response[:length]) and response[:length].strip():
+                return response[length:]
+    return response

@@ -1,0 +1,92 @@
+"""Make a batch of encoded pairs: columns of prompt, chosen and rejected, and the tensors of all images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_mm.objectives import DATASET_INPUTS
+from dpo_mm.policies.vlm.shared_prefix import Layout
+
+
+def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """Make a batch from encoded rows.
+
+    Args:
+        rows: rows from `ConversationEncoder.encode`.
+        pad_token_id: id of padding.
+
+    Returns:
+        A dict with `id`, `ids` and `mask` (pairs, columns of prompt, chosen and rejected), `layout`, `types`, `images`,
+        `num_tokens_chosen` and `num_tokens_rejected` (pairs,). Optional columns of the rows are added under their names.
+    """
+    parts = [[row[f"{part}_ids"] for row in rows] for part in ("prompt", "chosen", "rejected")]
+    widths = [max(len(ids) for ids in part) for part in parts]
+    ids = [
+        pad_rows(part, width, left=n == 0, value=pad_token_id)
+        for n, (part, width) in enumerate(zip(parts, widths, strict=True))
+    ]
+    ones = [[torch.ones_like(ids) for ids in part] for part in parts]
+    masks = [pad_rows(part, width, left=n == 0) for n, (part, width) in enumerate(zip(ones, widths, strict=True))]
+    mask = torch.cat(masks, 1)
+    batch: dict[str, Any] = {
+        "id": [row["id"] for row in rows],
+        "ids": torch.cat(ids, 1),
+        "mask": mask,
+        "layout": Layout(widths[0], widths[1], widths[2], has_padding=not bool(mask.all())),
+        "types": {k: pad_rows([row["types"][k] for row in rows], widths[0], left=True) for k in rows[0]["types"]},
+        "images": join_images([row["images"] for row in rows]),
+    }
+    for part, side in enumerate(("chosen", "rejected"), start=1):
+        batch[f"num_tokens_{side}"] = torch.tensor([float(len(ids)) for ids in parts[part]])
+        if f"{side}_edited" in rows[0]:
+            edited = [row[f"{side}_edited"] for row in rows]
+            batch[f"{side}_edited"] = pad_rows(edited, widths[part], left=False).float()
+    for name in DATASET_INPUTS:
+        if all(name in row for row in rows):
+            batch[name] = torch.tensor([float(row[name]) for row in rows])
+    if "number" in rows[0]:
+        batch["number"] = torch.tensor([row["number"] for row in rows])
+    if "corrupted_images" in rows[0]:
+        batch["corrupted"] = collate([_corrupted_row(row) for row in rows], pad_token_id)
+    for name in ("reference_chosen", "reference_rejected"):
+        if all(name in row for row in rows):  # one value for all epochs, because text has no noise
+            batch[name] = torch.stack([torch.as_tensor(row[name]).float().flatten()[0] for row in rows])
+    return batch
+
+
+def _corrupted_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Row with the corrupted images. Its rejected side is one token, because its log-prob is not used."""
+    replaced = ("corrupted_images", "features", "reference_chosen", "reference_rejected")
+    unchanged = {name: value for name, value in row.items() if name not in replaced}
+    shortened: dict[str, Any] = {name: row[name][:1] for name in ("rejected_ids", "rejected_edited") if name in row}
+    return {**unchanged, **shortened, "images": row["corrupted_images"]}
+
+
+def pad_rows(rows: Sequence[Tensor], width: int, *, left: bool, value: int = 0) -> Tensor:
+    """Pad rows of (tokens,) to (rows, width) on the left or the right."""
+    output = torch.full((len(rows), width), value, dtype=torch.long)
+    for output_row, row in zip(output, rows, strict=True):
+        output_row[slice(width - len(row), width) if left else slice(len(row))] = row
+    return output
+
+
+def join_images(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate the image tensors of rows, padded with zeros if they differ in a later dimension."""
+    joined = {}
+    for name in sorted({name for row in rows for name in row}):
+        parts = [row[name] for row in rows if name in row]
+        shape = [max(part.shape[d] for part in parts) for d in range(1, parts[0].ndim)]
+        joined[name] = torch.cat([_pad_to(part, shape) for part in parts])
+    return joined
+
+
+def _pad_to(part: Tensor, shape: list[int]) -> Tensor:
+    if list(part.shape[1:]) == shape:
+        return part
+    output = part.new_zeros((part.shape[0], *shape))
+    output[tuple(slice(size) for size in part.shape)] = part
+    return output
