@@ -207,7 +207,7 @@ class ConversationEncoder:
         render = functools.partial(self._template, complete=True)
         return turn_end(render, self.tokenizer, self.generation_stops)
 
-    @property
+    @functools.cached_property
     def stops(self) -> list[int]:
         """Ids at which a generated response ends: the template's end of a turn, and those at which `generate` stops."""
         return list(dict.fromkeys([*self.generation_stops, *([] if self.turn_end.id is None else [self.turn_end.id])]))
@@ -229,14 +229,12 @@ class ConversationEncoder:
             raise ValueError(f"{label}: {error}") from error
         prompt = _with_image_parts(messages, len(images), label)
         before, body = self._body(prompt, answer, tools)
-        ids = self._after(before, before + body)
-        end = next((n for n, token in enumerate(ids) if token in self.stops), len(ids))
-        if ends and end == len(ids) and self.turn_end.text:
-            ids = self._after(before, before + body + self.turn_end.text)
-        elif ends:
-            ids = ids[:end] + ([] if self.turn_end.id is None else [self.turn_end.id])
-        else:
-            ids = ids[:end]
+        ids = self._after(before, before + body + (self.turn_end.text if ends else ""))
+        end = next((n for n, token in enumerate(ids) if token in self.stops), None)
+        if end is not None:
+            ids = ids[: end + ends]
+        elif ends and self.turn_end.id is not None:
+            ids = [*ids, self.turn_end.id]
         if not ids:
             raise ValueError(f"{label} is empty. Expected at least one token")
         return ids
