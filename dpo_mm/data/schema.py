@@ -142,15 +142,12 @@ def load_responses(path: str) -> Dataset:
         path: a Parquet file, a folder of Parquet files, a folder saved by `datasets`, a hub id, or a bundled dataset.
 
     Raises:
-        ValueError: if the dataset is missing or empty, has no column prompt, chosen or rejected, or has images in a column
-            with another name.
+        ValueError: if the dataset is missing or empty, or has no column prompt, chosen or rejected.
     """
     from dpo_mm.assets import resolve_asset
 
     rows = _open(resolve_asset(path))
     _require_columns(rows, ("prompt", "chosen", "rejected"), path)
-    if "image" in rows.column_names and "images" not in rows.column_names:
-        raise ValueError(f"{path}: images are in the column 'image'. Convert the dataset with `dpo-mm import trl`")
     return _with_ids(rows)
 
 

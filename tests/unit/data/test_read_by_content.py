@@ -19,7 +19,6 @@ from dpo_mm.data.questions import read_questions
 from dpo_mm.data.schema import (
     image_preference,
     load_pairs,
-    load_responses,
     make_image_rows,
     make_response_rows,
     split_by_prompt,
@@ -138,13 +137,3 @@ def test_combine_shards_writes_row_groups_of_bounded_size(monkeypatch: pytest.Mo
     assert load_pairs(str(target))["id"] == [f"{shard}-{n}" for shard in (0, 2) for n in range(8)]
     assert isinstance(load_pairs(str(target))[0]["image_a"], Image.Image)
     assert pa.types.is_struct(pq.read_schema(target).field("image_a").type)
-
-
-def test_images_in_a_column_with_another_name_are_refused(tmp_path: Path) -> None:
-    """Otherwise a vision model trains on the text alone."""
-    from datasets import Dataset
-
-    row = {"prompt": "p", "chosen": "a", "rejected": "b", "image": {"bytes": b"x", "path": None}}
-    Dataset.from_list([row]).to_parquet(tmp_path / "p.parquet")
-    with pytest.raises(ValueError, match=r"images are in the column 'image'.*dpo-mm import trl"):
-        load_responses(str(tmp_path / "p.parquet"))
