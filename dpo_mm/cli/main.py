@@ -106,7 +106,11 @@ def quickstart(
     from dpo_mm.config import CompareResponsesConfig
     from dpo_mm.recipe import read_recipe, run_recipe
 
-    tasks = {"images": ("faithfulness", "shapes"), "captioner": ("captioner", "shapes"), "ocr": ("ocr", "pages")}
+    tasks = {
+        "images": ("faithfulness", "quickstart"),
+        "captioner": ("captioner", "shapes"),
+        "ocr": ("ocr", "quickstart"),
+    }
     if task not in tasks:
         from dpo_mm.errors import did_you_mean
 

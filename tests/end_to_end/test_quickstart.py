@@ -69,7 +69,7 @@ def test_quickstart_writes_its_files_and_a_self_contained_report(run: Path) -> N
 
 
 def test_upstream_library_generates_the_tuned_policys_pixels(run: Path) -> None:
-    config = read_recipe("faithfulness", "shapes", {}).compare
+    config = read_recipe("faithfulness", "quickstart", {}).compare
     plan = sampling_plan(config).first(1)
     prompts, seeds = list(plan.prompts[:8]), plan.seeds[:8]
     policy = load_policy("shapes-sd")
