@@ -101,7 +101,7 @@ def load(model: str, adapter: str | None, judges: Sequence[str], *, precision: s
     return DemoModel(
         generate=generate,
         judges=tuple(judges),
-        scales=SCALES if policy.base_denoiser is None else (0.0, 1.0),
+        scales=SCALES if policy.base_pipe is None else (0.0, 1.0),
         title=f"{model} and {adapter or BUNDLED_ADAPTER}",
         steps=15 if is_bundled else 30,
         guidance=1.5 if is_bundled else 7.5,

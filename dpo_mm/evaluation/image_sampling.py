@@ -176,11 +176,14 @@ class ImageSampler:
     def settings(self, scale: float) -> dict[str, Any]:
         """Return everything but prompt and seed that determines an image at a LoRA scale, as plain values."""
         policy, config = self.policy, self.config
-        options = json.dumps(dict(policy.scheduler.config), sort_keys=True, default=str)
+        with policy.at_scale(scale):
+            scheduler = policy.pipe.scheduler
+            weights = self._tuned_digest if scale else self._base_digest
+        options = json.dumps(dict(scheduler.config), sort_keys=True, default=str)
         decisive = {
-            "weights": self._tuned_digest if scale else self._base_digest,
+            "weights": weights,
             "scale": scale,
-            "scheduler": f"{type(policy.scheduler).__name__} {hashlib.sha256(options.encode()).hexdigest()[:12]}",
+            "scheduler": f"{type(scheduler).__name__} {hashlib.sha256(options.encode()).hexdigest()[:12]}",
             "steps": config.num_inference_steps,
             "guidance": config.guidance_scale,
             "size": policy.resolution,
@@ -194,23 +197,32 @@ class ImageSampler:
 
     @cached_property
     def _tuned_digest(self) -> str:
-        return weights_digest(self.policy, self.policy.model)
+        return weights_digest(self.policy.pipe)
 
     @cached_property
     def _base_digest(self) -> str:
-        base = self.policy.base_denoiser
-        return weights_digest(self.policy, self.policy.model if base is None else base, adapter=False)
+        return weights_digest(self.policy.pipe, adapter=False)
 
 
-def weights_digest(policy: ImagePolicy, denoiser: Any, *, adapter: bool = True) -> str:
-    """Hash all weights and configurations that determine an image, with or without those of the adapter."""
-    weights = {
-        name.replace(".base_layer", ""): tensor
-        for name, tensor in denoiser.state_dict().items()
-        if adapter or "lora_" not in name
-    }
-    settings = plain_settings(dict(getattr(denoiser, "config", {})))
-    return content_hash([policy.fingerprint(), weights, settings, lora_scales(denoiser) if adapter else {}])
+def weights_digest(pipe: Any, *, adapter: bool = True) -> str:
+    """Hash all weights and configurations that determine an image, with or without those of the LoRAs.
+
+    The scheduler is not among them.
+    """
+    parts: dict[str, Any] = {"settings": plain_settings(dict(pipe.config))}
+    for part, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            weights = {
+                name.replace(".base_layer", ""): tensor
+                for name, tensor in component.state_dict().items()
+                if adapter or "lora_" not in name
+            }
+            config: Any = component.config
+            settings = plain_settings(config.to_dict() if hasattr(config, "to_dict") else dict(config))
+            parts[part] = [type(component).__name__, weights, settings, lora_scales(component) if adapter else {}]
+        elif part != "scheduler":
+            parts[part] = component
+    return content_hash(parts)
 
 
 def score_images(

@@ -155,15 +155,21 @@ def read_lora(model: nn.Module, denoiser: str, file: Path) -> None:
 
 
 @contextlib.contextmanager
-def at_lora_scale(model: Any, scale: float) -> Iterator[None]:
-    """Context manager that sets the weight of the model's LoRA. 0 is the base model."""
-    names = list(model.peft_config)
-    model.set_adapters(names, [scale] * len(names)) if scale else model.disable_adapters()
+def at_lora_scale(models: Sequence[Any], scale: float) -> Iterator[None]:
+    """Context manager that sets the weight of the LoRAs of a pipeline's models. 0 is the base model."""
+    from diffusers.utils.peft_utils import set_adapter_layers, set_weights_and_activate_adapters
+
+    for model in models:
+        names = list(model.peft_config)
+        if scale:
+            set_weights_and_activate_adapters(model, names, [scale] * len(names))
+        else:
+            set_adapter_layers(model, enabled=False)
     try:
         yield
     finally:
-        if not scale:
-            model.enable_adapters()
+        for model in models:
+            set_adapter_layers(model, enabled=True)
 
 
 def refuse_pickle(folder: Path) -> None:

@@ -161,8 +161,8 @@ class ImagePolicy(Policy, Protocol):
     """Latent pixels per edge of one token of the denoiser."""
     is_image_editing: bool
     """True if the prompt contains an image to edit."""
-    base_denoiser: nn.Module | None
-    """The base denoiser, if `load_adapter` replaced it."""
+    base_pipe: Any
+    """The base pipeline, if `load_adapter` loaded a whole denoiser or pipeline. None otherwise."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Compute the prompt embeddings: tensors by name, prompts first, on the CPU."""
@@ -182,6 +182,17 @@ class ImagePolicy(Policy, Protocol):
 
     def size_conditioning(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Compute columns that describe each image's size, (images, ...) each, on the CPU. Empty for most families."""
+        ...
+
+    def at_scale(self, scale: float) -> AbstractContextManager[None]:
+        """Context manager that sets the weight of what `load_adapter` loaded, in all models of the pipeline.
+
+        Args:
+            scale: 0 is the base. A whole denoiser or pipeline supports only 0 and 1.
+
+        Raises:
+            ValueError: if the scale is not supported.
+        """
         ...
 
     def sample(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -91,7 +92,7 @@ class DiffusionPolicy:
         self.latent_scale = latent_scale(pipe.vae.config)
         self.resolution = self.native_resolution()
         self.target_size: Size | None = None
-        self.base_denoiser: nn.Module | None = None
+        self.base_pipe: Any = None
 
     # Overridden by families
 
@@ -366,8 +367,16 @@ class DiffusionPolicy:
     # Generation
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Load a trained adapter or denoiser for generation. Raises ValueError if the folder contains neither."""
+        """Load a trained LoRA, denoiser or pipeline for generation. Raises ValueError if the folder contains none."""
         sampling.load_adapter(self, Path(folder))
+
+    def lora_models(self) -> list[Any]:
+        """Return the pipeline's models that have a LoRA: the denoiser, and text encoders if their LoRA was loaded."""
+        return [part for part in self.pipe.components.values() if has_lora(part)]
+
+    def at_scale(self, scale: float) -> AbstractContextManager[None]:
+        """Context manager that sets the weight of what `load_adapter` loaded. See `ImagePolicy.at_scale`."""
+        return sampling.at_scale(self, scale)
 
     def sample(
         self,

@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
 from dpo_mm.model_loading import load_module
-from dpo_mm.policies.adapters import LORA_FILE, at_lora_scale, has_lora
+from dpo_mm.policies.adapters import LORA_FILE, at_lora_scale
+from dpo_mm.policies.diffusion.latents import check_unet
 
 if TYPE_CHECKING:
     from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy
 
+INDEX_FILE = "model_index.json"
+
 
 def load_adapter(policy: DiffusionPolicy, folder: Path) -> None:
-    """Load a trained adapter or denoiser with diffusers.
+    """Load a trained LoRA, denoiser or pipeline with diffusers. A LoRA may also reach the text encoders.
 
     Raises:
-        ValueError: if the folder contains neither.
+        ValueError: if the folder contains none of them, or it does not fit the model.
     """
     if (folder / LORA_FILE).exists():
         policy.pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="tuned")
+        if not policy.lora_models():
+            raise ValueError(f"adapter {str(folder)!r}: no weight in {LORA_FILE} fits {policy.source!r}")
+    elif (folder / INDEX_FILE).exists():
+        policy.base_pipe, policy.pipe = policy.pipe, _load_pipeline(policy, folder)
     elif (folder / policy.denoiser).is_dir():
-        policy.base_denoiser = policy.model
+        policy.base_pipe = copy.copy(policy.pipe)
         tuned = load_module(type(policy.model), str(folder / policy.denoiser), dtype=policy.dtype)
         setattr(policy.pipe, policy.denoiser, tuned.to(policy.device))
     else:
         raise ValueError(f"adapter {str(folder)!r} contains neither {LORA_FILE} nor a folder {policy.denoiser}/")
+
+
+def _load_pipeline(policy: DiffusionPolicy, folder: Path) -> Any:
+    """Load a tuned pipeline. Raises ValueError unless its class is that of the policy's pipeline."""
+    expected, tuned_class = type(policy.pipe).__name__, json.loads((folder / INDEX_FILE).read_text())["_class_name"]
+    if tuned_class != expected:
+        raise ValueError(
+            f"adapter {str(folder)!r} is a {tuned_class}, but the model {policy.source!r} is a {expected}. "
+            "Compare two pipelines of the same class"
+        )
+    pipe = type(policy).open(str(folder), revision=None, dtype=policy.dtype)
+    check_unet(pipe, str(folder))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(policy.device)
 
 
 @torch.no_grad()
@@ -53,7 +76,7 @@ def sample(
     if policy.is_image_editing != (sources is not None):
         reason = "needs an image to edit per prompt" if policy.is_image_editing else "takes no images to edit"
         raise ValueError(f"model {policy.source!r} is a {type(policy.pipe).__name__}, which {reason} (sources)")
-    with _at_scale(policy, scale):
+    with policy.at_scale(scale):
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part]]
@@ -62,18 +85,15 @@ def sample(
 
 
 @contextlib.contextmanager
-def _at_scale(policy: DiffusionPolicy, scale: float) -> Iterator[None]:
-    """Context manager that sets the weight of what `load_adapter` loaded. A whole denoiser supports only 0 and 1."""
-    if has_lora(policy.model):
-        with at_lora_scale(policy.model, scale):
-            yield
-        return
-    tuned = policy.model
-    if policy.base_denoiser is not None and scale not in (0.0, 1.0):
+def at_scale(policy: DiffusionPolicy, scale: float) -> Iterator[None]:
+    """Context manager that sets the weight of what `load_adapter` loaded. See `ImagePolicy.at_scale`."""
+    if policy.base_pipe is not None and scale not in (0.0, 1.0):
         raise ValueError(f"scale {scale}: a fully tuned denoiser supports only the scales 0 and 1. Use a LoRA instead")
-    if policy.base_denoiser is not None and scale == 0:
-        setattr(policy.pipe, policy.denoiser, policy.base_denoiser)
+    tuned = policy.pipe
+    if policy.base_pipe is not None and scale == 0:
+        policy.pipe = policy.base_pipe
     try:
-        yield
+        with at_lora_scale(policy.lora_models(), scale):
+            yield
     finally:
-        setattr(policy.pipe, policy.denoiser, tuned)
+        policy.pipe = tuned

@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
+from safetensors.torch import save_file
 
 from dpo_mm import judges
 from dpo_mm.config import CompareConfig
 from dpo_mm.evaluation.compare_images import compare_images
 from dpo_mm.evaluation.image_sampling import ImageSampler, SamplingPlan
 from dpo_mm.evaluation.image_store import ImageStore
+from dpo_mm.policies.adapters import LORA_FILE
 from dpo_mm.policies.families import load_policy
 from tests.contracts.families import WORDS
 from tests.contracts.test_diffusion import config as train_config
@@ -106,6 +110,80 @@ def test_base_settings_are_equal_with_and_without_adapter(counted: Any, tmp_path
     assert adapted["weights"] != bare["weights"] and adapted["adapter"] and bare["adapter"] is None
     assert bare["scheduler"].split()[0] == type(tuned.scheduler).__name__ and bare["dtype"] == "float32"
     assert all(f"{name} " in bare["libraries"] for name in ("torch", "diffusers", "dpo-mm"))
+
+
+def save_lora(pipe: Any, folder: Path, parts: dict[str, list[str]]) -> Path:
+    """Save a LoRA that changes these modules of these parts of a pipeline, as diffusers' DreamBooth script does."""
+    torch.manual_seed(3)
+    layers = {}
+    for part, targets in parts.items():
+        model = getattr(pipe, part)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), model)
+        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(model, adapter_name="default")
+    type(pipe).save_lora_weights(folder, **layers)
+    return folder
+
+
+def save_pipeline(pipe: Any, folder: Path, part: str) -> Path:
+    """Save a pipeline with noise on the weights of one part."""
+    torch.manual_seed(3)
+    for parameter in getattr(pipe, part).parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def generated(policy: Any, scale: float) -> list[bytes]:
+    batches = policy.sample(WORDS[:2], [5, 6], steps=2, guidance=2.0, batch_size=2, scale=scale)
+    return [image.tobytes() for batch in batches for image in batch]
+
+
+UNET, TEXT = ["to_q", "to_v"], ["q_proj", "out_proj"]
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda pipe, folder: save_lora(pipe, folder, {"unet": UNET, "text_encoder": TEXT}),
+        lambda pipe, folder: save_lora(pipe, folder, {"text_encoder": TEXT}),
+        lambda pipe, folder: save_pipeline(pipe, folder, "text_encoder"),
+        lambda pipe, folder: save_pipeline(pipe, folder, "vae"),
+    ],
+    ids=["LoRA of both", "LoRA of the text encoder", "text encoder", "VAE"],
+)
+def test_base_is_the_base_and_tuned_is_all_of_the_tuned_pipeline(save: Any, tiny_model: str, tmp_path: Path) -> None:
+    """Fails if only the denoiser is switched: the base has the text encoder's LoRA, or the tuned VAE is not used."""
+    base, policy = load_policy(tiny_model), load_policy(tiny_model)
+    expected = generated(base, 1.0)
+    policy.load_adapter(save(load_policy(tiny_model).pipe, tmp_path / "adapter"))
+    first, tuned, again = (generated(policy, scale) for scale in (0.0, 1.0, 0.0))
+    assert first == again == expected and not set(tuned) & set(expected)
+    samplers = [ImageSampler(each, CONFIG, ImageStore(tmp_path / "images")) for each in (base, policy)]
+    keys = [ImageStore.key(sampler.settings(scale), "x", 1) for sampler in samplers for scale in (0.0, 1.0)]
+    assert keys[0] == keys[2] and keys[3] != keys[2]
+
+
+def test_tuned_pipeline_has_its_own_scheduler(tiny_model: str, tmp_path: Path) -> None:
+    """Fails if the base's scheduler generates the images of a pipeline that predicts v."""
+    tuned, policy = load_policy(tiny_model), load_policy(tiny_model)
+    config = {**tuned.pipe.scheduler.config, "prediction_type": "v_prediction"}
+    tuned.pipe.scheduler = type(tuned.pipe.scheduler).from_config(config)
+    tuned.pipe.save_pretrained(tmp_path)
+    policy.load_adapter(tmp_path)
+    assert generated(policy, 1.0) == generated(load_policy(str(tmp_path)), 1.0) != generated(policy, 0.0)
+    settings = [ImageSampler(policy, CONFIG, ImageStore(tmp_path / "i")).settings(scale) for scale in (0.0, 1.0)]
+    assert settings[0]["scheduler"] != settings[1]["scheduler"]
+
+
+def test_adapter_that_fits_no_weight_or_another_pipeline_class_raises(tiny_model: str, tmp_path: Path) -> None:
+    policy = load_policy(tiny_model)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(ValueError, match=r"is a StableDiffusionXLPipeline, but the model .* is a StableDiffusionPipe"):
+        policy.load_adapter(tmp_path / "other")
+    save_file({"transformer.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / LORA_FILE)
+    with pytest.raises(ValueError, match=r"no weight in .*safetensors fits"):
+        policy.load_adapter(tmp_path)
 
 
 def test_judge_with_changed_card_scores_again(counted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
