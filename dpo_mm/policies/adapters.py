@@ -28,6 +28,11 @@ def has_lora(model: Any) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
+def lora_models(pipe: Any) -> list[Any]:
+    """Return the pipeline's models that have a LoRA: the denoiser, and text encoders whose LoRA was loaded."""
+    return [part for part in pipe.components.values() if has_lora(part)]
+
+
 def add_lora(model: Any, config: TrainConfig, targets: Sequence[str]) -> None:
     """Add a new LoRA in float32, which does not change the model's output yet.
 

@@ -370,10 +370,6 @@ class DiffusionPolicy:
         """Load a trained LoRA, denoiser or pipeline for generation. Raises ValueError if the folder contains none."""
         sampling.load_adapter(self, Path(folder))
 
-    def lora_models(self) -> list[Any]:
-        """Return the pipeline's models that have a LoRA: the denoiser, and text encoders if their LoRA was loaded."""
-        return [part for part in self.pipe.components.values() if has_lora(part)]
-
     def at_scale(self, scale: float) -> AbstractContextManager[None]:
         """Context manager that sets the weight of what `load_adapter` loaded. See `ImagePolicy.at_scale`."""
         return sampling.at_scale(self, scale)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dpo_mm.model_loading import load_module
-from dpo_mm.policies.adapters import LORA_FILE, at_lora_scale
+from dpo_mm.policies.adapters import LORA_FILE, at_lora_scale, lora_models
 from dpo_mm.policies.diffusion.latents import check_unet
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def load_adapter(policy: DiffusionPolicy, folder: Path) -> None:
     """
     if (folder / LORA_FILE).exists():
         policy.pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="tuned")
-        if not policy.lora_models():
+        if not lora_models(policy.pipe):
             raise ValueError(f"adapter {str(folder)!r}: no weight in {LORA_FILE} fits {policy.source!r}")
     elif (folder / INDEX_FILE).exists():
         policy.base_pipe, policy.pipe = policy.pipe, _load_pipeline(policy, folder)
@@ -93,7 +93,7 @@ def at_scale(policy: DiffusionPolicy, scale: float) -> Iterator[None]:
     if policy.base_pipe is not None and scale == 0:
         policy.pipe = policy.base_pipe
     try:
-        with at_lora_scale(policy.lora_models(), scale):
+        with at_lora_scale(lora_models(policy.pipe), scale):
             yield
     finally:
         policy.pipe = tuned
