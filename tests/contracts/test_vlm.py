@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs, deltas, sigmoid
 from dpo_mm.policies.vlm import shared_prefix, token_log_probs
-from dpo_mm.policies.vlm.chat import response_from_tokens
 from dpo_mm.policies.vlm.token_log_probs import separate_log_probs
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage, lora_targets
 from dpo_mm.training.reference import adapter_off, frozen_copy
@@ -615,7 +614,7 @@ def test_sampled_responses_depend_only_on_the_seed() -> None:
 
 def test_response_records_that_it_hit_the_limit() -> None:
     policy = VisionLanguage(*build("llama"), "m")
-    response = lambda tokens: response_from_tokens(tokens, policy.encoder.tokenizer, policy.encoder.stops)
+    response = policy.encoder.response
     assert response([5, 6, 2, 0, 0])[1:] == (3, False) and response([5, 6, 7])[1:] == (3, True)
 
 

@@ -26,6 +26,7 @@ from dpo_mm.data.load_pairs import decode_prompt_images, undecoded_rows
 from dpo_mm.data.schema import Response
 from dpo_mm.objectives import DATASET_INPUTS
 from dpo_mm.policies.vlm.completion import TurnEnd, stop_ids, turn_end, without_repeated_opening
+from dpo_mm.policies.vlm.decoding import hidden_ids
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class ConversationEncoder:
         self.templated = bool(getattr(processor, "chat_template", None) or self.tokenizer.chat_template)
         self.accepted = set(inspect.signature(model.forward).parameters)
         self.generation_stops = stop_ids(self.tokenizer, model)
+        self.hidden_ids = hidden_ids(self.tokenizer, model)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length, self.overlong_rows = max_length or limit, overlong_rows
         self.corrupt, self.mark_edits = corrupt, mark_edits
@@ -212,6 +214,26 @@ class ConversationEncoder:
         """Ids at which a generated response ends: the template's end of a turn, and those at which `generate` stops."""
         return list(dict.fromkeys([*self.generation_stops, *([] if self.turn_end.id is None else [self.turn_end.id])]))
 
+    def text(self, ids: Sequence[int]) -> str:
+        """Text of a response's tokens, with the special tokens that a model writes inside, such as those of a box."""
+        hidden = self.hidden_ids.union(self.stops)
+        return self.tokenizer.decode(
+            [token for token in ids if token not in hidden],
+            clean_up_tokenization_spaces=False,
+            spaces_between_special_tokens=False,
+        )
+
+    def response(self, tokens: Sequence[int]) -> Response:
+        """Decode a generated response up to the first token that ends a turn.
+
+        Args:
+            tokens: generated token ids, possibly padded at the end.
+        """
+        stops = self.stops
+        end = next((n + 1 for n, token in enumerate(tokens) if token in stops), None)
+        completion = tokens[:end]
+        return Response(self.text(completion), len(completion), hit_limit=end is None)
+
     def _completion(
         self,
         messages: Sequence[Message],
@@ -317,16 +339,3 @@ def _tools(tools: Any, label: str) -> Any:
 def _untemplated(messages: Sequence[Message], image_token: str | None) -> str:
     parts = [part for message in messages for part in message["content"]]
     return "".join((image_token or "") if part["type"] == "image" else part["text"] for part in parts)
-
-
-def response_from_tokens(tokens: list[int], tokenizer: Any, end_ids: Sequence[int]) -> Response:
-    """Decode a generated response up to the first token that ends a turn.
-
-    Args:
-        tokens: generated token ids, possibly padded at the end.
-        tokenizer: the model's tokenizer.
-        end_ids: ids that end a turn.
-    """
-    end = next((n + 1 for n, token in enumerate(tokens) if token in set(end_ids)), None)
-    completion = tokens[:end]
-    return Response(tokenizer.decode(completion, skip_special_tokens=True), len(completion), hit_limit=end is None)

@@ -24,10 +24,23 @@ class TurnEnd(NamedTuple):
 
 
 def stop_ids(tokenizer: Any, model: Any) -> list[int]:
-    """Ids at which `generate` stops: those of the generation config, or the tokenizer's end of sequence."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    """Ids at which `generate` stops: those of the generation config, or the tokenizer's end of sequence.
+
+    A stop string that is a single token counts too.
+    """
+    config = getattr(model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
     ids = tokenizer.eos_token_id if ids is None else ids
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return list(dict.fromkeys([*ids, *(i for i in stop_strings(tokenizer, config).values() if i is not None)]))
+
+
+def stop_strings(tokenizer: Any, config: Any) -> dict[str, int | None]:
+    """Stop strings of a generation config, with their ids. The id is None for a string of several tokens."""
+    strings = getattr(config, "stop_strings", None) or []
+    strings = [strings] if isinstance(strings, str) else strings
+    encoded = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in strings}
+    return {text: ids[0] if len(ids) == 1 else None for text, ids in encoded.items()}
 
 
 def turn_end(render: Callable[[Sequence[Message]], str], tokenizer: Any, stops: Sequence[int]) -> TurnEnd:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dpo_mm.data.conversation import as_messages
 from dpo_mm.data.schema import Response
-from dpo_mm.policies.vlm.chat import response_from_tokens
+from dpo_mm.policies.vlm.decoding import with_plain_generation
 from dpo_mm.policies.vlm.layout_check import eval_mode
 from dpo_mm.policies.vlm.pair_batches import join_images, pad_rows
 
@@ -64,13 +65,15 @@ def _generate_batch(policy: VisionLanguage, prompts: list[dict[str, Any]], limit
         **{name: pad_rows([p["types"][name] for p in prompts], width, left=True) for name in prompts[0]["types"]},
         **join_images([prompt["images"] for prompt in prompts]),
     }
-    stops = policy.encoder.stops
-    output = policy.model.generate(
-        **_to_model(policy, inputs), **limits, pad_token_id=policy.pad_token_id, eos_token_id=stops or None
-    )
-    return [
-        response_from_tokens(tokens.tolist(), policy.encoder.tokenizer, stops) for tokens in output[:, width:].cpu()
-    ]
+    output = _generate(policy, _to_model(policy, inputs), **limits)
+    return [policy.encoder.response(tokens.tolist()) for tokens in output[:, width:].cpu()]
+
+
+def _generate(policy: VisionLanguage, inputs: dict[str, torch.Tensor], **limits: Any) -> torch.Tensor:
+    """Generate token ids from the policy's own probabilities, (rows, tokens of prompt and response)."""
+    stops = policy.encoder.stops or None
+    model = with_plain_generation(policy.base_model)
+    return model.generate(**inputs, **limits, pad_token_id=policy.pad_token_id, eos_token_id=stops)
 
 
 def stream_response(
@@ -93,21 +96,15 @@ def stream_response(
     """
     from transformers import TextIteratorStreamer
 
+    decoder: Any = SimpleNamespace(decode=lambda ids, **_: policy.encoder.text(ids))
     inputs = _inputs(policy, images, message)
-    streamer = TextIteratorStreamer(policy.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(decoder, skip_prompt=True)
     errors: list[BaseException] = []
 
     def run_generate() -> None:
         try:
             with torch.inference_mode():
-                policy.model.generate(
-                    **inputs,
-                    do_sample=False,
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=policy.pad_token_id,
-                    eos_token_id=policy.encoder.stops or None,
-                    streamer=streamer,
-                )
+                _generate(policy, inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
         except BaseException as error:
             errors.append(error)
             streamer.end()

@@ -28,6 +28,7 @@ from dpo_mm.policies.protocol import Batch
 from dpo_mm.policies.vlm import generation, model_files, pair_batches
 from dpo_mm.policies.vlm.architecture import auto_classes_for, disable_dropout, lora_targets, non_language_modules
 from dpo_mm.policies.vlm.chat import ConversationEncoder
+from dpo_mm.policies.vlm.decoding import log_unused_settings
 from dpo_mm.policies.vlm.shared_prefix import unwrap
 from dpo_mm.policies.vlm.token_log_probs import TokenLogProbs, sdpo_gradient_scale
 from dpo_mm.policies.vlm.vision_features import features_agree, features_to, join_features, vision_features
@@ -76,6 +77,7 @@ class VisionLanguage:
             mark_edits=edited_token_weight != 1,
         )
         self.token_log_probs = TokenLogProbs(f"{type(model).__name__} ({source})", layout=pair_layout)
+        self.generated = False
         self.untuned_model: Any = None
         """The base model, if `load_adapter` replaced it."""
         self.features_are_exact: bool | None = None
@@ -361,6 +363,9 @@ class VisionLanguage:
         batch_size: int = 16,
     ) -> list[Response]:
         """Generate one response per conversation. See `TextPolicy.generate`."""
+        if not self.generated:
+            log_unused_settings(self.base_model, self.encoder.tokenizer, self.source)
+        self.generated = True
         sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
         limits = {"do_sample": do_sample, **sampling, "max_new_tokens": max_new_tokens}
         return generation.generate(self, images, messages, limits=limits, seed=seed, batch_size=batch_size)
