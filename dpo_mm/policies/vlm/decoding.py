@@ -22,7 +22,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_toke
 REPLACED = ("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "stop_strings")
 """Entries for which dpo-mm has its own values, so that nobody expects the model's."""
 MEDIA_TOKEN = re.compile(r"(image|video|audio|vision|boi|eoi|boa|eoa)_.*(id|index)$")
-"""Names in a model's config of the ids that stand for images, videos and audio, or that enclose them."""
+"""Names in a model's config of the placeholder ids of images, videos and audio, and of the ids around them."""
 
 
 def with_plain_generation(model: Any) -> Any:
