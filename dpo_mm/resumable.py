@@ -1,4 +1,4 @@
-"""Make long work resumable: atomic files, recorded settings, missing shards, clean exit on SIGTERM."""
+"""Make long work resumable: atomic files, recorded settings, clean exit on SIGTERM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,6 @@ def check_settings_unchanged(
         raise ValueError(f"{folder} was {done} with other settings ({', '.join(changed)}). Choose another {flag}")
     with atomic_write(record) as temporary:
         temporary.write_text(json.dumps(settings, indent=1))
-
-
-def missing_shards(paths: Sequence[Path]) -> list[int]:
-    """Return the numbers of the missing shards that are this process's part (RANK of WORLD_SIZE)."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return [number for number in range(rank, len(paths), world) if not paths[number].exists()]
 
 
 @contextlib.contextmanager

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_mm.checksums import is_intact, write_with_checksum
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 
+PAGE_CHECKSUMS: dict[str, Any] = {"write_page_checksum": True}
+"""Option of Parquet writers. Readers of `dpo_mm.data.schema` then notice a changed byte."""
 ROW_GROUP_BYTES = 64 * 2**20
 """Largest size of a row group, about. A reader holds one in memory, and a column of one must stay below 2 GiB."""
 
@@ -28,9 +31,9 @@ def write_rows(rows: list[dict[str, Any]], path: Path, *, make: Callable[..., Da
     from datasets import Dataset
 
     dataset = make(rows) if rows else Dataset.from_dict({name: [] for name in features}, features=features)
-    with atomic_write(path) as temporary:
-        size = dataset.data.nbytes
-        dataset.to_parquet(str(temporary), batch_size=max(1, len(dataset) * ROW_GROUP_BYTES // max(size, 1)))
+    with write_with_checksum(path) as temporary:
+        rows_per_group = max(1, len(dataset) * ROW_GROUP_BYTES // max(dataset.data.nbytes, 1))
+        dataset.to_parquet(str(temporary), batch_size=rows_per_group, **PAGE_CHECKSUMS)
 
 
 def combine_shards(paths: list[Path], target: Path, *, empty_message: str) -> Path:
@@ -50,14 +53,14 @@ def combine_shards(paths: list[Path], target: Path, *, empty_message: str) -> Pa
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not all(path.exists() for path in paths):
+    if not all(is_intact(path) for path in paths):
         return target
     files = [pq.ParquetFile(path) for path in paths]
     filled = [file for file in files if file.metadata.num_rows]
     if not filled:
         raise ValueError(empty_message)
     schema = pa.unify_schemas([file.schema_arrow for file in filled], promote_options="permissive")
-    with atomic_write(target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with atomic_write(target) as temporary, pq.ParquetWriter(temporary, schema, **PAGE_CHECKSUMS) as writer:
         for file in filled:
             for number in range(file.num_row_groups):
                 table = file.read_row_group(number).cast(schema)

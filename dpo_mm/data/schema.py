@@ -236,7 +236,11 @@ def _read_parquet(files: list[Path]) -> Dataset:
 
     if sum(file.stat().st_size for file in files) > MAX_BYTES_IN_MEMORY:
         return Dataset.from_parquet([str(file) for file in files])  # type: ignore[return-value]
-    return Dataset(pa.concat_tables([pq.read_table(file) for file in files], promote_options="default"))
+    return Dataset(
+        pa.concat_tables(
+            [pq.read_table(file, page_checksum_verification=True) for file in files], promote_options="default"
+        )
+    )
 
 
 def validate(rows: Dataset, *, dataset_name: str) -> Dataset:

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from PIL import Image
 
+from dpo_mm.checksums import with_checksum, without_checksum
 from dpo_mm.data.image_files import decode_image
 from dpo_mm.resumable import atomic_write
+
+logger = logging.getLogger(__name__)
 
 FOLDER, MANIFEST, SCORES = "pictures", "manifest.jsonl", "scores.jsonl"
 NAMES = ("model", "revision", "adapter")
@@ -137,16 +141,17 @@ def _save(image: Image.Image, path: Path) -> str:
 
 
 def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows to a file of JSON lines."""
+    """Append rows to a file of JSON lines, each with its checksum."""
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.write("".join(json.dumps(with_checksum(dict(row)), ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines and remove an incomplete last line from it.
 
     Returns:
-        The rows. Empty if the file does not exist.
+        The rows without those that have changed since they were written, which are made again. Empty if the file does not
+        exist.
 
     Raises:
         ValueError: if a complete line is not JSON.
@@ -159,6 +164,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         with atomic_write(path) as temporary:
             temporary.write_bytes(complete)
     try:
-        return [json.loads(line) for line in complete.decode().splitlines() if line]
+        rows = [without_checksum(json.loads(line)) for line in complete.decode().split("\n") if line]
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Remove the folder {path.parent} and run again.") from None
+    if changed := rows.count(None):
+        logger.warning("%s: %d rows have changed since they were written, and are made again", path, changed)
+    return [row for row in rows if row is not None]

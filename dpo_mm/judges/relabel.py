@@ -27,13 +27,15 @@ from PIL import Image
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 
+from dpo_mm.checksums import is_intact, missing_shards, write_with_checksum
 from dpo_mm.config import RelabelConfig
 from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import rgb_image
+from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.data.schema import digest, load_pairs
 from dpo_mm.judges import better_of, is_pairwise, judge_card, judge_digests, load_judge, load_pairwise
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import atomic_write, check_settings_unchanged, exit_cleanly_on_sigterm, missing_shards
+from dpo_mm.resumable import atomic_write, check_settings_unchanged, exit_cleanly_on_sigterm
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -239,10 +241,10 @@ def _score_shards(rows: Dataset, config: RelabelConfig, folder: Path) -> np.ndar
             for number in missing:
                 part = rows.select(range(starts[number], starts[number] + _length(rows, starts[number], config)))
                 scores = _score_shard(part, config, first=starts[number])
-                with atomic_write(paths[number]) as temporary, temporary.open("wb") as file:
+                with write_with_checksum(paths[number]) as temporary, temporary.open("wb") as file:
                     np.save(file, scores)
                 advance(len(part))
-    if not all(path.exists() for path in paths):
+    if not all(is_intact(path) for path in paths):
         return None
     return np.concatenate([np.load(path) for path in paths], axis=1)
 
@@ -319,7 +321,10 @@ def _write(rows: Dataset, relabelled: RelabelledPairs, config: RelabelConfig) ->
 
     schema = columns(rows).arrow_schema
     stored = enumerate(_stored_rows(rows))
-    with atomic_write(Path(config.output)) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with (
+        atomic_write(Path(config.output)) as temporary,
+        pq.ParquetWriter(temporary, schema, **PAGE_CHECKSUMS) as writer,
+    ):
         while batch := list(itertools.islice(stored, BATCH)):
             new = [_row(row, n, relabelled, config) for n, row in batch if relabelled.labels.accepted[n]]
             writer.write_table(pa.Table.from_pylist(new, schema=schema))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
+from dpo_mm.checksums import is_intact, missing_shards, write_with_checksum
 from dpo_mm.config import JudgeConfig
 from dpo_mm.content_key import content_hash, file_hash, library_versions
 from dpo_mm.data.image_files import decode_image, image_bytes
@@ -23,7 +24,7 @@ from dpo_mm.data.parquet import combine_shards
 from dpo_mm.data.schema import digest, load_pairs
 from dpo_mm.judges import judge_card, judge_digests, load_judge
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import atomic_write, check_settings_unchanged, exit_cleanly_on_sigterm, missing_shards
+from dpo_mm.resumable import check_settings_unchanged, exit_cleanly_on_sigterm
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +81,7 @@ def score(config: JudgeConfig) -> ScoreResult | None:
             for number in missing:
                 _write(_score_shard(shards[number], rows, config.judge), paths[number])
                 advance(len(shards[number]))
-    if not all(path.exists() for path in paths):
+    if not all(is_intact(path) for path in paths):
         return None
     output = combine_shards(paths, Path(config.output), empty_message="")
     output.with_suffix(".json").write_text(json.dumps(card, indent=1))
@@ -202,7 +203,7 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
 
     text = pa.string()
     schema = pa.schema({"id": text, "prompt": text, "judge": text, "score": pa.float64(), "error": text})
-    with atomic_write(path) as temporary:
+    with write_with_checksum(path) as temporary:
         pq.write_table(pa.Table.from_pylist(records, schema=schema), temporary)
 
 

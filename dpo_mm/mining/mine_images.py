@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dpo_mm.checksums import missing_shards
 from dpo_mm.config import MineConfig, as_dict
 from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.image_files import encode_png
@@ -26,7 +27,7 @@ from dpo_mm.judges import better_of, judge_digests, load_judge
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import check_settings_unchanged, exit_cleanly_on_sigterm, missing_shards
+from dpo_mm.resumable import check_settings_unchanged, exit_cleanly_on_sigterm
 
 
 def mine_images(config: MineConfig) -> Path:

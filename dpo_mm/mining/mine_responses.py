@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_mm.checksums import missing_shards
 from dpo_mm.config import MineResponsesConfig, as_dict
 from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.image_files import encode_png
@@ -26,7 +27,7 @@ from dpo_mm.judges.text import truncate_repetition
 from dpo_mm.policies.families import load_text_policy, model_content
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import StopRequest, check_settings_unchanged, missing_shards
+from dpo_mm.resumable import StopRequest, check_settings_unchanged
 
 
 def mine_responses(config: MineResponsesConfig) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.assets import resolve_asset
+from dpo_mm.checksums import check_trained_files
 from dpo_mm.content_key import model_files_hash
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 
@@ -140,11 +141,14 @@ def load_policy(
         ValueError: if the model is missing, incomplete or of an unknown family, or the adapter does not fit.
     """
     cls = policy_class(model, revision=revision)
+    check_trained_files(Path(resolve_asset(model)))
     policy: ImagePolicy | TextPolicy = cls.load(
         resolve_asset(model), revision=revision, precision=precision, device=device, **options
     )
     if adapter:
-        policy.load_adapter(Path(resolve_asset(str(adapter))).absolute())
+        folder = Path(resolve_asset(str(adapter))).absolute()
+        check_trained_files(folder)
+        policy.load_adapter(folder)
     return policy
 
 

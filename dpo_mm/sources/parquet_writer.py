@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ class _Shard:
         schema = self.features.arrow_schema
         table = pa.Table.from_pylist([{name: row.get(name) for name in self.features} for row in self.rows], schema)
         if self.writer is None:
-            self.writer = pq.ParquetWriter(self.temporary_path, schema, use_dictionary=False, write_statistics=False)
+            options = {"use_dictionary": False, "write_statistics": False, **PAGE_CHECKSUMS}
+            self.writer = pq.ParquetWriter(self.temporary_path, schema, **options)
         self.writer.write_table(table)
         self.written_bytes, self.pending_bytes, self.rows = self.written_bytes + self.pending_bytes, 0, []
 

@@ -7,6 +7,7 @@ its type and shape in tensors.json. Nested lists took 14 times as long to read.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from dpo_mm.checksums import COMPLETE, FIELD
+from dpo_mm.content_key import content_hash
 
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSORS = "tensors.json"
@@ -45,8 +49,17 @@ class Shards:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         which = int(np.searchsorted(self.ends, number, side="right"))
-        rows, tensors = self._open(which)
-        row = rows[int(number - self.ends[which]) + self.parts[which].rows]
+        place = self.folder / self.parts[which].place
+        try:
+            rows, tensors = self._open(which)
+            row = rows[int(number - self.ends[which]) + self.parts[which].rows]
+            changed = row.pop(FIELD) != _checksum(row, tensors)
+        except Exception as error:  # Arrow, datasets and json raise all kinds of errors for changed bytes
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise
+            changed = True
+        if changed:
+            raise _remove(place, self.folder)
         return {name: _tensor(value, *tensors[name]) if name in tensors else value for name, value in row.items()}
 
     def _open(self, which: int) -> tuple[Any, dict[str, tuple[str, list[int]]]]:
@@ -56,8 +69,25 @@ class Shards:
             if len(self.opened) >= OPEN:
                 self.opened.pop(next(iter(self.opened)))
             place = self.folder / self.parts[which].place
-            self.opened[which] = load_from_disk(str(place)), json.loads((place / TENSORS).read_text())
+            rows = load_from_disk(str(place))
+            rows.data.validate(full=True)  # changed offsets would make Arrow read outside of the file
+            self.opened[which] = rows, json.loads((place / TENSORS).read_text())
         return self.opened[which]
+
+
+def _checksum(row: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
+    """Hash of a stored row, with the types and shapes of its tensors."""
+    return content_hash([row, {name: list(kind) for name, kind in tensors.items()}])
+
+
+def _remove(place: Path, folder: Path) -> ValueError:
+    """Remove a changed shard, so that the next run encodes its rows again, and return the error."""
+    shutil.rmtree(place.parent, ignore_errors=True)
+    (folder / COMPLETE).unlink(missing_ok=True)
+    return ValueError(
+        f"{place.parent} has changed since it was written, and is removed. Run the same command again (with --resume true if "
+        "it had begun to train): its rows are encoded again"
+    )
 
 
 def _tensor(data: bytes, kind: str, shape: list[int]) -> Tensor:
@@ -120,7 +150,12 @@ def _arrow(columns: Mapping[str, Any]) -> Any:
     from datasets import Dataset, Features, Value
 
     kinds = {str: "string", int: "int64", float: "float64", bytes: "large_binary"}
-    plain = {name: _bytes(values) if isinstance(values, Tensor) else values for name, values in columns.items()}
+    plain = {
+        name: _bytes(values) if isinstance(values, Tensor) else [type(values[0])(value) for value in values]
+        for name, values in columns.items()
+    }
+    rows = [dict(zip(plain, values, strict=True)) for values in zip(*plain.values(), strict=True)]
+    plain[FIELD] = [_checksum(row, _kinds(columns)) for row in rows]
     return Dataset.from_dict(plain, features=Features({k: Value(kinds[type(v[0])]) for k, v in plain.items()}))
 
 

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpo_mm.checksums import COMPLETE, what_is_wrong
 from dpo_mm.config import TrainConfig, as_dict
 
 logger = logging.getLogger(__name__)
 
-COMPLETE = "complete.json"
 CONFIG_FILE = "dpo_mm.json"
 STATE = ("rewards", "measured_beta", "content", "pairs_per_step")
 """Entries of a checkpoint's CONFIG_FILE in addition to the config."""
@@ -60,32 +60,15 @@ def _unwritten(place: Path, reason: str, number: int = errno.EIO) -> OSError:
 
 
 def move_into_place(aside: Path, folder: Path) -> None:
-    """Move each part of a temporary folder into the final folder, in place of the part with that name."""
-    for part in sorted(aside.iterdir()):
+    """Move each part of a temporary folder into the final folder, in place of the part with that name.
+
+    The checksums go first and come last, so that an interruption leaves none that do not fit.
+    """
+    (folder / COMPLETE).unlink(missing_ok=True)
+    for part in sorted(aside.iterdir(), key=lambda part: part.name == COMPLETE):
         if (folder / part.name).is_dir():
             shutil.rmtree(folder / part.name)
         os.replace(part, folder / part.name)
-
-
-def mark_complete(checkpoint: Path) -> None:
-    """Write the size of every file of a checkpoint, so that a part that is missing or truncated later is noticed."""
-    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
-    (checkpoint / COMPLETE).write_text(json.dumps(sizes, indent=1))
-
-
-def what_is_wrong(checkpoint: Path) -> str | None:
-    """Return the reason why a checkpoint cannot be resumed, or None."""
-    try:
-        sizes = json.loads((checkpoint / COMPLETE).read_text())
-    except (OSError, ValueError):
-        return f"{COMPLETE} is missing or broken"
-    for name, size in sizes.items():
-        path = checkpoint / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
-    return None
 
 
 def latest_complete_checkpoint(folder: Path) -> Path | None:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dpo_mm.checksums import COMPLETE, with_checksum, without_checksum
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions
 from dpo_mm.data.load_pairs import (
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COMPLETE, QUARANTINE = "complete.json", "quarantine.jsonl"
+QUARANTINE = "quarantine.jsonl"
 SHARD = 256
 PIXELS, TOKENS = 32 * 256**2, SHARD * 77
 """Largest input of the encoders at a time: pixels of images, tokens of prompts."""
@@ -66,7 +67,9 @@ class EncodedPairs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        kept = json.loads((folder / COMPLETE).read_text())
+        kept = _read_complete(folder)
+        if kept is None:
+            raise ValueError(f"{folder / COMPLETE} is missing or has changed. Run the same command again")
         pairs = sorted((Part(*part) for part in kept["pairs"]), key=lambda part: part.frame)
         self.pairs, self.prompts = Shards(folder, pairs), Shards(folder, [Part(*part) for part in kept["prompts"]])
         self.frames = list(dict.fromkeys(part.frame for part in pairs))
@@ -146,7 +149,9 @@ def encode(
     folder = (cache or cache_folder()) / "encoded" / _key(policy, rows_digest or digest(rows), frames, precision)
     pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, with_source=policy.is_image_editing)
     task = EncodingJob(policy, pairs, folder, frames, precision, ProcessRank.own())
-    if not (folder / COMPLETE).exists():
+    if _read_complete(folder) is None:
+        if task.share.index == 0:
+            (folder / COMPLETE).unlink(missing_ok=True)
         pipeline = type(policy.pipe).__name__
         check_source_images(rows, where, pipeline=pipeline, is_image_editing=policy.is_image_editing)
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,7 +209,15 @@ def _complete(task: EncodingJob) -> None:
         "rows": len(task.pairs.rows),
         "precision": task.precision,
     }
-    _write(task.folder / COMPLETE, json.dumps({**about, **kept}))
+    _write(task.folder / COMPLETE, json.dumps(with_checksum({**about, **kept})))
+
+
+def _read_complete(folder: Path) -> dict[str, Any] | None:
+    """Return the list of the parts of an encoded dataset, None if there is none or it has changed."""
+    try:
+        return without_checksum(json.loads((folder / COMPLETE).read_text()))
+    except (OSError, ValueError):
+        return None
 
 
 def _wait_for_files(places: Iterable[Path], folder: Path) -> None:

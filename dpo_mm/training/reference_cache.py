@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_mm.checksums import is_intact, write_with_checksum
 from dpo_mm.content_key import content_key, library_versions
 from dpo_mm.policies.protocol import TextPolicy
-from dpo_mm.resumable import atomic_write
 
 
 def cache_path(policy: TextPolicy, rows: Any, folder: Path, *, precision: str) -> Path:
@@ -36,10 +36,10 @@ def cache_path(policy: TextPolicy, rows: Any, folder: Path, *, precision: str) -
 
 
 def load(place: Path) -> dict[str, Tensor] | None:
-    """Load what `save` wrote: chosen and rejected, (rows, 1), nats. None if there is no file."""
+    """Load what `save` wrote: chosen and rejected, (rows, 1), nats. None if there is no file or it has changed."""
     from safetensors.torch import load_file
 
-    return load_file(place) if place.exists() else None
+    return load_file(place) if is_intact(place) else None
 
 
 def save(place: Path, *, chosen: Tensor, rejected: Tensor) -> None:
@@ -47,5 +47,5 @@ def save(place: Path, *, chosen: Tensor, rejected: Tensor) -> None:
     from safetensors.torch import save_file
 
     place.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(place, fix="free space or set DPO_MM_CACHE") as beside:
-        save_file({"chosen": chosen, "rejected": rejected}, beside)
+    with write_with_checksum(place, fix="free space or set DPO_MM_CACHE") as temporary:
+        save_file({"chosen": chosen, "rejected": rejected}, temporary)

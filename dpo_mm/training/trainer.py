@@ -21,6 +21,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_mm import objectives
+from dpo_mm.checksums import write_checksums
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.protocol import Batch, Policy
@@ -32,7 +33,7 @@ from dpo_mm.training.callbacks import (
     SkipNonFiniteStepsCallback,
     UpdateReferenceCallback,
 )
-from dpo_mm.training.checkpoints import CONFIG_FILE, explain_disk_full, mark_complete, move_into_place
+from dpo_mm.training.checkpoints import CONFIG_FILE, explain_disk_full, move_into_place
 from dpo_mm.training.metrics import image_reliance, reward_metrics, split_by_noise_quartile
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import TrackingReference, build_reference
@@ -230,7 +231,7 @@ class PreferenceTrainer(Trainer):
                 if self.args.should_save:
                     if isinstance(self.reference, TrackingReference):
                         self.reference.save(temporary / name)
-                    mark_complete(temporary / name)
+                    write_checksums(temporary / name)
                     shutil.rmtree(final / name, ignore_errors=True)
                     os.replace(temporary / name, final / name)
                     rotate_checkpoints(str(final), self.args.save_total_limit)
@@ -253,6 +254,7 @@ class PreferenceTrainer(Trainer):
             self.save_model(str(temporary))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                write_checksums(temporary)
                 move_into_place(temporary, final)
                 shutil.rmtree(temporary.parent)
 

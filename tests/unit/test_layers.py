@@ -18,6 +18,7 @@ LAYERS = (
         "assets",
         "model_loading",
         "content_key",
+        "checksums",
     },
     {"objectives"},
     {"data"},
