@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_mm.content_key import content_hash
-from dpo_mm.data.image_files import image_bytes
+from dpo_mm.data.row_digest import content
+from dpo_mm.data.row_digest import digest as digest
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -320,20 +320,6 @@ def drop_ties(rows: Dataset) -> Dataset:
     return rows.select(decided)
 
 
-def digest(rows: Dataset) -> str:
-    """Hash a dataset to 32 hex digits: its texts, labels and images in order. An image given as a path is read."""
-    batches = rows.with_format("arrow").iter(256)
-    return content_hash([content_hash(_with_image_bytes(row)) for batch in batches for row in batch.to_pylist()])
-
-
-def _with_image_bytes(value: Any) -> Any:
-    """Replace every image of a row by the bytes of its file."""
-    if isinstance(value, dict):
-        is_image = value.keys() == {"bytes", "path"} and (value["bytes"] or value["path"])
-        return _content(value) if is_image else {name: _with_image_bytes(part) for name, part in value.items()}
-    return [_with_image_bytes(part) for part in value] if isinstance(value, list) else value
-
-
 def split_by_prompt(rows: Dataset, fraction: float, *, seed: int) -> tuple[Dataset, Dataset | None]:
     """Split rows into training rows and evaluation rows, so that no prompt and no prompt's image is in both.
 
@@ -388,12 +374,4 @@ def _groups(rows: Dataset) -> list[str]:
 def _image_digests(cell: Any) -> list[str]:
     """Hash the content of the images of one cell: one image, a list of them, or none."""
     images = [image for image in (cell if isinstance(cell, list) else [cell]) if image]
-    return [hashlib.blake2b(_content(image), digest_size=16).hexdigest() for image in images]
-
-
-def _content(image: dict[str, Any]) -> bytes:
-    """Return the bytes of an image, or its path if it cannot be read: decoding refuses such a row by its number."""
-    try:
-        return image_bytes(image)
-    except (OSError, TypeError, ValueError):
-        return str(image.get("path")).encode()
+    return [hashlib.blake2b(content(image), digest_size=16).hexdigest() for image in images]

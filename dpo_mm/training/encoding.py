@@ -365,8 +365,10 @@ def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Enco
         "buckets": config.buckets,
         "precision": config.cache_precision,
     }
-    encoded = encode(policy, rows, **how)
-    return EncodedSplits(encoded, None if apart is None else encode(policy, apart, **how), digest(pairs))
+    digests = [digest(some) for some in (rows, apart) if some is not None]  # each image is read once
+    encoded = encode(policy, rows, **how, rows_digest=digests[0])
+    encoded_apart = None if apart is None else encode(policy, apart, **how, rows_digest=digests[1])
+    return EncodedSplits(encoded, encoded_apart, content_hash(digests))
 
 
 def _encode_responses(policy: TextPolicy, config: TrainConfig) -> EncodedSplits:

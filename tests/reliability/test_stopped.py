@@ -52,6 +52,7 @@ def mine_and_stop(at: int) -> None:
 
     mine_images.load_judge = lambda name: judge
     mine_images.better_of = lambda name: "higher"
+    mine_images.judge_digests = lambda names: dict.fromkeys(names, "hash of the judge")
     recipe._check_judges = lambda names: None
     forked.command()
 
@@ -105,7 +106,8 @@ def test_sigterm_while_judging_leaves_complete_shards_and_resumes(tiny_model: st
 
     stopped = run(mine_and_stop, 2, *arguments("cut"), cache=tmp_path)
     assert stopped.returncode == 143 and "the same command resumes" in stopped.stderr, stopped.stderr[-1500:]
-    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["mining.json", "shard-00000.parquet"]
+    names = [".shard-00000.parquet.checksum", "mining.json", "shard-00000.parquet"]
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == names
     before = (tmp_path / "cut" / "shard-00000.parquet").stat().st_mtime_ns
     resumed, whole = (run(mine_and_stop, 0, *arguments(name), cache=tmp_path) for name in ("cut", "whole"))
     assert resumed.returncode == whole.returncode == 0, resumed.stderr[-1500:]

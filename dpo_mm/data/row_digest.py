@@ -1,0 +1,33 @@
+"""Hash of a dataset by its content: texts, labels, and the bytes of images, also of those given as paths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dpo_mm.content_key import content_hash
+from dpo_mm.data.image_files import image_bytes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def digest(rows: Dataset) -> str:
+    """Hash a dataset to 32 hex digits: its texts, labels and images in order. An image given as a path is read."""
+    batches = rows.with_format("arrow").iter(256)
+    return content_hash([content_hash(_with_image_bytes(row)) for batch in batches for row in batch.to_pylist()])
+
+
+def _with_image_bytes(value: Any) -> Any:
+    """Replace every image of a row by the bytes of its file."""
+    if isinstance(value, dict):
+        is_image = value.keys() == {"bytes", "path"} and (value["bytes"] or value["path"])
+        return content(value) if is_image else {name: _with_image_bytes(part) for name, part in value.items()}
+    return [_with_image_bytes(part) for part in value] if isinstance(value, list) else value
+
+
+def content(image: dict[str, Any]) -> bytes:
+    """Return the bytes of an image, or its path if it cannot be read: decoding refuses such a row by its number."""
+    try:
+        return image_bytes(image)
+    except (OSError, TypeError, ValueError):
+        return str(image.get("path")).encode()
