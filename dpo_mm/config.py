@@ -6,9 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_mm.setting_limits import Settings
+
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Settings of one preference-tuning run. The defaults suit an image generator, real pairs and a LoRA."""
 
     model: str
@@ -146,7 +148,7 @@ TRAINER_NAMES = {
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """Settings of a comparison of images: the base and the tuned model, same held-out prompts and seeds."""
 
     model: str
@@ -186,7 +188,7 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
-class MineConfig:
+class MineConfig(Settings):
     """Settings for building pairs from a model's own images: the best against the worst of each prompt."""
 
     model: str
@@ -228,7 +230,7 @@ class MineConfig:
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
+class JudgeConfig(Settings):
     """Settings for scoring images with one judge."""
 
     judge: str
@@ -245,7 +247,7 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True)
-class RelabelConfig:
+class RelabelConfig(Settings):
     """Settings for relabelling image pairs with judges. The old labels stay in the rows."""
 
     pairs: str
@@ -274,7 +276,7 @@ class RelabelConfig:
 
 
 @dataclass(frozen=True)
-class CompareResponsesConfig:
+class CompareResponsesConfig(Settings):
     """Settings of a comparison of responses: the base and the tuned model, same held-out questions."""
 
     model: str
@@ -308,7 +310,7 @@ class CompareResponsesConfig:
 
 
 @dataclass(frozen=True)
-class MineResponsesConfig:
+class MineResponsesConfig(Settings):
     """Settings for building pairs from a model's own failures: its worst response against a better one."""
 
     model: str

@@ -38,6 +38,8 @@ TEXT_ONLY_SETTINGS = (
     "cache_vision_features",
 )
 """Settings for vision-language models only."""
+UNCHANGED = TrainConfig(model="", pairs="", output_dir="")
+"""Default of every setting."""
 OPTIMIZERS = {"adamw": "", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
 """The Trainer's names of our optimizers. adamw is its default."""
 
@@ -101,11 +103,48 @@ def validate_config(config: TrainConfig) -> None:
         owner, given, settings = "image generators", "a vision-language model", IMAGE_ONLY_SETTINGS
     else:
         owner, given, settings = "vision-language models", "an image generator", TEXT_ONLY_SETTINGS
+    if config.undecodable_images not in ("raise", "drop"):
+        raise ValueError(f"undecodable_images {config.undecodable_images!r} is unknown; expected 'raise' or 'drop'")
     strange = [name for name in settings if getattr(config, name) != getattr(TrainConfig, name)]
     if strange:
         raise ValueError(f"{strange[0]} is a setting of {owner}; {config.model} is {given}")
     _validate_timestep_settings(config)
+    _refuse_ignored_settings(config, modality=modality)
     training_arguments(config)
+
+
+def _refuse_ignored_settings(config: TrainConfig, *, modality: Modality) -> None:
+    """Refuse settings that another setting makes ineffective, and a default that suits images only."""
+    changed = {name for name, value in vars(config).items() if value != getattr(UNCHANGED, name)}
+    named = [config.objective] if isinstance(config.objective, str) else list(config.objective)
+    takes_beta = any("beta" in objectives.keyword_settings(name) for name in named)
+    if modality == "text" and takes_beta and "beta" not in changed:
+        raise ValueError(f"beta is {config.beta}, the default for image generators. Set beta for text, for example 0.1")
+    for names, is_used, reason in (
+        (
+            ("lora_rank", "lora_alpha", "lora_targets", "lora_format"),
+            config.tuning == "lora",
+            f"tuning is {config.tuning}",
+        ),
+        (("reference_ema_decay",), config.reference == "moving_average", f"reference is {config.reference}"),
+        (("reference_sync_steps",), config.reference == "synced", f"reference is {config.reference}"),
+        (
+            ("reference",),
+            "reference_logps" in required_inputs(config),
+            f"objective {', '.join(named)} has no reference",
+        ),
+        (("warmup_steps",), config.schedule != "constant", "schedule is constant. Take constant_with_warmup"),
+        (("eval_every",), config.eval_fraction > 0, "eval_fraction is 0"),
+        (("ld_alpha",), config.edited_token_weight == 1, "edited_token_weight replaces the sum that it changes"),
+        (
+            ("fixed_draws_per_row",),
+            modality == "image",
+            f"{config.model} is a vision-language model, which has no noise",
+        ),
+    ):
+        ignored = [name for name in names if name in changed]
+        if ignored and not is_used:
+            raise ValueError(f"{ignored[0]} has no effect, because {reason}. Remove one of the two settings")
 
 
 def _validate_timestep_settings(config: TrainConfig) -> None:

@@ -105,6 +105,14 @@ def check_same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_per_step: 
         for k, v in {**settings, "pairs_per_step": pairs_per_step}.items()
         if k not in FREE_TO_CHANGE and before.get(k) != v
     ]
+    step = int(checkpoint.name.rpartition("-")[2])
+    if step > config.steps:
+        raise ValueError(f"steps is {config.steps}, but {checkpoint} is after step {step}. Increase steps")
+    if before.get("steps") != config.steps and not config.schedule.startswith("constant"):
+        logger.warning(
+            "schedule %s depends on steps, which were %s. From step %d on, the learning rate is that of %d steps",
+            config.schedule, before.get("steps"), step + 1, config.steps,
+        )  # fmt: skip
     if changed:
         raise ValueError(
             f"{checkpoint} was made by another recipe ({'; '.join(changed)}); undo that, or choose another output_dir"
@@ -133,7 +141,7 @@ def check_same_content(
                 "model": f"a file of model {config.model}",
                 "libraries": f"the version of a library ({old} -> {value})",
                 "pairs": config.pairs,
-                "encoded rows": f"what the chat template or the tokenizer makes of {config.pairs}",
+                "encoded rows": f"what the chat template (which may print today's date) or the tokenizer makes of {config.pairs}",
             }
             raise ValueError(
                 f"{what[name]} has changed since {checkpoint} was made. Restore it, or choose another output_dir"

@@ -386,10 +386,15 @@ def _encode_responses(policy: TextPolicy, config: TrainConfig) -> EncodedSplits:
 
     inside, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
     texts = [policy.encode(decode(inside)), None if apart is None else policy.encode(decode(apart))]
+    if not texts[0]:
+        raise ValueError(
+            f"{config.pairs}: none of its {len(pairs)} rows is left to train on, because {len(dropped)} have an image that "
+            "does not decode and the others are longer than max_length. Fix the images, or raise max_length"
+        )
     if dropped and ProcessRank.own().index == 0:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         _write(Path(config.output_dir) / QUARANTINE, "".join(dropped))
         logger.warning(
             "%d rows have an image that does not decode. See %s", len(dropped), Path(config.output_dir) / QUARANTINE
         )
-    return EncodedSplits(texts[0], texts[1], digest(pairs), content_hash(texts))
+    return EncodedSplits(texts[0], texts[1] or None, digest(pairs), content_hash(texts))

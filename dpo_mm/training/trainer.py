@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -257,6 +258,18 @@ class PreferenceTrainer(Trainer):
                 write_checksums(temporary)
                 move_into_place(temporary, final)
                 shutil.rmtree(temporary.parent)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both, and take the learning rate from this run's schedule, whose number of steps may have changed."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint and self.optimizer is not None and isinstance(schedule, LambdaLR):
+            schedule._last_lr = [
+                peak * factor(schedule.last_epoch)
+                for peak, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -13,6 +13,7 @@ from dpo_mm.config_parsing import config_from_mapping, read_yaml
 from dpo_mm.judges import parse_judge_name
 from dpo_mm.mining.mine_images import parse_judges
 from dpo_mm.recipe import presets, read_recipe, run_recipe
+from dpo_mm.setting_limits import LIMITS
 
 PLAIN: dict[str, Any] = {"model": "m", "pairs": "p", "output_dir": "o"}
 
@@ -45,6 +46,30 @@ def test_config_from_mapping_texts_become_typed_values() -> None:
     assert config_from_mapping(
         CompareConfig, {"model": "m", "output_dir": "o", "scales": [0.5, 2]}, source="f"
     ).scales == (0.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", -1, "seed is -1. Expected a value from 0 to 4294967295"),
+        ("seed", 2**32, "seed is 4294967296"),
+        ("accumulate", 0, "accumulate is 0. Expected a value at least 1"),
+        ("eval_fraction", 1.0, r"eval_fraction is 1.0. Expected a value in \[0, 1\)"),
+        ("learning_rate", float("nan"), "learning_rate is nan. Expected a finite number"),
+        ("beta", float("inf"), "beta is inf"),
+    ],
+)
+def test_number_outside_its_range_is_refused(name: str, value: float, message: str) -> None:
+    """Catches limits that are not checked, and the upper limit of a half-open range that is allowed."""
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**PLAIN, **{name: value})
+
+
+def test_every_limit_is_of_a_setting() -> None:
+    kinds = [kind for name, kind in vars(config_module).items() if name.endswith("Config")]
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert set(LIMITS) <= fields
+    assert TrainConfig(**PLAIN, seed=2**32 - 1).seed == 2**32 - 1
 
 
 def undescribed(source: str) -> tuple[list[str], int]:

@@ -12,6 +12,7 @@ LAYERS = (
         "worlds",
         "config",
         "config_parsing",
+        "setting_limits",
         "errors",
         "progress",
         "resumable",

@@ -77,15 +77,14 @@ def test_encode_decodes_every_format_like_image_pairs(model: str, tmp_path: Path
         assert (each["images"]["pixel_values"] - expected).abs().max() < 1e-6, each["id"]
 
 
-@pytest.mark.parametrize("column", ["paths", "bytes", "image", "structs"])
+@pytest.mark.parametrize("column", ["paths", "bytes", "structs"])
 def test_image_columns_of_other_layouts_are_decoded_too(column: str, tmp_path: Path) -> None:
-    """Catches a column `image` that is left out, and cells that `datasets` does not know as images."""
+    """Catches cells that `datasets` does not know as images."""
     (tmp_path / "a.png").write_bytes(FILES["RGBA"])
     cell = {"bytes": FILES["RGBA"], "path": None}
     columns: dict[str, tuple[str, Any, Any]] = {
         "paths": ("images", [str(tmp_path / "a.png")], List(Value("string"))),
         "bytes": ("images", [FILES["RGBA"]], List(Value("binary"))),
-        "image": ("image", cell, ImageFeature()),
         "structs": ("images", [cell], List({"bytes": Value("binary"), "path": Value("string")})),
     }
     name, value, feature = columns[column]
