@@ -15,6 +15,7 @@ from dpo_mm.data.image_files import decode_image
 from dpo_mm.demo_server import SMALL_IMAGE, DemoPage, escape, image_html, serve
 from dpo_mm.evaluation.saved_comparison import OUTCOMES, ImagePair, SavedComparison, load_comparison
 from dpo_mm.judges import load_judge, metric_of
+from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.policies.families import load_image_policy
 
 BUNDLED_MODEL, BUNDLED_ADAPTER = "shapes-sd", "shapes-sd-faithful"
@@ -120,7 +121,7 @@ def figure_html(title: str, image: Image.Image | None, prompt: str, judges: Sequ
 def judge_score_html(judge: str, image: Image.Image, prompt: str) -> str:
     """Score an image with a judge. Return the score, or a note if the judge cannot score this prompt."""
     try:
-        return score_html(judge, float(load_judge(judge)([image], [prompt])[0]))
+        return score_html(judge, float(image_scores(judge, [image], [prompt])[0]))
     except ValueError as error:
         return f'<span class="score" title="{escape(str(error))}">{escape(metric_of(judge))}: no score</span>'
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +18,8 @@ from dpo_mm.content_key import check_ingredients, content_hash, library_versions
 from dpo_mm.data.prompts import category, read_prompt_set, seeds_of
 from dpo_mm.evaluation.image_statistics import ImageStatistics, image_statistics
 from dpo_mm.evaluation.image_store import ImageFiles, ImageStore
-from dpo_mm.judges import judge_digests, load_judge
+from dpo_mm.judges import judge_digests
+from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
 
@@ -241,21 +241,12 @@ def score_images(
     Raises:
         ValueError: if the judge returns another number of scores, or a score that is not finite.
     """
-    card, judge = judge_card_digest(name), load_judge(name)
+    card = judge_card_digest(name)
     keys = list(zip(digests, prompts, strict=True))
     missing = [n for n, key in enumerate(keys) if store.score(card, *key) is None]
     for start in range(0, len(missing), JUDGE_BATCH_SIZE):
         part = missing[start : start + JUDGE_BATCH_SIZE]
-        scores = [float(score) for score in judge([files[n] for n in part], [prompts[n] for n in part])]
-        if len(scores) != len(part):
-            raise ValueError(
-                f"judge {name!r} returned {len(scores)} scores for {len(part)} images. Return one per image."
-            )
-        for n, score in zip(part, scores, strict=True):
-            if not math.isfinite(score):
-                raise ValueError(
-                    f"judge {name!r} returned {score} for an image of {prompts[n]!r}. Return a finite number."
-                )
+        scores = image_scores(name, [files[n] for n in part], [prompts[n] for n in part]).tolist()
         store.add_scores(name, card, [(*keys[n], score) for n, score in zip(part, scores, strict=True)])
     return np.array([store.score(card, *key) for key in keys], dtype=np.float64)
 

@@ -16,7 +16,7 @@ from dpo_mm.content_key import content_hash, content_key, library_versions, lora
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
 from dpo_mm.evaluation.image_store import append_lines, read_lines
-from dpo_mm.judges import Ratio, load_judge
+from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
 
@@ -140,11 +140,5 @@ def score_responses(
     ground_truths = [question.ground_truth for question in questions]
     scores = {}
     for name in config.judges:
-        ratios: list[Ratio] = load_judge(name)(responses, ground_truths)
-        scores[name] = np.array(ratios, dtype=np.float64)
-        if scores[name].shape != (len(responses), 2):
-            raise ValueError(
-                f"judge {name!r} returned {scores[name].shape} for {len(responses)} responses. "
-                "Return one Ratio (hits, total) per response."
-            )
+        scores[name] = response_ratios(name, responses, ground_truths)
     return ScoredResponses(responses, scores)

@@ -33,7 +33,8 @@ from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import rgb_image
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.data.schema import digest, load_pairs
-from dpo_mm.judges import better_of, is_pairwise, judge_card, judge_digests, load_judge, load_pairwise
+from dpo_mm.judges import is_pairwise, judge_card, judge_digests, load_judge, load_pairwise
+from dpo_mm.judges.score_checks import higher_is_better_scores, pair_probabilities
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write, check_settings_unchanged, exit_cleanly_on_sigterm
 
@@ -280,17 +281,9 @@ def score_pairs(name: str, a: list[Image.Image], b: list[Image.Image], prompts: 
         ValueError: if a score is not a finite number.
     """
     if is_pairwise(name):
-        p_a = np.array(load_pairwise(name)(a, b, prompts), dtype=float)
-        scores = np.stack([p_a, 1 - p_a], axis=1)
-    else:
-        values = np.array(load_judge(name)([*a, *b], [*prompts, *prompts]), dtype=float)
-        scores = values.reshape(2, -1).T * (-1 if better_of(name) == "lower" else 1)
-    if not np.isfinite(scores).all():
-        pair = int(np.flatnonzero(~np.isfinite(scores).all(1))[0])
-        raise ValueError(
-            f"judge {name!r} returns {scores[pair].tolist()} for the prompt {prompts[pair]!r}. Expected finite numbers."
-        )
-    return scores
+        p_a = pair_probabilities(name, a, b, prompts)
+        return np.stack([p_a, 1 - p_a], axis=1)
+    return higher_is_better_scores(name, [*a, *b], [*prompts, *prompts]).reshape(2, -1).T
 
 
 def _stored_rows(rows: Dataset) -> Iterator[dict[str, Any]]:

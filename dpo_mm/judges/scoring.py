@@ -23,6 +23,7 @@ from dpo_mm.data.image_files import decode_image, image_bytes
 from dpo_mm.data.parquet import combine_shards
 from dpo_mm.data.schema import digest, load_pairs
 from dpo_mm.judges import judge_card, judge_digests, load_judge
+from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import check_settings_unchanged, exit_cleanly_on_sigterm
 
@@ -183,7 +184,7 @@ def _score_shard(images: Sequence[ImageToScore], rows: Dataset | None, judge: st
         except (ValueError, OSError) as error:
             records[index]["error"] = str(error)
     if decoded:
-        scores = load_judge(judge)([image for _, image in decoded], [images[index].prompt for index, _ in decoded])
+        scores = image_scores(judge, [image for _, image in decoded], [images[index].prompt for index, _ in decoded])
         for (index, _), value in zip(decoded, scores, strict=True):
             records[index]["score"] = float(value)
     return records

@@ -23,7 +23,8 @@ from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.data.schema import image_preference, make_image_rows
-from dpo_mm.judges import better_of, judge_digests, load_judge
+from dpo_mm.judges import judge_digests
+from dpo_mm.judges.score_checks import higher_is_better_scores
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
@@ -105,12 +106,6 @@ def _mine_shard(policy: ImagePolicy, prompts: Sequence[str], config: MineConfig,
         for best, worst in choose_pairs(scores[:, part], config.min_score_gap, config.pairs_per_prompt):
             rows.append(_row(prompt, images[part], seeds[part], scores[0, part], best, worst, config))
     return rows
-
-
-def higher_is_better_scores(name: str, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
-    """Score images with a judge, (images,), with the sign flipped if lower is better."""
-    scores = np.array(load_judge(name)(images, prompts))
-    return -scores if better_of(name) == "lower" else scores
 
 
 def mean_z_score(scores: Sequence[np.ndarray], samples: int) -> np.ndarray:

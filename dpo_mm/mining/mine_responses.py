@@ -22,7 +22,8 @@ from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response, make_response_rows, response_preference
 from dpo_mm.errors import TrainingInterrupted
-from dpo_mm.judges import Ratio, better_of, correct, explain, judge_digests, load_judge
+from dpo_mm.judges import better_of, correct, explain, judge_digests
+from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.judges.text import truncate_repetition
 from dpo_mm.policies.families import load_text_policy, model_content
 from dpo_mm.policies.protocol import TextPolicy
@@ -144,9 +145,9 @@ def failure_scores(judge: str, responses: Sequence[Response], ground_truth: str)
     Returns:
         One score per response, higher is worse. 0 if the judge counts nothing in it.
     """
-    ratios: list[Ratio] = load_judge(judge)(responses, [ground_truth] * len(responses))
+    ratios = response_ratios(judge, responses, [ground_truth] * len(responses))
     sign = -1.0 if better_of(judge) == "higher" else 1.0
-    return [sign * ratio.hits / ratio.total if ratio.total else 0.0 for ratio in ratios]
+    return [sign * hits / total if total else 0.0 for hits, total in ratios.tolist()]
 
 
 def build_pair(

@@ -194,7 +194,7 @@ def test_judge_with_changed_card_scores_again(counted: Any, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("judge", "message"), [("no_number", "returned nan for an image of"), ("too_few", "returned 1 scores for 4")]
+    ("judge", "message"), [("no_number", "returned nan for prompt"), ("too_few", "returned 1 scores for 4")]
 )
 def test_invalid_scores_raise_with_the_judge_name(judge: str, message: str, counted: Any, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, judges=(f"tests.unit.evaluation.test_image_sampling:{judge}",))

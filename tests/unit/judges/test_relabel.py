@@ -234,7 +234,7 @@ def test_relabel_undecodable_image_raises_or_is_left_out(
     [
         ({"judges": ()}, "judges is empty"),
         ({"judges": ("faithfulnes",)}, "did you mean 'faithfulness'"),
-        ({"judges": (f"{HERE}:broken",), "scales": ()}, "returns .nan, nan. for the prompt 'prompt kept'"),
+        ({"judges": (f"{HERE}:broken",), "scales": ()}, "returned nan for prompt 'prompt kept'"),
         ({"scale": "wide"}, "'spread' or 'labels'"),
         ({"scales": (1.0, 2.0)}, "a number above 0 for each of 1 judges"),
         ({"scales": (0.0,)}, "a number above 0"),

@@ -1,0 +1,120 @@
+"""Call judges and check what they return. Every score that the package uses comes through this module.
+
+A custom judge may return numbers, arrays or tensors of any dtype, one per row or with a second dimension of 1. Other
+shapes, texts and values that are not finite are refused with the judge and the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dpo_mm.data.schema import Response
+from dpo_mm.judges import better_of, load_judge, load_pairwise
+
+
+def image_scores(name: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+    """Score images with a judge.
+
+    Args:
+        name: name of the judge.
+        images: the images.
+        prompts: prompt of each image.
+
+    Returns:
+        One finite score per image, (images,), float64.
+
+    Raises:
+        ValueError: if the judge returns anything else.
+    """
+    values = _numbers(name, load_judge(name)(images, prompts), [f"prompt {prompt!r}" for prompt in prompts])
+    return _column(name, values, len(prompts), "image")
+
+
+def higher_is_better_scores(name: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+    """Score images as `image_scores`, with the sign flipped if lower is better."""
+    scores = image_scores(name, images, prompts)
+    return -scores if better_of(name) == "lower" else scores
+
+
+def pair_probabilities(
+    name: str, a: Sequence[Image.Image], b: Sequence[Image.Image], prompts: Sequence[str]
+) -> np.ndarray:
+    """Compare pairs of images with a pairwise judge.
+
+    Returns:
+        Probability that a is better, (pairs,), in [0, 1].
+
+    Raises:
+        ValueError: if the judge returns anything else.
+    """
+    rows = [f"prompt {prompt!r}" for prompt in prompts]
+    values = _column(name, _numbers(name, load_pairwise(name)(a, b, prompts), rows), len(rows), "pair")
+    outside = np.flatnonzero((values < 0) | (values > 1))
+    if len(outside):
+        first = int(outside[0])
+        raise ValueError(
+            f"judge {name!r} returned {values[first]:g} for {rows[first]}. Expected a probability from 0 to 1."
+        )
+    return values
+
+
+def response_ratios(name: str, responses: Sequence[Response], ground_truths: Sequence[Any]) -> np.ndarray:
+    """Score responses with a judge.
+
+    Returns:
+        Hits and total of each response, (responses, 2), float64.
+
+    Raises:
+        ValueError: if the judge returns anything else.
+    """
+    rows = [f"response {number} ({response.text[:60]!r})" for number, response in enumerate(responses)]
+    values = _numbers(name, load_judge(name)(responses, ground_truths), rows)
+    if values.shape != (len(rows), 2):
+        raise ValueError(
+            f"judge {name!r} returned {values.shape} for {len(rows)} responses. Return one Ratio (hits, total) per response."
+        )
+    negative = np.flatnonzero(values[:, 1] < 0)
+    if len(negative):
+        raise ValueError(f"judge {name!r} returned a total below 0 for {rows[int(negative[0])]}. Expected at least 0.")
+    return values
+
+
+def _column(name: str, values: np.ndarray, count: int, kind: str) -> np.ndarray:
+    """Return values of shape (count,) or (count, 1) as (count,)."""
+    if values.shape not in ((count,), (count, 1)):
+        shape = f"{len(values)} scores" if values.ndim == 1 else f"the shape {values.shape}"
+        raise ValueError(f"judge {name!r} returned {shape} for {count} {kind}s. Return one score per {kind}.")
+    return values.reshape(count)
+
+
+def _numbers(name: str, values: Any, rows: Sequence[str]) -> np.ndarray:
+    """Convert a judge's return value to finite float64, whatever its shape. rows: names of the rows."""
+    try:
+        array = np.asarray(_plain(values))
+        if array.dtype.kind not in "biufO":
+            raise TypeError(f"values of type {array.dtype}")
+        array = array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"judge {name!r} did not return one number per row ({reason}).") from error
+    wrong = np.argwhere(~np.isfinite(array))
+    if len(wrong):
+        number = int(wrong[0][0]) if array.ndim else 0
+        row = rows[number] if number < len(rows) else f"row {number}"
+        raise ValueError(f"judge {name!r} returned {array[tuple(wrong[0])]} for {row}. Expected a finite number.")
+    return array
+
+
+def _plain(values: Any) -> Any:
+    """Replace tensors of any dtype, with or without gradient, by arrays, also inside lists, and texts by an error."""
+    if hasattr(values, "detach"):
+        return values.detach().cpu().double().numpy()
+    if isinstance(values, np.ndarray | int | float | None):
+        return values
+    if isinstance(values, str | bytes | dict):
+        raise TypeError(f"{type(values).__name__} {str(values)[:40]!r}")
+    return [_plain(value) for value in values] if hasattr(values, "__iter__") else float(values)
