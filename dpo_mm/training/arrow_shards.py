@@ -31,9 +31,9 @@ OPEN = 256
 class Part(NamedTuple):
     """One dataset of a shard: its path in the folder, its number of rows, and their size (width x height)."""
 
-    place: str
+    path: str
     rows: int
-    frame: str
+    size: str
 
 
 class Shards:
@@ -49,7 +49,7 @@ class Shards:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         which = int(np.searchsorted(self.ends, number, side="right"))
-        place = self.folder / self.parts[which].place
+        path = self.folder / self.parts[which].path
         try:
             rows, tensors = self._open(which)
             row = rows[int(number - self.ends[which]) + self.parts[which].rows]
@@ -59,7 +59,7 @@ class Shards:
                 raise
             changed = True
         if changed:
-            raise _remove(place, self.folder)
+            raise _remove(path, self.folder)
         return {name: _tensor(value, *tensors[name]) if name in tensors else value for name, value in row.items()}
 
     def _open(self, which: int) -> tuple[Any, dict[str, tuple[str, list[int]]]]:
@@ -68,10 +68,10 @@ class Shards:
         if which not in self.opened:
             if len(self.opened) >= OPEN:
                 self.opened.pop(next(iter(self.opened)))
-            place = self.folder / self.parts[which].place
-            rows = load_from_disk(str(place))
+            path = self.folder / self.parts[which].path
+            rows = load_from_disk(str(path))
             rows.data.validate(full=True)  # changed offsets would make Arrow read outside of the file
-            self.opened[which] = rows, json.loads((place / TENSORS).read_text())
+            self.opened[which] = rows, json.loads((path / TENSORS).read_text())
         return self.opened[which]
 
 
@@ -80,12 +80,12 @@ def _checksum(row: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
     return content_hash([row, {name: list(kind) for name, kind in tensors.items()}])
 
 
-def _remove(place: Path, folder: Path) -> ValueError:
+def _remove(path: Path, folder: Path) -> ValueError:
     """Remove a changed shard, so that the next run encodes its rows again, and return the error."""
-    shutil.rmtree(place.parent, ignore_errors=True)
+    shutil.rmtree(path.parent, ignore_errors=True)
     (folder / COMPLETE).unlink(missing_ok=True)
     return ValueError(
-        f"{place.parent} has changed since it was written, and is removed. Run the same command again (with --resume true if "
+        f"{path.parent} has changed since it was written, and is removed. Run the same command again (with --resume true if "
         "it had begun to train): its rows are encoded again"
     )
 
@@ -107,7 +107,7 @@ def cast_columns(columns: Mapping[str, Any], precision: str, *, where: str) -> d
     Raises:
         ValueError: if a value is not finite, or too large for fp16.
     """
-    found = dict(columns)
+    cast = dict(columns)
     for name, values in columns.items():
         if isinstance(values, Tensor) and values.is_floating_point():
             if not values.isfinite().all():
@@ -115,34 +115,34 @@ def cast_columns(columns: Mapping[str, Any], precision: str, *, where: str) -> d
                     f"{where}: {name} is not finite after encoding. An encoder overflows in half precision or has broken "
                     "weights: train with precision fp32 or bf16"
                 )
-            found[name] = values.to(CACHE_DTYPES[precision])
-            if precision == "fp16" and found[name].isinf().any():
+            cast[name] = values.to(CACHE_DTYPES[precision])
+            if precision == "fp16" and cast[name].isinf().any():
                 largest = values.abs().max().item()
                 raise ValueError(f"{where}: {name} is too large for fp16 ({largest:.3g}); take cache_precision bf16")
-    return found
+    return cast
 
 
-def write_shard(place: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
+def write_shard(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the datasets of a shard to a temporary folder, then rename it.
 
     Raises:
         OSError: if the disk is full or the folder cannot be written, with the fix.
     """
-    aside = place.with_name(f".{place.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        temporary.mkdir(parents=True)
         for name, columns in sets.items():
-            _arrow(columns).save_to_disk(str(aside / name))
-            (aside / name / TENSORS).write_text(json.dumps(_kinds(columns)))
-        aside.rename(place)
+            _arrow(columns).save_to_disk(str(temporary / name))
+            (temporary / name / TENSORS).write_text(json.dumps(_kinds(columns)))
+        temporary.rename(path)
     except OSError as error:
-        if not place.exists():  # else another run on the same rows was faster
+        if not path.exists():  # else another run on the same rows was faster
             raise OSError(
-                error.errno, f"could not write {place}: {error.strerror or error}; free space or set DPO_MM_CACHE"
+                error.errno, f"could not write {path}: {error.strerror or error}; free space or set DPO_MM_CACHE"
             ) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _arrow(columns: Mapping[str, Any]) -> Any:
@@ -173,8 +173,8 @@ def list_parts(folder: Path, kind: str) -> Iterator[Part]:
     from datasets import load_from_disk
 
     for shard in sorted(folder.glob(f"{kind}-*")):
-        for place in sorted(shard.iterdir()):
-            yield Part(str(place.relative_to(folder)), len(load_from_disk(str(place))), place.name)
+        for path in sorted(shard.iterdir()):
+            yield Part(str(path.relative_to(folder)), len(load_from_disk(str(path))), path.name)
 
 
 def row_bytes(columns: Mapping[str, Tensor], precision: str) -> int:

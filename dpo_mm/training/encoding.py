@@ -67,13 +67,13 @@ class EncodedPairs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        kept = _read_complete(folder)
-        if kept is None:
+        complete = _read_complete(folder)
+        if complete is None:
             raise ValueError(f"{folder / COMPLETE} is missing or has changed. Run the same command again")
-        pairs = sorted((Part(*part) for part in kept["pairs"]), key=lambda part: part.frame)
-        self.pairs, self.prompts = Shards(folder, pairs), Shards(folder, [Part(*part) for part in kept["prompts"]])
-        self.frames = list(dict.fromkeys(part.frame for part in pairs))
-        ends = np.cumsum([0, *(sum(part.rows for part in pairs if part.frame == frame) for frame in self.frames)])
+        pairs = sorted((Part(*part) for part in complete["pairs"]), key=lambda part: part.size)
+        self.pairs, self.prompts = Shards(folder, pairs), Shards(folder, [Part(*part) for part in complete["prompts"]])
+        self.sizes = list(dict.fromkeys(part.size for part in pairs))
+        ends = np.cumsum([0, *(sum(part.rows for part in pairs if part.size == size) for size in self.sizes)])
         self.buckets = [range(int(start), int(end)) for start, end in pairwise(ends)]
 
     def ids(self) -> list[str]:
@@ -107,7 +107,7 @@ class EncodingJob(NamedTuple):
     policy: ImagePolicy
     pairs: Pairs
     folder: Path
-    frames: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, int], ...]
     precision: str
     share: ProcessRank
 
@@ -145,10 +145,10 @@ def encode(
             f"cache_precision {precision!r} is unknown; expected one of {', '.join(arrow_shards.CACHE_DTYPES)}"
         )
     unit = policy.patch * policy.pipe.vae_scale_factor
-    frames = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
-    folder = (cache or cache_folder()) / "encoded" / _key(policy, rows_digest or digest(rows), frames, precision)
+    sizes = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
+    folder = (cache or cache_folder()) / "encoded" / _key(policy, rows_digest or digest(rows), sizes, precision)
     pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, with_source=policy.is_image_editing)
-    task = EncodingJob(policy, pairs, folder, frames, precision, ProcessRank.own())
+    task = EncodingJob(policy, pairs, folder, sizes, precision, ProcessRank.own())
     if _read_complete(folder) is None:
         if task.share.index == 0:
             (folder / COMPLETE).unlink(missing_ok=True)
@@ -159,8 +159,8 @@ def encode(
     return EncodedPairs(folder)
 
 
-def _key(policy: ImagePolicy, rows_digest: str, frames: Sequence[tuple[int, int]], precision: str) -> str:
-    parts = {"encoders": policy.fingerprint(), "rows": rows_digest, "sizes": frames, "precision": precision}
+def _key(policy: ImagePolicy, rows_digest: str, sizes: Sequence[tuple[int, int]], precision: str) -> str:
+    parts = {"encoders": policy.fingerprint(), "rows": rows_digest, "sizes": sizes, "precision": precision}
     return content_key("encoded pairs", {**parts, "libraries": library_versions()})
 
 
@@ -169,10 +169,10 @@ def _encode(task: EncodingJob) -> None:
     names = sorted(set(task.pairs.rows["prompt"]))
     expected = [task.folder / f"prompts-{number:05}" for number, _ in _shards(len(names))]
     expected += [task.folder / f"pairs-{number:05}" for number, _ in _shards(len(task.pairs.rows))]
-    missing = sum(not place.exists() for place in expected) / len(expected)
+    missing = sum(not path.exists() for path in expected) / len(expected)
     bytes_per_prompt, bytes_per_pair = sample_bytes(task.policy, task.precision)
-    size = bytes_per_prompt * len(names) + bytes_per_pair * len(task.pairs.rows)
-    arrow_shards.check_disk(task.folder, int(size * missing))
+    cache_bytes = bytes_per_prompt * len(names) + bytes_per_pair * len(task.pairs.rows)
+    arrow_shards.check_disk(task.folder, int(cache_bytes * missing))
     with progress_bar(f"encoding prompts, {arrow_shards.gib(bytes_per_prompt * len(names))}", len(names)) as advance:
         _encode_prompts(task, names, advance)
     with progress_bar(
@@ -202,14 +202,14 @@ def _complete(task: EncodingJob) -> None:
             f"{task.pairs.dataset_name}: no pair is left, because every row has an image that does not decode. See "
             f"{task.folder / QUARANTINE}"
         )
-    kept = {"pairs": pairs, "prompts": list(arrow_shards.list_parts(task.folder, "prompts"))}
+    complete = {"pairs": pairs, "prompts": list(arrow_shards.list_parts(task.folder, "prompts"))}
     about = {
         "source": task.pairs.dataset_name,
         "model": task.policy.source,
         "rows": len(task.pairs.rows),
         "precision": task.precision,
     }
-    _write(task.folder / COMPLETE, json.dumps(with_checksum({**about, **kept})))
+    _write(task.folder / COMPLETE, json.dumps(with_checksum({**about, **complete})))
 
 
 def _read_complete(folder: Path) -> dict[str, Any] | None:
@@ -220,14 +220,14 @@ def _read_complete(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _wait_for_files(places: Iterable[Path], folder: Path) -> None:
+def _wait_for_files(paths: Iterable[Path], folder: Path) -> None:
     """Wait until all files exist. Polling has no time limit for the whole, unlike a barrier of processes.
 
     Raises:
         ValueError: if no new file appears for `SHARD_TIMEOUT_S` seconds.
     """
     last, before = time.monotonic(), -1
-    missing = [place for place in places if not place.exists()]
+    missing = [path for path in paths if not path.exists()]
     while missing:
         now = sum(1 for _ in folder.iterdir())
         last, before = (time.monotonic(), now) if now != before else (last, before)
@@ -237,7 +237,7 @@ def _wait_for_files(places: Iterable[Path], folder: Path) -> None:
                 "DPO_MM_CACHE to one on a shared disk"
             )
         time.sleep(0.2)
-        missing = [place for place in missing if not place.exists()]
+        missing = [path for path in missing if not path.exists()]
 
 
 def _shards(total: int) -> Iterator[tuple[int, range]]:
@@ -248,25 +248,25 @@ def _shards(total: int) -> Iterator[tuple[int, range]]:
 def _own(task: EncodingJob, kind: str, total: int) -> Iterator[tuple[Path, range]]:
     """Yield the shards of this process that do not exist yet."""
     for number, part in _shards(total):
-        place = task.folder / f"{kind}-{number:05}"
-        if number % task.share.count == task.share.index and not place.exists():
-            yield place, part
+        path = task.folder / f"{kind}-{number:05}"
+        if number % task.share.count == task.share.index and not path.exists():
+            yield path, part
 
 
 def _encode_prompts(task: EncodingJob, names: Sequence[str], advance: Any) -> None:
     from dpo_mm.policies.diffusion.collate import stack_padded
 
-    for place, part in _own(task, "prompts", len(names)):
+    for path, part in _own(task, "prompts", len(names)):
         first = task.policy.encode_prompts([names[part.start]])
         tokens = max(value.shape[1] if value.ndim > 2 else 1 for value in first.values())
         images_per_batch = max(1, TOKENS // tokens)
-        found = [
+        encoded = [
             task.policy.encode_prompts([names[n] for n in part[start : start + images_per_batch]])
             for start in range(0, len(part), images_per_batch)
         ]
-        columns = {name: stack_padded([row for each in found for row in each[name]]) for name in found[0]}
+        columns = {name: stack_padded([row for each in encoded for row in each[name]]) for name in encoded[0]}
         arrow_shards.write_shard(
-            place, {"all": arrow_shards.cast_columns(columns, task.precision, where=task.pairs.dataset_name)}
+            path, {"all": arrow_shards.cast_columns(columns, task.precision, where=task.pairs.dataset_name)}
         )
         advance(len(part))
 
@@ -274,44 +274,44 @@ def _encode_prompts(task: EncodingJob, names: Sequence[str], advance: Any) -> No
 def _encode_pairs(task: EncodingJob, names: Sequence[str], advance: Any) -> None:
     index = {name: n for n, name in enumerate(names)}
     optional = data_columns(task.pairs.rows)
-    for place, part in _own(task, "pairs", len(task.pairs.rows)):
-        good: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for path, part in _own(task, "pairs", len(task.pairs.rows)):
+        groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for row in task.pairs.decode(part):
-            good.setdefault(bucket_for([each.size for each in row["images"][:2]], task.frames), []).append(row)
+            groups.setdefault(bucket_for([each.size for each in row["images"][:2]], task.sizes), []).append(row)
         sets = {}
-        for frame, some in sorted(good.items()):
-            columns = _columns(task.policy, some, frame, index, optional)
-            sets[f"{frame[0]}x{frame[1]}"] = arrow_shards.cast_columns(
+        for size, group in sorted(groups.items()):
+            columns = _columns(task.policy, group, size, index, optional)
+            sets[f"{size[0]}x{size[1]}"] = arrow_shards.cast_columns(
                 columns, task.precision, where=task.pairs.dataset_name
             )
-        arrow_shards.write_shard(place, sets)
+        arrow_shards.write_shard(path, sets)
         advance(len(part))
 
 
-def images_per_batch(frame: tuple[int, int]) -> int:
+def images_per_batch(size: tuple[int, int]) -> int:
     """Number of images of this size that the autoencoder gets at a time."""
-    return max(1, min(32, PIXELS // (frame[0] * frame[1])))
+    return max(1, min(32, PIXELS // (size[0] * size[1])))
 
 
 def _columns(
     policy: ImagePolicy,
     rows: Sequence[dict[str, Any]],
-    frame: tuple[int, int],
+    size: tuple[int, int],
     index: dict[str, int],
     optional: dict[str, Any],
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"id": [row["id"] for row in rows], "prompt_row": [index[row["prompt"]] for row in rows]}
-    count = images_per_batch(frame)
-    for place, side in enumerate(("chosen", "rejected", "source")[: len(rows[0]["images"])]):
-        some = [row["images"][place] for row in rows]
-        with policy.at_size(frame):
-            parts = [policy.encode_images(some[i : i + count]) for i in range(0, len(rows), count)]
-            facts = policy.size_conditioning(some)
+    count = images_per_batch(size)
+    for position, side in enumerate(("chosen", "rejected", "source")[: len(rows[0]["images"])]):
+        images = [row["images"][position] for row in rows]
+        with policy.at_size(size):
+            parts = [policy.encode_images(images[i : i + count]) for i in range(0, len(rows), count)]
+            conditions = policy.size_conditioning(images)
         columns[f"{side}_mean"] = torch.cat([mean for mean, _ in parts])
         _refuse_non_finite(columns[f"{side}_mean"], rows, side)
         if side != "source":
             columns[f"{side}_std"] = torch.cat([std for _, std in parts])
-            columns |= {f"{side}_{name}": fact for name, fact in facts.items()}
+            columns |= {f"{side}_{name}": value for name, value in conditions.items()}
     for name, values in optional.items():
         columns[name] = [values[row["number"]] for row in rows]
     return columns
@@ -365,7 +365,7 @@ def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Enco
         "buckets": config.buckets,
         "precision": config.cache_precision,
     }
-    digests = [digest(some) for some in (rows, apart) if some is not None]  # each image is read once
+    digests = [digest(part) for part in (rows, apart) if part is not None]  # each image is read once
     encoded = encode(policy, rows, **how, rows_digest=digests[0])
     encoded_apart = None if apart is None else encode(policy, apart, **how, rows_digest=digests[1])
     return EncodedSplits(encoded, encoded_apart, content_hash(digests))

@@ -148,10 +148,10 @@ def test_pair_uses_the_bucket_of_its_aspect_ratio(
     monkeypatch.setattr(encoding, "SHARD", 3)
     policy = load_policy(tiny_model)
     found = encode(policy, drop_ties(load_pairs(several)), where="several", cache=tmp_path, buckets=True)
-    assert dict(zip(found.frames, map(len, found.buckets), strict=True)) == {"24x40": 1, "32x32": 3, "40x24": 3}
+    assert dict(zip(found.sizes, map(len, found.buckets), strict=True)) == {"24x40": 1, "32x32": 3, "40x24": 3}
     assert found.ids() == ["row-4", "row-0", "row-3", "row-6", "row-1", "row-2", "row-5"]
-    for frame, group in zip(found.frames, found.buckets, strict=True):
-        width, height = (int(side) // 2 for side in frame.split("x"))
+    for size, group in zip(found.sizes, found.buckets, strict=True):
+        width, height = (int(side) // 2 for side in size.split("x"))
         for number in group:
             assert found[number]["chosen_mean"].shape == found[number]["rejected_std"].shape == (4, height, width)
     with policy.at_size((40, 24)):
@@ -165,7 +165,7 @@ def policy_picture(path: str, row: str) -> Any:
 
 def test_images_are_cropped_to_one_square_without_buckets(several: str, tiny_model: str, tmp_path: Path) -> None:
     found = encode(load_policy(tiny_model), drop_ties(load_pairs(several)), where="several", cache=tmp_path)
-    assert found.frames == ["32x32"] and found.buckets == [range(7)]
+    assert found.sizes == ["32x32"] and found.buckets == [range(7)]
     assert found.ids() == [f"row-{n}" for n in range(7)]
 
 
