@@ -588,6 +588,30 @@ def test_sdpo_lambda_text_matches_autograd_at_the_logits() -> None:
     assert objectives.sdpo_lambda_text(tokens, masks, apart, slack=0.9).item() == 1
 
 
+def test_sdpo_lambda_text_counts_the_chosen_tokens_past_the_rejected_ones() -> None:
+    """|g_w|^2 is over all tokens of chosen, by hand. It catches a tail of chosen, or its padding, that is left out or in.
+
+    Chosen a b c and rejected a, after which rejected is padding: the product is over token a alone.
+    """
+    p_w, p_l = torch.tensor([[0.5, 0.6, 0.7, 0.3]]), torch.tensor([[0.5, 0.9]])
+    masks = (torch.tensor([[1, 1, 1, 0]]), torch.tensor([[1, 0]]))
+    ids = (torch.tensor([[1, 2, 3, 0]]), torch.tensor([[1, 0]]))
+    scale = objectives.sdpo_lambda_text((p_w.log(), p_l.log()), masks, ids, slack=0.7)
+    assert scale.item() == pytest.approx(0.3 * (0.5**2 + 0.4**2 + 0.3**2) / (0.5 * 0.5))
+
+
+def test_tdpo_has_the_gradient_of_the_rejected_kl_alone() -> None:
+    """d loss / d KL_l = alpha * beta * s(-logit), by hand. It catches a chosen KL with gradient."""
+    policy, reference = build(PAIRS)
+    kl_chosen = torch.tensor([0.3, 0.1, 0.2], dtype=torch.float64, requires_grad=True)
+    kl_rejected = torch.tensor([0.5, 0.4, 0.1], dtype=torch.float64, requires_grad=True)
+    loss = objectives.tdpo(policy, reference, beta=0.3, kl_chosen=kl_chosen, kl_rejected=kl_rejected, kl_weight=0.5)
+    loss.sum().backward()
+    logit = 0.3 * (deltas(policy, reference) - 0.5 * (kl_rejected - kl_chosen)).detach()
+    assert kl_chosen.grad is None
+    assert kl_rejected.grad is not None and torch.allclose(kl_rejected.grad, 0.5 * 0.3 * torch.sigmoid(-logit))
+
+
 def test_linear_weight_has_no_gradient() -> None:
     policy, reference = build(IMAGES, image=True)
     policy.chosen.requires_grad_()

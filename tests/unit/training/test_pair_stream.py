@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dpo_mm.training.pair_stream import PairStream
+from dpo_mm.config import TrainConfig
+from dpo_mm.training.pair_stream import PairStream, eval_stream, training_stream
 
 
 class Rows(list[dict[str, Any]]):
@@ -71,3 +72,76 @@ def test_evaluation_rows_are_in_order_in_full_batches() -> None:
     found = [(int(watched[n]["id"]), watched[n]["visit"]) for n in range(12)]
     assert found[:8] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 0), (1, 0)]
     assert found[8:] == [(3, 0), (4, 0), (3, 1), (4, 1)]
+
+
+def orders(rows: Rows, seen: PairStream, epochs: int) -> dict[int, list[list[int]]]:
+    """Order of the rows of each bucket in each epoch, counted from the bucket's start."""
+    found: dict[int, list[list[int]]] = {n: [[] for _ in range(epochs + 2)] for n in range(len(rows.buckets))}
+    for number in range(epochs * len(rows)):
+        row = seen[number]
+        which = group_of(rows, row)
+        found[which][row["visit"]].append(int(row["id"]) - rows.buckets[which].start)
+    return found
+
+
+def test_rows_of_a_bucket_are_shuffled_in_orders_of_their_own() -> None:
+    """It catches buckets without shuffling, one order for all buckets, one order for all epochs, and batches in order."""
+    rows = grouped(12, 12)
+    seen = stream(rows)
+    found = orders(rows, seen, 4)
+    whole = [order for bucket in found.values() for order in bucket[:4]]
+    assert all(sorted(order) == list(range(12)) != order for order in whole)
+    assert len({tuple(order) for order in whole}) == 8
+    buckets = [group_of(rows, seen[number]) for number in range(0, 96, 4)]
+    assert buckets != sorted(buckets) and [buckets[n : n + 6] for n in (0, 6, 12)] != [buckets[:6]] * 3
+
+
+def test_mirrored_batches_have_one_bucket_and_half_as_many_rows() -> None:
+    """It catches batches of a bucket that are counted in rows, not in rows and their mirror images."""
+    rows = grouped(5, 3, 9)
+    seen = stream(rows, antithetic=True)
+    found = [seen[number] for number in range(2 * 12 * 17 // 4 * 4)]
+    for start in range(0, len(found), 4):
+        batch = found[start : start + 4]
+        assert len({group_of(rows, row) for row in batch}) == 1
+        assert [row["sign"] for row in batch] == [1, -1, 1, -1]
+        assert (batch[0]["id"], batch[2]["id"]) == (batch[1]["id"], batch[3]["id"])
+    assert set(Counter((row["id"], row["visit"]) for row in found).values()) == {2}
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_strata_and_length_are_those_of_a_step_on_all_processes(antithetic: bool) -> None:
+    """It catches strata per process or per micro-batch, which leave parts of the schedule out of a step."""
+    config = TrainConfig(
+        "m", "p", "o", steps=10, batch_size=2, accumulate=3, stratified_timesteps=True, antithetic_noise=antithetic
+    )
+    rows = [{"id": str(n)} for n in range(5)]
+    seen = training_stream(config, rows, processes=2)
+    assert (len(seen), seen.num_strata, seen.batch_size) == (120, 12, 2)
+    count = 6 if antithetic else 12
+    step = Counter(seen[number]["stratum"] for number in range(12, 24))
+    assert step == {(stratum, count): 12 // count for stratum in range(count)}
+    assert training_stream(TrainConfig("m", "p", "o"), rows, processes=2).num_strata == 0
+
+
+def test_images_are_evaluated_at_a_draw_of_each_quarter_of_the_schedule_and_text_once() -> None:
+    """It catches evaluation at one draw of an image, which is noise, and draws that are not spread over the schedule."""
+    config = TrainConfig("m", "p", "o", batch_size=2)
+    rows = [{"id": str(n)} for n in range(3)]
+    images, text = (eval_stream(rows, config, modality=modality) for modality in ("image", "text"))
+    found = [images[number] for number in range(len(images))]
+    assert len(found) == 12 and len(text) == 3 and [text[n]["id"] for n in range(3)] == ["0", "1", "2"]
+    for row in rows:
+        strata = {each["visit"]: each["stratum"] for each in found if each["id"] == row["id"]}
+        assert sorted(strata) == [0, 1, 2, 3] and set(strata.values()) == {(n, 4) for n in range(4)}
+    assert [each["number"] for each in found] == list(range(12))
+
+
+def test_evaluation_rows_that_fill_up_a_bucket_have_no_number() -> None:
+    config = TrainConfig("m", "p", "o", batch_size=5)
+    rows = grouped(3, 2)
+    watched = eval_stream(rows, config, modality="image")
+    found = [watched[number] for number in range(len(watched))]
+    assert len(watched) == 15 + 10 and [row["number"] for row in found].count(-1) == 3 + 2
+    counted = Counter((row["id"], row["visit"]) for row in found if row["number"] >= 0)
+    assert len(counted) == 20 and set(counted.values()) == {1}

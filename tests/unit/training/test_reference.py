@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.families import load_policy
+from dpo_mm.training.builders import training_arguments
 from dpo_mm.training.encoding import encode_splits
 from dpo_mm.training.pair_stream import PairStream
 from dpo_mm.training.reference import (
@@ -137,3 +141,65 @@ def test_more_fixed_draws_than_epochs_equal_fresh_draws() -> None:
     rows = [{"id": str(n)} for n in range(5)]
     fresh, sixteen, four = (PairStream(rows, seed=0, length=35, num_fixed_draws=k) for k in (0, 16, 4))
     assert [sixteen[n] for n in range(35)] == [fresh[n] for n in range(35)] != [four[n] for n in range(35)]
+
+
+class Recorder(Line):
+    """A policy that records its batches, and whether autocast is on."""
+
+    modality = "image"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[list[str]] = []
+        self.dtypes: set[Any] = set()
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        yield
+
+    def collate(self, rows: list[dict[str, Any]]) -> Any:
+        return {"id": [row["id"] for row in rows]}
+
+    def log_probs(self, model: Any, batch: Any) -> Any:
+        self.batches.append(batch["id"])
+        self.dtypes.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        values = torch.tensor([float(name) for name in batch["id"]])
+        return LogProbs(values, -values, values, values, is_likelihood=False)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_references_are_precomputed_in_full_batches_and_the_precision_of_the_step(
+    precision: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """It catches a last batch that is not filled up, a bucket's batch with other rows, and no autocast.
+
+    Each of them changes the last bits of the log-probs, so that loss and reward are not 0 at the first step.
+    """
+
+    class Rows(list[dict[str, Any]]):
+        buckets = (range(5), range(5, 7))
+
+    policy, rows = Recorder(), Rows({"id": str(n)} for n in range(7))
+    given = config("-", "-", tmp_path, batch_size=3, precision=precision)
+    found = precompute_reference_log_probs(policy, PairStream(rows, seed=0, length=0, num_fixed_draws=2), given)  # type: ignore[arg-type]
+    assert policy.batches == [["0", "1", "2"], ["3", "4", "0"], ["5", "6", "5"]] * 2 and policy.dtypes == {dtype}
+    for number in range(7):
+        assert found[number]["reference_chosen"].tolist() == [number, number]
+        assert found[number]["reference_rejected"].tolist() == [-number, -number]
+
+
+def test_trainer_arguments_are_those_of_the_config(tmp_path: Path) -> None:
+    """It catches a setting that does not reach the optimizer, such as a learning rate of 0."""
+    given = config(
+        "-", "-", tmp_path, learning_rate=0.02, schedule="cosine", warmup_steps=7, max_grad_norm=0.3, weight_decay=0.04,
+        accumulate=5, seed=6, optimizer="adafactor",
+    )  # fmt: skip
+    made = training_arguments(given)
+    assert (made.learning_rate, made.lr_scheduler_type.value, made.get_warmup_steps(1000)) == (0.02, "cosine", 7)
+    assert (made.max_grad_norm, made.weight_decay, made.optim.value) == (0.3, 0.04, "adafactor")
+    assert (made.max_steps, made.per_device_train_batch_size, made.gradient_accumulation_steps, made.seed) == (
+        6,
+        3,
+        5,
+        6,
+    )

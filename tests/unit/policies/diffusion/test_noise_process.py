@@ -44,6 +44,13 @@ def test_variance_preserving_matches_the_schedulers_arithmetic(kind: str) -> Non
     torch.testing.assert_close(ours.target(latents, noise, timestep), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_timestep_is_the_floor_of_the_level_and_the_last_one_at_most() -> None:
+    """It catches rounding, a factor of the last timestep instead of their number, and no clamp at level 1."""
+    levels = torch.tensor([0.0, 0.0004, 0.0006, 0.4999, 0.9996, 1.0])
+    timesteps = process(DDIMScheduler(num_train_timesteps=1000)).timesteps(levels, tokens=1)
+    assert timesteps.tolist() == [0, 0, 0, 499, 999, 999] and timesteps.dtype == torch.long
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_rectified_flow_static_shift_matches_the_scheduler(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
