@@ -1,8 +1,8 @@
 """Read questions for a vision-language model: images, a prompt and, if known, the ground truth.
 
 A name selects a synthetic dataset, which is rendered when it is read. A file is Parquet or JSON lines with the columns
-`images` (or `image`), `prompt` and, optionally, `ground_truth`, `id` and `category`. In JSON lines an image is a path
-relative to the file.
+`images` (or `image`), `prompt` and, optionally, `ground_truth`, `id` and `category`. `ground_truth` may be a list, of which any
+is right. In JSON lines an image is a path relative to the file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ class Question:
         id: unique name.
         images: images of the prompt, possibly none.
         prompt: a text, or chat messages.
-        ground_truth: the correct response, "" if unknown.
+        ground_truth: the correct response, "" if unknown or if the correct response is empty.
         category: category for the report.
+        other_truths: further correct responses. A response counts against the one that suits it best.
+        has_ground_truth: False if the correct response is unknown.
     """
 
     id: str
@@ -39,6 +41,13 @@ class Question:
     prompt: Any
     ground_truth: str
     category: str
+    other_truths: tuple[str, ...] = ()
+    has_ground_truth: bool = True
+
+    @property
+    def ground_truths(self) -> tuple[str, ...]:
+        """All correct responses."""
+        return (self.ground_truth, *self.other_truths)
 
 
 def read_questions(name: str, *, limit: int | None = None) -> list[Question]:
@@ -147,14 +156,29 @@ def _question(row: dict[str, Any], path: Path, number: int) -> Question:
         raise ValueError(
             f"{path}, row {number}: no prompt. Expected the columns images (or image), prompt and ground_truth"
         )
+    truths = _truths(row.get("ground_truth"), path, number)
     cells = row.get("images") or ([row["image"]] if row.get("image") else [])
     return Question(
-        str(row.get("id") or number),
+        str(number if row.get("id") is None else row["id"]),
         tuple(_image(cell, path, number) for cell in cells),
         row["prompt"],
-        "" if row.get("ground_truth") is None else str(row["ground_truth"]),
+        truths[0] if truths else "",
         str(row.get("category") or "all"),
+        other_truths=truths[1:],
+        has_ground_truth=bool(truths),
     )
+
+
+def _truths(cell: Any, path: Path, number: int) -> tuple[str, ...]:
+    """Return the correct responses of a row as texts: one, each of a list, or none for null."""
+    cells = cell if isinstance(cell, list | tuple) else [] if cell is None else [cell]
+    if any(not isinstance(each, str | int | float | dict) for each in cells):
+        raise ValueError(
+            f"{path}, row {number}: ground_truth is {cell!r:.80}. Expected a text, a number, or a list of them, any of "
+            "which is right"
+        )
+    texts = (each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in cells)
+    return tuple(dict.fromkeys(texts))
 
 
 def _image(cell: Any, path: Path, number: int) -> Image.Image:

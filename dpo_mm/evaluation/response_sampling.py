@@ -137,7 +137,7 @@ def score_responses(
     Raises:
         ValueError: if a judge does not return one ratio per response.
     """
-    ground_truths = [question.ground_truth for question in questions]
+    ground_truths = [question.ground_truths for question in questions]
     scores = {}
     for name in config.judges:
         scores[name] = response_ratios(name, responses, ground_truths)

@@ -62,8 +62,13 @@ def pair_probabilities(
     return values
 
 
-def response_ratios(name: str, responses: Sequence[Response], ground_truths: Sequence[Any]) -> np.ndarray:
-    """Score responses with a judge.
+def response_ratios(name: str, responses: Sequence[Response], ground_truths: Sequence[Sequence[str]]) -> np.ndarray:
+    """Score responses with a judge, each against the correct response that suits it best.
+
+    Args:
+        name: name of the judge.
+        responses: the responses.
+        ground_truths: correct responses of each, at least one, of which any is right.
 
     Returns:
         Hits and total of each response, (responses, 2), float64.
@@ -71,8 +76,12 @@ def response_ratios(name: str, responses: Sequence[Response], ground_truths: Seq
     Raises:
         ValueError: if the judge returns anything else.
     """
-    rows = [f"response {number} ({response.text[:60]!r})" for number, response in enumerate(responses)]
-    values = _numbers(name, load_judge(name)(responses, ground_truths), rows)
+    owners = [number for number, truths in enumerate(ground_truths) for _ in truths]
+    rows = [f"response {number} ({responses[number].text[:60]!r})" for number in owners]
+    returned = load_judge(name)(
+        [responses[number] for number in owners], [t for truths in ground_truths for t in truths]
+    )
+    values = _numbers(name, returned, rows)
     if values.shape != (len(rows), 2):
         raise ValueError(
             f"judge {name!r} returned {values.shape} for {len(rows)} responses. Return one Ratio (hits, total) per response."
@@ -80,7 +89,14 @@ def response_ratios(name: str, responses: Sequence[Response], ground_truths: Seq
     negative = np.flatnonzero(values[:, 1] < 0)
     if len(negative):
         raise ValueError(f"judge {name!r} returned a total below 0 for {rows[int(negative[0])]}. Expected at least 0.")
-    return values
+    sign = {"higher": 1.0, "lower": -1.0, "neutral": 0.0}[better_of(name)]
+    hits, totals = values.T
+    rates = np.divide(sign * hits, totals, out=np.full(len(rows), -np.inf), where=totals > 0)
+    best: dict[int, int] = {}
+    for index, owner in enumerate(owners):
+        if owner not in best or rates[index] > rates[best[owner]]:
+            best[owner] = index
+    return values[[best[number] for number in range(len(responses))]].reshape(-1, 2)
 
 
 def _column(name: str, values: np.ndarray, count: int, kind: str) -> np.ndarray:

@@ -48,7 +48,7 @@ def mine_responses(config: MineResponsesConfig) -> Path:
     _validate_config(config)
     folder = Path(config.output_dir)
     questions = read_questions(config.questions, limit=config.max_questions)
-    without = next((question.id for question in questions if not question.ground_truth), None)
+    without = next((question.id for question in questions if not question.has_ground_truth), None)
     if without is not None:
         raise ValueError(f"{config.questions}: question {without} has no ground truth, and mining needs it. Add it.")
     check_settings_unchanged(folder, "mined response pairs", ingredients(config, questions), done="mined")
@@ -134,18 +134,18 @@ def _mine_shard(
     return [row for row in rows if row is not None]
 
 
-def failure_scores(judge: str, responses: Sequence[Response], ground_truth: str) -> list[float]:
+def failure_scores(judge: str, responses: Sequence[Response], ground_truths: Sequence[str]) -> list[float]:
     """Score how badly responses to one question fail.
 
     Args:
         judge: name of the judge.
         responses: responses to the same question.
-        ground_truth: the correct response.
+        ground_truths: the correct responses, of which any is right.
 
     Returns:
         One score per response, higher is worse. 0 if the judge counts nothing in it.
     """
-    ratios = response_ratios(judge, responses, [ground_truth] * len(responses))
+    ratios = response_ratios(judge, responses, [ground_truths] * len(responses))
     sign = -1.0 if better_of(judge) == "higher" else 1.0
     return [sign * hits / total if total else 0.0 for hits, total in ratios.tolist()]
 
@@ -165,18 +165,21 @@ def build_pair(
         The row. None if no response is worse than chosen by more than the gap.
     """
     perfect = Response(question.ground_truth, 0, hit_limit=False)
-    *scores, chosen_score = failure_scores(config.judge, [*responses, perfect], question.ground_truth)
+    *scores, chosen_score = failure_scores(config.judge, [*responses, perfect], question.ground_truths)
     worst = max(range(len(responses)), key=scores.__getitem__)
     rejected, chosen = responses[worst], question.ground_truth
     if config.chosen == "best":
-        ties = failure_scores(config.tie_break, responses, question.ground_truth)
+        ties = failure_scores(config.tie_break, responses, question.ground_truths)
         best = min(range(len(responses)), key=lambda n: (scores[n], ties[n]))
         chosen, chosen_score = responses[best].text, scores[best]
     elif config.chosen == "corrected":
         chosen = correct(config.judge, rejected, question.ground_truth)
-        (chosen_score,) = failure_scores(config.judge, [Response(chosen, 0, hit_limit=False)], question.ground_truth)
+        (chosen_score,) = failure_scores(config.judge, [Response(chosen, 0, hit_limit=False)], question.ground_truths)
     score_gap = scores[worst] - chosen_score
-    if score_gap <= config.min_score_gap or not chosen.strip() or rejected.text == chosen:
+    is_empty = not chosen.strip() and bool(
+        question.ground_truth.strip()
+    )  # the right response to an empty page is empty
+    if score_gap <= config.min_score_gap or is_empty or rejected.text == chosen:
         return None
     text = truncate_repetition(rejected.text, question.ground_truth) if rejected.hit_limit else rejected.text
     return {

@@ -141,7 +141,7 @@ def check_same_content(
                 "model": f"a file of model {config.model}",
                 "libraries": f"the version of a library ({old} -> {value})",
                 "pairs": config.pairs,
-                "encoded rows": f"what the chat template (which may print today's date) or the tokenizer makes of {config.pairs}",
+                "encoded rows": f"what the chat template or the tokenizer makes of {config.pairs} (a template may print today's date)",
             }
             raise ValueError(
                 f"{what[name]} has changed since {checkpoint} was made. Restore it, or choose another output_dir"

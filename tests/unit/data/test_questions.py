@@ -67,3 +67,30 @@ def test_read_questions_bad_file_names_the_row_and_the_fix(text: str, message: s
 def test_read_questions_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'pages-train'"):
         read_questions("pages-trian")
+
+
+@pytest.mark.parametrize(
+    ("cell", "truths"),
+    [
+        (["25th June", "June 25"], ("25th June", "June 25")),
+        (0, ("0",)),
+        ([1, "one"], ("1", "one")),
+        ("", ("",)),
+        (False, ("false",)),
+        ({"sum": 3.5}, ('{"sum": 3.5}',)),
+        (None, None),
+        ([], None),
+    ],
+)
+def test_ground_truths_have_their_type(cell: object, truths: tuple[str, ...] | None, tmp_path: Path) -> None:
+    """Catches the text of a Python list, 0 or an empty page as unknown, and null as known."""
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"prompt": "when?", "ground_truth": cell}))
+    (question,) = read_questions(str(path))
+    assert question.has_ground_truth == (truths is not None) and question.ground_truths == (truths or ("",))
+
+
+def test_ground_truth_of_another_type_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "when?", "ground_truth": ["one", null]}')
+    with pytest.raises(ValueError, match=r"q.jsonl, row 0: ground_truth is \['one', None\]. Expected a text"):
+        read_questions(str(tmp_path / "q.jsonl"))

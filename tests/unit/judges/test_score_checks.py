@@ -99,7 +99,7 @@ def test_pair_probabilities_are_from_0_to_1(judge: Callable[..., None]) -> None:
 def test_response_ratios_are_hits_and_totals(judge: Callable[..., None]) -> None:
     responses = [Response("one", 1, hit_limit=False), Response("two", 1, hit_limit=False)]
     judge([Ratio(1, 2), Ratio(torch.tensor(0.5, requires_grad=True), 1)])
-    assert response_ratios(NAME, responses, ["", ""]).tolist() == [[1, 2], [0.5, 1]]
+    assert response_ratios(NAME, responses, [[""], [""]]).tolist() == [[1, 2], [0.5, 1]]
     for value, message in (
         ([Ratio(float("nan"), 1), Ratio(0, 1)], r"returned nan for response 0 \('one'\)"),
         ([Ratio(1, 1)], r"returned \(1, 2\) for 2 responses"),
@@ -108,4 +108,12 @@ def test_response_ratios_are_hits_and_totals(judge: Callable[..., None]) -> None
     ):
         judge(value)
         with pytest.raises(ValueError, match=message):
-            response_ratios(NAME, responses, ["", ""])
+            response_ratios(NAME, responses, [[""], [""]])
+
+
+def test_response_ratios_takes_the_best_of_several_truths() -> None:
+    """Catches a list that becomes the text of a list, the worst instead of the best, and lower instead of higher."""
+    responses = [Response(text, 1, hit_limit=False) for text in ("June 25", "25th June", "July")]
+    truths = [["25th June", "June 25"]] * 2 + [["June", "Juli"]]
+    assert response_ratios("anls", responses, truths).tolist() == [[1, 1], [1, 1], [0.75, 1]]
+    assert response_ratios("cer", responses, truths).tolist() == [[0, 7], [0, 9], [1, 4]]

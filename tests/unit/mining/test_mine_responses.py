@@ -46,6 +46,13 @@ def test_response_without_failure_gives_no_pair() -> None:
     assert row is not None and row["rejected"] == "1 2 3 4" and not row["rejected_truncated"]
 
 
+def test_empty_page_is_a_valid_truth() -> None:
+    """Catches a question that is skipped because its right response is empty."""
+    page = dataclasses.replace(PAGE, ground_truth="")
+    row = build_pair(page, [Response("7 " * 60, 120, True)], DECODINGS, config())
+    assert row is not None and row["chosen"] == "" and row["score_gap"] == 1
+
+
 def test_chosen_best_uses_recall_for_ties() -> None:
     responses = [
         Response("a green cross.", 4, False),
