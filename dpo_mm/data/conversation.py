@@ -5,12 +5,19 @@ A message is `{"role": ..., "content": [{"type": "image"}, {"type": "text", "tex
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 Message = dict[str, Any]
 PLACEHOLDER = re.compile(r"\n?<image>\n?")
+ROLES = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's names of the roles."""
+TEXT_PARTS = ("text", "input_text", "output_text")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "refusal")
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+"""Keys of a message that contain something which is not in its content."""
 
 
 def as_messages(content: Any, role: str) -> list[Message]:
@@ -35,19 +42,25 @@ def _message(message: Any) -> Message:
         raise ValueError("a message has no role and content")
     if message.get("tool_calls") or message.get("function_call"):
         raise ValueError("a message calls tools")
+    lost = [name for name in THOUGHTS + MEDIA if message.get(name)]
+    if lost:
+        raise ValueError(f"a message has {lost[0]}. Only its content is supported")
     content = message["content"]
     if content is None:
         raise ValueError("a message has no content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else [_part(part) for part in content]
-    return {"role": message["role"], "content": parts}
+    return {"role": ROLES.get(message["role"], message["role"]), "content": parts}
 
 
 def _part(part: Any) -> dict[str, Any]:
+    part = {"type": "text", "text": part} if isinstance(part, str) else part
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "image" and not any(part.get(name) for name in ("image", "url", "path", "base64", "image_url")):
         return {"type": "image"}
-    if kind == "text" and isinstance(part.get("text"), str):
+    if kind in TEXT_PARTS and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
+    if kind in TEXT_PARTS:
+        raise ValueError("a text part of a message has no text")
     if kind == "image":
         raise ValueError("an image is inside a message. Images must be in the column images")
     raise ValueError(f"a part of a message has the type {kind!r}. Only text and image are supported")
@@ -56,6 +69,12 @@ def _part(part: Any) -> dict[str, Any]:
 def count_image_parts(messages: Sequence[Message]) -> int:
     """Number of image parts of a conversation."""
     return sum(part["type"] == "image" for message in messages for part in message["content"])
+
+
+def split_at_placeholders(messages: Sequence[Message]) -> list[Message]:
+    """Copy a conversation. If it has no image parts, every `<image>` in its texts becomes one."""
+    split = (lambda parts: list(parts)) if count_image_parts(messages) else _split_at_placeholders
+    return [{**message, "content": split(message["content"])} for message in messages]
 
 
 def place_images(messages: Sequence[Message], images: int) -> list[Message] | None:
@@ -71,9 +90,7 @@ def place_images(messages: Sequence[Message], images: int) -> list[Message] | No
     Returns:
         New messages, or None if the number of parts or placeholders is wrong, or there is no user message for the images.
     """
-    if images and not count_image_parts(messages):
-        messages = [{**message, "content": _split_at_placeholders(message["content"])} for message in messages]
-    messages = [{**message, "content": list(message["content"])} for message in messages]
+    messages = split_at_placeholders(messages)
     parts = count_image_parts(messages)
     first = next((message for message in messages if message["role"] == "user"), None)
     if parts not in (0, images) or (images and parts == 0 and first is None):
@@ -121,3 +138,25 @@ def response_of(content: Any, prompt: Sequence[Message]) -> list[Message]:
 
 def _words(message: Message) -> tuple[str, str]:
     return message["role"], "".join(part.get("text") or "" for part in message["content"]).strip()
+
+
+def parse_tools(tools: Any) -> list[Any] | None:
+    """Return a row's JSON schemas of tools, without the nulls that a table adds to them. None for none.
+
+    Args:
+        tools: a list, or its JSON text.
+
+    Raises:
+        ValueError: if the text is not JSON.
+    """
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    except ValueError as error:
+        raise ValueError(f"tools is not JSON: {error}") from error
+    return _without_nulls(tools) or None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_mm.data.response_columns import check_columns_are_read
 from dpo_mm.data.row_digest import content
 from dpo_mm.data.row_digest import digest as digest
 
@@ -71,9 +72,9 @@ def response_preference() -> Features:
     """Return the features of `ResponsePreference`.
 
     They are TRL's conversational preference with images, and columns about the row's label and origin.
-    `rejected_truncated` is true if the rejected response was truncated, so no end-of-turn token follows it. `reason` says
-    why it was rejected. `tools` are the JSON schemas of tools for the chat template, as JSON text. `probability` is that of chosen being better, in [0, 1]. `score_gap` is by how much, in the
-    judge's unit.
+    `chosen_truncated` and `rejected_truncated` are true if the response was truncated, so no end-of-turn token follows it.
+    `reason` says why it was rejected. `tools` are the JSON schemas of tools for the chat template, as JSON text.
+    `probability` is that of chosen being better, in [0, 1]. `score_gap` is by how much, in the judge's unit.
     """
     from datasets import Features, Image, List, Value
 
@@ -87,6 +88,7 @@ def response_preference() -> Features:
             "prompt": messages,
             "chosen": messages,
             "rejected": messages,
+            "chosen_truncated": Value("bool"),
             "rejected_truncated": Value("bool"),
             "tools": text,
             "probability": Value("float64"),
@@ -142,12 +144,14 @@ def load_responses(path: str) -> Dataset:
         path: a Parquet file, a folder of Parquet files, a folder saved by `datasets`, a hub id, or a bundled dataset.
 
     Raises:
-        ValueError: if the dataset is missing or empty, or has no column prompt, chosen or rejected.
+        ValueError: if the dataset is missing or empty, has no column prompt, chosen or rejected, or has a part of its
+            conversations in a column that is not read.
     """
     from dpo_mm.assets import resolve_asset
 
     rows = _open(resolve_asset(path))
     _require_columns(rows, ("prompt", "chosen", "rejected"), path)
+    check_columns_are_read(rows, path)
     return _with_ids(rows)
 
 

@@ -167,11 +167,11 @@ def build_pair(
     perfect = Response(question.ground_truth, 0, hit_limit=False)
     *scores, chosen_score = failure_scores(config.judge, [*responses, perfect], question.ground_truths)
     worst = max(range(len(responses)), key=scores.__getitem__)
-    rejected, chosen = responses[worst], question.ground_truth
+    rejected, chosen, chosen_truncated = responses[worst], question.ground_truth, False
     if config.chosen == "best":
         ties = failure_scores(config.tie_break, responses, question.ground_truths)
         best = min(range(len(responses)), key=lambda n: (scores[n], ties[n]))
-        chosen, chosen_score = responses[best].text, scores[best]
+        chosen, chosen_score, chosen_truncated = responses[best].text, scores[best], responses[best].hit_limit
     elif config.chosen == "corrected":
         chosen = correct(config.judge, rejected, question.ground_truth)
         (chosen_score,) = failure_scores(config.judge, [Response(chosen, 0, hit_limit=False)], question.ground_truths)
@@ -188,6 +188,7 @@ def build_pair(
         "prompt": question.prompt,
         "chosen": chosen,
         "rejected": text,
+        "chosen_truncated": chosen_truncated,
         "rejected_truncated": rejected.hit_limit,
         "score_gap": score_gap,
         "axis": config.judge,

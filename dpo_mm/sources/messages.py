@@ -6,7 +6,6 @@ from typing import Any
 
 from dpo_mm.data.conversation import Message, as_messages, place_images
 
-ROLES = {"human": "user", "gpt": "assistant"}
 IMAGE_SOURCES = ("image", "image_url", "url", "path", "base64")
 """Keys of an image part that contain the image itself or its address."""
 
@@ -48,8 +47,7 @@ def to_messages(conversation: Any, images: list[Any] | None = None) -> list[Mess
         content = turn.get("content")
         if images is not None and isinstance(content, list):
             content = [_without_source(part, images) for part in content]
-        role = turn.get("role")
-        converted.append({**turn, "role": ROLES.get(str(role), role), "content": content})
+        converted.append({**turn, "role": turn.get("role"), "content": content})
     return as_messages(converted, "user")
 
 

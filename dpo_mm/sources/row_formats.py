@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dpo_mm.data.conversation import Message, place_images, response_of
+from dpo_mm.data.conversation import Message, parse_tools, place_images, response_of
+from dpo_mm.data.response_columns import MEDIA_COLUMNS
 from dpo_mm.data.schema import PREFERENCES, image_preference, response_preference
 from dpo_mm.sources.messages import to_messages
 from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
@@ -19,12 +20,11 @@ def llama_factory(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     Columns: `conversations, chosen, rejected` (ShareGPT or OpenAI turns), `images, system`.
     """
     for row in rows:
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        yield _conversation_pair(row, [*system, *row["conversations"]], row["chosen"], row["rejected"])
+        yield _conversation_pair(row, row["conversations"], row["chosen"], row["rejected"])
 
 
 def trl(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
-    """Convert TRL's preference format: `prompt, chosen, rejected` as texts or messages, `images` (or `image`), `tools`.
+    """Convert TRL's preference format: `prompt, chosen, rejected` as texts or messages, `images` (or `image`), `tools`, `system`.
 
     Without a prompt, the messages that chosen and rejected have in common at their beginning are the prompt.
     """
@@ -46,9 +46,14 @@ def _conversation_pair(row: Row, prompt: list[Any], chosen: Any, rejected: Any) 
     images = [images] if isinstance(images, str) else list(images)
     if not prompt:
         return LeftOut("its chosen and rejected conversations have no prompt in common")
+    if any(row.get(name) for name in MEDIA_COLUMNS):
+        return LeftOut("it has a video or audio. Only text and image are supported")
+    if row.get("system") and prompt[0].get("role", prompt[0].get("from")) != "system":
+        prompt = [{"role": "system", "content": row["system"]}, *prompt]
     inside: list[Any] = []
     try:
         messages = to_messages(prompt, None if images else inside)
+        tools = parse_tools(row.get("tools"))
         responses = {"chosen": _response(chosen, messages), "rejected": _response(rejected, messages)}
     except ValueError as error:
         return LeftOut(str(error))
@@ -56,13 +61,12 @@ def _conversation_pair(row: Row, prompt: list[Any], chosen: Any, rejected: Any) 
     prompt_with_images = place_images(messages, len(images))
     if prompt_with_images is None:
         return IMAGE_COUNT_MISMATCH
-    tools = row.get("tools")
     return {
         "id": str(row.get("id") or row["_number"]),
         "images": images,
         "prompt": prompt_with_images,
         **responses,
-        **({"tools": tools if isinstance(tools, str) else json.dumps(tools)} if tools else {}),
+        **({"tools": json.dumps(tools)} if tools else {}),
         **_typed_columns(row, ("score_gap", "probability", "axis", "license", "reason", "model")),
     }
 

@@ -11,7 +11,6 @@ import difflib
 import functools
 import hashlib
 import inspect
-import json
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,13 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_mm.data.conversation import Message, as_messages, count_image_parts, place_images, response_of
+from dpo_mm.data.conversation import (
+    Message,
+    as_messages,
+    count_image_parts,
+    parse_tools,
+    place_images,
+    response_of,
+    split_at_placeholders,
+)
 from dpo_mm.data.image_files import rgb_image
 from dpo_mm.data.load_pairs import decode_prompt_images, undecoded_rows
 from dpo_mm.data.schema import Response
 from dpo_mm.objectives import DATASET_INPUTS
 from dpo_mm.policies.vlm.completion import TurnEnd, stop_ids, turn_end, without_repeated_opening
-from dpo_mm.policies.vlm.decoding import hidden_ids
+from dpo_mm.policies.vlm.decoding import hidden_ids, media_ids
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +74,7 @@ class ConversationEncoder:
         self.templated = bool(getattr(processor, "chat_template", None) or self.tokenizer.chat_template)
         self.accepted = set(inspect.signature(model.forward).parameters)
         self.generation_stops = stop_ids(self.tokenizer, model)
-        self.hidden_ids = hidden_ids(self.tokenizer, model)
+        self.media_ids, self.hidden_ids = media_ids(model), hidden_ids(self.tokenizer, model)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length, self.overlong_rows = max_length or limit, overlong_rows
         self.corrupt, self.mark_edits = corrupt, mark_edits
@@ -91,11 +98,13 @@ class ConversationEncoder:
                 the row.
         """
         name, images = str(row["id"]), decode_prompt_images(row, "the pairs")
-        label, tools = f"row {name}", _tools(row.get("tools"), f"row {name}")
+        label, column = f"row {name}", "prompt"
         try:
             messages = as_messages(row["prompt"], "user")
+            column = "tools"
+            tools = parse_tools(row.get("tools"))
         except ValueError as error:
-            raise ValueError(f"{label}: prompt: {error}") from error
+            raise ValueError(f"{label}: {column}: {error}") from error
         prompt = self.prompt(images, messages, label=label, tools=tools)
         completions = {
             side: self._completion(
@@ -159,7 +168,7 @@ class ConversationEncoder:
         """
         if images and not self.takes_images:
             raise ValueError(f"{label}: {len(images)} images for a model that takes only text")
-        text = self._template(_with_image_parts(messages, len(images), label), complete=False, tools=tools)
+        text = self._template(self._place_images(messages, len(images), label), complete=False, tools=tools)
         try:
             processed = self._process(text, images)
         except ValueError as error:
@@ -214,6 +223,18 @@ class ConversationEncoder:
         """Ids at which a generated response ends: the template's end of a turn, and those at which `generate` stops."""
         return list(dict.fromkeys([*self.generation_stops, *([] if self.turn_end.id is None else [self.turn_end.id])]))
 
+    def _place_images(self, messages: Sequence[Message], images: int, label: str) -> list[Message]:
+        """Messages with a part per image. In the prompts of a model without images, `<image>` is text."""
+        if not self.takes_images:
+            return list(messages)
+        placed = place_images(messages, images)
+        if placed is None:
+            raise ValueError(
+                f"{label}: {images} images for {count_image_parts(split_at_placeholders(messages))} placeholders in the "
+                "prompt. Expected one placeholder per image, or none and a message of the user"
+            )
+        return placed
+
     def text(self, ids: Sequence[int]) -> str:
         """Text of a response's tokens, with the special tokens that a model writes inside, such as those of a box."""
         hidden = self.hidden_ids.union(self.stops)
@@ -249,7 +270,7 @@ class ConversationEncoder:
             answer = response_of(response, messages)
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from error
-        prompt = _with_image_parts(messages, len(images), label)
+        prompt = self._place_images(messages, len(images), label)
         before, body = self._body(prompt, answer, tools)
         ids = self._after(before, before + body + (self.turn_end.text if ends else ""))
         end = next((n for n, token in enumerate(ids) if token in self.stops), None)
@@ -257,6 +278,10 @@ class ConversationEncoder:
             ids = ids[: end + ends]
         elif ends and self.turn_end.id is not None:
             ids = [*ids, self.turn_end.id]
+        media = self.media_ids.intersection(ids)
+        if media:
+            token = self.tokenizer.convert_ids_to_tokens(min(media))
+            raise ValueError(f"{label} contains {token}, an image token of the model. Expected text. Remove it")
         if not ids:
             raise ValueError(f"{label} is empty. Expected at least one token")
         return ids
@@ -315,25 +340,6 @@ def edited_token_masks(chosen: Sequence[int], rejected: Sequence[int]) -> dict[s
         marks["chosen_edited"][block.a : block.a + block.size] = 0
         marks["rejected_edited"][block.b : block.b + block.size] = 0
     return marks
-
-
-def _with_image_parts(messages: Sequence[Message], images: int, label: str) -> list[Message]:
-    placed = place_images(messages, images)
-    if placed is None:
-        raise ValueError(
-            f"{label}: {images} images for {count_image_parts(messages)} placeholders in the prompt. "
-            "Expected one placeholder per image, or none and a message of the user"
-        )
-    return placed
-
-
-def _tools(tools: Any, label: str) -> Any:
-    """Tools of a row, from a list or its JSON text."""
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError as error:
-        raise ValueError(f"{label}: tools is not JSON: {error}") from error
-    return tools or None
 
 
 def _untemplated(messages: Sequence[Message], image_token: str | None) -> str:

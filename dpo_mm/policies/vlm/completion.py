@@ -6,13 +6,14 @@ not the tokenizer's end of sequence: Gemma ends a turn with <end_of_turn>, Phi w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from dpo_mm.data.conversation import Message
 
-STAND_IN = "The-response-7f3a9c"
-"""Text in place of a response, to find what a template writes after one."""
+QUESTION, RESPONSE = "The-question-4b81d2", "The-response-7f3a9c"
+"""Texts in place of a question and a response, to find what a template writes after them."""
 
 
 class TurnEnd(NamedTuple):
@@ -52,30 +53,45 @@ def turn_end(render: Callable[[Sequence[Message]], str], tokenizer: Any, stops: 
         stops: ids at which `generate` stops.
 
     Returns:
-        The first id of `stops` after the response, or else the first special token there. A template that writes none has
-        the end text "", and the id of the tokenizer's end of sequence.
+        The first token after the response at which `generate` stops, or which ends the user's turn too. Without one, the
+        first special token after the response, or what opens the next turn if `generate` stops there (GLM). A template
+        that writes none of them has the end text "", and the id of the tokenizer's end of sequence.
     """
     text = lambda role, content: {"role": role, "content": [{"type": "text", "text": content}]}
-    _, stand_in, suffix = render([text("user", "x"), text("assistant", STAND_IN)]).rpartition(STAND_IN)
-    ids = tokenizer(suffix, add_special_tokens=False)["input_ids"] if stand_in and suffix else []
+    conversation = [text("user", QUESTION), text("assistant", RESPONSE)]
+    before, response, suffix = render(conversation).rpartition(RESPONSE)
+    if not response:
+        return TurnEnd("", "", tokenizer.eos_token_id)
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    ends = [i for i in ids if i in stops] or [i for i in ids if i in special]
-    for end in ends:
+    ends = {*stops, *_tokens(before.rpartition(QUESTION)[2], tokenizer, special)[:1]}
+    found = _tokens(suffix, tokenizer, ends) or _tokens(suffix, tokenizer, special)
+    written = suffix
+    if not found:
+        after = render([*conversation, text("user", QUESTION)]).rpartition(RESPONSE)[2]
+        written = after.partition(QUESTION)[0]
+        found = _tokens(written, tokenizer, set(stops))
+    for end in found:
         token = tokenizer.convert_ids_to_tokens(end)
-        if token in suffix:
-            return TurnEnd(suffix[: suffix.index(token) + len(token)], suffix, end)
-    return TurnEnd("", suffix if stand_in else "", tokenizer.eos_token_id)
+        if token in written:
+            return TurnEnd(written[: written.index(token) + len(token)], suffix, end)
+    return TurnEnd("", suffix, tokenizer.eos_token_id)
+
+
+def _tokens(text: str, tokenizer: Any, wanted: set[int]) -> list[int]:
+    """Those tokens of a text that are wanted."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    return [token for token in ids if token in wanted]
 
 
 def without_repeated_opening(opening: str, response: str) -> str:
-    """Remove from a response what the template has written already, such as `<think>`.
+    """Remove from a response the tag that the template has written already, such as `<think>`.
 
     Args:
         opening: what the template writes to open the response's turn.
         response: the text of the response.
     """
-    for written in (opening, opening.rstrip()):
-        for length in range(min(len(written), len(response)), 0, -1):
-            if written.endswith(response[:length]) and response[:length].strip():
-                return response[length:]
+    tag = re.search(r"[<\[◁][^<>\[\]◁▷\s]+[>\]▷]\s*$", opening)
+    for written in (tag.group(), tag.group().rstrip()) if tag else ():
+        if response.startswith(written):
+            return response[len(written) :]
     return response

@@ -66,11 +66,16 @@ def log_unused_settings(model: Any, tokenizer: Any, source: str) -> None:
         )
 
 
+def media_ids(model: Any) -> set[int]:
+    """Ids of the placeholders of images, videos and audio, and of the tokens around them."""
+    values = (value for name, value in vars(model.config).items() if MEDIA_TOKEN.fullmatch(name))
+    return {value for value in values if isinstance(value, int)}
+
+
 def hidden_ids(tokenizer: Any, model: Any) -> set[int]:
     """Ids that are no text of a response: padding, begin and end of a sequence, and placeholders of images.
 
     Other special tokens, such as those around a box or its coordinates, are part of what the model wrote.
     """
     named = {getattr(tokenizer, f"{name}_id") for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
-    media = {value for name, value in vars(model.config).items() if MEDIA_TOKEN.fullmatch(name)}
-    return {value for value in named | media if isinstance(value, int)}
+    return {value for value in named if isinstance(value, int)} | media_ids(model)

@@ -19,6 +19,7 @@ from dpo_mm.data.questions import read_questions
 from dpo_mm.data.schema import (
     image_preference,
     load_pairs,
+    load_responses,
     make_image_rows,
     make_response_rows,
     split_by_prompt,
@@ -137,3 +138,27 @@ def test_combine_shards_writes_row_groups_of_bounded_size(monkeypatch: pytest.Mo
     assert load_pairs(str(target))["id"] == [f"{shard}-{n}" for shard in (0, 2) for n in range(8)]
     assert isinstance(load_pairs(str(target))[0]["image_a"], Image.Image)
     assert pa.types.is_struct(pq.read_schema(target).field("image_a").type)
+
+
+@pytest.mark.parametrize(
+    ("column", "error"),
+    [
+        ({"img": {"bytes": b"x", "path": None}}, "'img' has images and is not read. Rename it to images"),
+        ({"scan": [{"bytes": b"x", "path": None}]}, "'scan' has images"),
+        ({"image_path": "1.png"}, "'image_path' has images"),
+        ({"videos": ["1.mp4"]}, "'videos' has video or audio"),
+        ({"system": "Be kind."}, "'system' is not read.*dpo-mm import trl"),
+    ],
+)
+def test_part_of_a_conversation_in_another_column_is_refused(
+    tmp_path: Path, column: dict[str, object], error: str
+) -> None:
+    """Otherwise the rows train without it. Columns without content are allowed."""
+    from datasets import Dataset
+
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    Dataset.from_list([{**row, **column}]).to_parquet(tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match=f"p.parquet: the column {error}"):
+        load_responses(str(tmp_path / "p.parquet"))
+    Dataset.from_list([{**row, "system": "", "videos": [], "score": 1.0}]).to_parquet(tmp_path / "q.parquet")
+    assert len(load_responses(str(tmp_path / "q.parquet"))) == 1

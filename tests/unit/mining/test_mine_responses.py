@@ -64,6 +64,16 @@ def test_chosen_best_uses_recall_for_ties() -> None:
     assert build_pair(SCENE, responses[1:], DECODINGS, config(judges="chair_i", chosen="best")) is None
 
 
+def test_truncated_response_has_no_end_of_turn_as_chosen_either() -> None:
+    """Mutation that it catches: the best response always gets an end of turn."""
+    responses = [Response("a red circle and", 4, True), Response("a green cross.", 4, False)]
+    row = build_pair(SCENE, responses, DECODINGS, config(judges="chair_i", chosen="best"))
+    assert row is not None and row["chosen"] == "a red circle and"
+    assert row["chosen_truncated"] and not row["rejected_truncated"]
+    row = build_pair(SCENE, responses, DECODINGS, config(judges="chair_i"))
+    assert row is not None and not row["chosen_truncated"]
+
+
 def test_corrected_response_changes_only_what_the_judge_rejects() -> None:
     page = dataclasses.replace(PAGE, ground_truth="Mines ....... 44\nRoads ........ 75")
     looping = Response("Nines ....... 44\nRoads " + "." * 170, 200, True)

@@ -489,12 +489,21 @@ def test_trl_rows_that_would_lose_content_are_left_out(folder: Path, run: Any) -
         {"prompt": user(text), "chosen": say("A", tool_calls=[{"id": "1"}]), "rejected": say("B")},
         {"prompt": user(text), "chosen": say("A") + user(text) + say("C"), "rejected": say("B")},
         {"prompt": user(text), "chosen": say([{"type": "image", "image": "1.png"}]), "rejected": say("B")},
+        {"prompt": user(text), **pair, "videos": ["1.mp4"]},
+        {"prompt": user({"type": "text", "text": "<image>What?"}), **pair},
+        {"prompt": user(text), "chosen": say("A", reasoning_content="so"), "rejected": say("B")},
+        {"prompt": user(text), **pair, "system": "Be kind."},
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_images(folder, "1.png")
     result, got = run("trl")
     asked = [("image", None), ("text", "What?")]
-    assert [texts(row) for row in got] == [(asked, "A", "B"), (asked, "A", "B"), ([("text", "What?")], "A", "B")]
+    assert [texts(row) for row in got] == [
+        (asked, "A", "B"),
+        (asked, "A", "B"),
+        ([("text", "What?")], "A", "B"),
+        ([("text", "Be kind."), ("text", "What?")], "A", "B"),
+    ]
     assert grey(got[0]["images"][0]) == 9 and grey(got[1]["images"][0]) == 1 and not got[2]["images"]
     assert json.loads(got[1]["tools"]) == [{"name": "zoom"}] and got[0]["tools"] is None
     assert result.left_out == {
@@ -506,6 +515,9 @@ def test_trl_rows_that_would_lose_content_are_left_out(folder: Path, run: Any) -
         "a message calls tools": 1,
         "the response has messages of assistant, user, assistant. Expected one of the assistant": 1,
         "the response contains an image. Expected text": 1,
+        "it has a video or audio. Only text and image are supported": 1,
+        "its images do not match the image placeholders in the question": 1,
+        "a message has reasoning_content. Only its content is supported": 1,
     }
 
 
