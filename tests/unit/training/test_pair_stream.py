@@ -107,6 +107,8 @@ def test_mirrored_batches_have_one_bucket_and_half_as_many_rows() -> None:
         assert [row["sign"] for row in batch] == [1, -1, 1, -1]
         assert (batch[0]["id"], batch[2]["id"]) == (batch[1]["id"], batch[3]["id"])
     assert set(Counter((row["id"], row["visit"]) for row in found).values()) == {2}
+    first_epoch = [stream(grouped(3, 5), antithetic=True, batch_size=2)[number] for number in range(16)]
+    assert Counter((row["id"], row["visit"]) for row in first_epoch) == {(str(n), 0): 2 for n in range(8)}
 
 
 @pytest.mark.parametrize("antithetic", [False, True])

@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion import random_draws
+from dpo_mm.policies.diffusion.collate import collate
+from dpo_mm.policies.diffusion.latents import LatentScale
 from dpo_mm.training.pair_stream import PairStream
 
 
@@ -54,6 +59,36 @@ def test_sample_noise_level_stratum_stays_in_its_part_of_the_distribution(kind: 
         sampled = levels(50, distribution=kind, level_range=(0.1, 0.9), stratum=(index, 8))
         assert all(edges[index] <= level < edges[index + 1] for level in sampled)
     assert [random_draws.TIMESTEP_DISTRIBUTIONS[kind](u, 0.1, 0.9) for u in (0.0, 1.0)] == pytest.approx([0.1, 0.9])
+
+
+@pytest.mark.parametrize("kind", random_draws.TIMESTEP_DISTRIBUTIONS)
+def test_sample_noise_level_stays_below_the_high_end_despite_rounding(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(9 + u) / 10 rounds to 1 for the largest u below 1. It catches a level of 1, which is past the last timestep."""
+    largest = SimpleNamespace(uniform=lambda: math.nextafter(1.0, 0.0))
+    monkeypatch.setattr(random_draws, "row_generator", lambda *key: largest)
+    for low, high in ((0.0, 1.0), (0.2, 0.7)):
+        level = random_draws.sample_noise_level(0, "a", 0, distribution=kind, level_range=(low, high), stratum=(9, 10))
+        assert high - 1e-9 < level < high
+
+
+def test_collate_negates_the_noise_of_a_mirrored_row_and_nothing_else() -> None:
+    """It catches a sign that does not reach the noise: the pair of draws would be one draw twice."""
+    ones = torch.ones(2, 4, 4)
+    row = {"id": "a", "visit": 0, "prompt": {"e": torch.zeros(1)}}
+    row |= {f"{side}_{name}": ones for side in ("chosen", "rejected") for name in ("mean", "std")}
+    policy: Any = SimpleNamespace(
+        config=TrainConfig("m", "p", "o"),
+        noise_process=SimpleNamespace(timesteps=lambda levels, tokens: levels),
+        latent_scale=LatentScale(torch.zeros(1, 1, 1), torch.ones(1, 1, 1)),
+        num_tokens=lambda shape: 1,
+        conditioning_columns=(),
+    )
+    batch = collate(policy, [{**row, "sign": 1}, {**row, "sign": -1}, row])
+    assert torch.equal(batch["noise"][1], -batch["noise"][0]) and torch.equal(batch["noise"][2], batch["noise"][0])
+    for name in ("chosen", "rejected", "level"):
+        assert torch.equal(batch[name][0], batch[name][1])
 
 
 def rows(count: int) -> list[dict[str, Any]]:
