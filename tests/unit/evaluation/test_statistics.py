@@ -213,6 +213,12 @@ def test_holm_equals_hand_arithmetic():
         holm([1.2])
 
 
+def test_minimum_detectable_effect_equals_hand_arithmetic():
+    """Differences 1, 2 and 6: 2.8 * sqrt(3/2 * (4 + 1 + 9)) / 3. It catches a variance without k / (k - 1)."""
+    effect = minimum_detectable_effect([0, 0, 0], [1, 2, 6], ["a", "b", "c"])
+    assert effect == pytest.approx(2.8 * (21**0.5) / 3)
+
+
 def test_minimum_detectable_effect_is_detected_in_80_percent():
     rng = np.random.default_rng(6)
     base = rng.normal(size=400)
