@@ -82,11 +82,16 @@ def load_pipeline(cls: Any, source: str, *, revision: str | None, dtype: torch.d
     Raises:
         ValueError: as `load_module`.
     """
-    index = cls.load_config(source, revision=revision)
+    index, variant = cls.load_config(source, revision=revision), {}
     for name, entry in index.items():
         if name in parts or not isinstance(entry, list | tuple) or entry[0] not in ("diffusers", "transformers"):
             continue
         part = getattr(importlib.import_module(entry[0]), entry[1], None)
         if isinstance(part, type) and issubclass(part, nn.Module):
-            parts[name] = load_module(part, source, label=name, subfolder=name, revision=revision, dtype=dtype)
-    return cls.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, **parts)
+            options = {"label": name, "subfolder": name, "revision": revision, "dtype": dtype}
+            try:
+                parts[name] = load_module(part, source, **options)
+            except OSError:  # no file without a variant, as in many models for SDXL
+                variant = {"variant": "fp16"}
+                parts[name] = load_module(part, source, **options, **variant)
+    return cls.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, **variant, **parts)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_mm.assets import resolve_asset
+from dpo_mm.data.text_files import open_text
 from dpo_mm.worlds import shapes
 
 COMPBENCH = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
@@ -192,9 +193,10 @@ def _table(path: Path, lines: list[str]) -> PromptSet:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Give {FORMATS}") from None
+        with open_text(path) as file:
+            return file.read()
+    except ValueError as error:
+        raise ValueError(f"{error}. Give {FORMATS}") from None
 
 
 def _spread(prompts: list[PromptSpec], limit: int) -> list[PromptSpec]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from dpo_mm.data.text_files import open_text, table_suffix
 from dpo_mm.errors import did_you_mean
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 0
@@ -120,9 +121,10 @@ def _rows(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
 
         rows = (row for batch in pq.ParquetFile(path).iter_batches(256) for row in batch.to_pylist())
     else:
-        text = path.read_text(encoding="utf-8-sig")
+        with open_text(path) as file:
+            text = file.read()
         try:
-            entries = json.loads(text) if path.suffix != ".jsonl" and text.lstrip().startswith("[") else None
+            entries = json.loads(text) if table_suffix(path) != ".jsonl" and text.lstrip().startswith("[") else None
         except ValueError as error:
             raise ValueError(
                 f"{path}: not JSON ({error}). Expected a list of objects, or one object per line"

@@ -22,6 +22,7 @@ from dpo_mm.content_key import content_hash, file_hash, library_versions
 from dpo_mm.data.image_files import decode_image, image_bytes
 from dpo_mm.data.parquet import combine_shards
 from dpo_mm.data.schema import digest, load_pairs
+from dpo_mm.data.text_files import read_lines
 from dpo_mm.judges import judge_card, judge_digests, load_judge
 from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.progress import progress_bar
@@ -135,7 +136,7 @@ def read_images(images: str, prompts: str | None) -> tuple[list[ImageToScore], D
 def _images_of_folder(folder: Path, prompts: str | None) -> list[ImageToScore]:
     files = sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=_natural_order)
     if prompts:
-        lines = _read_text(Path(prompts)).splitlines()
+        lines = _read_lines(Path(prompts))
         if len(lines) != len(files):
             raise ValueError(
                 f"{prompts}: {len(lines)} prompts for {len(files)} images. Expected one line per image, in the order of "
@@ -151,14 +152,14 @@ def _images_of_folder(folder: Path, prompts: str | None) -> list[ImageToScore]:
                 f"{file}: no prompt. Add a line to metadata.jsonl, a file {text_file.name} next to the image, or pass "
                 "--prompts FILE."
             )
-        prompt = metadata[file.name] if file.name in metadata else _read_text(text_file).strip()
+        prompt = metadata[file.name] if file.name in metadata else "\n".join(_read_lines(text_file)).strip()
         images.append(ImageToScore(file.name, prompt, file))
     return images
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
     prompts = {}
-    for number, line in enumerate(_read_text(path).splitlines() if path.is_file() else [], start=1):
+    for number, line in enumerate(_read_lines(path) if path.is_file() else [], start=1):
         try:
             row = json.loads(line)
             prompts[str(row["file_name"])] = str(row["prompt"] if "prompt" in row else row["text"])
@@ -167,10 +168,10 @@ def _read_metadata(path: Path) -> dict[str, str]:
     return prompts
 
 
-def _read_text(path: Path) -> str:
+def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Expected a text file.")
-    return path.read_text()
+    return read_lines(path)
 
 
 def _score_shard(images: Sequence[ImageToScore], rows: Dataset | None, judge: str) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from dpo_mm.data.text_files import read_lines
 from dpo_mm.judges import JudgeName, LazyJudge
 from dpo_mm.judges.vqa import Vlm, VlmQuestion, find_model, model_card, open_vlm
 from dpo_mm.judges.weights import device, sha256
@@ -147,7 +148,7 @@ def read_questions(path: Path) -> dict[str, list[TifaQuestion]]:
             f"questions {str(path)!r}: no such file. Expected JSON lines with prompt and vqa_list or include."
         )
     questions: dict[str, list[TifaQuestion]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
             line_name = f"{path}, line {number}"
             try:

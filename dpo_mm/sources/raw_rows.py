@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_mm.data.text_files import open_text, table_suffix
+
 Row = dict[str, Any]
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 SPLITS = ("train", "validation", "valid", "val", "test")
@@ -54,7 +56,7 @@ def find_origin(path: str, *, split: str, patterns: Patterns, whole: bool) -> Or
         return Origin(local.parent, (local,), split=split)
     if local.is_dir():
         return Origin(local, _files(local, split, patterns), split=split)
-    if path.count("/") != 1 or path.startswith((".", "/")) or local.suffix in TABLE_SUFFIXES:
+    if path.count("/") != 1 or path.startswith((".", "/")) or table_suffix(local) in TABLE_SUFFIXES:
         raise ValueError(f"{path}: no such file or folder. Give one, or a hub id as owner/name")
     if whole:
         folder = _download(path)
@@ -70,15 +72,21 @@ def _files(folder: Path, split: str, patterns: Patterns) -> tuple[Path, ...]:
         expected = ", ".join(" or ".join(alternatives) for alternatives in names)
     else:
         every = sorted(
-            file for kind in TABLE_SUFFIXES for file in folder.rglob(f"*{kind}") if not file.name.startswith(".")
+            file
+            for file in folder.rglob("*")
+            if table_suffix(file) in TABLE_SUFFIXES and file.is_file() and not file.name.startswith(".")
         )
-        has_splits = any(_is_split(file.stem, name) for file in every for name in SPLITS)
-        files = [file for file in every if not has_splits or _is_split(file.stem, split)]
+        has_splits = any(_is_split(_stem(file), name) for file in every for name in SPLITS)
+        files = [file for file in every if not has_splits or _is_split(_stem(file), split)]
         expected = f"Parquet, JSON, JSON lines or CSV of split {split!r}"
     if not files:
         has = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder}: no {expected} in this folder (it contains {has})")
     return tuple(files)
+
+
+def _stem(file: Path) -> str:
+    return file.name[: file.name.index(table_suffix(file))]
 
 
 def _is_split(name: str, split: str) -> bool:
@@ -185,8 +193,8 @@ def _text_rows(file: Path) -> Iterator[Row]:
                 with archive.open(name) as member:
                     yield from _json_objects(io.TextIOWrapper(member, encoding="utf-8"), f"{file}, {name}")
         return
-    with file.open(encoding="utf-8-sig", newline="") as text:
-        yield from csv.DictReader(text) if file.suffix == ".csv" else _json_objects(text, str(file))
+    with open_text(file) as text:
+        yield from csv.DictReader(text) if table_suffix(file) == ".csv" else _json_objects(text, str(file))
 
 
 def _json_objects(text: Any, source_name: str) -> Iterator[Row]:

@@ -64,7 +64,12 @@ def move_into_place(aside: Path, folder: Path) -> None:
 
     The checksums go first and come last, so that an interruption leaves none that do not fit.
     """
-    (folder / COMPLETE).unlink(missing_ok=True)
+    record = folder / COMPLETE
+    earlier = {Path(name).parts[0] for name in json.loads(record.read_text())} if record.exists() else set()
+    record.unlink(missing_ok=True)
+    for path in (folder / name for name in earlier - {part.name for part in aside.iterdir()} - {".."}):
+        if path.parent == folder:  # a file of an earlier run, which does not fit the new ones
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for part in sorted(aside.iterdir(), key=lambda part: part.name == COMPLETE):
         if (folder / part.name).is_dir():
             shutil.rmtree(folder / part.name)

@@ -143,6 +143,11 @@ def noise_process_for(scheduler: Any, *, source: str) -> NoiseProcess:
     names = {"epsilon": "epsilon", "v_prediction": "v"}
     if hasattr(scheduler, "alphas_cumprod") and kind in names:
         return VariancePreserving(scheduler.alphas_cumprod.float(), names[kind])
+    if kind in names:  # EDM, whose noise grows with sigma and whose network is preconditioned
+        raise ValueError(
+            f"model {source!r}: the noise process of scheduler {type(scheduler).__name__} is not supported. Expected that of "
+            "DDPM (with alphas_cumprod) or rectified flow, such as a DDIMScheduler or a FlowMatchEulerDiscreteScheduler"
+        )
     raise ValueError(
         f"model {source!r}: scheduler {type(scheduler).__name__} with prediction_type {kind!r} is not supported. Expected "
         "epsilon, v_prediction or flow_prediction, or a FlowMatchEulerDiscreteScheduler"

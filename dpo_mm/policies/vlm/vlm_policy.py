@@ -117,7 +117,14 @@ class VisionLanguage:
         model_class, processor_class = auto_classes_for(config, source)
         model = load_module(model_class, source, revision=revision, dtype=DTYPES[precision])
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        return cls(model, processor_class.from_pretrained(source, revision=revision), source, **options)
+        try:
+            processor = processor_class.from_pretrained(source, revision=revision)
+        except ImportError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"model {source!r}: its processor needs a package that is not installed. {reason}"
+            ) from error
+        return cls(model, processor, source, **options)
 
     @property
     def base_model(self) -> Any:

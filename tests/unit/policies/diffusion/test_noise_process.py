@@ -109,7 +109,7 @@ def test_epsilon_error_scale_converts_target_errors_to_noise_errors(scheduler: A
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (EDMEulerScheduler(), r"EDMEulerScheduler with prediction_type 'epsilon' is not supported"),
+        (EDMEulerScheduler(), r"the noise process of scheduler EDMEulerScheduler is not supported"),
         (EulerDiscreteScheduler(prediction_type="sample"), r"prediction_type 'sample' is not supported"),
     ],
 )
