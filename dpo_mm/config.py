@@ -184,7 +184,7 @@ class CompareConfig(Settings):
     save_images: bool = True
     """Leave the images in output_dir, as PNG with a manifest. Otherwise they are deleted after the report is written."""
     seed: int = 0
-    """Seed of the images and of the confidence intervals."""
+    """Seed of the images."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ class CompareResponsesConfig(Settings):
     precision: str = "fp32"
     """fp32 | bf16 | fp16. Precision of the models."""
     seed: int = 0
-    """Seed of sampled responses and of the confidence intervals."""
+    """Seed of sampled responses."""
 
 
 @dataclass(frozen=True)

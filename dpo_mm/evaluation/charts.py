@@ -91,9 +91,13 @@ def scale_chart(scales: Sequence[tuple[float, Comparison]], percent: bool) -> st
     factor = 100 if percent else 1
     ordered = sorted(scales, key=lambda pair: pair[0])
     x = [scale for scale, _ in ordered]
-    tuned, base, low, high = (
-        [factor * value for value in column]
-        for column in zip(*((c.tuned, c.base, c.base + c.low, c.base + c.high) for _, c in ordered), strict=True)
+    tuned, base = [factor * c.tuned for _, c in ordered], [factor * c.base for _, c in ordered]
+    low, high = (
+        [
+            value if end is None else factor * (c.base + end)
+            for value, end, (_, c) in zip(tuned, ends, ordered, strict=True)
+        ]
+        for ends in ([c.low for _, c in ordered], [c.high for _, c in ordered])
     )
     axes.fill_between(x, low, high, color=INK["tuned"], alpha=0.14, linewidth=0)
     axes.plot(x, base, color=INK["base"], linewidth=1.4, label="base, same seeds")

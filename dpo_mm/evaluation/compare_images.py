@@ -22,12 +22,11 @@ from dpo_mm.evaluation.report import Example, Report, write_report
 from dpo_mm.evaluation.statistics import (
     BASE_AND_TUNED,
     Comparison,
-    confirmed_verdict,
     holm_corrected,
     paired,
     run_verdict,
 )
-from dpo_mm.evaluation.sweep import SweepPoint, advice, mark_recommended
+from dpo_mm.evaluation.sweep import SweepPoint, advice, correct_points, mark_recommended
 from dpo_mm.evaluation.verdict import (
     CompareResult,
     note_against_sft,
@@ -35,7 +34,7 @@ from dpo_mm.evaluation.verdict import (
     note_unconfirmed,
     run_summary,
 )
-from dpo_mm.judges import metric_of
+from dpo_mm.judges import better_of, metric_of
 from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
 from dpo_mm.policies.families import load_image_policy
 from dpo_mm.policies.protocol import ImagePolicy
@@ -67,17 +66,17 @@ def comparisons(
         training_judges: judges that built the training pairs. Their comparisons are marked.
 
     Returns:
-        One comparison per judge, with p corrected for the number of judges, then diversity.
+        One comparison per judge, then diversity, with p corrected for their number.
     """
     results = [
         dataclasses.replace(
-            compare_scores(base, tuned, judge, metric=metric_of(judge), seed=config.seed, models=models),
+            compare_scores(base, tuned, judge, metric=metric_of(judge), models=models),
             headline=judge == config.judges[0] and models == BASE_AND_TUNED,
             built_training_pairs=judge in training_judges,
         )
         for judge in config.judges
     ]
-    return holm_corrected(results) + compare_diversity(base, tuned, seed=config.seed, models=models)
+    return holm_corrected([*results, *compare_diversity(base, tuned, models=models)])
 
 
 def compare_scores(
@@ -86,24 +85,30 @@ def compare_scores(
     judge: str,
     *,
     metric: str,
-    seed: int,
     models: tuple[str, str] = BASE_AND_TUNED,
 ) -> Comparison:
-    """Compare two models by one judge. metric: its name in the report; seed: of the bootstrap."""
-    prompts, weights = np.array(base.plan.prompts), base.plan.weights
-    scores = base.scores[judge], tuned.scores[judge]
-    return paired(*scores, clusters=prompts, metric=metric, judge=judge, models=models, weights=weights, seed=seed)
+    """Compare two models by one judge, in the judge's better direction. metric: its name in the report."""
+    return paired(
+        base.scores[judge],
+        tuned.scores[judge],
+        clusters=np.array(base.plan.prompts),
+        metric=metric,
+        judge=judge,
+        direction=better_of(judge),
+        models=models,
+        weights=base.plan.weights,
+    )
 
 
 def compare_diversity(
-    base: ScoredImages, tuned: ScoredImages, *, seed: int, models: tuple[str, str] = BASE_AND_TUNED
+    base: ScoredImages, tuned: ScoredImages, *, models: tuple[str, str] = BASE_AND_TUNED
 ) -> list[Comparison]:
     """Compare the diversity of each prompt's images. Empty with one image per prompt."""
     if base.plan.samples < 2:
         return []
     prompts = np.array(base.plan.prompts[:: base.plan.samples])
     values = diversity(base), diversity(tuned)
-    return [paired(*values, clusters=prompts, metric="diversity", judge=PIXELS, models=models, seed=seed)]
+    return [paired(*values, clusters=prompts, metric="diversity", judge=PIXELS, models=models)]
 
 
 def diversity(scored: ScoredImages) -> np.ndarray:
@@ -111,10 +116,10 @@ def diversity(scored: ScoredImages) -> np.ndarray:
     return pairwise_distance(scored.image_statistics.small, scored.plan.samples)
 
 
-def compare_image_statistics(base: ScoredImages, tuned: ScoredImages, *, seed: int) -> list[Comparison]:
-    """Compare saturation, sharpness and file size, which have no better direction."""
+def compare_image_statistics(base: ScoredImages, tuned: ScoredImages) -> list[Comparison]:
+    """Compare saturation, sharpness and file size, which have no better direction, with p corrected for their number."""
     prompts = np.array(base.plan.prompts)
-    return [
+    results = [
         paired(
             getattr(base.image_statistics, name),
             getattr(tuned.image_statistics, name),
@@ -122,13 +127,13 @@ def compare_image_statistics(base: ScoredImages, tuned: ScoredImages, *, seed: i
             metric=metric,
             judge=IMAGE_STATISTICS,
             direction="neutral",
-            seed=seed,
         )
         for name, metric in METRICS.items()
     ]
+    return holm_corrected(results)
 
 
-def by_category(base: ScoredImages, tuned: ScoredImages, judge: str, *, seed: int) -> list[Comparison]:
+def by_category(base: ScoredImages, tuned: ScoredImages, judge: str) -> list[Comparison]:
     """Compare by one judge within each category of at least two prompts, with p corrected for their number."""
     categories, prompts = base.plan.category_per_image, np.array(base.plan.prompts)
     results = []
@@ -136,11 +141,14 @@ def by_category(base: ScoredImages, tuned: ScoredImages, judge: str, *, seed: in
         inside = categories == name
         if len(set(prompts[inside])) > 1:
             scores = base.scores[judge][inside], tuned.scores[judge][inside]
-            results.append(paired(*scores, clusters=prompts[inside], metric=str(name), judge=judge, seed=seed))
+            comparison = paired(
+                *scores, clusters=prompts[inside], metric=str(name), judge=judge, direction=better_of(judge)
+            )
+            results.append(comparison)
     return holm_corrected(results) if len(results) > 1 else []
 
 
-def aa_control(base: ScoredImages, judge: str, *, seed: int) -> Comparison | None:
+def aa_control(base: ScoredImages, judge: str) -> Comparison | None:
     """Compare the base with itself under other seeds (A/A control). None with fewer than two images per prompt."""
     half = base.plan.samples // 2
     if half == 0:
@@ -148,8 +156,8 @@ def aa_control(base: ScoredImages, judge: str, *, seed: int) -> Comparison | Non
     scores = base.scores[judge].reshape(-1, base.plan.samples)
     prompts = np.repeat(np.array(base.plan.prompts[:: base.plan.samples]), half)
     first, second = scores[:, :half].ravel(), scores[:, half : 2 * half].ravel()
-    control = paired(first, second, clusters=prompts, metric=f"A/A control: {metric_of(judge)}", judge=judge, seed=seed)
-    return dataclasses.replace(control, verdict=confirmed_verdict(control))
+    name = f"A/A control: {metric_of(judge)}"
+    return paired(first, second, clusters=prompts, metric=name, judge=judge, direction=better_of(judge))
 
 
 def verdict(results: Sequence[Comparison]) -> str:
@@ -219,27 +227,28 @@ def compare_images(
     base = sampler.generate(plan, scale=0.0, label="base")
     tuned = sampler.generate(plan, scale=1.0, label="tuned") if config.adapter else base
     results = comparisons(base, tuned, config, training_judges=training_judges)
-    results += compare_image_statistics(base, tuned, seed=config.seed)
+    results += compare_image_statistics(base, tuned)
     run, notes = verdict(results), note_training_judges(results) + image_notes(results)
+    summary = run_summary(results, run, unit="prompts")
     if sft_adapter:
         sft_sampler = ImageSampler(_load(config, sft_adapter), config, store, sft_adapter)
         sft = sft_sampler.generate(plan, scale=1.0, label="sft")
         against_sft = comparisons(sft, tuned, config, models=("sft", "tuned"))
         results += comparisons(base, sft, config, models=("base", "sft")) + against_sft
         notes.insert(0, note_against_sft(against_sft[0]))
-    points = mark_recommended(list(run_sweep(sampler, base, tuned)))
+    points = mark_recommended(correct_points(list(run_sweep(sampler, base, tuned))))
     notes += [advice(points)] if points else []
     primary = config.judges[0]
     report = Report(
         title=title,
         verdict=run,
-        summary=run_summary(results[0], run, unit="prompts"),
+        summary=summary,
         command=command,
         comparisons=tuple(results),
-        categories=tuple(by_category(base, tuned, primary, seed=config.seed)),
+        categories=tuple(by_category(base, tuned, primary)),
         scales=tuple((point.scale, point.headline) for point in points if point.step is None),
         points=points,
-        control=aa_control(base, primary, seed=config.seed),
+        control=aa_control(base, primary),
         history=tuple(history),
         examples=tuple(examples(base, tuned, primary, count=24)),
         settings={**(settings or {}), **_settings(config, plan, sampler)},
@@ -276,8 +285,8 @@ def sweep_point(
     """Compare one adapter strength with the base, by the first judge and the second if there is one."""
     name = f"scale {scale:g}" if step is None else f"step {step}"
     primary, *others = config.judges
-    guard = compare_scores(base, scored, others[0], metric=metric_of(others[0]), seed=config.seed) if others else None
-    return SweepPoint(name, scale, step, compare_scores(base, scored, primary, metric=name, seed=config.seed), guard)
+    guard = compare_scores(base, scored, others[0], metric=metric_of(others[0])) if others else None
+    return SweepPoint(name, scale, step, compare_scores(base, scored, primary, metric=name), guard)
 
 
 def list_checkpoints(config: CompareConfig) -> list[tuple[int, str]]:

@@ -55,7 +55,7 @@ def comparisons(
         training_judges: judges that built the training pairs. Their comparisons are marked.
 
     Returns:
-        One comparison per judge, with p corrected for the number of judges that have a better direction.
+        One comparison per judge, with p corrected by `holm_corrected`.
     """
     results = [
         paired_ratios(
@@ -66,17 +66,16 @@ def comparisons(
             headline=judge == config.judges[0] and models == BASE_AND_TUNED,
             direction=better_of(judge),
             models=models,
-            seed=config.seed,
         )
         for judge in config.judges
     ]
-    results = [dataclasses.replace(result, built_training_pairs=result.judge in training_judges) for result in results]
-    tested = iter(holm_corrected([result for result in results if better_of(result.judge) != "neutral"]))
-    return [result if better_of(result.judge) == "neutral" else next(tested) for result in results]
+    return holm_corrected(
+        [dataclasses.replace(result, built_training_pairs=result.judge in training_judges) for result in results]
+    )
 
 
 def by_category(
-    base: ScoredResponses, tuned: ScoredResponses, questions: Sequence[Question], judge: str, *, seed: int
+    base: ScoredResponses, tuned: ScoredResponses, questions: Sequence[Question], judge: str
 ) -> list[Comparison]:
     """Compare by one judge within each category of at least two questions, with p corrected for their number."""
     categories = np.array([question.category for question in questions])
@@ -87,7 +86,6 @@ def by_category(
             metric=str(name),
             judge=judge,
             direction=better_of(judge),
-            seed=seed,
         )
         for name in sorted(set(categories))
         if (categories == name).sum() > 1
@@ -219,6 +217,7 @@ def compare_responses(
     results = comparisons(base, tuned, config, training_judges=training_judges)
     guards = [result for result in results if result.judge in config.guards]
     primary, run = config.judges[0], run_verdict(results[0], guards)
+    summary = run_summary(results, run, unit="responses")
     notes = [note_counts(base, tuned, primary), history and beta and note_chosen_log_prob(history, beta)]
     notes += note_training_judges(results) + note_unconfirmed(results)
     if sft_adapter:
@@ -231,10 +230,10 @@ def compare_responses(
     report = Report(
         title=title,
         verdict=run,
-        summary=run_summary(results[0], run, unit="responses"),
+        summary=summary,
         command=command,
         comparisons=tuple(results),
-        categories=tuple(by_category(base, tuned, questions, primary, seed=config.seed)),
+        categories=tuple(by_category(base, tuned, questions, primary)),
         history=tuple(history),
         text_examples=tuple(examples(base, tuned, questions, primary, count=MAX_EXAMPLES)),
         settings={**(settings or {}), **_settings(config, len(questions))},

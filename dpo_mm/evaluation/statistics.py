@@ -1,12 +1,11 @@
 """Paired statistics over the same prompts and seeds: is the tuned model better than the base?
 
-Prompts are the random sample and the seeds of a prompt are repeats of it. So the interval resamples whole prompts
+Prompts are the random sample and the seeds of a prompt are repeats of it. So the interval is over whole prompts
 (clusters), and each prompt has one vote in the sign test, however many seeds it has.
 
-Departure from the plain percentile bootstrap: it is too narrow for few clusters. So the distance from the mean to
-each end of the interval is multiplied by t(k-1) / z * sqrt(k / (k-1)), which is 1 for many clusters. This follows the
-idea of Hesterberg 2015 (1411.5279), section 5.3. He widens the quantiles instead, but that cannot reach beyond the
-data, which an interval over two or three clusters needs.
+The interval is the mean difference plus and minus t(k-1) clustered standard errors of k clusters (Cameron & Miller 2015,
+section VI.A). Its coverage is measured by `python -m tests.bench.coverage`. With fewer than five items that differ, no
+method covers 95 %, so there is no interval.
 """
 
 from __future__ import annotations
@@ -27,7 +26,10 @@ Verdict = Literal["better", "no evidence", "worse", "differs"]
 Overall = Literal["better", "no evidence", "worse", "differs", "over-optimised"]
 
 BASE_AND_TUNED: tuple[str, str] = ("base", "tuned")
-MIN_VOTES = 6  # five equal votes have p = 1/16; with fewer than six, no sign test can be significant
+MIN_EVENTS = 5
+"""Items that must differ between the models for an interval."""
+MIN_YES_NO_ITEMS = 2 * MIN_EVENTS
+"""Yes-or-no items for an interval. With fewer, equal models are not expected to differ in five."""
 MDE_STANDARD_ERRORS = 2.8  # 1.96 for the level and 0.84 for 80 % power
 
 
@@ -40,16 +42,17 @@ class Comparison:
         headline: whether this is the primary metric.
         base, tuned: means over items.
         difference: tuned minus base.
-        low, high: 95 % interval of the difference.
+        low, high: 95 % interval of the difference. None if too few items differ.
         n: number of items (images or responses).
-        verdict: of the interval: better, worse, differs or no evidence.
+        verdict: better, worse, differs or no evidence, see `verdict_of`.
         wins, ties, losses: number of prompts (clusters) on which tuned is better, equal and worse.
         p: exact two-sided sign test of wins against losses.
         clusters: number of prompts.
-        p_holm: p corrected for the number of judges or categories that are tested together. None if there is only one.
-        detectable: minimum detectable effect: the smallest true difference found with 80 % power. None if unknown.
+        p_holm: p corrected for the number of rows that are tested together. None if there is only one.
+        detectable: minimum detectable effect: the smallest true difference whose interval excludes 0 with 80 % power.
         built_training_pairs: whether this judge also built the training pairs.
         models: the two models, of "base", "tuned" and "sft". The first is in `base`, the second in `tuned`.
+        direction: direction of a better score.
     """
 
     metric: str
@@ -58,8 +61,8 @@ class Comparison:
     base: float
     tuned: float
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
     verdict: Verdict
     wins: int
@@ -71,6 +74,7 @@ class Comparison:
     detectable: float | None = None
     built_training_pairs: bool = False
     models: tuple[str, str] = BASE_AND_TUNED
+    direction: Direction = "higher"
 
     @property
     def win_rate(self) -> float:
@@ -96,11 +100,14 @@ class _Clusters:
         return float(self.sums.sum() / self.sizes.sum())
 
     @property
+    def influence(self) -> NDArray[np.float64]:
+        """Influence of each cluster on the mean over items, with mean 0, (clusters,)."""
+        return (self.sums - self.mean * self.sizes) / self.sizes.mean()
+
+    @property
     def error(self) -> float:
         """Standard error of the mean over items if clusters are a random sample (a ratio estimator)."""
-        k = len(self.sums)
-        residuals = self.sums - self.mean * self.sizes
-        return float(np.sqrt(k / (k - 1) * (residuals**2).sum()) / self.sizes.sum())
+        return _standard_error(self.influence)
 
 
 def paired(
@@ -114,13 +121,11 @@ def paired(
     direction: Direction = "higher",
     models: tuple[str, str] = BASE_AND_TUNED,
     weights: ArrayLike | None = None,
-    seed: int = 0,
-    resamples: int = 4000,
 ) -> Comparison:
-    """Compare scores of the same prompts and seeds, with a 95 % interval that resamples whole clusters.
+    """Compare scores of the same prompts and seeds, with a 95 % interval over clusters.
 
     The sign test respects the clusters: each has one vote, the sign of its mean difference. Ties do not vote.
-    If all differences are equal, the bootstrap interval has no width. Then its width comes from the fraction of clusters
+    If all differences are equal, the standard error is 0. Then the interval's width comes from the fraction of clusters
     that may still turn out opposite (Clopper-Pearson, 0 of k observed).
 
     Args:
@@ -131,18 +136,16 @@ def paired(
         direction: direction of a better score. With "neutral" the verdict is "differs" or "no evidence".
         models: names of the two models.
         weights: weight of each item in both means, (items,), > 0, equal within a cluster. None: equal weights.
-        seed: seed of the bootstrap.
-        resamples: bootstrap resamples, > 0.
 
     Returns:
-        The comparison. Its verdict is "no evidence" if the interval contains 0, and also if fewer than six clusters
-        differ, because then no sign test could be significant.
+        The comparison. It has no interval if fewer than five items differ, or if there are fewer than ten and all
+        scores are 0 or 1. Its verdict is that of `verdict_of`.
 
     Raises:
         ValueError: if there are fewer than 2 clusters, the lengths differ, a score is not finite, or the direction is
             unknown.
 
-    Source: Cameron, Gelbach & Miller 2008 (cluster bootstrap); Hesterberg 2015 (1411.5279).
+    Source: Cameron & Miller 2015, A practitioner's guide to cluster-robust inference, Journal of Human Resources 50.
     """
     _check_direction(direction)
     before, after, groups = _checked_scores(base, tuned, clusters, weights)
@@ -152,13 +155,14 @@ def paired(
     ]
     scale = max(np.abs(before).max(), np.abs(after).max())
     votes = _votes(groups, scale) * (-1 if direction == "lower" else 1)
-    wins, losses = int((votes > 0).sum()), int((votes < 0).sum())
-    low, high = _interval(groups, scale, seed, resamples)
-    if wins + losses < MIN_VOTES:
-        low, high = min(low, 0.0), max(high, 0.0)
-    if min(before.min(), after.min()) >= 0 and max(before.max(), after.max()) <= 1:
+    events = int((np.abs(after - before) > 1e-12 * scale).sum())
+    low, high = _interval(groups.mean, groups.influence, scale, enough=_enough(events, before, after))
+    in_unit_range = min(before.min(), after.min()) >= 0 and max(before.max(), after.max()) <= 1
+    if in_unit_range and low is not None and high is not None:
         low, high = max(low, -1.0), min(high, 1.0)
-    return Comparison(
+    return _comparison(
+        votes=votes,
+        error=groups.error,
         metric=metric,
         judge=judge,
         headline=headline,
@@ -168,13 +172,7 @@ def paired(
         low=low,
         high=high,
         n=len(before),
-        verdict=_verdict(low, high, direction),
-        wins=wins,
-        ties=len(votes) - wins - losses,
-        losses=losses,
-        p=sign_test(wins, losses),
-        clusters=len(votes),
-        detectable=MDE_STANDARD_ERRORS * groups.error,
+        direction=direction,
         models=models,
     )
 
@@ -188,28 +186,27 @@ def paired_ratios(
     headline: bool = False,
     direction: Direction = "higher",
     models: tuple[str, str] = BASE_AND_TUNED,
-    seed: int = 0,
-    resamples: int = 4000,
 ) -> Comparison:
     """Compare rates that are a sum over a sum, such as CHAIR_i or character error rate, item by item.
 
-    The interval resamples items, each with its counts under both models.
+    The interval takes items as a random sample, each with its counts under both models.
 
     Args:
         base, tuned: hits and totals of each item, (items, 2). A rate whose totals sum to 0 is 0.
         metric, judge: name of the metric, and of its judge.
         headline: whether this is the primary metric.
-        direction, models, seed, resamples: as in `paired`.
+        direction, models: as in `paired`.
 
     Returns:
-        The comparison. An item with a total of 0 under either model does not vote, but it counts in the sums. The
-        verdict is "no evidence" if the interval contains 0 or fewer than six items differ.
+        The comparison. Each item has one vote: the sign of the difference of its rates. With a total of 0, no hits
+        are a rate of 0, and hits are worse the more there are (characters on a blank page). Interval and verdict are
+        as in `paired`.
 
     Raises:
         ValueError: if the shapes are others, a number is not finite, there are fewer than 2 items, or the direction is
             unknown.
 
-    Source: as `paired`, for a ratio of sums.
+    Source: as `paired`, with the influence of an item on a ratio of sums.
     """
     _check_direction(direction)
     before, after = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
@@ -219,64 +216,71 @@ def paired_ratios(
         raise ValueError(
             f"{metric}: a hit count or total is not finite. Drop that item from both models and report how many were dropped."
         )
-    counts = np.column_stack([before, after])
-    centre = float(_rate_difference(*counts.T))
-    counted = counts[(before[:, 1] > 0) & (after[:, 1] > 0)]
-    votes = np.sign(counted[:, 2] / counted[:, 3] - counted[:, 0] / counted[:, 1]) * (-1 if direction == "lower" else 1)
-    wins, losses = int((votes > 0).sum()), int((votes < 0).sum())
-    low = high = centre
-    error = 0.0
-    if len(np.unique(counts, axis=0)) > 1:
-        bootstrap = stats.bootstrap(
-            tuple(counts.T),
-            _rate_difference,
-            n_resamples=resamples,
-            batch=max(1, 1_000_000 // len(counts)),
-            vectorized=True,
-            paired=True,
-            confidence_level=1 - LEVEL,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        )
-        low, high = float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high)
-        error = float(bootstrap.standard_error)
-    if wins + losses < MIN_VOTES:
-        low, high = min(low, 0.0), max(high, 0.0)
-    return Comparison(
+    rates = _pooled_rate(before), _pooled_rate(after)
+    item_rates = _item_rates(before), _item_rates(after)
+    gain = np.sign(item_rates[1] - item_rates[0]).astype(np.int64)
+    influence = _rate_influence(after, rates[1]) - _rate_influence(before, rates[0])
+    enough = _enough(int((gain != 0).sum()), *item_rates)
+    low, high = _interval(rates[1] - rates[0], influence, max(map(abs, rates)), enough=enough)
+    return _comparison(
+        votes=-gain if direction == "lower" else gain,
+        error=_standard_error(influence),
         metric=metric,
         judge=judge,
         headline=headline,
-        base=float(_rate(before[:, 0], before[:, 1])),
-        tuned=float(_rate(after[:, 0], after[:, 1])),
-        difference=centre,
+        base=rates[0],
+        tuned=rates[1],
+        difference=rates[1] - rates[0],
         low=low,
         high=high,
-        n=len(counts),
-        verdict=_verdict(low, high, direction),
-        wins=wins,
-        ties=len(counts) - wins - losses,
-        losses=losses,
-        p=sign_test(wins, losses),
-        clusters=len(counts),
-        detectable=MDE_STANDARD_ERRORS * error,
+        n=len(before),
+        direction=direction,
         models=models,
     )
 
 
-def _rate(hits: NDArray[np.float64], totals: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-    """Return the sum of hits over the sum of totals, 0 if the totals sum to 0."""
-    total = totals.sum(axis)
-    return hits.sum(axis) / np.where(total > 0, total, 1.0)
+def _comparison(*, votes: NDArray[np.int64], error: float, **fields: Any) -> Comparison:
+    """Build a comparison with its verdict. votes: 1 for tuned, -1 for base, 0 for a tie."""
+    wins, losses = int((votes > 0).sum()), int((votes < 0).sum())
+    result = Comparison(
+        **fields,
+        verdict="no evidence",
+        wins=wins,
+        ties=len(votes) - wins - losses,
+        losses=losses,
+        p=sign_test(wins, losses),
+        clusters=len(votes),
+        detectable=MDE_STANDARD_ERRORS * error,
+    )
+    return dataclasses.replace(result, verdict=verdict_of(result))
 
 
-def _rate_difference(
-    hits_base: NDArray[np.float64],
-    totals_base: NDArray[np.float64],
-    hits_tuned: NDArray[np.float64],
-    totals_tuned: NDArray[np.float64],
-    axis: int = -1,
-) -> NDArray[np.float64]:
-    return _rate(hits_tuned, totals_tuned, axis) - _rate(hits_base, totals_base, axis)
+def _pooled_rate(counts: NDArray[np.float64]) -> float:
+    """Return the sum of hits over the sum of totals, or the sum of hits if the totals sum to 0."""
+    hits, total = counts.sum(0)
+    return float(hits / (total or 1.0))
+
+
+def _rate_influence(counts: NDArray[np.float64], rate: float) -> NDArray[np.float64]:
+    """Return the influence of each item on the pooled rate, with mean 0, (items,)."""
+    influence = (counts[:, 0] - rate * counts[:, 1]) * len(counts) / (counts[:, 1].sum() or 1.0)
+    return influence - influence.mean()
+
+
+def _item_rates(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the rate of each item, (items,). Hits without a total are above any rate, and above fewer such hits."""
+    return counts[:, 0] / np.where(counts[:, 1] > 0, counts[:, 1], 1e-9)
+
+
+def _standard_error(influence: NDArray[np.float64]) -> float:
+    """Return the standard error of a mean from the influences on it, (clusters,)."""
+    return float(np.sqrt((influence**2).sum() / (len(influence) * (len(influence) - 1))))
+
+
+def _enough(events: int, *scores: NDArray[np.float64]) -> bool:
+    """Return whether there are enough items that differ (events) for an interval. scores: (items,) of each model."""
+    yes_or_no = all(np.isin(values, (0, 1)).all() for values in scores)
+    return events >= MIN_EVENTS and (not yes_or_no or len(scores[0]) >= MIN_YES_NO_ITEMS)
 
 
 def minimum_detectable_effect(base: ArrayLike, tuned: ArrayLike, clusters: Sequence[Any] | NDArray[Any]) -> float:
@@ -298,39 +302,50 @@ def minimum_detectable_effect(base: ArrayLike, tuned: ArrayLike, clusters: Seque
 
 
 def holm_corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return the same comparisons with `p_holm`: each sign test's p corrected for the number of comparisons."""
-    adjusted = holm([comparison.p for comparison in comparisons])
-    return [
-        dataclasses.replace(comparison, p_holm=float(p)) for comparison, p in zip(comparisons, adjusted, strict=True)
-    ]
+    """Return the same comparisons with `p_holm` and the verdict that follows from it.
 
-
-def confirmed_verdict(comparison: Comparison) -> Verdict:
-    """Return the interval's verdict if the sign test agrees (same direction, p <= 0.05), else "no evidence".
-
-    With a few dozen clusters the interval alone reports a difference between equal models more often than 1 in 20,
-    because its 95 % holds for many clusters. The sign test is exact for any number
-    (`python -m tests.bench.compare_alarms`).
+    Metrics with and without a better direction are corrected for their own number.
     """
-    same_direction = {
-        "better": comparison.wins > comparison.losses,
-        "worse": comparison.losses > comparison.wins,
-    }.get(comparison.verdict, True)
-    return comparison.verdict if same_direction and comparison.p <= LEVEL else "no evidence"
+    results = list(comparisons)
+    for neutral in (False, True):
+        indices = [n for n, each in enumerate(results) if (each.direction == "neutral") == neutral]
+        for n, p in zip(indices, holm([results[n].p for n in indices]), strict=True):
+            corrected = dataclasses.replace(results[n], p_holm=float(p))
+            results[n] = dataclasses.replace(corrected, verdict=verdict_of(corrected))
+    return results
+
+
+def interval_verdict(comparison: Comparison) -> Verdict:
+    """Return the verdict of the interval alone: better, worse or differs if it does not contain 0."""
+    low, high = comparison.low, comparison.high
+    if low is None or high is None or low <= 0 <= high:
+        return "no evidence"
+    if comparison.direction == "neutral":
+        return "differs"
+    return "better" if (low > 0) == (comparison.direction == "higher") else "worse"
+
+
+def verdict_of(comparison: Comparison) -> Verdict:
+    """Return the verdict of every row of every table: the interval's, if the sign test confirms it, else "no evidence".
+
+    The sign test confirms it in the same direction with p at most 0.05, after Holm's correction if there is one. It is
+    exact for any number of clusters (`python -m tests.bench.compare_alarms`).
+    """
+    verdict, wins, losses = interval_verdict(comparison), comparison.wins, comparison.losses
+    agrees = {"better": wins > losses, "worse": losses > wins}.get(verdict, True)
+    p = comparison.p if comparison.p_holm is None else comparison.p_holm
+    return verdict if agrees and p <= LEVEL else "no evidence"
 
 
 def run_verdict(headline: Comparison, guards: Sequence[Comparison]) -> Overall:
-    """Return the primary metric's verdict, or "over-optimised" if it is better and a guardrail is worse.
-
-    The primary metric needs its sign test (`confirmed_verdict`). A guardrail metric is worse by its interval alone: a
-    false warning costs less than a missed one.
+    """Return the primary metric's verdict, or "over-optimised" if it is better and a guardrail metric is worse.
 
     Args:
         headline: the primary metric.
         guards: the guardrail metrics.
     """
-    primary = confirmed_verdict(headline)
-    return "over-optimised" if primary == "better" and any(guard.verdict == "worse" for guard in guards) else primary
+    worse = any(guard.verdict == "worse" for guard in guards)
+    return "over-optimised" if headline.verdict == "better" and worse else headline.verdict
 
 
 def _checked_scores(
@@ -365,36 +380,21 @@ def _votes(groups: _Clusters, scale: float) -> NDArray[np.int64]:
     return np.where(np.abs(means) <= 1e-12 * scale, 0, np.sign(means)).astype(np.int64)
 
 
-def _interval(groups: _Clusters, scale: float, seed: int, resamples: int) -> tuple[float, float]:
-    """Return the 95 % interval of the mean difference."""
-    k, centre = len(groups.sums), groups.mean
-    if groups.error <= 1e-12 * scale:
+def _interval(
+    centre: float, influence: NDArray[np.float64], scale: float, *, enough: bool
+) -> tuple[float, float] | tuple[None, None]:
+    """Return the 95 % interval of a mean from the influences of the clusters on it. None without enough events."""
+    if not enough:
+        return None, None
+    k, error = len(influence), _standard_error(influence)
+    if error <= 1e-12 * scale:
         half_width = 2 * abs(centre) * rate_interval(0, k)[1]
-        return centre - half_width, centre + half_width
-    result = stats.bootstrap(
-        (groups.sums, groups.sizes),
-        lambda sums, sizes, axis=-1: sums.sum(axis) / sizes.sum(axis),
-        n_resamples=resamples,
-        batch=max(1, 2_000_000 // k),
-        vectorized=True,
-        paired=True,
-        confidence_level=1 - LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    stretch = stats.t.ppf(1 - LEVEL / 2, k - 1) / stats.norm.ppf(1 - LEVEL / 2) * np.sqrt(k / (k - 1))
-    return float(centre - (centre - result.low) * stretch), float(centre + (result.high - centre) * stretch)
+    else:
+        half_width = float(stats.t.ppf(1 - LEVEL / 2, k - 1)) * error
+    return centre - half_width, centre + half_width
 
 
 def _check_direction(direction: str) -> None:
     """Raise ValueError unless the direction is one of `Direction`."""
     if direction not in get_args(Direction):
         raise ValueError(f"direction {direction!r} is unknown. Use one of {', '.join(get_args(Direction))}.")
-
-
-def _verdict(low: float, high: float, direction: Direction) -> Verdict:
-    if low <= 0 <= high:
-        return "no evidence"
-    if direction == "neutral":
-        return "differs"
-    return "better" if (low > 0) == (direction == "higher") else "worse"

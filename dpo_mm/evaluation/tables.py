@@ -110,7 +110,7 @@ def rows_of(comparisons: Sequence[Comparison], percent: bool | None = None) -> l
         has its own scale.
     """
     in_percent = [is_rate(comparison) if percent is None else percent for comparison in comparisons]
-    own_reach = [max(abs(c.low), abs(c.high), 1e-9) for c in comparisons]
+    own_reach = [max(abs(end) for end in (*_ends(c), 1e-9)) for c in comparisons]
     shares_scale = [rate or percent is not None for rate in in_percent]
     shared_reach = max(itertools.compress(own_reach, shares_scale), default=1.0)
     return [
@@ -121,10 +121,11 @@ def rows_of(comparisons: Sequence[Comparison], percent: bool | None = None) -> l
 
 def _row(comparison: Comparison, percent: bool, reach: float) -> Row:
     """Format one comparison. reach: value at the ends of its track."""
-    left, right, dot = (50 + 46 * value / reach for value in (comparison.low, comparison.high, comparison.difference))
+    left, right, dot = (50 + 46 * value / reach for value in (*_ends(comparison), comparison.difference))
     digits = 1 if percent else _decimals(comparison)
     unit = " pts" if percent else ""
-    low, high = (_signed(value, percent, digits) for value in (comparison.low, comparison.high))
+    low, high = (_signed(value, percent, digits) for value in _ends(comparison))
+    interval = f"{low} to {high}" if comparison.low is not None else "too few"
     votes = f"{comparison.wins} better, {comparison.ties} same, {comparison.losses} worse"
     tests = (
         f"sign test p {comparison.p:.2g}, {comparison.p_holm:.2g} after Holm" if comparison.p_holm is not None else ""
@@ -138,7 +139,7 @@ def _row(comparison: Comparison, percent: bool, reach: float) -> Row:
         base=_plain(comparison.base, percent, digits),
         tuned=_plain(comparison.tuned, percent, digits),
         difference=_signed(comparison.difference, percent, digits) + unit,
-        interval=f"{low} to {high}",
+        interval=interval,
         verdict=comparison.verdict,
         tone=TONES.get(comparison.verdict, "none"),
         votes="" if comparison.judge == IMAGE_STATISTICS else votes,
@@ -155,9 +156,17 @@ def _row(comparison: Comparison, percent: bool, reach: float) -> Row:
     )
 
 
+def _ends(comparison: Comparison) -> tuple[float, float]:
+    """Return the ends of the interval, or the difference twice if there is none."""
+    if comparison.low is None or comparison.high is None:
+        return comparison.difference, comparison.difference
+    return comparison.low, comparison.high
+
+
 def _decimals(comparison: Comparison) -> int:
     """Return the decimals that show two digits of the interval's width, two to six."""
-    width = comparison.high - comparison.low
+    low, high = _ends(comparison)
+    width = high - low or abs(comparison.difference)
     return min(max(1 - math.floor(math.log10(width)), 2), 6) if width > 0 else 3
 
 

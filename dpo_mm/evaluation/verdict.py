@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_mm.evaluation.statistics import BASE_AND_TUNED, LEVEL, Comparison, confirmed_verdict
+from dpo_mm.evaluation.statistics import BASE_AND_TUNED, LEVEL, Comparison, interval_verdict
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,30 @@ class CompareResult:
     report: Path
 
 
-def run_summary(primary: Comparison, verdict: str, *, unit: str) -> str:
-    """Sum up a run in a few sentences.
+def run_summary(comparisons: Sequence[Comparison], verdict: str, *, unit: str) -> str:
+    """Sum up a run in a few sentences, with every metric that got significantly worse.
 
     Args:
-        primary: comparison by the primary metric.
+        comparisons: of base and tuned, the primary metric among them.
         verdict: verdict on the run.
         unit: what has one vote, in the plural: prompts or responses.
     """
+    primary = next(comparison for comparison in comparisons if comparison.headline)
     metric = primary.metric[:1].upper() + primary.metric[1:]
     clustered = ", clustered by prompt" if unit == "prompts" else ""
+    worse = [f"{each.metric} ({each.base:.3f} to {each.tuned:.3f})" for each in comparisons if each.verdict == "worse"]
     return (
         f"{metric}: {primary.base:.3f} with the base model, {primary.tuned:.3f} with the tuned model "
-        f"({primary.difference:+.3f}, 95 % interval {primary.low:+.3f} to {primary.high:+.3f}{clustered}). "
+        f"({primary.difference:+.3f}, {interval_text(primary)}{clustered}). "
         f"{primary.wins} {unit} improved, {primary.losses} got worse, {primary.ties} did not change. Verdict: {verdict}."
-    )
+    ) + (f" Significantly worse: {', '.join(worse)}." if worse else "")
+
+
+def interval_text(comparison: Comparison) -> str:
+    """Write the 95 % interval, or how many differ if there is none."""
+    if comparison.low is None or comparison.high is None:
+        return f"too few differ for an interval: {comparison.wins} better, {comparison.losses} worse"
+    return f"95 % interval {comparison.low:+.3f} to {comparison.high:+.3f}"
 
 
 def note_training_judges(comparisons: Sequence[Comparison]) -> list[str]:
@@ -60,23 +69,23 @@ def note_training_judges(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def note_unconfirmed(comparisons: Sequence[Comparison]) -> list[str]:
-    """Name the metrics whose interval excludes 0 but whose sign test, or its corrected p, does not."""
+    """Name the metrics whose interval excludes 0 but whose sign test, or its corrected p, does not confirm it."""
     notes = []
     for comparison in comparisons:
-        tested = comparison.p_holm is not None and comparison.models == BASE_AND_TUNED
-        if not tested or comparison.verdict == "no evidence":
+        interval = interval_verdict(comparison)
+        if comparison.models != BASE_AND_TUNED or interval == comparison.verdict:
             continue
-        start = f"{comparison.metric} is {comparison.verdict} by its interval"
-        if confirmed_verdict(comparison) != comparison.verdict:
-            needed = " A verdict needs both." if comparison.headline else ""
+        start = f"{comparison.metric} {interval if interval == 'differs' else f'is {interval}'} by its interval"
+        against = {"better": comparison.wins <= comparison.losses, "worse": comparison.losses <= comparison.wins}
+        if comparison.p > LEVEL or against.get(interval, False):
             notes.append(
                 f"{start}, but the sign test does not confirm it (p {comparison.p:.2g}, "
-                f"{comparison.wins} better, {comparison.losses} worse).{needed}"
+                f"{comparison.wins} better, {comparison.losses} worse). A verdict needs both."
             )
-        elif comparison.p_holm is not None and comparison.p_holm > LEVEL:
+        else:
             notes.append(
                 f"{start} and its sign test (p {comparison.p:.2g}), but not after Holm's correction for the number of "
-                f"judges (p {comparison.p_holm:.2g})."
+                f"metrics (p {comparison.p_holm:.2g}). A verdict needs all of them."
             )
     return notes
 
@@ -87,9 +96,10 @@ def note_against_sft(comparison: Comparison) -> str:
     Args:
         comparison: the primary metric, SFT as base and DPO as tuned.
     """
+    corrected = "" if comparison.p_holm is None else f", {comparison.p_holm:.2g} after Holm"
     result = (
         f"{comparison.metric} {comparison.difference:+.3f} "
-        f"(95 % interval {comparison.low:+.3f} to {comparison.high:+.3f}, sign test p = {comparison.p:.2g})"
+        f"({interval_text(comparison)}, sign test p = {comparison.p:.2g}{corrected})"
     )
     notes = {
         "better": f"DPO beats SFT on the same data: {result}.",
@@ -97,4 +107,4 @@ def note_against_sft(comparison: Comparison) -> str:
         "differs": f"DPO and SFT on the chosen side differ: {result}. This metric has no better direction.",
         "no evidence": f"No evidence that DPO is better than SFT on the chosen side: {result}. SFT is cheaper.",
     }
-    return notes[confirmed_verdict(comparison)]
+    return notes[comparison.verdict]

@@ -110,12 +110,17 @@ def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdi
         return None
     before = path.read_text(encoding="utf-8").partition(RESULTS)[0].rstrip()
     rows = "\n".join(
-        f"| {_cell(one.metric)} | {one.base:.4g} | {one.tuned:.4g} | {one.low:+.4g} to {one.high:+.4g} | {one.verdict} |"
+        f"| {_cell(one.metric)} | {one.base:.4g} | {one.tuned:.4g} | {_interval(one)} | {one.verdict} |"
         for one in comparisons
         if one.models == ("base", "tuned")
     )
     table = f"| measure | base | tuned | difference, 95 % interval | verdict |\n|---|---|---|---|---|\n{rows}"
     return _write(path, f"{before}\n\n{RESULTS}\n\nVerdict: {verdict}. By `{_cell(command)}`.\n\n{table}\n")
+
+
+def _interval(comparison: Comparison) -> str:
+    low, high = comparison.low, comparison.high
+    return "too few differ" if low is None or high is None else f"{low:+.4g} to {high:+.4g}"
 
 
 def _cell(text: str) -> str:

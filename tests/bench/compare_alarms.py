@@ -90,7 +90,13 @@ def count_alarms(results: list[tuple[str, Comparison]]) -> dict[str, Any]:
         "false alarms": wrong / len(results),
         "95 % interval": rate_interval(wrong, len(results)),
         "pairs": [
-            {"verdict": word, **{key: round(getattr(comparison, key), 4) for key in ("difference", "low", "high", "p")}}
+            {
+                "verdict": word,
+                **{
+                    key: None if (value := getattr(comparison, key)) is None else round(value, 4)
+                    for key in ("difference", "low", "high", "p")
+                },
+            }
             for word, comparison in results
         ],
     }
