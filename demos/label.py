@@ -174,18 +174,19 @@ def ratings_html(store: VoteStore, rows: Any) -> str:
     low, high = min(rating.low for rating in ratings), max(rating.high for rating in ratings)
     percent = lambda value: 100 * (value - low) / ((high - low) or 1)
     lines = "".join(
-        f'<tr><th scope="row" dir="auto">{escape(r.model)}</th><td class="number">{r.rating:.0f}</td><td class="span">'
+        f'<tr><th scope="row" dir="auto">{escape(r.model)}{f" (group {r.group + 1})" if ratings[-1].group else ""}</th><td class="number">{r.rating:.0f}</td><td class="span">'
         f'<span class="bar" style="left:{percent(r.low):.1f}%;width:{percent(r.high) - percent(r.low):.1f}%"></span>'
         f'<span class="dot" style="left:{percent(r.rating):.1f}%"></span></td>'
         f'<td class="number">{r.low:.0f} to {r.high:.0f}</td><td class="number">{r.wins} / {r.ties} / {r.losses}</td></tr>'
         for r in ratings
     )
+    alone = " Groups were never compared with each other: each has a scale of its own." if ratings[-1].group else ""
     return (
         '<table class="ratings"><thead><tr><th>Model</th><th>Rating</th>'
         '<th class="span"><span class="visually-hidden">95 % interval</span></th><th>95 % interval</th>'
         f"<th>won / tied / lost</th></tr></thead><tbody>{lines}</tbody></table>"
         '<p class="quiet">A difference of 400 points means odds of ten to one. If two intervals overlap widely, more votes '
-        "are needed to tell the models apart.</p>"
+        f"are needed to tell the models apart.{alone}</p>"
     )
 
 

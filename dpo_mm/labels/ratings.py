@@ -2,7 +2,10 @@
 
 P(a beats b) = σ(r_a - r_b), by maximum likelihood over all active votes. A tie is half a win for each model. both_bad and
 skip do not count. Each model also has half a win and half a loss against an average model, so that a model that never lost
-has a finite rating. Intervals resample whole pairs, because several votes on one pair are not independent.
+has a finite rating. Intervals resample whole pairs, because several votes on one pair are not independent. They are at
+least as wide as those of the Fisher information: if all votes agree, all resamples are alike.
+
+Models that no chain of votes joins have no common scale. Each such group is rated alone.
 
 Source: Bradley and Terry 1952, Biometrika 39. Chiang et al. 2024 (2403.04132) for the use on generative models.
 """
@@ -15,12 +18,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from dpo_mm.labels.store import Vote
 
 REPLICATES = 400
 MEAN_RATING, POINTS_PER_LOGIT = 1000.0, 400 / math.log(10)
 """Rating of the average model, and points per unit of log-odds: 400 points are odds of ten to one."""
+Z = 1.96
+"""Standard errors to the end of a 95 % interval."""
 PRIOR = 0.5
 """Number of wins, and of losses, against an average model."""
 WIN_OF_A = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -29,7 +36,10 @@ WIN_OF_A = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 @dataclass(frozen=True)
 class Rating:
-    """Rating of a model with its 95 % interval (low, high), and its wins, ties and losses."""
+    """Rating of a model with its 95 % interval (low, high), and its wins, ties and losses.
+
+    Ratings of different groups (0, 1, ...) are not on one scale.
+    """
 
     model: str
     rating: float
@@ -38,12 +48,13 @@ class Rating:
     wins: int
     ties: int
     losses: int
+    group: int = 0
 
 
 def rate_models(
     votes: Sequence[Vote], models: Mapping[str, tuple[str | None, str | None]], *, seed: int = 0
 ) -> list[Rating]:
-    """Rate the models that were voted on, best first.
+    """Rate the models that were voted on, group by group, best first.
 
     Args:
         votes: active votes. Repeats are ignored.
@@ -59,23 +70,67 @@ def rate_models(
             "no vote compares two models. A dataset names them in the columns model_a and model_b, a folder by the names "
             "of its subfolders"
         )
-    names = sorted({str(name) for vote in counted for name in models[vote.pair]})
-    pairs = sorted({vote.pair for vote in counted})
+    groups = connected_models([models[vote.pair] for vote in counted])
+    ratings = []
+    for number, names in enumerate(groups):
+        votes_inside = [vote for vote in counted if models[vote.pair][0] in names]
+        ratings += _rate_group(names, votes_inside, models, group=number, seed=seed)
+    return ratings
+
+
+def connected_models(pairs: Sequence[tuple[str | None, str | None]]) -> list[list[str]]:
+    """Return the groups of models that chains of comparisons join, the largest first, each sorted."""
+    names = sorted({str(name) for pair in pairs for name in pair})
+    indices = np.array([[names.index(str(name)) for name in pair] for pair in pairs])
+    graph = coo_matrix((np.ones(len(pairs)), indices.T), shape=(len(names), len(names)))
+    count, labels = connected_components(graph, directed=False)
+    groups = [[name for name, label in zip(names, labels, strict=True) if label == n] for n in range(count)]
+    return sorted(groups, key=lambda group: -len(group))
+
+
+def _rate_group(
+    names: list[str],
+    votes: Sequence[Vote],
+    models: Mapping[str, tuple[str | None, str | None]],
+    *,
+    group: int,
+    seed: int,
+) -> list[Rating]:
+    """Rate the models of one group, best first."""
+    pairs = sorted({vote.pair for vote in votes})
+    pair_index, name_index = ({key: n for n, key in enumerate(keys)} for keys in (pairs, names))
     wins = np.zeros((len(pairs), len(names), len(names)))
-    for vote in counted:
-        a, b = (names.index(str(name)) for name in models[vote.pair])
-        wins[pairs.index(vote.pair), a, b] += WIN_OF_A[vote.choice]
-        wins[pairs.index(vote.pair), b, a] += 1 - WIN_OF_A[vote.choice]
+    for vote in votes:
+        a, b = (name_index[str(name)] for name in models[vote.pair])
+        wins[pair_index[vote.pair], a, b] += WIN_OF_A[vote.choice]
+        wins[pair_index[vote.pair], b, a] += 1 - WIN_OF_A[vote.choice]
     best = fit_log_odds(wins.sum(0))
     counts = np.random.default_rng(seed).multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), REPLICATES)
     replicates = np.stack([fit_log_odds(np.tensordot(weights, wins, 1), start=best) for weights in counts])
-    points = MEAN_RATING + POINTS_PER_LOGIT * best
-    low, high = np.quantile(MEAN_RATING + POINTS_PER_LOGIT * replicates, (0.025, 0.975), axis=0)
+    half_width = Z * standard_errors(wins.sum(0), best)
+    low, high = np.quantile(replicates, (0.025, 0.975), axis=0)
+    points = MEAN_RATING + POINTS_PER_LOGIT * np.stack(
+        [best, np.minimum(low, best - half_width), np.maximum(high, best + half_width)]
+    )
     ratings = [
-        Rating(name, float(points[n]), float(low[n]), float(high[n]), *_record(name, counted, models))
+        Rating(name, *(float(value) for value in points[:, n]), *_record(name, votes, models), group)
         for n, name in enumerate(names)
     ]
     return sorted(ratings, key=lambda rating: -rating.rating)
+
+
+def standard_errors(wins: np.ndarray, strengths: np.ndarray) -> np.ndarray:
+    """Compute the standard error of each strength from the Fisher information, (models,), in log-odds.
+
+    Args:
+        wins: number of wins of the row's model over the column's, (models, models).
+        strengths: fitted strengths, (models,).
+    """
+    difference = strengths[:, None] - strengths[None, :]
+    information = (wins + wins.T) / (2 + 2 * np.cosh(difference))
+    hessian = np.diag(information.sum(1) + PRIOR / (1 + np.cosh(strengths))) - information
+    centred = np.eye(len(strengths)) - 1 / len(strengths)
+    return np.sqrt(np.diag(centred @ np.linalg.inv(hessian) @ centred))
 
 
 def fit_log_odds(wins: np.ndarray, *, start: np.ndarray | None = None) -> np.ndarray:

@@ -59,6 +59,27 @@ def test_rate_models_recovers_known_strengths() -> None:
     assert sum(rating.wins for rating in ratings) == sum(rating.losses for rating in ratings) == 900
 
 
+def test_models_that_no_votes_join_are_rated_in_groups() -> None:
+    """It catches one scale for A against B and C against D, and a chain A-B-C that is taken for two groups."""
+    models: dict[str, tuple[str | None, str | None]] = {str(n): ("AB", "CD")[n % 2] for n in range(60)}  # type: ignore[misc]
+    votes = [vote(str(n), "ab"[n % 20 > (16, 12)[n % 2]]) for n in range(60)]
+    ratings = rate_models(votes, {pair: (names[0], names[1]) for pair, names in models.items()})  # type: ignore[index]
+    assert [(rating.model, rating.group) for rating in ratings] == [("A", 0), ("B", 0), ("C", 1), ("D", 1)]
+    assert ratings[0].rating + ratings[1].rating == pytest.approx(2 * MEAN_RATING)
+    assert ratings[2].rating + ratings[3].rating == pytest.approx(2 * MEAN_RATING)
+    chain = {"0": ("A", "B"), "1": ("B", "C")}
+    assert {rating.group for rating in rate_models([vote("0", "a"), vote("1", "a")], chain)} == {0}
+
+
+def test_four_equal_votes_do_not_separate_two_models() -> None:
+    """It catches intervals of the bootstrap alone: all resamples of equal votes are alike."""
+    models: dict[str, tuple[str | None, str | None]] = {str(n): ("A", "B") for n in range(40)}
+    best, other = rate_models([vote(str(n), "a") for n in range(4)], models)
+    assert best.model == "A" and best.low < other.high and best.low < MEAN_RATING < best.high
+    best, other = rate_models([vote(str(n), "a" if n % 8 else "b") for n in range(40)], models)
+    assert best.low > other.high
+
+
 def test_rate_models_many_votes_on_few_pairs_widen_the_interval() -> None:
     """Ten votes on each of six pairs give the interval of six independent pairs."""
     models: dict[str, tuple[str | None, str | None]] = {str(n): ("A", "B") for n in range(60)}
