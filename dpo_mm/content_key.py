@@ -32,6 +32,7 @@ INGREDIENTS: dict[str, tuple[str, ...]] = {
         "dtype",
         "device",
         "libraries",
+        "batch",
     ),
     "response of a comparison": (
         "weights",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from dpo_mm.config import CompareConfig
 from dpo_mm.content_key import check_ingredients, content_hash, library_versions, lora_scales, plain_settings
 from dpo_mm.data.prompts import category, read_prompt_set, seeds_of
 from dpo_mm.evaluation.image_statistics import ImageStatistics, image_statistics
-from dpo_mm.evaluation.image_store import ImageFiles, ImageStore
+from dpo_mm.evaluation.image_store import NAMES, ImageFiles, ImageStore
 from dpo_mm.judges import judge_digests
 from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.policies.protocol import ImagePolicy
@@ -146,35 +146,43 @@ class ImageSampler:
             scale: LoRA scale. 0 is the base.
             label: subfolder of the store.
         """
-        settings, store = self.settings(scale), self.store
+        settings, store, size = self.settings(scale), self.store, self.config.batch_size
         pairs = list(zip(plan.prompts, plan.seeds, strict=True))
-        missing = [pair for pair in dict.fromkeys(pairs) if store.find(settings, *pair) is None]
-        with progress_bar(f"generating images: {label}", len(pairs)) as advance:
-            advance(len(pairs) - len(missing))
-            for images in self._batches(missing, scale):
-                store.add(settings, images, label=label)
-                advance(len(images))
-        rows = [store.rows[store.key(settings, *pair)] for pair in pairs]
+        distinct, keys = list(dict.fromkeys(pairs)), {}
+        with progress_bar(f"generating images: {label}", len(distinct)) as advance:
+            for batch in (distinct[start : start + size] for start in range(0, len(distinct), size)):
+                batch_settings = {**settings, "batch": content_hash(batch)}
+                check_ingredients("image of a comparison", {k: v for k, v in batch_settings.items() if k not in NAMES})
+                missing = {pair for pair in batch if store.find(batch_settings, *pair) is None}
+                if missing:
+                    images = self._generate_batch(batch, scale)
+                    store.add(batch_settings, [image for image in images if image[:2] in missing], label=label)
+                keys |= {pair: store.key(batch_settings, *pair) for pair in batch}
+                advance(len(batch))
+        rows = [store.rows[keys[pair]] for pair in pairs]
         files = ImageFiles([store.folder / row["file"] for row in rows])
         digests = [row["sha256"] for row in rows]
         scores = {name: score_images(name, files, digests, plan.prompts, store) for name in self.config.judges}
         return ScoredImages(plan, files, scores)
 
-    def _batches(self, pairs: Sequence[tuple[str, int]], scale: float) -> Iterator[list[tuple[str, int, Image.Image]]]:
-        """Generate images batch by batch, each with its prompt and seed."""
-        remaining, config = iter(pairs), self.config
-        for images in self.policy.sample(
-            [prompt for prompt, _ in pairs],
-            [seed for _, seed in pairs],
+    def _generate_batch(self, batch: Sequence[tuple[str, int]], scale: float) -> list[tuple[str, int, Image.Image]]:
+        """Generate the images of one batch, each with its prompt and seed.
+
+        A batch is generated as a whole even if only one image is missing: its size changes the rounding of the pixels.
+        """
+        config = self.config
+        (images,) = self.policy.sample(
+            [prompt for prompt, _ in batch],
+            [seed for _, seed in batch],
             steps=config.num_inference_steps,
             guidance=config.guidance_scale,
             batch_size=config.batch_size,
             scale=scale,
-        ):
-            yield [(*next(remaining), image) for image in images]
+        )
+        return [(*pair, image) for pair, image in zip(batch, images, strict=True)]
 
     def settings(self, scale: float) -> dict[str, Any]:
-        """Return everything but prompt and seed that determines an image at a LoRA scale, as plain values."""
+        """Return everything but prompt, seed and batch that determines an image at a LoRA scale, as plain values."""
         policy, config = self.policy, self.config
         with policy.at_scale(scale):
             scheduler = policy.pipe.scheduler
@@ -191,7 +199,6 @@ class ImageSampler:
             "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type,
             "libraries": library_versions(),
         }
-        check_ingredients("image of a comparison", decisive)
         names = {"model": config.model, "revision": config.revision, "adapter": self.adapter if scale else None}
         return {**names, **decisive}
 

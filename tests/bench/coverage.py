@@ -7,7 +7,7 @@ differ in difficulty. Rates are equal, or the tuned model's is another. The same
 image per prompt, `paired_ratios`. A comparison of fewer than five differing images has no interval and is counted apart.
 
 A case that prints an interval in fewer than 1 in 20 comparisons has no coverage here: there the event that prints it is
-rare, and 4,000 comparisons have too few of them. Writes docs/benchmarks/coverage.json.
+rare, and 4,000 comparisons have too few of them. Writes coverage.json.
 """
 
 from __future__ import annotations

@@ -154,7 +154,8 @@ def relabelled(w: SimpleNamespace) -> Any:
 def compared_image(w: SimpleNamespace) -> Any:
     config = CompareConfig(str(w.model), "p.txt", "out", num_inference_steps=w.steps, guidance_scale=w.guidance)
     sampler = image_sampling.ImageSampler(image_policy(w), config, ImageStore(w.folder / "store"))
-    return ImageStore.key(sampler.settings(w.scale), w.prompts[0], w.seed)
+    settings = {**sampler.settings(w.scale), "batch": content_hash(list(w.prompts))}
+    return ImageStore.key(settings, w.prompts[0], w.seed)
 
 
 def compared_response(w: SimpleNamespace) -> Any:
@@ -251,6 +252,7 @@ CASES: dict[str, tuple[Change, dict[str, list[Change]]]] = {
             "size": [lambda w: setattr(w.policy, "resolution", 16)],
             "dtype": [lambda w: setattr(w.policy, "dtype", torch.bfloat16)],
             "device": [on_gpu],
+            "batch": [lambda w: w.prompts.append("another")],
         },
     ),
     "response of a comparison": (

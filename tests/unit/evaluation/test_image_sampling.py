@@ -82,8 +82,22 @@ def test_only_missing_or_damaged_images_are_generated_again(counted: Any, tmp_pa
     files[1].unlink()
     files[2].write_bytes(files[2].read_bytes()[:-20])
     ImageSampler(counted, CONFIG, ImageStore(tmp_path)).generate(PLAN, scale=0.0, label="base")
-    assert counted.generated[4:] == [(WORDS[0], 2), (WORDS[1], 3)] and len(scored_prompts) == 4
+    assert counted.generated[4:] == [(WORDS[0], 1), (WORDS[0], 2), (WORDS[1], 3)] and len(scored_prompts) == 4
     assert hashes(tmp_path) == before
+
+
+def test_redrawn_image_has_its_old_batch_and_another_batch_size_another_key(counted: Any, tmp_path: Path) -> None:
+    """It catches a damaged image that is redrawn in a batch of its own, where rounding gives other pixels."""
+    store = ImageStore(tmp_path)
+    images = ImageSampler(counted, CONFIG, store).generate(PLAN, scale=0.0, label="base").images
+    images.files[1].write_bytes(b"damaged")  # type: ignore[attr-defined]
+    sizes: list[int] = []
+    real = counted.sample
+    counted.sample = lambda prompts, seeds, **options: sizes.append(len(prompts)) or real(prompts, seeds, **options)
+    ImageSampler(counted, CONFIG, store).generate(PLAN, scale=0.0, label="base")
+    assert sizes == [3]
+    ImageSampler(counted, dataclasses.replace(CONFIG, batch_size=2), store).generate(PLAN, scale=0.0, label="base")
+    assert sizes == [3, 2, 2] and len(store.rows) == 8
 
 
 def test_other_sampling_settings_give_other_images(counted: Any, tmp_path: Path) -> None:
@@ -223,9 +237,7 @@ def test_repeated_comparison_generates_nothing_and_gives_the_same_result(
     found = compare_images(config, title="t", command="c")
     assert found.verdict == "no evidence" and len(scored_prompts) > 0
     assert len(list((tmp_path / "out" / "pictures" / "base").glob("*.png"))) == 2 * len(WORDS)
-    monkeypatch.setattr(
-        ImageSampler, "_batches", lambda self, pairs, scale: iter(()) if not pairs else pytest.fail("generated again")
-    )
+    monkeypatch.setattr(ImageSampler, "_generate_batch", lambda self, batch, scale: pytest.fail("generated again"))
     again = compare_images(dataclasses.replace(config, save_images=False), title="t", command="c")
     assert again.comparisons == found.comparisons
     assert not (tmp_path / "out" / "pictures").exists() and again.report.exists()
