@@ -180,7 +180,7 @@ def ratings_html(store: VoteStore, rows: Any) -> str:
         f'<td class="number">{r.low:.0f} to {r.high:.0f}</td><td class="number">{r.wins} / {r.ties} / {r.losses}</td></tr>'
         for r in ratings
     )
-    alone = " Groups were never compared with each other: each has a scale of its own." if ratings[-1].group else ""
+    alone = " Groups were never compared with each other: each has a separate scale." if ratings[-1].group else ""
     return (
         '<table class="ratings"><thead><tr><th>Model</th><th>Rating</th>'
         '<th class="span"><span class="visually-hidden">95 % interval</span></th><th>95 % interval</th>'

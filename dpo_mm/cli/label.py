@@ -47,7 +47,7 @@ def label_ratings(votes: Votes, pairs: Pairs = None) -> None:
     ratings = model_ratings(*open_votes(votes, pairs))
     for previous, rating in zip([None, *ratings], ratings, strict=False):
         if ratings[-1].group and (previous is None or previous.group != rating.group):
-            print(f"Group {rating.group + 1}, never compared with the other models, so on a scale of its own:")
+            print(f"Group {rating.group + 1}, never compared with the other models, so on a separate scale:")
         print(
             f"{rating.rating:6.0f}  ({rating.low:.0f} to {rating.high:.0f})  {rating.wins} won, {rating.ties} tied, "
             f"{rating.losses} lost  {rating.model}"
