@@ -148,7 +148,8 @@ class ImageSampler:
         """
         settings, store, size = self.settings(scale), self.store, self.config.batch_size
         pairs = list(zip(plan.prompts, plan.seeds, strict=True))
-        distinct, keys = list(dict.fromkeys(pairs)), {}
+        distinct = list(dict.fromkeys(pairs))
+        keys: dict[tuple[str, int], str] = {}
         with progress_bar(f"generating images: {label}", len(distinct)) as advance:
             for batch in (distinct[start : start + size] for start in range(0, len(distinct), size)):
                 batch_settings = {**settings, "batch": content_hash(batch)}

@@ -113,7 +113,9 @@ def _rate_group(
         [best, np.minimum(low, best - half_width), np.maximum(high, best + half_width)]
     )
     ratings = [
-        Rating(name, *(float(value) for value in points[:, n]), *_record(name, votes, models), group)
+        Rating(
+            name, float(points[0, n]), float(points[1, n]), float(points[2, n]), *_record(name, votes, models), group
+        )
         for n, name in enumerate(names)
     ]
     return sorted(ratings, key=lambda rating: -rating.rating)
