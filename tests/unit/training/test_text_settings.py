@@ -118,6 +118,7 @@ def test_corrupted_ratio_is_of_the_chosen_response_with_corrupted_images(
         with policy.adapter_off():  # type: ignore[attr-defined]
             whole = whole - policy.log_probs(policy.model, batch).chosen  # type: ignore[attr-defined]
             less = less - policy.log_probs(policy.model, batch["corrupted"]).chosen  # type: ignore[attr-defined]
+        batch["number"] = torch.arange(len(batch["id"]))  # as the stream of evaluation rows adds it
         loss = trainer.compute_loss(policy.model, batch)  # type: ignore[attr-defined]
     expected = -torch.nn.functional.logsigmoid(0.1 * (whole - less)).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and abs(expected.item() - math.log(2)) > 1e-4
