@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 from transformers.masking_utils import causal_mask_function
 
-from dpo_mm.policies.vlm.shared_prefix import Layout, mask_chosen_from_rejected
+from dpo_mm.policies.vlm.shared_prefix import Layout, mask_chosen_from_rejected, separate_inputs
 
 LAYOUT = Layout(prompt=2, chosen=3, rejected=2, has_padding=False)
 
@@ -44,3 +48,22 @@ def test_columns_and_positions() -> None:
     assert LAYOUT.logical_positions(device).tolist() == [0, 1, 2, 3, 4, 2, 3]
     assert LAYOUT.predicting_columns(device).tolist() == [1, 2, 3, 1, 5]
     assert (LAYOUT.rejected_start, LAYOUT.total) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("side", "chosen", "rejected"),
+    [("left", [0, 0, 11, 12, 13], [0, 0, 11, 15, 16]), ("right", [11, 12, 13, 0, 0], [11, 15, 16, 0, 0])],
+)
+def test_separate_sequences_have_all_padding_on_one_side(side: str, chosen: list[int], rejected: list[int]) -> None:
+    """It catches the other side. Models with linear attention need the padding on the left."""
+    base: Any = SimpleNamespace(
+        config=SimpleNamespace(model_type="m"),
+        base_model=SimpleNamespace(),
+        _prepare_position_ids_for_generation=lambda ids, inputs: inputs["attention_mask"].cumsum(1) - 1,
+    )
+    ids, mask = torch.tensor([[0, 11, 12, 13, 0, 15, 16]]), torch.tensor([[0, 1, 1, 1, 0, 1, 1]])
+    batch = {"layout": LAYOUT, "ids": ids, "mask": mask, "types": {}, "images": {}}
+    inputs, in_completion = separate_inputs(base, batch, padding_side=side)
+    assert inputs["input_ids"].tolist() == [chosen, rejected]
+    assert inputs["attention_mask"].tolist() == [[int(token > 0) for token in row] for row in (chosen, rejected)]
+    assert in_completion.tolist() == [[token > 11 for token in row] for row in (chosen, rejected)]
