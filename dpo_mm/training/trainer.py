@@ -128,7 +128,8 @@ class PreferenceTrainer(Trainer):
         if evaluating:
             by_noise = "level" in inputs and reference_logps is not None
             quartiles = split_by_noise_quartile(metrics, inputs["level"]) if by_noise else {}
-            self._metrics["eval"].append(metrics | quartiles | {"number": inputs["number"]})
+            number = {"number": inputs["number"]} if "number" in inputs else {}
+            self._metrics["eval"].append(metrics | quartiles | number)
         else:
             self.skip_callback.record_batch(inputs["id"], inputs.get("timestep"), losses)
             self._metrics["train"].append(metrics)

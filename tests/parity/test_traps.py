@@ -29,13 +29,13 @@ TRAPS = {
     "VideoDPO: noise not shared within a pair": "parity/test_traps.py::test_same_image_as_chosen_and_rejected_gives_equal_log_probs",
     "invoke-training: mean before the sigmoid": "unit/objectives/test_objectives.py::test_objective_single_pair_equals_its_loss_in_the_batch",
     "LongCat: gradients zeroed within accumulation": "parity/test_traps.py::test_two_accumulated_halves_give_the_step_of_the_whole_batch",
-    "SimpleTuner: automatic beta not in the checkpoint": "unit/training/test_auto_beta.py::test_a_measured_beta_is_said_kept_and_taken_up_again",
+    "SimpleTuner: automatic beta not in the checkpoint": "unit/training/test_auto_beta.py::test_auto_beta_is_logged_saved_and_used_on_resume",
     "SimpleTuner: Flow-DPO on summed errors": "parity/test_diffusion_formulas.py::test_beta_5000_in_sum_reduced_units",
-    "raw v errors re-weight the timesteps": "unit/training/test_auto_beta.py::test_weighting_epsilon_is_the_error_of_the_noise",
+    "raw v errors re-weight the timesteps": "unit/training/test_auto_beta.py::test_epsilon_weighting_equals_the_error_of_the_noise",
     "a save by only the main process hangs": "reliability/test_processes.py::test_sigterm_to_one_of_two_processes_stops_both_and_one_process_resumes",
     "Diffusion-SDPO: one scale per micro-batch": "unit/objectives/test_objectives.py::test_sdpo_lambda_image_is_computed_per_pair",
     "rounding of half-precision errors hides the delta": "parity/test_traps.py::test_errors_of_a_half_precision_model_are_computed_in_float32",
-    "one posterior sample cached for all epochs": "unit/training/test_encoding.py::test_a_fresh_sample_at_each_visit_is_what_encoding_in_the_step_gives",
+    "one posterior sample cached for all epochs": "unit/training/test_encoding.py::test_fresh_latent_sample_equals_encoding_in_the_step",
     "a mined repetition loop dominates the delta": "unit/mining/test_mine_responses.py::test_loop_is_rejected_truncated_without_end_of_turn_and_with_reason",
 }
 
