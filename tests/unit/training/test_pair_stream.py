@@ -53,6 +53,15 @@ def test_epochs_differ_and_depend_on_the_seed() -> None:
     assert sorted(whole[:20]) == sorted(whole[20:]) and whole[:20] != whole[20:]
 
 
+def test_rows_without_buckets_have_a_new_order_in_each_epoch_and_for_each_seed() -> None:
+    """It catches one order for all epochs, and one for all seeds."""
+    rows = [{"id": str(n)} for n in range(12)]
+    order = lambda seed, epoch: [stream(rows, seed=seed)[12 * epoch + n]["id"] for n in range(12)]
+    found = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(ids, key=int) == [row["id"] for row in rows] != ids for ids in found)
+    assert len({tuple(ids) for ids in found}) == 4
+
+
 def test_item_depends_on_its_index_only() -> None:
     rows = grouped(5, 3, 9)
     walked = [stream(rows)[n] for n in range(400)]
