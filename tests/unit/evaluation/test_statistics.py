@@ -241,6 +241,14 @@ def test_holm_equals_hand_arithmetic():
         holm([1.2])
 
 
+def test_interval_that_ends_at_0_is_no_evidence():
+    """It catches an interval that is taken as open."""
+    one = compare(np.zeros(17), np.random.default_rng(4).normal(0.2, 1, 17))
+    ends = [(0.0, 0.5), (-0.5, 0.0), (0.1, 0.5), (-0.5, -0.1)]
+    found = [interval_verdict(dataclasses.replace(one, low=low, high=high)) for low, high in ends]
+    assert found == ["no evidence", "no evidence", "better", "worse"]
+
+
 def test_minimum_detectable_effect_equals_hand_arithmetic():
     """Differences 1, 2 and 6: 2.8 * sqrt(3/2 * (4 + 1 + 9)) / 3. It catches a variance without k / (k - 1)."""
     effect = minimum_detectable_effect([0, 0, 0], [1, 2, 6], ["a", "b", "c"])
