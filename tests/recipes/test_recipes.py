@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,8 +54,15 @@ def test_recipe_writes_both_adapters_and_a_report(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_reports_a_wrong_setting_in_one_line(name: str, tmp_path: Path) -> None:
+def test_recipe_reports_a_wrong_setting_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Mutation that it catches: a script that ends in a traceback."""
-    done = forked.run(str(ROOT / "recipes" / f"{name}.py"), "--stepz", "2", call=forked.script, cwd=tmp_path)
-    assert done.returncode == 2 and "'stepz' is not a setting; did you mean 'steps'?" in done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and not list(tmp_path.iterdir())
+    script = str(ROOT / "recipes" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [script, "--stepz", "2"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "'stepz' is not a setting; did you mean 'steps'?" in error
+    assert error.count("\n") == 1 and error.startswith("error: ") and not list(tmp_path.iterdir())

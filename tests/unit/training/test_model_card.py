@@ -70,6 +70,7 @@ def run_code_of(card: Path, folder: Path) -> str:
     return code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["tiny", "shapes-sd"])
 def test_code_in_the_image_model_card_generates(base: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """A bundled base has its weights in half precision and a name that diffusers does not know."""
@@ -86,6 +87,7 @@ def test_code_in_the_image_model_card_generates(base: str, tiny_model: str, pair
         assert image.size == ((64, 64) if bundled else (32, 32)) and len(image.getcolors(10**6) or []) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "family"), [("page-reader", "VisionLanguage"), ("sums-writer", "VisionLanguage, Qwen2ForCausalLM")]
 )

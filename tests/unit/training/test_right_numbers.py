@@ -80,6 +80,7 @@ def test_run_without_a_finite_step_writes_no_adapter(
 def test_non_finite_latents_are_refused_with_their_row(
     monkeypatch: pytest.MonkeyPatch, tiny_model: str, write_pairs: Callable[..., str], tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("DPO_MM_CACHE", str(tmp_path / "cache"))  # other tests encode the same rows
     real = StableDiffusion.encode_images
 
     def encode_images(self: Any, images: Any) -> Any:
