@@ -22,8 +22,9 @@ FIELD = "checksum"
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksum of every file of a folder into COMPLETE."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / COMPLETE)
+    """Write the checksum of every file of a folder into COMPLETE, except for model cards, which may be edited."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
+    files = sorted(path for path in paths if path != folder / COMPLETE)
     checksums = {str(path.relative_to(folder)): file_hash(path) for path in files}
     (folder / COMPLETE).write_text(json.dumps(checksums, indent=1))
 

@@ -161,6 +161,14 @@ def test_caches_do_not_change_the_loss(more: dict[str, object], model: str, pair
     assert one == pytest.approx(other, rel=1e-4)
 
 
+def test_adapter_with_its_card_is_intact(model: str, pairs: str, tmp_path: Path) -> None:
+    """PEFT writes a README, and training replaces it by the card. Mutation that it catches: a checksum of the README."""
+    folder = train(config(model, pairs, tmp_path / "out", steps=1)).folder
+    assert "library_name: peft" in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("My own notes.")
+    load_policy(model, adapter=str(folder))
+
+
 def test_reference_cache_is_reused_by_the_next_run(
     model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
