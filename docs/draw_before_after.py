@@ -1,6 +1,6 @@
-"""Draw docs/before_after.png from the images that `python recipes/faithfulness.py` saved.
+"""Draw docs/before_after.png from the images that `dpo-mm quickstart` saved.
 
-python recipes/faithfulness.py && python docs/draw_before_after.py [runs/faithfulness]
+dpo-mm quickstart && python docs/draw_before_after.py [runs/quickstart]
 
 The selection is a rule, so that the image can be drawn again. What it leaves out, and four per category, was decided after
 a look at the contact sheet, so that every mark can be checked and failures show. It is easier than the whole comparison:
@@ -60,7 +60,7 @@ def examples(folder: Path) -> list[Example]:
 
 
 if __name__ == "__main__":
-    run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/faithfulness")
+    run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
     pictures = next(folder for folder in (run / "images", run / "pictures") if folder.is_dir())
     selected = examples(pictures)
     contact_sheet(selected).save(Path(__file__).parent / "before_after.png", optimize=True)

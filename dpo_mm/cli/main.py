@@ -108,7 +108,7 @@ def quickstart(
 
     tasks = {
         "images": ("faithfulness", "quickstart"),
-        "captioner": ("captioner", "shapes"),
+        "captioner": ("captioner", "quickstart"),
         "ocr": ("ocr", "quickstart"),
     }
     if task not in tasks:
