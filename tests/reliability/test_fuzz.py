@@ -35,11 +35,12 @@ def valid_files() -> list[bytes]:
     files = []
     for kind, modes in MODES.items():
         for mode in modes:
-            image = (
-                Image.fromarray(noise.astype(np.uint16) * 257)
-                if mode == "I;16"
-                else Image.fromarray(noise).convert(mode)
-            )
+            if mode == "I;16":
+                image = Image.fromarray(noise.astype(np.uint16) * 257)
+            elif mode == "F":  # floats from 0 to 1
+                image = Image.fromarray(noise.astype(np.float32) / 255)
+            else:
+                image = Image.fromarray(noise).convert(mode)
             buffer = io.BytesIO()
             image.save(buffer, kind)
             files.append(buffer.getvalue())

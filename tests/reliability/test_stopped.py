@@ -99,7 +99,7 @@ def test_sigterm_while_judging_leaves_complete_shards_and_resumes(tiny_model: st
             "num-inference-steps": "2",
             "shard-size": "1",
             "guidance-scale": "1",
-            "min-score-gap": "-1",
+            "min-score-gap": "0",
             "output-dir": str(tmp_path / out),
         }
         return ["mine", *(part for key, value in settings.items() for part in (f"--{key}", value))]

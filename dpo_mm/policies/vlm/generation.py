@@ -96,7 +96,9 @@ def stream_response(
     """
     from transformers import TextIteratorStreamer
 
-    decoder: Any = SimpleNamespace(decode=lambda ids, **_: policy.encoder.text(ids))
+    # The streamer decodes one id or a list of ids.
+    decode = lambda ids, **_: policy.encoder.text([ids] if isinstance(ids, int) else ids)
+    decoder: Any = SimpleNamespace(decode=decode)
     inputs = _inputs(policy, images, message)
     streamer = TextIteratorStreamer(decoder, skip_prompt=True)
     errors: list[BaseException] = []

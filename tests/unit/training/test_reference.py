@@ -93,7 +93,8 @@ def test_invalid_reference_settings_and_missing_files_are_named(tmp_path: Path) 
 @pytest.mark.parametrize("name", ["moving_average", "synced"])
 def test_tracking_reference_is_saved_in_checkpoints(name: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """Cut at 4 of 6, with the reference last renewed at 3: resumed to the same bits, which a fresh reference isn't."""
-    more = {"reference": name, "reference_ema_decay": 0.5, "reference_sync_steps": 3, "save_every": 4}
+    own = {"moving_average": {"reference_ema_decay": 0.5}, "synced": {"reference_sync_steps": 3}}[name]
+    more = {"reference": name, "save_every": 4, **own}
     whole = train(config(tiny_model, pairs, tmp_path / "whole", **more))
     cut = config(tiny_model, pairs, tmp_path / "cut", **more)
     train(dataclasses.replace(cut, steps=4))
