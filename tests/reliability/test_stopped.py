@@ -18,6 +18,7 @@ import pytest
 from datasets import load_from_disk
 
 from dpo_mm import recipe
+from dpo_mm.judges import score_checks
 from dpo_mm.mining import mine_images
 from dpo_mm.training import arrow_shards, encoding
 from tests import forked
@@ -50,8 +51,8 @@ def mine_and_stop(at: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return [image.getpixel((0, 0))[0] for image in images]
 
-    mine_images.load_judge = lambda name: judge
-    mine_images.better_of = lambda name: "higher"
+    score_checks.load_judge = lambda name: judge
+    score_checks.better_of = lambda name: "higher"
     mine_images.judge_digests = lambda names: dict.fromkeys(names, "hash of the judge")
     recipe._check_judges = lambda names: None
     forked.command()
