@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,27 @@ def what_is_wrong(folder: Path) -> str | None:
         if file_hash(path) != checksum:
             return f"{name} has changed since it was written"
     return None
+
+
+def remove_unchanged_files(folder: Path, *, replaced: Collection[str]) -> None:
+    """Remove COMPLETE and the files that it lists, except for those that have changed since: they are the user's.
+
+    Args:
+        folder: folder of an earlier result.
+        replaced: names of files and subfolders that the new result replaces. They are left to it.
+    """
+    try:
+        checksums = json.loads((folder / COMPLETE).read_text())
+        files = {folder / name: checksum for name, checksum in checksums.items() if Path(name).parts[0] not in replaced}
+    except (OSError, ValueError, AttributeError):
+        files = {}
+    (folder / COMPLETE).unlink(missing_ok=True)
+    for path, checksum in files.items():
+        inside = folder.resolve() in path.resolve().parents
+        if inside and path.is_file() and file_hash(path) == checksum:
+            path.unlink()
+            with contextlib.suppress(OSError):  # the folder has other files
+                path.parent.rmdir()
 
 
 def check_trained_files(folder: Path) -> None:

@@ -45,7 +45,7 @@ def run_as_command() -> Iterator[None]:
     saves a checkpoint first, and mining of responses completes its shard.
 
     It also sets two environment variables unless they are set. Without OMP_WAIT_POLICY=PASSIVE, threads of torch on a CPU
-    that is shared with other work wait in busy loops, and a step takes 10 times as long.
+    that is shared with other work wait in busy loops, which makes a training step many times slower.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

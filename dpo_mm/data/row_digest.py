@@ -21,11 +21,11 @@ def _with_image_bytes(value: Any) -> Any:
     """Replace every image of a row by the bytes of its file."""
     if isinstance(value, dict):
         is_image = value.keys() == {"bytes", "path"} and (value["bytes"] or value["path"])
-        return content(value) if is_image else {name: _with_image_bytes(part) for name, part in value.items()}
+        return image_content(value) if is_image else {name: _with_image_bytes(part) for name, part in value.items()}
     return [_with_image_bytes(part) for part in value] if isinstance(value, list) else value
 
 
-def content(image: dict[str, Any]) -> bytes:
+def image_content(image: dict[str, Any]) -> bytes:
     """Return the bytes of an image, or its path if it cannot be read: decoding refuses such a row by its number."""
     try:
         return image_bytes(image)

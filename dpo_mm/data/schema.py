@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_mm.data.response_columns import check_columns_are_read
-from dpo_mm.data.row_digest import content
-from dpo_mm.data.row_digest import digest as digest
+from dpo_mm.data.row_digest import image_content
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -378,4 +377,4 @@ def _groups(rows: Dataset) -> list[str]:
 def _image_digests(cell: Any) -> list[str]:
     """Hash the content of the images of one cell: one image, a list of them, or none."""
     images = [image for image in (cell if isinstance(cell, list) else [cell]) if image]
-    return [hashlib.blake2b(content(image), digest_size=16).hexdigest() for image in images]
+    return [hashlib.blake2b(image_content(image), digest_size=16).hexdigest() for image in images]

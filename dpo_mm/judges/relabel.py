@@ -32,7 +32,8 @@ from dpo_mm.config import RelabelConfig
 from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import rgb_image
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
-from dpo_mm.data.schema import digest, load_pairs
+from dpo_mm.data.row_digest import digest
+from dpo_mm.data.schema import load_pairs
 from dpo_mm.judges import is_pairwise, judge_card, judge_digests, load_judge, load_pairwise
 from dpo_mm.judges.score_checks import higher_is_better_scores, pair_probabilities
 from dpo_mm.progress import progress_bar

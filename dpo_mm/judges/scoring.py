@@ -21,7 +21,8 @@ from dpo_mm.config import JudgeConfig
 from dpo_mm.content_key import content_hash, file_hash, library_versions
 from dpo_mm.data.image_files import decode_image, image_bytes
 from dpo_mm.data.parquet import combine_shards
-from dpo_mm.data.schema import digest, load_pairs
+from dpo_mm.data.row_digest import digest
+from dpo_mm.data.schema import load_pairs
 from dpo_mm.data.text_files import read_lines
 from dpo_mm.judges import judge_card, judge_digests, load_judge
 from dpo_mm.judges.score_checks import image_scores

@@ -176,9 +176,7 @@ def build_pair(
         chosen = correct(config.judge, rejected, question.ground_truth)
         (chosen_score,) = failure_scores(config.judge, [Response(chosen, 0, hit_limit=False)], question.ground_truths)
     score_gap = scores[worst] - chosen_score
-    is_empty = not chosen.strip() and bool(
-        question.ground_truth.strip()
-    )  # the right response to an empty page is empty
+    is_empty = bool(question.ground_truth.strip()) and not chosen.strip()  # an empty page has an empty truth
     if score_gap <= config.min_score_gap or is_empty or rejected.text == chosen:
         return None
     text = truncate_repetition(rejected.text, question.ground_truth) if rejected.hit_limit else rejected.text

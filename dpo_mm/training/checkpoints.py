@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.checksums import COMPLETE, what_is_wrong
+from dpo_mm.checksums import COMPLETE, remove_unchanged_files, what_is_wrong
 from dpo_mm.config import TrainConfig, as_dict
 
 logger = logging.getLogger(__name__)
@@ -64,13 +64,9 @@ def move_into_place(aside: Path, folder: Path) -> None:
 
     The checksums go first and come last, so that an interruption leaves none that do not fit.
     """
-    record = folder / COMPLETE
-    earlier = {Path(name).parts[0] for name in json.loads(record.read_text())} if record.exists() else set()
-    record.unlink(missing_ok=True)
-    for path in (folder / name for name in earlier - {part.name for part in aside.iterdir()} - {".."}):
-        if path.parent == folder:  # a file of an earlier run, which does not fit the new ones
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for part in sorted(aside.iterdir(), key=lambda part: part.name == COMPLETE):
+    parts = sorted(aside.iterdir(), key=lambda part: part.name == COMPLETE)
+    remove_unchanged_files(folder, replaced={part.name for part in parts})  # of an earlier run
+    for part in parts:
         if (folder / part.name).is_dir():
             shutil.rmtree(folder / part.name)
         os.replace(part, folder / part.name)

@@ -32,7 +32,8 @@ from dpo_mm.data.load_pairs import (
     decode_prompt_images,
     undecoded_rows,
 )
-from dpo_mm.data.schema import digest, drop_ties, load_pairs, load_responses, split_by_prompt
+from dpo_mm.data.row_digest import digest
+from dpo_mm.data.schema import drop_ties, load_pairs, load_responses, split_by_prompt
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 from dpo_mm.progress import progress_bar
@@ -392,9 +393,8 @@ def _encode_responses(policy: TextPolicy, config: TrainConfig) -> EncodedSplits:
             "does not decode and the others are longer than max_length. Fix the images, or raise max_length"
         )
     if dropped and ProcessRank.own().index == 0:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        _write(Path(config.output_dir) / QUARANTINE, "".join(dropped))
-        logger.warning(
-            "%d rows have an image that does not decode. See %s", len(dropped), Path(config.output_dir) / QUARANTINE
-        )
+        listed = Path(config.output_dir) / QUARANTINE
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        _write(listed, "".join(dropped))
+        logger.warning("%d rows have an image that does not decode. See %s", len(dropped), listed)
     return EncodedSplits(texts[0], texts[1] or None, digest(pairs), content_hash(texts))

@@ -26,7 +26,8 @@ from dpo_mm.config import (
 )
 from dpo_mm.content_key import INGREDIENTS, content_hash, library_versions
 from dpo_mm.data.questions import Question
-from dpo_mm.data.schema import digest, load_pairs, make_image_rows
+from dpo_mm.data.row_digest import digest
+from dpo_mm.data.schema import load_pairs, make_image_rows
 from dpo_mm.evaluation import image_sampling, response_sampling
 from dpo_mm.evaluation.image_store import ImageStore
 from dpo_mm.judges import judge_digests, relabel, scoring

@@ -64,13 +64,13 @@ def turn_end(render: Callable[[Sequence[Message]], str], tokenizer: Any, stops: 
         return TurnEnd("", "", tokenizer.eos_token_id)
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     ends = {*stops, *_tokens(before.rpartition(QUESTION)[2], tokenizer, special)[:1]}
-    found = _tokens(suffix, tokenizer, ends) or _tokens(suffix, tokenizer, special)
+    ending_ids = _tokens(suffix, tokenizer, ends) or _tokens(suffix, tokenizer, special)
     written = suffix
-    if not found:
+    if not ending_ids:
         after = render([*conversation, text("user", QUESTION)]).rpartition(RESPONSE)[2]
         written = after.partition(QUESTION)[0]
-        found = _tokens(written, tokenizer, set(stops))
-    for end in found:
+        ending_ids = _tokens(written, tokenizer, set(stops))
+    for end in ending_ids:
         token = tokenizer.convert_ids_to_tokens(end)
         if token in written:
             return TurnEnd(written[: written.index(token) + len(token)], suffix, end)

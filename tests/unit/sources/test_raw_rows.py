@@ -39,7 +39,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
 UNSAFE = {
     "out of it": member("../evil.jpg"),
     "deep out of it": member("a/../../evil.jpg"),
-    "absolute": member("/tmp/evil.jpg"),
+    "absolute": member("/evil.jpg"),
     "symbolic link": member("evil.jpg", tarfile.SYMTYPE, "/etc/passwd"),
     "hard link": member("evil.jpg", tarfile.LNKTYPE, "../../etc/passwd"),
     "device": member("evil.jpg", tarfile.CHRTYPE),

@@ -16,7 +16,7 @@ from dpo_mm.training.checkpoints import move_into_place
 
 
 def test_files_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
-    """Catches a kohya file of an earlier run next to new weights, and a removal outside the folder or of other files."""
+    """Catches a kohya file of an earlier run next to new weights, and a removal outside the folder or of files that the user changed."""
     folder, aside = tmp_path / "out", tmp_path / "aside"
     for path in (folder, aside, tmp_path / "outside"):
         path.mkdir()
@@ -24,15 +24,31 @@ def test_files_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
         (folder / name).write_text("old")
     write_checksums(folder)
     record = json.loads((folder / COMPLETE).read_text())
-    (folder / COMPLETE).write_text(json.dumps(record | dict.fromkeys(("../outside/x", str(tmp_path / "outside")), "")))
+    (tmp_path / "outside" / "x").write_text("old")
+    (folder / "card.json").write_text("edited by the user")
+    outside = dict.fromkeys(("../outside/x", str(tmp_path / "outside" / "x")), record["kohya.safetensors"])
+    (folder / COMPLETE).write_text(json.dumps(record | outside | {"card.json": record["kohya.safetensors"]}))
     (folder / "notes.txt").write_text("of the user")
     (aside / "lora.safetensors").write_text("new")
     move_into_place(aside, folder)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
         "lora.safetensors": "new",
         "notes.txt": "of the user",
+        "card.json": "edited by the user",
     }
-    assert (tmp_path / "outside").is_dir()
+    assert (tmp_path / "outside" / "x").read_text() == "old"
+
+
+@pytest.mark.parametrize("record", ["[]", "{", '"text"'])
+def test_broken_record_of_an_earlier_run_does_not_lose_the_new_one(record: str, tmp_path: Path) -> None:
+    folder, aside = tmp_path / "out", tmp_path / "aside"
+    for path in (folder, aside):
+        path.mkdir()
+    (folder / COMPLETE).write_text(record)
+    (aside / "lora.safetensors").write_text("new")
+    write_checksums(aside)
+    move_into_place(aside, folder)
+    assert (folder / "lora.safetensors").read_text() == "new" and "lora" in (folder / COMPLETE).read_text()
 
 
 def test_pipeline_with_the_fp16_variant_only_is_read(tiny_model: str, tmp_path: Path) -> None:
