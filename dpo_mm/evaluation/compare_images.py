@@ -36,6 +36,7 @@ from dpo_mm.evaluation.verdict import (
 )
 from dpo_mm.judges import better_of, metric_of
 from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
+from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import load_image_policy
 from dpo_mm.policies.protocol import ImagePolicy
 
@@ -229,6 +230,8 @@ def compare_images(
     results = comparisons(base, tuned, config, training_judges=training_judges)
     results += compare_image_statistics(base, tuned)
     run, notes = verdict(results), note_training_judges(results) + image_notes(results)
+    if cut := truncated_prompts(sampler.policy, plan.prompts):
+        notes.append(f"Prompts: {cut}. What the model did not read, a judge may still look for.")
     summary = run_summary(results, run, unit="prompts")
     if sft_adapter:
         sft_sampler = ImageSampler(_load(config, sft_adapter), config, store, sft_adapter)

@@ -9,6 +9,7 @@ Finished shards are saved, and a restarted run continues after them. Processes s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.data.schema import image_preference, make_image_rows
 from dpo_mm.judges import judge_digests
 from dpo_mm.judges.score_checks import higher_is_better_scores
+from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import check_settings_unchanged, exit_cleanly_on_sigterm
+
+logger = logging.getLogger(__name__)
 
 
 def mine_images(config: MineConfig) -> Path:
@@ -55,6 +59,8 @@ def mine_images(config: MineConfig) -> Path:
         policy = load_image_policy(
             config.model, revision=config.revision, precision=config.precision, adapter=config.adapter
         )
+        if cut := truncated_prompts(policy, prompts):
+            logger.warning("prompts: %s", cut)
         total = sum(len(shards[number]) for number in missing) * config.images_per_prompt
         with exit_cleanly_on_sigterm(), progress_bar("generating and scoring images", total) as advance:
             for number in missing:

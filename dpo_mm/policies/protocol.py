@@ -195,6 +195,12 @@ class ImagePolicy(Policy, Protocol):
         """
         ...
 
+    def sampling_kwargs(
+        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+    ) -> dict[str, Any]:
+        """Return the pipeline's keyword arguments to generate one image per prompt."""
+        ...
+
     def sample(
         self,
         prompts: Sequence[str],

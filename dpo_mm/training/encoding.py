@@ -35,6 +35,7 @@ from dpo_mm.data.load_pairs import (
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import drop_ties, load_pairs, load_responses, split_by_prompt
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
+from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write
@@ -71,6 +72,7 @@ class EncodedPairs:
         complete = _read_complete(folder)
         if complete is None:
             raise ValueError(f"{folder / COMPLETE} is missing or has changed. Run the same command again")
+        self.truncated_prompts = str(complete.get("truncated_prompts", ""))
         pairs = sorted((Part(*part) for part in complete["pairs"]), key=lambda part: part.size)
         self.pairs, self.prompts = Shards(folder, pairs), Shards(folder, [Part(*part) for part in complete["prompts"]])
         self.sizes = list(dict.fromkeys(part.size for part in pairs))
@@ -204,13 +206,15 @@ def _complete(task: EncodingJob) -> None:
             f"{task.folder / QUARANTINE}"
         )
     complete = {"pairs": pairs, "prompts": list(arrow_shards.list_parts(task.folder, "prompts"))}
-    about = {
+    about: dict[str, Any] = {
         "source": task.pairs.dataset_name,
         "model": task.policy.source,
-        "rows": len(task.pairs.rows),
         "precision": task.precision,
     }
-    _write(task.folder / COMPLETE, json.dumps(with_checksum({**about, **complete})))
+    prompts = task.pairs.rows["prompt"]
+    about |= {"rows": len(prompts), "truncated_prompts": truncated_prompts(task.policy, prompts)}
+    with atomic_write(task.folder / COMPLETE) as temporary:
+        temporary.write_text(json.dumps(with_checksum({**about, **complete})), encoding="utf-8")
 
 
 def _read_complete(folder: Path) -> dict[str, Any] | None:
@@ -329,11 +333,6 @@ def _refuse_non_finite(latents: torch.Tensor, rows: Sequence[dict[str, Any]], si
         )
 
 
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as beside:
-        beside.write_text(text)
-
-
 class EncodedSplits(NamedTuple):
     """Encoded training pairs, encoded evaluation pairs or None, and what decided them.
 
@@ -395,6 +394,7 @@ def _encode_responses(policy: TextPolicy, config: TrainConfig) -> EncodedSplits:
     if dropped and ProcessRank.own().index == 0:
         listed = Path(config.output_dir) / QUARANTINE
         listed.parent.mkdir(parents=True, exist_ok=True)
-        _write(listed, "".join(dropped))
+        with atomic_write(listed) as temporary:
+            temporary.write_text("".join(dropped), encoding="utf-8")
         logger.warning("%d rows have an image that does not decode. See %s", len(dropped), listed)
     return EncodedSplits(texts[0], texts[1] or None, digest(pairs), content_hash(texts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import check_ingredients, library_versions
 from dpo_mm.data.schema import drop_ties, load_pairs, load_responses, split_by_prompt
 from dpo_mm.errors import TrainingInterrupted
+from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import model_content, resolve_commit
 from dpo_mm.policies.protocol import ImagePolicy, Policy, TextPolicy
 from dpo_mm.progress import progress_bar
@@ -29,6 +31,8 @@ from dpo_mm.training.model_card import write_card
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import precompute_reference_log_probs, resolve_reference_name
 from dpo_mm.training.trainer import PreferenceTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ def train(config: TrainConfig) -> TrainResult:
         run_state["measured_beta"] = saved_state.get("measured_beta") or measure_beta(policy, stream, config)
         config = dataclasses.replace(config, beta=run_state["measured_beta"])
     summary = run_summary(policy, config, len(train_rows))
+    if cut := getattr(splits.rows, "truncated_prompts", ""):
+        logger.warning("prompts: %s", cut)
+        summary |= {"truncated prompts": cut}
     trainer = _fit(PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state), checkpoint)
     trainer.save_result()
     if trainer.is_world_process_zero():
@@ -174,5 +181,7 @@ def dry_run(config: TrainConfig) -> dict[str, str]:
     policy.prepare(config)
     summary = run_summary(policy, config, len(train_rows))
     if policy.modality == "image":
+        if cut := truncated_prompts(policy, pairs["prompt"]):
+            summary |= {"truncated prompts": cut}
         summary |= estimate_memory_and_disk(policy, config, len(set(pairs["prompt"])), len(pairs))
     return summary
