@@ -76,10 +76,22 @@ class ConversationEncoder:
         self.generation_stops = stop_ids(self.tokenizer, model)
         self.media_ids, self.hidden_ids = media_ids(model), hidden_ids(self.tokenizer, model)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length, self.overlong_rows = max_length or limit, overlong_rows
+        self.given_max_length, self.max_length = max_length, max_length or limit
+        self.overlong_rows = overlong_rows
         self.corrupt, self.mark_edits = corrupt, mark_edits
         self.dropped: list[str] = []
         """Ids of the rows that were dropped because they are too long."""
+
+    def with_processor(self, processor: Any, model: Any) -> ConversationEncoder:
+        """Return an encoder with the same options for another processor and model."""
+        return ConversationEncoder(
+            processor,
+            model,
+            max_length=self.given_max_length,
+            overlong_rows=self.overlong_rows,
+            corrupt=self.corrupt,
+            mark_edits=self.mark_edits,
+        )
 
     def encode(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Encode rows of the schema `response_preference`, without the dropped ones. See `encode_row`."""

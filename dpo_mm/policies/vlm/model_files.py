@@ -9,11 +9,22 @@ import torch
 
 from dpo_mm.model_loading import load_module
 from dpo_mm.policies.adapters import refuse_pickle
+from dpo_mm.policies.vlm.architecture import auto_classes_for
 
 if TYPE_CHECKING:
     from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 
 ADAPTER_FILE = "adapter_config.json"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def load_processor(processor_class: Any, source: str, *, revision: str | None = None) -> Any:
+    """Load a model's processor or tokenizer. Raises ValueError if it needs a package that is not installed."""
+    try:
+        return processor_class.from_pretrained(source, revision=revision)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model {source!r}: its processor needs a package that is not installed. {reason}") from error
 
 
 def save(policy: VisionLanguage, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
@@ -55,6 +66,8 @@ def load_weights(policy: VisionLanguage, folder: Path) -> None:
 def load_adapter(policy: VisionLanguage, folder: Path) -> None:
     """Load a trained adapter with PEFT, or a trained model with transformers, for generation.
 
+    A model brings its own processor and chat template. If the folder has none, those of the base are used.
+
     Raises:
         ValueError: if the folder contains neither, or an adapter has only pickled weights.
     """
@@ -65,8 +78,12 @@ def load_adapter(policy: VisionLanguage, folder: Path) -> None:
 
         policy.model = PeftModel.from_pretrained(base_model, str(folder)).eval()
     elif (folder / "config.json").exists():
-        policy.untuned_model = base_model
+        policy.untuned = policy.model, policy.processor, policy.encoder
         tuned = load_module(type(base_model), str(folder), dtype=base_model.dtype)
         policy.model = tuned.to(base_model.device).eval()
+        if any((folder / name).exists() for name in PROCESSOR_FILES):
+            _, processor_class = auto_classes_for(tuned.config, str(folder))
+            policy.processor = load_processor(processor_class, str(folder))
+        policy.encoder = policy.encoder.with_processor(policy.processor, policy.model)
     else:
         raise ValueError(f"adapter {str(folder)!r} contains neither {ADAPTER_FILE} nor config.json")

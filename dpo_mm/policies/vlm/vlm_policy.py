@@ -78,8 +78,8 @@ class VisionLanguage:
         )
         self.token_log_probs = TokenLogProbs(f"{type(model).__name__} ({source})", layout=pair_layout)
         self.generated = False
-        self.untuned_model: Any = None
-        """The base model, if `load_adapter` replaced it."""
+        self.untuned: tuple[Any, Any, ConversationEncoder] | None = None
+        """The base's model, processor and encoder, if `load_adapter` replaced them."""
         self.features_are_exact: bool | None = None
         self.vision_trains = False
         """True if vision features can replace pixels. None until the first batch with pixels."""
@@ -117,13 +117,7 @@ class VisionLanguage:
         model_class, processor_class = auto_classes_for(config, source)
         model = load_module(model_class, source, revision=revision, dtype=DTYPES[precision])
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        try:
-            processor = processor_class.from_pretrained(source, revision=revision)
-        except ImportError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"model {source!r}: its processor needs a package that is not installed. {reason}"
-            ) from error
+        processor = model_files.load_processor(processor_class, source, revision=revision)
         return cls(model, processor, source, **options)
 
     @property
@@ -345,13 +339,14 @@ class VisionLanguage:
 
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
-        """Context manager in which the policy has the weights from before `load_adapter`."""
-        if self.untuned_model is not None:
-            tuned, self.model = self.model, self.untuned_model
+        """Context manager in which the policy has the model and the processor from before `load_adapter`."""
+        if self.untuned is not None:
+            tuned = self.model, self.processor, self.encoder
+            self.model, self.processor, self.encoder = self.untuned
             try:
                 yield
             finally:
-                self.model = tuned
+                self.model, self.processor, self.encoder = tuned
         elif hasattr(self.model, "disable_adapter"):
             with self.model.disable_adapter():
                 yield

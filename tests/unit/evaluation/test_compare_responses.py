@@ -156,3 +156,19 @@ def test_base_weights_give_the_responses_of_the_model_without_adapter(tmp_path: 
     assert policy.generate(**ask) != before
     with policy.base_weights():
         assert policy.generate(**ask) == before
+
+
+def test_tuned_model_is_prompted_through_its_own_chat_template(tmp_path: Path) -> None:
+    model, other = save("llava", tmp_path / "model"), str(tmp_path / "other")
+    changed = load_policy(model)
+    changed.processor.chat_template += "red field red"
+    changed.model.save_pretrained(other)
+    changed.processor.save_pretrained(other)
+    policy, ask = load_policy(model), {"images": [[RED]], "messages": ["What?"], "max_new_tokens": 6}
+    base, own = (load_policy(folder).generate(**ask, do_sample=False) for folder in (model, other))
+    policy.load_adapter(other)
+    assert base != own
+    assert policy.generate(**ask, do_sample=False) == own
+    with policy.base_weights():
+        assert policy.generate(**ask, do_sample=False) == base
+    assert policy.generate(**ask, do_sample=False) == own
