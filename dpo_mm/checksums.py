@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +21,74 @@ FIELD = "checksum"
 """Name of the checksum in a JSON object."""
 
 
-def write_checksums(folder: Path) -> None:
-    """Write the checksum of every file of a folder into COMPLETE, except for model cards, which may be edited."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
-    files = sorted(path for path in paths if path != folder / COMPLETE)
-    checksums = {str(path.relative_to(folder)): file_hash(path) for path in files}
-    (folder / COMPLETE).write_text(json.dumps(checksums, indent=1))
+def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Write checksums of files of a folder into COMPLETE: of those with these names, or of all."""
+    everything = (path for path in folder.rglob("*") if path.is_file() and path != folder / COMPLETE)
+    files = sorted(everything) if names is None else [folder / name for name in names]
+    write_complete(folder, {str(path.relative_to(folder)): file_hash(path) for path in files})
+
+
+def write_complete(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Write checksums by name into a folder's COMPLETE."""
+    with atomic_write(folder / COMPLETE) as temporary:
+        temporary.write_text(json.dumps(checksums, indent=1), encoding="utf-8")
+
+
+def complete_files(folder: Path) -> dict[str, str]:
+    """Return the checksums in a folder's COMPLETE, by name. Empty if it is missing or broken, without names outside the folder."""
+    try:
+        checksums = dict(json.loads((folder / COMPLETE).read_text(encoding="utf-8")))
+        return {name: checksum for name, checksum in checksums.items() if _is_inside(folder / name, folder)}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return folder.resolve() in path.resolve().parents
+
+
+def made_files(folder: Path) -> dict[str, str]:
+    """Return the checksum of each file of a folder that dpo-mm wrote one of, by name."""
+    sidecars = {
+        path.name[1:-9]: path.read_text(errors="replace") for path in folder.glob(".*.checksum") if path.is_file()
+    }
+    return sidecars | complete_files(folder)
+
+
+def changed_files(folder: Path, checksums: Mapping[str, str], *, missing: bool = True) -> list[str]:
+    """Return the names of files that have changed since they were written, except for model cards, which may be edited.
+
+    Args:
+        folder: folder of the files.
+        checksums: checksums by name.
+        missing: a file that does not exist counts as changed.
+    """
+    return [
+        name
+        for name, checksum in checksums.items()
+        if not name.endswith(".md") and (file_hash(folder / name) != checksum if (folder / name).is_file() else missing)
+    ]
 
 
 def what_is_wrong(folder: Path) -> str | None:
     """Return what has changed in a folder since its COMPLETE was written, or None."""
-    try:
-        checksums = json.loads((folder / COMPLETE).read_text())
-        assert isinstance(checksums, dict)
-    except (OSError, ValueError, AssertionError):
+    checksums = complete_files(folder)
+    if not checksums:
         return f"{COMPLETE} is missing or broken"
-    for name, checksum in checksums.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if file_hash(path) != checksum:
-            return f"{name} has changed since it was written"
+    for name in changed_files(folder, checksums):
+        return f"{name} has changed since it was written" if (folder / name).is_file() else f"{name} is missing"
     return None
 
 
-def remove_unchanged_files(folder: Path, *, replaced: Collection[str]) -> None:
-    """Remove COMPLETE and the files that it lists, except for those that have changed since: they are the user's.
-
-    Args:
-        folder: folder of an earlier result.
-        replaced: names of files and subfolders that the new result replaces. They are left to it.
-    """
-    try:
-        checksums = json.loads((folder / COMPLETE).read_text())
-        files = {folder / name: checksum for name, checksum in checksums.items() if Path(name).parts[0] not in replaced}
-    except (OSError, ValueError, AttributeError):
-        files = {}
+def remove_unchanged_files(folder: Path) -> None:
+    """Remove COMPLETE and the files of `made_files`, except for those that have changed since: they are the user's."""
+    files = made_files(folder)
     (folder / COMPLETE).unlink(missing_ok=True)
-    for path, checksum in files.items():
-        inside = folder.resolve() in path.resolve().parents
-        if inside and path.is_file() and file_hash(path) == checksum:
+    for name, checksum in files.items():
+        path = folder / name
+        if path.is_file() and not path.is_symlink() and file_hash(path) == checksum:
             path.unlink()
+            _checksum_path(path).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # the folder has other files
                 path.parent.rmdir()
 

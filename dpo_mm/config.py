@@ -121,7 +121,10 @@ class TrainConfig(Settings):
     workers: int = 0
     """Number of processes that load rows. 0: rows are loaded in the training process."""
     resume: bool = False
-    """Continue from the newest complete checkpoint in output_dir."""
+    """Continue from the newest complete checkpoint in output_dir, with other steps too. There must be one. The same command
+    without it continues as well."""
+    overwrite: bool = False
+    """Remove an earlier result in output_dir first. Only files that dpo-mm wrote and that are unchanged are removed."""
     undecodable_images: str = "raise"
     """raise | drop. What happens to rows with an image that does not decode. Dropped rows are listed in a file."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import re
+import secrets
 import signal
 import sys
 import threading
@@ -14,8 +15,15 @@ from typing import Any
 
 from dpo_mm.content_key import check_ingredients
 
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.part")
+"""Names of temporary files and folders. They are random, because containers on a shared disk have equal process ids."""
 PLAN_FILE = "mining.json"
 """Default name of the record of a folder's settings."""
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a new name for a temporary file or folder next to a path."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
 
 
 @contextlib.contextmanager
@@ -31,7 +39,7 @@ def atomic_write(path: Path, *, fix: str | None = None) -> Iterator[Path]:
     Raises:
         OSError: if `fix` is given and writing fails. The message contains the path, the reason and the fix.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = temporary_path(path)
     try:
         yield temporary
         temporary.replace(path)

@@ -85,8 +85,8 @@ def _remove(path: Path, folder: Path) -> ValueError:
     shutil.rmtree(path.parent, ignore_errors=True)
     (folder / COMPLETE).unlink(missing_ok=True)
     return ValueError(
-        f"{path.parent} has changed since it was written, and is removed. Run the same command again (with --resume true if "
-        "it had begun to train): its rows are encoded again"
+        f"{path.parent} has changed since it was written, and is removed. Run the same command again: its rows are "
+        "encoded again"
     )
 
 

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
-import shutil
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.checksums import COMPLETE, remove_unchanged_files, what_is_wrong
+from dpo_mm.checksums import COMPLETE, complete_files, remove_unchanged_files, what_is_wrong
 from dpo_mm.config import TrainConfig, as_dict
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "dpo_mm.json"
+CONFIG_FILE, LOG_FILE = "dpo_mm.json", "training_log.json"
+"""Settings of a run, and its summary and log."""
 STATE = ("rewards", "measured_beta", "content", "pairs_per_step")
 """Entries of a checkpoint's CONFIG_FILE in addition to the config."""
 FREE_TO_CHANGE = {
     "output_dir",
     "resume",
+    "overwrite",
     "steps",
     "save_every",
     "eval_every",
@@ -55,21 +58,72 @@ def explain_disk_full(place: Path) -> Iterator[None]:
 
 def _unwritten(place: Path, reason: str, number: int = errno.EIO) -> OSError:
     return OSError(
-        number, f"could not write {place}: {reason}. Earlier checkpoints are unchanged: free space, then --resume"
+        number,
+        f"could not write {place}: {reason}. Earlier checkpoints are unchanged: free space, then run the same command again",
     )
 
 
 def move_into_place(aside: Path, folder: Path) -> None:
-    """Move each part of a temporary folder into the final folder, in place of the part with that name.
+    """Move each part of a temporary folder into the final folder, in place of an earlier result.
 
-    The checksums go first and come last, so that an interruption leaves none that do not fit.
+    The checksums go first and come last, so that an interruption leaves none that do not fit. A model card with changes stays.
+    Another file in the way, which is not of the earlier result, is renamed.
     """
-    parts = sorted(aside.iterdir(), key=lambda part: part.name == COMPLETE)
-    remove_unchanged_files(folder, replaced={part.name for part in parts})  # of an earlier run
-    for part in parts:
-        if (folder / part.name).is_dir():
-            shutil.rmtree(folder / part.name)
-        os.replace(part, folder / part.name)
+    remove_unchanged_files(folder)
+    for part in sorted(aside.iterdir(), key=lambda part: part.name == COMPLETE):
+        target = folder / part.name
+        if part.suffix == ".md" and target.is_file():
+            logger.warning("%s has changes and is not replaced", target)
+            part.unlink()
+            continue
+        if part.name != CONFIG_FILE:  # of this run, since its start
+            set_aside(target)
+        os.replace(part, target)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file or folder that is in the way and not ours to remove."""
+    if os.path.lexists(path):
+        renamed = path.with_name(f"{path.name}.{secrets.token_hex(4)}.old")
+        logger.warning("%s has changed or was not made by this run. It is now %s", path, renamed)
+        path.rename(renamed)
+
+
+def remove_old_checkpoints(folder: Path, *, limit: int) -> None:
+    """Remove the oldest complete checkpoints of a run, down to a limit.
+
+    Files that a checkpoint does not list, or that changed after it was complete, stay. Their times tell, because hashing a
+    checkpoint takes as long as reading it.
+    """
+    for checkpoint in _checkpoints(folder)[limit:]:
+        remove_checkpoint(checkpoint)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove the files of a checkpoint that it lists and that have not changed since it was complete, then its folder."""
+    files = complete_files(checkpoint)
+    if not files:
+        return
+    written = (checkpoint / COMPLETE).stat().st_mtime_ns
+    for name in files:
+        path = checkpoint / name
+        if path.is_file() and path.stat().st_mtime_ns <= written:
+            path.unlink()
+    (checkpoint / COMPLETE).unlink()
+    for part in sorted((path for path in checkpoint.rglob("*") if path.is_dir()), reverse=True):
+        _remove_if_empty(part)
+    _remove_if_empty(checkpoint)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Folders named checkpoint-STEP, newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def latest_complete_checkpoint(folder: Path) -> Path | None:
@@ -81,9 +135,8 @@ def latest_complete_checkpoint(folder: Path) -> Path | None:
     Raises:
         ValueError: if there are checkpoints and none is complete.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     reasons = []
-    for checkpoint in found:
+    for checkpoint in _checkpoints(folder):
         reason = what_is_wrong(checkpoint)
         if reason is None:
             return checkpoint

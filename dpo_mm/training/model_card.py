@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dpo_mm.assets import BUNDLED, resolve_asset
+from dpo_mm.checksums import complete_files, write_complete
 from dpo_mm.config import TrainConfig
+from dpo_mm.content_key import file_hash
 from dpo_mm.judges.provenance import CARD_KEY, training_judges_of
 from dpo_mm.resumable import atomic_write
 
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 RESULTS = "## Compared with its base"
+MADE = "tuned on preferences with dpo-mm."
+"""Words of every card that dpo-mm wrote."""
+RESULTS_SECTION = re.compile(rf"{RESULTS}\n\nVerdict: [^\n]*\n\n(\|[^\n]*\n)+")
 LOADING = {
     "lora": 'processor = AutoProcessor.from_pretrained("{base}")\n'
     'model = AutoModelForImageTextToText.from_pretrained("{base}", dtype={dtype})\n'
@@ -62,14 +68,20 @@ def usage_code(config: TrainConfig, *, family: str = "", image_lines: Sequence[s
 
 
 def write_card(
-    config: TrainConfig, settings: Mapping[str, str], *, text: bool, image_lines: Sequence[str] | None = None
+    config: TrainConfig,
+    settings: Mapping[str, str],
+    *,
+    text: bool,
+    image_lines: Sequence[str] | None = None,
+    into: Path | None = None,
 ) -> Path:
-    """Write the model card of a run into its output_dir.
+    """Write the model card of a run.
 
     Args:
         config, settings: settings of the training, and its summary as printed.
         text: whether the model generates text rather than images.
         image_lines: Python that loads the pipeline as `pipe`, for an image model.
+        into: folder of the card. None: the run's output_dir.
     """
     folder = Path(config.output_dir)
     library = "transformers" if config.tuning == "full" else "peft"
@@ -86,15 +98,15 @@ def write_card(
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items())
     card = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_cell(folder.name)}\n\n"
-        f"`{_cell(config.model)}` tuned on preferences with dpo-mm.\n\n"
+        f"`{_cell(config.model)}` {MADE}\n\n"
         f"## How to use it\n\n{where}\n\n```python\n{code}\n```\n\n"
         f"## How it was trained\n\n| | |\n|---|---|\n{rows}\n\nEvery setting is in `dpo_mm.json`.\n"
     )
-    return _write(folder / CARD, card)
+    return _write((into or folder) / CARD, card)
 
 
 def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdict: str, command: str) -> Path | None:
-    """Replace the results in an adapter's card by those of a comparison.
+    """Replace the results in an adapter's card by those of a comparison. The rest of the card is unchanged.
 
     Args:
         adapter: the adapter's folder.
@@ -103,19 +115,32 @@ def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdi
         command: how to repeat the comparison.
 
     Returns:
-        Path of the card, or None if the folder has none.
+        Path of the card, or None if the folder has none that dpo-mm wrote.
     """
     path = Path(adapter) / CARD
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         return None
-    before = path.read_text(encoding="utf-8").partition(RESULTS)[0].rstrip()
-    rows = "\n".join(
-        f"| {_cell(one.metric)} | {one.base:.4g} | {one.tuned:.4g} | {_interval(one)} | {one.verdict} |"
+    before = path.read_text(encoding="utf-8")
+    if MADE not in before:
+        return None
+    rows = "".join(
+        f"| {_cell(one.metric)} | {one.base:.4g} | {one.tuned:.4g} | {_interval(one)} | {one.verdict} |\n"
         for one in comparisons
         if one.models == ("base", "tuned")
     )
     table = f"| measure | base | tuned | difference, 95 % interval | verdict |\n|---|---|---|---|---|\n{rows}"
-    return _write(path, f"{before}\n\n{RESULTS}\n\nVerdict: {verdict}. By `{_cell(command)}`.\n\n{table}\n")
+    section = f"{RESULTS}\n\nVerdict: {verdict}. By `{_cell(command)}`.\n\n{table}"
+    if RESULTS_SECTION.search(before):
+        card = RESULTS_SECTION.sub(lambda _: section, before, count=1)
+    else:
+        card = f"{before.rstrip()}\n\n{section}"
+    if card == before:
+        return path
+    checksums, checksum = complete_files(path.parent), file_hash(path)
+    _write(path, card)
+    if checksums.get(CARD) == checksum:  # a card with the user's changes stays one
+        write_complete(path.parent, checksums | {CARD: file_hash(path)})
+    return path
 
 
 def _interval(comparison: Comparison) -> str:

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback
 
 from dpo_mm.assets import resolve_asset
-from dpo_mm.config import TrainConfig
-from dpo_mm.content_key import check_ingredients, library_versions
+from dpo_mm.config import TrainConfig, as_dict
+from dpo_mm.content_key import check_ingredients, content_hash, library_versions
+from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import drop_ties, load_pairs, load_responses, split_by_prompt
 from dpo_mm.errors import TrainingInterrupted
+from dpo_mm.outputs import OutputKind, output_folder, read_record, refuse_foreign_folder
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
-from dpo_mm.policies.families import model_content, resolve_commit
+from dpo_mm.policies.families import model_content, policy_class, resolve_commit
 from dpo_mm.policies.protocol import ImagePolicy, Policy, TextPolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import StopRequest
 from dpo_mm.training.auto_beta import AUTO, measure_beta
 from dpo_mm.training.builders import build_policy, training_arguments, validate_config
 from dpo_mm.training.callbacks import GracefulStopCallback, ProgressBarCallback
-from dpo_mm.training.checkpoints import check_same_content, check_same_recipe, latest_complete_checkpoint
+from dpo_mm.training.checkpoints import (
+    CONFIG_FILE,
+    LOG_FILE,
+    check_same_content,
+    check_same_recipe,
+    latest_complete_checkpoint,
+)
 from dpo_mm.training.encoding import EncodedSplits, encode_splits
 from dpo_mm.training.memory_estimate import estimate_memory_and_disk
 from dpo_mm.training.model_card import write_card
@@ -33,6 +43,7 @@ from dpo_mm.training.reference import precompute_reference_log_probs, resolve_re
 from dpo_mm.training.trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
+TRAINING = OutputKind(CONFIG_FILE, parts=("checkpoint-*",), free=("output_dir", "resume", "overwrite", "workers"))
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,59 @@ def train(config: TrainConfig) -> TrainResult:
         TrainingInterrupted: after a SIGTERM, when a checkpoint is saved.
     """
     validate_config(config)
+    if config.resume and config.overwrite:
+        raise ValueError("resume and overwrite exclude each other: resume continues what overwrite removes")
+    folder = Path(config.output_dir)
+    record = read_record(folder / CONFIG_FILE) or {}
+    kind, settings = TRAINING, json.loads(json.dumps(as_dict(config)))
+    changed = any(record.get(name) != value for name, value in settings.items() if name not in kind.free)
+    if config.resume:  # `check_same_recipe` compares the settings
+        kind = dataclasses.replace(kind, free=tuple(settings))
+    with output_folder(
+        folder,
+        kind,
+        settings,
+        inputs=[config.model, config.pairs],
+        overwrite=config.overwrite,
+        continues=config.resume and changed,
+    ) as finished:
+        checkpoint = (
+            None if config.overwrite or (finished and not config.resume) else latest_complete_checkpoint(folder)
+        )
+        if config.resume and checkpoint is None:
+            raise ValueError(
+                f"resume: {folder} has no checkpoint to continue from. Leave out resume to train from the beginning"
+            )
+        return _finished_result(config) if finished else _train(config, checkpoint)
+
+
+def _finished_result(config: TrainConfig) -> TrainResult:
+    """Read the result of an earlier run with the same settings.
+
+    Raises:
+        ValueError: if its pairs, the model or a library version have changed.
+    """
+    folder = Path(config.output_dir)
+    record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    content = {"model": model_content(config.model, revision=config.revision), "libraries": library_versions()}
+    content["pairs"] = _pairs_digest(config)
+    check_same_content(folder, record["content"], content, config)
+    log = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))
+    beta = float(record["measured_beta"] or record["beta"])
+    return TrainResult(folder, tuple(log["history"]), log["summary"], beta)
+
+
+def _pairs_digest(config: TrainConfig) -> str:
+    """Digest of the pairs as `encode_splits` returns it, without encoding them."""
+    if policy_class(config.model, revision=config.revision).modality == "text":
+        return digest(load_responses(config.pairs))
+    parts = split_by_prompt(drop_ties(load_pairs(config.pairs)), config.eval_fraction, seed=config.seed)
+    return content_hash([digest(part) for part in parts if part is not None])
+
+
+def _train(config: TrainConfig, checkpoint: Path | None) -> TrainResult:
+    """Train from the beginning, or from a checkpoint of the same recipe, and write the result."""
     pairs_per_step = config.batch_size * config.accumulate * training_arguments(config).world_size
-    checkpoint = latest_complete_checkpoint(Path(config.output_dir)) if config.resume else None
     saved_state = check_same_recipe(checkpoint, config, pairs_per_step=pairs_per_step) if checkpoint else {}
     content = {"model": model_content(config.model, revision=config.revision), "libraries": library_versions()}
     if checkpoint:  # before the pairs are encoded, which takes long
@@ -86,11 +148,11 @@ def train(config: TrainConfig) -> TrainResult:
         logger.warning("prompts: %s", cut)
         summary |= {"truncated prompts": cut}
     trainer = _fit(PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state), checkpoint)
-    trainer.save_result()
-    if trainer.is_world_process_zero():
-        name = Path(config.output_dir).name
-        image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
-        write_card(config, summary, text=policy.modality == "text", image_lines=image_lines)
+    name = Path(config.output_dir).name
+    text = policy.modality == "text"
+    image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
+    card = partial(write_card, config, summary, text=text, image_lines=image_lines)
+    trainer.save_result(summary, lambda folder: card(into=folder))
     return TrainResult(Path(config.output_dir), tuple(trainer.state.log_history), summary, float(config.beta))
 
 
@@ -175,6 +237,7 @@ def dry_run(config: TrainConfig) -> dict[str, str]:
         ValueError: as `train`, except for images that do not decode.
     """
     validate_config(config)
+    refuse_foreign_folder(Path(config.output_dir), TRAINING, inputs=[config.model, config.pairs])
     policy = build_policy(config, weights=False)
     pairs = load_responses(config.pairs) if policy.modality == "text" else drop_ties(load_pairs(config.pairs))
     train_rows, _ = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)

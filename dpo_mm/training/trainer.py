@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_mm import objectives
 from dpo_mm.checksums import write_checksums
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.objectives import LogProbs
+from dpo_mm.outputs import KIND, RECORDS
 from dpo_mm.policies.protocol import Batch, Policy
 from dpo_mm.training.builders import DEFAULT_SLACK, build_loss, required_inputs, training_arguments
 from dpo_mm.training.callbacks import (
@@ -34,7 +34,15 @@ from dpo_mm.training.callbacks import (
     SkipNonFiniteStepsCallback,
     UpdateReferenceCallback,
 )
-from dpo_mm.training.checkpoints import CONFIG_FILE, explain_disk_full, move_into_place
+from dpo_mm.training.checkpoints import (
+    CONFIG_FILE,
+    LOG_FILE,
+    explain_disk_full,
+    move_into_place,
+    remove_checkpoint,
+    remove_old_checkpoints,
+    set_aside,
+)
 from dpo_mm.training.metrics import image_reliance, reward_metrics, split_by_noise_quartile
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import TrackingReference, build_reference
@@ -234,9 +242,10 @@ class PreferenceTrainer(Trainer):
                     if isinstance(self.reference, TrackingReference):
                         self.reference.save(temporary / name)
                     write_checksums(temporary / name)
-                    shutil.rmtree(final / name, ignore_errors=True)
+                    remove_checkpoint(final / name)
+                    set_aside(final / name)
                     os.replace(temporary / name, final / name)
-                    rotate_checkpoints(str(final), self.args.save_total_limit)
+                    remove_old_checkpoints(final, limit=self.config.save_total_limit)
         finally:
             if self.args.should_save:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -247,18 +256,31 @@ class PreferenceTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save(folder, state_dict)
-        (folder / CONFIG_FILE).write_text(json.dumps(as_dict(self.config) | self.run_state, indent=1))
+        record = as_dict(self.config) | self.run_state | {KIND: RECORDS[CONFIG_FILE]}
+        (folder / CONFIG_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
-    def save_result(self) -> None:
-        """Write the trained weights to output_dir, each part to a temporary file that is then renamed."""
+    def save_result(self, summary: Mapping[str, str], write_card: Callable[[Path], object]) -> None:
+        """Write the trained weights, the log and the model card to a temporary folder, then rename them into output_dir.
+
+        Args:
+            summary: of the run.
+            write_card: writes the model card into a folder.
+        """
         temporary, final = Path(self._get_output_dir()) / "result", Path(self.args.output_dir)  # type: ignore[arg-type]
         with explain_disk_full(final):
             self.save_model(str(temporary))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                log = json.dumps({"summary": summary, "history": self.history()}, indent=1)
+                (temporary / LOG_FILE).write_text(log, encoding="utf-8")
+                write_card(temporary)
                 write_checksums(temporary)
                 move_into_place(temporary, final)
                 shutil.rmtree(temporary.parent)
+
+    def history(self) -> list[dict[str, float]]:
+        """Return the log without its entry on speed, which differs between equal runs."""
+        return [entry for entry in self.state.log_history if "train_runtime" not in entry]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, and take the learning rate from this run's schedule, whose number of steps may have changed."""

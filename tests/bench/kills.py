@@ -140,7 +140,7 @@ def main() -> None:
             if row is None:
                 continue
             newest = latest_complete_checkpoint(Path(interrupted.output_dir))
-            run_to_the_end(dataclasses.replace(interrupted, resume=True))
+            run_to_the_end(interrupted)
             identical = digest_and_losses(Path(interrupted.output_dir)) == expected
             rows.append(
                 {"kill": len(rows) + 1, **row, "newest": newest.name if newest else None, "same bits": identical}

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dpo_mm.checksums import write_checksums
 from dpo_mm.config import TrainConfig
 from dpo_mm.training.checkpoints import explain_disk_full, move_into_place, what_is_wrong
 from dpo_mm.training.run import train
@@ -108,6 +109,7 @@ def test_new_result_replaces_the_previous_one_entry_by_entry(tmp_path: Path) -> 
         (tmp_path / name / "unet" / f"{word}.txt").write_text(word)
         (tmp_path / name / "card.md").write_text(word)
     (tmp_path / "old" / "checkpoint-2").mkdir()
+    write_checksums(tmp_path / "old")
     move_into_place(tmp_path / "aside", tmp_path / "old")
     assert (tmp_path / "old" / "card.md").read_text() == "new"
     assert [path.name for path in (tmp_path / "old" / "unet").iterdir()] == ["new.txt"]

@@ -19,6 +19,7 @@ LAYERS = (
         "assets",
         "model_loading",
         "content_key",
+        "outputs",
         "checksums",
     },
     {"objectives"},
