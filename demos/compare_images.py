@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import secrets
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from dpo_mm.assets import BUNDLED
 from dpo_mm.data.image_files import decode_image
+from dpo_mm.data.row_paths import read_regular_file
 from dpo_mm.demo_server import SMALL_IMAGE, DemoPage, escape, image_html, serve
 from dpo_mm.evaluation.saved_comparison import OUTCOMES, ImagePair, SavedComparison, load_comparison
-from dpo_mm.judges import load_judge, metric_of
+from dpo_mm.judges import JUDGES, load_judge, metric_of
 from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.policies.families import load_image_policy
 
@@ -212,7 +215,7 @@ def pair_html(pair: ImagePair) -> str:
     for n, (title, file) in enumerate((("base", pair.base), ("tuned", pair.tuned))):
         scores = "".join(score_html(judge, values[n]) for judge, values in pair.scores.items())
         try:
-            image = image_html(decode_image(file.read_bytes()), alt=title)
+            image = image_html(decode_image(read_regular_file(file)), alt=title)
         except (ValueError, OSError):
             image = '<div class="blank">file is missing or broken</div>'
         figures.append(f"<figure>{image}<figcaption><b>{title}</b>{scores}</figcaption></figure>")
@@ -236,7 +239,7 @@ def gallery_html(
 
 def add_gallery(comparison: SavedComparison) -> None:
     """Add the images of a saved comparison to the page, with filters."""
-    is_small = max(decode_image(comparison.pairs[0].base.read_bytes()).size) <= SMALL_IMAGE
+    is_small = max(decode_image(read_regular_file(comparison.pairs[0].base)).size) <= SMALL_IMAGE
     page_size = PAGE_SIZE_SMALL if is_small else PAGE_SIZE_LARGE
     gr.HTML('<div class="head"><h2>Images of the saved comparison</h2></div>')
     with gr.Row():
@@ -350,6 +353,21 @@ def build(model: DemoModel, comparison: SavedComparison | None = None) -> DemoPa
     return DemoPage(blocks, css=CSS)
 
 
+def bundled_models(saved: SavedComparison, folder: str) -> tuple[str, str | None]:
+    """Return the model and the adapter of a saved comparison, None for no adapter.
+
+    Raises:
+        ValueError: if one is not bundled. The folder may come from somebody else, so it does not choose what is opened.
+    """
+    model, adapter = saved.settings.get("model", BUNDLED_MODEL), saved.settings.get("adapter", "none")
+    if model not in BUNDLED or adapter not in (*BUNDLED, "none"):
+        raise ValueError(
+            f"{folder} compares the model {model!r} with {adapter!r}. The folder may come from somebody else, so they are opened "
+            f"only if you name them: --model {shlex.quote(model)} --adapter {shlex.quote(adapter)}"
+        )
+    return model, None if adapter == "none" else adapter
+
+
 def run(
     model: str = BUNDLED_MODEL,
     adapter: str | None = None,
@@ -363,16 +381,17 @@ def run(
 
     Args:
         judges: names separated by commas. None: those of the bundled model.
-        comparison: folder of a saved comparison. Its model, adapter and judges are used unless others are given.
+        comparison: folder of a saved comparison. Its model, adapter and judges are used if they are bundled or built in,
+            unless others are given.
 
     Raises:
-        ValueError: as in `load` and `load_comparison`.
+        ValueError: as in `load`, `load_comparison` and `bundled_models`.
     """
-    saved = load_comparison(comparison) if comparison else None
+    named = judges.split(",") if judges is not None else None
+    saved = load_comparison(comparison, judges=named) if comparison else None
     if saved is not None and (model, adapter) == (BUNDLED_MODEL, None):
-        model, adapter = saved.settings.get("model", model), saved.settings.get("adapter", "none")
-        adapter = None if adapter == "none" else adapter
-        judges = judges if judges is not None else ",".join(saved.judges)
+        model, adapter = bundled_models(saved, str(comparison))
+        judges = judges if judges is not None else ",".join(judge for judge in saved.judges if judge in JUDGES)
     default_judges = "faithfulness,aesthetic" if model == BUNDLED_MODEL else ""
     names = (judges if judges is not None else default_judges).split(",")
     demo_model = load(model, adapter, [name for name in names if name], precision=precision)

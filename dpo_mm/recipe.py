@@ -19,6 +19,7 @@ from dpo_mm.config import (
 )
 from dpo_mm.config_parsing import config_from_mapping, known_names, read_yaml, with_field_names
 from dpo_mm.errors import did_you_mean
+from dpo_mm.printed_text import printable
 
 if TYPE_CHECKING:
     from dpo_mm.evaluation.verdict import CompareResult
@@ -254,5 +255,5 @@ def print_result(result: CompareResult) -> None:
     console = Console()
     console.print(terminal_table(result.comparisons))
     for note in result.notes:
-        console.print(note, markup=False, highlight=False)
-    print(f"Verdict: {result.verdict}\nReport: {result.report}")
+        console.print(printable(note), markup=False, highlight=False)
+    print(printable(f"Verdict: {result.verdict}\nReport: {result.report}"))

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dpo_mm.cli.terminal import print_rows
+from dpo_mm.cli.terminal import print_rows, say
+from dpo_mm.printed_text import quoted
 
 label = typer.Typer(no_args_is_help=True, help="Export votes, or rate models by them.")
 Votes = Annotated[str, typer.Argument(help="SQLite file of the votes.")]
@@ -33,7 +34,9 @@ def label_export(
     disable_progress_bars()
     output = output or ("labels.parquet" if format == "rows" else "labels.json")
     print_rows(export(votes, output, pairs=pairs, format=format))
-    print(f"Exported: {output}" + (f"\nNext: dpo-mm train CONFIG.yaml --pairs {output}" if format == "rows" else ""))
+    say(f"Exported: {output}")
+    if format == "rows":
+        say(f"Next: dpo-mm train CONFIG.yaml --pairs {quoted(output)}")
 
 
 @label.command("ratings")
@@ -47,8 +50,8 @@ def label_ratings(votes: Votes, pairs: Pairs = None) -> None:
     ratings = model_ratings(*open_votes(votes, pairs))
     for previous, rating in zip([None, *ratings], ratings, strict=False):
         if ratings[-1].group and (previous is None or previous.group != rating.group):
-            print(f"Group {rating.group + 1}, never compared with the other models, so on a separate scale:")
-        print(
+            say(f"Group {rating.group + 1}, never compared with the other models, so on a separate scale:")
+        say(
             f"{rating.rating:6.0f}  ({rating.low:.0f} to {rating.high:.0f})  {rating.wins} won, {rating.ties} tied, "
             f"{rating.losses} lost  {rating.model}"
         )

@@ -13,7 +13,8 @@ import typer
 
 from dpo_mm import __version__
 from dpo_mm.cli import demo, label
-from dpo_mm.cli.terminal import print_rows, run_as_command, suppress_library_output
+from dpo_mm.cli.terminal import print_rows, run_as_command, say, suppress_library_output
+from dpo_mm.printed_text import quoted
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(demo.demo, name="demo")
@@ -120,12 +121,15 @@ def quickstart(
         recipe = read_recipe(*tasks[task], flags)
         run_recipe(recipe, command=command_line())
     config = recipe.compare
-    again = f"dpo-mm compare --model {config.model} --adapter {config.adapter} --output-dir {output_dir}-again"
+    again = (
+        f"dpo-mm compare --model {quoted(config.model)} --adapter {quoted(config.adapter)} "
+        f"--output-dir {quoted(f'{output_dir}-again')}"
+    )
     if isinstance(config, CompareResponsesConfig):
-        print(f"Next, sampled instead of greedy: {again} --questions {config.questions} --temperature 1")
+        say(f"Next, sampled instead of greedy: {again} --questions {config.questions} --temperature 1")
     else:
         sampling = f"--num-inference-steps {config.num_inference_steps} --guidance-scale {config.guidance_scale:g} --seed {seed + 1}"
-        print(f"Next, on other seeds: {again} {sampling}")
+        say(f"Next, on other seeds: {again} {sampling}")
 
 
 @app.command("import")
@@ -168,8 +172,8 @@ def import_(
         for reason, count in result.left_out.items()
     }
     print_rows({"rows": f"{result.rows:,} in {result.shards} files", **preferences, **left_out})
-    folder = shlex.quote(output)
-    print(f"Imported: {output}\nNext: dpo-mm doctor {folder} && dpo-mm train CONFIG.yaml --pairs {folder}")
+    folder = quoted(output)
+    say(f"Imported: {output}\nNext: dpo-mm doctor {folder} && dpo-mm train CONFIG.yaml --pairs {folder}")
 
 
 @app.command()
@@ -197,7 +201,7 @@ def doctor(
     diagnosis = examine(pairs, held_out=held_out, uncertain=uncertain)
     Console().print(terminal_report(diagnosis), highlight=False, markup=False)
     if output:
-        print(f"Report: {write_report(Path(output), diagnosis, command=command_line())}")
+        say(f"Report: {write_report(Path(output), diagnosis, command=command_line())}")
     if diagnosis.failed(strict=strict):
         sys.exit(1)
 
@@ -224,9 +228,10 @@ def train(context: typer.Context, config: ConfigFile, dry_run: DryRun = False) -
     if int(os.environ.get("RANK", "0")) > 0:
         return
     print_rows(result.settings)
-    print(f"Trained: {result.folder}")
-    print(
-        f"Next: dpo-mm compare --model {settings.model} --adapter {result.folder} --output-dir {result.folder}-compared"
+    say(f"Trained: {result.folder}")
+    say(
+        f"Next: dpo-mm compare --model {quoted(settings.model)} --adapter {quoted(result.folder)} "
+        f"--output-dir {quoted(f'{result.folder}-compared')}"
     )
 
 
@@ -257,7 +262,7 @@ def _print_checks(checks: Iterable[Any]) -> int:
     for check in checks:
         failed += check.passed is False
         word = {True: "pass", False: "FAIL", None: "    "}[check.passed]
-        print(f"{word}  {check.name}: {check.observed}", flush=True)
+        say(f"{word}  {check.name}: {check.observed}")
     return failed
 
 
@@ -299,7 +304,7 @@ def mine(context: typer.Context, config: OptionalConfigFile = None) -> None:
         from dpo_mm.recipe import mine
 
         path = mine(settings)
-    print(f"Mined: {path}\nNext: dpo-mm train CONFIG.yaml --pairs {path}")
+    say(f"Mined: {path}\nNext: dpo-mm train CONFIG.yaml --pairs {quoted(path)}")
 
 
 @app.command()
@@ -342,7 +347,7 @@ def judge(
         result = score(JudgeConfig(judge, str(images), output, prompts))
     if result:
         broken = f", {result.broken} without a score (the reason is in the column error)" * bool(result.broken)
-        print(f"Scored: {result.path} ({result.scored} images, mean {result.mean:.4f}{broken})")
+        say(f"Scored: {result.path} ({result.scored} images, mean {result.mean:.4f}{broken})")
 
 
 @app.command(context_settings=SETTINGS_AS_FLAGS)
@@ -361,7 +366,7 @@ def relabel(context: typer.Context, pairs: Pairs) -> None:
         result = relabel(settings)
     if result:
         print_rows({key: str(value) for key, value in result.summary.items() if isinstance(value, int)})
-        print(f"Relabelled: {result.path}\nNext: dpo-mm train CONFIG.yaml --pairs {result.path} --objective soft")
+        say(f"Relabelled: {result.path}\nNext: dpo-mm train CONFIG.yaml --pairs {quoted(result.path)} --objective soft")
 
 
 @app.command(context_settings=SETTINGS_AS_FLAGS)

@@ -1,4 +1,8 @@
-"""Terminal: errors in one line, tables of names and values, and silence for other libraries."""
+"""Terminal: errors in one line, tables of names and values, and silence for other libraries.
+
+Texts of datasets and models may contain control characters, which move the cursor or change the window's title. They are
+escaped here, so every text that comes from a file is printed by `say` or `print_rows`, or passed through `printable`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dpo_mm.errors import TrainingInterrupted
+from dpo_mm.printed_text import printable
 from dpo_mm.resumable import exit_cleanly_on_sigterm
 
 
@@ -26,6 +31,11 @@ def suppress_library_output() -> Iterator[None]:
     yield
 
 
+def say(text: str) -> None:
+    """Print a text, with its control characters escaped."""
+    print(printable(text), flush=True)
+
+
 def print_rows(rows: dict[str, str]) -> None:
     """Print names and values, one per line."""
     from rich.console import Console
@@ -33,7 +43,7 @@ def print_rows(rows: dict[str, str]) -> None:
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in rows.items():
-        table.add_row(key, value)
+        table.add_row(printable(key), printable(value))
     Console().print(table, highlight=False, markup=False)
 
 
@@ -57,7 +67,7 @@ def run_as_command() -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DPO_MM_TRACEBACK"):
             raise
-        line = f"error: {' '.join(str(error).split())}"
+        line = printable(f"error: {' '.join(str(error).split())}")
     except TrainingInterrupted as interruption:
         line, status = str(interruption), 143
     print(line, file=sys.stderr)

@@ -5,14 +5,26 @@ A file that is damaged, animated, a vector image or a decompression bomb is refu
 
 from __future__ import annotations
 
+import functools
 import io
+import re
 import warnings
-from pathlib import Path
+from os import PathLike
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from dpo_mm.data.row_paths import read_file
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")
+"""Formats that Pillow may open. Others start programs (EPS: Ghostscript) or have little-tested decoders."""
+SIGNATURE = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF.{4}WEBP|GIF8[79]a|BM.{4}\x00{4}|II\*\x00|MM\x00\*|P[1-6f]\s+[\d#]|\x00\x00\x01\x00|.{4}ftypavi[fs]",
+    re.DOTALL,
+)
+"""First bytes of the files of FORMATS."""
 MAX_PIXELS = 100_000_000
 """Largest number of pixels of an image. Larger ones are refused."""
 
@@ -30,7 +42,7 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = open_image(data)
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
             frames = getattr(image, "n_frames", 1)
@@ -48,21 +60,53 @@ def decode_image(data: bytes) -> Image.Image:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+def open_image(data: bytes) -> Image.Image:
+    """Open an image file of one of FORMATS with Pillow, without decoding its pixels.
+
+    Raises:
+        OSError: if it is of no such format.
+    """
+    return Image.open(io.BytesIO(data), formats=_pillow_formats())
+
+
+@functools.cache
+def _pillow_formats() -> tuple[str, ...]:
+    """Return those of FORMATS that this version of Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def has_image_signature(data: bytes) -> bool:
+    """Return True if the first bytes of a file are those of one of FORMATS."""
+    return SIGNATURE.match(data) is not None
+
+
 def image_bytes(cell: Any) -> bytes:
     """Return the image file of an undecoded cell, from the row itself or from disk.
 
     Args:
         cell: a dict of `bytes` and `path`, as `datasets` stores images, of which `bytes` come first. Or one of the two.
+            A path of a loaded row leads only to files of its dataset, see `dpo_mm.data.row_paths`.
 
     Raises:
-        ValueError: if the cell has neither bytes nor a path.
+        ValueError: if the cell has neither bytes nor a path, or the path leads to anything but an image of the dataset.
         OSError: if the file at the path cannot be read.
     """
     if not isinstance(cell, dict):
         cell = {"bytes": cell} if isinstance(cell, bytes) else {"path": cell}
-    if not (cell.get("bytes") or cell.get("path")):
+    data, path = cell.get("bytes"), cell.get("path")
+    if not (data or path):
         raise ValueError("it is missing")
-    return cell.get("bytes") or Path(cell["path"]).read_bytes()
+    if data:
+        if not isinstance(data, bytes):
+            raise ValueError(f"its bytes are {type(data).__name__}. Expected the content of an image file")
+        return data
+    if not isinstance(path, str | PathLike):
+        raise ValueError(f"it is {type(path).__name__}. Expected an image file or a path")
+    data = read_file(str(path))
+    if data and not has_image_signature(data):
+        raise ValueError(f"{PurePath(path).name[:80]!r} is not an image of a supported format ({', '.join(FORMATS)})")
+    return data
 
 
 def rgb_image(cell: Any) -> Image.Image:

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from dpo_mm.data.row_paths import LONGEST_SHOWN, confine
 from dpo_mm.data.text_files import open_text, table_suffix
 from dpo_mm.errors import did_you_mean
 
@@ -185,10 +186,10 @@ def _truths(cell: Any, path: Path, number: int) -> tuple[str, ...]:
 
 def _image(cell: Any, path: Path, number: int) -> Image.Image:
     """Decode an image from its bytes or its path, as `datasets` stores them."""
-    from dpo_mm.data.image_files import decode_image
+    from dpo_mm.data.image_files import rgb_image
 
-    data, image_path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, cell)
     try:
-        return decode_image(data or (path.parent / str(image_path)).read_bytes())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}, row {number}: image {image_path or ''} cannot be read ({error})") from None
+        return rgb_image(confine(cell, path.parent, is_path=True))
+    except ValueError as error:
+        name = str((cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else "") or "")
+        raise ValueError(f"{path}, row {number}: image {name[:LONGEST_SHOWN]} cannot be read ({error})") from None

@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import re
+import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_mm.data.response_columns import check_columns_are_read
 from dpo_mm.data.row_digest import image_content
+from dpo_mm.data.row_files import open_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 PREFERENCES = ("a", "b", "tie", "both_bad")
 REQUIRED = ("prompt", "image_a", "image_b", "preference")
-MAX_BYTES_IN_MEMORY = 2**30
-"""Parquet files up to this total size are read into memory."""
+RANGES = {
+    "p_a": (0.0, 1.0),
+    "probability": (0.0, 1.0),
+    "votes_a": (0.0, math.inf),
+    "votes_b": (0.0, math.inf),
+    "score_a": (-math.inf, math.inf),
+    "score_b": (-math.inf, math.inf),
+    "score_gap": (-math.inf, math.inf),
+}
+"""Columns of numbers that training reads, and their range. NaN and infinity are refused in all of them."""
 
 
 class Response(NamedTuple):
@@ -133,7 +141,7 @@ def load_pairs(path: str, *, dataset_name: str | None = None) -> Dataset:
     """
     from dpo_mm.assets import resolve_asset
 
-    return validate(_open(resolve_asset(path)), dataset_name=dataset_name or path)
+    return validate(open_rows(resolve_asset(path)), dataset_name=dataset_name or path)
 
 
 def load_responses(path: str) -> Dataset:
@@ -148,10 +156,10 @@ def load_responses(path: str) -> Dataset:
     """
     from dpo_mm.assets import resolve_asset
 
-    rows = _open(resolve_asset(path))
+    rows = open_rows(resolve_asset(path))
     _require_columns(rows, ("prompt", "chosen", "rejected"), path)
     check_columns_are_read(rows, path)
-    return _with_ids(rows)
+    return _with_ids(_check_numbers(rows, path))
 
 
 def make_response_rows(rows: list[dict[str, Any]]) -> Dataset:
@@ -187,65 +195,6 @@ def _as_message(content: Any, role: str) -> Any:
     return [{"role": role, "content": [{"type": "text", "text": content}]}] if isinstance(content, str) else content
 
 
-def _open(path: str) -> Dataset:
-    from datasets import load_dataset, load_from_disk
-
-    folder = Path(path)
-    if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
-        return load_from_disk(str(folder))  # type: ignore[return-value]
-    if folder.is_file() or folder.is_dir():
-        files = [folder] if folder.is_file() else _split_files(folder)
-        if not files:
-            raise ValueError(
-                f"{path}: no *.parquet in this folder. A preference dataset is Parquet with the columns {', '.join(REQUIRED)}"
-            )
-        try:
-            return _read_parquet(files)
-        except Exception as error:
-            raise ValueError(f"{path}: not readable as Parquet ({' '.join(str(error).split())[:200]})") from error
-    if path.count("/") != 1 or path.startswith((".", "/")) or folder.suffix:
-        raise ValueError(
-            f"{path}: no such file or folder. Give a Parquet file, a folder of Parquet files, a bundled dataset or a hub id"
-        )
-    return load_dataset(path, split="train")  # type: ignore[return-value]
-
-
-SPLIT = re.compile(r"^(train|training|test|validation|valid|val|dev|eval)(?=[-_.\d])", re.IGNORECASE)
-"""Begin of a Parquet file's name that holds one split of a dataset."""
-
-
-def _split_files(folder: Path) -> list[Path]:
-    """Parquet files of a folder: those of the split `train` if the names have splits, else all.
-
-    Raises:
-        ValueError: if the names have several splits and none is `train`.
-    """
-    files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-    splits = {file: match[1].lower() if (match := SPLIT.match(file.name)) else "" for file in files}
-    training = [file for file in files if splits[file] in ("train", "training")]
-    if not training and len(set(splits.values())) > 1:
-        raise ValueError(
-            f"{folder}: files of several splits ({', '.join(sorted({split or 'without a split' for split in splits.values()}))}) "
-            "and none is train. Name the file to use"
-        )
-    return training or files
-
-
-def _read_parquet(files: list[Path]) -> Dataset:
-    """Read small files into memory, and map large ones from the disk cache of `datasets`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets import Dataset
-
-    if sum(file.stat().st_size for file in files) > MAX_BYTES_IN_MEMORY:
-        return Dataset.from_parquet([str(file) for file in files])  # type: ignore[return-value]
-    return Dataset(
-        pa.concat_tables(
-            [pq.read_table(file, page_checksum_verification=True) for file in files], promote_options="default"
-        )
-    )
-
-
 def validate(rows: Dataset, *, dataset_name: str) -> Dataset:
     """Check rows and return them with every column of `ImagePreference`. Images are not decoded.
 
@@ -270,7 +219,37 @@ def validate(rows: Dataset, *, dataset_name: str) -> Dataset:
             raise ValueError(
                 f"{dataset_name}: column {column!r} contains {feature}. Expected images, as {{bytes, path}} or as paths"
             ) from error
-    return _complete(rows)
+    return _complete(_check_numbers(rows, dataset_name))
+
+
+def _check_numbers(rows: Dataset, dataset_name: str) -> Dataset:
+    """Return rows whose columns of RANGES are numbers.
+
+    Raises:
+        ValueError: if a value is not a number or out of its range. It names the row.
+    """
+    import numpy as np
+    from datasets import Value
+
+    for column in sorted(RANGES.keys() & set(rows.column_names)):
+        low, high = RANGES[column]
+        expected = "a finite number" if low < 0 else f"a number of at least 0{' and at most 1' if high == 1 else ''}"
+        kind = "int64" if column.startswith("votes") else "float64"
+        if getattr(rows.features[column], "dtype", None) != kind:
+            try:
+                rows = rows.cast_column(column, Value(kind))
+            except Exception as error:  # Arrow raises a different class for each pair of types
+                raise ValueError(
+                    f"{dataset_name}: column {column!r} contains {rows.features[column]}. Expected {expected} per row"
+                ) from error
+        table = rows.select_columns([column]).with_format("arrow")[:][column]
+        values = table.fill_null(0).to_numpy().astype(np.float64)
+        wrong = np.flatnonzero(~np.isfinite(values) | (values < low) | (values > high))
+        if len(wrong):
+            raise ValueError(
+                f"{dataset_name}, row {wrong[0]}: {column} is {values[wrong[0]]:g}. Expected {expected}, or null if it is unknown"
+            )
+    return rows
 
 
 def _require_columns(rows: Dataset, columns: tuple[str, ...], dataset_name: str) -> None:

@@ -16,6 +16,7 @@ from dpo_mm.doctor.checks import CHECKS, SEVERITIES, row_count_text
 from dpo_mm.doctor.image_features import extract_features
 from dpo_mm.doctor.loading import load_dataset, rows_by_id
 from dpo_mm.doctor.response_checks import text_of
+from dpo_mm.printed_text import printable
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
@@ -43,15 +44,15 @@ def terminal_report(diagnosis: Diagnosis) -> RenderableType:
 
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in diagnosis.facts.items():
-        facts.add_row(Text(key, style="dim"), Text(value))
+        facts.add_row(Text(key, style="dim"), Text(printable(value)))
     table = Table(header_style="bold", border_style="dim", show_lines=True)
     for name in ("", "finding", "rows"):
         table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
     for finding in diagnosis.findings:
-        text = Text(finding.title, style="bold").append(f"\n{finding.summary}", style="not bold")
+        text = Text(finding.title, style="bold").append(printable(f"\n{finding.summary}"), style="not bold")
         for row_id, comment in finding.examples[:3]:
-            text.append(f"\n  {row_id}", style="not bold cyan")
-            text.append(f"  {shorten(comment)}" if comment else "", style="not bold")
+            text.append(printable(f"\n  {row_id}"), style="not bold cyan")
+            text.append(printable(f"  {shorten(comment)}") if comment else "", style="not bold")
         text.append(f"\n{finding.advice}", style="not bold italic")
         table.add_row(Text(finding.severity, COLOURS[finding.severity]), text, f"{finding.rows:,}")
     passed = Text(f"{verdict(diagnosis)}. {len(diagnosis.passed)} checks passed.")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from dpo_mm.data.image_files import decode_image, image_bytes
+from dpo_mm.data.image_files import decode_image, image_bytes, open_image
 
 FEATURES = ("resolution", "aspect", "bytes", "png", "jpeg", "webp", "brightness", "contrast", "saturation")
 """Features of an image: logs of pixels, aspect ratio and bytes. 1 for its format. Brightness and colour from 0 to 1."""
@@ -43,7 +42,7 @@ def extract_features(cell: Any) -> ImageFeatures | str:
         image = decode_image(data)
     except (ValueError, OSError) as error:
         return str(error)
-    format = Image.open(io.BytesIO(data)).format or "?"
+    format = open_image(data).format or "?"
     small = image.resize((SMALL_SIZE, SMALL_SIZE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     pixels = np.asarray(small, dtype=np.float32) / 255
     red, green, blue = (pixels[:, :, n] for n in range(3))

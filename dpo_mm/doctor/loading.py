@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.data.load_pairs import undecoded_rows
+from dpo_mm.data.row_paths import confine_row, regular_files
 from dpo_mm.data.schema import REQUIRED, load_pairs, load_responses
 
 BATCH = 32
@@ -46,7 +47,7 @@ def load_dataset(name: str) -> LoadedDataset:
     import pyarrow.parquet as pq
 
     path = Path(resolve_asset(name))
-    files = (path,) if path.is_file() else tuple(sorted(path.glob("*.parquet"))) if path.is_dir() else ()
+    files = (path,) if path.is_file() else tuple(regular_files(path, "*.parquet")) if path.is_dir() else ()
     if not files:
         return _load_with_datasets(name)
     try:
@@ -88,7 +89,11 @@ def batches(dataset: LoadedDataset) -> Iterator[list[Row]]:
 
     number = 0
     if dataset.files:
-        parts = (part.to_pylist() for file in dataset.files for part in pq.ParquetFile(file).iter_batches(BATCH))
+        parts = (
+            [confine_row(row, file.parent) for row in part.to_pylist()]
+            for file in dataset.files
+            for part in pq.ParquetFile(file).iter_batches(BATCH)
+        )
     else:
         stored = undecoded_rows(dataset.arrow_dataset)
         parts = ([dict(row) for row in islice(stored, BATCH)] for _ in range(0, dataset.num_rows, BATCH))
@@ -107,7 +112,8 @@ def rows_by_id(dataset: LoadedDataset, ids: set[str]) -> dict[str, Row]:
         return {row["id"]: row for rows in batches(dataset) for row in rows if row["id"] in ids}
     selected: dict[str, Row] = {}
     number = 0
-    for table in map(pq.ParquetFile, dataset.files):
+    for file in dataset.files:
+        table = pq.ParquetFile(file)
         for group in range(table.num_row_groups):
             count = table.metadata.row_group(group).num_rows
             has_ids = "id" in table.schema_arrow.names
@@ -116,6 +122,10 @@ def rows_by_id(dataset: LoadedDataset, ids: set[str]) -> dict[str, Row]:
             number += count
             if ids.isdisjoint(group_ids):
                 continue
-            rows = (row for batch in table.iter_batches(BATCH, row_groups=[group]) for row in batch.to_pylist())
+            rows = (
+                confine_row(row, file.parent)
+                for batch in table.iter_batches(BATCH, row_groups=[group])
+                for row in batch.to_pylist()
+            )
             selected |= {row_id: row for row_id, row in zip(group_ids, rows, strict=True) if row_id in ids}
     return selected

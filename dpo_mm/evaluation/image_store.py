@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -22,6 +23,8 @@ from PIL import Image
 
 from dpo_mm.checksums import with_checksum, without_checksum
 from dpo_mm.data.image_files import decode_image
+from dpo_mm.data.row_paths import is_regular, read_regular_file, resolve_inside
+from dpo_mm.errors import name_row, one_line
 from dpo_mm.resumable import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ class ImageFiles(Sequence[Image.Image]):
     def __getitem__(self, index: int | slice) -> Image.Image | ImageFiles:
         if isinstance(index, slice):
             return ImageFiles(self.files[index])
-        return decode_image(self.files[index].read_bytes())
+        return decode_image(read_regular_file(self.files[index]))
 
 
 class ImageStore:
@@ -67,8 +70,8 @@ class ImageStore:
         folder.mkdir(parents=True, exist_ok=True)
         for unfinished in folder.rglob(".*.part"):
             unfinished.unlink(missing_ok=True)
-        self.rows = {self.key(row, row["prompt"], row["seed"]): row for row in read_lines(folder / MANIFEST)}
-        self.scores = {(row["card"], row["sha256"], row["prompt"]): row["score"] for row in read_lines(folder / SCORES)}
+        self.rows = {self.key(row, row["prompt"], row["seed"]): row for row in read_manifest(folder)}
+        self.scores = {(row["card"], row["sha256"], row["prompt"]): row["score"] for row in read_scores(folder)}
 
     @staticmethod
     def key(settings: Mapping[str, Any], prompt: str, seed: int) -> str:
@@ -84,7 +87,7 @@ class ImageStore:
         if row is None:
             return None
         path = self.folder / row["file"]
-        intact = path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"]
+        intact = is_regular(path, self.folder) and hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"]
         return path if intact else None
 
     def add(self, settings: Mapping[str, Any], images: Iterable[tuple[str, int, Image.Image]], *, label: str) -> None:
@@ -132,6 +135,45 @@ class ImageStore:
         append_lines(self.folder / SCORES, rows)
 
 
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """Read the rows of a folder's images.
+
+    Raises:
+        ValueError: if a row is damaged, or names a file outside the folder.
+    """
+    rows = read_lines(folder / MANIFEST)
+    for number, row in enumerate(rows):
+        with name_row(f"{folder / MANIFEST}, row {number}", f"Remove the folder {folder} and run again"):
+            _check_texts(row, "file", "prompt", "sha256")
+            if not isinstance(row["seed"], int):
+                raise ValueError(f"seed is {row['seed']!r:.80}. Expected a whole number")
+            resolve_inside(row["file"], folder)
+    return rows
+
+
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    """Read the rows of a folder's scores.
+
+    Raises:
+        ValueError: if a row is damaged, or a score is not a finite number.
+    """
+    rows = read_lines(folder / SCORES)
+    for number, row in enumerate(rows):
+        with name_row(f"{folder / SCORES}, row {number}", f"Remove the folder {folder} and run again"):
+            _check_texts(row, "judge", "prompt", "sha256")
+            row.setdefault("card", None)
+            if not isinstance(row["score"], int | float) or not math.isfinite(row["score"]):
+                raise ValueError(f"score is {row['score']!r:.80}. Expected a finite number")
+    return rows
+
+
+def _check_texts(row: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if not isinstance(row[name], str):
+            raise ValueError(f"{name} is {row[name]!r:.80}. Expected text")
+        row[name].encode()  # refuses surrogates
+
+
 def _save(image: Image.Image, path: Path) -> str:
     """Write a PNG atomically and return its hash. Raise OSError that names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,15 +200,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file. Remove the folder {path.parent} and run again.")
     data = path.read_bytes()
     complete = data[: data.rfind(b"\n") + 1]
     if len(complete) < len(data):
         with atomic_write(path) as temporary:
             temporary.write_bytes(complete)
     try:
-        rows = [without_checksum(json.loads(line)) for line in complete.decode().split("\n") if line]
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Remove the folder {path.parent} and run again.") from None
+        rows = [without_checksum(dict(json.loads(line))) for line in complete.decode().split("\n") if line]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({one_line(error)}). Remove the folder {path.parent} and run again."
+        ) from None
     if changed := rows.count(None):
         logger.warning("%s: %d rows have changed since they were written, and are made again", path, changed)
     return [row for row in rows if row is not None]

@@ -57,7 +57,7 @@ def generate_responses(
             the same settings is not generated again. None: nothing is saved.
     """
     responses: list[Response] = []
-    saved = {row["key"]: row for row in read_lines(output_dir / RESPONSES_FILE)} if output_dir else {}
+    saved = {row.get("key"): row for row in read_lines(output_dir / RESPONSES_FILE)} if output_dir else {}
     with (
         progress_bar(f"generating responses: {title}", len(questions)) as advance,
         policy.base_weights() if base else contextlib.nullcontext(),
@@ -66,7 +66,7 @@ def generate_responses(
         for start in range(0, len(questions), config.batch_size):
             part = questions[start : start + config.batch_size]
             keys = [_key(settings, part, number) for number in range(len(part))]
-            if output_dir and all(key in saved for key in keys):
+            if output_dir and all(_is_response(saved.get(key)) for key in keys):
                 batch = [Response(*(saved[key][name] for name in Response._fields)) for key in keys]
             else:
                 batch = _generate_batch(policy, part, config, seed=config.seed + start)
@@ -80,6 +80,12 @@ def generate_responses(
             responses += batch
             advance(len(part))
     return score_responses(responses, questions, config)
+
+
+def _is_response(row: dict[str, Any] | None) -> bool:
+    """Return True if a saved row contains a response."""
+    kinds = {"text": str, "tokens": int, "hit_limit": bool}
+    return row is not None and all(isinstance(row.get(name), kind) for name, kind in kinds.items())
 
 
 def _generate_batch(

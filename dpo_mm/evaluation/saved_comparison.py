@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.data.prompts import category
-from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, SCORES, read_lines
-from dpo_mm.judges import better_of
+from dpo_mm.data.row_paths import read_regular_file, resolve_inside
+from dpo_mm.errors import name_row
+from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, read_manifest, read_scores
+from dpo_mm.judges import better_of, parse_judge_name
 
 OUTCOMES = ("all", "better", "worse", "the same")
 
@@ -73,11 +75,19 @@ class SavedComparison:
         return sorted(pairs, key=lambda pair: -abs(pair.gain(judge))) if by_change else pairs
 
 
-def load_comparison(folder: str | Path) -> SavedComparison:
+def load_comparison(folder: str | Path, *, judges: Sequence[str] | None = None) -> SavedComparison:
     """Load the images and scores that `compare` wrote into a folder.
 
+    The folder may come from somebody else, so a judge of it is used only if it is built in or named by the user: others
+    would be imported. Files outside the folder are refused.
+
+    Args:
+        folder: the folder.
+        judges: judges that the user named. Scores by judges that are neither built in nor among them are left out. None: they
+            are refused.
+
     Raises:
-        ValueError: if the folder contains no images of base and tuned.
+        ValueError: if the folder contains no images of base and tuned, is damaged, or has scores by another judge.
     """
     folder = Path(folder).absolute()
     images, metrics = folder / FOLDER, folder / "metrics.json"
@@ -86,12 +96,21 @@ def load_comparison(folder: str | Path) -> SavedComparison:
             f"{folder}: no images of a finished comparison. Expected metrics.json and {FOLDER}/{MANIFEST}, which "
             "`dpo-mm compare` writes with --save-images true."
         )
-    scores = {(row["sha256"], row["prompt"], row["judge"]): row["score"] for row in read_lines(images / SCORES)}
-    report = json.loads(metrics.read_text())
-    primary = [row["judge"] for row in report["comparisons"] if row["headline"]]
-    judges = tuple(dict.fromkeys([*primary, *(judge for _, _, judge in scores)]))
+    scores = {(row["sha256"], row["prompt"], row["judge"]): row["score"] for row in read_scores(images)}
+    with name_row(str(metrics), "Run the comparison again"):
+        report = json.loads(read_regular_file(metrics))
+        primary = [str(row["judge"]) for row in report["comparisons"] if row["headline"]]
+        settings = {str(name): str(value) for name, value in report.get("settings", {}).items()}
+    names = tuple(dict.fromkeys([*primary, *(judge for _, _, judge in scores)]))
+    unknown = [name for name in names if parse_judge_name(name) is None and name not in (judges or ())]
+    if unknown and judges is None:
+        raise ValueError(
+            f"{folder} has scores by the judge {unknown[0]!r}, which is not built in, so its code would run. If you trust it, "
+            f"pass --judges {unknown[0]}. If not, pass the names of other judges, for example --judges aesthetic"
+        )
+    names = tuple(name for name in names if name not in unknown)
     rows: dict[str, dict[tuple[str, int], dict[str, Any]]] = {"base": {}, "tuned": {}}
-    for row in read_lines(images / MANIFEST):
+    for row in read_manifest(images):
         model = row["file"].partition("/")[0]
         if model in rows:
             rows[model][row["prompt"], row["seed"]] = row
@@ -100,8 +119,8 @@ def load_comparison(folder: str | Path) -> SavedComparison:
         raise ValueError(
             f"{images}: no prompt has an image of base and tuned. The comparison may be incomplete: run it again."
         )
-    image_pairs = tuple(_image_pair(images, base, tuned, judges, scores) for base, tuned in pairs)
-    return SavedComparison(image_pairs, judges, report.get("settings", {}))
+    image_pairs = tuple(_image_pair(images, base, tuned, names, scores) for base, tuned in pairs)
+    return SavedComparison(image_pairs, names, settings)
 
 
 def _image_pair(
@@ -114,5 +133,5 @@ def _image_pair(
         before, after = (scores.get((row["sha256"], prompt, judge)) for row in (base, tuned))
         if before is not None and after is not None:
             pair_scores[judge] = (before, after)
-    files = folder / base["file"], folder / tuned["file"]
+    files = resolve_inside(base["file"], folder), resolve_inside(tuned["file"], folder)
     return ImagePair(prompt, category(prompt), base["seed"], *files, pair_scores)

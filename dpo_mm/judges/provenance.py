@@ -15,7 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from dpo_mm.assets import resolve_asset
+from dpo_mm.assets import BUNDLED, resolve_asset
+from dpo_mm.data.row_paths import is_regular
+from dpo_mm.errors import name_row
 from dpo_mm.judges import JUDGES, load_judge, parse_judge_name
 
 BUILT_BY = re.compile(r"\b(?:(?:mined|relabelled|judged) (?:with|by)|guarded by) ([^,]+)")
@@ -53,22 +55,30 @@ def _judges_in_row(source: str, axis: str) -> list[str]:
 def training_judges_of_adapter(adapter: str | None) -> tuple[str, ...]:
     """Names of the judges that built an adapter's training pairs.
 
-    They come from the adapter's model card, or else from the dataset that the adapter names.
+    They come from the adapter's model card, or else from the dataset that the adapter names, if it is bundled or in the
+    adapter's folder. Other files are not opened, because an adapter may come from somebody else.
     """
     folder = Path(adapter or "")
     if adapter is None or not folder.is_dir():
         return ()
     card = folder / "README.md"
-    if card.is_file():
+    if is_regular(card, folder):
         front_matter = card.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---\n")[0]
         try:
             metadata = yaml.safe_load(front_matter)
         except yaml.YAMLError:
             metadata = None
         if isinstance(metadata, dict) and CARD_KEY in metadata:
-            return tuple(str(name) for name in metadata[CARD_KEY] or ())
+            names = metadata[CARD_KEY]
+            return tuple(str(name) for name in names) if isinstance(names, list) else ()
     settings = folder / "dpo_mm.json"
-    return training_judges_of(json.loads(settings.read_text()).get("pairs") or "") if settings.is_file() else ()
+    if not is_regular(settings, folder):
+        return ()
+    with name_row(str(settings), "Train the adapter again, or remove this file"):
+        pairs = json.loads(settings.read_text(encoding="utf-8")).get("pairs")
+    if not isinstance(pairs, str) or not (pairs in BUNDLED or is_regular(Path(pairs), folder)):
+        return ()
+    return training_judges_of(pairs)
 
 
 def is_rule_based(name: str) -> bool:

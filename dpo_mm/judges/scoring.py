@@ -22,6 +22,7 @@ from dpo_mm.content_key import content_hash, file_hash, library_versions
 from dpo_mm.data.image_files import decode_image, image_bytes
 from dpo_mm.data.parquet import combine_shards
 from dpo_mm.data.row_digest import digest
+from dpo_mm.data.row_paths import MARK, is_regular
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.data.text_files import read_lines
 from dpo_mm.judges import judge_card, judge_digests, load_judge
@@ -96,7 +97,13 @@ def ingredients(config: JudgeConfig, images: Sequence[ImageToScore], rows: Datas
     if rows is not None:
         content = digest(rows.select_columns(["id", "prompt", "image_a", "image_b"]))
     else:
-        content = content_hash([[image.id, image.prompt, file_hash(image.file)] for image in images if image.file])
+        files = [(image, image.file) for image in images if image.file]
+        content = content_hash(
+            [
+                [image.id, image.prompt, file_hash(file) if is_regular(file, file.parent) else None]
+                for image, file in files
+            ]
+        )
     return {
         "settings": {name: getattr(config, name) for name in ("judge", "images", "prompts", "shard_size")},
         "images": content,
@@ -144,11 +151,11 @@ def _images_of_folder(folder: Path, prompts: str | None) -> list[ImageToScore]:
                 "the file names."
             )
         return [ImageToScore(file.name, line.strip(), file) for file, line in zip(files, lines, strict=True)]
-    metadata = _read_metadata(folder / "metadata.jsonl")
+    metadata = _read_metadata(folder / "metadata.jsonl") if is_regular(folder / "metadata.jsonl", folder) else {}
     images = []
     for file in files:
         text_file = file.with_suffix(".txt")
-        if file.name not in metadata and not text_file.is_file():
+        if file.name not in metadata and not is_regular(text_file, folder):
             raise ValueError(
                 f"{file}: no prompt. Add a line to metadata.jsonl, a file {text_file.name} next to the image, or pass "
                 "--prompts FILE."
@@ -160,7 +167,7 @@ def _images_of_folder(folder: Path, prompts: str | None) -> list[ImageToScore]:
 
 def _read_metadata(path: Path) -> dict[str, str]:
     prompts = {}
-    for number, line in enumerate(_read_lines(path) if path.is_file() else [], start=1):
+    for number, line in enumerate(_read_lines(path), start=1):
         try:
             row = json.loads(line)
             prompts[str(row["file_name"])] = str(row["prompt"] if "prompt" in row else row["text"])
@@ -194,7 +201,7 @@ def _score_shard(images: Sequence[ImageToScore], rows: Dataset | None, judge: st
 
 def _encoded(image: ImageToScore, rows: Dataset | None) -> bytes:
     if image.file:
-        return image.file.read_bytes()
+        return image_bytes(f"{image.file.parent}{MARK}{image.file.name}")
     assert rows is not None
     cell = rows.with_format("arrow")[image.row : image.row + 1].column(f"image_{image.side}")[0].as_py()
     return image_bytes(cell)

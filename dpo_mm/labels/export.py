@@ -8,7 +8,6 @@ so that an undecided vote does not become a win.
 from __future__ import annotations
 
 import json
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_mm.assets import presets_folder
 from dpo_mm.data.schema import make_image_rows
-from dpo_mm.errors import did_you_mean
+from dpo_mm.errors import did_you_mean, name_row
 from dpo_mm.labels.pairs import file_bytes, open_pairs, pair_digest
 from dpo_mm.labels.ratings import Rating, rate_models
 from dpo_mm.labels.store import Vote, VoteStore, source_of
 from dpo_mm.labels.vote_formats import FORMATS
+from dpo_mm.printed_text import quoted
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def preference_rows(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str
             continue
         if digests.get(row["id"], pair_digest(row)) != pair_digest(row):
             raise ValueError(f"the images or the prompt of pair {row['id']!r} have changed since it was voted on")
-        images = {column: {"bytes": file_bytes(row[column]), "path": None} for column in ("image_a", "image_b")}
+        with name_row(f"pair {row['id']!r}", "Fix the dataset, or vote again without this pair"):
+            images = {column: {"bytes": file_bytes(row[column]), "path": None} for column in ("image_a", "image_b")}
         origin = {"axis": "people", "source": f"labelled by {people} {'person' if people == 1 else 'people'}"}
         labelled.append({**row, **images, **origin, **preferences[row["id"]]})
     if not labelled:
@@ -189,7 +190,7 @@ def train_command(votes: str, prompts: Sequence[str]) -> str:
     preset = "sd15" if any(category(prompt) == "all" for prompt in prompts) else "shapes"
     config, output = presets_folder() / f"faithfulness-{preset}.yaml", Path(votes).with_suffix(".parquet")
     votes_argument, config_argument, output_argument = (
-        shlex.quote(_relative_path(path)) for path in (Path(votes), config, output)
+        quoted(_relative_path(path)) for path in (Path(votes), config, output)
     )
     return (
         f"dpo-mm label export {votes_argument} --output {output_argument} && "

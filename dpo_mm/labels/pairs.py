@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.data.image_files import image_bytes
+from dpo_mm.data.row_paths import MARK, is_regular
 from dpo_mm.data.schema import image_preference, load_pairs
+from dpo_mm.data.text_files import read_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,8 +87,8 @@ def _rows_of_folder(folder: Path) -> Dataset:
         | {
             "id": name if len(subfolders) == 2 else f"{name}--{a}--{b}",
             "prompt": _prompt(name, (folder, *subfolders)),
-            "image_a": {"bytes": None, "path": str(files[a][name].resolve())},
-            "image_b": {"bytes": None, "path": str(files[b][name].resolve())},
+            "image_a": {"bytes": None, "path": _marked(files[a][name], folder)},
+            "image_b": {"bytes": None, "path": _marked(files[b][name], folder)},
             "model_a": a,
             "model_b": b,
         }
@@ -96,6 +98,11 @@ def _rows_of_folder(folder: Path) -> Dataset:
     return Dataset.from_list(rows, features=image_preference())
 
 
+def _marked(file: Path, folder: Path) -> str:
+    """Return the path of an image so that only a file of the folder is opened."""
+    return f"{folder.absolute()}{MARK}{file.relative_to(folder)}"
+
+
 def _is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
 
@@ -103,8 +110,8 @@ def _is_image(file: Path) -> bool:
 def _prompt(name: str, folders: tuple[Path, ...]) -> str:
     for folder in folders:
         file = folder / f"{name}.txt"
-        if file.is_file():
-            return file.read_text().strip()
+        if is_regular(file, folders[0]):
+            return "\n".join(read_lines(file)).strip()
     return name.replace("_", " ").replace("-", " ")
 
 
@@ -112,12 +119,23 @@ def file_bytes(cell: dict[str, Any]) -> bytes:
     """Return the file of an undecoded image. An empty file is returned as empty bytes.
 
     Raises:
+        ValueError: if the path leads to anything but an image of the dataset.
         OSError: if the file no longer exists.
     """
     return b"" if cell["bytes"] == b"" else image_bytes(cell)
 
 
+def _bytes_or_empty(cell: dict[str, Any]) -> bytes:
+    try:
+        return file_bytes(cell)
+    except (OSError, ValueError):
+        return b""
+
+
 def pair_digest(row: dict[str, Any]) -> str:
-    """Return a hash of the prompt and both image files, which detects a pair that changed after a vote."""
-    parts = (row["prompt"].encode(), file_bytes(row["image_a"]), file_bytes(row["image_b"]))
+    """Return a hash of the prompt and both image files, which detects a pair that changed after a vote.
+
+    An image that cannot be read counts as empty: the page shows that, and the pair can be skipped.
+    """
+    parts = (row["prompt"].encode(), _bytes_or_empty(row["image_a"]), _bytes_or_empty(row["image_b"]))
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

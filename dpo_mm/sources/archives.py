@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import gzip
 import io
+import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+
+from dpo_mm.data.row_paths import is_regular, read_regular_file
 
 ARCHIVE = re.compile(
     r"(?P<name>.+\.(?P<kind>tar\.gz|tgz|tar|zip))(?:\.?(?:part|z)?[-_.]?[0-9a-z]{1,5})?$", re.IGNORECASE
 )
 """Name of an archive or of one part of it: images.zip, images.tar.gz.00, images.tar.part-aa."""
+BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError, struct.error,
+          RuntimeError, OverflowError, UnicodeError)  # fmt: skip
+"""What the libraries raise for archives that are damaged, encrypted or packed in an unknown way."""
+MAX_RATIO, FREE_BYTES = 20, 2**30
+"""A compressed tar may unpack to this number of bytes, plus MAX_RATIO times its size. Images hardly compress."""
 MAX_BYTES = 2**28
 """Largest size of one member. Image files are smaller, and a decompression bomb is larger."""
 
@@ -101,8 +111,10 @@ class ImageFiles:
         if ".." in relative.parts:
             raise FileNotFoundError("the path of an image leads out of its folder")
         direct = self.folder / str(relative).lstrip("/")
-        if direct.is_file():
-            return direct.read_bytes()
+        if is_regular(direct, self.folder):
+            return read_regular_file(direct)
+        if os.path.lexists(direct):
+            raise FileNotFoundError("the path of an image leads to no regular file of the dataset's folder")
         location = self._find(relative)
         if location is None:
             raise FileNotFoundError("an image is missing")
@@ -146,9 +158,13 @@ class ImageFiles:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
+    """List the regular files below a folder, without links that lead out of it."""
     for parent, folders, names in os.walk(folder, followlinks=False):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
+        for file in (Path(parent) / name for name in sorted(names) if not name.startswith(".")):
+            mode = file.lstat().st_mode
+            if stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and is_regular(file, folder)):
+                yield file
 
 
 def _matching_parts(path: PurePosixPath, name: PurePosixPath) -> int:
@@ -170,7 +186,7 @@ def _members(archive_path: Path, parts: list[Path], scratch: Path) -> Iterator[t
         else:
             unpacked = unpack_tar(archive_path, stream, scratch / archive_path.name)
             yield from ((file.relative_to(unpacked).as_posix(), ImageLocation(file)) for file in _files_below(unpacked))
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile) as error:
+    except BROKEN as error:
         raise ValueError(f"{archive_path}: not readable as an archive ({error}). Is a part missing?") from error
 
 
@@ -220,9 +236,17 @@ def unpack_tar(archive_path: Path, stream: JoinedParts, folder: Path) -> Path:
         return folder
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
+    left = FREE_BYTES + MAX_RATIO * stream.seek(0, io.SEEK_END)
+    stream.seek(0)
     try:
         with gzip.open(io.BufferedReader(stream)) as plain, tarfile.open(fileobj=plain, mode="r|") as archive:
             for member in _safe_members(archive_path, archive):
+                left -= member.size
+                if left < 0:
+                    raise ValueError(
+                        f"{archive_path}: unpacks to more than {MAX_RATIO} times its size, which images do not. Such an "
+                        "archive is refused. If it is right, unpack it yourself"
+                    )
                 path = temporary / PurePosixPath(member.name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 data = archive.extractfile(member)
@@ -238,8 +262,11 @@ def unpack_tar(archive_path: Path, stream: JoinedParts, folder: Path) -> Path:
 
 def _read_location(location: ImageLocation) -> bytes:
     if location.member:
-        with location.file.open(location.member) as member:
-            data = member.read(location.size + 1)
+        try:
+            with location.file.open(location.member) as member:
+                data = member.read(location.size + 1)
+        except BROKEN as error:
+            raise FileNotFoundError("an image in an archive is damaged or encrypted") from error
         if len(data) != location.size:
             raise FileNotFoundError("an image in an archive is damaged")
         return data

@@ -13,14 +13,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dpo_mm.data.image_files import has_image_signature
 from dpo_mm.data.schema import image_preference, response_preference
-from dpo_mm.errors import did_you_mean
+from dpo_mm.errors import did_you_mean, name_row
 from dpo_mm.progress import progress_bar
 from dpo_mm.sources import SOURCES, Source
 from dpo_mm.sources.archives import ImageFiles
-from dpo_mm.sources.parquet_writer import Item, LeftOut, Row, load_state, write_shards
-from dpo_mm.sources.raw_rows import Origin, count_rows, find_origin, raw_rows
+from dpo_mm.sources.parquet_writer import ORIGIN, Item, LeftOut, Row, load_state, row_name, write_shards
+from dpo_mm.sources.raw_rows import Origin, count_rows, find_origin, name_raw_row, raw_rows
 
+FIX = "Fix the row, or remove it"
+SHORTEST_BASE64 = 40
+"""Shorter texts are paths and not images in base64."""
 SCRATCH = ".unpacked"
 """Subfolder of the output for unpacked archives. It is removed after the import."""
 
@@ -110,25 +114,16 @@ def _entry(source: str, axis: str | None) -> Source:
 
 def _convert(entry: Source, origin: Origin, axis: str | None, done: int) -> Iterator[list[Item]]:
     """Yield the items of each raw row that is not done. If rows are grouped, yield single items."""
-    row: Row = {}
-
-    def remembered_rows() -> Iterator[Row]:
-        nonlocal row
-        for row in raw_rows(origin, start=0 if entry.grouped else done):  # noqa: UP028 (the name is read below)
-            yield row
-
-    try:
-        if entry.grouped:
-            yield from ([item] for item in islice(entry.convert(remembered_rows(), axis), done, None))
-        else:
-            for raw_row in remembered_rows():
-                yield list(entry.convert([raw_row], axis))
-    except KeyError as error:
-        has = ", ".join(name for name in row if not name.startswith("_"))
-        raise ValueError(
-            f"{row.get('_file')}, row {row.get('_number')}: column {error} is missing (has {has}). "
-            "Check that the dataset belongs to this source"
-        ) from error
+    if entry.grouped:
+        yield from ([item] for item in islice(entry.convert(raw_rows(origin), axis), done, None))
+        return
+    for row in raw_rows(origin, start=done):
+        with name_raw_row(row):
+            items = list(entry.convert([row], axis))
+        yield [
+            {**item, ORIGIN: f"{row['_file']}, row {row['_number']}"} if isinstance(item, dict) else item
+            for item in items
+        ]
 
 
 def _row_finisher(
@@ -138,7 +133,8 @@ def _row_finisher(
     files, split = ImageFiles(origin.folder, folder / SCRATCH), origin.split
 
     def finish(row: Row) -> Item:
-        gap = score_gap_of(row)
+        with name_row(row_name(row), FIX):
+            gap = score_gap_of(row)
         if min_score_gap is not None and (gap is None or gap < min_score_gap):
             return LeftOut(f"its score gap is {'unknown' if gap is None else f'below {min_score_gap:g}'}")
         row = {**row, "source": row.get("source") or source, "license": row.get("license") or license or entry.license}
@@ -170,16 +166,32 @@ def score_gap_of(row: Row) -> float | None:
 
 def _load_image(cell: Any, files: ImageFiles) -> dict[str, Any]:
     """Load an image cell as bytes and file name. FileNotFoundError has the reason if there is no image."""
-    if isinstance(cell, dict) and cell.get("bytes"):
-        return {"bytes": cell["bytes"], "path": Path(cell.get("path") or "").name or None}
-    if isinstance(cell, bytes) and cell:
-        return {"bytes": cell, "path": None}
-    path = cell.get("path") if isinstance(cell, dict) else cell
+    data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
+    name = Path(path).name or None if isinstance(path, str) and isinstance(cell, dict) else None
+    if isinstance(data, bytes) and data:
+        return {"bytes": data, "path": name}
+    for text in (data, path):
+        if isinstance(text, str) and text.startswith("data:"):
+            return {"bytes": _data_uri_bytes(text), "path": None}
+        if isinstance(text, str) and (decoded := _base64_bytes(text)):
+            return {"bytes": decoded, "path": None}
     if not isinstance(path, str) or not path:
-        raise FileNotFoundError("an image is empty")
-    if path.startswith("data:"):
-        return {"bytes": _data_uri_bytes(path), "path": None}
-    return {"bytes": files.read(path), "path": Path(path).name}
+        raise FileNotFoundError("an image is empty" if not path else "an image is neither a file nor a path")
+    stored = files.read(path)
+    if stored and not has_image_signature(stored):
+        raise FileNotFoundError("an image is a file of another kind")
+    return {"bytes": stored, "path": Path(path).name}
+
+
+def _base64_bytes(text: str) -> bytes | None:
+    """Return the image that a text in base64 contains, or None if it contains none."""
+    if len(text) < SHORTEST_BASE64:
+        return None
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return None
+    return data if has_image_signature(data) else None
 
 
 def _data_uri_bytes(uri: str) -> bytes:

@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
+from dpo_mm.errors import name_row
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Features
 
 Row = dict[str, Any]
+ORIGIN = "_origin"
+"""Key of a converted row with the file and the row that it comes from. It is not written."""
 STATE_FILE = "import.json"
 SHARD_ROWS, SHARD_BYTES, GROUP_BYTES = 10_000, 2**28, 2**25
 """Largest number of rows and of bytes of a shard, and the number of bytes in memory before a row group is written."""
@@ -33,6 +37,11 @@ class LeftOut(NamedTuple):
 
 
 Item = Row | LeftOut
+
+
+def row_name(row: Row) -> str:
+    """Return the name of a converted row for errors: file and row, or its id."""
+    return str(row.get(ORIGIN) or f"row {row.get('id')}")
 
 
 @dataclass
@@ -178,13 +187,12 @@ class _Shard:
             self.close()
 
     def _flush(self) -> None:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         if not self.rows:
             return
         schema = self.features.arrow_schema
-        table = pa.Table.from_pylist([{name: row.get(name) for name in self.features} for row in self.rows], schema)
+        table = to_table(self.rows, schema)
         if self.writer is None:
             options = {"use_dictionary": False, "write_statistics": False, **PAGE_CHECKSUMS}
             self.writer = pq.ParquetWriter(self.temporary_path, schema, **options)
@@ -208,6 +216,24 @@ class _Shard:
         if self.writer is not None:
             self.writer.close()
         self.temporary_path.unlink(missing_ok=True)
+
+
+def to_table(rows: list[Row], schema: pa.Schema) -> pa.Table:
+    """Convert rows to a table.
+
+    Raises:
+        RowError: if a value has another type than its column. It names the row and the column.
+    """
+    import pyarrow as pa
+
+    try:
+        return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError):
+        for row in rows:
+            for field in schema:
+                with name_row(f"{row_name(row)}, column {field.name}", f"Expected {field.type}"[:200]):
+                    pa.array([row.get(field.name)], field.type)
+        raise
 
 
 def _estimated_bytes(row: Row) -> int:

@@ -11,7 +11,8 @@ from itertools import combinations
 from typing import Any
 
 from dpo_mm.sources.image_pair_sets import group_of
-from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
+from dpo_mm.sources.parquet_writer import ORIGIN, Item, LeftOut, Row
+from dpo_mm.sources.raw_rows import name_raw_row
 
 
 def hpdv2(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
@@ -63,23 +64,28 @@ def image_reward_db(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     A smaller rank and a higher rating are better. The overall axis uses the rank, the others their rating. Scores are
     the ratings.
     """
-    axis = axis or "overall"
-    rating = RATINGS[axis]
     for group in group_rows(rows, lambda row: row["prompt_id"]):
         for a, b in combinations(group, 2):
-            if axis == "overall":
-                preference = _preference(a["rank"], b["rank"])
-            elif a[rating] is None or b[rating] is None:
-                yield LeftOut(f"it has no {rating}")
-                continue
-            else:
-                preference = _preference(-a[rating], -b[rating])
-            yield _pair(a, b, preference, axis, a.get(rating), b.get(rating), group=str(a["prompt_id"]))
+            with name_raw_row(a):
+                item = _image_reward_pair(a, b, axis or "overall")
+            yield item
+
+
+def _image_reward_pair(a: Row, b: Row, axis: str) -> Item:
+    rating = RATINGS[axis]
+    if axis == "overall":
+        preference = _preference(a["rank"], b["rank"])
+    elif a[rating] is None or b[rating] is None:
+        return LeftOut(f"it has no {rating}")
+    else:
+        preference = _preference(-a[rating], -b[rating])
+    return _pair(a, b, preference, axis, a.get(rating), b.get(rating), group=str(a["prompt_id"]))
 
 
 def _pair(a: Row, b: Row, preference: str, axis: str, score_a: Any, score_b: Any, *, group: str) -> Row:
     return {
         "id": f"{a['_number']}-{b['_number']}",
+        ORIGIN: f"{a['_file']}, row {a['_number']}",
         "prompt": a["prompt"],
         "image_a": a.get("image") or a["image_path"],
         "image_b": b.get("image") or b["image_path"],
@@ -123,13 +129,18 @@ def vision_reward_db(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     """
     axis = axis or "overall"
     for group in group_rows(rows, lambda row: row["prompt"]):
-        scored = [(row, _vision_reward_score(row, axis)) for row in group]
-        for (a, score_a), (b, score_b) in combinations(scored, 2):
+        scored = []
+        for row in group:
+            with name_raw_row(row):
+                scored.append((row, _vision_reward_score(row, axis), group_of(row["prompt"])))
+        for (a, score_a, prompt_hash), (b, score_b, _) in combinations(scored, 2):
             if score_a is None or score_b is None:
                 yield LeftOut(f"it has no annotation of {axis}")
             else:
                 preference = _preference(-score_a, -score_b)
-                yield _pair(a, b, preference, axis, score_a, score_b, group=group_of(a["prompt"]))
+                with name_raw_row(a):
+                    pair = _pair(a, b, preference, axis, score_a, score_b, group=prompt_hash)
+                yield pair
 
 
 def _vision_reward_score(row: Row, axis: str) -> float | None:
@@ -158,7 +169,8 @@ def group_rows(rows: Iterable[Row], key: Callable[[Row], str]) -> Iterator[list[
             if isinstance(data, bytes):
                 row = {**row, "image": (store.tell(), len(data))}
                 store.write(data)
-            groups.setdefault(str(key(row)), []).append(row)
+            with name_raw_row(row):
+                groups.setdefault(str(key(row)), []).append(row)
         for group in groups.values():
             yield [_restore_image(row, store) for row in group]
 

@@ -5,6 +5,7 @@ Every row also has `_file` and `_number`, its file and its position in the datas
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -14,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_mm.data.row_paths import is_regular
 from dpo_mm.data.text_files import open_text, table_suffix
+from dpo_mm.errors import RowError, name_row, one_line
 
 Row = dict[str, Any]
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
@@ -56,6 +59,8 @@ def find_origin(path: str, *, split: str, patterns: Patterns, whole: bool) -> Or
         return Origin(local.parent, (local,), split=split)
     if local.is_dir():
         return Origin(local, _files(local, split, patterns), split=split)
+    if local.exists():
+        raise ValueError(f"{path}: not a regular file. Give a file or a folder")
     if path.count("/") != 1 or path.startswith((".", "/")) or table_suffix(local) in TABLE_SUFFIXES:
         raise ValueError(f"{path}: no such file or folder. Give one, or a hub id as owner/name")
     if whole:
@@ -68,21 +73,31 @@ def _files(folder: Path, split: str, patterns: Patterns) -> tuple[Path, ...]:
     if patterns:
         names = [[name.format(split=split) for name in alternatives] for alternatives in patterns]
         matches = [[sorted(folder.glob(name)) for name in alternatives] for alternatives in names]
-        files = [file for lists in matches for file in next(filter(None, lists), [])]
+        files = [_checked(file, folder) for lists in matches for file in next(filter(None, lists), [])]
         expected = ", ".join(" or ".join(alternatives) for alternatives in names)
     else:
         every = sorted(
             file
             for file in folder.rglob("*")
-            if table_suffix(file) in TABLE_SUFFIXES and file.is_file() and not file.name.startswith(".")
+            if table_suffix(file) in TABLE_SUFFIXES and not file.is_dir() and not file.name.startswith(".")
         )
         has_splits = any(_is_split(_stem(file), name) for file in every for name in SPLITS)
-        files = [file for file in every if not has_splits or _is_split(_stem(file), split)]
+        files = [_checked(file, folder) for file in every if not has_splits or _is_split(_stem(file), split)]
         expected = f"Parquet, JSON, JSON lines or CSV of split {split!r}"
     if not files:
         has = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder}: no {expected} in this folder (it contains {has})")
     return tuple(files)
+
+
+def _checked(file: Path, folder: Path) -> Path:
+    """Return a file, or raise ValueError if it is not a regular file of the folder."""
+    if not is_regular(file, folder):
+        raise ValueError(
+            f"{file}: not a regular file of this folder (it is a folder, a pipe, or a link to another folder). Remove it, or "
+            "copy the file here"
+        )
+    return file
 
 
 def _stem(file: Path) -> str:
@@ -133,13 +148,32 @@ def raw_rows(origin: Origin, *, start: int = 0) -> Iterator[Row]:
     """
     number = 0
     for name, rows in _rows_by_file(origin, start):
-        for row in rows:
+        while True:
+            with name_row(f"{name}, row {number}", "Fix the file, or remove the row"):
+                row = next(rows, None)
+            if row is None:
+                break
             if isinstance(row, int):  # the number of skipped rows
                 number += row
                 continue
             if number >= start:
                 yield {**row, "_file": name, "_number": number}
             number += 1
+
+
+@contextlib.contextmanager
+def name_raw_row(row: Row) -> Iterator[None]:
+    """Context manager in which an error of a converter names the row and what may be wrong with it."""
+    name, fix = (
+        f"{row['_file']}, row {row['_number']}",
+        "Check that the dataset belongs to this source, or remove the row",
+    )
+    with name_row(name, fix):
+        try:
+            yield
+        except KeyError as error:
+            has = ", ".join(column for column in row if not column.startswith("_"))
+            raise RowError(f"{name}: column {error} is missing (has {has}). {fix}") from error
 
 
 def _rows_by_file(origin: Origin, start: int) -> Iterator[tuple[str, Iterator[Any]]]:
@@ -194,7 +228,11 @@ def _text_rows(file: Path) -> Iterator[Row]:
                     yield from _json_objects(io.TextIOWrapper(member, encoding="utf-8"), f"{file}, {name}")
         return
     with open_text(file) as text:
-        yield from csv.DictReader(text) if table_suffix(file) == ".csv" else _json_objects(text, str(file))
+        if table_suffix(file) == ".csv":
+            csv.field_size_limit(LONGEST)
+            yield from ({name: cell for name, cell in row.items() if name} for row in csv.DictReader(text))
+        else:
+            yield from _json_objects(text, str(file))
 
 
 def _json_objects(text: Any, source_name: str) -> Iterator[Row]:
@@ -206,17 +244,19 @@ def _json_objects(text: Any, source_name: str) -> Iterator[Row]:
         at = ROW_SEPARATOR.match(buffer, at).end()  # type: ignore[union-attr]
         try:
             row, at = decoder.raw_decode(buffer, at)
+        except RecursionError:
+            raise RowError(f"{source_name}, row {number}: nested too deeply. Expected one object per row") from None
         except ValueError as error:
             more = text.read(max(CHUNK, len(buffer) - at)) if len(buffer) - at < LONGEST else ""
             if not more and buffer[at:].strip() in ("", "]"):
                 return
             if not more:
-                raise ValueError(
-                    f"{source_name}, row {number}: not JSON ({error}). Expected one object per row"
+                raise RowError(
+                    f"{source_name}, row {number}: not JSON ({one_line(error)}). Expected one object per row"
                 ) from None
             buffer, at = buffer[at:] + more, 0
             continue
         if not isinstance(row, dict):
-            raise ValueError(f"{source_name}, row {number}: is {str(row)[:40]!r}. Expected one object per row")
+            raise RowError(f"{source_name}, row {number}: is {str(row)[:40]!r}. Expected one object per row")
         yield row
         number += 1

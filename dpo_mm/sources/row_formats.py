@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dpo_mm.data.conversation import Message, parse_tools, place_images, response_of
 from dpo_mm.data.response_columns import MEDIA_COLUMNS
 from dpo_mm.data.schema import PREFERENCES, image_preference, response_preference
+from dpo_mm.errors import RowError
 from dpo_mm.sources.messages import to_messages
 from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
 from dpo_mm.sources.response_pair_sets import IMAGE_COUNT_MISMATCH, response_pair
@@ -87,7 +89,7 @@ def custom_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     known = tuple(name for name in image_preference() if name not in ("id", "image_a", "image_b"))
     for row in rows:
         if row["preference"] not in PREFERENCES:
-            raise ValueError(
+            raise RowError(
                 f"{row['_file']}, row {row['_number']}: preference is {row['preference']!r}. "
                 f"Expected one of {', '.join(PREFERENCES)}"
             )
@@ -115,17 +117,32 @@ def custom_responses(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
 def _typed_columns(row: Row, columns: tuple[str, ...]) -> Row:
     """Columns that the row fills, with their type. In a CSV file every value is a text."""
     types = {**response_preference(), **image_preference()}
-    typed = {}
+    typed: dict[str, Any] = {}
     for name in columns:
         value = row.get(name)
         if value is None or value == "":
             continue
         kind = str(getattr(types[name], "dtype", "string"))
         try:
-            typed[name] = {"float64": float, "int64": int, "bool": _parse_bool}.get(kind, str)(value)  # type: ignore[operator]
-        except ValueError:
-            raise ValueError(f"{row['_file']}, row {row['_number']}: {name} is {value!r}. Expected a number") from None
+            typed[name] = {"float64": float, "int64": int, "bool": _parse_bool}.get(kind, _parse_text)(value)  # type: ignore[operator]
+            if kind == "float64" and not math.isfinite(typed[name]):
+                raise ValueError(value)
+            if kind == "int64" and abs(typed[name]) >= 2**63:
+                raise ValueError(value)
+        except (TypeError, ValueError, OverflowError):
+            expected = {"float64": "a number that is finite", "int64": "a whole number of at most 64 bits"}.get(
+                kind, "a text"
+            )
+            raise RowError(
+                f"{row['_file']}, row {row['_number']}: {name} is {value!r:.80}. Expected {expected}"
+            ) from None
     return typed
+
+
+def _parse_text(value: Any) -> str:
+    if isinstance(value, list | dict):
+        raise TypeError(value)
+    return str(value)
 
 
 def _parse_bool(value: Any) -> bool:

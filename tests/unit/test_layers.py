@@ -14,6 +14,7 @@ LAYERS = (
         "config_parsing",
         "setting_limits",
         "errors",
+        "printed_text",
         "progress",
         "resumable",
         "assets",

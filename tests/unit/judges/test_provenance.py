@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,10 @@ def test_training_judges_of_bundled_and_missing_datasets() -> None:
 
 
 def test_training_judges_of_adapter_reads_card_then_dataset(tmp_path: Path, write_pairs: Callable[..., str]) -> None:
-    pairs = write_pairs([{**row, "source": "mined with a:b"} for row in rows(2)])
+    outside = write_pairs([{**row, "source": "mined with a:b"} for row in rows(2)])
+    (tmp_path / "dpo_mm.json").write_text(json.dumps({"pairs": outside}))
+    assert training_judges_of_adapter(str(tmp_path)) == ()  # an adapter does not choose a file to open
+    pairs = shutil.copy(outside, tmp_path)
     config = TrainConfig(model="m", pairs=pairs, output_dir=str(tmp_path))
     (tmp_path / "dpo_mm.json").write_text(json.dumps({"pairs": pairs}))
     assert training_judges_of_adapter(str(tmp_path)) == ("a:b",)

@@ -1,0 +1,110 @@
+"""Open the files of a preference dataset: Parquet, a folder saved by `datasets`, or a dataset of the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_mm.data.row_paths import confine_rows, is_regular, regular_files
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MAX_BYTES_IN_MEMORY = 2**30
+"""Parquet files up to this total size are read into memory."""
+
+
+def open_rows(path: str) -> Dataset:
+    """Open a preference dataset. The paths in its rows lead only to files of the dataset, see `dpo_mm.data.row_paths`.
+
+    Args:
+        path: a Parquet file, a folder of Parquet files, a folder saved by `datasets`, or a hub id.
+
+    Raises:
+        ValueError: if there is no such dataset, or it is not readable.
+    """
+    from datasets import load_dataset
+    from huggingface_hub import constants
+
+    folder = Path(path)
+    if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
+        return confine_rows(_load_saved(folder), folder)
+    if folder.is_file() or folder.is_dir():
+        files = [folder] if folder.is_file() else _split_files(folder)
+        if not files:
+            raise ValueError(
+                f"{path}: no *.parquet in this folder. A preference dataset is Parquet with the columns prompt, image_a, image_b, "
+                "preference"
+            )
+        try:
+            rows = _read_parquet(files)
+        except Exception as error:
+            raise ValueError(f"{path}: not readable as Parquet ({' '.join(str(error).split())[:200]})") from error
+        return confine_rows(rows, folder if folder.is_dir() else folder.parent)
+    if folder.exists():
+        raise ValueError(f"{path}: not a regular file. Give a Parquet file or a folder of Parquet files")
+    if path.count("/") != 1 or path.startswith((".", "/")) or folder.suffix:
+        raise ValueError(
+            f"{path}: no such file or folder. Give a Parquet file, a folder of Parquet files, a bundled dataset or a hub id"
+        )
+    rows = load_dataset(path, split="train")
+    return confine_rows(rows, Path(constants.HF_HUB_CACHE))  # type: ignore[arg-type]
+
+
+def _load_saved(folder: Path) -> Dataset:
+    """Load a dataset that `datasets` saved.
+
+    Raises:
+        ValueError: if it is damaged, or names files outside the folder.
+    """
+    from datasets import load_from_disk
+
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        named = [entry["filename"] for key in ("_data_files", "_indices_data_files") for entry in state.get(key) or ()]
+        outside = [name for name in named if not is_regular(folder / name, folder)]
+        if outside:
+            raise ValueError(f"state.json names {outside[0]!r}, which is not a regular file of the folder")
+        return load_from_disk(str(folder)).flatten_indices()  # type: ignore[return-value]
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: not readable as a dataset saved by datasets ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+SPLIT = re.compile(r"^(train|training|test|validation|valid|val|dev|eval)(?=[-_.\d])", re.IGNORECASE)
+"""Begin of a Parquet file's name that holds one split of a dataset."""
+
+
+def _split_files(folder: Path) -> list[Path]:
+    """Parquet files of a folder: those of the split `train` if the names have splits, else all.
+
+    Raises:
+        ValueError: if the names have several splits and none is `train`.
+    """
+    files = regular_files(folder, "*.parquet") or regular_files(folder, "data/*.parquet")
+    splits = {file: match[1].lower() if (match := SPLIT.match(file.name)) else "" for file in files}
+    training = [file for file in files if splits[file] in ("train", "training")]
+    if not training and len(set(splits.values())) > 1:
+        raise ValueError(
+            f"{folder}: files of several splits ({', '.join(sorted({split or 'without a split' for split in splits.values()}))}) "
+            "and none is train. Name the file to use"
+        )
+    return training or files
+
+
+def _read_parquet(files: list[Path]) -> Dataset:
+    """Read small files into memory, and map large ones from the disk cache of `datasets`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    if sum(file.stat().st_size for file in files) > MAX_BYTES_IN_MEMORY:
+        return Dataset.from_parquet([str(file) for file in files])  # type: ignore[return-value]
+    return Dataset(
+        pa.concat_tables(
+            [pq.read_table(file, page_checksum_verification=True) for file in files], promote_options="default"
+        )
+    )
