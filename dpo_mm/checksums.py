@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ FIELD = "checksum"
 """Name of the checksum in a JSON object."""
 
 
-def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Write checksums of files of a folder into COMPLETE: of those with these names, or of all."""
-    everything = (path for path in folder.rglob("*") if path.is_file() and path != folder / COMPLETE)
-    files = sorted(everything) if names is None else [folder / name for name in names]
+def write_checksums(folder: Path) -> None:
+    """Write the checksum of every file of a folder into COMPLETE."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / COMPLETE)
     write_complete(folder, {str(path.relative_to(folder)): file_hash(path) for path in files})
 
 

@@ -230,6 +230,8 @@ class MineConfig(Settings):
     """Seed of the images."""
     shard_size: int = 64
     """Prompts per shard. An interrupted run resumes after the last complete shard."""
+    overwrite: bool = False
+    """Remove an earlier result in output_dir first. Only files that dpo-mm wrote and that are unchanged are removed."""
 
 
 @dataclass(frozen=True)
@@ -352,6 +354,8 @@ class MineResponsesConfig(Settings):
     """Seed of the sampled responses."""
     shard_size: int = 128
     """Questions per shard. An interrupted run resumes after the last complete shard."""
+    overwrite: bool = False
+    """Remove an earlier result in output_dir first. Only files that dpo-mm wrote and that are unchanged are removed."""
 
     @property
     def judge(self) -> str:

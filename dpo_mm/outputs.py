@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,8 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.assets import resolve_asset
-from dpo_mm.checksums import COMPLETE, changed_files, complete_files, made_files, remove_unchanged_files
-from dpo_mm.resumable import TEMPORARY, atomic_write
+from dpo_mm.checksums import (
+    COMPLETE,
+    changed_files,
+    complete_files,
+    made_files,
+    remove_unchanged_files,
+    write_complete,
+)
+from dpo_mm.content_key import check_ingredients, file_hash
+from dpo_mm.resumable import TEMPORARY, atomic_write, temporary_path
 
 RECORDS = {
     "dpo_mm.json": "a training run",
@@ -26,7 +35,7 @@ RECORDS = {
     "comparison.json": "a comparison",
     "import.json": "an imported dataset",
     "samples.json": "images to label",
-    "scoring.json": "scores of a judge",
+    "scoring.json": "scores of judges",
 }
 """Record of each kind of output folder, and what the folder is called in errors."""
 LOCK = ".lock"
@@ -43,13 +52,15 @@ class OutputKind:
 
     Args:
         record: name of the file with the settings, a key of RECORDS.
+        done: participle for errors, for example "mined".
         flag: setting that chooses the folder, for errors.
-        results: files that the command writes into the folder at its end.
+        results: files that the command writes into the folder at its end, see `write_results`.
         parts: patterns of subfolders with files of the command.
         free: settings that may differ from the recorded ones.
     """
 
     record: str
+    done: str
     flag: str = "output_dir"
     results: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
@@ -123,6 +134,17 @@ def _prepare(folder: Path, kind: OutputKind, settings: Mapping[str, Any], *, ove
         write_record(folder / kind.record, settings)
 
 
+def settings_of(work: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings to record for a kind of stored work.
+
+    Args:
+        work: a key of `dpo_mm.content_key.INGREDIENTS`.
+        parts: its ingredients by name.
+    """
+    check_ingredients(work, parts)
+    return {**parts["settings"], **{name: value for name, value in parts.items() if name != "settings"}}
+
+
 def write_record(path: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings of a folder, unless they are in it already."""
     text = json.dumps(settings, indent=1, ensure_ascii=False)
@@ -194,7 +216,7 @@ def _refuse_input(output: Path, inputs: Iterable[str | None], other: str) -> Non
 
 
 def _is_finished(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) -> bool:
-    """Return True if a folder has the finished result of these settings, False if it has none yet.
+    """Return True if a folder has the finished result of these settings, False if it has none yet or a file is missing.
 
     Raises:
         ValueError: if it has another result, or a file of the result has changed.
@@ -207,18 +229,18 @@ def _is_finished(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) ->
         for name, value in settings.items()
         if name not in kind.free and before.get(name) != value
     ]
-    complete = (folder / COMPLETE).is_file()
     if changed:
-        fix = "--overwrite replaces it" if complete else "--overwrite starts over"
         raise ValueError(
-            f"{folder} contains {RECORDS[kind.record]} with other settings ({', '.join(changed)}). Choose another {kind.flag}. {fix}"
+            f"{folder} was {kind.done} with other settings ({', '.join(changed)}). Choose another {kind.flag}, or replace it with "
+            "--overwrite"
         )
-    if complete and (names := changed_files(folder, complete_files(folder))):
+    result = complete_files(folder)
+    if names := changed_files(folder, result, missing=False):
         raise ValueError(f"{folder}: {names[0]} has changed since it was written. Choose another {kind.flag}")
-    known = [name for name in kind.results if os.path.lexists(folder / name)]
-    if not complete and known:
-        raise ValueError(f"{folder / known[0]} exists, and dpo-mm did not make it. Choose another {kind.flag}")
-    return complete
+    foreign = [name for name in kind.results if name not in result and os.path.lexists(folder / name)]
+    if foreign:
+        raise ValueError(f"{folder / foreign[0]} exists, and dpo-mm did not make it. Choose another {kind.flag}")
+    return bool(result) and not changed_files(folder, result)
 
 
 def _has_only_record(folder: Path, kind: OutputKind) -> bool:
@@ -226,6 +248,24 @@ def _has_only_record(folder: Path, kind: OutputKind) -> bool:
 
 
 # Changes
+
+
+@contextlib.contextmanager
+def write_results(folder: Path) -> Iterator[Path]:
+    """Context manager that gives a temporary folder. At its end, the files in it become the finished result of `folder`.
+
+    COMPLETE is written first, so that an interruption leaves no file that it does not list.
+    """
+    temporary = temporary_path(folder / "result")
+    try:
+        temporary.mkdir()
+        yield temporary
+        if paths := sorted(temporary.iterdir()):
+            write_complete(folder, {path.name: file_hash(path) for path in paths})
+        for path in paths:
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _remove_result(folder: Path, kind: OutputKind) -> None:
@@ -251,12 +291,12 @@ def _remove_result(folder: Path, kind: OutputKind) -> None:
 
 
 def remove_stale_files(paths: Iterable[Path]) -> None:
-    """Remove temporary files of killed processes. Where other processes may write, they must be older than STALE_S."""
+    """Remove temporary files and folders of killed processes. Where other processes may write, they must be older than STALE_S."""
     shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
     for path in paths:
         with contextlib.suppress(OSError):  # another process removed it, or it is not ours to remove
             if TEMPORARY.match(path.name) and (not shared or time.time() - path.lstat().st_mtime > STALE_S):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextlib.contextmanager

@@ -26,13 +26,17 @@ from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.data.schema import image_preference, make_image_rows
 from dpo_mm.judges import judge_digests
 from dpo_mm.judges.score_checks import higher_is_better_scores
+from dpo_mm.outputs import OutputKind, output_folder, settings_of, write_results
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import check_settings_unchanged, exit_cleanly_on_sigterm
+from dpo_mm.resumable import exit_cleanly_on_sigterm
 
 logger = logging.getLogger(__name__)
+
+
+MINING = OutputKind("mining.json", "mined", results=("pairs.parquet",))
 
 
 def mine_images(config: MineConfig) -> Path:
@@ -45,13 +49,24 @@ def mine_images(config: MineConfig) -> Path:
         Path of the Parquet file of `ImagePreference` rows.
 
     Raises:
-        ValueError: if the folder was mined with other settings, a setting does not fit, or no pair reaches the gap.
+        ValueError: if the folder was mined with other settings or has other files, a setting does not fit, or no pair reaches
+            the gap.
     """
     if config.images_per_prompt < 2:
         raise ValueError(f"images_per_prompt is {config.images_per_prompt}. A pair needs at least 2 images per prompt.")
     folder = Path(config.output_dir)
     prompts = read_prompts(config.prompts, limit=config.max_prompts)
-    check_settings_unchanged(folder, "mined image pairs", ingredients(config, prompts), done="mined")
+    settings = settings_of("mined image pairs", ingredients(config, prompts))
+    inputs = [config.prompts, config.model, config.adapter]
+    with output_folder(folder, MINING, settings, inputs=inputs, overwrite=config.overwrite) as finished:
+        if not finished:
+            _mine(config, prompts)
+    return folder / "pairs.parquet"
+
+
+def _mine(config: MineConfig, prompts: Sequence[str]) -> None:
+    """Write this process's shards that do not exist yet, and combine them when all exist."""
+    folder = Path(config.output_dir)
     shards = [prompts[i : i + config.shard_size] for i in range(0, len(prompts), config.shard_size)]
     paths = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
     missing = missing_shards(paths)
@@ -71,7 +86,8 @@ def mine_images(config: MineConfig) -> Path:
         f"{config.min_score_gap:g} on {'+'.join(parse_judges(config.judges))}. Increase images_per_prompt or lower "
         "min_score_gap."
     )
-    return combine_shards(paths, folder / "pairs.parquet", empty_message=empty_message)
+    with write_results(folder) as temporary:
+        combine_shards(paths, temporary / "pairs.parquet", empty_message=empty_message)
 
 
 def ingredients(config: MineConfig, prompts: Sequence[str]) -> dict[str, Any]:

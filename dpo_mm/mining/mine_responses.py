@@ -25,10 +25,12 @@ from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.judges import better_of, correct, explain, judge_digests
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.judges.text import truncate_repetition
+from dpo_mm.mining.mine_images import MINING
+from dpo_mm.outputs import output_folder, settings_of, write_results
 from dpo_mm.policies.families import load_text_policy, model_content
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import StopRequest, check_settings_unchanged
+from dpo_mm.resumable import StopRequest
 
 
 def mine_responses(config: MineResponsesConfig) -> Path:
@@ -41,7 +43,7 @@ def mine_responses(config: MineResponsesConfig) -> Path:
         Path of the Parquet file of `ResponsePreference` rows.
 
     Raises:
-        ValueError: if the folder was mined with other settings, a setting does not fit, a question has no ground
+        ValueError: if the folder was mined with other settings or has other files, a setting does not fit, a question has no ground
             truth, or no response failed.
         TrainingInterrupted: after a SIGTERM, when the current shard is saved.
     """
@@ -51,7 +53,17 @@ def mine_responses(config: MineResponsesConfig) -> Path:
     without = next((question.id for question in questions if not question.has_ground_truth), None)
     if without is not None:
         raise ValueError(f"{config.questions}: question {without} has no ground truth, and mining needs it. Add it.")
-    check_settings_unchanged(folder, "mined response pairs", ingredients(config, questions), done="mined")
+    settings = settings_of("mined response pairs", ingredients(config, questions))
+    inputs = [config.questions, config.model, config.adapter]
+    with output_folder(folder, MINING, settings, inputs=inputs, overwrite=config.overwrite) as finished:
+        if not finished:
+            _mine(config, questions)
+    return folder / "pairs.parquet"
+
+
+def _mine(config: MineResponsesConfig, questions: Sequence[Question]) -> None:
+    """Write this process's shards that do not exist yet, and combine them when all exist."""
+    folder = Path(config.output_dir)
     shards = [questions[i : i + config.shard_size] for i in range(0, len(questions), config.shard_size)]
     paths = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
     _mine_shards(shards, paths, config)
@@ -59,7 +71,8 @@ def mine_responses(config: MineResponsesConfig) -> Path:
         f"{config.output_dir}: no response to {len(questions)} questions failed by {config.judge}. Use more questions, "
         "or increase responses_per_question."
     )
-    return combine_shards(paths, folder / "pairs.parquet", empty_message=empty_message)
+    with write_results(folder) as temporary:
+        combine_shards(paths, temporary / "pairs.parquet", empty_message=empty_message)
 
 
 def ingredients(config: MineResponsesConfig, questions: Sequence[Question]) -> dict[str, Any]:

@@ -43,7 +43,9 @@ from dpo_mm.training.reference import precompute_reference_log_probs, resolve_re
 from dpo_mm.training.trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
-TRAINING = OutputKind(CONFIG_FILE, parts=("checkpoint-*",), free=("output_dir", "resume", "overwrite", "workers"))
+TRAINING = OutputKind(
+    CONFIG_FILE, "trained", parts=("checkpoint-*",), free=("output_dir", "resume", "overwrite", "workers")
+)
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ import pytest
 from dpo_mm.checksums import COMPLETE, write_checksums, write_with_checksum
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import file_hash
-from dpo_mm.outputs import LOCK, OutputKind, output_folder
+from dpo_mm.outputs import LOCK, OutputKind, output_folder, write_results
 from dpo_mm.resumable import TEMPORARY, atomic_write, temporary_path
 from dpo_mm.training import run as training
 from dpo_mm.training.checkpoints import remove_old_checkpoints
 from dpo_mm.training.model_card import MADE, add_results
 from dpo_mm.training.run import dry_run, train
 
-MINING = OutputKind("mining.json", results=("pairs.parquet",))
+MINING = OutputKind("mining.json", "mined", results=("pairs.parquet",))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -42,8 +42,8 @@ def fill(folder: Path, settings: dict[str, Any], *, result: str = "pairs", **mor
         if not finished:
             with write_with_checksum(folder / "shard-00000.parquet") as temporary:
                 temporary.write_text("shard")
-            (folder / "pairs.parquet").write_text(result)
-            write_checksums(folder, ["pairs.parquet"])
+            with write_results(folder) as temporary:
+                (temporary / "pairs.parquet").write_text(result)
         return finished
 
 
@@ -77,9 +77,7 @@ def test_same_settings_give_the_finished_result_and_others_are_refused(tmp_path:
     assert not fill(folder, {"seed": 0, "batch_size": 4})
     before, times = contents(folder), {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert fill(folder, {"seed": 0, "batch_size": 8})
-    with pytest.raises(
-        ValueError, match=r"mined pairs with other settings \(seed: 0 -> 1\). .*--overwrite replaces it"
-    ):
+    with pytest.raises(ValueError, match=r"was mined with other settings \(seed: 0 -> 1\). .* with --overwrite"):
         fill(folder, {"seed": 1, "batch_size": 4})
     with pytest.raises(ValueError, match="contains mined pairs"), output_folder(folder, training.TRAINING, {}):
         pass
@@ -165,7 +163,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from dpo_mm.outputs import OutputKind, output_folder
-with output_folder(Path(sys.argv[1]), OutputKind("mining.json"), {"seed": 0}):
+with output_folder(Path(sys.argv[1]), OutputKind("mining.json", "mined"), {"seed": 0}):
     print("locked", flush=True)
     time.sleep(60)
 """
@@ -266,7 +264,7 @@ def test_finished_run_is_printed_and_never_replaced(trained: Path) -> None:
     result = train(settings_of(trained))
     assert len(result.history) and result.settings["pairs"] and result.beta == settings_of(trained).beta
     for changes in ({"seed": 1}, {"lora_format": "kohya"}, {"steps": 3}):
-        with pytest.raises(ValueError, match="contains a training run with other settings"):
+        with pytest.raises(ValueError, match="was trained with other settings"):
             train(settings_of(trained, **changes))
     assert contents(trained) == before
 
