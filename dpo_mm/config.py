@@ -188,6 +188,8 @@ class CompareConfig(Settings):
     """Leave the images in output_dir, as PNG with a manifest. Otherwise they are deleted after the report is written."""
     seed: int = 0
     """Seed of the images."""
+    overwrite: bool = False
+    """Remove an earlier report in output_dir first. Only files that dpo-mm wrote and that are unchanged are removed."""
 
 
 @dataclass(frozen=True)
@@ -312,6 +314,8 @@ class CompareResponsesConfig(Settings):
     """fp32 | bf16 | fp16. Precision of the models."""
     seed: int = 0
     """Seed of sampled responses."""
+    overwrite: bool = False
+    """Remove an earlier report in output_dir first. Only files that dpo-mm wrote and that are unchanged are removed."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ INGREDIENTS: dict[str, tuple[str, ...]] = {
     "mined response pairs": ("settings", "model", "adapter", "questions", "judges", "libraries"),
     "scores of images": ("settings", "images", "judges", "libraries"),
     "relabelled pairs": ("settings", "images", "judges", "libraries"),
+    "comparison": ("settings", "model", "adapters", "prompts", "judges", "libraries"),
     "image of a comparison": (
         "weights",
         "scale",

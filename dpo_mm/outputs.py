@@ -114,7 +114,7 @@ def output_folder(
             try:
                 yield finished
             except BaseException:
-                if not finished and _has_only_record(folder, kind):
+                if not finished and _has_no_work(folder, kind):
                     (folder / kind.record).unlink(missing_ok=True)
                 raise
     finally:
@@ -222,7 +222,7 @@ def _is_finished(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) ->
         ValueError: if it has another result, or a file of the result has changed.
     """
     before = read_record(folder / kind.record)
-    if before is None or _has_only_record(folder, kind):
+    if before is None or _has_no_work(folder, kind):
         return False
     changed = [
         f"{name}: {before.get(name)!r:.200} -> {value!r:.200}"
@@ -243,8 +243,14 @@ def _is_finished(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) ->
     return bool(result) and not changed_files(folder, result)
 
 
-def _has_only_record(folder: Path, kind: OutputKind) -> bool:
-    return all(path.name in (kind.record, LOCK) or TEMPORARY.match(path.name) for path in folder.iterdir())
+def _has_no_work(folder: Path, kind: OutputKind) -> bool:
+    """Return True if nothing of this kind was made in a folder yet. It may have subfolders of other kinds."""
+    return all(
+        path.name in (kind.record, LOCK)
+        or TEMPORARY.match(path.name)
+        or (path.is_dir() and _is_ours(path) and not any(path.match(pattern) for pattern in kind.parts))
+        for path in folder.iterdir()
+    )
 
 
 # Changes

@@ -122,11 +122,15 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
         command: how to repeat them, printed in the report.
 
     Raises:
-        ValueError: before anything runs, if a judge is unknown or none may be the primary metric.
+        ValueError: before anything runs, if the output folder has other files, a judge is unknown or none may be the primary
+            metric.
     """
+    from dpo_mm.evaluation.finished_comparison import COMPARISON
     from dpo_mm.judges.provenance import order_judges
+    from dpo_mm.outputs import refuse_foreign_folder
     from dpo_mm.training.run import train
 
+    refuse_foreign_folder(Path(recipe.compare.output_dir), COMPARISON)
     _check_judges(recipe.compare.judges)
     order_judges(recipe.compare.judges, _training_judges(recipe))
     if recipe.mine:
@@ -191,7 +195,7 @@ def compare(
     """Compare the base model with its tuned adapter, in images or in responses, and write a report.
 
     The results are added to the adapter's model card too. An interrupted comparison resumes: images, responses and
-    scores on disk are not made again.
+    scores on disk are not made again. The result of a finished one is returned.
 
     Args:
         config: what to compare. Its type decides the modality.
@@ -206,12 +210,26 @@ def compare(
     Raises:
         ValueError: if a judge, the model, the adapter, the prompts or a setting is unknown or does not fit.
     """
-    from dpo_mm.training.model_card import add_results
+    from dpo_mm.evaluation.finished_comparison import COMPARISON, ingredients, read_result
+    from dpo_mm.outputs import output_folder, settings_of
 
     _check_judges(config.judges)
     options: dict[str, Any] = {"title": title, "command": command, "sft_adapter": sft_adapter}
     if training is not None:
         options |= {"history": training.history, "settings": training.settings}
+    settings, folder = settings_of("comparison", ingredients(config, sft_adapter)), Path(config.output_dir)
+    inputs = [config.model, config.adapter, sft_adapter]
+    inputs.append(config.questions if isinstance(config, CompareResponsesConfig) else config.prompts)
+    with output_folder(folder, COMPARISON, settings, inputs=inputs, overwrite=config.overwrite) as finished:
+        return read_result(folder) if finished else _compare(config, options, training)
+
+
+def _compare(
+    config: CompareConfig | CompareResponsesConfig, options: dict[str, Any], training: TrainResult | None
+) -> CompareResult:
+    """Compare, and add the results to the adapter's model card."""
+    from dpo_mm.training.model_card import add_results
+
     if isinstance(config, CompareResponsesConfig):
         from dpo_mm.evaluation.compare_responses import compare_responses
 
@@ -221,7 +239,7 @@ def compare(
 
         result = compare_images(config, **options)
     if config.adapter:
-        add_results(config.adapter, result.comparisons, verdict=result.verdict, command=command)
+        add_results(config.adapter, result.comparisons, verdict=result.verdict, command=options["command"])
     return result
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from dpo_mm.content_key import check_ingredients
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.part")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.part")
 """Names of temporary files and folders. They are random, because containers on a shared disk have equal process ids."""
 PLAN_FILE = "mining.json"
 """Default name of the record of a folder's settings."""

@@ -23,6 +23,10 @@ SETTINGS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Pairs = Annotated[
     str, typer.Argument(help="A Parquet file, a folder of Parquet files, a dataset on the hub, or a bundled dataset.")
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an earlier result. Only files that dpo-mm wrote and that are unchanged."),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print the plan (rows, steps, memory, disk, effective beta) and exit."),
@@ -99,6 +103,7 @@ def quickstart(
     output_dir: Annotated[str, typer.Option(help="Folder for the adapter and the report.")] = "runs/quickstart",
     baseline: Annotated[str | None, typer.Option(help="sft: also train an SFT baseline on the chosen side.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of training and sampling.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Tune a bundled model and report the effect.
 
@@ -116,7 +121,8 @@ def quickstart(
         from dpo_mm.errors import did_you_mean
 
         raise ValueError(f"task {task!r} is unknown; {did_you_mean(task, tasks)}")
-    flags = {"output_dir": output_dir, "seed": str(seed), **({"baseline": baseline} if baseline else {})}
+    flags = {"output_dir": output_dir, "seed": str(seed), "overwrite": str(overwrite)}
+    flags |= {"baseline": baseline} if baseline else {}
     with suppress_library_output():
         recipe = read_recipe(*tasks[task], flags)
         run_recipe(recipe, command=command_line())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from dpo_mm.evaluation.verdict import (
 )
 from dpo_mm.judges import better_of, metric_of
 from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
+from dpo_mm.outputs import write_results
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import load_image_policy
 from dpo_mm.policies.protocol import ImagePolicy
@@ -257,10 +257,12 @@ def compare_images(
         settings={**(settings or {}), **_settings(config, plan, sampler)},
         notes=tuple(notes),
     )
-    path = write_report(Path(config.output_dir), report)
+    folder = Path(config.output_dir)
+    with write_results(folder) as temporary:
+        write_report(temporary, report)
     if not config.save_images:
-        shutil.rmtree(store.folder)
-    return CompareResult(run, tuple(results), tuple(notes), path)
+        store.remove()
+    return CompareResult(run, tuple(results), tuple(notes), folder / "report.html")
 
 
 def run_sweep(sampler: ImageSampler, base: ScoredImages, tuned: ScoredImages) -> Iterator[SweepPoint]:

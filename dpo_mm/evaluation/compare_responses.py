@@ -29,6 +29,7 @@ from dpo_mm.evaluation.verdict import (
 )
 from dpo_mm.judges import better_of, explain, metric_of
 from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
+from dpo_mm.outputs import write_results
 from dpo_mm.policies.families import load_text_policy
 from dpo_mm.policies.protocol import TextPolicy
 
@@ -240,7 +241,9 @@ def compare_responses(
         notes=tuple(note for note in notes if note),
         unit="questions",
     )
-    return CompareResult(run, tuple(results), report.notes, write_report(folder, report))
+    with write_results(folder) as temporary:
+        write_report(temporary, report)
+    return CompareResult(run, tuple(results), report.notes, folder / "report.html")
 
 
 def _settings(config: CompareResponsesConfig, count: int) -> dict[str, str]:

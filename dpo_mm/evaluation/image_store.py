@@ -11,6 +11,7 @@ left incomplete is ignored and made again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from dpo_mm.checksums import with_checksum, without_checksum
 from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.row_paths import is_regular, read_regular_file, resolve_inside
 from dpo_mm.errors import name_row, one_line
+from dpo_mm.outputs import remove_stale_files
 from dpo_mm.resumable import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -68,8 +70,7 @@ class ImageStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.rglob(".*.part"):
-            unfinished.unlink(missing_ok=True)
+        remove_stale_files(folder.rglob(".*"))
         self.rows = {self.key(row, row["prompt"], row["seed"]): row for row in read_manifest(folder)}
         self.scores = {(row["card"], row["sha256"], row["prompt"]): row["score"] for row in read_scores(folder)}
 
@@ -89,6 +90,15 @@ class ImageStore:
         path = self.folder / row["file"]
         intact = is_regular(path, self.folder) and hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"]
         return path if intact else None
+
+    def remove(self) -> None:
+        """Remove the files of the store. Files of others in its folder stay."""
+        files = [self.folder / row["file"] for row in self.rows.values()]
+        for path in (*files, self.folder / MANIFEST, self.folder / SCORES):
+            path.unlink(missing_ok=True)
+        for folder in (*{path.parent for path in files}, self.folder):
+            with contextlib.suppress(OSError):  # it has files of others
+                folder.rmdir()
 
     def add(self, settings: Mapping[str, Any], images: Iterable[tuple[str, int, Image.Image]], *, label: str) -> None:
         """Save images and their rows.

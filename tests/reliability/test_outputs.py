@@ -15,16 +15,25 @@ from typing import Any
 import pytest
 
 from dpo_mm.checksums import COMPLETE, write_checksums, write_with_checksum
-from dpo_mm.config import TrainConfig
+from dpo_mm.config import CompareConfig, TrainConfig
 from dpo_mm.content_key import file_hash
 from dpo_mm.outputs import LOCK, OutputKind, output_folder, write_results
+from dpo_mm.recipe import compare
 from dpo_mm.resumable import TEMPORARY, atomic_write, temporary_path
 from dpo_mm.training import run as training
 from dpo_mm.training.checkpoints import remove_old_checkpoints
 from dpo_mm.training.model_card import MADE, add_results
 from dpo_mm.training.run import dry_run, train
 
+HERE = "tests.reliability.test_outputs"
 MINING = OutputKind("mining.json", "mined", results=("pairs.parquet",))
+
+
+def redness(images: Any, prompts: Any) -> list[float]:
+    return [image.getpixel((0, 0))[0] for image in images]
+
+
+redness.better = "higher"  # type: ignore[attr-defined]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -324,3 +333,34 @@ def test_results_in_a_card_leave_the_notes_of_the_user(notes: str, tmp_path: Pat
     card.write_text("# A card of somebody else\n")
     assert add_results(tmp_path, [], verdict="better", command="") is None
     assert card.read_text() == "# A card of somebody else\n"
+
+
+# Comparisons
+
+
+def test_finished_comparison_is_returned_and_never_replaced(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a user's report.html, or that of another comparison, that a report replaces, and files in pictures/ that go."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.html").write_text("of the user")
+    config = CompareConfig(
+        tiny_model, str(tmp_path / "out"), prompts=str(tmp_path / "prompts.txt"), images_per_prompt=1,
+        judges=(f"{HERE}:redness",), num_inference_steps=1, guidance_scale=1.0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"did not make \(report\.html\)"):
+        compare(config)
+    (tmp_path / "out" / "report.html").unlink()
+    first = compare(config)
+    (tmp_path / "out" / "pictures" / "base" / "mine.txt").write_text("of the user")
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr("dpo_mm.recipe._compare", lambda *_: pytest.fail("compared again"))
+    assert compare(config) == first
+    for changes in ({"seed": 1}, {"batch_size": 1}, {"guidance_scale": 2.0}):
+        with pytest.raises(ValueError, match="was made with other settings"):
+            compare(dataclasses.replace(config, **changes))
+    assert contents(tmp_path / "out") == before
+    monkeypatch.undo()
+    compare(dataclasses.replace(config, save_images=False, overwrite=True))
+    assert [path.name for path in (tmp_path / "out" / "pictures").rglob("*") if path.is_file()] == ["mine.txt"]

@@ -28,7 +28,7 @@ from dpo_mm.content_key import INGREDIENTS, content_hash, library_versions
 from dpo_mm.data.questions import Question
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import load_pairs, make_image_rows
-from dpo_mm.evaluation import image_sampling, response_sampling
+from dpo_mm.evaluation import finished_comparison, image_sampling, response_sampling
 from dpo_mm.evaluation.image_store import ImageStore
 from dpo_mm.judges import judge_digests, relabel, scoring
 from dpo_mm.labels import fresh_samples
@@ -167,6 +167,19 @@ def compared_response(w: SimpleNamespace) -> Any:
     return response_sampling._key(settings, questions(w), 0)
 
 
+def comparison(w: SimpleNamespace) -> Any:
+    (w.folder / "prompts.txt").write_text("\n".join(w.prompts))
+    config = CompareConfig(
+        str(w.model),
+        "out",
+        str(w.adapter),
+        prompts=str(w.folder / "prompts.txt"),
+        judges=("key_judge:red",),
+        precision=w.precision,
+    )
+    return finished_comparison.ingredients(config)
+
+
 def score_key(w: SimpleNamespace) -> Any:
     return [image_sampling.judge_card_digest("key_judge:red"), w.image.read_bytes(), w.prompts]
 
@@ -268,6 +281,10 @@ CASES: dict[str, tuple[Change, dict[str, list[Change]]]] = {
             "device": [on_gpu],
             "batch": [PIXELS],
         },
+    ),
+    "comparison": (
+        comparison,
+        {"settings": [HALF], "model": FILES, "adapters": ADAPTER, "prompts": [PROMPT], "judges": [CODE]},
     ),
     "score of a comparison": (score_key, {"judge": [CODE], "image": [IMAGE], "prompt": [PROMPT]}),
     "images to label": (labels, {"settings": [HALF], "models": [*FILES, *ADAPTER], "prompts": [PROMPT]}),
