@@ -29,7 +29,7 @@ PER_CATEGORY = 4
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def examples(folder: Path) -> list[Example]:

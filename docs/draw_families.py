@@ -133,11 +133,11 @@ def _file(of: str) -> tuple[str, str]:
     spec = find_spec(FAMILIES.get(of, VLM_POLICY).partition(":")[0])
     assert spec and spec.origin
     path = Path(spec.origin)
-    return path.name, str(len(path.read_text().splitlines()))
+    return path.name, str(len(path.read_text(encoding="utf-8").splitlines()))
 
 
 def main() -> None:
-    page = PAGE.read_text()
+    page = PAGE.read_text(encoding="utf-8")
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     for name, kind in KINDS.items():
         found = results(kind.tests)
@@ -146,7 +146,7 @@ def main() -> None:
         _, end, after = rest.partition(f"<!-- /{name} -->")
         assert end, f"{PAGE}: no markers for {name}"
         page = f"{before}<!-- {name} -->\n{head}\n\n{table(kind, found)}\n{end}{after}"
-    PAGE.write_text(page)
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

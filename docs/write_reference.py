@@ -118,7 +118,7 @@ def _default(value: ast.expr | None) -> str:
 
 def applies_to() -> dict[str, str]:
     """The modality of each training setting that only one modality has."""
-    tree = ast.parse((PACKAGE / "training" / "builders.py").read_text())
+    tree = ast.parse((PACKAGE / "training" / "builders.py").read_text(encoding="utf-8"))
     tuples = {
         target.id: ast.literal_eval(node.value)
         for node in tree.body
@@ -177,7 +177,7 @@ def settings_page() -> str:
         "nearest known one.",
     ]
     for file in config_files():
-        for name, text, fields in dataclasses_of(file.read_text()):
+        for name, text, fields in dataclasses_of(file.read_text(encoding="utf-8")):
             parts += ["", f"## {name}", "", text, "", SECTIONS.get(name, ""), ""]
             train = name == "TrainConfig"
             parts += ['<div class="settings" markdown>', ""]
@@ -223,7 +223,7 @@ def cli_page() -> str:
         "`--learning-rate 1e-5` sets `learning_rate`. A flag overrides the YAML file.",
         "",
         "The exit status is 0 if a command succeeds and 2 if it reports an error. `doctor`, `verify` and `judge --self-test` exit "
-        "with 1 if a check fails. A command that SIGTERM interrupts exits with 143.",
+        "with 1 if a check fails. A command that SIGTERM interrupts exits with 143, and one that Ctrl-C interrupts with 130.",
     ]
     return "\n".join(head + section([], typer.main.get_command(app))) + f"\n\n<!-- typer {version('typer')} -->\n"
 

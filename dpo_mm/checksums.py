@@ -110,7 +110,7 @@ def write_with_checksum(path: Path, *, fix: str | None = None) -> Iterator[Path]
     with atomic_write(path, fix=fix) as temporary:
         yield temporary
         with atomic_write(_checksum_path(path), fix=fix) as checksum:
-            checksum.write_text(file_hash(temporary))
+            checksum.write_text(file_hash(temporary), encoding="utf-8")
 
 
 def _checksum_path(path: Path) -> Path:
@@ -122,7 +122,7 @@ def is_intact(path: Path) -> bool:
     if not path.is_file():
         return False
     checksum = _checksum_path(path)
-    intact = checksum.is_file() and checksum.read_text() == file_hash(path)
+    intact = checksum.is_file() and checksum.read_bytes() == file_hash(path).encode()
     if not intact:
         logger.warning("%s has changed since it was written, and is made again", path)
     return intact
@@ -132,6 +132,24 @@ def missing_shards(paths: Sequence[Path]) -> list[int]:
     """Return the numbers of the missing or changed shards that are this process's part (RANK of WORLD_SIZE)."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return [number for number in range(rank, len(paths), world) if not is_intact(paths[number])]
+
+
+def saved_shards(folder: str | Path) -> str:
+    """Describe the shards in a folder for the message of an interruption. "" if there are none."""
+    count = len(list(Path(folder).glob("[a-z]*-[0-9][0-9][0-9][0-9][0-9]*")))
+    return f"{count} complete shard{'s are' if count > 1 else ' is'} in {folder}" if count else ""
+
+
+def all_intact(paths: Sequence[Path], target: Path) -> bool:
+    """Return True if all shards exist and have not changed, else log which are missing and who writes `target`."""
+    missing = [path.name for path in paths if not is_intact(path)]
+    if missing:
+        logger.warning(
+            "%s is not written yet: %d of %d shards are missing in %s (%s%s). They are the part of other processes. The last "
+            "process writes it. If no other runs, run the same command again without RANK and WORLD_SIZE",
+            target.name, len(missing), len(paths), paths[0].parent, ", ".join(missing[:3]), ", ..." * (len(missing) > 3),
+        )  # fmt: skip
+    return not missing
 
 
 def with_checksum(row: dict[str, Any]) -> dict[str, Any]:

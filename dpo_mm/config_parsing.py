@@ -126,7 +126,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_bytes())  # YAML detects UTF-8 and UTF-16
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file. A recipe is a YAML file of settings. Examples are in {presets_folder()}"

@@ -107,7 +107,10 @@ def serve(build: Callable[[], DemoPage], *, port: int | None = None) -> None:
                 head=page.head,
             )
             print(f"Open {address} (stop with Ctrl-C)", flush=True)
-            page.blocks.block_thread()
+            try:
+                page.blocks.block_thread()
+            finally:
+                page.blocks.close(verbose=False)
         finally:
             os.chdir(original)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import signal
 from collections.abc import Iterable, Iterator
 
 
@@ -37,7 +38,7 @@ def name_row(name: str, fix: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RowError, MemoryError, TrainingInterrupted):
+    except (RowError, MemoryError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -45,5 +46,22 @@ def name_row(name: str, fix: str) -> Iterator[None]:
         raise RowError(f"{name}: {one_line(error)}. {fix}") from error
 
 
-class TrainingInterrupted(Exception):
-    """A run that SIGTERM ended early, after everything was saved."""
+class TrainingInterrupted(SystemExit):
+    """Work that SIGTERM or Ctrl-C ended early. It ends the process with status 143 or 130 unless it is caught.
+
+    Attributes:
+        number: number of the signal.
+        saved: what is saved, as a sentence without its full stop. "" if nothing is.
+        command: command line that resumes the work. "" if it is not known.
+    """
+
+    def __init__(self, number: int, saved: str = "", command: str = "") -> None:
+        super().__init__(128 + number)
+        self.number, self.saved, self.command = number, saved, command
+
+    def __str__(self) -> str:
+        by = f"interrupted by {'Ctrl-C' if self.number == signal.SIGINT else 'SIGTERM'}"
+        line = f": {self.command}" if self.command else ""
+        if self.saved:
+            return f"{by}. {self.saved}, and the same command resumes{line}"
+        return f"{by}. Nothing was saved. Run the same command again{line}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_mm.assets import presets_folder
+from dpo_mm.checksums import COMPLETE, saved_shards
 from dpo_mm.config import (
     CompareConfig,
     CompareResponsesConfig,
@@ -19,6 +20,7 @@ from dpo_mm.config import (
 )
 from dpo_mm.config_parsing import config_from_mapping, known_names, read_yaml, with_field_names
 from dpo_mm.errors import did_you_mean
+from dpo_mm.interruption import stop_on_signal
 from dpo_mm.printed_text import printable
 
 if TYPE_CHECKING:
@@ -133,19 +135,31 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
     refuse_foreign_folder(Path(recipe.compare.output_dir), COMPARISON)
     _check_judges(recipe.compare.judges)
     order_judges(recipe.compare.judges, _training_judges(recipe))
-    if recipe.mine:
-        mine(recipe.mine)
-    train_result = train(recipe.train)
-    sft_result = train(sft_baseline_config(recipe.train)) if recipe.baseline else None
-    result = compare(
-        recipe.compare,
-        title=recipe.title,
-        command=command,
-        sft_adapter=str(sft_result.folder) if sft_result else None,
-        training=train_result,
-    )
+    with stop_on_signal(lambda: _completed_steps(recipe)):
+        if recipe.mine and not mine(recipe.mine).exists():
+            raise ValueError(f"{recipe.mine.output_dir}: shards of other processes are missing. Run it in one process")
+        train_result = train(recipe.train)
+        sft_result = train(sft_baseline_config(recipe.train)) if recipe.baseline else None
+        result = compare(
+            recipe.compare,
+            title=recipe.title,
+            command=command,
+            sft_adapter=str(sft_result.folder) if sft_result else None,
+            training=train_result,
+        )
     print_result(result)
     return result
+
+
+def _completed_steps(recipe: Recipe) -> str:
+    """Describe what the steps of a recipe have written, for the message of an interruption."""
+    steps = [(recipe.mine, "pairs.parquet", "mined pairs"), (recipe.train, COMPLETE, "trained adapter")]
+    done = [
+        f"the {name} in {config.output_dir}"
+        for config, file, name in steps
+        if config and (Path(config.output_dir) / file).exists()
+    ]
+    return f"It has saved {' and '.join(done)}" if done else ""
 
 
 def _training_judges(recipe: Recipe) -> tuple[str, ...]:
@@ -171,17 +185,18 @@ def mine(config: MineConfig | MineResponsesConfig) -> Path:
 
     Raises:
         ValueError: if a judge, the model, the prompts or a setting is unknown or does not fit, or if no pair results.
-        TrainingInterrupted: after a SIGTERM, when the current part is saved.
+        TrainingInterrupted: after SIGTERM or Ctrl-C. Completed shards are saved.
     """
-    if isinstance(config, MineResponsesConfig):
-        from dpo_mm.mining.mine_responses import mine_responses
+    with stop_on_signal(lambda: saved_shards(config.output_dir)):
+        if isinstance(config, MineResponsesConfig):
+            from dpo_mm.mining.mine_responses import mine_responses
 
-        _check_judges([config.judge])
-        return mine_responses(config)
-    from dpo_mm.mining.mine_images import mine_images, parse_judges
+            _check_judges([config.judge])
+            return mine_responses(config)
+        from dpo_mm.mining.mine_images import mine_images, parse_judges
 
-    _check_judges([*parse_judges(config.judges), *parse_judges(config.guards)])
-    return mine_images(config)
+        _check_judges([*parse_judges(config.judges), *parse_judges(config.guards)])
+        return mine_images(config)
 
 
 def compare(
@@ -211,6 +226,7 @@ def compare(
         ValueError: if a judge, the model, the adapter, the prompts or a setting is unknown or does not fit.
     """
     from dpo_mm.evaluation.finished_comparison import COMPARISON, ingredients, read_result
+    from dpo_mm.evaluation.image_store import saved_lines
     from dpo_mm.outputs import output_folder, settings_of
 
     _check_judges(config.judges)
@@ -220,7 +236,10 @@ def compare(
     settings, folder = settings_of("comparison", ingredients(config, sft_adapter)), Path(config.output_dir)
     inputs = [config.model, config.adapter, sft_adapter]
     inputs.append(config.questions if isinstance(config, CompareResponsesConfig) else config.prompts)
-    with output_folder(folder, COMPARISON, settings, inputs=inputs, overwrite=config.overwrite) as finished:
+    with (
+        stop_on_signal(lambda: saved_lines(folder)),
+        output_folder(folder, COMPARISON, settings, inputs=inputs, overwrite=config.overwrite) as finished,
+    ):
         return read_result(folder) if finished else _compare(config, options, training)
 
 

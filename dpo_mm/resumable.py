@@ -1,4 +1,4 @@
-"""Make long work resumable: atomic files, recorded settings, clean exit on SIGTERM."""
+"""Make long work resumable: atomic files and recorded settings."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import contextlib
 import json
 import re
 import secrets
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +71,7 @@ def check_settings_unchanged(
     folder.mkdir(parents=True, exist_ok=True)
     plan = {**parts["settings"], **{name: value for name, value in parts.items() if name != "settings"}}
     settings, record = json.loads(json.dumps(plan)), folder / file
-    before = json.loads(record.read_text()) if record.exists() else settings
+    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else settings
     free = ("output_dir", "batch_size")
     changed = [
         f"{name}: {before.get(name)!r:.200} -> {value!r:.200}"
@@ -84,54 +81,4 @@ def check_settings_unchanged(
     if changed:
         raise ValueError(f"{folder} was {done} with other settings ({', '.join(changed)}). Choose another {flag}")
     with atomic_write(record) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1))
-
-
-@contextlib.contextmanager
-def exit_cleanly_on_sigterm() -> Iterator[None]:
-    """Context manager in which SIGTERM ends the process with status 143 and a message.
-
-    Work that was completed before is on disk. It does nothing if a handler is already set, or outside the main thread.
-    """
-
-    def stop(number: int, frame: Any) -> None:
-        print("interrupted by SIGTERM. Completed work is saved, and the same command resumes it", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class StopRequest:
-    """A request to stop, set by SIGTERM, for work that completes and saves its current part before it ends."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextlib.contextmanager
-    def on_sigterm(self) -> Iterator[None]:
-        """Context manager in which the first SIGTERM sets `requested` and the second ends the process at once.
-
-        It does nothing outside the main thread, because only that can handle signals.
-        """
-
-        def request(number: int, frame: Any) -> None:
-            self.requested = True
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-        try:
-            before = signal.signal(signal.SIGTERM, request)
-        except ValueError:
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")

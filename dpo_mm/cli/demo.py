@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from dpo_mm.cli.terminal import suppress_library_output
+from dpo_mm.errors import TrainingInterrupted
 
 demo = typer.Typer(no_args_is_help=True, help="Serve a page: label pairs, or compare models.")
 Port = Annotated[int | None, typer.Option(help="Port on 127.0.0.1. Default: the first free one from 7860.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 BUNDLED_PAIRS = "shapes-faithfulness"
+
+
+@contextlib.contextmanager
+def _end_quietly() -> Iterator[None]:
+    """Context manager in which SIGTERM and Ctrl-C, the usual end of a page, print nothing."""
+    try:
+        yield
+    except TrainingInterrupted as stop:
+        raise SystemExit(stop.code) from None
 
 
 @demo.command("label")
@@ -57,7 +69,8 @@ def demo_label(
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
             )
-    load_page("label").run(pairs, votes, port=port)
+    with _end_quietly():
+        load_page("label").run(pairs, votes, port=port)
 
 
 @demo.command("images")
@@ -81,7 +94,7 @@ def demo_images(
     """
     from dpo_mm.demo_server import load_page
 
-    with suppress_library_output():
+    with _end_quietly(), suppress_library_output():
         load_page("compare_images").run(model, adapter, judges, comparison, precision=precision, port=port)
 
 
@@ -107,7 +120,7 @@ def demo_captions(
     """
     from dpo_mm.demo_server import load_page
 
-    with suppress_library_output():
+    with _end_quietly(), suppress_library_output():
         load_page("compare_captions").run(
             model, adapter, questions, judge, max_new_tokens=max_new_tokens, precision=precision, port=port
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,8 @@ import typer
 
 from dpo_mm import __version__
 from dpo_mm.cli import demo, label
-from dpo_mm.cli.terminal import print_rows, run_as_command, say, suppress_library_output
+from dpo_mm.cli.terminal import command_line, print_rows, run_as_command, say, suppress_library_output
+from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.printed_text import quoted
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -77,11 +77,6 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
     return values
 
 
-def command_line() -> str:
-    """Return the command that runs, quoted for a shell."""
-    return shlex.join(["dpo-mm", *sys.argv[1:]])
-
-
 def _command_settings(kind: type[Any], path: str | None, section: str, flags: list[str]) -> dict[str, Any]:
     """Settings of a command: its section of a recipe, or all of a flat file. Flags override them."""
     from dpo_mm.config_parsing import read_yaml, with_field_names
@@ -132,7 +127,7 @@ def quickstart(
         f"--output-dir {quoted(f'{output_dir}-again')}"
     )
     if isinstance(config, CompareResponsesConfig):
-        say(f"Next, sampled instead of greedy: {again} --questions {config.questions} --temperature 1")
+        say(f"Next, sampled instead of greedy: {again} --questions {quoted(config.questions)} --temperature 1")
     else:
         sampling = f"--num-inference-steps {config.num_inference_steps} --guidance-scale {config.guidance_scale:g} --seed {seed + 1}"
         say(f"Next, on other seeds: {again} {sampling}")
@@ -258,8 +253,13 @@ def verify(context: typer.Context, config: ConfigFile) -> None:
     with tempfile.TemporaryDirectory(prefix="dpo-mm-verify-") as folder, suppress_library_output():
         from dpo_mm.training.verify import verify
 
-        if _print_checks(verify(settings, Path(folder))):
-            sys.exit(1)
+        try:
+            failed = _print_checks(verify(settings, Path(folder)))
+        except TrainingInterrupted as interruption:
+            interruption.saved = ""  # its folder is temporary
+            raise
+    if failed:
+        sys.exit(1)
 
 
 def _print_checks(checks: Iterable[Any]) -> int:
@@ -310,7 +310,8 @@ def mine(context: typer.Context, config: OptionalConfigFile = None) -> None:
         from dpo_mm.recipe import mine
 
         path = mine(settings)
-    say(f"Mined: {path}\nNext: dpo-mm train CONFIG.yaml --pairs {quoted(path)}")
+    if Path(settings.output_dir, "pairs.parquet").exists():  # else another process writes it
+        say(f"Mined: {path}\nNext: dpo-mm train CONFIG.yaml --pairs {quoted(path)}")
 
 
 @app.command()

@@ -6,14 +6,16 @@ escaped here, so every text that comes from a file is printed by `say` or `print
 
 from __future__ import annotations
 
+import io
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from dpo_mm.errors import TrainingInterrupted
+from dpo_mm.interruption import stop_on_signal
 from dpo_mm.printed_text import printable
-from dpo_mm.resumable import exit_cleanly_on_sigterm
 
 
 @contextmanager
@@ -47,28 +49,52 @@ def print_rows(rows: dict[str, str]) -> None:
     Console().print(table, highlight=False, markup=False)
 
 
+def command_line() -> str:
+    """Return the command that runs, quoted for a shell."""
+    script = Path(sys.argv[0])
+    program = ["python", sys.argv[0]] if script.suffix == ".py" and script.name != "__main__.py" else ["dpo-mm"]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def resuming_command() -> str:
+    """Return the command that runs, or "" for one of several processes, whose launcher's command is not known."""
+    return "" if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else command_line()
+
+
 @contextmanager
 def run_as_command() -> Iterator[None]:
     """Context manager for a command: an error or an interruption ends the process with one line on standard error.
 
-    The exit status is 2 after an error that the user can fix and 143 after SIGTERM. On SIGTERM, training
-    saves a checkpoint first, and mining of responses completes its shard.
+    The exit status is 2 after an error that the user can fix, 143 after SIGTERM and 130 after Ctrl-C. Then training
+    saves a checkpoint first, and mining of responses completes its shard. A second signal ends the process at once.
 
     It also sets two environment variables unless they are set. Without OMP_WAIT_POLICY=PASSIVE, threads of torch on a CPU
     that is shared with other work wait in busy loops, which makes a training step many times slower.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    status = 2
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # characters that the terminal's encoding does not have
     try:
-        with exit_cleanly_on_sigterm():
+        with stop_on_signal(command=resuming_command):
             yield
         return
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DPO_MM_TRACEBACK"):
             raise
-        line = printable(f"error: {' '.join(str(error).split())}")
-    except TrainingInterrupted as interruption:
-        line, status = str(interruption), 143
-    print(line, file=sys.stderr)
-    sys.exit(status)
+        message = _message(error)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or os.environ.get("DPO_MM_TRACEBACK"):
+            raise
+        message = f"{_message(error).rstrip('.')}. Set workers: 0, or free memory"
+    print(printable(f"error: {message}"), file=sys.stderr)
+    sys.exit(2)
+
+
+def _message(error: BaseException) -> str:
+    """Return the message of an error in one line. A data loader's worker process sends its traceback, which ends with it."""
+    text = str(error)
+    if "in DataLoader worker process" in text and "Traceback" in text:
+        text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    return " ".join(text.split())

@@ -59,7 +59,7 @@ class Pairs:
                     error = UndecodableImageError(self.dataset_name, row["id"], column, reason)
                     if self.undecodable_images == "raise":
                         raise error from None
-                    with self.dropped_rows_file.open("a") as file:
+                    with self.dropped_rows_file.open("a", encoding="utf-8") as file:
                         file.write(error.as_json_line())
                     break
             if len(images) == len(columns):

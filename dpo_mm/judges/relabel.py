@@ -27,17 +27,18 @@ from PIL import Image
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 
-from dpo_mm.checksums import is_intact, missing_shards, write_with_checksum
+from dpo_mm.checksums import all_intact, missing_shards, saved_shards, write_with_checksum
 from dpo_mm.config import RelabelConfig
 from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import rgb_image
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import load_pairs
+from dpo_mm.interruption import stop_on_signal
 from dpo_mm.judges import is_pairwise, judge_card, judge_digests, load_judge, load_pairwise
 from dpo_mm.judges.score_checks import higher_is_better_scores, pair_probabilities
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import atomic_write, check_settings_unchanged, exit_cleanly_on_sigterm
+from dpo_mm.resumable import atomic_write, check_settings_unchanged
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -94,6 +95,11 @@ def relabel(config: RelabelConfig) -> RelabelResult | None:
     Raises:
         ValueError: if a setting is out of range, a judge is unknown, an image does not decode, or no pair is left.
     """
+    with stop_on_signal(lambda: saved_shards(f"{config.output}.parts")):
+        return _relabel(config)
+
+
+def _relabel(config: RelabelConfig) -> RelabelResult | None:
     _check(config)
     rows, folder = load_pairs(config.pairs), Path(f"{config.output}.parts")
     cards = {name: judge_card(name) for name in config.judges}
@@ -111,7 +117,7 @@ def relabel(config: RelabelConfig) -> RelabelResult | None:
     relabelled = RelabelledPairs(scores, units, new, preferences)
     _write(rows, relabelled, config)
     summary = _summary(list(rows["preference"]), given, relabelled, config, cards)
-    Path(config.output).with_suffix(".json").write_text(json.dumps(summary, indent=1))
+    Path(config.output).with_suffix(".json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return RelabelResult(Path(config.output), summary)
 
 
@@ -237,7 +243,6 @@ def _score_shards(rows: Dataset, config: RelabelConfig, folder: Path) -> np.ndar
     missing = missing_shards(paths)
     if missing:
         with (
-            exit_cleanly_on_sigterm(),
             progress_bar("judging", sum(_length(rows, starts[n], config) for n in missing)) as advance,
         ):
             for number in missing:
@@ -246,7 +251,7 @@ def _score_shards(rows: Dataset, config: RelabelConfig, folder: Path) -> np.ndar
                 with write_with_checksum(paths[number]) as temporary, temporary.open("wb") as file:
                     np.save(file, scores)
                 advance(len(part))
-    if not all(is_intact(path) for path in paths):
+    if not all_intact(paths, Path(config.output)):
         return None
     return np.concatenate([np.load(path) for path in paths], axis=1)
 

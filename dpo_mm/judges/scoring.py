@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from dpo_mm.checksums import is_intact, missing_shards, write_with_checksum
+from dpo_mm.checksums import all_intact, missing_shards, saved_shards, write_with_checksum
 from dpo_mm.config import JudgeConfig
 from dpo_mm.content_key import content_hash, file_hash, library_versions
 from dpo_mm.data.image_files import decode_image, image_bytes
@@ -25,10 +25,11 @@ from dpo_mm.data.row_digest import digest
 from dpo_mm.data.row_paths import MARK, is_regular
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.data.text_files import read_lines
+from dpo_mm.interruption import stop_on_signal
 from dpo_mm.judges import judge_card, judge_digests, load_judge
 from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import check_settings_unchanged, exit_cleanly_on_sigterm
+from dpo_mm.resumable import check_settings_unchanged
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,6 +72,11 @@ def score(config: JudgeConfig) -> ScoreResult | None:
     Raises:
         ValueError: if the judge is unknown, an image has no prompt, or the output was started with other settings.
     """
+    with stop_on_signal(lambda: saved_shards(f"{config.output}.parts")):
+        return _score(config)
+
+
+def _score(config: JudgeConfig) -> ScoreResult | None:
     load_judge(config.judge)
     images, rows = read_images(config.images, config.prompts)
     card, folder = judge_card(config.judge), Path(f"{config.output}.parts")
@@ -81,14 +87,14 @@ def score(config: JudgeConfig) -> ScoreResult | None:
     paths = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
     missing = missing_shards(paths)
     if missing:
-        with exit_cleanly_on_sigterm(), progress_bar("judging", sum(len(shards[n]) for n in missing)) as advance:
+        with progress_bar("judging", sum(len(shards[n]) for n in missing)) as advance:
             for number in missing:
                 _write(_score_shard(shards[number], rows, config.judge), paths[number])
                 advance(len(shards[number]))
-    if not all(is_intact(path) for path in paths):
+    if not all_intact(paths, Path(config.output)):
         return None
     output = combine_shards(paths, Path(config.output), empty_message="")
-    output.with_suffix(".json").write_text(json.dumps(card, indent=1))
+    output.with_suffix(".json").write_text(json.dumps(card, indent=1), encoding="utf-8")
     return _result(output)
 
 

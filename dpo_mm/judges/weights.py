@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dpo_mm.cache_folder import cache_folder
 from dpo_mm.judges import JudgeName
 
 T = TypeVar("T")
@@ -43,10 +44,7 @@ class Published(NamedTuple):
 
 def weights_folder() -> Path:
     """Folder of the judges' files: $DPO_MM_WEIGHTS, or `weights` in $DPO_MM_CACHE (default: ~/.cache/dpo-mm)."""
-    cache = (
-        os.environ.get("DPO_MM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-mm"
-    )
-    return Path(os.environ.get("DPO_MM_WEIGHTS") or Path(cache) / "weights")
+    return Path(os.environ.get("DPO_MM_WEIGHTS") or cache_folder() / "weights")
 
 
 def find_weights(published: Published, judge_name: JudgeName) -> Path:

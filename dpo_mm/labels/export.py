@@ -139,7 +139,9 @@ def export(votes: str, output: str, *, pairs: str | None = None, format: str = "
         if format == "rows":
             labelled.to_parquet(str(temporary))
         else:
-            temporary.write_text(json.dumps(FORMATS[format](active_votes, rows), ensure_ascii=False, indent=1))
+            temporary.write_text(
+                json.dumps(FORMATS[format](active_votes, rows), ensure_ascii=False, indent=1), encoding="utf-8"
+            )
     return {"pairs": f"{len(labelled)} of {len(rows)}", **summary(active_votes)}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.prompts import read_prompts, seeds_of
+from dpo_mm.interruption import stop_on_signal
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write, check_settings_unchanged
@@ -50,9 +51,10 @@ def generate_samples(
     for name in names:
         (folder / name).mkdir(exist_ok=True)
     for number, prompt in enumerate(texts, 1):
-        (folder / f"{number:04}.txt").write_text(prompt)
+        (folder / f"{number:04}.txt").write_text(prompt, encoding="utf-8")
     seeds = [seeds_of(prompt, 1, seed=seed)[0] for prompt in texts]
-    with progress_bar("generating images", len(names) * len(texts)) as advance:
+    saved = lambda: f"{len(list(folder.glob('*/*.png')))} images are in {folder}" if any(folder.glob("*/*.png")) else ""
+    with stop_on_signal(saved), progress_bar("generating images", len(names) * len(texts)) as advance:
         for model, name in zip(models, names, strict=True):
             paths = [folder / name / f"{number:04}.png" for number in range(1, len(texts) + 1)]
             missing = [n for n, path in enumerate(paths) if not path.exists()]

@@ -31,7 +31,6 @@ from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import exit_cleanly_on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -69,25 +68,31 @@ def _mine(config: MineConfig, prompts: Sequence[str]) -> None:
     folder = Path(config.output_dir)
     shards = [prompts[i : i + config.shard_size] for i in range(0, len(prompts), config.shard_size)]
     paths = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
-    missing = missing_shards(paths)
-    if missing:
-        policy = load_image_policy(
-            config.model, revision=config.revision, precision=config.precision, adapter=config.adapter
-        )
-        if cut := truncated_prompts(policy, prompts):
-            logger.warning("prompts: %s", cut)
-        total = sum(len(shards[number]) for number in missing) * config.images_per_prompt
-        with exit_cleanly_on_sigterm(), progress_bar("generating and scoring images", total) as advance:
-            for number in missing:
-                rows = _mine_shard(policy, shards[number], config, advance)
-                write_rows(rows, paths[number], make=make_image_rows, features=image_preference())
     empty_message = (
         f"{config.output_dir}: no two of the {config.images_per_prompt} images of any prompt differ by more than "
         f"{config.min_score_gap:g} on {'+'.join(parse_judges(config.judges))}. Increase images_per_prompt or lower "
         "min_score_gap."
     )
+    _mine_shards(shards, paths, config)
     with write_results(folder) as temporary:
         combine_shards(paths, temporary / "pairs.parquet", empty_message=empty_message)
+
+
+def _mine_shards(shards: Sequence[Sequence[str]], paths: Sequence[Path], config: MineConfig) -> None:
+    """Write this process's shards that do not exist yet."""
+    missing = missing_shards(paths)
+    if not missing:
+        return
+    policy = load_image_policy(
+        config.model, revision=config.revision, precision=config.precision, adapter=config.adapter
+    )
+    if cut := truncated_prompts(policy, [prompt for shard in shards for prompt in shard]):
+        logger.warning("prompts: %s", cut)
+    total = sum(len(shards[number]) for number in missing) * config.images_per_prompt
+    with progress_bar("generating and scoring images", total) as advance:
+        for number in missing:
+            rows = _mine_shard(policy, shards[number], config, advance)
+            write_rows(rows, paths[number], make=make_image_rows, features=image_preference())
 
 
 def ingredients(config: MineConfig, prompts: Sequence[str]) -> dict[str, Any]:

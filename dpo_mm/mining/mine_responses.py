@@ -4,7 +4,7 @@
 truth (`judges.text.truncate_repetition`). `chosen` is the ground truth, the model's best response, or the same response
 corrected. Each row records why it was rejected and how it was decoded.
 
-Finished shards are saved, and a restarted run continues after them. On SIGTERM a run finishes its shard and ends.
+Finished shards are saved, and a restarted run continues after them. SIGTERM and Ctrl-C end a run after its shard.
 Processes share the questions (RANK of WORLD_SIZE).
 """
 
@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.checksums import missing_shards
+from dpo_mm.checksums import missing_shards, saved_shards
 from dpo_mm.config import MineResponsesConfig, as_dict
 from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response, make_response_rows, response_preference
-from dpo_mm.errors import TrainingInterrupted
+from dpo_mm.interruption import complete_part
 from dpo_mm.judges import better_of, correct, explain, judge_digests
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.judges.text import truncate_repetition
@@ -30,7 +30,6 @@ from dpo_mm.outputs import output_folder, settings_of, write_results
 from dpo_mm.policies.families import load_text_policy, model_content
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import StopRequest
 
 
 def mine_responses(config: MineResponsesConfig) -> Path:
@@ -45,7 +44,7 @@ def mine_responses(config: MineResponsesConfig) -> Path:
     Raises:
         ValueError: if the folder was mined with other settings or has other files, a setting does not fit, a question has no ground
             truth, or no response failed.
-        TrainingInterrupted: after a SIGTERM, when the current shard is saved.
+        TrainingInterrupted: after SIGTERM or Ctrl-C, when the current shard is saved.
     """
     _validate_config(config)
     folder = Path(config.output_dir)
@@ -103,19 +102,15 @@ def _mine_shards(shards: Sequence[Sequence[Question]], paths: Sequence[Path], co
     missing = missing_shards(paths)
     if not missing:
         return
-    stop = StopRequest()
     policy = load_text_policy(
         config.model, revision=config.revision, precision=config.precision, adapter=config.adapter
     )
     total = sum(len(shards[number]) for number in missing) * config.responses_per_question
-    with progress_bar("generating and scoring responses", total) as advance, stop.on_sigterm():
+    saved = lambda: saved_shards(config.output_dir)
+    with progress_bar("generating and scoring responses", total) as advance, complete_part(saved) as stop:
         for number in missing:
             if stop.requested:
-                finished = sum(path.exists() for path in paths)
-                raise TrainingInterrupted(
-                    f"interrupted by SIGTERM with {finished} of {len(paths)} shards in {config.output_dir}. "
-                    "Run the same command to resume."
-                )
+                break
             rows = _mine_shard(policy, shards[number], config, advance)
             write_rows(rows, paths[number], make=make_response_rows, features=response_preference())
 

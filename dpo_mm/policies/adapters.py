@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,32 @@ def save_lora(pipe: Any, denoiser: str, folder: Path, weights: Weights = None) -
     from peft import get_peft_model_state_dict
 
     model = getattr(pipe, denoiser)
+    sort_sets(model.peft_config["default"])
     type(pipe).save_lora_weights(
         folder,
         **{f"{denoiser}_lora_layers": get_peft_model_state_dict(model, state_dict=weights)},
         **_collate_lora_metadata({denoiser: model}),
     )
+    sort_metadata(Path(folder) / LORA_FILE)
+
+
+def sort_sets(config: Any) -> None:
+    """Replace the sets of a PEFT config by sorted lists, so that equal runs write equal files."""
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
+
+
+def sort_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file, which safetensors writes in a random order, so that equal runs write equal files."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(text) == size:
+            stream.seek(8)
+            stream.write(text)
 
 
 def save_whole(model: Any, folder: Path, weights: Weights = None) -> None:

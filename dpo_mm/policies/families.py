@@ -95,7 +95,7 @@ def policy_path_for(model: str, *, revision: str | None = None) -> str:
         raise ValueError(
             f"model {model!r} has neither model_index.json (a diffusers pipeline) nor config.json (a transformers model)"
         )
-    name = json.loads(index.read_text()).get("_class_name")
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     if name not in FAMILIES:
         raise ValueError(
             f"model {model!r} is a {name}, which no family supports yet. Known: {', '.join(FAMILIES)}. "

@@ -16,6 +16,7 @@ from typing import Any
 from dpo_mm.data.image_files import has_image_signature
 from dpo_mm.data.schema import image_preference, response_preference
 from dpo_mm.errors import did_you_mean, name_row
+from dpo_mm.interruption import stop_on_signal
 from dpo_mm.progress import progress_bar
 from dpo_mm.sources import SOURCES, Source
 from dpo_mm.sources.archives import ImageFiles
@@ -92,7 +93,8 @@ def import_set(
         finish = _row_finisher(entry, origin, source, license, min_score_gap, folder)
         total = limit if limit is not None else None if entry.grouped else count_rows(origin)
         features = image_preference() if entry.kind == "images" else response_preference()
-        with progress_bar(f"importing {source}", total) as advance:
+        saved = lambda: f"{state.rows:,} rows are in {folder}" if state.rows else ""
+        with stop_on_signal(saved), progress_bar(f"importing {source}", total) as advance:
             advance(state.units)
             units = _convert(entry, origin, axis, state.units)
             state = write_shards(units, folder, features, state, limit=limit, finish=finish, advance=advance)

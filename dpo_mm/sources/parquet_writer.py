@@ -71,7 +71,7 @@ class ImportState:
     def save(self, folder: Path) -> None:
         """Write the state to the import's folder."""
         with atomic_write(folder / STATE_FILE) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False))
+            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def load_state(folder: Path, settings: dict[str, Any]) -> ImportState:
@@ -84,7 +84,7 @@ def load_state(folder: Path, settings: dict[str, Any]) -> ImportState:
     for unfinished in folder.glob(".part-*"):  # of a run that was killed
         unfinished.unlink()
     if file.exists():
-        state = ImportState(**json.loads(file.read_text()))
+        state = ImportState(**json.loads(file.read_text(encoding="utf-8")))
         if not state.units:  # nothing was written yet
             state.settings = settings
         changed = [name for name in settings if state.settings.get(name) != settings[name]]

@@ -71,7 +71,7 @@ class Shards:
             path = self.folder / self.parts[which].path
             rows = load_from_disk(str(path))
             rows.data.validate(full=True)  # changed offsets would make Arrow read outside of the file
-            self.opened[which] = rows, json.loads((path / TENSORS).read_text())
+            self.opened[which] = rows, json.loads((path / TENSORS).read_text(encoding="utf-8"))
         return self.opened[which]
 
 
@@ -134,7 +134,7 @@ def write_shard(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
         temporary.mkdir(parents=True)
         for name, columns in sets.items():
             _arrow(columns).save_to_disk(str(temporary / name))
-            (temporary / name / TENSORS).write_text(json.dumps(_kinds(columns)))
+            (temporary / name / TENSORS).write_text(json.dumps(_kinds(columns)), encoding="utf-8")
         temporary.rename(path)
     except OSError as error:
         if not path.exists():  # else another run on the same rows was faster

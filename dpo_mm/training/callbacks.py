@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from dpo_mm.resumable import StopRequest
+from dpo_mm.interruption import StopRequest
 from dpo_mm.training.reference import TrackingReference
 
 logger = logging.getLogger(__name__)
@@ -104,9 +104,9 @@ class GracefulStopCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:
-            requested = torch.tensor(float(self.stop.requested), device=args.device)
-            torch.distributed.all_reduce(requested, torch.distributed.ReduceOp.MAX)
-            self.stop.requested = bool(requested)
+            number = torch.tensor(float(self.stop.number), device=args.device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self.stop.number = int(number)
         if self.stop.requested:
             control.should_save = control.should_training_stop = True
 

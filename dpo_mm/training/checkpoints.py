@@ -95,7 +95,7 @@ def remove_old_checkpoints(folder: Path, *, limit: int) -> None:
     Files that a checkpoint does not list, or that changed after it was complete, stay. Their times tell, because hashing a
     checkpoint takes as long as reading it.
     """
-    for checkpoint in _checkpoints(folder)[limit:]:
+    for checkpoint in newest_first(folder)[limit:]:
         remove_checkpoint(checkpoint)
 
 
@@ -120,8 +120,8 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Folders named checkpoint-STEP, newest first."""
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, complete or not, the latest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
@@ -136,7 +136,7 @@ def latest_complete_checkpoint(folder: Path) -> Path | None:
         ValueError: if there are checkpoints and none is complete.
     """
     reasons = []
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in newest_first(folder):
         reason = what_is_wrong(checkpoint)
         if reason is None:
             return checkpoint
@@ -153,7 +153,10 @@ def check_same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_per_step: 
     Raises:
         ValueError: if a setting outside FREE_TO_CHANGE, or the number of pairs per step, has changed. It names the change.
     """
-    before, settings = json.loads((checkpoint / CONFIG_FILE).read_text()), json.loads(json.dumps(as_dict(config)))
+    before, settings = (
+        json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8")),
+        json.loads(json.dumps(as_dict(config))),
+    )
     changed = [
         f"{k}: {before.get(k)!r} -> {v!r}"
         for k, v in {**settings, "pairs_per_step": pairs_per_step}.items()

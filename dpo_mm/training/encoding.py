@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dpo_mm.checksums import COMPLETE, with_checksum, without_checksum
+from dpo_mm.cache_folder import cache_folder
+from dpo_mm.checksums import COMPLETE, saved_shards, with_checksum, without_checksum
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions
 from dpo_mm.data.load_pairs import (
@@ -34,6 +35,7 @@ from dpo_mm.data.load_pairs import (
 )
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import drop_ties, load_pairs, load_responses, split_by_prompt
+from dpo_mm.interruption import stop_on_signal
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
@@ -53,12 +55,6 @@ PIXELS, TOKENS = 32 * 256**2, SHARD * 77
 """Largest input of the encoders at a time: pixels of images, tokens of prompts."""
 SHARD_TIMEOUT_S = 1800.0
 """Seconds without a new shard after which a process stops waiting for the others."""
-
-
-def cache_folder() -> Path:
-    """Folder of the encoded datasets: $DPO_MM_CACHE, or dpo-mm in the user's cache folder."""
-    home = os.environ.get("DPO_MM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-mm"
-    return Path(home)
 
 
 class EncodedPairs:
@@ -158,7 +154,8 @@ def encode(
         pipeline = type(policy.pipe).__name__
         check_source_images(rows, where, pipeline=pipeline, is_image_editing=policy.is_image_editing)
         folder.mkdir(parents=True, exist_ok=True)
-        _encode(task)
+        with stop_on_signal(lambda: saved_shards(folder)):
+            _encode(task)
     return EncodedPairs(folder)
 
 
@@ -220,7 +217,7 @@ def _complete(task: EncodingJob) -> None:
 def _read_complete(folder: Path) -> dict[str, Any] | None:
     """Return the list of the parts of an encoded dataset, None if there is none or it has changed."""
     try:
-        return without_checksum(json.loads((folder / COMPLETE).read_text()))
+        return without_checksum(json.loads((folder / COMPLETE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_mm.cache_folder import cache_folder
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.protocol import Batch, ImagePolicy, Policy, TextPolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.training import reference_cache
-from dpo_mm.training.encoding import cache_folder
 from dpo_mm.training.pair_stream import PairStream, buckets_of
 
 Reference = Callable[[nn.Module, Batch], LogProbs]

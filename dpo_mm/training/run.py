@@ -19,12 +19,12 @@ from dpo_mm.content_key import check_ingredients, content_hash, library_versions
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import drop_ties, load_pairs, load_responses, split_by_prompt
 from dpo_mm.errors import TrainingInterrupted
+from dpo_mm.interruption import StopRequest, complete_part, stop_on_signal
 from dpo_mm.outputs import OutputKind, output_folder, read_record, refuse_foreign_folder
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import model_content, policy_class, resolve_commit
 from dpo_mm.policies.protocol import ImagePolicy, Policy, TextPolicy
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import StopRequest
 from dpo_mm.training.auto_beta import AUTO, measure_beta
 from dpo_mm.training.builders import build_policy, training_arguments, validate_config
 from dpo_mm.training.callbacks import GracefulStopCallback, ProgressBarCallback
@@ -34,6 +34,7 @@ from dpo_mm.training.checkpoints import (
     check_same_content,
     check_same_recipe,
     latest_complete_checkpoint,
+    newest_first,
 )
 from dpo_mm.training.encoding import EncodedSplits, encode_splits
 from dpo_mm.training.memory_estimate import estimate_memory_and_disk
@@ -70,7 +71,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         ValueError: if a setting, a file or a row is invalid, before anything is trained. It names what and where.
         FloatingPointError: if no step, or twenty steps in a row, had a finite gradient.
-        TrainingInterrupted: after a SIGTERM, when a checkpoint is saved.
+        TrainingInterrupted: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
     validate_config(config)
     if config.resume and config.overwrite:
@@ -96,7 +97,8 @@ def train(config: TrainConfig) -> TrainResult:
             raise ValueError(
                 f"resume: {folder} has no checkpoint to continue from. Leave out resume to train from the beginning"
             )
-        return _finished_result(config) if finished else _train(config, checkpoint)
+        with stop_on_signal(lambda: _saved_so_far(config, None)):
+            return _finished_result(config) if finished else _train(config, checkpoint)
 
 
 def _finished_result(config: TrainConfig) -> TrainResult:
@@ -136,26 +138,52 @@ def _train(config: TrainConfig, checkpoint: Path | None) -> TrainResult:
     check_ingredients("training run", {"settings": config, **content})
     if checkpoint:
         check_same_content(checkpoint, saved_state["content"], content, config)
+    run_state = {
+        "content": content,
+        "pairs_per_step": pairs_per_step,
+        "measured_beta": saved_state.get("measured_beta"),
+    }
+    with stop_on_signal(lambda: _saved_so_far(config, splits)):
+        return _train_on(splits, policy, config, run_state, checkpoint)
+
+
+def _train_on(
+    splits: EncodedSplits,
+    policy: ImagePolicy | TextPolicy,
+    config: TrainConfig,
+    run_state: dict[str, Any],
+    checkpoint: Path | None,
+) -> TrainResult:
+    """Train on encoded pairs, from a checkpoint if there is one, and save the result."""
     policy.free_encoders()
     policy.prepare(config)
     train_rows, eval_rows = _with_frozen_outputs(policy, config, splits)
-    run_state: dict[str, Any] = {"beta": config.beta, "measured_beta": None}
-    run_state |= {"content": content, "pairs_per_step": pairs_per_step}
+    measured = None
     if config.beta == AUTO:
-        stream = training_stream(config, train_rows, 1)
-        run_state["measured_beta"] = saved_state.get("measured_beta") or measure_beta(policy, stream, config)
-        config = dataclasses.replace(config, beta=run_state["measured_beta"])
+        measured = run_state["measured_beta"] or measure_beta(policy, training_stream(config, train_rows, 1), config)
+    run_state = {**run_state, "beta": config.beta, "measured_beta": measured}
+    config = config if measured is None else dataclasses.replace(config, beta=measured)
     summary = run_summary(policy, config, len(train_rows))
     if cut := getattr(splits.rows, "truncated_prompts", ""):
         logger.warning("prompts: %s", cut)
         summary |= {"truncated prompts": cut}
-    trainer = _fit(PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state), checkpoint)
+    trainer = PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state)
     name = Path(config.output_dir).name
     text = policy.modality == "text"
     image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
     card = partial(write_card, config, summary, text=text, image_lines=image_lines)
-    trainer.save_result(summary, lambda folder: card(into=folder))
+    with complete_part(lambda: f"The run is complete and its result is in {config.output_dir}") as stop:
+        _fit(trainer, checkpoint, stop)
+        trainer.save_result(summary, lambda folder: card(into=folder))
     return TrainResult(Path(config.output_dir), tuple(trainer.state.log_history), summary, float(config.beta))
+
+
+def _saved_so_far(config: TrainConfig, splits: EncodedSplits | None) -> str:
+    """Describe what is on disk before the first step of this process."""
+    if checkpoints := newest_first(Path(config.output_dir)):
+        return f"{checkpoints[0]} is unchanged"
+    cache = getattr(splits and splits.rows, "folder", None)
+    return f"The encoded pairs are in {cache}" if cache else ""
 
 
 def _encode_once(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> EncodedSplits:
@@ -184,10 +212,10 @@ def _with_frozen_outputs(
     return train_rows, eval_rows
 
 
-def _fit(trainer: PreferenceTrainer, checkpoint: Path | None) -> PreferenceTrainer:
-    """Train to the last step, stopping after a SIGTERM with a checkpoint, and evaluate at the end."""
-    config, stop = trainer.config, StopRequest()
-    with progress_bar("training", config.steps) as advance, stop.on_sigterm():
+def _fit(trainer: PreferenceTrainer, checkpoint: Path | None, stop: StopRequest) -> None:
+    """Train to the last step and evaluate at the end. If a stop is requested, save a checkpoint and raise."""
+    config = trainer.config
+    with progress_bar("training", config.steps) as advance:
         trainer.add_callback(ProgressBarCallback(advance))
         trainer.add_callback(GracefulStopCallback(stop))
         trainer.remove_callback(PrinterCallback)
@@ -195,9 +223,9 @@ def _fit(trainer: PreferenceTrainer, checkpoint: Path | None) -> PreferenceTrain
             shutil.rmtree(Path(config.output_dir) / ".saving", ignore_errors=True)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
-        if stop.requested and step < config.steps:
+        if stop.requested and (step < config.steps or config.save_every):
             path = f"{config.output_dir}/checkpoint-{step}"
-            raise TrainingInterrupted(f"stopped after step {step} and saved {path}. Resume with --resume")
+            raise TrainingInterrupted(stop.number, f"It stopped after step {step} and saved {path}")
         history = trainer.state.log_history
         if trainer.eval_dataset is not None and not any(
             "eval_loss" in e and e["step"] == config.steps for e in history
@@ -209,7 +237,6 @@ def _fit(trainer: PreferenceTrainer, checkpoint: Path | None) -> PreferenceTrain
             f"none of the {skips.skipped} steps had a finite gradient, so nothing was trained or written. "
             "Lower learning_rate or beta, use precision bf16 or fp32, and look for broken rows"
         )
-    return trainer
 
 
 def run_summary(policy: Policy, config: TrainConfig, num_pairs: int) -> dict[str, str]:

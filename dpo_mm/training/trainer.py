@@ -6,10 +6,13 @@ its metrics, and checkpoints that are written to a temporary folder and then ren
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import Trainer
 
 from dpo_mm import objectives
@@ -46,6 +49,29 @@ from dpo_mm.training.checkpoints import (
 from dpo_mm.training.metrics import image_reliance, reward_metrics, split_by_noise_quartile
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import TrackingReference, build_reference
+
+
+def _finish_on_signal(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Make the loader's worker processes ignore signals that a terminal or a cluster sends to all processes."""
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's loader wraps the one that starts the processes
+    inner.worker_init_fn = functools.partial(_ignore_signals, inner.worker_init_fn)
+    return loader
+
+
+def _ignore_signals(initialise: Callable[[int], None] | None, worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_parents_signal, daemon=True).start()
+    if initialise is not None:
+        initialise(worker)
+
+
+def _exit_on_parents_signal() -> None:
+    """Wait for the SIGTERM of the process that started this worker, and exit. Others are ignored."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class PreferenceTrainer(Trainer):
@@ -109,6 +135,12 @@ class PreferenceTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return _finish_on_signal(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        return _finish_on_signal(super().get_eval_dataloader(eval_dataset))
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -302,4 +334,4 @@ class PreferenceTrainer(Trainer):
             self.policy.load_weights(folder)
         if isinstance(self.reference, TrackingReference):
             self.reference.load(folder)
-        self.run_state["rewards"] = json.loads((folder / CONFIG_FILE).read_text())["rewards"]
+        self.run_state["rewards"] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["rewards"]

@@ -102,7 +102,11 @@ def test_sigterm_saves_exits_and_resumes_to_the_same_adapter(tiny_model: str, pa
     process.send_signal(signal.SIGTERM)
     done = process.wait(timeout=120)
     errors = done.stderr
-    assert done.returncode == 143 and "stopped after step" in errors and "--resume" in errors
+    assert (
+        done.returncode == 143
+        and "stopped after step" in errors
+        and "and the same command resumes: dpo-mm train" in errors
+    )
     step = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
     assert f"step {step} and" in errors and step < 30 and not (out / "pytorch_lora_weights.safetensors").exists()
 

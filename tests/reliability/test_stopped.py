@@ -70,12 +70,15 @@ def test_sigterm_while_encoding_leaves_complete_shards_and_resumes(tiny_model: s
     """12 pairs in shards of 4, stopped in the second shard of images. A run with another cache gives the expected shards."""
     file = tmp_path / "recipe.yaml"
     file.write_text(f"model: {tiny_model}\npairs: {pairs}\n")
-    train = ["train", str(file), "--output-dir", str(tmp_path / "out"), "--steps", "1", "--eval-fraction", "0"]
-    stopped = run(encode_and_stop, 3, *train, cache=tmp_path / "cut")
+    train = ["train", str(file), "--steps", "1", "--eval-fraction", "0", "--output-dir"]
+    stopped = run(encode_and_stop, 3, *train, str(tmp_path / "out"), cache=tmp_path / "cut")
     assert stopped.returncode == 143 and "the same command resumes" in stopped.stderr, stopped.stderr[-1500:]
     assert shards(tmp_path / "cut") == ["pairs-00000", "prompts-00000"]
     assert not list((tmp_path / "cut").rglob(".*")) and not (tmp_path / "out").exists()
-    resumed, whole = (run(encode_and_stop, 0, *train, cache=tmp_path / name) for name in ("cut", "whole"))
+    resumed, whole = (
+        run(encode_and_stop, 0, *train, str(tmp_path / folder), cache=tmp_path / name)
+        for folder, name in (("out", "cut"), ("again", "whole"))
+    )
     assert resumed.returncode == whole.returncode == 0, resumed.stderr[-1500:]
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole") and len(shards(tmp_path / "cut")) == 5
     for name in ("pairs-00000", "pairs-00001", "pairs-00002"):

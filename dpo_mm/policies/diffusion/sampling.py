@@ -44,7 +44,10 @@ def load_adapter(policy: DiffusionPolicy, folder: Path) -> None:
 
 def _load_pipeline(policy: DiffusionPolicy, folder: Path) -> Any:
     """Load a tuned pipeline. Raises ValueError unless its class is that of the policy's pipeline."""
-    expected, tuned_class = type(policy.pipe).__name__, json.loads((folder / INDEX_FILE).read_text())["_class_name"]
+    expected, tuned_class = (
+        type(policy.pipe).__name__,
+        json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["_class_name"],
+    )
     if tuned_class != expected:
         raise ValueError(
             f"adapter {str(folder)!r} is a {tuned_class}, but the model {policy.source!r} is a {expected}. "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpo_mm.model_loading import load_module
-from dpo_mm.policies.adapters import refuse_pickle
+from dpo_mm.policies.adapters import refuse_pickle, sort_sets
 from dpo_mm.policies.vlm.architecture import auto_classes_for
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def save(policy: VisionLanguage, folder: Path, weights: dict[str, torch.Tensor] 
     """
     if hasattr(policy.model, "disable_adapter"):
         policy.model.active_peft_config.base_model_name_or_path = policy.config.model
+        sort_sets(policy.model.active_peft_config)
         policy.model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
     else:
         policy.model.save_pretrained(folder, state_dict=weights)

@@ -158,7 +158,7 @@ def test_sigterm_ends_mining_after_its_shard_and_it_resumes(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(mining, "_mine_shard", signalled)
-    with pytest.raises(TrainingInterrupted, match=r"2 of 3 shards in .*mined\. Run the same command"):
+    with pytest.raises(TrainingInterrupted, match=r"2 complete shards are in .*mined, and the same command resumes"):
         mine_responses(mining_config)
     assert signal.getsignal(signal.SIGTERM) is before
     assert len(load_responses(str(mine_responses(mining_config)))) == 5 and len(calls) == 3
