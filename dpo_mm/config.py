@@ -118,8 +118,9 @@ class TrainConfig(Settings):
     """Number of checkpoints on disk. Older ones are deleted."""
     log_every: int = 10
     """Steps between two lines of the log."""
-    workers: int = 0
-    """Number of processes that load rows. 0: rows are loaded in the training process."""
+    workers: int | None = None
+    """Number of processes that load rows. 0: rows are loaded in the training process. null: one per CPU core, at most 4, for
+    large vision-language rows, which are encoded in each step, else 0."""
     resume: bool = False
     """Continue from the newest complete checkpoint in output_dir, with other steps too. There must be one. The same command
     without it continues as well."""

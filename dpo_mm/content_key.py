@@ -16,6 +16,7 @@ import xxhash
 
 INGREDIENTS: dict[str, tuple[str, ...]] = {
     "encoded pairs": ("encoders", "rows", "sizes", "precision", "libraries"),
+    "lengths of rows": ("model", "rows", "settings", "example", "libraries"),
     "reference log-probs": ("model", "rows", "settings", "device", "libraries"),
     "training run": ("settings", "pairs", "encoded rows", "model", "libraries"),
     "mined image pairs": ("settings", "model", "adapter", "prompts", "judges", "libraries"),

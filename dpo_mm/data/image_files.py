@@ -14,7 +14,7 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from dpo_mm.data.row_paths import read_file
 
@@ -79,6 +79,24 @@ def _pillow_formats() -> tuple[str, ...]:
 def has_image_signature(data: bytes) -> bool:
     """Return True if the first bytes of a file are those of one of FORMATS."""
     return SIGNATURE.match(data) is not None
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of the image that `decode_image` gives. Only the header is read.
+
+    Raises:
+        ValueError: if the header is not that of an image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = open_image(data)
+            # Pillow turns a TIFF itself, and decodes a PNG without EXIF in its header to look at its end.
+            has_exif = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+            turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+    return (image.height, image.width) if turned else image.size
 
 
 def image_bytes(cell: Any) -> bytes:

@@ -90,22 +90,38 @@ class UndecodableImageError(ValueError):
 
 def undecoded_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """Yield rows with their image files as stored. Rows of other iterables than a dataset are yielded unchanged."""
-    from datasets import Dataset, Image, List
+    from datasets import Dataset
 
     if not isinstance(rows, Dataset):
         yield from rows
         return
-    columns = [
-        name
-        for name, feature in rows.features.items()
-        if isinstance(feature.feature if isinstance(feature, List) else feature, Image)
-    ]
-    images, others = rows.select_columns(columns).with_format("arrow"), rows.remove_columns(columns)
+    undecoded = UndecodedRows(rows)
     for start in range(0, len(rows), ROWS_IN_MEMORY):
-        part = range(start, min(start + ROWS_IN_MEMORY, len(rows)))
-        cells = images[part.start : part.stop].to_pylist() if columns else [{}] * len(part)
+        yield from undecoded.read(range(start, min(start + ROWS_IN_MEMORY, len(rows))))
+
+
+class UndecodedRows:
+    """Rows of a dataset with their image files as stored, by number."""
+
+    def __init__(self, rows: Dataset) -> None:
+        from datasets import Image, List
+
+        self.image_columns = [
+            name
+            for name, feature in rows.features.items()
+            if isinstance(feature.feature if isinstance(feature, List) else feature, Image)
+        ]
+        self.images = rows.select_columns(self.image_columns).with_format("arrow")
+        self.others = rows.remove_columns(self.image_columns)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return next(self.read(range(number, number + 1)))
+
+    def read(self, part: range) -> Iterator[dict[str, Any]]:
+        """Yield the rows of these numbers. Their image files are read at once."""
+        cells = self.images[part.start : part.stop].to_pylist() if self.image_columns else [{}] * len(part)
         for number, files in zip(part, cells, strict=True):
-            yield {**(others[number] if others.column_names else {}), **files}
+            yield {**(self.others[number] if self.others.column_names else {}), **files}
 
 
 def decode_prompt_images(row: Mapping[str, Any], dataset_name: str) -> list[Image.Image]:

@@ -6,7 +6,7 @@ other member of them, which mypy checks. A new model family subclasses one of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -263,6 +263,14 @@ class TextPolicy(Policy, Protocol):
 
         Raises:
             ValueError: if a row is too long, or its images, prompt or responses do not fit together.
+        """
+        ...
+
+    def row_measure(self) -> Callable[[Mapping[str, Any]], tuple[int, str] | None]:
+        """Return a function that counts a row's tokens without decoding its images.
+
+        It returns the number of tokens and a digest of the texts' tokens, or None for a row that is dropped because it is
+        too long. It raises ValueError as `encode` does.
         """
         ...
 

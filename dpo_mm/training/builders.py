@@ -223,7 +223,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or config.steps,
         save_total_limit=config.save_total_limit,
-        dataloader_num_workers=config.workers,
+        dataloader_num_workers=config.workers or 0,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,

@@ -27,14 +27,11 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions
 from dpo_mm.data.load_pairs import (
     Pairs,
-    UndecodableImageError,
     check_source_images,
     data_columns,
-    decode_prompt_images,
-    undecoded_rows,
 )
 from dpo_mm.data.row_digest import digest
-from dpo_mm.data.schema import drop_ties, load_pairs, load_responses, split_by_prompt
+from dpo_mm.data.schema import drop_ties, load_pairs, split_by_prompt
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
@@ -43,13 +40,13 @@ from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write
 from dpo_mm.training import arrow_shards
 from dpo_mm.training.arrow_shards import Part, Shards
+from dpo_mm.training.response_rows import QUARANTINE, encode_responses
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-QUARANTINE = "quarantine.jsonl"
 SHARD = 256
 PIXELS, TOKENS = 32 * 256**2, SHARD * 77
 """Largest input of the encoders at a time: pixels of images, tokens of prompts."""
@@ -347,13 +344,13 @@ class EncodedSplits(NamedTuple):
 def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> EncodedSplits:
     """Encode the training pairs of a config, and evaluation pairs of other prompts.
 
-    Text is encoded in memory. Images go through the cache.
+    Text is encoded in memory or in each step, see `response_rows`. Images go through the cache.
 
     Raises:
         ValueError: as `encode`.
     """
     if policy.modality == "text":
-        return _encode_responses(policy, config)
+        return EncodedSplits(*encode_responses(policy, config, cache_folder()))
     pairs = drop_ties(load_pairs(config.pairs))
     rows, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
     how: dict[str, Any] = {
@@ -366,32 +363,3 @@ def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Enco
     encoded = encode(policy, rows, **how, rows_digest=digests[0])
     encoded_apart = None if apart is None else encode(policy, apart, **how, rows_digest=digests[1])
     return EncodedSplits(encoded, encoded_apart, content_hash(digests))
-
-
-def _encode_responses(policy: TextPolicy, config: TrainConfig) -> EncodedSplits:
-    """Encode response pairs in memory. Rows with an undecodable image raise, or are listed in the output folder."""
-    pairs, dropped = load_responses(config.pairs), list[str]()
-
-    def decode(rows: Dataset) -> Iterator[dict[str, Any]]:
-        for row in undecoded_rows(rows):
-            try:
-                yield {**row, "images": decode_prompt_images(row, config.pairs)}
-            except UndecodableImageError as error:
-                if config.undecodable_images == "raise":
-                    raise
-                dropped.append(error.as_json_line())
-
-    inside, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
-    texts = [policy.encode(decode(inside)), None if apart is None else policy.encode(decode(apart))]
-    if not texts[0]:
-        raise ValueError(
-            f"{config.pairs}: none of its {len(pairs)} rows is left to train on, because {len(dropped)} have an image that "
-            "does not decode and the others are longer than max_length. Fix the images, or raise max_length"
-        )
-    if dropped and ProcessRank.own().index == 0:
-        listed = Path(config.output_dir) / QUARANTINE
-        listed.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(listed) as temporary:
-            temporary.write_text("".join(dropped), encoding="utf-8")
-        logger.warning("%d rows have an image that does not decode. See %s", len(dropped), listed)
-    return EncodedSplits(texts[0], texts[1] or None, digest(pairs), content_hash(texts))

@@ -27,7 +27,7 @@ def cache_path(policy: TextPolicy, rows: Any, folder: Path, *, precision: str) -
     """
     parts = {
         "model": policy.fingerprint(),
-        "rows": list(rows),
+        "rows": rows.content() if hasattr(rows, "content") else list(rows),
         "settings": precision,
         "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type,
         "libraries": library_versions(),

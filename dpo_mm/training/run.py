@@ -36,11 +36,12 @@ from dpo_mm.training.checkpoints import (
     latest_complete_checkpoint,
     newest_first,
 )
-from dpo_mm.training.encoding import EncodedSplits, encode_splits
+from dpo_mm.training.encoding import EncodedSplits, cache_folder, encode_splits
 from dpo_mm.training.memory_estimate import estimate_memory_and_disk
 from dpo_mm.training.model_card import write_card
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import precompute_reference_log_probs, resolve_reference_name
+from dpo_mm.training.response_rows import describe_lengths, stream_rows
 from dpo_mm.training.trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
@@ -276,4 +277,7 @@ def dry_run(config: TrainConfig) -> dict[str, str]:
         if cut := truncated_prompts(policy, pairs["prompt"]):
             summary |= {"truncated prompts": cut}
         summary |= estimate_memory_and_disk(policy, config, len(set(pairs["prompt"])), len(pairs))
+    else:
+        rows = stream_rows(policy, train_rows, config, cache_folder(), content=[digest(pairs), 0], dropped=[])
+        summary |= {"tokens": describe_lengths(rows.lengths)}
     return summary

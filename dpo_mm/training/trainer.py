@@ -49,6 +49,10 @@ from dpo_mm.training.checkpoints import (
 from dpo_mm.training.metrics import image_reliance, reward_metrics, split_by_noise_quartile
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import TrackingReference, build_reference
+from dpo_mm.training.response_rows import StreamedRows
+
+MAX_WORKERS = 4
+"""Largest number of processes that encode rows while training, unless `workers` is set."""
 
 
 def _finish_on_signal(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -107,6 +111,8 @@ class PreferenceTrainer(Trainer):
         self.run_state = {**(run_state or {}), "rewards": {"mean": 0.0, "count": 0.0}}
         self._metrics: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
         arguments = training_arguments(config)
+        if config.workers is None and isinstance(train_rows, StreamedRows):
+            arguments.dataloader_num_workers = min(MAX_WORKERS, os.cpu_count() or 1)
         super().__init__(
             model=policy.model,
             args=arguments,

@@ -27,7 +27,7 @@ from dpo_mm.config import (
 from dpo_mm.content_key import INGREDIENTS, content_hash, library_versions
 from dpo_mm.data.questions import Question
 from dpo_mm.data.row_digest import digest
-from dpo_mm.data.schema import load_pairs, make_image_rows
+from dpo_mm.data.schema import load_pairs, make_image_rows, make_response_rows
 from dpo_mm.evaluation import finished_comparison, image_sampling, response_sampling
 from dpo_mm.evaluation.image_store import ImageStore
 from dpo_mm.judges import judge_digests, relabel, scoring
@@ -36,7 +36,7 @@ from dpo_mm.mining import mine_images, mine_responses
 from dpo_mm.policies.families import load_policy, model_content
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.resumable import check_settings_unchanged
-from dpo_mm.training import encoding, reference_cache
+from dpo_mm.training import encoding, reference_cache, response_rows
 from dpo_mm.training.checkpoints import check_same_content
 from tests.conftest import noise_image
 from tests.contracts import tiny_vlms
@@ -118,6 +118,12 @@ def encoded_pairs(w: SimpleNamespace) -> Any:
 def reference(w: SimpleNamespace) -> Any:
     row = {"id": "a", "ids": torch.tensor([1, 2, w.limit])}
     return reference_cache.cache_path(text_policy(w), [row], w.folder, precision=w.precision)
+
+
+def lengths(w: SimpleNamespace) -> Any:
+    rows = make_response_rows([{"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}])
+    config = TrainConfig("m", "p.parquet", "out", max_length=w.limit + 20)
+    return response_rows.lengths_path(text_policy(w), rows, config, w.folder, content=w.truth)
 
 
 def mined_images(w: SimpleNamespace) -> Any:
@@ -235,6 +241,15 @@ CASES: dict[str, tuple[Change, dict[str, list[Change]]]] = {
             "device": [on_gpu],
         },
     ),
+    "lengths of rows": (
+        lengths,
+        {
+            "model": [lambda w: add(next(w.policy.model.parameters())), TOKEN],
+            "rows": [put(truth="no")],
+            "settings": [put(limit=9)],
+            "example": [TEMPLATE],
+        },
+    ),
     "mined image pairs": (
         mined_images,
         {"settings": [HALF, put(steps=3)], "model": FILES, "adapter": ADAPTER, "prompts": [PROMPT], "judges": [CODE]},
@@ -316,7 +331,7 @@ def test_every_ingredient_changes_the_key(kind: str, world: SimpleNamespace) -> 
 
 @pytest.mark.parametrize("kind", [kind for kind in CASES if "settings" in INGREDIENTS[kind]])
 def test_changed_ingredient_refuses_to_continue_a_folder(kind: str, world: SimpleNamespace) -> None:
-    if kind == "reference log-probs":
+    if kind in ("reference log-probs", "lengths of rows"):
         return  # has a file of its own for each key
     made, (key, changes) = world.folder / "out", CASES[kind]
     parts = lambda: key(world)[0] if kind == "scores of images" else key(world)  # type: ignore[index]
@@ -354,8 +369,6 @@ def test_changed_ingredient_refuses_to_resume_training(world: SimpleNamespace) -
 
 def test_encoded_text_digest_depends_on_the_template(write_pairs: Any, tmp_path: Path) -> None:
     """A template that prints the date makes other text of the same pairs, so a resumed run would train on other prompts."""
-    from dpo_mm.data.schema import make_response_rows
-
     make_response_rows([{"prompt": "a", "chosen": "b", "rejected": "c"}]).to_parquet(str(tmp_path / "p.parquet"))
     config = TrainConfig("m", str(tmp_path / "p.parquet"), "out", eval_fraction=0.0)
     policy = VisionLanguage(*tiny_vlms.build("llama"), "m")

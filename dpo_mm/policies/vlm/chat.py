@@ -110,20 +110,10 @@ class ConversationEncoder:
                 the row.
         """
         name, images = str(row["id"]), decode_prompt_images(row, "the pairs")
-        label, column = f"row {name}", "prompt"
-        try:
-            messages = as_messages(row["prompt"], "user")
-            column = "tools"
-            tools = parse_tools(row.get("tools"))
-        except ValueError as error:
-            raise ValueError(f"{label}: {column}: {error}") from error
+        label = f"row {name}"
+        messages, tools = self.read_prompt(row)
         prompt = self.prompt(images, messages, label=label, tools=tools)
-        completions = {
-            side: self._completion(
-                messages, images, row[side], f"{label}: {side}", ends=not row.get(f"{side}_truncated"), tools=tools
-            )
-            for side in ("chosen", "rejected")
-        }
+        completions = self.completions(row, messages, len(images), tools=tools)
         length = len(prompt["ids"]) + max(len(ids) for ids in completions.values())
         if self.max_length and length > self.max_length:
             self._raise_or_drop(
@@ -148,6 +138,32 @@ class ConversationEncoder:
             "types": prompt["types"],
             "images": prompt["images"],
             **columns,
+        }
+
+    def read_prompt(self, row: Mapping[str, Any]) -> tuple[list[Message], Any]:
+        """Return the messages and the tools of a row's prompt. Raises ValueError with the row's name if one is not valid."""
+        column = "prompt"
+        try:
+            messages = as_messages(row["prompt"], "user")
+            column = "tools"
+            return messages, parse_tools(row.get("tools"))
+        except ValueError as error:
+            raise ValueError(f"row {row['id']}: {column}: {error}") from error
+
+    def completions(
+        self, row: Mapping[str, Any], messages: Sequence[Message], num_images: int, *, tools: Any = None
+    ) -> dict[str, list[int]]:
+        """Encode both responses of a row as token ids, by side. Raises ValueError if they do not fit the prompt."""
+        return {
+            side: self._completion(
+                messages,
+                num_images,
+                row[side],
+                f"row {row['id']}: {side}",
+                ends=not row.get(f"{side}_truncated"),
+                tools=tools,
+            )
+            for side in ("chosen", "rejected")
         }
 
     def _raise_or_drop(self, name: str, size: str) -> None:
@@ -178,9 +194,7 @@ class ConversationEncoder:
         Raises:
             ValueError: if the numbers of images and image placeholders differ, or the processor does not accept them.
         """
-        if images and not self.takes_images:
-            raise ValueError(f"{label}: {len(images)} images for a model that takes only text")
-        text = self._template(self._place_images(messages, len(images), label), complete=False, tools=tools)
+        text = self.prompt_text(len(images), messages, label=label, tools=tools)
         try:
             processed = self._process(text, images)
         except ValueError as error:
@@ -199,6 +213,16 @@ class ConversationEncoder:
             "types": types,
             "images": {k: v for k, v in tensors.items() if k not in TEXT_INPUTS},
         }
+
+    def prompt_text(self, num_images: int, messages: Sequence[Message], *, label: str, tools: Any = None) -> str:
+        """Apply the chat template to a conversation up to the start of the model's response. See `prompt`."""
+        if num_images and not self.takes_images:
+            raise ValueError(f"{label}: {num_images} images for a model that takes only text")
+        return self._template(self._place_images(messages, num_images, label), complete=False, tools=tools)
+
+    def prompt_text_ids(self, text: str) -> list[int]:
+        """Token ids of a prompt in which each image is its placeholder."""
+        return list(self.tokenizer(text, **self._special_token_options(text))["input_ids"])
 
     def _process(self, text: str, images: Sequence[Any]) -> Any:
         if not self.takes_images:
@@ -270,7 +294,7 @@ class ConversationEncoder:
     def _completion(
         self,
         messages: Sequence[Message],
-        images: Sequence[Any],
+        num_images: int,
         response: Any,
         label: str,
         *,
@@ -282,7 +306,7 @@ class ConversationEncoder:
             answer = response_of(response, messages)
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from error
-        prompt = self._place_images(messages, len(images), label)
+        prompt = self._place_images(messages, num_images, label)
         before, body = self._body(prompt, answer, tools)
         ids = self._after(before, before + body + (self.turn_end.text if ends else ""))
         end = next((n for n, token in enumerate(ids) if token in self.stops), None)

@@ -29,6 +29,7 @@ from dpo_mm.policies.vlm import generation, model_files, pair_batches
 from dpo_mm.policies.vlm.architecture import auto_classes_for, disable_dropout, lora_targets, non_language_modules
 from dpo_mm.policies.vlm.chat import ConversationEncoder
 from dpo_mm.policies.vlm.decoding import log_unused_settings
+from dpo_mm.policies.vlm.row_sizes import RowMeasure
 from dpo_mm.policies.vlm.shared_prefix import unwrap
 from dpo_mm.policies.vlm.token_log_probs import TokenLogProbs, sdpo_gradient_scale
 from dpo_mm.policies.vlm.vision_features import features_agree, features_to, join_features, vision_features
@@ -189,6 +190,10 @@ class VisionLanguage:
         settings = [encoder.max_length, encoder.overlong_rows, self.ld_alpha, self.edited_token_weight]
         base = {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
         return content_hash([type(model).__name__, str(model.dtype), base, model.config, self.processor, settings])
+
+    def row_measure(self) -> RowMeasure:
+        """Return a function that counts a row's tokens. See `RowMeasure`."""
+        return RowMeasure(self.encoder)
 
     def encode(self, rows: Any) -> list[dict[str, Any]]:
         """Encode rows of the schema `response_preference` as token ids and image tensors.

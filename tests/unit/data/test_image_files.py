@@ -97,3 +97,14 @@ def test_decode_image_transparent_grey_of_16_bits_is_white() -> None:
 def test_encode_png_is_lossless() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     assert np.array_equal(np.asarray(image_files.decode_image(image_files.encode_png(noise))), np.asarray(noise))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_size_from_the_header_is_that_of_the_decoded_image(kind: str) -> None:
+    for orientation in (1, 3, 6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(RED, kind, exif=exif)
+        assert image_files.image_size(data) == image_files.decode_image(data).size
+    with pytest.raises(ValueError, match="cannot identify"):
+        image_files.image_size(b"no image")
