@@ -117,13 +117,17 @@ def _checksum_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.checksum")
 
 
+def is_unchanged(path: Path) -> bool:
+    """Return True if a file that `write_with_checksum` wrote exists and has not changed."""
+    checksum = _checksum_path(path)
+    return path.is_file() and checksum.is_file() and checksum.read_bytes() == file_hash(path).encode()
+
+
 def is_intact(path: Path) -> bool:
-    """Return True if a file that `write_with_checksum` wrote exists and has not changed. A changed one is logged."""
+    """Return True if a shard that `write_with_checksum` wrote exists and has not changed. A changed one is logged."""
     if not path.is_file():
         return False
-    checksum = _checksum_path(path)
-    intact = checksum.is_file() and checksum.read_bytes() == file_hash(path).encode()
-    if not intact:
+    if not (intact := is_unchanged(path)):
         logger.warning("%s has changed since it was written, and is made again", path)
     return intact
 

@@ -252,6 +252,8 @@ class JudgeConfig(Settings):
     text file per image."""
     shard_size: int = 256
     """Images per shard. An interrupted run resumes after the last complete shard."""
+    overwrite: bool = False
+    """Replace an earlier result. Only a file that dpo-mm wrote and that is unchanged is replaced."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,8 @@ class RelabelConfig(Settings):
     """raise | drop. What happens to pairs with an image that does not decode."""
     shard_size: int = 256
     """Pairs per shard. An interrupted run resumes after the last complete shard."""
+    overwrite: bool = False
+    """Replace an earlier result. Only a file that dpo-mm wrote and that is unchanged is replaced."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Output folders and files: a command changes only what it made itself, and one process at a time writes to an output.
+"""Output folders: a command changes only what it made itself, and one process at a time writes to a folder.
 
 A folder of ours has a record of its kind and settings (a key of RECORDS), written before any other file, and COMPLETE
-when its result is finished. An output file has its checksum in a hidden file next to it.
+when its result is finished.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ LOCK = ".lock"
 KIND = "kind"
 FREE_TO_CHANGE = ("output_dir", "output", "batch_size", "workers", "resume", "overwrite")
 """Settings that do not decide a result."""
+REMOVAL_TIMEOUT_S = 600.0
+"""Seconds that other processes wait for the first one to remove an earlier result."""
 STALE_S = 3600.0
 """Age in seconds from which a temporary file of a folder that processes share is a killed process's."""
 
@@ -87,7 +89,8 @@ def output_folder(
         kind: kind of output.
         settings: everything that decides the result, by name, as values for JSON.
         inputs: files, folders and bundled assets that the command reads. Other names are ignored.
-        overwrite: remove an earlier result of this kind first, unless a file of it has changed.
+        overwrite: remove an earlier result of this kind first, unless a file of it has changed. Unfinished work of the same
+            settings is continued.
         continues: a finished result is continued.
 
     Yields:
@@ -106,7 +109,7 @@ def output_folder(
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _lock(folder / LOCK, folder, kind.flag) if first else contextlib.nullcontext():
+        with lock_output(folder / LOCK, folder, kind.flag) if first else contextlib.nullcontext():
             refuse_foreign_folder(folder, kind, inputs=inputs)  # again, now that no other process can change it
             finished = not overwrite and _is_finished(folder, kind, plain) and not continues
             if not finished:
@@ -125,10 +128,16 @@ def output_folder(
 
 def _prepare(folder: Path, kind: OutputKind, settings: Mapping[str, Any], *, overwrite: bool) -> None:
     """Remove an earlier result and temporary files of killed processes, and record the settings."""
+    has_other_result = lambda: overwrite and bool(_differences(folder, kind, settings) or complete_files(folder))
     if int(os.environ.get("RANK", "0")) == 0:
-        if overwrite:
+        if has_other_result():
             _remove_result(folder, kind)
         remove_stale_files(folder.glob(".*"))
+    deadline = time.monotonic() + REMOVAL_TIMEOUT_S
+    while int(os.environ.get("RANK", "0")) > 0 and has_other_result():
+        if time.monotonic() > deadline:
+            raise ValueError(f"{folder}: the first process (RANK 0) has not removed the earlier result. Start it too")
+        time.sleep(0.1)
     recorded = [folder / COMPLETE, *(path / kind.record for pattern in kind.parts for path in folder.glob(pattern))]
     if not any(path.is_file() for path in recorded):
         write_record(folder / kind.record, settings)
@@ -163,7 +172,7 @@ def refuse_foreign_folder(folder: Path, kind: OutputKind, *, inputs: Sequence[st
         folder, kind, inputs: as in `output_folder`.
     """
     other = f"Choose another {kind.flag}"
-    _refuse_input(folder, inputs, other)
+    refuse_input(folder, inputs, other, is_folder=True)
     if folder.is_symlink():
         raise ValueError(f"{kind.flag} {folder} is a link. Give the folder that it points to")
     if not folder.exists():
@@ -199,8 +208,11 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and record.get(KIND) == RECORDS[path.name] else None
 
 
-def _refuse_input(output: Path, inputs: Iterable[str | None], other: str) -> None:
-    """Raise ValueError if an output is an input, or lies in an input folder that it would change."""
+def refuse_input(output: Path, inputs: Iterable[str | None], other: str, *, is_folder: bool) -> None:
+    """Raise ValueError if an output is an input, or lies in an input folder that it would change.
+
+    A file changes a folder if the folder has files of its type.
+    """
     resolved = output.resolve()
     for name in inputs:
         source = Path(resolve_asset(name)) if name else None
@@ -211,7 +223,7 @@ def _refuse_input(output: Path, inputs: Iterable[str | None], other: str) -> Non
             raise ValueError(f"{output} is an input of the command ({name}). {other}")
         if source.is_dir() and real in resolved.parents:
             suffixes = {path.suffix for path in source.iterdir() if path.is_file()}
-            if not output.suffix or output.suffix in suffixes:
+            if is_folder or output.suffix in suffixes:
                 raise ValueError(f"{output} lies in an input of the command ({name}). {other}")
 
 
@@ -221,15 +233,9 @@ def _is_finished(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) ->
     Raises:
         ValueError: if it has another result, or a file of the result has changed.
     """
-    before = read_record(folder / kind.record)
-    if before is None or _has_no_work(folder, kind):
+    if read_record(folder / kind.record) is None or _has_no_work(folder, kind):
         return False
-    changed = [
-        f"{name}: {before.get(name)!r:.200} -> {value!r:.200}"
-        for name, value in settings.items()
-        if name not in kind.free and before.get(name) != value
-    ]
-    if changed:
+    if changed := _differences(folder, kind, settings):
         raise ValueError(
             f"{folder} was {kind.done} with other settings ({', '.join(changed)}). Choose another {kind.flag}, or replace it with "
             "--overwrite"
@@ -241,6 +247,16 @@ def _is_finished(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) ->
     if foreign:
         raise ValueError(f"{folder / foreign[0]} exists, and dpo-mm did not make it. Choose another {kind.flag}")
     return bool(result) and not changed_files(folder, result)
+
+
+def _differences(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) -> list[str]:
+    """Settings that decide the result and differ from those of the folder's record, as text."""
+    before = read_record(folder / kind.record) or {}
+    return [
+        f"{name}: {before.get(name)!r:.200} -> {value!r:.200}"
+        for name, value in settings.items()
+        if name not in kind.free and before.get(name) != value
+    ]
 
 
 def _has_no_work(folder: Path, kind: OutputKind) -> bool:
@@ -306,7 +322,7 @@ def remove_stale_files(paths: Iterable[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, output: Path, flag: str) -> Iterator[None]:
+def lock_output(path: Path, output: Path, flag: str) -> Iterator[None]:
     """Hold the lock of an output. The process id of its holder is in the file.
 
     Raises:

@@ -22,6 +22,10 @@ def label_export(
         str, typer.Option(help="rows (preference rows, Parquet), label-studio or argilla (JSON).")
     ] = "rows",
     pairs: Pairs = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace an earlier export. A file that has changed since is not replaced."),
+    ] = False,
 ) -> None:
     """Write votes as preference rows or for other tools.
 
@@ -33,7 +37,7 @@ def label_export(
 
     disable_progress_bars()
     output = output or ("labels.parquet" if format == "rows" else "labels.json")
-    print_rows(export(votes, output, pairs=pairs, format=format))
+    print_rows(export(votes, output, pairs=pairs, format=format, overwrite=overwrite))
     say(f"Exported: {output}")
     if format == "rows":
         say(f"Next: dpo-mm train CONFIG.yaml --pairs {quoted(output)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ import typer
 
 from dpo_mm import __version__
 from dpo_mm.cli import demo, label
-from dpo_mm.cli.terminal import command_line, print_rows, run_as_command, say, suppress_library_output
+from dpo_mm.cli.terminal import print_rows, report_command, run_as_command, say, suppress_library_output
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.printed_text import quoted
 
@@ -120,7 +121,7 @@ def quickstart(
     flags |= {"baseline": baseline} if baseline else {}
     with suppress_library_output():
         recipe = read_recipe(*tasks[task], flags)
-        run_recipe(recipe, command=command_line())
+        run_recipe(recipe, command=report_command())
     config = recipe.compare
     again = (
         f"dpo-mm compare --model {quoted(config.model)} --adapter {quoted(config.adapter)} "
@@ -185,6 +186,7 @@ def doctor(
     ] = None,
     output: Annotated[str | None, typer.Option(help="HTML file to write in addition.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Check a preference dataset for mistakes.
 
@@ -195,14 +197,18 @@ def doctor(
 
     from dpo_mm.doctor import examine
     from dpo_mm.doctor.doctor_report import terminal_report, write_report
+    from dpo_mm.output_files import output_files, write_file
     from dpo_mm.sources import SOURCES
 
     disable_progress_bars()
     uncertain = frozenset(name for name, source in SOURCES.items() if source.uncertain)
-    diagnosis = examine(pairs, held_out=held_out, uncertain=uncertain)
-    Console().print(terminal_report(diagnosis), highlight=False, markup=False)
-    if output:
-        say(f"Report: {write_report(Path(output), diagnosis, command=command_line())}")
+    with output_files([Path(output)], inputs=[pairs, held_out]) if output else contextlib.nullcontext():
+        diagnosis = examine(pairs, held_out=held_out, uncertain=uncertain)
+        Console().print(terminal_report(diagnosis), highlight=False, markup=False)
+        if output:
+            with write_file(Path(output), overwrite=overwrite) as temporary:
+                write_report(temporary, diagnosis, command=report_command())
+            print(f"Report: {output}")
     if diagnosis.failed(strict=strict):
         sys.exit(1)
 
@@ -331,6 +337,7 @@ def judge(
     reference_image: Annotated[
         str | None, typer.Option(help="For --self-test: the file CLIP.png of github.com/openai/CLIP.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Score images with a judge, or verify the judge.
 
@@ -351,7 +358,7 @@ def judge(
             return
         from dpo_mm.judges.scoring import score
 
-        result = score(JudgeConfig(judge, str(images), output, prompts))
+        result = score(JudgeConfig(judge, str(images), output, prompts, overwrite=overwrite))
     if result:
         broken = f", {result.broken} without a score (the reason is in the column error)" * bool(result.broken)
         say(f"Scored: {result.path} ({result.scored} images, mean {result.mean:.4f}{broken})")
@@ -389,4 +396,4 @@ def compare(context: typer.Context, config: OptionalConfigFile = None) -> None:
     with suppress_library_output():
         from dpo_mm.recipe import compare, print_result
 
-        print_result(compare(settings, command=command_line()))
+        print_result(compare(settings, command=report_command()))

@@ -56,6 +56,11 @@ def command_line() -> str:
     return shlex.join([*program, *sys.argv[1:]])
 
 
+def report_command() -> str:
+    """Return the command that makes a report, without --overwrite, so that it is the same for the same report."""
+    return command_line().replace(" --overwrite", "")
+
+
 def resuming_command() -> str:
     """Return the command that runs, or "" for one of several processes, whose launcher's command is not known."""
     return "" if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else command_line()

@@ -37,8 +37,10 @@ from dpo_mm.data.schema import load_pairs
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.judges import is_pairwise, judge_card, judge_digests, load_judge, load_pairwise
 from dpo_mm.judges.score_checks import higher_is_better_scores, pair_probabilities
+from dpo_mm.judges.scoring import SCORING
+from dpo_mm.output_files import output_files, write_file
+from dpo_mm.outputs import output_folder, settings_of
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import atomic_write, check_settings_unchanged
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -93,20 +95,22 @@ def relabel(config: RelabelConfig) -> RelabelResult | None:
         The result, or None if other processes still have unfinished shards.
 
     Raises:
-        ValueError: if a setting is out of range, a judge is unknown, an image does not decode, or no pair is left.
+        ValueError: if a setting, a judge, an image or the output is refused, or no pair is left.
     """
-    with stop_on_signal(lambda: saved_shards(f"{config.output}.parts")):
-        return _relabel(config)
-
-
-def _relabel(config: RelabelConfig) -> RelabelResult | None:
     _check(config)
-    rows, folder = load_pairs(config.pairs), Path(f"{config.output}.parts")
+    parts, output = Path(f"{config.output}.parts"), Path(config.output)
+    files = output_files([output, output.with_suffix(".json")], inputs=[config.pairs])
+    with stop_on_signal(lambda: saved_shards(parts)), files:
+        rows = load_pairs(config.pairs)
+        settings = settings_of("relabelled pairs", ingredients(config, rows))
+        with output_folder(parts, SCORING, settings, overwrite=config.overwrite):
+            scores = _score_shards(rows, config, parts)
+            return None if scores is None else _relabel(rows, scores, config)
+
+
+def _relabel(rows: Dataset, scores: np.ndarray, config: RelabelConfig) -> RelabelResult:
+    """Compute the new labels from the judges' scores and write them."""
     cards = {name: judge_card(name) for name in config.judges}
-    check_settings_unchanged(folder, "relabelled pairs", ingredients(config, rows), done="judged", flag="output")
-    scores = _score_shards(rows, config, folder)
-    if scores is None:
-        return None
     given = np.array([given_probability(row) for row in _label_columns(rows)])
     units = _units(scores, given, config)
     new = labels(scores, units, given, trust=config.trust, agreement=config.agreement)
@@ -117,7 +121,8 @@ def _relabel(config: RelabelConfig) -> RelabelResult | None:
     relabelled = RelabelledPairs(scores, units, new, preferences)
     _write(rows, relabelled, config)
     summary = _summary(list(rows["preference"]), given, relabelled, config, cards)
-    Path(config.output).with_suffix(".json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    with write_file(Path(config.output).with_suffix(".json"), overwrite=config.overwrite) as temporary:
+        temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return RelabelResult(Path(config.output), summary)
 
 
@@ -321,7 +326,7 @@ def _write(rows: Dataset, relabelled: RelabelledPairs, config: RelabelConfig) ->
     schema = columns(rows).arrow_schema
     stored = enumerate(_stored_rows(rows))
     with (
-        atomic_write(Path(config.output)) as temporary,
+        write_file(Path(config.output), overwrite=config.overwrite) as temporary,
         pq.ParquetWriter(temporary, schema, **PAGE_CHECKSUMS) as writer,
     ):
         while batch := list(itertools.islice(stored, BATCH)):

@@ -28,12 +28,14 @@ from dpo_mm.data.text_files import read_lines
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.judges import judge_card, judge_digests, load_judge
 from dpo_mm.judges.score_checks import image_scores
+from dpo_mm.output_files import output_files, write_file
+from dpo_mm.outputs import OutputKind, output_folder, settings_of
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import check_settings_unchanged
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+SCORING = OutputKind("scoring.json", "judged", flag="output")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -70,19 +72,24 @@ def score(config: JudgeConfig) -> ScoreResult | None:
         The result, or None if other processes still have unfinished shards.
 
     Raises:
-        ValueError: if the judge is unknown, an image has no prompt, or the output was started with other settings.
+        ValueError: if the judge is unknown, an image has no prompt, or the output is an input, a file of others or was
+            started with other settings.
     """
-    with stop_on_signal(lambda: saved_shards(f"{config.output}.parts")):
-        return _score(config)
-
-
-def _score(config: JudgeConfig) -> ScoreResult | None:
+    if not config.output.endswith(".parquet"):
+        raise ValueError(f"output {config.output!r}: expected a file name that ends in .parquet")
     load_judge(config.judge)
-    images, rows = read_images(config.images, config.prompts)
-    card, folder = judge_card(config.judge), Path(f"{config.output}.parts")
-    check_settings_unchanged(
-        folder, "scores of images", ingredients(config, images, rows), done="judged", flag="output"
-    )
+    parts, output = Path(f"{config.output}.parts"), Path(config.output)
+    files = output_files([output, output.with_suffix(".json")], inputs=[config.images, config.prompts])
+    with stop_on_signal(lambda: saved_shards(parts)), files:
+        images, rows = read_images(config.images, config.prompts)
+        settings = settings_of("scores of images", ingredients(config, images, rows))
+        with output_folder(parts, SCORING, settings, overwrite=config.overwrite):
+            return _score(config, images, rows)
+
+
+def _score(config: JudgeConfig, images: Sequence[ImageToScore], rows: Dataset | None) -> ScoreResult | None:
+    """Write this process's shards that do not exist yet, and combine them when all exist."""
+    folder, output = Path(f"{config.output}.parts"), Path(config.output)
     shards = [images[i : i + config.shard_size] for i in range(0, len(images), config.shard_size)]
     paths = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
     missing = missing_shards(paths)
@@ -93,8 +100,10 @@ def _score(config: JudgeConfig) -> ScoreResult | None:
                 advance(len(shards[number]))
     if not all_intact(paths, Path(config.output)):
         return None
-    output = combine_shards(paths, Path(config.output), empty_message="")
-    output.with_suffix(".json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    with write_file(output, overwrite=config.overwrite) as temporary:
+        combine_shards(paths, temporary, empty_message="")
+    with write_file(output.with_suffix(".json"), overwrite=config.overwrite) as temporary:
+        temporary.write_text(json.dumps(judge_card(config.judge), indent=1), encoding="utf-8")
     return _result(output)
 
 

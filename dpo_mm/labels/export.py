@@ -22,8 +22,8 @@ from dpo_mm.labels.pairs import file_bytes, open_pairs, pair_digest
 from dpo_mm.labels.ratings import Rating, rate_models
 from dpo_mm.labels.store import Vote, VoteStore, source_of
 from dpo_mm.labels.vote_formats import FORMATS
+from dpo_mm.output_files import output_files, write_file
 from dpo_mm.printed_text import quoted
-from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -116,7 +116,9 @@ def preference_rows(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str
     return make_image_rows(labelled)
 
 
-def export(votes: str, output: str, *, pairs: str | None = None, format: str = "rows") -> dict[str, str]:
+def export(
+    votes: str, output: str, *, pairs: str | None = None, format: str = "rows", overwrite: bool = False
+) -> dict[str, str]:
     """Write the votes of a file to a temporary file, then rename it. Return a summary to print.
 
     Args:
@@ -124,24 +126,24 @@ def export(votes: str, output: str, *, pairs: str | None = None, format: str = "
         output: file to write.
         pairs: the dataset, if it has moved since the votes.
         format: rows (`ImagePreference`, Parquet), or one of FORMATS (JSON).
+        overwrite: replace an earlier export.
 
     Raises:
-        ValueError: if the format is unknown, or as in `preference_rows`, `open_pairs` and `VoteStore`.
+        ValueError: if the format is unknown, the output is an input or a file of others, or as in `preference_rows`, `open_pairs` and `VoteStore`.
     """
     if format not in ("rows", *FORMATS):
         raise ValueError(f"format {format!r} is unknown; {did_you_mean(format, ('rows', *FORMATS))}")
-    store, rows = open_votes(votes, pairs)
-    active_votes = store.votes()
-    labelled = preference_rows(active_votes, rows, store.digests())
-    target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as temporary:
-        if format == "rows":
-            labelled.to_parquet(str(temporary))
-        else:
-            temporary.write_text(
-                json.dumps(FORMATS[format](active_votes, rows), ensure_ascii=False, indent=1), encoding="utf-8"
-            )
+    source = pairs or source_of(votes)
+    with output_files([Path(output)], inputs=[votes, source]):
+        store, rows = open_votes(votes, pairs)
+        active_votes = store.votes()
+        labelled = preference_rows(active_votes, rows, store.digests())
+        with write_file(Path(output), overwrite=overwrite) as temporary:
+            if format == "rows":
+                labelled.to_parquet(str(temporary))
+            else:
+                text = json.dumps(FORMATS[format](active_votes, rows), ensure_ascii=False, indent=1)
+                temporary.write_text(text, encoding="utf-8")
     return {"pairs": f"{len(labelled)} of {len(rows)}", **summary(active_votes)}
 
 

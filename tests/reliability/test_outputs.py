@@ -17,6 +17,7 @@ import pytest
 from dpo_mm.checksums import COMPLETE, write_checksums, write_with_checksum
 from dpo_mm.config import CompareConfig, TrainConfig
 from dpo_mm.content_key import file_hash
+from dpo_mm.output_files import output_files, write_file
 from dpo_mm.outputs import LOCK, OutputKind, output_folder, write_results
 from dpo_mm.recipe import compare
 from dpo_mm.resumable import TEMPORARY, atomic_write, temporary_path
@@ -364,3 +365,68 @@ def test_finished_comparison_is_returned_and_never_replaced(
     monkeypatch.undo()
     compare(dataclasses.replace(config, save_images=False, overwrite=True))
     assert [path.name for path in (tmp_path / "out" / "pictures").rglob("*") if path.is_file()] == ["mine.txt"]
+
+
+# Output files
+
+
+def put(path: Path, text: str, *, overwrite: bool = False, inputs: tuple[str, ...] = ()) -> None:
+    """Write an output file as a command does."""
+    with output_files([path], inputs=inputs), write_file(path, overwrite=overwrite) as temporary:
+        temporary.write_text(text)
+
+
+def test_output_file_is_replaced_only_with_overwrite_and_unchanged(tmp_path: Path) -> None:
+    """Catches a user's file, an edited result or the result of other settings that a command replaces."""
+    path = tmp_path / "new" / "scores.parquet"
+    put(path, "scores")
+    times = path.stat().st_mtime_ns
+    put(path, "scores")
+    with pytest.raises(ValueError, match=r"has another result\. Choose another output, or replace it with --overwrite"):
+        put(path, "others")
+    assert path.read_text() == "scores" and path.stat().st_mtime_ns == times
+    put(path, "others", overwrite=True)
+    for text in ("edited by the user", None):
+        (path.with_name(".scores.parquet.checksum").unlink() if text is None else path.write_text(text))
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match="dpo-mm did not make it or it has changed since"):
+            put(path, "others", overwrite=True)
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "FIFO", "folder"])
+def test_output_file_that_is_no_file_is_refused(kind: str, tmp_path: Path) -> None:
+    path, target = tmp_path / "scores.parquet", tmp_path / "real"
+    target.write_text("of the user")
+    if "link" in kind:
+        path.symlink_to(tmp_path / "nothing" if "broken" in kind else target)
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(ValueError, match="is a link, a folder or a device"):
+        put(path, "scores", overwrite=True)
+    assert target.read_text() == "of the user" and not (tmp_path / "nothing").exists()
+
+
+def test_output_file_that_is_or_joins_an_input_is_refused(tmp_path: Path) -> None:
+    """Catches labels written onto the votes, by name, by link or by hard link, and a file that joins a folder of rows."""
+    votes, folder = tmp_path / "votes.sqlite", tmp_path / "rows"
+    folder.mkdir()
+    put(votes, "votes")
+    os.link(votes, tmp_path / "again.sqlite")
+    (tmp_path / ".again.sqlite.checksum").write_text((tmp_path / ".votes.sqlite.checksum").read_text())
+    (folder / "part-0.parquet").write_text("rows")
+    for output in (votes, tmp_path / "again.sqlite", folder / ".." / "votes.sqlite", folder / "part-1.parquet"):
+        with pytest.raises(ValueError, match=r"(is|lies in) an input of the command .*Choose another output"):
+            put(output, "labels", overwrite=True, inputs=(str(votes), str(folder)))
+    put(folder / "report.html", "report", inputs=(str(votes), str(folder)))
+    assert votes.read_text() == "votes" and not (folder / "part-1.parquet").exists()
+
+
+def test_two_commands_do_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    with output_files([path]), pytest.raises(ValueError, match=f"is in use by process {os.getpid()}"):
+        put(path, "scores")
+    put(path, "scores")
+    assert {found.name for found in tmp_path.iterdir()} == {"scores.parquet", ".scores.parquet.checksum"}

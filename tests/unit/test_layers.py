@@ -24,6 +24,7 @@ LAYERS = (
         "model_loading",
         "content_key",
         "outputs",
+        "output_files",
         "checksums",
     },
     {"objectives"},

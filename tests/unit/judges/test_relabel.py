@@ -200,7 +200,10 @@ def test_relabel_interrupted_run_skips_finished_shards(config: RelabelConfig, mo
         relabel(config)
     relabel(config)
     assert calls == [["kept", "turned"], ["was a tie", "equal"], ["was a tie", "equal"], ["bad"]]
-    relabel(dataclasses.replace(config, trust=0.9, scales=(10.0,)))
+    other = dataclasses.replace(config, trust=0.9, scales=(10.0,))
+    with pytest.raises(ValueError, match=r"has another result\. .* replace it with --overwrite"):
+        relabel(other)
+    relabel(dataclasses.replace(other, overwrite=True))
     assert len(calls) == 4, "another rule for labels must not score again"
     with pytest.raises(ValueError, match=r"judged with other settings \(judges"):
         relabel(dataclasses.replace(config, judges=(f"{HERE}:darkness",)))
