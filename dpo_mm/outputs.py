@@ -312,9 +312,15 @@ def _remove_result(folder: Path, kind: OutputKind) -> None:
                 part.rmdir()
 
 
-def remove_stale_files(paths: Iterable[Path]) -> None:
-    """Remove temporary files and folders of killed processes. Where other processes may write, they must be older than STALE_S."""
-    shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+def remove_stale_files(paths: Iterable[Path], *, shared: bool = False) -> None:
+    """Remove temporary files and folders of killed processes.
+
+    Args:
+        paths: files and folders. Those with other names are left.
+        shared: other processes may write to the folder, as those of one run do. Then only what is older than STALE_S is
+            removed.
+    """
+    shared = shared or int(os.environ.get("WORLD_SIZE", "1")) > 1
     for path in paths:
         with contextlib.suppress(OSError):  # another process removed it, or it is not ours to remove
             if TEMPORARY.match(path.name) and (not shared or time.time() - path.lstat().st_mtime > STALE_S):

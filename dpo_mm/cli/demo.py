@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dpo_mm.cli.label import Overwrite
 from dpo_mm.cli.terminal import suppress_library_output
 from dpo_mm.errors import TrainingInterrupted
 
@@ -45,6 +46,7 @@ def demo_label(
     max_prompts: Annotated[int, typer.Option(help="Largest number of prompts, spread over the categories.")] = 50,
     num_inference_steps: Annotated[int, typer.Option(help="Denoising steps per fresh image.")] = 15,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance of the fresh images.")] = 1.5,
+    overwrite: Overwrite = False,
     port: Port = None,
 ) -> None:
     """Label pairs of images in a blind test.
@@ -68,6 +70,7 @@ def demo_label(
                 max_prompts=max_prompts,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                overwrite=overwrite,
             )
     with _end_quietly():
         load_page("label").run(pairs, votes, port=port)

@@ -10,6 +10,10 @@ from dpo_mm.cli.terminal import print_rows, say
 from dpo_mm.printed_text import quoted
 
 label = typer.Typer(no_args_is_help=True, help="Export votes, or rate models by them.")
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an earlier result. Only files that dpo-mm wrote and that are unchanged."),
+]
 Votes = Annotated[str, typer.Argument(help="SQLite file of the votes.")]
 Pairs = Annotated[str | None, typer.Option(help="The dataset that was labelled, if it has moved since.")]
 
@@ -22,10 +26,7 @@ def label_export(
         str, typer.Option(help="rows (preference rows, Parquet), label-studio or argilla (JSON).")
     ] = "rows",
     pairs: Pairs = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace an earlier export. A file that has changed since is not replaced."),
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write votes as preference rows or for other tools.
 

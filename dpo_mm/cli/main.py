@@ -13,6 +13,7 @@ import typer
 
 from dpo_mm import __version__
 from dpo_mm.cli import demo, label
+from dpo_mm.cli.label import Overwrite
 from dpo_mm.cli.terminal import print_rows, report_command, run_as_command, say, suppress_library_output
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.printed_text import quoted
@@ -23,10 +24,6 @@ app.add_typer(label.label, name="label")
 SETTINGS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Pairs = Annotated[
     str, typer.Argument(help="A Parquet file, a folder of Parquet files, a dataset on the hub, or a bundled dataset.")
-]
-Overwrite = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace an earlier result. Only files that dpo-mm wrote and that are unchanged."),
 ]
 DryRun = Annotated[
     bool,
@@ -155,6 +152,7 @@ def import_(
     ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Largest number of rows to write.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the dataset, if its source names none.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert a preference dataset to rows that train.
 
@@ -166,8 +164,9 @@ def import_(
 
     disable_progress_bars()
     result = import_set(
-        source, path, output, split=split, axis=axis, min_score_gap=min_score_gap, limit=max_rows, license=license
-    )
+        source, path, output, split=split, axis=axis, min_score_gap=min_score_gap, limit=max_rows, license=license,
+        overwrite=overwrite,
+    )  # fmt: skip
     preferences = {name: f"{count:,}" for name, count in sorted(result.preferences.items())}
     left_out = {
         f"left out: {reason}": f"{count:,} (the first: {result.examples[reason]})"

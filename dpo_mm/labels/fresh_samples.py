@@ -11,21 +11,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.content_key import library_versions
+from dpo_mm.checksums import is_intact, write_complete, write_with_checksum
+from dpo_mm.content_key import file_hash, library_versions
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.interruption import stop_on_signal
+from dpo_mm.outputs import OutputKind, output_folder, settings_of
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import atomic_write, check_settings_unchanged
 
-SETTINGS_FILE = "samples.json"
+SAMPLES = OutputKind("samples.json", "generated", flag="samples_dir", parts=("*",))
 BATCH = 8
 
 
 def generate_samples(
     models: Sequence[str], prompts: str, folder: str | Path, *, max_prompts: int | None, num_inference_steps: int,
-    guidance_scale: float, seed: int = 0, precision: str = "fp32",
+    guidance_scale: float, seed: int = 0, precision: str = "fp32", overwrite: bool = False,
 ) -> Path:  # fmt: skip
     """Generate one image per prompt and model, in one subfolder per model. Return the folder.
 
@@ -34,10 +35,11 @@ def generate_samples(
         prompts: a prompt file or a bundled list, as `read_prompts` takes it.
         folder: output folder.
         max_prompts: largest number of prompts. None: all.
+        overwrite: remove images of other settings first, if they are unchanged.
 
     Raises:
-        ValueError: if there are fewer than two models, two have the same name, or the folder was generated with other
-            settings.
+        ValueError: if there are fewer than two models, two have the same name, or the folder has other files or was generated
+            with other settings.
     """
     folder, names = Path(folder), [model_name(model) for model in models]
     if len(set(names)) < 2 or len(set(names)) < len(names):
@@ -46,32 +48,38 @@ def generate_samples(
         )
     texts = read_prompts(prompts, limit=max_prompts)
     settings = {"steps": num_inference_steps, "guidance": guidance_scale, "seed": seed, "precision": precision}
-    parts = ingredients(models, texts, settings)
-    check_settings_unchanged(folder, "images to label", parts, done="generated", flag="samples_dir", file=SETTINGS_FILE)
-    for name in names:
-        (folder / name).mkdir(exist_ok=True)
-    for number, prompt in enumerate(texts, 1):
-        (folder / f"{number:04}.txt").write_text(prompt, encoding="utf-8")
-    seeds = [seeds_of(prompt, 1, seed=seed)[0] for prompt in texts]
+    recorded = settings_of("images to label", ingredients(models, texts, settings))
+    inputs = [prompts, *(part for model in models for part in model.split("+"))]
+    with output_folder(folder, SAMPLES, recorded, inputs=inputs, overwrite=overwrite) as finished:
+        if not finished:
+            _generate_missing(models, texts, folder, settings)
+    return folder
+
+
+def _generate_missing(models: Sequence[str], texts: Sequence[str], folder: Path, settings: dict[str, Any]) -> None:
+    """Write the prompts and the images that do not exist yet."""
+    prompt_files = [folder / f"{number:04}.txt" for number in range(1, len(texts) + 1)]
+    for path, prompt in zip(prompt_files, texts, strict=True):
+        if not is_intact(path):
+            with write_with_checksum(path) as temporary:
+                temporary.write_text(prompt, encoding="utf-8")
+    seeds = [seeds_of(prompt, 1, seed=settings["seed"])[0] for prompt in texts]
     saved = lambda: f"{len(list(folder.glob('*/*.png')))} images are in {folder}" if any(folder.glob("*/*.png")) else ""
-    with stop_on_signal(saved), progress_bar("generating images", len(names) * len(texts)) as advance:
-        for model, name in zip(models, names, strict=True):
-            paths = [folder / name / f"{number:04}.png" for number in range(1, len(texts) + 1)]
-            missing = [n for n, path in enumerate(paths) if not path.exists()]
+    image_files = {
+        model: [folder / model_name(model) / f"{path.stem}.png" for path in prompt_files] for model in models
+    }
+    with stop_on_signal(saved), progress_bar("generating images", len(models) * len(texts)) as advance:
+        for model, paths in image_files.items():
+            paths[0].parent.mkdir(exist_ok=True)
+            missing = [n for n, path in enumerate(paths) if not is_intact(path)]
             advance(len(texts) - len(missing))
-            images = _generate(
-                model,
-                [texts[n] for n in missing],
-                [seeds[n] for n in missing],
-                num_inference_steps,
-                guidance_scale,
-                precision,
-            )
+            images = _generate(model, [texts[n] for n in missing], [seeds[n] for n in missing], settings)
             for n, image in zip(missing, images, strict=True):
-                with atomic_write(paths[n]) as temporary:
+                with write_with_checksum(paths[n]) as temporary:
                     temporary.write_bytes(encode_png(image))
                 advance(1)
-    return folder
+    paths = [*prompt_files, *(path for paths in image_files.values() for path in paths)]
+    write_complete(folder, {str(path.relative_to(folder)): file_hash(path) for path in paths})
 
 
 def ingredients(models: Sequence[str], prompts: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
@@ -85,12 +93,12 @@ def model_name(model: str) -> str:
     return Path(model.partition("+")[2] or model).name
 
 
-def _generate(
-    model: str, prompts: list[str], seeds: list[int], steps: int, guidance: float, precision: str
-) -> Iterator[Any]:
+def _generate(model: str, prompts: list[str], seeds: list[int], settings: dict[str, Any]) -> Iterator[Any]:
     if not prompts:
         return
     base, _, adapter = model.partition("+")
-    policy = load_image_policy(base, precision=precision, adapter=adapter or None)
-    for images in policy.sample(prompts, seeds, steps=steps, guidance=guidance, batch_size=BATCH):
+    policy = load_image_policy(base, precision=settings["precision"], adapter=adapter or None)
+    for images in policy.sample(
+        prompts, seeds, steps=settings["steps"], guidance=settings["guidance"], batch_size=BATCH
+    ):
         yield from images

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from dpo_mm.data.row_paths import is_regular, read_regular_file
+from dpo_mm.resumable import temporary_path
 
 ARCHIVE = re.compile(
     r"(?P<name>.+\.(?P<kind>tar\.gz|tgz|tar|zip))(?:\.?(?:part|z)?[-_.]?[0-9a-z]{1,5})?$", re.IGNORECASE
@@ -234,8 +235,7 @@ def unpack_tar(archive_path: Path, stream: JoinedParts, folder: Path) -> Path:
     """
     if folder.is_dir():
         return folder
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_path(folder)
     left = FREE_BYTES + MAX_RATIO * stream.seek(0, io.SEEK_END)
     stream.seek(0)
     try:

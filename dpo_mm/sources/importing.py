@@ -20,7 +20,7 @@ from dpo_mm.interruption import stop_on_signal
 from dpo_mm.progress import progress_bar
 from dpo_mm.sources import SOURCES, Source
 from dpo_mm.sources.archives import ImageFiles
-from dpo_mm.sources.parquet_writer import ORIGIN, Item, LeftOut, Row, load_state, row_name, write_shards
+from dpo_mm.sources.parquet_writer import ORIGIN, ImportState, Item, LeftOut, Row, open_import, row_name, write_shards
 from dpo_mm.sources.raw_rows import Origin, count_rows, find_origin, name_raw_row, raw_rows
 
 FIX = "Fix the row, or remove it"
@@ -61,6 +61,7 @@ def import_set(
     min_score_gap: float | None = None,
     limit: int | None = None,
     license: str | None = None,
+    overwrite: bool = False,
 ) -> ImportResult:
     """Import a dataset into a folder of Parquet files that `load_pairs` and `load_responses` load.
 
@@ -75,9 +76,11 @@ def import_set(
         min_score_gap: rows with a smaller or unknown score gap are left out, see `score_gap_of`. None: all rows.
         limit: largest number of rows. None: all.
         license: licence of rows for which the source names none.
+        overwrite: remove an earlier import in the folder first, if its files are unchanged.
 
     Raises:
-        ValueError: if the source, axis or path is unknown, a file or row is not readable, or no row remains.
+        ValueError: if the source, axis or path is unknown, a file or row is not readable, no row remains, or the folder has
+            other files or another import.
     """
     entry = _entry(source, axis)
     path = entry.hub if path == "hub" else path
@@ -88,21 +91,27 @@ def import_set(
     settings = {"source": source, "path": path, "split": split, "axis": axis, "min_score_gap": min_score_gap}
     settings |= {"limit": limit, "license": license}
     folder = Path(output)
-    state = load_state(folder, settings)
-    if not state.complete:
-        finish = _row_finisher(entry, origin, source, license, min_score_gap, folder)
-        total = limit if limit is not None else None if entry.grouped else count_rows(origin)
-        features = image_preference() if entry.kind == "images" else response_preference()
-        saved = lambda: f"{state.rows:,} rows are in {folder}" if state.rows else ""
-        with stop_on_signal(saved), progress_bar(f"importing {source}", total) as advance:
-            advance(state.units)
-            units = _convert(entry, origin, axis, state.units)
-            state = write_shards(units, folder, features, state, limit=limit, finish=finish, advance=advance)
-        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    with open_import(folder, settings, inputs=[path], overwrite=overwrite) as state:
+        if not state.complete:
+            _write_rows(entry, origin, state, folder)
     if state.rows == 0:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in state.left_out.items()) or "the dataset has none"
         raise ValueError(f"{path}: no row was imported ({reasons})")
     return ImportResult(folder, state.rows, len(state.shards), state.preferences, state.left_out, state.examples)
+
+
+def _write_rows(entry: Source, origin: Origin, state: ImportState, folder: Path) -> None:
+    """Write the remaining rows of an import, and update its state."""
+    limit, source = state.settings["limit"], state.settings["source"]
+    finish = _row_finisher(entry, origin, source, state.settings["license"], state.settings["min_score_gap"], folder)
+    total = limit if limit is not None else None if entry.grouped else count_rows(origin)
+    features = image_preference() if entry.kind == "images" else response_preference()
+    saved = lambda: f"{state.rows:,} rows are in {folder}" if state.rows else ""
+    with stop_on_signal(saved), progress_bar(f"importing {source}", total) as advance:
+        advance(state.units)
+        units = _convert(entry, origin, state.settings["axis"], state.units)
+        write_shards(units, folder, features, state, limit=limit, finish=finish, advance=advance)
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
 
 
 def _entry(source: str, axis: str | None) -> Source:

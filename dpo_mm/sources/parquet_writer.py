@@ -6,17 +6,20 @@ its progress, and the rows that were left out, by reason.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_mm.content_key import file_hash
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.errors import name_row
-from dpo_mm.resumable import atomic_write
+from dpo_mm.outputs import LOCK, RECORDS, OutputKind, lock_output, read_record, refuse_foreign_folder
+from dpo_mm.resumable import atomic_write, temporary_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,6 +29,8 @@ Row = dict[str, Any]
 ORIGIN = "_origin"
 """Key of a converted row with the file and the row that it comes from. It is not written."""
 STATE_FILE = "import.json"
+IMPORT = OutputKind(STATE_FILE, "imported", flag="folder")
+UNFINISHED = re.compile(r"\.part-\d+\.parquet\..+")
 SHARD_ROWS, SHARD_BYTES, GROUP_BYTES = 10_000, 2**28, 2**25
 """Largest number of rows and of bytes of a shard, and the number of bytes in memory before a row group is written."""
 
@@ -57,6 +62,8 @@ class ImportState:
         examples: first row left out, by reason.
         preferences: number of rows by preference, of image pairs.
         complete: True if all rows are written.
+        checksums: checksum of each shard.
+        kind: name of this kind of folder.
     """
 
     settings: dict[str, Any]
@@ -67,6 +74,8 @@ class ImportState:
     examples: dict[str, str] = field(default_factory=dict)
     preferences: dict[str, int] = field(default_factory=dict)
     complete: bool = False
+    checksums: dict[str, str] = field(default_factory=dict)
+    kind: str = RECORDS[STATE_FILE]
 
     def save(self, folder: Path) -> None:
         """Write the state to the import's folder."""
@@ -74,33 +83,70 @@ class ImportState:
             temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def load_state(folder: Path, settings: dict[str, Any]) -> ImportState:
-    """Load the state of an import, or start one in an empty or new folder.
+@contextlib.contextmanager
+def open_import(
+    folder: Path, settings: dict[str, Any], *, inputs: Sequence[str] = (), overwrite: bool = False
+) -> Iterator[ImportState]:
+    """Context manager that loads the state of an import, or starts one in an empty or new folder, and locks the folder.
+
+    Args:
+        folder: output folder.
+        settings: settings of the import.
+        inputs: what the import reads.
+        overwrite: remove an earlier import first, if its files are unchanged. An unfinished one with these settings is
+            continued.
 
     Raises:
-        ValueError: if the folder contains something else, or an import with other settings.
+        ValueError: if the folder contains something else, or an import with other settings, or another process writes to it.
     """
-    file = folder / STATE_FILE
-    for unfinished in folder.glob(".part-*"):  # of a run that was killed
-        unfinished.unlink()
-    if file.exists():
-        state = ImportState(**json.loads(file.read_text(encoding="utf-8")))
+    has_files = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+    if has_files and read_record(folder / STATE_FILE) is None:
+        raise ValueError(f"{folder} exists and is not an import folder. Choose an empty or a new folder")
+    refuse_foreign_folder(folder, IMPORT, inputs=inputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_output(folder / LOCK, folder, IMPORT.flag):
+        state = _load_state(folder, settings, overwrite=overwrite)
+        for path in folder.glob(".part-*"):  # of a run that was killed
+            if UNFINISHED.fullmatch(path.name):
+                path.unlink()
+        yield state
+
+
+def _load_state(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> ImportState:
+    record = read_record(folder / STATE_FILE)
+    if record is not None:
+        state = ImportState(**record)
         if not state.units:  # nothing was written yet
             state.settings = settings
         changed = [name for name in settings if state.settings.get(name) != settings[name]]
-        if changed:
+        if changed and not overwrite:
             name = changed[0]
             raise ValueError(
                 f"{folder} contains an import with {name} {state.settings.get(name)!r}, not {settings[name]!r}. "
-                "Choose another folder, or remove this one"
+                "Choose another folder, or replace it with --overwrite"
             )
-        return state
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists and is not an import folder. Choose an empty or a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
+        if not overwrite:
+            missing = [name for name in state.shards if not (folder / name).is_file()]
+            if missing:
+                raise ValueError(
+                    f"{folder / missing[0]} is missing. Import again with --overwrite, or choose another folder"
+                )
+        if not overwrite or not (changed or state.complete):
+            return state
+        _remove_shards(folder, state)
     state = ImportState(settings)
     state.save(folder)  # it marks the folder as ours before archives are unpacked into it
     return state
+
+
+def _remove_shards(folder: Path, state: ImportState) -> None:
+    """Remove the files of an import. Raise ValueError if one has changed."""
+    paths = [folder / name for name in state.shards if (folder / name).is_file()]
+    for path in paths:
+        if file_hash(path) != state.checksums.get(path.name):
+            raise ValueError(f"{path} has changed since it was written. Move it, or choose another folder")
+    for path in paths:
+        path.unlink()
 
 
 def write_shards(
@@ -162,7 +208,7 @@ class _Shard:
         self.preferences: Counter[str] = Counter()
         self.writer: Any = None
         self.name = f"part-{len(self.state.shards):05}.parquet"
-        self.temporary_path = self.folder / f".{self.name}.{os.getpid()}"
+        self.temporary_path = temporary_path(self.folder / self.name)
 
     @property
     def rows_so_far(self) -> int:
@@ -203,6 +249,7 @@ class _Shard:
         self._flush()
         if self.writer is not None:
             self.writer.close()
+            self.state.checksums[self.name] = file_hash(self.temporary_path)
             self.temporary_path.replace(self.folder / self.name)
             self.state.shards.append(self.name)
         self.state.units += self.units

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from dpo_mm.checksums import COMPLETE, FIELD
 from dpo_mm.content_key import content_hash
+from dpo_mm.resumable import temporary_path
 
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSORS = "tensors.json"
@@ -128,8 +128,7 @@ def write_shard(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         OSError: if the disk is full or the folder cannot be written, with the fix.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_path(path)
     try:
         temporary.mkdir(parents=True)
         for name, columns in sets.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dpo_mm.checksums import is_intact, write_with_checksum
 from dpo_mm.content_key import content_key, library_versions
+from dpo_mm.outputs import remove_stale_files
 from dpo_mm.policies.protocol import TextPolicy
 
 
@@ -47,5 +48,6 @@ def save(place: Path, *, chosen: Tensor, rejected: Tensor) -> None:
     from safetensors.torch import save_file
 
     place.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_files(place.parent.glob(".*"), shared=True)
     with write_with_checksum(place, fix="free space or set DPO_MM_CACHE") as temporary:
         save_file({"chosen": chosen, "rejected": rejected}, temporary)

@@ -33,9 +33,9 @@ from dpo_mm.evaluation.image_store import ImageStore
 from dpo_mm.judges import judge_digests, relabel, scoring
 from dpo_mm.labels import fresh_samples
 from dpo_mm.mining import mine_images, mine_responses
+from dpo_mm.outputs import OutputKind, output_folder, settings_of
 from dpo_mm.policies.families import load_policy, model_content
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
-from dpo_mm.resumable import check_settings_unchanged
 from dpo_mm.training import encoding, reference_cache, response_rows
 from dpo_mm.training.checkpoints import check_same_content
 from tests.conftest import noise_image
@@ -335,11 +335,13 @@ def test_changed_ingredient_refuses_to_continue_a_folder(kind: str, world: Simpl
         return  # has a file of its own for each key
     made, (key, changes) = world.folder / "out", CASES[kind]
     parts = lambda: key(world)[0] if kind == "scores of images" else key(world)  # type: ignore[index]
-    check_settings_unchanged(made, kind, parts(), done="made")  # type: ignore[arg-type]
-    check_settings_unchanged(made, kind, parts(), done="made")  # type: ignore[arg-type]
+    take = lambda: output_folder(made, OutputKind("mining.json", "made"), settings_of(kind, parts()))
+    for _ in range(2):
+        with take():
+            (made / "shard-00000").write_text("made")
     changes["judges" if "judges" in changes else "prompts"][0](world)
-    with pytest.raises(ValueError, match=r"was made with other settings .* Choose another output_dir"):
-        check_settings_unchanged(made, kind, parts(), done="made")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"was made with other settings .* Choose another output_dir"), take():
+        pass
 
 
 def test_changed_ingredient_refuses_to_resume_training(world: SimpleNamespace) -> None:
