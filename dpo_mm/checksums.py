@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.content_key import content_hash, file_hash
-from dpo_mm.resumable import atomic_write
+from dpo_mm.resumable import FIX, atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,9 @@ def _is_inside(path: Path, folder: Path) -> bool:
 def made_files(folder: Path) -> dict[str, str]:
     """Return the checksum of each file of a folder that dpo-mm wrote one of, by name."""
     sidecars = {
-        path.name[1:-9]: path.read_text(errors="replace") for path in folder.glob(".*.checksum") if path.is_file()
+        path.name[1:-9]: path.read_text(encoding="utf-8", errors="replace")
+        for path in folder.glob(".*.checksum")
+        if path.is_file()
     }
     return sidecars | complete_files(folder)
 
@@ -105,7 +107,7 @@ def check_trained_files(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def write_with_checksum(path: Path, *, fix: str | None = None) -> Iterator[Path]:
+def write_with_checksum(path: Path, *, fix: str = FIX) -> Iterator[Path]:
     """Context manager like `atomic_write` that also writes the checksum of the file, into a hidden file next to it."""
     with atomic_write(path, fix=fix) as temporary:
         yield temporary

@@ -14,7 +14,7 @@ from pathlib import Path
 from dpo_mm.checksums import is_unchanged, write_with_checksum
 from dpo_mm.content_key import file_hash
 from dpo_mm.outputs import LOCK, lock_output, refuse_input, remove_stale_files
-from dpo_mm.resumable import temporary_path
+from dpo_mm.resumable import explain_unwritten, temporary_path
 
 
 def refuse_foreign_file(path: Path, *, inputs: Iterable[str | None] = (), flag: str = "output") -> None:
@@ -72,7 +72,8 @@ def write_file(path: Path, *, overwrite: bool = False, flag: str = "output") -> 
     """
     temporary = temporary_path(path)
     try:
-        yield temporary
+        with explain_unwritten(path):
+            yield temporary
         if path.exists():
             if file_hash(path) == file_hash(temporary):
                 return

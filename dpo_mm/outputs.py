@@ -27,7 +27,7 @@ from dpo_mm.checksums import (
     write_complete,
 )
 from dpo_mm.content_key import check_ingredients, file_hash
-from dpo_mm.resumable import TEMPORARY, atomic_write, temporary_path
+from dpo_mm.resumable import TEMPORARY, atomic_write, explain_unwritten, temporary_path
 
 RECORDS = {
     "dpo_mm.json": "a training run",
@@ -187,7 +187,8 @@ def refuse_foreign_folder(folder: Path, kind: OutputKind, *, inputs: Sequence[st
     foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path))
     if foreign:
         names = ", ".join([*foreign[:3], *(["..."] if len(foreign) > 3 else [])])
-        raise ValueError(f"{folder} has files that dpo-mm did not make ({names}). {other}")
+        hint = f", or restore {folder / kind.record} if it is of dpo-mm: it is damaged" * (kind.record in foreign)
+        raise ValueError(f"{folder} has files that dpo-mm did not make ({names}). {other}{hint}")
 
 
 def _is_ours(path: Path) -> bool:
@@ -245,7 +246,9 @@ def _is_finished(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) ->
         raise ValueError(f"{folder}: {names[0]} has changed since it was written. Choose another {kind.flag}")
     foreign = [name for name in kind.results if name not in result and os.path.lexists(folder / name)]
     if foreign:
-        raise ValueError(f"{folder / foreign[0]} exists, and dpo-mm did not make it. Choose another {kind.flag}")
+        raise ValueError(
+            f"{folder / foreign[0]} exists, and dpo-mm did not make it, or {COMPLETE} is damaged. Move it, or choose another {kind.flag}"
+        )
     return bool(result) and not changed_files(folder, result)
 
 
@@ -340,12 +343,13 @@ def lock_output(path: Path, output: Path, flag: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = path.read_text() if path.is_file() else ""
+        holder = path.read_text(encoding="utf-8") if path.is_file() else ""
         raise ValueError(
             f"{output} is in use by process {holder or '(unknown)'}. Wait for it, or choose another {flag}"
         ) from None
     try:
-        path.write_text(f"{os.getpid()} on {socket.gethostname()}")
+        with explain_unwritten(path):
+            path.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_mm.data import image_files
 from dpo_mm.data.schema import prompt_images
 from dpo_mm.objectives import DATASET_INPUTS
+from dpo_mm.resumable import explain_unwritten
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +60,8 @@ class Pairs:
                     error = UndecodableImageError(self.dataset_name, row["id"], column, reason)
                     if self.undecodable_images == "raise":
                         raise error from None
-                    with self.dropped_rows_file.open("a", encoding="utf-8") as file:
+                    listed = self.dropped_rows_file
+                    with explain_unwritten(listed), listed.open("a", encoding="utf-8") as file:
                         file.write(error.as_json_line())
                     break
             if len(images) == len(columns):

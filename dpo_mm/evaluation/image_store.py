@@ -27,7 +27,7 @@ from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.row_paths import is_regular, read_regular_file, resolve_inside
 from dpo_mm.errors import name_row, one_line
 from dpo_mm.outputs import remove_stale_files
-from dpo_mm.resumable import atomic_write
+from dpo_mm.resumable import atomic_write, explain_unwritten
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def _check_texts(row: dict[str, Any], *names: str) -> None:
 def _save(image: Image.Image, path: Path) -> str:
     """Write a PNG atomically and return its hash. Raise OSError that names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, fix="free space and run the same again") as temporary:
+    with atomic_write(path, fix="free space and run the same command again") as temporary:
         image.save(temporary, "PNG", compress_level=COMPRESS_LEVEL)
         return hashlib.sha256(temporary.read_bytes()).hexdigest()
 
@@ -206,7 +206,7 @@ def saved_lines(folder: Path) -> str:
 
 def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows to a file of JSON lines, each with its checksum."""
-    with path.open("a", encoding="utf-8") as file:
+    with explain_unwritten(path), path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(with_checksum(dict(row)), ensure_ascii=False) + "\n" for row in rows))
 
 

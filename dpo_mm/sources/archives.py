@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from dpo_mm.data.row_paths import is_regular, read_regular_file
-from dpo_mm.resumable import temporary_path
+from dpo_mm.resumable import explain_unwritten, temporary_path
 
 ARCHIVE = re.compile(
     r"(?P<name>.+\.(?P<kind>tar\.gz|tgz|tar|zip))(?:\.?(?:part|z)?[-_.]?[0-9a-z]{1,5})?$", re.IGNORECASE
@@ -248,11 +248,12 @@ def unpack_tar(archive_path: Path, stream: JoinedParts, folder: Path) -> Path:
                         "archive is refused. If it is right, unpack it yourself"
                     )
                 path = temporary / PurePosixPath(member.name)
-                path.parent.mkdir(parents=True, exist_ok=True)
                 data = archive.extractfile(member)
                 assert data is not None
-                with path.open("wb") as out:
-                    shutil.copyfileobj(data, out)
+                with explain_unwritten(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with path.open("wb") as out:
+                        shutil.copyfileobj(data, out)
         temporary.mkdir(parents=True, exist_ok=True)
         temporary.rename(folder)
     finally:

@@ -19,7 +19,7 @@ from dpo_mm.content_key import file_hash
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.errors import name_row
 from dpo_mm.outputs import LOCK, RECORDS, OutputKind, lock_output, read_record, refuse_foreign_folder
-from dpo_mm.resumable import atomic_write, temporary_path
+from dpo_mm.resumable import atomic_write, explain_unwritten, temporary_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -101,6 +101,8 @@ def open_import(
     """
     has_files = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
     if has_files and read_record(folder / STATE_FILE) is None:
+        if (folder / STATE_FILE).is_file():
+            raise ValueError(f"{folder / STATE_FILE} is damaged. Remove {folder} and import again")
         raise ValueError(f"{folder} exists and is not an import folder. Choose an empty or a new folder")
     refuse_foreign_folder(folder, IMPORT, inputs=inputs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +117,7 @@ def open_import(
 def _load_state(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> ImportState:
     record = read_record(folder / STATE_FILE)
     if record is not None:
-        state = ImportState(**record)
+        state = _state_of(record, folder)
         if not state.units:  # nothing was written yet
             state.settings = settings
         changed = [name for name in settings if state.settings.get(name) != settings[name]]
@@ -125,18 +127,32 @@ def _load_state(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> I
                 f"{folder} contains an import with {name} {state.settings.get(name)!r}, not {settings[name]!r}. "
                 "Choose another folder, or replace it with --overwrite"
             )
-        if not overwrite:
-            missing = [name for name in state.shards if not (folder / name).is_file()]
-            if missing:
-                raise ValueError(
-                    f"{folder / missing[0]} is missing. Import again with --overwrite, or choose another folder"
-                )
+        if not overwrite and (name := _changed_shard(folder, state)):
+            problem = "has changed since it was written" if (folder / name).is_file() else "is missing"
+            raise ValueError(f"{folder / name} {problem}. Import again with --overwrite, or choose another folder")
         if not overwrite or not (changed or state.complete):
             return state
         _remove_shards(folder, state)
     state = ImportState(settings)
     state.save(folder)  # it marks the folder as ours before archives are unpacked into it
     return state
+
+
+def _state_of(record: dict[str, Any], folder: Path) -> ImportState:
+    """Return the contents of import.json. Raise ValueError if an entry is missing or not known."""
+    try:
+        return ImportState(**record)
+    except TypeError as error:
+        raise ValueError(f"{folder / STATE_FILE} is damaged ({error}). Remove {folder} and import again") from None
+
+
+def _changed_shard(folder: Path, state: ImportState) -> str:
+    """Return the name of a shard that is missing, or that has changed since the import was complete. "" if there is none."""
+    for name in state.shards:
+        path, checksum = folder / name, state.checksums.get(name)
+        if not path.is_file() or (state.complete and checksum and file_hash(path) != checksum):
+            return name
+    return ""
 
 
 def _remove_shards(folder: Path, state: ImportState) -> None:
@@ -239,18 +255,20 @@ class _Shard:
             return
         schema = self.features.arrow_schema
         table = to_table(self.rows, schema)
-        if self.writer is None:
-            options = {"use_dictionary": False, "write_statistics": False, **PAGE_CHECKSUMS}
-            self.writer = pq.ParquetWriter(self.temporary_path, schema, **options)
-        self.writer.write_table(table)
+        with explain_unwritten(self.folder / self.name):
+            if self.writer is None:
+                options = {"use_dictionary": False, "write_statistics": False, **PAGE_CHECKSUMS}
+                self.writer = pq.ParquetWriter(self.temporary_path, schema, **options)
+            self.writer.write_table(table)
         self.written_bytes, self.pending_bytes, self.rows = self.written_bytes + self.pending_bytes, 0, []
 
     def close(self) -> None:
         self._flush()
         if self.writer is not None:
-            self.writer.close()
-            self.state.checksums[self.name] = file_hash(self.temporary_path)
-            self.temporary_path.replace(self.folder / self.name)
+            with explain_unwritten(self.folder / self.name):
+                self.writer.close()
+                self.state.checksums[self.name] = file_hash(self.temporary_path)
+                self.temporary_path.replace(self.folder / self.name)
             self.state.shards.append(self.name)
         self.state.units += self.units
         self.state.rows += self.count
@@ -261,7 +279,8 @@ class _Shard:
 
     def discard(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with contextlib.suppress(OSError):  # the disk is full
+                self.writer.close()
         self.temporary_path.unlink(missing_ok=True)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
+from dpo_mm.resumable import explain_unwritten
 from dpo_mm.sources.image_pair_sets import group_of
 from dpo_mm.sources.parquet_writer import ORIGIN, Item, LeftOut, Row
 from dpo_mm.sources.raw_rows import name_raw_row
@@ -168,7 +169,8 @@ def group_rows(rows: Iterable[Row], key: Callable[[Row], str]) -> Iterator[list[
             data = cell.get("bytes") if isinstance(cell, dict) else cell
             if isinstance(data, bytes):
                 row = {**row, "image": (store.tell(), len(data))}
-                store.write(data)
+                with explain_unwritten(tempfile.gettempdir(), fix="Free space, or set TMPDIR to another folder"):
+                    store.write(data)
             with name_raw_row(row):
                 groups.setdefault(str(key(row)), []).append(row)
         for group in groups.values():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpo_mm.checksums import COMPLETE, FIELD
 from dpo_mm.content_key import content_hash
-from dpo_mm.resumable import temporary_path
+from dpo_mm.resumable import explain_unwritten, temporary_path
 
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSORS = "tensors.json"
@@ -130,16 +130,15 @@ def write_shard(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
     """
     temporary = temporary_path(path)
     try:
-        temporary.mkdir(parents=True)
-        for name, columns in sets.items():
-            _arrow(columns).save_to_disk(str(temporary / name))
-            (temporary / name / TENSORS).write_text(json.dumps(_kinds(columns)), encoding="utf-8")
-        temporary.rename(path)
-    except OSError as error:
+        with explain_unwritten(path, fix="Free space or set DPO_MM_CACHE"):
+            temporary.mkdir(parents=True)
+            for name, columns in sets.items():
+                _arrow(columns).save_to_disk(str(temporary / name))
+                (temporary / name / TENSORS).write_text(json.dumps(_kinds(columns)), encoding="utf-8")
+            temporary.rename(path)
+    except OSError:
         if not path.exists():  # else another run on the same rows was faster
-            raise OSError(
-                error.errno, f"could not write {path}: {error.strerror or error}; free space or set DPO_MM_CACHE"
-            ) from error
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -173,7 +172,13 @@ def list_parts(folder: Path, kind: str) -> Iterator[Part]:
 
     for shard in sorted(folder.glob(f"{kind}-*")):
         for path in sorted(shard.iterdir()):
-            yield Part(str(path.relative_to(folder)), len(load_from_disk(str(path))), path.name)
+            try:
+                rows = len(load_from_disk(str(path)))
+            except Exception as error:
+                if isinstance(error, MemoryError):
+                    raise
+                raise _remove(path, folder) from error
+            yield Part(str(path.relative_to(folder)), rows, path.name)
 
 
 def row_bytes(columns: Mapping[str, Tensor], precision: str) -> int:

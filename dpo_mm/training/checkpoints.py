@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from dpo_mm.checksums import COMPLETE, complete_files, remove_unchanged_files, what_is_wrong
 from dpo_mm.config import TrainConfig, as_dict
+from dpo_mm.resumable import explain_unwritten
 
 logger = logging.getLogger(__name__)
 
@@ -38,28 +38,10 @@ FREE_TO_CHANGE = {
 """Settings that may change in a resumed run. The product of the last two and the number of processes must stay the same."""
 
 
-@contextmanager
-def explain_disk_full(place: Path) -> Iterator[None]:
-    """Context manager that turns every error of a full disk into one OSError with the path and the fix.
-
-    torch and safetensors report a full disk by errors of their own.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise _unwritten(place, error.strerror or str(error), error.errno or errno.EIO) from error
-    except Exception as error:
-        if "inline_container" in str(error):
-            raise _unwritten(place, "torch could not write all of it, the disk is full or broken") from error
-        if type(error).__name__ == "SafetensorError":
-            raise _unwritten(place, str(error)) from error
-        raise
-
-
-def _unwritten(place: Path, reason: str, number: int = errno.EIO) -> OSError:
-    return OSError(
-        number,
-        f"could not write {place}: {reason}. Earlier checkpoints are unchanged: free space, then run the same command again",
+def explain_disk_full(place: Path) -> AbstractContextManager[None]:
+    """Context manager that turns every error of a full disk into one OSError with the path and the fix."""
+    return explain_unwritten(
+        place, fix="Earlier checkpoints are unchanged: free space, then run the same command again"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import resource
 import subprocess
 import sys
@@ -18,9 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from dpo_mm.checksums import write_checksums
 from dpo_mm.config import TrainConfig
+from dpo_mm.evaluation.image_store import append_lines
+from dpo_mm.resumable import atomic_write, temporary_path
 from dpo_mm.training.checkpoints import explain_disk_full, move_into_place, what_is_wrong
 from dpo_mm.training.run import train
 from tests import forked
+from tests.reliability import commands
 
 RUN = ["--batch-size", "2", "--save-every", "2", "--log-every", "1", "--eval-fraction", "0", "--learning-rate", "1e-3"]
 
@@ -91,11 +95,54 @@ def test_full_disk_leaves_the_previous_checkpoint_unchanged(tiny_model: str, pai
 
 
 @pytest.mark.slow
+def test_full_disk_names_file_and_fix_in_every_command(tmp_path: Path) -> None:
+    """Each command writes to a disk with room for its first file or two."""
+    commands.write_inputs(tmp_path / "inputs")
+    names = commands.commands(tmp_path, tmp_path)
+    for name in names:
+        with small_disk(tmp_path / name.replace(" ", "-"), 12) as disk:
+            if disk is None:
+                pytest.skip("needs the right to mount a small disk")
+            arguments = commands.commands(tmp_path / "inputs", disk / "out")[name]
+            (disk / "out").mkdir()
+            (disk / "fill").write_bytes(bytes(2000))
+            done = forked.run(*arguments, env=commands.environment(tmp_path / "cache"))
+            errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+            assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+            assert re.match(
+                rf"error: could not write {disk}/.*: .*(No space|disk is full).*\. .*run the same", errors[0]
+            ), errors
+
+
+@pytest.mark.slow
 def test_write_error_of_each_library_names_the_path(tmp_path: Path) -> None:
     """Runs in a separate process whose files may not grow beyond 4 KiB."""
     done = forked.run(str(tmp_path / "file"), call=partial(limit_file_size, 4096, write_beyond_the_limit))
     errors = done.stdout.splitlines()
     assert len(errors) == 3 and all(f"could not write {tmp_path / 'file'}: " in line for line in errors), done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_full_disk_is_one_error_with_the_file_and_the_fix(tmp_path: Path) -> None:
+    """Mutation that it catches: "No space left on device", without the file, or with the name of a temporary file."""
+    full = r": No space left on device\. Free space or choose another folder, and run the same command again$"
+    with pytest.raises(OSError, match=f"^could not write /dev/full{full}"):
+        append_lines(Path("/dev/full"), [{"a": 1}])
+    for folder, shown in ((tmp_path, tmp_path), (temporary_path(tmp_path / "result"), tmp_path)):
+        folder.mkdir(exist_ok=True)
+        with (
+            pytest.raises(OSError, match=f"^could not write {shown / 'a.json'}{full}"),
+            atomic_write(folder / "a.json") as file,
+        ):
+            file.symlink_to("/dev/full")
+            file.write_bytes(bytes(2**16))
+        assert not list(folder.glob("*.json"))
+
+
+def test_error_of_another_file_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:
+    """Mutation that it catches: an input that is missing is called a file that could not be written."""
+    with pytest.raises(FileNotFoundError, match=r"directory: '/no/input'"), atomic_write(tmp_path / "out" / "a.json"):
+        Path("/no/input").read_bytes()
 
 
 def test_other_errors_are_not_reported_as_a_full_disk(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ LAYERS = (
         "resumable",
         "assets",
         "cache_folder",
-        "json_files",
         "model_loading",
         "content_key",
         "outputs",

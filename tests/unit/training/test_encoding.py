@@ -101,7 +101,7 @@ def test_full_disk_is_reported_with_a_fix(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Dataset, "save_to_disk", full)
-    with pytest.raises(OSError, match=r"could not write .*No space left on device; free space or set DPO_MM_CACHE"):
+    with pytest.raises(OSError, match=r"could not write .*No space left on device\. Free space or set DPO_MM_CACHE"):
         encode(load_policy(tiny_model), drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)
 
 
