@@ -20,7 +20,7 @@ from dpo_mm.data.schema import make_image_rows
 from dpo_mm.errors import did_you_mean, name_row
 from dpo_mm.labels.pairs import file_bytes, open_pairs, pair_digest
 from dpo_mm.labels.ratings import Rating, rate_models
-from dpo_mm.labels.store import Vote, VoteStore, source_of
+from dpo_mm.labels.store import Vote, VoteReader, source_of
 from dpo_mm.labels.vote_formats import FORMATS
 from dpo_mm.output_files import output_files, write_file
 from dpo_mm.printed_text import quoted
@@ -147,8 +147,8 @@ def export(
     return {"pairs": f"{len(labelled)} of {len(rows)}", **summary(active_votes)}
 
 
-def open_votes(votes: str, pairs: str | None = None) -> tuple[VoteStore, Dataset]:
-    """Open a file of votes, and the dataset that they belong to.
+def open_votes(votes: str, pairs: str | None = None) -> tuple[VoteReader, Dataset]:
+    """Open a file of votes for reading, and the dataset that they belong to. The file may be read-only.
 
     Args:
         votes: SQLite file of votes.
@@ -156,17 +156,20 @@ def open_votes(votes: str, pairs: str | None = None) -> tuple[VoteStore, Dataset
     """
     source = pairs or source_of(votes)
     rows = open_pairs(source)
-    return VoteStore(votes, rows["id"], source=absolute_source(source)), rows
+    return VoteReader(votes, rows["id"], source=source), rows
 
 
-def model_ratings(store: VoteStore, rows: Dataset) -> list[Rating]:
+def model_ratings(store: VoteReader, rows: Dataset, *, at: float | None = None) -> list[Rating]:
     """Rate the models of a dataset by its votes.
+
+    Args:
+        at: Unix time. The votes are those that were active then. None: now.
 
     Raises:
         ValueError: if no vote compares two named models.
     """
     models = zip(rows["model_a"], rows["model_b"], strict=True)
-    return rate_models(store.votes(), dict(zip(rows["id"], models, strict=True)))
+    return rate_models(store.votes(at=at), dict(zip(rows["id"], models, strict=True)))
 
 
 def summary(votes: Sequence[Vote]) -> dict[str, str]:

@@ -10,6 +10,7 @@ itself is the prompt, with dashes and underscores replaced by spaces.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,9 +42,9 @@ def open_pairs(path: str) -> Dataset:
     folder = Path(resolve_asset(path))
     is_dataset = not folder.is_dir() or any(folder.glob("*.parquet")) or (folder / "state.json").exists()
     rows = load_pairs(path) if is_dataset and not _has_image_subfolders(folder) else _rows_of_folder(folder)
-    ids = rows["id"]
-    if len(set(ids)) < len(ids):
-        repeated = next(pair for pair in ids if list(ids).count(pair) > 1)
+    counts = Counter(rows["id"])
+    if len(counts) < len(rows):
+        repeated = next(pair for pair, count in counts.items() if count > 1)
         raise ValueError(
             f"{path}: several rows have the id {repeated!r}. Votes are stored by id, so ids must be unique"
         )

@@ -13,12 +13,12 @@ Source: Bradley and Terry 1952, Biometrika 39. Chiang et al. 2024 (2403.04132) f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.sparse import coo_matrix
+from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from dpo_mm.labels.store import Vote
@@ -70,10 +70,11 @@ def rate_models(
             "no vote compares two models. A dataset names them in the columns model_a and model_b, a folder by the names "
             "of its subfolders"
         )
-    groups = connected_models([models[vote.pair] for vote in counted])
+    groups = connected_models(list({models[vote.pair]: None for vote in counted}))
     ratings = []
     for number, names in enumerate(groups):
-        votes_inside = [vote for vote in counted if models[vote.pair][0] in names]
+        members = set(names)
+        votes_inside = [vote for vote in counted if models[vote.pair][0] in members]
         ratings += _rate_group(names, votes_inside, models, group=number, seed=seed)
     return ratings
 
@@ -81,7 +82,8 @@ def rate_models(
 def connected_models(pairs: Sequence[tuple[str | None, str | None]]) -> list[list[str]]:
     """Return the groups of models that chains of comparisons join, the largest first, each sorted."""
     names = sorted({str(name) for pair in pairs for name in pair})
-    indices = np.array([[names.index(str(name)) for name in pair] for pair in pairs])
+    number_of = {name: number for number, name in enumerate(names)}
+    indices = np.array([[number_of[str(name)] for name in pair] for pair in pairs])
     graph = coo_matrix((np.ones(len(pairs)), indices.T), shape=(len(names), len(names)))
     count, labels = connected_components(graph, directed=False)
     groups = [[name for name, label in zip(names, labels, strict=True) if label == n] for n in range(count)]
@@ -97,28 +99,49 @@ def _rate_group(
     seed: int,
 ) -> list[Rating]:
     """Rate the models of one group, best first."""
-    pairs = sorted({vote.pair for vote in votes})
+    pairs, size = sorted({vote.pair for vote in votes}), len(names)
     pair_index, name_index = ({key: n for n, key in enumerate(keys)} for keys in (pairs, names))
-    wins = np.zeros((len(pairs), len(names), len(names)))
-    for vote in votes:
-        a, b = (name_index[str(name)] for name in models[vote.pair])
-        wins[pair_index[vote.pair], a, b] += WIN_OF_A[vote.choice]
-        wins[pair_index[vote.pair], b, a] += 1 - WIN_OF_A[vote.choice]
-    best = fit_log_odds(wins.sum(0))
-    counts = np.random.default_rng(seed).multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), REPLICATES)
-    replicates = np.stack([fit_log_odds(np.tensordot(weights, wins, 1), start=best) for weights in counts])
-    half_width = Z * standard_errors(wins.sum(0), best)
+    pair = np.array([pair_index[vote.pair] for vote in votes])
+    a, b = np.array([[name_index[str(name)] for name in models[vote.pair]] for vote in votes]).T
+    won = np.array([WIN_OF_A[vote.choice] for vote in votes])
+    cells = (np.concatenate([pair, pair]), np.concatenate([a * size + b, b * size + a]))
+    wins = coo_matrix((np.concatenate([won, 1 - won]), cells), shape=(len(pairs), size * size)).tocsr()
+    total = np.asarray(wins.sum(0)).reshape(size, size)
+    best = fit_log_odds(total)
+    replicates = np.stack([fit_log_odds(resampled, start=best) for resampled in _resamples(wins, size, seed)])
+    half_width = Z * standard_errors(total, best)
     low, high = np.quantile(replicates, (0.025, 0.975), axis=0)
     points = MEAN_RATING + POINTS_PER_LOGIT * np.stack(
         [best, np.minimum(low, best - half_width), np.maximum(high, best + half_width)]
     )
+    results = np.concatenate([won, 1 - won])
+    count = lambda n, result: int(((np.concatenate([a, b]) == n) & (results == result)).sum())
     ratings = [
         Rating(
-            name, float(points[0, n]), float(points[1, n]), float(points[2, n]), *_record(name, votes, models), group
+            name,
+            float(points[0, n]),
+            float(points[1, n]),
+            float(points[2, n]),
+            count(n, 1),
+            count(n, 0.5),
+            count(n, 0),
+            group,
         )
         for n, name in enumerate(names)
     ]
     return sorted(ratings, key=lambda rating: -rating.rating)
+
+
+def _resamples(wins: csr_matrix, size: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the wins of each bootstrap resample of the pairs, (models, models).
+
+    Args:
+        wins: number of wins of the row's model over the column's in each pair, (pairs, models * models).
+    """
+    generator, num_pairs = np.random.default_rng(seed), wins.shape[0]
+    for _ in range(REPLICATES):
+        counts = np.bincount(generator.integers(num_pairs, size=num_pairs), minlength=num_pairs)
+        yield (wins.T @ counts).reshape(size, size)
 
 
 def standard_errors(wins: np.ndarray, strengths: np.ndarray) -> np.ndarray:
@@ -151,13 +174,3 @@ def fit_log_odds(wins: np.ndarray, *, start: np.ndarray | None = None) -> np.nda
 
     strengths = minimize(cost, np.zeros(len(wins)) if start is None else start, jac=True, method="L-BFGS-B").x
     return strengths - strengths.mean()
-
-
-def _record(
-    name: str, votes: Sequence[Vote], models: Mapping[str, tuple[str | None, str | None]]
-) -> tuple[int, int, int]:
-    """Count a model's wins, ties and losses."""
-    results = [(vote.choice, models[vote.pair].index(name)) for vote in votes if name in models[vote.pair]]
-    ties = sum(choice == "tie" for choice, _ in results)
-    wins = sum(choice == "ab"[index] for choice, index in results)
-    return wins, ties, len(results) - wins - ties
