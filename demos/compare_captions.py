@@ -236,7 +236,7 @@ def add_model(model: DemoModel, quiet: dict[str, Any]) -> list[Any]:
     """Add the controls of one model to the page. Return the function, inputs and outputs that run its first example."""
     first = model.questions[0] if model.questions else None
     start = ShownImage(first.images[0], first.ground_truth) if first else ShownImage()
-    state = gr.State(start)
+    state = gr.State()  # its initial value would be in the page's configuration
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
             image = gr.HTML(shown_image_html(start))
@@ -254,8 +254,8 @@ def add_model(model: DemoModel, quiet: dict[str, Any]) -> list[Any]:
     shaded = gr.HTML(elem_classes="shading")
     outputs = [status, responses, shaded]
 
-    def run(shown: ShownImage, text: str) -> Iterator[list[str]]:
-        yield from compare(model, shown, text)
+    def run(shown: ShownImage | None, text: str) -> Iterator[list[str]]:
+        yield from compare(model, shown or start, text)
 
     generate.click(run, [state, prompt], outputs, **quiet)
     prompt.submit(run, [state, prompt], outputs, **quiet)
@@ -327,6 +327,7 @@ def run(
     max_new_tokens: int = 256,
     precision: str = "fp32",
     port: int | None = None,
+    allow_host: Sequence[str] = (),
 ) -> None:
     """Serve the page, with the bundled captioner and OCR model if no model is given.
 
@@ -339,7 +340,7 @@ def run(
         raise ValueError(f"model {model!r} has no tuned adapter to compare with. Pass it as --adapter FOLDER")
     else:
         models = {model: load(model, adapter, questions, judge, max_new_tokens, precision=precision)}
-    serve(lambda: build(models), port=port)
+    serve(lambda: build(models), port=port, allow_host=allow_host)
 
 
 if __name__ == "__main__":

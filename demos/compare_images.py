@@ -376,6 +376,7 @@ def run(
     *,
     precision: str = "fp32",
     port: int | None = None,
+    allow_host: Sequence[str] = (),
 ) -> None:
     """Serve the page.
 
@@ -395,7 +396,7 @@ def run(
     default_judges = "faithfulness,aesthetic" if model == BUNDLED_MODEL else ""
     names = (judges if judges is not None else default_judges).split(",")
     demo_model = load(model, adapter, [name for name in names if name], precision=precision)
-    serve(lambda: build(demo_model, saved), port=port)
+    serve(lambda: build(demo_model, saved), port=port, allow_host=allow_host)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ Votes are saved to SQLite as they are cast. `dpo-mm label export` writes them as
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import gradio as gr
 
 from dpo_mm.data.image_files import decode_image, image_bytes
+from dpo_mm.demo_guard import session_of
 from dpo_mm.demo_server import DemoPage, escape, image_html, serve
 from dpo_mm.labels.export import absolute_source, model_ratings, summary, train_command
 from dpo_mm.labels.pairs import open_pairs, pair_digest
+from dpo_mm.labels.ratings import Rating
 from dpo_mm.labels.store import MAX_NAME_LENGTH, VoteStore, annotator_name
 
 BUTTONS = {
@@ -58,6 +61,10 @@ CSS = """
 .ratings .bar, .ratings .dot { position: absolute; top: 50%; height: 6px; margin-top: -3px; border-radius: 3px; background: var(--color-accent); opacity: .35; }
 .ratings .dot { width: 10px; height: 10px; margin: -5px 0 0 -5px; border-radius: 50%; opacity: 1; }
 .visually-hidden { position: absolute; clip-path: inset(50%); }
+.notice, .alert { border: 1px solid var(--border-color-primary); border-left: 4px solid var(--color-accent); border-radius: 6px;
+  padding: .5rem .8rem; margin: 0 0 .6rem; font-size: .92rem; color: var(--body-text-color); overflow-wrap: anywhere; }
+.alert { margin: 1.5rem 0; font-size: 1rem; }
+#refresh { display: none !important; }
 .hint { text-align: center; font-size: .85rem; color: var(--quiet); }
 @media (max-width: 600px) { .ratings { font-size: .8rem; } .ratings .span { display: none; } .ratings .number { white-space: normal; } .hint { display: none; } .pair .images { gap: 8px; }
   .choices { gap: 8px !important; } .choices button { padding: .7rem .2rem !important; font-size: .9rem !important; } }
@@ -75,16 +82,32 @@ HEAD = """
     pair().style.setProperty("--x", 100 * (event.clientX - box.left) / box.width + "%");
     pair().style.setProperty("--y", 100 * (event.clientY - box.top) / box.height + "%");
   };
+  const fields = "input, textarea, select, [contenteditable], [role=textbox], [role=tab], [role=slider], .cm-editor, pre, code";
+  const within = (node) => (node instanceof Element ? node : node?.parentElement)?.closest?.(fields);
+  const isTyping = (event) => event.isComposing || event.composedPath().some((node) => node instanceof Element && node.matches(fields))
+    || (!getSelection().isCollapsed && within(getSelection().anchorNode)) || lastClick?.isConnected && lastClick.closest(".cm-editor, pre, code");
+  let lastClick = null, sent = null;
+  const shown = () => document.querySelector("[data-annotator]")?.dataset.presentation;
+  const remember = (event) => { const node = event.composedPath()[0]; lastClick = node instanceof Element ? node : null; };
+  document.addEventListener("pointerdown", remember, true);
+  document.addEventListener("focusin", remember);
   document.addEventListener("keydown", (event) => {
-    if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.closest("input, textarea, [contenteditable=true], [role=tab]")) return;
+    if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey || isTyping(event)) return;
     if (!document.querySelector("[data-annotator]")?.offsetParent) return;
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
     if (key === "z" && pair()) pair().classList.toggle("zoomed");
     if (!(key in keys)) return;
     event.preventDefault();
+    if (sent && sent.pair === shown() && Date.now() - sent.time < 1000) return;  // its vote is on the way
+    sent = {pair: shown(), time: Date.now()};
     document.getElementById("choose-" + keys[key])?.click();
   });
+  window.dpoChannel = new BroadcastChannel("dpo-mm");
+  dpoChannel.onmessage = (event) => {
+    const data = document.querySelector("[data-annotator]")?.dataset;
+    if (data?.annotator === event.data.annotator && data.presentation !== event.data.presentation)
+      document.getElementById("refresh")?.click();
+  };
   document.addEventListener("mousemove", (event) => { if (pair()) zoom(event); });
   document.addEventListener("click", (event) => {
     if (event.target.closest(".pair .frame")) { zoom(event); pair().classList.toggle("zoomed"); }
@@ -101,6 +124,12 @@ READ_PAGE = """() => {
   return [data.annotator ?? "", data.presentation ?? ""];
 }"""
 """JavaScript that reads annotator and presentation from the page, so that a vote is for the pair on the screen."""
+READ_NAME = f"() => ({READ_PAGE})().slice(0, 1)"
+ANNOUNCE = """() => {
+  const data = document.querySelector("[data-annotator]")?.dataset;
+  if (data) dpoChannel.postMessage({annotator: data.annotator, presentation: data.presentation});
+}"""
+"""JavaScript that tells the browser's other tabs which pair is open now."""
 
 
 def pair_html(row: dict[str, Any], presentation: int, annotator: str, *, swapped: bool) -> str:
@@ -122,55 +151,108 @@ def _image_html(cell: dict[str, Any], position: str) -> str:
 
 
 def finished_html(store: VoteStore, annotator: str) -> str:
-    """Return the summary that is shown when all pairs are labelled."""
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in summary(store.votes()).items())
+    """Return the summary that is shown when all pairs are labelled, without counts that tell the models apart."""
+    shown = {name: fact for name, fact in summary(store.votes()).items() if name != "choices"}
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in shown.items())
     return (
         f'<div class="finished" data-annotator="{escape(annotator)}" data-presentation="">'
         f"<h2>All pairs are labelled. Thank you!</h2><dl>{facts}</dl></div>"
     )
 
 
-def progress_html(store: VoteStore, annotator: str) -> str:
-    """Return the progress of this annotator and of all annotators."""
+def progress_html(store: VoteStore, annotator: str, *, is_taken: bool) -> str:
+    """Return the progress of this annotator and of all annotators, and a notice if another browser uses the name."""
     progress = store.progress(annotator)
     people = f"{progress.annotators} {'person' if progress.annotators == 1 else 'people'}"
+    notice = (
+        f'<p class="notice" role="status">Another browser votes or has voted as <b dir="auto">{escape(annotator)}</b>. The '
+        "votes of both count as one person’s. If that is not you, choose another name below.</p>"
+    )
     return (
-        f'<div class="progress-line"><span><b dir="auto">{escape(annotator)}</b>: {progress.own_pairs} of '
-        f"{progress.num_pairs} pairs</span>"
+        f'{notice if is_taken else ""}<div class="progress-line"><span><b dir="auto">{escape(annotator)}</b>: '
+        f"{progress.own_pairs} of {progress.num_pairs} pairs</span>"
         f'<progress value="{progress.own_pairs}" max="{progress.num_pairs}" aria-label="pairs labelled"></progress>'
         f"<span>{progress.votes} votes by {people} on {progress.covered_pairs} pairs</span></div>"
     )
 
 
-def page_updates(store: VoteStore, rows: Any, row_numbers: dict[str, int], annotator: str) -> list[Any]:
-    """Return updates of the page: visibility of the name form and of the labelling form, the pair, the progress.
+def message_of(error: Exception, store: VoteStore) -> str:
+    """Return an error as HTML text, without the folders of this machine."""
+    return escape(str(error).replace(str(store.path), store.path.name))
 
-    Raises:
-        gr.Error: if the name, the pair or the vote store is not valid. The page shows the message.
-    """
-    if not annotator.strip():
-        return [gr.update(visible=True), gr.update(visible=False), "", ""]
-    try:
+
+class Labelling:
+    """Answers to the events of one page."""
+
+    def __init__(self, rows: Any, store: VoteStore) -> None:
+        self.rows, self.store = rows, store
+        self.row_numbers = {pair: number for number, pair in enumerate(rows["id"])}
+
+    def updates(self, annotator: str, session: str | None) -> list[Any]:
+        """Return updates of the page: visibility of the name form and of the labelling form, the pair, the progress.
+
+        Raises:
+            ValueError, OSError: if the name, the pair or the vote store is not valid.
+        """
+        if not annotator.strip():
+            return [gr.update(visible=True), gr.update(visible=False), "", ""]
         annotator = annotator_name(annotator)
-        presented = store.next_pair(annotator)
+        is_taken = self.store.is_taken(annotator, session)
+        presented = self.store.next_pair(annotator, session)
         if presented is None:
-            body = finished_html(store, annotator)
+            body = finished_html(self.store, annotator)
         else:
-            row = rows[row_numbers[presented.pair]]
-            store.record_digest(presented.pair, pair_digest(row))
+            row = self.rows[self.row_numbers[presented.pair]]
+            self.check_unchanged(row)
             body = pair_html(row, presented.id, annotator, swapped=presented.swapped)
-    except (ValueError, OSError) as error:
-        raise gr.Error(escape(str(error)), print_exception=False) from error
-    return [gr.update(visible=False), gr.update(visible=True), body, progress_html(store, annotator)]
+        progress = progress_html(self.store, annotator, is_taken=is_taken)
+        return [gr.update(visible=False), gr.update(visible=True), body, progress]
+
+    def check_unchanged(self, row: dict[str, Any]) -> None:
+        """Check that images and prompt are those of the first vote. A file that cannot be read is shown as unreadable."""
+        try:
+            digest = pair_digest(row)
+        except (ValueError, OSError):
+            return
+        self.store.record_digest(row["id"], digest)
+
+    def begin(self, annotator: str, request: gr.Request) -> list[Any]:
+        """Start with a name. If that fails, the page stays, with the reason in a notice."""
+        try:
+            return self.updates(annotator, session_of(request.headers.get("cookie", "")))
+        except (ValueError, OSError) as error:
+            gr.Warning(message_of(error, self.store), duration=None)
+            return [gr.skip()] * 4
+
+    def load(self, annotator: str, request: gr.Request) -> list[Any]:
+        """Open the page with the name that the browser remembers. An error is shown in place of the pair."""
+        try:
+            return self.updates(annotator, session_of(request.headers.get("cookie", "")))
+        except (ValueError, OSError) as error:
+            alert = f'<div class="alert" role="alert">{message_of(error, self.store)}. Then reload this page.</div>'
+            return [gr.update(visible=False), gr.update(visible=True), alert, ""]
+
+    def choose(self, choice: str, annotator: str, presentation: str, request: gr.Request) -> list[Any]:
+        """Save a vote or undo the last one, and show the next pair. If that fails, the pair stays on the page."""
+        session = session_of(request.headers.get("cookie", ""))
+        try:
+            if annotator.strip() and choice == "undo":
+                undone = self.store.undo(annotator, session)
+                note = "" if undone else "There is no vote of this browser to undo."
+            else:
+                can_vote = annotator.strip() and presentation.isdecimal()
+                counted = not can_vote or self.store.cast(annotator, int(presentation), choice)
+                note = "" if counted else "This pair already had your vote, so the second one was not counted."
+            if note:
+                gr.Info(note, duration=5)
+        except (ValueError, OSError) as error:
+            gr.Warning(message_of(error, self.store), duration=None)
+            return [gr.skip()] * 4
+        return self.begin(annotator, request)
 
 
-def ratings_html(store: VoteStore, rows: Any) -> str:
-    """Return a table of the models' ratings, or the reason why there are none yet."""
-    try:
-        ratings = model_ratings(store, rows)
-    except ValueError as error:
-        message = str(error)
-        return f'<p class="quiet">{escape(message[:1].upper() + message[1:])}.</p>'
+def ratings_html(ratings: Sequence[Rating]) -> str:
+    """Return a table of the models' ratings."""
     low, high = min(rating.low for rating in ratings), max(rating.high for rating in ratings)
     percent = lambda value: 100 * (value - low) / ((high - low) or 1)
     lines = "".join(
@@ -198,16 +280,13 @@ def build(rows: Any, store: VoteStore, command: str) -> DemoPage:
         store: store of the votes.
         command: command line that trains an adapter on the votes, shown for copying.
     """
-    row_numbers = {pair: number for number, pair in enumerate(rows["id"])}
-    updates = partial(page_updates, store, rows, row_numbers)
+    page = Labelling(rows, store)
 
-    def choose(choice: str, annotator: str, presentation: str) -> list[Any]:
-        if annotator and choice == "undo":
-            if not store.undo(annotator):
-                gr.Info("There is no vote to undo.", duration=3)
-        elif annotator and presentation.isdecimal():
-            store.cast(annotator, int(presentation), choice)
-        return updates(annotator)
+    def choose(choice: str) -> Any:
+        def answer(annotator: str, presentation: str, request: gr.Request) -> list[Any]:
+            return page.choose(choice, annotator, presentation, request)
+
+        return answer
 
     with gr.Blocks(title="Label pairs", analytics_enabled=False) as blocks:
         gr.HTML(
@@ -235,8 +314,9 @@ def build(rows: Any, store: VoteStore, command: str) -> DemoPage:
                     )
                     for choice, (text, key) in BUTTONS.items()
                 }
+            refresh = gr.Button("Refresh", elem_id="refresh")
             gr.HTML('<div class="hint">The buttons show their keys. Click an image or press Z to zoom into both.</div>')
-            add_ratings(store, rows)
+            add_ratings(store, rows, name)
             leave = add_command(command)
         presentation = gr.Textbox(visible=False)
         outputs, quiet = (
@@ -244,22 +324,45 @@ def build(rows: Any, store: VoteStore, command: str) -> DemoPage:
             {"show_progress": "hidden", "api_visibility": "private"},
         )
         for event in (start.click, name.submit):
-            event(updates, name, outputs, js=SAVE_NAME, **quiet)
+            event(page.begin, name, outputs, js=SAVE_NAME, **quiet)
         for choice, button in buttons.items():
-            button.click(partial(choose, choice), [name, presentation], outputs, js=READ_PAGE, **quiet)
-        leave.click(lambda: updates(""), None, outputs, js=FORGET_NAME, **quiet)
-        blocks.load(updates, name, outputs, js=LOAD_NAME, **quiet)
+            vote = button.click(choose(choice), [name, presentation], outputs, js=READ_PAGE, **quiet)
+            vote.success(None, None, None, js=ANNOUNCE)
+        refresh.click(page.begin, name, outputs, js=READ_NAME, **quiet)
+        leave.click(lambda: page.updates("", None), None, outputs, js=FORGET_NAME, **quiet)
+        blocks.load(page.load, name, outputs, js=LOAD_NAME, **quiet)
         blocks.queue(default_concurrency_limit=8)
     return DemoPage(blocks, css=CSS, head=HEAD)
 
 
-def add_ratings(store: VoteStore, rows: Any) -> None:
-    """Add a closed section with the models' ratings. They are computed when it is opened."""
+def add_ratings(store: VoteStore, rows: Any, name: Any) -> None:
+    """Add a closed section with the models' ratings. They are computed when it is opened.
+
+    An annotator sees the ratings of the time when the first look was allowed, so they are computed once per annotator.
+    """
+
+    @lru_cache(maxsize=16)
+    def ratings_at(time: float) -> str:
+        return ratings_html(model_ratings(store, rows, at=time))
+
+    def show(annotator: str) -> str:
+        try:
+            time = store.reveal_ratings(annotator) if annotator.strip() else None
+            if time is not None:
+                return ratings_at(time)
+            return '<p class="quiet">The ratings are shown when you have labelled all pairs.</p>'
+        except (ValueError, OSError) as error:
+            message = message_of(error, store)
+            return f'<p class="quiet">{message[:1].upper() + message[1:]}.</p>'
+
     with gr.Accordion("Ratings of the models", open=False) as section:
-        gr.HTML('<p class="quiet">From the votes of all people. Label first: the ratings may bias your votes.</p>')
+        gr.HTML(
+            '<p class="quiet">From the votes of all people. They would bias your votes, so they are shown at the end. '
+            "Then your votes can no longer be undone.</p>"
+        )
         ratings = gr.HTML(elem_id="ratings")
         section.expand(
-            lambda: ratings_html(store, rows), None, ratings, show_progress="hidden", api_visibility="private"
+            show, name, ratings, js=READ_NAME, show_progress="hidden", api_visibility="private", concurrency_limit=1
         )
 
 
@@ -278,7 +381,13 @@ def add_command(command: str) -> gr.Button:
         return gr.Button("Label under another name", size="sm", elem_id="leave")
 
 
-def run(pairs: str = "shapes-faithfulness", votes: str = "labels.sqlite", *, port: int | None = None) -> None:
+def run(
+    pairs: str = "shapes-faithfulness",
+    votes: str = "labels.sqlite",
+    *,
+    port: int | None = None,
+    allow_host: Sequence[str] = (),
+) -> None:
     """Serve the page.
 
     Args:
@@ -291,7 +400,7 @@ def run(pairs: str = "shapes-faithfulness", votes: str = "labels.sqlite", *, por
     rows = open_pairs(pairs)
     store = VoteStore(votes, rows["id"], source=absolute_source(pairs))
     command = train_command(votes, list(rows["prompt"]))
-    serve(lambda: build(rows, store, command), port=port)
+    serve(lambda: build(rows, store, command), port=port, allow_host=allow_host)
 
 
 if __name__ == "__main__":

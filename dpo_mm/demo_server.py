@@ -10,21 +10,36 @@ import html
 import importlib.util
 import io
 import os
+import shutil
+import socket
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from filelock import FileLock, Timeout
+from PIL import Image, ImageCms
 
 from dpo_mm.assets import demos_folder
+from dpo_mm.demo_guard import Guard, remove_old_files
 
+FIRST_PORT = 7860
+LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
+FOLDER_PREFIX, FOLDER_SECONDS = "dpo-mm-demo-", 60
+"""Start of the names of temporary folders, and the age in seconds from which an unused one is removed."""
+SWEEP_SECONDS = 60
+"""Seconds between deletions of old files."""
+MAX_SESSIONS, MAX_WAITING = 200, 100
+"""Numbers of visitors whose state is stored, and of waiting events."""
 SMALL_IMAGE = 256
 """Pixels of the longer edge up to which an image is enlarged without smoothing."""
-UPLOAD_LIMIT = 1
-"""Bytes. A page without uploads stores no file on disk."""
+UPLOAD_LIMIT = 0
+"""Bytes. 0: the page takes no uploads."""
 ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 REMOVED_VARIABLES = ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_SERVER_NAME", "GRADIO_MCP_SERVER")
 STYLE = """
@@ -68,14 +83,15 @@ def load_page(name: str) -> Any:
     return module
 
 
-def serve(build: Callable[[], DemoPage], *, port: int | None = None) -> None:
+def serve(build: Callable[[], DemoPage], *, port: int | None = None, allow_host: Sequence[str] = ()) -> None:
     """Serve a page from a temporary empty folder until it is interrupted.
 
-    The empty folder keeps your files out of reach of the server.
+    The empty folder keeps your files out of reach of the server. `Guard` refuses requests of other sites.
 
     Args:
         build: builds the page. It is called in the empty folder, so it must refer to other files by absolute path.
         port: None: the first free port from 7860.
+        allow_host: other hosts (NAME or NAME:PORT) under which the page may be opened or shown in a frame.
 
     Raises:
         OSError: if the port is in use.
@@ -83,36 +99,130 @@ def serve(build: Callable[[], DemoPage], *, port: int | None = None) -> None:
     for name in REMOVED_VARIABLES:
         os.environ.pop(name, None)
     os.environ.update(ENVIRONMENT)
-    with tempfile.TemporaryDirectory(prefix="dpo-mm-demo-") as folder:
-        original, empty, files = Path.cwd(), Path(folder) / "empty", Path(folder) / "files"
+    original, is_hosted = Path.cwd(), bool(os.environ.get("SPACE_ID") or os.environ.get("SPACE_HOST"))
+    with page_folder() as folder, bind(port, "0.0.0.0" if is_hosted else "127.0.0.1") as listener:
+        empty, files = folder / "empty", folder / "files"
         empty.mkdir()
+        files.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(files)
         os.chdir(empty)
         try:
-            page = build()
-            _, address, _ = page.blocks.launch(
-                server_name="0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1",
-                server_port=port,
-                share=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                allowed_paths=[],
-                max_file_size=page.upload_limit,
-                footer_links=[],
-                ssr_mode=False,
-                mcp_server=False,
-                enable_monitoring=False,
-                theme=theme(),
-                css=STYLE + page.css,
-                head=page.head,
+            page, number = build(), listener.getsockname()[1]
+            names = {f"{name}:{number}" for name in LOCAL_NAMES} | {host.lower() for host in allow_host}
+            guard = Guard(
+                application(page),
+                hosts=frozenset(names | {os.environ.get("SPACE_HOST", "").lower()} - {""}),
+                upload_limit=page.upload_limit,
+                folder=files,
+                frames=allow_host,
+                is_hosted=is_hosted,
             )
-            print(f"Open {address} (stop with Ctrl-C)", flush=True)
-            try:
-                page.blocks.block_thread()
-            finally:
-                page.blocks.close(verbose=False)
+            with running(guard, listener) as thread:
+                print(f"Open http://127.0.0.1:{number} (stop with Ctrl-C)", flush=True)
+                while thread.is_alive():
+                    thread.join(SWEEP_SECONDS)
+                    remove_old_files(files, guard.built_files)
         finally:
             os.chdir(original)
+
+
+def application(page: DemoPage) -> Any:
+    """Return the ASGI application of a page. It stores little per visitor, and shows visitors no errors of the code."""
+    import fastapi
+    import gradio as gr
+
+    blocks = page.blocks
+    for component in blocks.blocks.values():
+        if isinstance(component, gr.State):
+            component.delete_callback = Forget()
+    blocks.state_session_capacity = MAX_SESSIONS
+    blocks._queue.pending_messages_per_session.max_size = MAX_SESSIONS
+    blocks._queue.max_size = MAX_WAITING
+    app = gr.mount_gradio_app(
+        fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        blocks,
+        path="/",
+        show_error=False,
+        allowed_paths=[],
+        max_file_size=page.upload_limit or 1,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        theme=theme(),
+        css=STYLE + page.css,
+        head=page.head,
+    )
+    blocks.is_running = True  # without it, Gradio stops the heartbeats of a page
+    return app
+
+
+class Forget:
+    """Callback of a deleted state. Gradio prints it into the page's configuration, and a function would show an address."""
+
+    def __call__(self, value: Any) -> None:
+        return None
+
+    def __repr__(self) -> str:
+        return "forget"
+
+
+@contextmanager
+def running(app: Any, listener: socket.socket) -> Iterator[threading.Thread]:
+    """Context manager that runs an ASGI application in a thread, and stops it at the end."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            time.sleep(0.01)
+        yield thread
+    finally:
+        server.should_exit = True
+        thread.join(5)
+
+
+def bind(port: int | None, host: str) -> socket.socket:
+    """Return a socket bound to a port, or to the first free port from FIRST_PORT.
+
+    Raises:
+        OSError: if the port is in use, or no port is free.
+    """
+    for number in range(FIRST_PORT, FIRST_PORT + 100) if port is None else (port,):
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, number))
+            listener.listen()
+        except OSError as error:
+            listener.close()
+            if port is not None:
+                reason = f"port {port} cannot be used ({error.strerror}). Choose another --port"
+                raise OSError(error.errno, reason) from error
+        else:
+            return listener
+    raise OSError(f"no port from {FIRST_PORT} to {FIRST_PORT + 99} is free. Choose one with --port")
+
+
+@contextmanager
+def page_folder() -> Iterator[Path]:
+    """Context manager that gives a temporary folder for a page, and removes those that killed pages have left."""
+    root = Path(tempfile.gettempdir())
+    for folder in root.glob(f"{FOLDER_PREFIX}*"):
+        try:
+            stat = folder.lstat()
+            is_own = not folder.is_symlink() and (not hasattr(os, "getuid") or stat.st_uid == os.getuid())
+            if is_own and time.time() - stat.st_mtime > FOLDER_SECONDS:
+                with FileLock(folder / "lock", timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, Timeout):
+            continue  # another page uses it, or another process removed it
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as name, FileLock(Path(name) / "lock"):
+        yield Path(name)
 
 
 def theme() -> Any:
@@ -136,10 +246,30 @@ def escape(text: str) -> str:
 
 
 def image_html(image: Image.Image, *, alt: str) -> str:
-    """Return an HTML element with the image embedded as PNG. A lossy preview would show compression artefacts."""
+    """Return an HTML element with the image embedded as PNG. A lossy preview would show compression artefacts.
+
+    The PNG has the pixels in sRGB and nothing else of the file: no profile, text, resolution or EXIF, which would tell
+    apart the images of two models.
+    """
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=3)
+    plain_srgb(image).save(buffer, "PNG", compress_level=3)
     data = base64.b64encode(buffer.getvalue()).decode()
     small = ' class="small"' if max(image.size) <= SMALL_IMAGE else ""
     size = f'width="{image.width}" height="{image.height}"'
     return f'<img{small} {size} alt="{escape(alt)}" draggable="false" src="data:image/png;base64,{data}">'
+
+
+def plain_srgb(image: Image.Image) -> Image.Image:
+    """Convert an RGB image from its colour profile to sRGB, without any other information of the file."""
+    pixels = Image.new("RGB", image.size)
+    pixels.paste(image)
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return pixels
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(pixels, source, ImageCms.createProfile("sRGB")) or pixels
+    except (ImageCms.PyCMSError, OSError, TypeError):
+        return pixels  # a damaged profile, or one of another colour space than RGB
+    converted.info.clear()
+    return converted

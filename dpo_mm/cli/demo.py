@@ -14,6 +14,10 @@ from dpo_mm.errors import TrainingInterrupted
 
 demo = typer.Typer(no_args_is_help=True, help="Serve a page: label pairs, or compare models.")
 Port = Annotated[int | None, typer.Option(help="Port on 127.0.0.1. Default: the first free one from 7860.")]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(help="Another host (NAME:PORT) under which the page may be opened or shown in a frame. Repeatable."),
+]
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 BUNDLED_PAIRS = "shapes-faithfulness"
 
@@ -48,6 +52,7 @@ def demo_label(
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance of the fresh images.")] = 1.5,
     overwrite: Overwrite = False,
     port: Port = None,
+    allow_host: AllowHost = None,
 ) -> None:
     """Label pairs of images in a blind test.
 
@@ -73,7 +78,7 @@ def demo_label(
                 overwrite=overwrite,
             )
     with _end_quietly():
-        load_page("label").run(pairs, votes, port=port)
+        load_page("label").run(pairs, votes, port=port, allow_host=allow_host or ())
 
 
 @demo.command("images")
@@ -90,6 +95,7 @@ def demo_images(
     ] = None,
     precision: Precision = "fp32",
     port: Port = None,
+    allow_host: AllowHost = None,
 ) -> None:
     """Generate images with base and tuned model.
 
@@ -98,7 +104,9 @@ def demo_images(
     from dpo_mm.demo_server import load_page
 
     with _end_quietly(), suppress_library_output():
-        load_page("compare_images").run(model, adapter, judges, comparison, precision=precision, port=port)
+        load_page("compare_images").run(
+            model, adapter, judges, comparison, precision=precision, port=port, allow_host=allow_host or ()
+        )
 
 
 @demo.command("captions")
@@ -116,6 +124,7 @@ def demo_captions(
     max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens per response.")] = 256,
     precision: Precision = "fp32",
     port: Port = None,
+    allow_host: AllowHost = None,
 ) -> None:
     """Respond to a question with base and tuned model.
 
@@ -125,5 +134,12 @@ def demo_captions(
 
     with _end_quietly(), suppress_library_output():
         load_page("compare_captions").run(
-            model, adapter, questions, judge, max_new_tokens=max_new_tokens, precision=precision, port=port
+            model,
+            adapter,
+            questions,
+            judge,
+            max_new_tokens=max_new_tokens,
+            precision=precision,
+            port=port,
+            allow_host=allow_host or (),
         )

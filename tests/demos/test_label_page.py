@@ -204,18 +204,114 @@ def test_label_page_images_are_lossless_png(serve: Callable[..., Any], page: Any
     assert {image.tobytes() for image in shown} == {image.tobytes() for image in original}
 
 
-def test_label_page_shows_ratings_after_votes(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+def test_label_page_shows_ratings_to_those_who_have_finished(
+    serve: Callable[..., Any], page: Any, tmp_path: Path
+) -> None:
+    """It catches ratings that are shown before the last vote, or that allow an undo after them."""
     server = serve("label", "--pairs", str(folder_of_pairs(tmp_path / "set", ["one", "two", "three", "four"])))
     begin(page, server.address, "Ada")
     page.get_by_text("Ratings of the models").click()
-    page.get_by_text("No vote compares two models").wait_for()
+    page.get_by_text("The ratings are shown when you have labelled all pairs").wait_for()
     page.get_by_text("Ratings of the models").click()
     store = VoteStore(tmp_path / "labels.sqlite", open_pairs(str(tmp_path / "set"))["id"], source=str(tmp_path / "set"))
-    for _ in range(3):
+    for _ in range(4):
         presented = store.next_pair("Ada")
         assert presented is not None
         press(page, "ArrowRight" if presented.swapped else "ArrowLeft")
+    assert "choices" not in page.locator(".finished").inner_text(), "counts of a and b would tell the models apart"
     page.get_by_text("Ratings of the models").click()
     page.locator(".ratings tbody tr").first.wait_for()
     lines = page.locator(".ratings tbody tr").all_inner_texts()
-    assert lines[0].startswith("a") and "3 / 0 / 0" in lines[0] and "0 / 0 / 3" in lines[1]
+    assert lines[0].startswith("a") and "4 / 0 / 0" in lines[0] and "0 / 0 / 4" in lines[1]
+    page.keyboard.press("u")
+    page.get_by_text("votes can no longer be undone").last.wait_for()
+    assert len(store.votes()) == 4
+
+
+def test_two_browsers_with_one_name_lose_no_vote_and_are_told(
+    serve: Callable[..., Any], browser: Any, page: Any, tmp_path: Path
+) -> None:
+    """Two browsers vote in turn under one name, then two tabs of one browser do. It catches a shared open pair."""
+    pairs = folder_of_pairs(tmp_path / "pairs", [f"prompt {n}" for n in range(40)])
+    server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
+    store = VoteStore(tmp_path / "votes.sqlite", [f"{n:03}" for n in range(40)], source=str(pairs))
+    begin(page, server.address, "José")
+    assert page.locator(".notice").count() == 0
+    other = browser.new_context().new_page()
+    begin(other, server.address, "  JOSE\u0301\u200b")
+    assert "Another browser votes or has voted as" in other.locator(".notice").inner_text()
+    for _ in range(5):
+        assert presentation_of(page) != presentation_of(other)
+        press(page, "ArrowLeft")
+        press(other, "ArrowRight")
+    assert page.locator(".notice").is_visible()
+    votes = store.votes()
+    assert len(votes) == 10 and {vote.annotator for vote in votes} == {"José"}
+    tab = page.context.new_page()
+    tab.goto(server.address)
+    tab.locator(".pair").wait_for()
+    assert presentation_of(tab) == presentation_of(page), "tabs of one browser share its open pair"
+    for first, second in ((page, tab), (tab, page)):
+        press(first, "ArrowLeft")
+        second.wait_for_function(
+            "expected => document.querySelector('.pair')?.dataset.presentation === expected", arg=presentation_of(first)
+        )
+    assert len(store.votes()) == 12
+    shown = int(presentation_of(page))
+    assert store.cast("José", shown, "tie")
+    page.keyboard.press("ArrowLeft")
+    page.get_by_text("This pair already had your vote").wait_for()
+    assert len(store.votes()) == 13
+    other.context.close()
+
+
+def test_keys_in_fields_do_not_vote(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+    """It catches fields in shadow roots, code that cannot be edited, selections, and keys with a modifier."""
+    server = serve("label", "--pairs", str(folder_of_pairs(tmp_path / "set", ["one", "two"])))
+    begin(page, server.address, "Ada")
+    shown = presentation_of(page)
+    page.evaluate("""() => {
+      const host = document.body.appendChild(document.createElement("div"));
+      const root = host.attachShadow({mode: "open"});
+      root.innerHTML = "<div><input id=inside></div>";
+      for (const html of ["<textarea id=text></textarea>", "<div id=free contenteditable>x</div>", "<div id=plain contenteditable=plaintext-only>x</div>", "<select id=list><option>b<option>s</select>"])
+        document.body.insertAdjacentHTML("beforeend", html);
+    }""")
+    for field in ("#inside", "#text", "#free", "#plain", "#list"):
+        page.locator(field).focus()
+        for key in ("b", "s", "u", "ArrowLeft", "ArrowDown"):
+            page.keyboard.press(key)
+    page.get_by_text("From votes to a trained adapter").click()
+    page.locator("#command .cm-line").first.click()
+    for key in ("b", "ArrowLeft"):
+        page.keyboard.press(key)
+    page.locator("h1").click()
+    for key in ("Shift+ArrowRight", "Control+s", "Alt+b", "Meta+u"):
+        page.keyboard.press(key)
+    assert presentation_of(page) == shown
+    assert not VoteStore(tmp_path / "labels.sqlite", ["000", "001"], source=str(tmp_path / "set")).votes()
+    press(page, "b")
+    votes = VoteStore(tmp_path / "labels.sqlite", ["000", "001"], source=str(tmp_path / "set")).votes()
+    assert [vote.choice for vote in votes] == ["both_bad"], "a key outside of fields votes"
+
+
+def test_vote_that_cannot_be_saved_stays_on_the_page(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+    server = serve("label", "--pairs", str(folder_of_pairs(tmp_path / "set", ["one", "two", "three"])))
+    begin(page, server.address, "Ada")
+    press(page, "ArrowLeft")
+    shown = presentation_of(page)
+    votes = tmp_path / "labels.sqlite"
+    for file in tmp_path.glob("labels.sqlite*"):
+        file.rename(tmp_path / f"away-{file.name}")
+    page.keyboard.press("ArrowLeft")
+    page.get_by_text("labels.sqlite: this file is missing").first.wait_for()
+    assert presentation_of(page) == shown and str(tmp_path) not in page.locator(".toast-wrap").inner_text()
+    page.reload()
+    page.locator(".alert").wait_for()
+    assert "this file is missing" in page.locator(".alert").inner_text() and not votes.exists()
+    for file in tmp_path.glob("away-*"):
+        file.rename(tmp_path / file.name.removeprefix("away-"))
+    page.reload()
+    page.locator(".pair").wait_for()
+    assert presentation_of(page) == shown
+    press(page, "ArrowLeft")

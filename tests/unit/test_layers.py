@@ -31,7 +31,7 @@ LAYERS = (
     {"policies", "judges", "sources", "doctor"},
     {"training", "mining", "evaluation", "labels"},
     {"recipe"},
-    {"cli", "demo_server", "__main__", "__init__"},
+    {"cli", "demo_guard", "demo_server", "__main__", "__init__"},
 )
 
 
