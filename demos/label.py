@@ -398,7 +398,7 @@ def run(
         ValueError: as in `open_pairs` and `VoteStore`.
     """
     rows = open_pairs(pairs)
-    store = VoteStore(votes, rows["id"], source=absolute_source(pairs))
+    store = VoteStore(votes, rows["id"], source=absolute_source(pairs), stays_open=True)
     command = train_command(votes, list(rows["prompt"]))
     serve(lambda: build(rows, store, command), port=port, allow_host=allow_host)
 

@@ -236,7 +236,7 @@ def test_votes_are_read_from_a_read_only_folder(is_killed: bool, monkeypatch: py
         copy, original = Path(name), Path(name) / "original"
         copy.chmod(0o755)
         original.mkdir()
-        votes = VoteStore(original / "votes.sqlite", IDS, source="a set")
+        votes = VoteStore(original / "votes.sqlite", IDS, source="a set", stays_open=True)
         shown = votes.next_pair("Ada")
         assert shown and votes.cast("Ada", shown.id, "left")
         log = original / "votes.sqlite-wal"
