@@ -25,23 +25,28 @@ def one_line(error: BaseException) -> str:
         return "it is nested too deeply"
     if isinstance(error, KeyError):
         return f"{error} is missing"
+    if isinstance(error, TypeError | AttributeError):
+        return f"a value is of another type than expected ({' '.join(str(error).split())[:150]})"
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @contextlib.contextmanager
-def name_row(name: str, fix: str) -> Iterator[None]:
+def name_row(name: str, fix: str, *, clear: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Context manager in which any error becomes a RowError, except for errors of the disk or the memory.
 
     Args:
         name: the file and the row, the start of the message.
         fix: what the user can do, a sentence without its full stop.
+        clear: errors that name the row already.
     """
     try:
         yield
     except (RowError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if (isinstance(error, OSError) and error.errno is not None) or (
+            isinstance(error, clear) and not isinstance(error, UnicodeError)
+        ):
             raise
         raise RowError(f"{name}: {one_line(error)}. {fix}") from error
 

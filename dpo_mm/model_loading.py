@@ -1,4 +1,4 @@
-"""Open models and pipelines, and refuse one whose files do not have all of its weights.
+"""Open models and pipelines, and refuse one whose files do not have all of its weights, or are damaged.
 
 diffusers and transformers fill missing tensors with random numbers and go on. A base with random weights trains, and the
 comparison looks plausible, so every model is opened by the two functions here.
@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dpo_mm.errors import one_line
+from dpo_mm.model_checks import check_folder, name_model, stored_bytes
+
 HARMLESS = ("position_ids", "inv_freq", "num_batches_tracked", "embed_positions.weights")
 """Ends of tensor names that older releases saved and newer ones compute."""
 SHOWN = 3
+SMALL_MODEL, WEIGHTS_PER_BYTE = 10**8, 16
+"""A config may describe this number of weights, plus WEIGHTS_PER_BYTE times the bytes of the files (4 bits have 2)."""
 
 
 def load_module(cls: Any, source: str, *, label: str = "", **options: Any) -> Any:
@@ -31,14 +37,64 @@ def load_module(cls: Any, source: str, *, label: str = "", **options: Any) -> An
         ValueError: if tensors are missing, unexpected or of another shape. It names them.
     """
     name = f"model {source!r}{label and f', {label}'}"
-    if not cls.__module__.startswith("diffusers."):  # diffusers raises for other shapes, and says which
-        options["ignore_mismatched_sizes"] = True
-    try:
-        module, report = cls.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split())[:200]}") from error
+    folder = Path(source) / options.get("subfolder", "")
+    with name_model(name):
+        if folder.is_dir():
+            check_folder(folder)
+        if not cls.__module__.startswith("diffusers."):  # diffusers raises for other shapes, and says which
+            options |= {"ignore_mismatched_sizes": True, "trust_remote_code": False}
+            _check_size(cls, source, folder, name, options)
+        try:
+            module, report = cls.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{name}: {' '.join(str(error).split())[:200]}") from error
     check_report(report, name)
     return module
+
+
+def load_part(cls: Any, source: str | Path, *, name: str, **options: Any) -> Any:
+    """Load a config, processor, tokenizer or scheduler without running code of the model.
+
+    Args:
+        cls: its class, or an auto class.
+        source: folder or hub id.
+        name: the part and its model, for the error.
+        **options: further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: if it is damaged, or needs a package that is not installed. It names the part and the package.
+    """
+    with name_model(name):
+        try:
+            if not cls.__module__.startswith("diffusers."):
+                options["trust_remote_code"] = False
+            return cls.from_pretrained(source, **options)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} cannot be loaded: {one_line(error)}") from error
+
+
+def _check_size(cls: Any, source: str, folder: Path, name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a config that describes a model much larger than the files of its weights.
+
+    transformers would make the missing tensors up, in the size of the config.
+    """
+    from transformers import AutoConfig
+
+    stored = stored_bytes(folder)
+    if stored is None:
+        return
+    where = {key: options[key] for key in ("subfolder", "revision") if key in options}
+    is_auto = hasattr(cls, "_model_mapping")
+    config_class = AutoConfig if is_auto else cls.config_class
+    config = config_class.from_pretrained(source, trust_remote_code=False, **where)
+    with torch.device("meta"):
+        module = cls.from_config(config, trust_remote_code=False) if is_auto else cls(config)
+    described = sum(parameter.numel() for parameter in module.parameters())
+    if described > SMALL_MODEL + WEIGHTS_PER_BYTE * stored:
+        raise ValueError(
+            f"{name}: its config describes {described:,} weights, but its files have {stored:,} bytes. Download or save the "
+            "model again"
+        )
 
 
 def check_report(report: Mapping[str, Any], name: str) -> None:
@@ -82,7 +138,10 @@ def load_pipeline(cls: Any, source: str, *, revision: str | None, dtype: torch.d
     Raises:
         ValueError: as `load_module`.
     """
+    if Path(source).is_dir():
+        check_folder(Path(source))
     index, variant = cls.load_config(source, revision=revision), {}
+    check_libraries(index, source)
     for name, entry in index.items():
         if name in parts or not isinstance(entry, list | tuple) or entry[0] not in ("diffusers", "transformers"):
             continue
@@ -94,4 +153,30 @@ def load_pipeline(cls: Any, source: str, *, revision: str | None, dtype: torch.d
             except OSError:  # no file without a variant, as in many models for SDXL
                 variant = {"variant": "fp16"}
                 parts[name] = load_module(part, source, **options, **variant)
-    return cls.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, **variant, **parts)
+    options = {"revision": revision, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    return cls.from_pretrained(source, **options, **variant, **parts)
+
+
+def check_libraries(index: Mapping[str, Any], source: str) -> None:
+    """Check that the parts of a pipeline come from diffusers or transformers, because others would be imported.
+
+    Args:
+        index: content of the pipeline's model_index.json.
+        source: the pipeline, for the error.
+
+    Raises:
+        ValueError: if a part comes from elsewhere, or its entry is not a library and a class.
+    """
+    from diffusers import pipelines
+
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list | tuple):
+            continue
+        if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
+            raise ValueError(f"model {source!r}: {name} is {entry!r:.80}. Expected a library and a class")
+        library = entry[0]
+        if library not in (None, "diffusers", "transformers") and not hasattr(pipelines, str(library)):
+            raise ValueError(
+                f"model {source!r}: {name} comes from {library!r}. Expected diffusers or transformers, because code of models is "
+                "not run"
+            )

@@ -48,6 +48,10 @@ def _message(message: Any) -> Message:
     content = message["content"]
     if content is None:
         raise ValueError("a message has no content")
+    if not isinstance(message["role"], str) or not isinstance(content, str | list | tuple):
+        raise ValueError(
+            f"a message has the role {message['role']!r:.40} and the content {content!r:.40}. Expected texts"
+        )
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else [_part(part) for part in content]
     return {"role": ROLES.get(message["role"], message["role"]), "content": parts}
 

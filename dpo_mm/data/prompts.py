@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_mm.assets import resolve_asset
-from dpo_mm.data.text_files import open_text
+from dpo_mm.data.text_files import read_text
+from dpo_mm.errors import name_row, one_line
 from dpo_mm.worlds import shapes
 
 COMPBENCH = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
@@ -68,7 +69,8 @@ def read_prompt_set(name: str, *, limit: int | None = None) -> PromptSet:
     path = Path(resolve_asset(name))
     if not path.exists():
         raise ValueError(f"prompts {name!r}: no such file. Give {FORMATS}, or a bundled list")
-    prompt_set = _folder(path) if path.is_dir() else _file(path)
+    with name_row(f"prompts {name!r}", "Fix the file", clear=(ValueError,)):
+        prompt_set = _folder(path) if path.is_dir() else _file(path)
     first: dict[str, PromptSpec] = {}
     for prompt in prompt_set.prompts:
         first.setdefault(prompt.text, prompt)
@@ -92,7 +94,9 @@ def _file(path: Path) -> PromptSet:
     if "prompt" in header and (path.suffix == ".csv" or len(header) > 1):
         return _csv(text)
     if path.suffix == ".csv":
-        raise ValueError(f"{path}: columns {', '.join(header)}. Expected a column prompt, and optionally category")
+        raise ValueError(
+            f"{path}: columns {', '.join(header)[:200]}. Expected a column prompt, and optionally category"
+        )
     kind = path.name.removesuffix("_val.txt")
     if path.name.endswith("_val.txt") and kind in COMPBENCH:
         return PromptSet(_named(lines, kind), "T2I-CompBench")
@@ -128,7 +132,7 @@ def _json_list(text: str) -> list[Any] | None:
     """Parse a JSON list, or return None if the text is not one: a line of prompts may begin with a bracket."""
     try:
         entries = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entries if isinstance(entries, list) else None
 
@@ -138,7 +142,7 @@ def _is_json_lines(lines: list[str]) -> bool:
     first = next((line for line in lines if line.strip()), "")
     try:
         return first.lstrip().startswith("{") and isinstance(json.loads(first), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -157,8 +161,10 @@ def _json_lines(path: Path, lines: list[str]) -> PromptSet:
             continue
         try:
             rows.append((f"line {number}", json.loads(line)))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}). Expected an object with a prompt") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({one_line(error)}). Expected an object with a prompt"
+            ) from None
     return _objects(path, rows)
 
 
@@ -169,6 +175,8 @@ def _objects(path: Path, rows: list[tuple[str, Any]]) -> PromptSet:
         row = {"prompt": row} if isinstance(row, str) else row
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise ValueError(f"{path}, {place}: no prompt. Expected {{'tag': ..., 'prompt': ...}} as in GenEval")
+        with name_row(f"{path}, {place}", "Write the prompt again, in valid Unicode"):
+            row["prompt"].encode()
         official = official and "tag" in row and "include" in row
         kind = str(row.get("tag") or row.get("category") or "all")
         prompts.append(PromptSpec(row["prompt"].strip(), kind.replace("_", " ")))
@@ -180,7 +188,7 @@ def _table(path: Path, lines: list[str]) -> PromptSet:
     rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     if not {"Prompt", "Category"} <= set(rows.fieldnames or ()):
         raise ValueError(
-            f"{path}: columns {', '.join(rows.fieldnames or ())}. Expected Prompt and Category, separated by tabs"
+            f"{path}: columns {', '.join(rows.fieldnames or ())[:200]}. Expected Prompt and Category, separated by tabs"
         )
     prompts = []
     for row in rows:
@@ -193,8 +201,7 @@ def _table(path: Path, lines: list[str]) -> PromptSet:
 
 def _text(path: Path) -> str:
     try:
-        with open_text(path) as file:
-            return file.read()
+        return read_text(path)
     except ValueError as error:
         raise ValueError(f"{error}. Give {FORMATS}") from None
 

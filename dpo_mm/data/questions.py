@@ -15,9 +15,10 @@ from typing import Any
 
 from PIL import Image
 
+from dpo_mm.data.conversation import as_messages
 from dpo_mm.data.row_paths import LONGEST_SHOWN, confine
-from dpo_mm.data.text_files import open_text, table_suffix
-from dpo_mm.errors import did_you_mean
+from dpo_mm.data.text_files import read_text, table_suffix
+from dpo_mm.errors import did_you_mean, name_row, one_line
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 0
 DEFAULT_COUNT = 400
@@ -122,13 +123,12 @@ def _rows(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
 
         rows = (row for batch in pq.ParquetFile(path).iter_batches(256) for row in batch.to_pylist())
     else:
-        with open_text(path) as file:
-            text = file.read()
+        text = read_text(path)
         try:
             entries = json.loads(text) if table_suffix(path) != ".jsonl" and text.lstrip().startswith("[") else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path}: not JSON ({error}). Expected a list of objects, or one object per line"
+                f"{path}: not JSON ({one_line(error)}). Expected a list of objects, or one object per line"
             ) from None
         lines = text.split("\n")  # not splitlines(), which also splits at U+2028 inside a text
         rows = (_parsed(line, path, number) for number, line in enumerate(lines) if line.strip())
@@ -143,8 +143,10 @@ def _rows(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
 def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number + 1}: not JSON ({error}). Expected one object per line") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}, line {number + 1}: not JSON ({one_line(error)}). Expected one object per line"
+        ) from None
     return _checked_row(row, path, f"line {number + 1}")
 
 
@@ -159,8 +161,14 @@ def _question(row: dict[str, Any], path: Path, number: int) -> Question:
         raise ValueError(
             f"{path}, row {number}: no prompt. Expected the columns images (or image), prompt and ground_truth"
         )
+    with name_row(f"{path}, row {number}", "Write the prompt as a text or as chat messages, in valid Unicode"):
+        as_messages(row["prompt"], "user")
+        json.dumps(
+            [row.get(name) for name in ("prompt", "ground_truth", "id", "category")], ensure_ascii=False
+        ).encode()
     truths = _truths(row.get("ground_truth"), path, number)
     cells = row.get("images") or ([row["image"]] if row.get("image") else [])
+    cells = cells if isinstance(cells, list) else [cells]
     return Question(
         str(number if row.get("id") is None else row["id"]),
         tuple(_image(cell, path, number) for cell in cells),

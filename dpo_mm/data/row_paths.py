@@ -183,16 +183,21 @@ def _has_paths(name: str, column: pa.ChunkedArray) -> bool:
 
 
 def _is_cell(kind: pa.DataType) -> bool:
+    """Return True for the type of an image as `datasets` stores it."""
     import pyarrow as pa
 
-    return pa.types.is_struct(kind) and {field.name for field in kind} == CELL
+    if not pa.types.is_struct(kind) or {field.name for field in kind} != CELL:
+        return False
+    types = pa.types
+    known = (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string, types.is_null)
+    return all(any(is_known(field.type) for is_known in known) for field in kind)
 
 
 def _structs(kind: pa.DataType) -> Iterator[bool]:
     """Yield True for each type inside a type that is that of an image."""
     import pyarrow as pa
 
-    yield _is_cell(kind)
+    yield pa.types.is_struct(kind) and {field.name for field in kind} == CELL
     if pa.types.is_nested(kind) and not pa.types.is_map(kind):
         for number in range(kind.num_fields):
             yield from _structs(kind.field(number).type)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 GZIP, ZSTD, UTF_16 = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", (b"\xff\xfe", b"\xfe\xff")
+MAX_CHARACTERS = 2**28
+"""Largest length of a text that is read as a whole."""
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 
@@ -18,10 +21,12 @@ def open_text(path: Path) -> Iterator[TextIO]:
     """Context manager that opens a text file. Only a newline ends a line, and newlines are not converted.
 
     Raises:
-        ValueError: if the file is not text, or its compressed content is damaged. It names the file.
+        ValueError: if it is not a regular file or not text, or its compressed content is damaged. It names the file.
     """
     import pyarrow as pa
 
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a regular file (it is a folder, a pipe or a device)")
     with path.open("rb") as file:
         start = file.read(4)
     try:
@@ -35,12 +40,25 @@ def open_text(path: Path) -> Iterator[TextIO]:
                 yield text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (EOFError, gzip.BadGzipFile, pa.ArrowException) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowException) as error:
         raise ValueError(f"{path}: its compressed content is damaged ({' '.join(str(error).split())})") from None
     except OSError as error:
         if start.startswith(ZSTD):  # pyarrow's error for damaged frames
             raise ValueError(f"{path}: its compressed content is damaged ({error})") from None
         raise
+
+
+def read_text(path: Path) -> str:
+    """Read a text file of at most MAX_CHARACTERS, counted after decompression.
+
+    Raises:
+        ValueError: if it is longer, or as `open_text`.
+    """
+    with open_text(path) as text:
+        content = text.read(MAX_CHARACTERS + 1)
+    if len(content) > MAX_CHARACTERS:
+        raise ValueError(f"{path}: has more than {MAX_CHARACTERS:,} characters. Split the file")
+    return content
 
 
 def read_lines(path: Path) -> list[str]:
@@ -49,8 +67,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         ValueError: as `open_text`.
     """
-    with open_text(path) as text:
-        lines = [line.removesuffix("\r") for line in text.read().split("\n")]
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
     return lines[:-1] if lines[-1] == "" else lines
 
 

@@ -122,7 +122,7 @@ def dataset_facts(statistics: DatasetStatistics) -> dict[str, str]:
             most_common = [f"{value} ({count:,})" for value, count in counts.most_common(4)]
             others = [f"{len(counts) - 4} more"] if len(counts) > 4 else []
             facts[name] = ", ".join(most_common + others)
-    models = sorted({model for pair in statistics.models for model in pair if model})
+    models = sorted({str(model) for pair in statistics.models for model in pair if model})
     if models:
         facts["models"] = ", ".join(models[:4]) + (f", {len(models) - 4} more" if len(models) > 4 else "")
     return facts

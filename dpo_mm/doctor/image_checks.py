@@ -14,6 +14,7 @@ from dpo_mm.doctor.duplicates import exact_duplicates, look_alike, near_duplicat
 from dpo_mm.doctor.image_features import FEATURES, ImageFeatures, extract_features
 from dpo_mm.doctor.loading import LoadedDataset, Row, batches
 from dpo_mm.doctor.shortcuts import MIN_ACCURACY, run_regression_test, run_sign_test
+from dpo_mm.errors import name_row
 from dpo_mm.progress import progress_bar
 
 SHORTCUTS = {
@@ -37,7 +38,8 @@ def collect_statistics(
         for rows in batches(dataset):
             features = pool.map(extract_features, [row[column] for row in rows for column in ("image_a", "image_b")])
             for row, pair in zip(rows, _in_pairs(features), strict=True):
-                _add_row(statistics, row, pair, held_out_prompts, held_out_images)
+                with name_row(f"{dataset.name}, row {row['id']}", "Fix the row, or remove it"):
+                    _add_row(statistics, row, pair, held_out_prompts, held_out_images)
             statistics.pack()
             advance(len(rows))
     return statistics

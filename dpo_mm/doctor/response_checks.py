@@ -15,6 +15,7 @@ from dpo_mm.doctor.image_checks import regression_finding
 from dpo_mm.doctor.image_features import ImageFeatures, extract_features
 from dpo_mm.doctor.loading import LoadedDataset, Row, batches
 from dpo_mm.doctor.shortcuts import run_sign_test
+from dpo_mm.errors import name_row
 from dpo_mm.progress import progress_bar
 
 FEATURES = ("length", "list items", "headings", "bold", "code", "lines", "refusal", "unfinished end")
@@ -50,7 +51,8 @@ def collect_statistics(
     with progress_bar("checking responses", dataset.num_rows) as advance:
         for rows in batches(dataset):
             for row in rows:
-                _add_row(statistics, row, held_out_prompts, held_out_images)
+                with name_row(f"{dataset.name}, row {row['id']}", "Fix the row, or remove it"):
+                    _add_row(statistics, row, held_out_prompts, held_out_images)
             statistics.pack()
             advance(len(rows))
     return statistics

@@ -18,7 +18,7 @@ from torch import Tensor
 from dpo_mm.data.image_files import to_rgb
 from dpo_mm.errors import did_you_mean
 from dpo_mm.judges.weights import in_batches, load_weights, shorten
-from dpo_mm.model_loading import load_module
+from dpo_mm.model_loading import load_module, load_part
 
 BATCH = 32
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -180,7 +180,7 @@ def transformers_tower(folder: Path, repo: str, device: torch.device) -> Tower:
 
     try:
         model: Any = load_module(hf.CLIPModel, str(folder), dtype=torch.float32)
-        tokenizer: Any = hf.AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = load_part(hf.AutoTokenizer, folder, name=f"{folder}: its tokenizer")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{folder}: not a CLIP model with its tokenizer ({shorten(error)}). Download all files of "
@@ -213,7 +213,7 @@ def transformers_image_edge(folder: Path) -> int:
     """Edge of the images of a CLIP of transformers, in pixels, from its config."""
     import transformers as hf
 
-    config: Any = hf.CLIPConfig.from_pretrained(folder)
+    config: Any = load_part(hf.CLIPConfig, folder, name=str(folder))
     return int(config.vision_config.image_size)
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from dpo_mm.data.image_files import to_rgb
 from dpo_mm.judges import JudgeName, LazyJudge
 from dpo_mm.judges.weights import cached_file, device, in_batches, sha256, shorten
-from dpo_mm.model_loading import load_module
+from dpo_mm.model_loading import load_module, load_part
 
 BATCH = 8
 YES_NO_TEMPLATE = 'Does this figure show "{prompt}"? Please answer Yes or No.'
@@ -132,8 +132,8 @@ def find_model(judge_name: JudgeName, *, revision: str | None) -> Path:
             f"ends in @hub. Pass a folder, run `hf download {model}{at}`{or_hub}."
         )
     try:
-        AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        load_part(AutoConfig, folder, name=f"model {model!r}")
+    except ValueError as error:
         raise ValueError(
             f"judge {judge!r}: model {model!r} cannot be opened ({shorten(error)}). Expected a folder or hub id of a "
             "transformers model with its processor."
@@ -170,7 +170,7 @@ def open_vlm(folder: Path, device: torch.device) -> Vlm:
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     try:
         model: Any = load_module(AutoModelForImageTextToText, str(folder), dtype=dtype)
-        processor: Any = AutoProcessor.from_pretrained(folder)
+        processor: Any = load_part(AutoProcessor, folder, name=f"model {str(folder)!r}: its processor")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {str(folder)!r} is not a vision-language model with safetensors weights ({shorten(error)})"

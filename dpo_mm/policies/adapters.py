@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,15 @@ from torch import nn
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
+from dpo_mm.model_checks import check_safetensors, name_model
+from dpo_mm.policies.adapter_checks import check_diffusers_lora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
 FORMATS = ("diffusers", "kohya")
+LORA_LOGGERS = ("diffusers.utils.peft_utils", "diffusers.loaders.peft", "diffusers.loaders.lora_base")
+"""Loggers on which diffusers warns about weights of a LoRA that it does not use."""
+UNUSED_WEIGHTS = re.compile(r"unexpected keys|missing keys", re.IGNORECASE)
 KOHYA_PARTS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
@@ -161,6 +168,46 @@ def kohya_weights(model: Any, prefix: str, weights: Weights = None) -> dict[str,
     return renamed
 
 
+def attach_lora(pipe: Any, file: Path) -> None:
+    """Attach a LoRA to a pipeline's denoiser and, if it has weights for them, its text encoders.
+
+    Args:
+        pipe: a diffusers pipeline.
+        file: a file of weights that diffusers reads.
+
+    Raises:
+        ValueError: if the file is damaged, or a weight of it does not fit the pipeline.
+    """
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    check_diffusers_lora(file, models)
+    with name_model(f"adapter {str(file.parent)!r}"), _refuse_unused_weights(file):
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="tuned")
+
+
+@contextlib.contextmanager
+def _refuse_unused_weights(file: Path) -> Iterator[None]:
+    """Context manager that turns diffusers' warnings about weights without a place into ValueError."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in LORA_LOGGERS]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+    unused = next((message for message in messages if UNUSED_WEIGHTS.search(message)), None)
+    if unused:
+        raise ValueError(f"{file}: {' '.join(unused.split())[:200]} Is it of another model?")
+
+
 def read_lora(model: nn.Module, denoiser: str, file: Path) -> None:
     """Load a saved LoRA into the model's LoRA.
 
@@ -175,6 +222,7 @@ def read_lora(model: nn.Module, denoiser: str, file: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    check_safetensors(file)
     weights = {key.removeprefix(f"{denoiser}."): value for key, value in load_file(file).items()}
     result: Any = set_peft_model_state_dict(model, weights, adapter_name="default")  # type: ignore[arg-type]
     if result.unexpected_keys:
@@ -197,13 +245,3 @@ def at_lora_scale(models: Sequence[Any], scale: float) -> Iterator[None]:
     finally:
         for model in models:
             set_adapter_layers(model, enabled=True)
-
-
-def refuse_pickle(folder: Path) -> None:
-    """Check that an adapter in PEFT's format has safetensors.
-
-    Raises:
-        ValueError: if it has only pickled weights, which can run code when they are loaded.
-    """
-    if not (folder / "adapter_model.safetensors").exists():
-        raise ValueError(f"adapter {str(folder)!r} has no adapter_model.safetensors. Pickled weights are not loaded")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.checksums import check_trained_files
 from dpo_mm.content_key import model_files_hash
+from dpo_mm.model_checks import SAVE_AGAIN, check_finite, check_folder, name_model, read_config
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 
 FAMILIES: dict[str, str] = {
@@ -27,6 +29,8 @@ FAMILIES: dict[str, str] = {
 """Policy class of each pipeline class, as module:class. The key is `_class_name` of the pipeline's model_index.json."""
 
 
+MOST_PADDING, MOST_PIXELS = 10_000, 16_384
+"""Largest length to which prompts are padded, and largest resolution of a model."""
 VLM_POLICY = "dpo_mm.policies.vlm.vlm_policy:VisionLanguage"
 """Policy class of a transformers model: a folder or hub id with a config.json and without a model_index.json."""
 
@@ -95,8 +99,16 @@ def policy_path_for(model: str, *, revision: str | None = None) -> str:
         raise ValueError(
             f"model {model!r} has neither model_index.json (a diffusers pipeline) nor config.json (a transformers model)"
         )
-    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    content = read_config(index, fix=SAVE_AGAIN)
+    name = content.get("_class_name")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{index}: _class_name is {name!r:.120}. Expected the name of a class of diffusers, because code of models is not run"
+        )
     if name not in FAMILIES:
+        code = sorted(file.name for file in index.parent.glob("*.py"))
+        if code:
+            raise ValueError(f"model {model!r} is a {name} with custom code ({code[0]}), and code of models is not run")
         raise ValueError(
             f"model {model!r} is a {name}, which no family supports yet. Known: {', '.join(FAMILIES)}. "
             "A new family is one file: see 'Add an image family' in the documentation"
@@ -140,16 +152,61 @@ def load_policy(
     Raises:
         ValueError: if the model is missing, incomplete or of an unknown family, or the adapter does not fit.
     """
-    cls = policy_class(model, revision=revision)
-    check_trained_files(Path(resolve_asset(model)))
-    policy: ImagePolicy | TextPolicy = cls.load(
-        resolve_asset(model), revision=revision, precision=precision, device=device, **options
-    )
+    cls, source = policy_class(model, revision=revision), resolve_asset(model)
+    if Path(source).is_dir():
+        check_folder(Path(source))
+    check_trained_files(Path(source))
+    with name_model(f"model {model!r}"):
+        policy: ImagePolicy | TextPolicy = cls.load(
+            source, revision=revision, precision=precision, device=device, **options
+        )
+        check_finite(_modules(policy), f"model {model!r}")
+        if policy.modality == "image":
+            _try_tokenizers(policy, model)
     if adapter:
         folder = Path(resolve_asset(str(adapter))).absolute()
         check_trained_files(folder)
-        policy.load_adapter(folder)
+        with name_model(f"adapter {str(adapter)!r}"):
+            policy.load_adapter(folder)
     return policy
+
+
+def _try_tokenizers(policy: Any, model: str) -> None:
+    """Check the tokenizers of a pipeline and its resolution, so that damaged ones fail before any work.
+
+    Raises:
+        ValueError: if a length or the resolution is not a moderate whole number.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    for name, part in policy.pipe.components.items():
+        if isinstance(part, PreTrainedTokenizerBase):
+            length = part.model_max_length
+            pads = "CLIP" in type(part).__name__  # pipelines pad its prompts to this length
+            if not isinstance(length, int | float) or not length >= 1 or (pads and length > MOST_PADDING):
+                raise ValueError(
+                    f"model {model!r}, {name}: model_max_length is {length!r:.40}. Download the model again"
+                )
+            ids = part(["a"]).input_ids[0]
+            encoder: Any = policy.pipe.components.get(name.replace("tokenizer", "text_encoder"))
+            known = encoder.get_input_embeddings().num_embeddings if encoder is not None else max(ids) + 1
+            if max(ids) >= known:
+                raise ValueError(
+                    f"model {model!r}, {name}: has the token {max(ids)}, but its text encoder knows {known}. Download the model again"
+                )
+    if type(policy.resolution) is not int or not 1 <= policy.resolution <= MOST_PIXELS:
+        raise ValueError(
+            f"model {model!r}: its images have {policy.resolution!r:.40} pixels per edge. Expected 1 to {MOST_PIXELS}. Download "
+            "the model again"
+        )
+
+
+def _modules(policy: ImagePolicy | TextPolicy) -> dict[str, nn.Module]:
+    """Modules of a policy by name: those of its pipeline, or its model."""
+    if policy.modality == "text":
+        return {"": policy.model}
+    parts: dict[str, Any] = policy.pipe.components  # type: ignore[attr-defined]
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def load_image_policy(model: str, *, revision: str | None = None, **options: Any) -> ImagePolicy:

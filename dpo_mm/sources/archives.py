@@ -65,6 +65,8 @@ class JoinedParts(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: sum(self._sizes)}[whence]
+        if self._position < 0:
+            raise EOFError("an offset in it is before its begin")
         return self._position
 
     def readinto(self, buffer: Any) -> int:

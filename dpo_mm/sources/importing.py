@@ -146,6 +146,8 @@ def _row_finisher(
     def finish(row: Row) -> Item:
         with name_row(row_name(row), FIX):
             gap = score_gap_of(row)
+            if entry.kind == "images" and not isinstance(row.get("prompt"), str):
+                raise ValueError(f"prompt is {row.get('prompt')!r:.80}. Expected text")
         if min_score_gap is not None and (gap is None or gap < min_score_gap):
             return LeftOut(f"its score gap is {'unknown' if gap is None else f'below {min_score_gap:g}'}")
         row = {**row, "source": row.get("source") or source, "license": row.get("license") or license or entry.license}

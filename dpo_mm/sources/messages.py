@@ -42,7 +42,9 @@ def to_messages(conversation: Any, images: list[Any] | None = None) -> list[Mess
     """
     turns = [conversation] if isinstance(conversation, dict) else conversation
     converted = []
-    for turn in turns:
+    for turn in turns if isinstance(turns, list | tuple) else [turns]:
+        if not isinstance(turn, dict):
+            raise ValueError("a turn of its conversation is not an object")
         turn = {**turn, "role": turn["from"], "content": turn["value"]} if "from" in turn else turn
         content = turn.get("content")
         if images is not None and isinstance(content, list):

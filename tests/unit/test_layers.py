@@ -20,6 +20,7 @@ LAYERS = (
         "resumable",
         "assets",
         "cache_folder",
+        "model_checks",
         "model_loading",
         "content_key",
         "outputs",

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpo_mm.model_loading import check_libraries, load_part
+
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that training never needs."""
 MAX_REAL_BUFFER = 2**16
@@ -33,6 +35,7 @@ def load_on_meta_device(source: str, *, revision: str | None, dtype: torch.dtype
     import diffusers
 
     index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
+    check_libraries(index, source)
     pipeline_class = getattr(diffusers, index["_class_name"])
     parts: dict[str, Any] = {}
     for name in set(inspect.signature(pipeline_class.__init__).parameters) & set(index):
@@ -56,12 +59,14 @@ def _build_component(
         raise ValueError(f"model {source!r}: {name} comes from {library!r}. Expected diffusers or transformers")
     component_class = getattr(importlib.import_module(library), class_name)
     if not issubclass(component_class, nn.Module):
-        return component_class.from_pretrained(source, subfolder=name, revision=revision)
+        return load_part(component_class, source, name=f"model {source!r}, {name}", subfolder=name, revision=revision)
     if library == "diffusers":
         config = component_class.load_config(source, subfolder=name, revision=revision)
         with torch.device("meta"):
             return _fill_small_buffers(component_class.from_config(config).to(dtype))
-    config = component_class.config_class.from_pretrained(source, subfolder=name, revision=revision)
+    config = load_part(
+        component_class.config_class, source, name=f"model {source!r}, {name}", subfolder=name, revision=revision
+    )
     with torch.device("meta"):
         return _fill_small_buffers(component_class(config).to(dtype).eval())
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dpo_mm.policies.adapter_checks import check_peft_adapter
 from dpo_mm.policies.adapters import Weights, has_lora
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
@@ -96,6 +97,7 @@ class PixArtSigma(DiffusionPolicy):
 
         if not (Path(folder) / "adapter_config.json").exists():
             return super().load_adapter(folder)
+        check_peft_adapter(Path(folder), self.model)
         self.model.add_adapter(PeftConfig.from_pretrained(str(folder)), adapter_name="tuned")  # type: ignore[operator]
         self._load_peft_weights(Path(folder), "tuned")
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import nn
 
+from dpo_mm.model_checks import SAVE_AGAIN, check_finite, read_config
 from dpo_mm.model_loading import load_module
-from dpo_mm.policies.adapters import LORA_FILE, at_lora_scale, lora_models
+from dpo_mm.policies.adapters import LORA_FILE, at_lora_scale, attach_lora, lora_models
 from dpo_mm.policies.diffusion.latents import check_unet
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def load_adapter(policy: DiffusionPolicy, folder: Path) -> None:
         ValueError: if the folder contains none of them, or it does not fit the model.
     """
     if (folder / LORA_FILE).exists():
-        policy.pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="tuned")
+        attach_lora(policy.pipe, folder / LORA_FILE)
         if not lora_models(policy.pipe):
             raise ValueError(f"adapter {str(folder)!r}: no weight in {LORA_FILE} fits {policy.source!r}")
     elif (folder / INDEX_FILE).exists():
@@ -37,6 +38,7 @@ def load_adapter(policy: DiffusionPolicy, folder: Path) -> None:
     elif (folder / policy.denoiser).is_dir():
         policy.base_pipe = copy.copy(policy.pipe)
         tuned = load_module(type(policy.model), str(folder / policy.denoiser), dtype=policy.dtype)
+        check_finite({"": tuned}, f"adapter {str(folder)!r}")
         setattr(policy.pipe, policy.denoiser, tuned.to(policy.device))
     else:
         raise ValueError(f"adapter {str(folder)!r} contains neither {LORA_FILE} nor a folder {policy.denoiser}/")
@@ -46,7 +48,7 @@ def _load_pipeline(policy: DiffusionPolicy, folder: Path) -> Any:
     """Load a tuned pipeline. Raises ValueError unless its class is that of the policy's pipeline."""
     expected, tuned_class = (
         type(policy.pipe).__name__,
-        json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["_class_name"],
+        read_config(folder / INDEX_FILE, fix=SAVE_AGAIN).get("_class_name"),
     )
     if tuned_class != expected:
         raise ValueError(
@@ -55,6 +57,8 @@ def _load_pipeline(policy: DiffusionPolicy, folder: Path) -> Any:
         )
     pipe = type(policy).open(str(folder), revision=None, dtype=policy.dtype)
     check_unet(pipe, str(folder))
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    check_finite(modules, f"adapter {str(folder)!r}")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(policy.device)
 

@@ -17,7 +17,7 @@ def auto_classes_for(config: Any, source: str) -> tuple[Any, Any]:
         source: folder or hub id of the model, for the error.
 
     Raises:
-        ValueError: if the model is an encoder-decoder, or neither an image-text-to-text nor a causal language model.
+        ValueError: if the model has custom code, is an encoder-decoder, or neither an image-text-to-text nor a causal language model.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
     from transformers.models.auto.modeling_auto import (
@@ -25,6 +25,8 @@ def auto_classes_for(config: Any, source: str) -> tuple[Any, Any]:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
+    if getattr(config, "auto_map", None):  # of a hub model. That of a folder is refused before
+        raise ValueError(f"model {source!r} has custom code (auto_map), and code of models is not run")
     model_type = config.model_type
     if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder or hasattr(config, "decoder"):
         raise ValueError(

@@ -31,6 +31,7 @@ from dpo_mm.data.conversation import (
 from dpo_mm.data.image_files import rgb_image
 from dpo_mm.data.load_pairs import decode_prompt_images, undecoded_rows
 from dpo_mm.data.schema import Response
+from dpo_mm.errors import name_row
 from dpo_mm.objectives import DATASET_INPUTS
 from dpo_mm.policies.vlm.completion import TurnEnd, stop_ids, turn_end, without_repeated_opening
 from dpo_mm.policies.vlm.decoding import hidden_ids, media_ids
@@ -95,7 +96,10 @@ class ConversationEncoder:
 
     def encode(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Encode rows of the schema `response_preference`, without the dropped ones. See `encode_row`."""
-        encoded = (self.encode_row(row) for row in undecoded_rows(rows))
+        encoded = []
+        for row in undecoded_rows(rows):
+            with name_row(f"row {row['id']} of the pairs", "Fix the row, or remove it", clear=(ValueError,)):
+                encoded.append(self.encode_row(row))
         return [row for row in encoded if row is not None]
 
     def encode_row(self, row: Mapping[str, Any]) -> dict[str, Any] | None:

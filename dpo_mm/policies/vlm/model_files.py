@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
-from dpo_mm.model_loading import load_module
-from dpo_mm.policies.adapters import refuse_pickle, sort_sets
+from dpo_mm.errors import one_line
+from dpo_mm.model_checks import SAVE_AGAIN, check_finite, name_model
+from dpo_mm.model_loading import load_module, load_part
+from dpo_mm.policies.adapter_checks import check_peft_adapter
+from dpo_mm.policies.adapters import sort_sets
 from dpo_mm.policies.vlm.architecture import auto_classes_for
 
 if TYPE_CHECKING:
     from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 
 ADAPTER_FILE = "adapter_config.json"
+TRIED_EDGE = 64
+"""Pixels per edge of the image on which a processor is tried when it is loaded."""
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def load_processor(processor_class: Any, source: str, *, revision: str | None = None) -> Any:
-    """Load a model's processor or tokenizer. Raises ValueError if it needs a package that is not installed."""
-    try:
-        return processor_class.from_pretrained(source, revision=revision)
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model {source!r}: its processor needs a package that is not installed. {reason}") from error
+    """Load a model's processor or tokenizer.
+
+    Raises:
+        ValueError: if it is damaged, or needs a package that is not installed.
+    """
+    return load_part(processor_class, source, name=f"model {source!r}: its processor", revision=revision)
+
+
+def try_processor(policy: VisionLanguage) -> None:
+    """Encode a short conversation, so that a damaged processor or tokenizer fails before any work.
+
+    A ValueError is left for the rows: some models need an image, or take none.
+    """
+    images = [Image.new("RGB", (TRIED_EDGE, TRIED_EDGE))] if hasattr(policy.processor, "image_processor") else []
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": "a"}]
+    with contextlib.suppress(ValueError):
+        try:
+            policy.encoder.prompt(images, [{"role": "user", "content": content}], label="a row")
+        except (TypeError, AttributeError, KeyError, IndexError, OverflowError, ZeroDivisionError) as error:
+            reason = f"its processor is damaged ({one_line(error)}). {SAVE_AGAIN}"
+            raise OSError(f"model {policy.source!r}: {reason}") from error
 
 
 def save(policy: VisionLanguage, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
@@ -51,7 +73,7 @@ def load_weights(policy: VisionLanguage, folder: Path) -> None:
         ValueError: if the weights do not fit the model, or an adapter has only pickled weights.
     """
     if hasattr(policy.model, "disable_adapter"):
-        refuse_pickle(folder)
+        check_peft_adapter(folder, policy.base_model)
         from peft import load_peft_weights, set_peft_model_state_dict
 
         weights = load_peft_weights(str(folder), device="cpu")
@@ -74,13 +96,12 @@ def load_adapter(policy: VisionLanguage, folder: Path) -> None:
     """
     base_model = policy.base_model
     if (folder / ADAPTER_FILE).exists():
-        refuse_pickle(folder)
-        from peft import PeftModel
-
-        policy.model = PeftModel.from_pretrained(base_model, str(folder)).eval()
+        check_peft_adapter(folder, base_model)
+        policy.model = _attach(base_model, folder).eval()
     elif (folder / "config.json").exists():
         policy.untuned = policy.model, policy.processor, policy.encoder
         tuned = load_module(type(base_model), str(folder), dtype=base_model.dtype)
+        check_finite({"": tuned}, f"adapter {str(folder)!r}")
         policy.model = tuned.to(base_model.device).eval()
         if any((folder / name).exists() for name in PROCESSOR_FILES):
             _, processor_class = auto_classes_for(tuned.config, str(folder))
@@ -88,3 +109,18 @@ def load_adapter(policy: VisionLanguage, folder: Path) -> None:
         policy.encoder = policy.encoder.with_processor(policy.processor, policy.model)
     else:
         raise ValueError(f"adapter {str(folder)!r} contains neither {ADAPTER_FILE} nor config.json")
+
+
+def _attach(base_model: Any, folder: Path) -> Any:
+    """Attach an adapter in PEFT's format to a model. Raises ValueError unless each of its weights fits the model."""
+    from peft import PeftModel
+
+    with name_model(f"adapter {str(folder)!r}"):
+        model = PeftModel.from_pretrained(base_model, str(folder))
+        names = getattr(base_model, "_checkpoint_conversion_mapping", {})
+        result: Any = model.load_adapter(str(folder), "default", key_mapping=names)  # the first call returns no result
+    wrong = [*result.unexpected_keys, *result.missing_keys]
+    if wrong:
+        problem = "does not exist in this model" if result.unexpected_keys else "is missing in the adapter"
+        raise ValueError(f"adapter {str(folder)!r}: the weight {wrong[0]} {problem}. Is it of another model?")
+    return model

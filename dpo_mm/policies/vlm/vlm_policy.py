@@ -22,7 +22,7 @@ from torch import nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash
 from dpo_mm.data.schema import Response
-from dpo_mm.model_loading import load_module
+from dpo_mm.model_loading import load_module, load_part
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.policies.vlm import generation, model_files, pair_batches
@@ -111,15 +111,14 @@ class VisionLanguage:
             raise ValueError(f"precision {precision!r} is unknown. Expected one of {', '.join(DTYPES)}")
         from transformers import AutoConfig
 
-        try:
-            config = AutoConfig.from_pretrained(source, revision=revision)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model {source!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        config = load_part(AutoConfig, source, name=f"model {source!r}", revision=revision)
         model_class, processor_class = auto_classes_for(config, source)
+        processor = model_files.load_processor(processor_class, source, revision=revision)
         model = load_module(model_class, source, revision=revision, dtype=DTYPES[precision])
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        processor = model_files.load_processor(processor_class, source, revision=revision)
-        return cls(model, processor, source, **options)
+        policy = cls(model, processor, source, **options)
+        model_files.try_processor(policy)
+        return policy
 
     @property
     def base_model(self) -> Any:
