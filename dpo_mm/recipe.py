@@ -227,15 +227,17 @@ def compare(
     """
     from dpo_mm.evaluation.finished_comparison import COMPARISON, ingredients, read_result
     from dpo_mm.evaluation.image_store import saved_lines
-    from dpo_mm.outputs import output_folder, settings_of
+    from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of
 
+    folder = Path(config.output_dir)
+    inputs = [config.model, config.adapter, sft_adapter]
+    inputs.append(config.questions if isinstance(config, CompareResponsesConfig) else config.prompts)
+    refuse_foreign_folder(folder, COMPARISON, inputs=inputs)
     _check_judges(config.judges)
     options: dict[str, Any] = {"title": title, "command": command, "sft_adapter": sft_adapter}
     if training is not None:
         options |= {"history": training.history, "settings": training.settings}
-    settings, folder = settings_of("comparison", ingredients(config, sft_adapter)), Path(config.output_dir)
-    inputs = [config.model, config.adapter, sft_adapter]
-    inputs.append(config.questions if isinstance(config, CompareResponsesConfig) else config.prompts)
+    settings = settings_of("comparison", ingredients(config, sft_adapter))
     with (
         stop_on_signal(lambda: saved_lines(folder)),
         output_folder(folder, COMPARISON, settings, inputs=inputs, overwrite=config.overwrite) as finished,

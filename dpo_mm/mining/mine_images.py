@@ -26,7 +26,7 @@ from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.data.schema import image_preference, make_image_rows
 from dpo_mm.judges import judge_digests
 from dpo_mm.judges.score_checks import higher_is_better_scores
-from dpo_mm.outputs import OutputKind, output_folder, settings_of, write_results
+from dpo_mm.outputs import OutputKind, output_folder, refuse_foreign_folder, settings_of, write_results
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.policies.protocol import ImagePolicy
@@ -53,10 +53,10 @@ def mine_images(config: MineConfig) -> Path:
     """
     if config.images_per_prompt < 2:
         raise ValueError(f"images_per_prompt is {config.images_per_prompt}. A pair needs at least 2 images per prompt.")
-    folder = Path(config.output_dir)
+    folder, inputs = Path(config.output_dir), [config.prompts, config.model, config.adapter]
+    refuse_foreign_folder(folder, MINING, inputs=inputs)
     prompts = read_prompts(config.prompts, limit=config.max_prompts)
     settings = settings_of("mined image pairs", ingredients(config, prompts))
-    inputs = [config.prompts, config.model, config.adapter]
     with output_folder(folder, MINING, settings, inputs=inputs, overwrite=config.overwrite) as finished:
         if not finished:
             _mine(config, prompts)

@@ -26,7 +26,7 @@ from dpo_mm.judges import better_of, correct, explain, judge_digests
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.judges.text import truncate_repetition
 from dpo_mm.mining.mine_images import MINING
-from dpo_mm.outputs import output_folder, settings_of, write_results
+from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of, write_results
 from dpo_mm.policies.families import load_text_policy, model_content
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
@@ -47,13 +47,13 @@ def mine_responses(config: MineResponsesConfig) -> Path:
         TrainingInterrupted: after SIGTERM or Ctrl-C, when the current shard is saved.
     """
     _validate_config(config)
-    folder = Path(config.output_dir)
+    folder, inputs = Path(config.output_dir), [config.questions, config.model, config.adapter]
+    refuse_foreign_folder(folder, MINING, inputs=inputs)
     questions = read_questions(config.questions, limit=config.max_questions)
     without = next((question.id for question in questions if not question.has_ground_truth), None)
     if without is not None:
         raise ValueError(f"{config.questions}: question {without} has no ground truth, and mining needs it. Add it.")
     settings = settings_of("mined response pairs", ingredients(config, questions))
-    inputs = [config.questions, config.model, config.adapter]
     with output_folder(folder, MINING, settings, inputs=inputs, overwrite=config.overwrite) as finished:
         if not finished:
             _mine(config, questions)
