@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from dpo_mm.cli.main import main
+from dpo_mm.labels.store import VoteStore
 from tests.reliability import commands
 from tests.reliability.test_outputs import contents
 
@@ -138,6 +141,24 @@ def test_quickstart_and_fresh_images_into_foreign_folders_are_refused(inputs: Pa
         assert "dpo-mm did not make" in refused(run, (inputs, tmp_path), *command)
 
 
+@pytest.mark.parametrize("tables", ["notes (id INTEGER, text TEXT)", "votes (id INTEGER PRIMARY KEY, topic TEXT)"])
+def test_votes_into_a_database_of_another_program_are_refused(
+    tables: str, inputs: Path, tmp_path: Path, run: Run
+) -> None:
+    """Catches tables that are added to it, also if it has a table of the same name."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.sqlite")) as database:
+        database.execute(f"CREATE TABLE {tables}")
+        database.commit()
+    (tmp_path / "text.sqlite").write_text("no database")
+    for name in ("other.sqlite", "text.sqlite"):
+        votes = str(tmp_path / name)
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match="Choose another file for --votes"):
+            VoteStore(votes, ["row-0"], source="pairs.parquet")  # as the page does
+        assert contents(tmp_path) == before
+        refused(run, (inputs, tmp_path), "label", "ratings", votes, "--pairs", str(inputs / "pairs.parquet"))
+
+
 def _run_again(name: str, inputs: Path, tmp_path: Path, run: Run) -> None:
     """The finished result is printed again, and another is refused, or replaces it if every file is unchanged."""
     command = commands.commands(inputs, tmp_path)[name]
@@ -153,14 +174,14 @@ def _run_again(name: str, inputs: Path, tmp_path: Path, run: Run) -> None:
     notes.write_text("of the user")
     before = contents(tmp_path)
     assert run(*command)[0] == first and contents(tmp_path) == before
-    assert "--overwrite" in refused(run, [tmp_path], *other)
+    assert "--overwrite" in refused(run, (inputs, tmp_path), *other)
     result = output if name in FILE_OUTPUTS else output / RESULTS[name]
     content = result.read_bytes()
     result.write_bytes(b"edited by the user")
     for arguments in (command, other, [*other, "--overwrite"]):
         if name == "import" and arguments == command:  # its shards are not read again
             continue
-        refused(run, [tmp_path], *arguments)
+        refused(run, (inputs, tmp_path), *arguments)
     result.write_bytes(content)
     status, error = run(*other, "--overwrite")
     assert status in (0, 1) and result.read_bytes() != content, error[-2000:]
