@@ -7,6 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from dpo_mm.resumable import explain_unwritten
+
 
 def cache_folder() -> Path:
     """Return $DPO_MM_CACHE, or dpo-mm in the user's cache folder.
@@ -28,6 +30,23 @@ def _default(cache: str | None, home: str | None) -> Path:
     except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
         pass
     return _own_folder(Path(tempfile.gettempdir()) / f"dpo-mm-{_user()}")
+
+
+def create_cache(folder: Path) -> None:
+    """Create a folder of the cache. Raise OSError with the fix if it cannot be written."""
+    with explain_unwritten(folder, fix="Set DPO_MM_CACHE to a folder that you can write"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def set_hub_cache() -> None:
+    """Set HF_HOME to a folder of the cache for a user who cannot write the default one. Call it before the libraries load."""
+    if "HF_HOME" in os.environ or "XDG_CACHE_HOME" in os.environ:
+        return
+    home = Path(os.path.expanduser("~"))  # "~" if the user has no home directory
+    default = home / ".cache" / "huggingface"
+    exists = next((path for path in (default, *default.parents) if path.exists()), default)
+    if str(home) == "~" or not (default.is_dir() or (exists.is_dir() and os.access(exists, os.W_OK))):
+        os.environ["HF_HOME"] = str(cache_folder() / "huggingface")
 
 
 def _user() -> int:

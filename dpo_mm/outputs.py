@@ -107,7 +107,8 @@ def output_folder(
         yield True
         return
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    with explain_unwritten(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         with lock_output(folder / LOCK, folder, kind.flag) if first else contextlib.nullcontext():
             refuse_foreign_folder(folder, kind, inputs=inputs)  # again, now that no other process can change it

@@ -57,13 +57,11 @@ def explain_unwritten(path: Path | str, *, fix: str = FIX) -> Iterator[None]:
 
 
 def _is_near(name: str | bytes | int, path: Path) -> bool:
-    """Return True if a file lies in the folder of `path` or in `path`."""
-    parent = path.absolute().parent
-    return (
-        isinstance(name, int)
-        or parent in Path(os.fsdecode(name)).absolute().parents
-        or parent == Path(os.fsdecode(name))
-    )
+    """Return True if a file is in the folder of `path`, or a folder above it."""
+    if isinstance(name, int):
+        return True
+    file, folder = Path(os.fsdecode(name)).absolute(), path.absolute().parent
+    return file == folder or folder in file.parents or file in folder.parents
 
 
 def _unwritten(path: Path | str, reason: str, fix: str, number: int = errno.EIO) -> UnwrittenError:

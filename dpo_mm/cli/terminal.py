@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpo_mm.cache_folder import set_hub_cache
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.printed_text import printable
 
@@ -78,6 +79,7 @@ def run_as_command() -> Iterator[None]:
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_hub_cache()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # characters that the terminal's encoding does not have
@@ -102,4 +104,6 @@ def _message(error: BaseException) -> str:
     text = str(error)
     if "in DataLoader worker process" in text and "Traceback" in text:
         text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    if "No usable temporary directory" in text:
+        text += ". Set TMPDIR to a folder that you can write"
     return " ".join(text.split())

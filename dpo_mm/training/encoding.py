@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dpo_mm.cache_folder import cache_folder
+from dpo_mm.cache_folder import cache_folder, create_cache
 from dpo_mm.checksums import COMPLETE, saved_shards, with_checksum, without_checksum
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions
@@ -150,7 +150,7 @@ def encode(
             (folder / COMPLETE).unlink(missing_ok=True)
         pipeline = type(policy.pipe).__name__
         check_source_images(rows, where, pipeline=pipeline, is_image_editing=policy.is_image_editing)
-        folder.mkdir(parents=True, exist_ok=True)
+        create_cache(folder)
         with stop_on_signal(lambda: saved_shards(folder)):
             _encode(task)
     return EncodedPairs(folder)

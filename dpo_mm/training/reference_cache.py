@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_mm.cache_folder import create_cache
 from dpo_mm.checksums import is_intact, write_with_checksum
 from dpo_mm.content_key import content_key, library_versions
 from dpo_mm.outputs import remove_stale_files
@@ -47,7 +48,7 @@ def save(place: Path, *, chosen: Tensor, rejected: Tensor) -> None:
     """Save log-probs to a temporary file, then rename it."""
     from safetensors.torch import save_file
 
-    place.parent.mkdir(parents=True, exist_ok=True)
+    create_cache(place.parent)
     remove_stale_files(place.parent.glob(".*"), shared=True)
     with write_with_checksum(place, fix="free space or set DPO_MM_CACHE") as temporary:
         save_file({"chosen": chosen, "rejected": rejected}, temporary)

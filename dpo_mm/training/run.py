@@ -176,7 +176,7 @@ def _train_on(
     with complete_part(lambda: f"The run is complete and its result is in {config.output_dir}") as stop:
         _fit(trainer, checkpoint, stop)
         trainer.save_result(summary, lambda folder: card(into=folder))
-    return TrainResult(Path(config.output_dir), tuple(trainer.state.log_history), summary, float(config.beta))
+    return TrainResult(Path(config.output_dir), tuple(trainer.history()), summary, float(config.beta))
 
 
 def _saved_so_far(config: TrainConfig, splits: EncodedSplits | None) -> str:
@@ -254,7 +254,6 @@ def run_summary(policy: Policy, config: TrainConfig, num_pairs: int) -> dict[str
         "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
         "reference": resolve_reference_name(config),
         "tuning": f"{config.tuning}, {num_trained:,} trained parameters",
-        "precision": config.precision,
         "memory": f"about {(copies * num_bytes + 12 * num_trained) / 2**20:,.0f} MiB for weights, gradients and Adam, plus activations",
         **policy.describe(config),
         **unknown,

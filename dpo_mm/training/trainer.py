@@ -318,7 +318,7 @@ class PreferenceTrainer(Trainer):
 
     def history(self) -> list[dict[str, float]]:
         """Return the log without its entry on speed, which differs between equal runs."""
-        return [entry for entry in self.state.log_history if "train_runtime" not in entry]
+        return [dict(sorted(entry.items())) for entry in self.state.log_history if "train_runtime" not in entry]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, and take the learning rate from this run's schedule, whose number of steps may have changed."""
