@@ -72,9 +72,9 @@ class TrainConfig(Settings):
     """Largest norm of the gradient. Larger gradients are scaled down."""
     weight_decay: float = 1e-2
     """Weight decay of the optimizer."""
-    precision: str = "fp32"
-    """fp32 | bf16 | fp16. Precision of forward and backward passes and, with a LoRA, of the frozen weights. Errors and losses
-    are always float32."""
+    precision: str = "auto"
+    """auto | fp32 | bf16 | fp16. Precision of forward and backward passes and, with a LoRA, of the frozen weights. Errors and
+    losses are always float32. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Use it if memory runs out. It costs about one more forward pass."""
     seed: int = 0
@@ -179,8 +179,8 @@ class CompareConfig(Settings):
     """Strength of classifier-free guidance."""
     batch_size: int = 16
     """Images that are generated at once. Decrease it if memory runs out."""
-    precision: str = "fp32"
-    """fp32 | bf16 | fp16. Precision of the models."""
+    precision: str = "auto"
+    """auto | fp32 | bf16 | fp16. Precision of the models. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
     scales: tuple[float, ...] = ()
     """Further LoRA scales to evaluate, in addition to 0 and 1."""
     checkpoints: bool = False
@@ -227,8 +227,8 @@ class MineConfig(Settings):
     """Strength of classifier-free guidance."""
     batch_size: int = 16
     """Images that are generated at once. Decrease it if memory runs out."""
-    precision: str = "fp32"
-    """fp32 | bf16 | fp16. Precision of the model."""
+    precision: str = "auto"
+    """auto | fp32 | bf16 | fp16. Precision of the model. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
     seed: int = 0
     """Seed of the images."""
     shard_size: int = 64
@@ -315,8 +315,8 @@ class CompareResponsesConfig(Settings):
     """Sampling temperature. 0: greedy decoding."""
     batch_size: int = 16
     """Responses that are generated at once. Decrease it if memory runs out."""
-    precision: str = "fp32"
-    """fp32 | bf16 | fp16. Precision of the models."""
+    precision: str = "auto"
+    """auto | fp32 | bf16 | fp16. Precision of the models. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
     seed: int = 0
     """Seed of sampled responses."""
     overwrite: bool = False
@@ -357,8 +357,8 @@ class MineResponsesConfig(Settings):
     """Largest number of questions. null: all of a file, 400 of a synthetic dataset."""
     batch_size: int = 16
     """Responses that are generated at once. Decrease it if memory runs out."""
-    precision: str = "fp32"
-    """fp32 | bf16 | fp16. Precision of the model."""
+    precision: str = "auto"
+    """auto | fp32 | bf16 | fp16. Precision of the model. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
     seed: int = 0
     """Seed of the sampled responses."""
     shard_size: int = 128

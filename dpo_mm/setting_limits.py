@@ -1,4 +1,4 @@
-"""Ranges of numeric settings, checked when a config is made, before any work."""
+"""Ranges of numeric settings, checked when a config is made, before any work, and what `precision: auto` is on this machine."""
 
 from __future__ import annotations
 
@@ -41,8 +41,34 @@ LIMITS = {
 """Range of each numeric setting, by name."""
 
 
+def resolve_precision(name: str) -> str:
+    """Return the precision of a run on this machine.
+
+    Args:
+        name: fp32, bf16 or fp16, or auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16.
+
+    Raises:
+        ValueError: if the GPU does not have it.
+    """
+    if name not in ("auto", "bf16"):
+        return name
+    import torch
+
+    if not torch.cuda.is_available():
+        return "fp32" if name == "auto" else name
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    if name == "bf16":
+        raise ValueError(
+            f"precision bf16: this GPU ({torch.cuda.get_device_name()}) does not have it. Use fp16 or fp32"
+        )
+    return "fp16"
+
+
 class Settings:
     """Base of the configs. A number outside its range, or one that is not finite, is refused.
+
+    The precision "auto" is replaced by that of this machine, so that it is part of what is recorded.
 
     Raises:
         ValueError: with the setting, its value and its range.
@@ -59,3 +85,5 @@ class Settings:
             too_high = limits and (value > limits.high or (value == limits.high and not limits.includes_high))
             if limits and (value < limits.low or too_high):
                 raise ValueError(f"{field.name} is {value}. Expected a value {limits}")
+        if isinstance(precision := getattr(self, "precision", None), str):
+            object.__setattr__(self, "precision", resolve_precision(precision))

@@ -11,6 +11,7 @@ import typer
 from dpo_mm.cli.label import Overwrite
 from dpo_mm.cli.terminal import suppress_library_output
 from dpo_mm.errors import TrainingInterrupted
+from dpo_mm.setting_limits import resolve_precision
 
 demo = typer.Typer(no_args_is_help=True, help="Serve a page: label pairs, or compare models.")
 Port = Annotated[int | None, typer.Option(help="Port on 127.0.0.1. Default: the first free one from 7860.")]
@@ -18,7 +19,7 @@ AllowHost = Annotated[
     list[str] | None,
     typer.Option(help="Another host (NAME:PORT) under which the page may be opened or shown in a frame. Repeatable."),
 ]
-Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16. auto: fp32 on a CPU, else what the GPU has.")]
 BUNDLED_PAIRS = "shapes-faithfulness"
 
 
@@ -93,7 +94,7 @@ def demo_images(
     comparison: Annotated[
         str | None, typer.Option(help="Folder of a saved comparison. Its images are shown too, with filters.")
     ] = None,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     port: Port = None,
     allow_host: AllowHost = None,
 ) -> None:
@@ -105,7 +106,13 @@ def demo_images(
 
     with _end_quietly(), suppress_library_output():
         load_page("compare_images").run(
-            model, adapter, judges, comparison, precision=precision, port=port, allow_host=allow_host or ()
+            model,
+            adapter,
+            judges,
+            comparison,
+            precision=resolve_precision(precision),
+            port=port,
+            allow_host=allow_host or (),
         )
 
 
@@ -122,7 +129,7 @@ def demo_captions(
         str, typer.Option(help="Judge that marks mistakes, for examples with a ground truth.")
     ] = "degeneration",
     max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens per response.")] = 256,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     port: Port = None,
     allow_host: AllowHost = None,
 ) -> None:
@@ -139,7 +146,7 @@ def demo_captions(
             questions,
             judge,
             max_new_tokens=max_new_tokens,
-            precision=precision,
+            precision=resolve_precision(precision),
             port=port,
             allow_host=allow_host or (),
         )

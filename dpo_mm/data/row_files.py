@@ -12,7 +12,7 @@ from dpo_mm.data.row_paths import confine_rows, is_regular, regular_files
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MAX_BYTES_IN_MEMORY = 2**30
+MAX_BYTES_IN_MEMORY = 2**24
 """Parquet files up to this total size are read into memory."""
 
 

@@ -11,7 +11,6 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +154,7 @@ def confine_rows(rows: Dataset, folder: Path) -> Dataset:
     table: Any = rows.data
     for number, name in enumerate(table.column_names):
         column = table.column(number)
-        if _has_paths(name, column):
+        if any(_has_paths(chunk, is_path=name in IMAGE_COLUMNS) for chunk in column.chunks):
             chunks = [_confined_chunk(chunk, folder, is_path=name in IMAGE_COLUMNS) for chunk in column.chunks]
             table = table.set_column(number, table.field(number), _chunked(chunks, column.type))
     return rows if table is rows.data else Dataset(table, info=rows.info, split=rows.split)
@@ -167,19 +166,28 @@ def _chunked(chunks: list[pa.Array], kind: pa.DataType) -> pa.ChunkedArray:
     return pa.chunked_array(chunks, type=kind)
 
 
-def _has_paths(name: str, column: pa.ChunkedArray) -> bool:
-    """Return True if a column contains a path of an image. The bytes of images are not read."""
+def _has_paths(array: pa.Array, *, is_path: bool) -> bool:
+    """Return True if an array contains a path of an image. The bytes of images are not read or copied.
+
+    Args:
+        array: part of a column.
+        is_path: True if texts are paths too, as in IMAGE_COLUMNS.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    if text:
-        return name in IMAGE_COLUMNS and column.null_count < len(column)
-    if not any(_structs(column.type)) and not (name in IMAGE_COLUMNS and pa.types.is_nested(column.type)):
-        return False
-    if _is_cell(column.type):
-        return any(pc.any(_path_only(chunk)).as_py() for chunk in column.chunks)
-    return True
+    kind = array.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return is_path and array.null_count < len(array)
+    if _is_cell(kind):
+        return bool(pc.any(_path_only(array)).as_py())
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _has_paths(array.flatten(), is_path=is_path)
+    if pa.types.is_struct(kind):
+        if {field.name for field in kind} == CELL:  # of other types than an image: each is looked at
+            return True
+        return any(_has_paths(pc.struct_field(array, n), is_path=False) for n in range(kind.num_fields))
+    return False
 
 
 def _is_cell(kind: pa.DataType) -> bool:
@@ -191,16 +199,6 @@ def _is_cell(kind: pa.DataType) -> bool:
     types = pa.types
     known = (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string, types.is_null)
     return all(any(is_known(field.type) for is_known in known) for field in kind)
-
-
-def _structs(kind: pa.DataType) -> Iterator[bool]:
-    """Yield True for each type inside a type that is that of an image."""
-    import pyarrow as pa
-
-    yield pa.types.is_struct(kind) and {field.name for field in kind} == CELL
-    if pa.types.is_nested(kind) and not pa.types.is_map(kind):
-        for number in range(kind.num_fields):
-            yield from _structs(kind.field(number).type)
 
 
 def _path_only(chunk: pa.StructArray) -> pa.BooleanArray:

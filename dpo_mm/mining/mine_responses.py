@@ -31,6 +31,9 @@ from dpo_mm.policies.families import load_text_policy, model_content
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
 
+LOOP_JUDGES = ("degeneration",)
+"""Judges whose score of a response in a loop does not depend on the rest of the loop, so generation stops in it."""
+
 
 def mine_responses(config: MineResponsesConfig) -> Path:
     """Mine response pairs.
@@ -122,6 +125,8 @@ def _mine_shard(
     sampled = range(config.responses_per_question - 1)
     decodings = ["greedy", *(f"sampled at {config.temperature:g}, seed {config.seed + n}" for n in sampled)]
     responses: list[list[Response]] = [[] for _ in questions]
+    stops_loops = config.judge in LOOP_JUDGES
+    references = ["\n".join(question.ground_truths) for question in questions] if stops_loops else None
     for index in range(len(decodings)):
         batch = policy.generate(
             [question.images for question in questions],
@@ -131,6 +136,7 @@ def _mine_shard(
             temperature=config.temperature if index else 1.0,
             seed=config.seed + max(index - 1, 0),
             batch_size=config.batch_size,
+            loop_references=references,
         )
         for question_responses, response in zip(responses, batch, strict=True):
             question_responses.append(response)

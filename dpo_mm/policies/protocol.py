@@ -296,6 +296,7 @@ class TextPolicy(Policy, Protocol):
         temperature: float = 1.0,
         seed: int = 0,
         batch_size: int = 16,
+        loop_references: Sequence[str] | None = None,
     ) -> list[Response]:
         """Generate one response per conversation.
 
@@ -307,6 +308,8 @@ class TextPolicy(Policy, Protocol):
             temperature: temperature of the sampling, > 0.
             seed: seed of the first batch. A later batch adds the index of its first conversation.
             batch_size: conversations per batch.
+            loop_references: a text per conversation. A response whose repetition loop is much longer than any repetition
+                in its text is stopped, with `hit_limit` set, see `loop_stop`. None stops no response.
 
         Returns:
             One response per conversation, in the same order.

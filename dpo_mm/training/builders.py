@@ -216,6 +216,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         weight_decay=config.weight_decay,
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
+        tf32=True if config.precision == "bf16" and torch.cuda.is_available() else None,  # for what remains float32
         seed=config.seed,
         logging_steps=config.log_every,
         eval_strategy="steps" if config.eval_every else "no",

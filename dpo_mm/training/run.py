@@ -254,6 +254,7 @@ def run_summary(policy: Policy, config: TrainConfig, num_pairs: int) -> dict[str
         "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
         "reference": resolve_reference_name(config),
         "tuning": f"{config.tuning}, {num_trained:,} trained parameters",
+        "precision": config.precision,
         "memory": f"about {(copies * num_bytes + 12 * num_trained) / 2**20:,.0f} MiB for weights, gradients and Adam, plus activations",
         **policy.describe(config),
         **unknown,

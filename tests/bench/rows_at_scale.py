@@ -5,7 +5,8 @@
 The model is a tiny Qwen2.5-VL, so that rows decide. Images are JPEG files of --edge pixels in a Parquet file. Each run is a
 process of its own: it encodes or measures the rows, then takes --steps batches of two pairs from the Trainer's loader and
 waits --think seconds after each, as a step on a GPU would. The first batch is the start of the loader and is reported by
-itself. `peak_mib` is the largest resident memory of the main process, and `more_mib` what it is above the run with the fewest rows.
+itself. `peak_mib` is the largest memory of the main process without files that are mapped into it, and `more_mib` what it is above the
+run with the fewest rows.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -60,8 +61,23 @@ def write_pairs(path: Path, count: int, edge: int) -> None:
     writer.close()
 
 
+class PeakMemory(threading.Thread):
+    """Largest anonymous memory of this process, MiB. Pages of mapped files are not counted: they can be dropped."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.mib = 0.0
+
+    def run(self) -> None:
+        while True:
+            status = Path("/proc/self/status").read_text()
+            self.mib = max(self.mib, int(status.split("RssAnon:")[1].split()[0]) / 1024)
+            time.sleep(0.02)
+
+
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """Measure one run. It is called in a fresh process."""
+    import datasets
     import torch
     from transformers.utils import logging
 
@@ -73,6 +89,9 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
 
     multiprocessing.set_start_method("fork", force=True)  # a spawned process would spawn its loader processes too
     logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    peak = PeakMemory()
+    peak.start()
     torch.set_num_threads(1)
     if arguments["in_memory"]:
         response_rows.MAX_BYTES_IN_MEMORY = 2**50
@@ -101,7 +120,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         "seconds_before_first_step": round(measured, 1),
         "first_batch_s": round(waits[0], 2),
         "wait_per_step_s": round(float(np.mean(waits[1:])), 4),
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mib": round(peak.mib),
     }
 
 
@@ -128,6 +147,7 @@ def main() -> None:
             if count == min(options.rows):
                 runs.append((0, True))
             for workers, in_memory in runs:
+                os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
                 os.environ["DPO_MM_CACHE"] = str(
                     folder / f"cache-{count}-{workers}"
                 )  # each run measures the rows itself

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_mm import config as config_module
-from dpo_mm.config import TRAINER_NAMES, CompareConfig, MineConfig, TrainConfig
+from dpo_mm.config import TRAINER_NAMES, CompareConfig, MineConfig, TrainConfig, as_dict
 from dpo_mm.config_parsing import config_from_mapping, read_yaml
 from dpo_mm.judges import parse_judge_name
 from dpo_mm.mining.mine_images import parse_judges
@@ -219,3 +219,25 @@ def test_run_recipe_unknown_judge_is_refused_before_anything_runs(flag: str, tmp
     with pytest.raises(ValueError, match="judge 'degenerate' is unknown; did you mean 'degeneration'"):
         run_recipe(recipe, command="")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "has_bf16", "expected"), [(False, False, "fp32"), (True, True, "bf16"), (True, False, "fp16")]
+)
+def test_auto_precision_is_the_best_that_the_machine_has(
+    gpu: bool, has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches emulated bf16, and a config that records "auto": its run on another machine would have another precision."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation
+    )
+    assert TrainConfig("m", "p", "o").precision == expected
+    assert as_dict(CompareConfig("m", "p", "o"))["precision"] == expected
+    assert TrainConfig("m", "p", "o", precision="fp32").precision == "fp32"
+    if gpu and not has_bf16:
+        with pytest.raises(
+            ValueError, match=r"precision bf16: this GPU \(Tesla T4\) does not have it. Use fp16 or fp32"
+        ):
+            TrainConfig("m", "p", "o", precision="bf16")

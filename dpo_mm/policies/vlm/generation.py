@@ -13,6 +13,7 @@ from dpo_mm.data.conversation import as_messages
 from dpo_mm.data.schema import Response
 from dpo_mm.policies.vlm.decoding import with_plain_generation
 from dpo_mm.policies.vlm.layout_check import eval_mode
+from dpo_mm.policies.vlm.loop_stop import LoopStop, longest_repetition
 from dpo_mm.policies.vlm.pair_batches import join_images, pad_rows
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def generate(
     limits: dict[str, Any],
     seed: int,
     batch_size: int,
+    loop_references: Sequence[str] | None = None,
 ) -> list[Response]:
     """Generate one response per conversation, a batch at a time.
 
@@ -38,6 +40,7 @@ def generate(
         limits: keyword arguments of transformers' `generate`.
         seed: seed of the first batch. A later batch adds the index of its first conversation.
         batch_size: conversations per batch.
+        loop_references: see `TextPolicy.generate`.
 
     Returns:
         One response per conversation, in the same order.
@@ -53,11 +56,14 @@ def generate(
     with eval_mode(policy.model), torch.random.fork_rng():
         for start in range(0, len(prompts), batch_size):
             torch.manual_seed(seed + start)
-            responses += _generate_batch(policy, prompts[start : start + batch_size], limits)
+            references = None if loop_references is None else loop_references[start : start + batch_size]
+            responses += _generate_batch(policy, prompts[start : start + batch_size], limits, references)
     return responses
 
 
-def _generate_batch(policy: VisionLanguage, prompts: list[dict[str, Any]], limits: dict[str, Any]) -> list[Response]:
+def _generate_batch(
+    policy: VisionLanguage, prompts: list[dict[str, Any]], limits: dict[str, Any], references: Sequence[str] | None
+) -> list[Response]:
     width = max(len(prompt["ids"]) for prompt in prompts)
     inputs = {
         "input_ids": pad_rows([p["ids"] for p in prompts], width, left=True, value=policy.pad_token_id),
@@ -65,8 +71,19 @@ def _generate_batch(policy: VisionLanguage, prompts: list[dict[str, Any]], limit
         **{name: pad_rows([p["types"][name] for p in prompts], width, left=True) for name in prompts[0]["types"]},
         **join_images([prompt["images"] for prompt in prompts]),
     }
-    output = _generate(policy, _to_model(policy, inputs), **limits)
-    return [policy.encoder.response(tokens.tolist()) for tokens in output[:, width:].cpu()]
+    if references is None:
+        output = _generate(policy, _to_model(policy, inputs), **limits)[:, width:].cpu()
+        return [policy.encoder.response(tokens.tolist()) for tokens in output]
+    stop = LoopStop(width, _allowed_repetitions(policy, references))
+    output = _generate(policy, _to_model(policy, inputs), **limits, stopping_criteria=[stop])[:, width:].cpu()
+    ends = [end or output.shape[1] for end in stop.stopped_at.tolist()]  # after its end, a stopped row is padded
+    return [policy.encoder.response(tokens[:end].tolist()) for tokens, end in zip(output, ends, strict=True)]
+
+
+def _allowed_repetitions(policy: VisionLanguage, references: Sequence[str]) -> torch.Tensor:
+    """Length of the longest repetition in each text, in tokens, (rows,)."""
+    encoded = policy.encoder.tokenizer(list(references), add_special_tokens=False)["input_ids"]
+    return torch.tensor([longest_repetition(ids) for ids in encoded], device=policy.device)
 
 
 def _generate(policy: VisionLanguage, inputs: dict[str, torch.Tensor], **limits: Any) -> torch.Tensor:

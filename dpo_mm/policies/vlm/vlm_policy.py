@@ -339,8 +339,6 @@ class VisionLanguage:
         """Load a trained adapter or model for generation. Raises ValueError if the folder contains neither."""
         model_files.load_adapter(self, Path(folder))
 
-    # Generation
-
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
         """Context manager in which the policy has the model and the processor from before `load_adapter`."""
@@ -367,14 +365,16 @@ class VisionLanguage:
         temperature: float = 1.0,
         seed: int = 0,
         batch_size: int = 16,
+        loop_references: Sequence[str] | None = None,
     ) -> list[Response]:
         """Generate one response per conversation. See `TextPolicy.generate`."""
         if not self.generated:
             log_unused_settings(self.base_model, self.encoder.tokenizer, self.source)
-        self.generated = True
+            self.generated = True
         sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
         limits = {"do_sample": do_sample, **sampling, "max_new_tokens": max_new_tokens}
-        return generation.generate(self, images, messages, limits=limits, seed=seed, batch_size=batch_size)
+        batching: Any = {"seed": seed, "batch_size": batch_size, "loop_references": loop_references}
+        return generation.generate(self, images, messages, limits=limits, **batching)
 
     # Summary of the run
 
