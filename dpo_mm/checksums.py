@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.content_key import content_hash, file_hash
-from dpo_mm.resumable import FIX, atomic_write
+from dpo_mm.resumable import FIX, atomic_write, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +108,14 @@ def check_trained_files(folder: Path) -> None:
 
 @contextlib.contextmanager
 def write_with_checksum(path: Path, *, fix: str = FIX) -> Iterator[Path]:
-    """Context manager like `atomic_write` that also writes the checksum of the file, into a hidden file next to it."""
+    """Context manager like `atomic_write` that also writes the checksum of the file, into a hidden file next to it.
+
+    A file without a checksum is of others. It is renamed.
+    """
     with atomic_write(path, fix=fix) as temporary:
         yield temporary
+        if not _checksum_path(path).is_file():
+            set_aside(path)
         with atomic_write(_checksum_path(path), fix=fix) as checksum:
             checksum.write_text(file_hash(temporary), encoding="utf-8")
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.part")
 """Names of temporary files and folders. They are random, because containers on a shared disk have equal process ids."""
@@ -90,3 +93,11 @@ def atomic_write(path: Path, *, fix: str = FIX) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file or folder that is in the way and not ours to remove."""
+    if os.path.lexists(path):
+        renamed = path.with_name(f"{path.name}.{secrets.token_hex(4)}.old")
+        logger.warning("%s has changed or was not made by this command. It is now %s", path, renamed)
+        path.rename(renamed)

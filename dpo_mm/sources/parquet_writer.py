@@ -19,7 +19,7 @@ from dpo_mm.content_key import file_hash
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.errors import name_row
 from dpo_mm.outputs import LOCK, RECORDS, OutputKind, lock_output, read_record, refuse_foreign_folder
-from dpo_mm.resumable import atomic_write, explain_unwritten, temporary_path
+from dpo_mm.resumable import atomic_write, explain_unwritten, set_aside, temporary_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -268,6 +268,8 @@ class _Shard:
             with explain_unwritten(self.folder / self.name):
                 self.writer.close()
                 self.state.checksums[self.name] = file_hash(self.temporary_path)
+                if _other_file(self.folder / self.name, self.state.checksums[self.name]):
+                    set_aside(self.folder / self.name)
                 self.temporary_path.replace(self.folder / self.name)
             self.state.shards.append(self.name)
         self.state.units += self.units
@@ -300,6 +302,11 @@ def to_table(rows: list[Row], schema: pa.Schema) -> pa.Table:
                 with name_row(f"{row_name(row)}, column {field.name}", f"Expected {field.type}"[:200]):
                     pa.array([row.get(field.name)], field.type)
         raise
+
+
+def _other_file(path: Path, checksum: str) -> bool:
+    """Return True if a file exists that is not the shard with this checksum, as after a kill before the state was saved."""
+    return path.is_file() and file_hash(path) != checksum
 
 
 def _estimated_bytes(row: Row) -> int:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from dpo_mm.checksums import COMPLETE, complete_files, remove_unchanged_files, what_is_wrong
 from dpo_mm.config import TrainConfig, as_dict
-from dpo_mm.resumable import explain_unwritten
+from dpo_mm.resumable import explain_unwritten, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +60,6 @@ def move_into_place(aside: Path, folder: Path) -> None:
         if part.name != CONFIG_FILE:  # of this run, since its start
             set_aside(target)
         os.replace(part, target)
-
-
-def set_aside(path: Path) -> None:
-    """Rename a file or folder that is in the way and not ours to remove."""
-    if os.path.lexists(path):
-        renamed = path.with_name(f"{path.name}.{secrets.token_hex(4)}.old")
-        logger.warning("%s has changed or was not made by this run. It is now %s", path, renamed)
-        path.rename(renamed)
 
 
 def remove_old_checkpoints(folder: Path, *, limit: int) -> None:

@@ -29,6 +29,7 @@ from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.objectives import LogProbs
 from dpo_mm.outputs import KIND, RECORDS
 from dpo_mm.policies.protocol import Batch, Policy
+from dpo_mm.resumable import set_aside
 from dpo_mm.training.builders import DEFAULT_SLACK, build_loss, required_inputs, training_arguments
 from dpo_mm.training.callbacks import (
     ChosenErrorWarning,
@@ -44,7 +45,6 @@ from dpo_mm.training.checkpoints import (
     move_into_place,
     remove_checkpoint,
     remove_old_checkpoints,
-    set_aside,
 )
 from dpo_mm.training.metrics import image_reliance, reward_metrics, split_by_noise_quartile
 from dpo_mm.training.pair_stream import eval_stream, training_stream

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dpo_mm.checksums import COMPLETE, write_checksums, write_with_checksum
+from dpo_mm.checksums import COMPLETE, missing_shards, write_checksums, write_with_checksum
 from dpo_mm.config import CompareConfig, TrainConfig
 from dpo_mm.content_key import file_hash
 from dpo_mm.output_files import output_files, write_file
@@ -124,6 +124,17 @@ def test_file_of_the_user_with_the_name_of_a_result_is_not_replaced(tmp_path: Pa
     (tmp_path / "pairs.parquet").write_text("of the user")
     with pytest.raises(ValueError, match=r"pairs\.parquet exists, and dpo-mm did not make it"):
         fill(tmp_path, {"seed": 0})
+
+
+def test_foreign_shard_in_an_unfinished_folder_is_not_adopted_or_lost(tmp_path: Path) -> None:
+    """Catches a shard without our checksum that is taken for ours, or replaced."""
+    shard = tmp_path / "shard-00000.parquet"
+    (tmp_path / "mining.json").write_text(json.dumps({"kind": "mined pairs", "seed": 0}))
+    shard.write_text("of the user")
+    assert missing_shards([shard]) == [0]
+    assert not fill(tmp_path, {"seed": 0})
+    (renamed,) = tmp_path.glob("shard-00000.parquet.*.old")
+    assert renamed.read_text() == "of the user" and shard.read_text() == "shard"
 
 
 def test_failed_command_leaves_no_folder_that_binds_the_next_one(tmp_path: Path) -> None:
