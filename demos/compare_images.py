@@ -137,8 +137,10 @@ def score_html(judge: str, value: float) -> str:
     return f'<span class="score">{escape(metric_of(judge))} {value:.3f}</span>'
 
 
-def figures_html(figures: Sequence[str]) -> str:
-    return f'<div class="figures">{"".join(figures)}</div>'
+def figures_html(figures: Sequence[str], *, scrolls: str = "") -> str:
+    """Return a row of figures. `scrolls` is the label of a row that is wider than a phone, for the keyboard."""
+    attributes = f' tabindex="0" role="group" aria-label="{escape(scrolls)}"' if scrolls else ""
+    return f'<div class="figures"{attributes}>{"".join(figures)}</div>'
 
 
 def enlarge_small(image: Image.Image) -> Image.Image:
@@ -188,7 +190,10 @@ def strip_over_scales(model: DemoModel, *controls: Any) -> Iterator[list[str]]:
         images[n] = model.generate(prompt, seed, steps, guidance, scale)
         figures = [figure_html(title, image, prompt, model.judges) for title, image in zip(titles, images, strict=True)]
         status = f"{n + 1} of {len(titles)} LoRA scales generated, seed {seed}."
-        yield [status, f'<div class="strip"><h3>Seed {seed}, several LoRA scales</h3>{figures_html(figures)}</div>']
+        yield [
+            status,
+            f'<div class="strip"><h3>Seed {seed}, several LoRA scales</h3>{figures_html(figures, scrolls="LoRA scales")}</div>',
+        ]
 
 
 def strip_over_seeds(model: DemoModel, *controls: Any) -> Iterator[list[str]]:
@@ -201,7 +206,8 @@ def strip_over_seeds(model: DemoModel, *controls: Any) -> Iterator[list[str]]:
             images[next_seed, row_scale] = model.generate(prompt, next_seed, steps, guidance, row_scale)
         rows = [
             figures_html(
-                [figure_html(f"{name}, seed {s}", images.get((s, row_scale)), prompt, model.judges) for s in seeds]
+                [figure_html(f"{name}, seed {s}", images.get((s, row_scale)), prompt, model.judges) for s in seeds],
+                scrolls=f"{name}, several seeds",
             )
             for name, row_scale in (("base", 0.0), ("tuned", scale))
         ]

@@ -51,6 +51,8 @@ footer { display: none !important; }
 .head h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .15rem; }
 .head p { margin: 0; color: var(--quiet); }
 :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 2px; }
+.dark { --color-accent: #a5b4fc; }
+.cm-content span { color: inherit !important; }
 .small { image-rendering: pixelated; }
 .prompt { unicode-bidi: isolate; overflow-wrap: anywhere; max-height: 7.5em; overflow-y: auto; }
 """
@@ -230,12 +232,21 @@ def theme() -> Any:
     import gradio as gr
 
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
-    return gr.themes.Base(
+    base = gr.themes.Base(
         primary_hue="indigo",
         neutral_hue="slate",
         radius_size="md",
         font=list(fonts),
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
+    )
+    return base.set(  # Gradio's own colours have contrasts of 2.6 and 4.5 to one
+        body_text_color_subdued="*neutral_600",
+        block_info_text_color="*neutral_600",
+        color_accent="*primary_600",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_700",
     )
 
 
