@@ -53,8 +53,8 @@ CSS = """
 .quiet { color: var(--quiet); font-size: .9rem; }
 .ratings, .ratings tr { border: 0 !important; }
 .ratings { width: 100%; border-collapse: collapse; font-size: .95rem; }
-.ratings th, .ratings td { padding: .35rem .5rem !important; text-align: left; border: 0 solid var(--border-color-primary) !important;
-  border-bottom-width: 1px !important; }
+.gradio-container table.ratings th, .gradio-container table.ratings td { padding: .35rem .5rem !important; text-align: left; border: 0 !important;
+  border-bottom: 1px solid var(--border-color-primary) !important; }
 .ratings tbody th { font-weight: 600; overflow-wrap: anywhere; }
 .ratings .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .ratings td.span { position: relative; width: 30%; min-width: 70px; }

@@ -82,18 +82,6 @@ def test_label_page_is_accessible(serve: Callable[..., Any], page: Any, tmp_path
     check_looks(page, OWN)
 
 
-def test_images_page_is_accessible(serve_once: Callable[..., Any], page: Any) -> None:
-    page.goto(serve_once("images").address)
-    page.wait_for_function("() => /6 of 6/.test(document.querySelector('#status')?.innerText ?? '')")
-    check_looks(page, OWN)
-
-
-def test_captions_page_is_accessible(serve_once: Callable[..., Any], page: Any) -> None:
-    page.goto(serve_once("captions").address)
-    page.wait_for_function("() => /Ground truth/.test(document.querySelector('.status')?.innerText ?? '')")
-    check_looks(page, OWN)
-
-
 def test_comparison_report_is_accessible(page: Any, tmp_path: Path) -> None:
     text = full("three red stars above a blue circle")
     tones = [

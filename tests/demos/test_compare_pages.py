@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dpo_mm.assets import resolve_asset
+from tests.demos.test_accessibility import OWN, check_looks
 from tests.demos.test_foreign_sites import ADDRESS, read_everything
 from tests.demos.test_label_page import HOSTILE
 from tests.unit.evaluation.test_saved_comparison import finished_run
@@ -131,6 +132,18 @@ def test_comparison_pages_serve_no_file_of_the_machine(name: str, serve_once: Ca
 def test_visitors_read_no_address_of_an_object(name: str, serve_once: Callable[..., Any], page: Any) -> None:
     """It catches the value and the callback of a state, which Gradio prints into the configuration."""
     assert not ADDRESS.findall(read_everything(page, serve_once(name).address))
+
+
+def test_images_page_is_accessible(serve_once: Callable[..., Any], page: Any) -> None:
+    page.goto(serve_once("images").address)
+    page.wait_for_function("() => /6 of 6/.test(document.querySelector('#status')?.innerText ?? '')")
+    check_looks(page, OWN)
+
+
+def test_captions_page_is_accessible(serve_once: Callable[..., Any], page: Any) -> None:
+    page.goto(serve_once("captions").address)
+    page.wait_for_function("() => /Ground truth/.test(document.querySelector('.status')?.innerText ?? '')")
+    check_looks(page, OWN)
 
 
 def test_images_page_filters_images_of_a_saved_comparison(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
