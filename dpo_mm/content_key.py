@@ -58,6 +58,8 @@ processors. Dataset, images, prompts and questions count by their content, not b
 LIBRARIES = ("torch", "transformers", "diffusers", "peft", "tokenizers", "numpy", "pillow")
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".py")
 """Ends of the names of files that decide what a model computes. Others are pages and pictures about it."""
+RECORDS_OF_TRAINING = ("complete.json", "dpo_mm.json", "training_log.json")
+"""Files that training writes next to weights. A comparison changes the first, when it adds its results to the model card."""
 LOCATIONS = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "_diffusers_version")
 """Entries of configurations that say where or by which release a model was saved."""
 

@@ -14,9 +14,17 @@ from typing import Any
 
 import pytest
 
-from dpo_mm.checksums import COMPLETE, missing_shards, write_checksums, write_with_checksum
+from dpo_mm.checksums import (
+    COMPLETE,
+    changed_files,
+    complete_files,
+    missing_shards,
+    what_is_wrong,
+    write_checksums,
+    write_with_checksum,
+)
 from dpo_mm.config import CompareConfig, TrainConfig
-from dpo_mm.content_key import file_hash
+from dpo_mm.content_key import file_hash, model_files_hash
 from dpo_mm.output_files import output_files, write_file
 from dpo_mm.outputs import LOCK, OutputKind, output_folder, write_results
 from dpo_mm.recipe import compare
@@ -330,6 +338,18 @@ def test_retention_removes_only_checkpoints_of_training(tmp_path: Path) -> None:
         "checkpoint-2/state.bin",
     }
     assert len(found) == 6 and (tmp_path / "checkpoint-best").exists()
+
+
+def test_results_in_a_card_change_no_other_file_and_not_what_the_adapter_is(tmp_path: Path) -> None:
+    """Catches a comparison that is refused the second time, because its own results have changed the adapter."""
+    (tmp_path / "adapter_model.safetensors").write_text("weights")
+    (tmp_path / "README.md").write_text(f"# adapter\n\n`m` {MADE}\n")
+    write_checksums(tmp_path)
+    before, files = model_files_hash(tmp_path), contents(tmp_path)
+    add_results(tmp_path, [], verdict="better", command="one")
+    assert model_files_hash(tmp_path) == before and what_is_wrong(tmp_path) is None
+    changed = {name for name, checksum in contents(tmp_path).items() if checksum != files[name]}
+    assert changed == {"README.md", COMPLETE} and changed_files(tmp_path, complete_files(tmp_path)) == []
 
 
 @pytest.mark.parametrize("notes", ["above", "below"])
