@@ -7,11 +7,8 @@ from pathlib import Path
 
 import pytest
 
-COVERED_FAMILIES = {
-    "stable-diffusion-v", "stable-diffusion-tiny-vae", "sd3.5-without-t5", "flux-schnell",
-    "idefics3", "internvl", "llava_next", "llava_onevision", "paligemma", "qwen2_vl", "smolvlm",
-}  # fmt: skip
-"""Families whose code another family also runs. The quick tests skip them."""
+QUICK_FAMILIES = {"stable-diffusion", "sdxl", "sd3", "flux-dev", "llava", "qwen2_5_vl", "gemma3", "llama"}
+"""Families of the quick tests: UNets, transformers, and models whose vision tokens, masks and positions differ."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if (
             Path(__file__).parent in item.path.parents
             and parameters
-            and parameters.params.get("family") in COVERED_FAMILIES
+            and parameters.params.get("family", "llama") not in QUICK_FAMILIES
         ):
             item.add_marker("slow")
 

@@ -81,7 +81,7 @@ def test_lengths_from_headers_equal_the_encoded_lengths(family: str) -> None:
         assert size.tokens == len(encoded["prompt_ids"]) + max(len(encoded["chosen_ids"]), len(encoded["rejected_ids"]))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_streamed_run_has_the_bits_of_a_run_in_memory(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
@@ -160,6 +160,7 @@ def test_image_that_breaks_in_the_run_is_named_or_replaced_by_the_next(
     assert "row r2 of" in caplog.text and "The next row takes its place" in caplog.text
 
 
+@pytest.mark.slow
 def test_precomputed_reference_of_streamed_rows_gives_the_same_losses(model: str, tmp_path: Path) -> None:
     rows = pairs(tmp_path)
     runs = [train(config(model, rows, tmp_path / name, reference=name)) for name in ("adapter_off", "precomputed")]
