@@ -198,5 +198,9 @@ def model_files_hash(folder: Path) -> str:
     """Hash the files of a model or an adapter that decide what it computes. Checkpoints inside do not count."""
     parts = [path.parent for path in folder.glob("*/*config*.json") if not path.parent.name.startswith("checkpoint-")]
     listed = (path for part in {folder, *parts} for path in part.iterdir())
-    files = [path for path in listed if path.suffix in MODEL_FILES and path.is_file()]
+    files = [
+        path
+        for path in listed
+        if path.suffix in MODEL_FILES and path.name not in RECORDS_OF_TRAINING and path.is_file()
+    ]
     return content_hash({str(path.relative_to(folder)): file_hash(path) for path in files})
