@@ -38,7 +38,7 @@ def complete_files(folder: Path) -> dict[str, str]:
     try:
         checksums = dict(json.loads((folder / COMPLETE).read_text(encoding="utf-8")))
         return {name: checksum for name, checksum in checksums.items() if _is_inside(folder / name, folder)}
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 

@@ -198,7 +198,7 @@ def check_finite_tensors(tensors: dict[str, Tensor], name: str) -> None:
 
 @contextlib.contextmanager
 def name_model(name: str) -> Iterator[None]:
-    """Context manager in which what libraries raise for a damaged model becomes a ValueError that names it.
+    """Context manager in which what libraries raise for a damaged model becomes a ValueError or OSError that names it.
 
     Args:
         name: the model or adapter as the error names it, for example "model 'shapes-sd'".
@@ -212,9 +212,10 @@ def name_model(name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError | OSError) and _is_ours(error):
             raise
-        raise ValueError(
-            f"{name}: cannot be loaded ({type(error).__name__}: {one_line(error)}). Download or save it again"
-        ) from error
+        text = f"{name}: cannot be loaded ({type(error).__name__}: {one_line(error)}). Download or save it again"
+        if isinstance(error, OSError):  # a missing file, for which a caller may have another
+            raise OSError(text) from error
+        raise ValueError(text) from error
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -119,9 +119,7 @@ WORLDS: dict[str, Callable[[int], Iterator[Question]]] = {
 
 def _rows(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        rows = (row for batch in pq.ParquetFile(path).iter_batches(256) for row in batch.to_pylist())
+        rows = _parquet_rows(path)
     else:
         text = read_text(path)
         try:
@@ -138,6 +136,13 @@ def _rows(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
         if limit is not None and number >= limit:
             return
         yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    with name_row(str(path), "Expected Parquet with the columns images, prompt and ground_truth"):
+        yield from (row for batch in pq.ParquetFile(path).iter_batches(256) for row in batch.to_pylist())
 
 
 def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:

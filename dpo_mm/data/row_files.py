@@ -103,8 +103,7 @@ def _read_parquet(files: list[Path]) -> Dataset:
 
     if sum(file.stat().st_size for file in files) > MAX_BYTES_IN_MEMORY:
         return Dataset.from_parquet([str(file) for file in files])  # type: ignore[return-value]
-    return Dataset(
-        pa.concat_tables(
-            [pq.read_table(file, page_checksum_verification=True) for file in files], promote_options="default"
-        )
-    )
+    tables = [pq.read_table(file, page_checksum_verification=True) for file in files]
+    for table in tables:
+        table.validate(full=True)  # Parquet does not check that its texts are UTF-8
+    return Dataset(pa.concat_tables(tables, promote_options="default"))

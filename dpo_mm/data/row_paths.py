@@ -25,7 +25,7 @@ IMAGE_COLUMNS = ("image", "images", "image_a", "image_b", "image_source")
 """Columns whose texts are paths of images."""
 CELL = {"bytes", "path"}
 """Keys of an image as `datasets` stores it."""
-LONGEST_SHOWN = 80
+LONGEST_SHOWN, LONGEST_NAME = 80, 255
 HUB_REPOSITORY = re.compile(r"(models|datasets)--.+")
 
 
@@ -60,6 +60,10 @@ def resolve_inside(path: str | Path, folder: str | Path) -> Path:
     shown = f"{str(path)[:LONGEST_SHOWN]!r}"
     if "://" in str(path):
         raise ValueError(f"its path {shown} is a URL, and URLs are not fetched. Download the file")
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in str(path).encode(errors="replace").decode().split("/")):
+        raise ValueError(
+            f"its path {shown} is too long. If it is the image itself in base64, `dpo-mm import` decodes it"
+        )
     try:
         target = Path(os.path.realpath(Path(folder) / path))
     except (ValueError, UnicodeError) as error:  # a null byte or a surrogate

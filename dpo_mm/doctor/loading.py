@@ -11,6 +11,7 @@ from dpo_mm.assets import resolve_asset
 from dpo_mm.data.load_pairs import undecoded_rows
 from dpo_mm.data.row_paths import confine_row, regular_files
 from dpo_mm.data.schema import REQUIRED, load_pairs, load_responses
+from dpo_mm.errors import name_row
 
 BATCH = 32
 Row = dict[str, Any]
@@ -89,11 +90,7 @@ def batches(dataset: LoadedDataset) -> Iterator[list[Row]]:
 
     number = 0
     if dataset.files:
-        parts = (
-            [confine_row(row, file.parent) for row in part.to_pylist()]
-            for file in dataset.files
-            for part in pq.ParquetFile(file).iter_batches(BATCH)
-        )
+        parts = (_rows(part, file) for file in dataset.files for part in pq.ParquetFile(file).iter_batches(BATCH))
     else:
         stored = undecoded_rows(dataset.arrow_dataset)
         parts = ([dict(row) for row in islice(stored, BATCH)] for _ in range(0, dataset.num_rows, BATCH))
@@ -102,6 +99,11 @@ def batches(dataset: LoadedDataset) -> Iterator[list[Row]]:
             row["id"] = str(number if row.get("id") is None else row["id"])
             number += 1
         yield rows
+
+
+def _rows(part: Any, file: Path) -> list[Row]:
+    with name_row(str(file), "Write the file again"):
+        return [confine_row(row, file.parent) for row in part.to_pylist()]
 
 
 def rows_by_id(dataset: LoadedDataset, ids: set[str]) -> dict[str, Row]:

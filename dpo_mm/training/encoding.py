@@ -31,7 +31,7 @@ from dpo_mm.data.load_pairs import (
     data_columns,
 )
 from dpo_mm.data.row_digest import digest
-from dpo_mm.data.schema import drop_ties, load_pairs, split_by_prompt
+from dpo_mm.data.schema import drop_ties, load_pairs
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
@@ -40,6 +40,7 @@ from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write
 from dpo_mm.training import arrow_shards
 from dpo_mm.training.arrow_shards import Part, Shards
+from dpo_mm.training.evaluation_split import split_pairs
 from dpo_mm.training.response_rows import QUARANTINE, encode_responses
 
 if TYPE_CHECKING:
@@ -352,7 +353,7 @@ def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Enco
     if policy.modality == "text":
         return EncodedSplits(*encode_responses(policy, config, cache_folder()))
     pairs = drop_ties(load_pairs(config.pairs))
-    rows, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
+    rows, apart = split_pairs(pairs, config)
     how: dict[str, Any] = {
         "where": config.pairs,
         "undecodable_images": config.undecodable_images,

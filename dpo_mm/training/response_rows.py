@@ -21,10 +21,11 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions
 from dpo_mm.data.load_pairs import UndecodableImageError, UndecodedRows, decode_prompt_images, undecoded_rows
 from dpo_mm.data.row_digest import digest
-from dpo_mm.data.schema import load_responses, split_by_prompt
+from dpo_mm.data.schema import load_responses
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write
+from dpo_mm.training.evaluation_split import split_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -114,7 +115,7 @@ def encode_responses(policy: TextPolicy, config: TrainConfig, cache: Path) -> En
         ValueError: if a row is too long or not valid, or no row is left.
     """
     pairs = load_responses(config.pairs)
-    inside, apart = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
+    inside, apart = split_pairs(pairs, config)
     splits = [part for part in (inside, apart) if part is not None]
     dropped: list[str] = []
     content = digest(pairs)

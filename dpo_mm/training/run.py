@@ -17,7 +17,7 @@ from dpo_mm.assets import resolve_asset
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.content_key import check_ingredients, content_hash, library_versions
 from dpo_mm.data.row_digest import digest
-from dpo_mm.data.schema import drop_ties, load_pairs, load_responses, split_by_prompt
+from dpo_mm.data.schema import drop_ties, load_pairs, load_responses
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.interruption import StopRequest, complete_part, stop_on_signal
 from dpo_mm.outputs import OutputKind, output_folder, read_record, refuse_foreign_folder
@@ -37,6 +37,7 @@ from dpo_mm.training.checkpoints import (
     newest_first,
 )
 from dpo_mm.training.encoding import EncodedSplits, cache_folder, encode_splits
+from dpo_mm.training.evaluation_split import split_pairs
 from dpo_mm.training.memory_estimate import estimate_memory_and_disk
 from dpo_mm.training.model_card import write_card
 from dpo_mm.training.pair_stream import eval_stream, training_stream
@@ -122,7 +123,7 @@ def _pairs_digest(config: TrainConfig) -> str:
     """Digest of the pairs as `encode_splits` returns it, without encoding them."""
     if policy_class(config.model, revision=config.revision).modality == "text":
         return digest(load_responses(config.pairs))
-    parts = split_by_prompt(drop_ties(load_pairs(config.pairs)), config.eval_fraction, seed=config.seed)
+    parts = split_pairs(drop_ties(load_pairs(config.pairs)), config)
     return content_hash([digest(part) for part in parts if part is not None])
 
 
@@ -271,7 +272,7 @@ def dry_run(config: TrainConfig) -> dict[str, str]:
     refuse_foreign_folder(Path(config.output_dir), TRAINING, inputs=[config.model, config.pairs])
     policy = build_policy(config, weights=False)
     pairs = load_responses(config.pairs) if policy.modality == "text" else drop_ties(load_pairs(config.pairs))
-    train_rows, _ = split_by_prompt(pairs, config.eval_fraction, seed=config.seed)
+    train_rows, _ = split_pairs(pairs, config)
     policy.prepare(config)
     summary = run_summary(policy, config, len(train_rows))
     if policy.modality == "image":

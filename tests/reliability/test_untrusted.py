@@ -324,3 +324,22 @@ def test_commands_to_copy_quote_names(name: str, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     words = shlex.split(train_command(name, ["three red stars"]))
     assert Path(words[3]) == Path(name) and not words[3].startswith("-") and not words[5].startswith("-")
+
+
+def test_texts_that_are_not_utf_8_are_refused(folder: Path) -> None:
+    """Parquet does not check its texts."""
+    file = write_pairs(folder / "pairs.parquet", [{"bytes": PNG, "path": None}])
+    table = pq.read_table(file)
+    prompt = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"], pa.binary()).buffers())
+    pq.write_table(table.set_column(table.column_names.index("prompt"), "prompt", prompt), file)
+    for command in (load_pairs, examine, read_questions):
+        with pytest.raises(ValueError, match=r"pairs\.parquet"):
+            command(file)
+
+
+def test_checksums_of_others_are_read_safely(tmp_path: Path) -> None:
+    from dpo_mm.checksums import complete_files
+
+    for content in ("[" * 100_000, "[]", "5", '{"../x": "a", "/etc/passwd": "b"}', "{"):
+        (tmp_path / "complete.json").write_text(content)
+        assert complete_files(tmp_path) == {}

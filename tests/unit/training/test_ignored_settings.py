@@ -13,7 +13,7 @@ import pytest
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_response_rows
 from dpo_mm.training.builders import validate_config
-from dpo_mm.training.run import train
+from dpo_mm.training.run import dry_run, train
 from tests.contracts.tiny_vlms import save
 
 
@@ -85,3 +85,21 @@ def test_decaying_schedule_resumed_with_more_steps(
     assert "schedule linear depends on steps, which were 2. From step 3 on" in caplog.text
     with pytest.raises(ValueError, match=r"steps is 3, but .*checkpoint-4 is after step 4"):
         train(dataclasses.replace(config, steps=3, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_fraction": 0.01, "eval_every": 1}, r"eval_fraction 0\.01 of its 12 pairs is less than one prompt"),
+        ({"steps": 0}, "steps is 0. Expected a value at least 1"),
+        ({"learning_rate": -1e-5}, "learning_rate is -1e-05. Expected a value at least 0"),
+        ({"eval_fraction": 2.0}, "eval_fraction is 2.0. Expected a value in"),
+    ],
+)
+def test_dry_run_refuses_what_training_refuses(
+    settings: dict[str, Any], message: str, tiny_model: str, pairs: str, tmp_path: Path
+) -> None:
+    """Fails if the evaluation split is only checked when the trainer is built."""
+    for command in (dry_run, train):
+        with pytest.raises(ValueError, match=message):
+            command(TrainConfig(tiny_model, pairs, str(tmp_path / "out"), **{"steps": 1, **settings}))
