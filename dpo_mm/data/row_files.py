@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_mm.cache_folder import cache_folder, create_cache
+from dpo_mm.content_key import content_hash
 from dpo_mm.data.row_paths import confine_rows, is_regular, regular_files
+from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     from datasets import Dataset
 
 MAX_BYTES_IN_MEMORY = 2**24
 """Parquet files up to this total size are read into memory."""
+ROWS_PER_BATCH = 64
+"""Rows of a larger file that are copied at once."""
 
 
 def open_rows(path: str) -> Dataset:
@@ -40,6 +48,10 @@ def open_rows(path: str) -> Dataset:
             )
         try:
             rows = _read_parquet(files)
+        except OSError as error:
+            if error.filename or error.errno:  # of the copy in the cache, or of reading the file
+                raise
+            raise ValueError(f"{path}: not readable as Parquet ({' '.join(str(error).split())[:200]})") from error
         except Exception as error:
             raise ValueError(f"{path}: not readable as Parquet ({' '.join(str(error).split())[:200]})") from error
         return confine_rows(rows, folder if folder.is_dir() else folder.parent)
@@ -96,14 +108,57 @@ def _split_files(folder: Path) -> list[Path]:
 
 
 def _read_parquet(files: list[Path]) -> Dataset:
-    """Read small files into memory, and map large ones from the disk cache of `datasets`."""
+    """Read small files into memory, and map large ones from a copy in the cache. Checksums of pages are verified."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
 
     if sum(file.stat().st_size for file in files) > MAX_BYTES_IN_MEMORY:
-        return Dataset.from_parquet([str(file) for file in files])  # type: ignore[return-value]
+        return Dataset.from_file(str(_mapped_copy(files)))
     tables = [pq.read_table(file, page_checksum_verification=True) for file in files]
     for table in tables:
         table.validate(full=True)  # Parquet does not check that its texts are UTF-8
     return Dataset(pa.concat_tables(tables, promote_options="default"))
+
+
+def _mapped_copy(files: list[Path]) -> Path:
+    """Copy Parquet files into one Arrow file of the cache, unless it exists, and return its path.
+
+    Its name has paths, sizes and times of the files, so that changed files get a new copy.
+
+    Raises:
+        OSError: if the copy cannot be written. It names the file and the fix.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    copy = cache_folder() / "rows" / f"{content_hash(sources)}.arrow"
+    if copy.is_file():
+        return copy
+    create_cache(copy.parent)
+    parts = [pq.ParquetFile(file, page_checksum_verification=True) for file in files]
+    schema = pa.unify_schemas([part.schema_arrow for part in parts], promote_options="default")
+    with (
+        atomic_write(copy, fix="free space or set DPO_MM_CACHE to another disk") as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_stream(file, schema) as stream,
+    ):
+        for part in parts:
+            for table in _tables(part):
+                complete = pa.concat_tables([table, schema.empty_table()], promote_options="default")
+                stream.write_table(complete.select(schema.names).cast(schema))
+    return copy
+
+
+def _tables(file: pq.ParquetFile) -> Iterator[pa.Table]:
+    """Yield the rows of a Parquet file, some at a time. Raises ValueError if they are damaged."""
+    import pyarrow as pa
+
+    try:
+        for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, use_threads=False):
+            table = pa.Table.from_batches([batch])
+            table.validate(full=True)
+            yield table
+    except OSError as error:
+        raise ValueError(str(error)) from error
