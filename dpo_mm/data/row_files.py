@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 MAX_BYTES_IN_MEMORY = 2**24
 """Parquet files up to this total size are read into memory."""
-ROWS_PER_BATCH = 64
-"""Rows of a larger file that are copied at once."""
 
 
 def open_rows(path: str) -> Dataset:
@@ -152,12 +150,10 @@ def _mapped_copy(files: list[Path]) -> Path:
 
 
 def _tables(file: pq.ParquetFile) -> Iterator[pa.Table]:
-    """Yield the rows of a Parquet file, some at a time. Raises ValueError if they are damaged."""
-    import pyarrow as pa
-
+    """Yield the row groups of a Parquet file. Raises ValueError if they are damaged."""
     try:
-        for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, use_threads=False):
-            table = pa.Table.from_batches([batch])
+        for number in range(file.num_row_groups):
+            table = file.read_row_group(number, use_threads=False)
             table.validate(full=True)
             yield table
     except OSError as error:

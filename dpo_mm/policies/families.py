@@ -171,7 +171,7 @@ def load_policy(
     return policy
 
 
-def _try_tokenizers(policy: Any, model: str) -> None:
+def _try_tokenizers(policy: ImagePolicy, model: str) -> None:
     """Check the tokenizers of a pipeline and its resolution, so that damaged ones fail before any work.
 
     Raises:

@@ -17,12 +17,13 @@ from tests.conftest import rows
 @pytest.fixture(autouse=True)
 def small_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(row_files, "MAX_BYTES_IN_MEMORY", 0)
-    monkeypatch.setattr(row_files, "ROWS_PER_BATCH", 3)
     monkeypatch.setenv("DPO_MM_CACHE", str(tmp_path / "cache"))
 
 
 def write(path: Path, count: int) -> str:
-    pq.write_table(make_image_rows(rows(count)).data.table, path, write_page_checksum=True, compression="none")
+    pq.write_table(
+        make_image_rows(rows(count)).data.table, path, write_page_checksum=True, compression="none", row_group_size=3
+    )
     return str(path)
 
 

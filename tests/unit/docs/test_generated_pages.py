@@ -26,6 +26,7 @@ def test_reference_pages_equal_the_code() -> None:
     assert script("write_reference").stale() == []
 
 
+@pytest.mark.slow
 def test_page_with_a_different_default_is_stale(tmp_path: Path) -> None:
     write = script("write_reference")
     for name, page in write.PAGES.items():
@@ -97,6 +98,7 @@ def test_parity_page_contains_the_measured_tables() -> None:
         assert f"| {row['value']:.1e} | {row['gradient']:.1e} |" in line and row["peer"] in line
 
 
+@pytest.mark.slow
 def test_figures_are_rendered_to_identical_bytes(tmp_path: Path) -> None:
     draw = script("draw_figures")
     draw.FOLDER = tmp_path

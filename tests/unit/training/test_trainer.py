@@ -210,6 +210,7 @@ def test_resume_allows_new_batch_size_if_pairs_per_step_match(tiny_model: str, p
     assert losses(train(whole_config)) == pytest.approx(losses(resumed), abs=1e-4) and len(losses(resumed)) == 6
 
 
+@pytest.mark.slow
 def test_precomputed_reference_gives_the_same_run_as_online(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     online, precomputed = (
         train(config(tiny_model, pairs, str(tmp_path / reference), fixed_draws_per_row=2, reference=reference))

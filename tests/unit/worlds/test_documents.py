@@ -76,6 +76,7 @@ def test_web_caption_adds_companions_and_omits_objects() -> None:
     assert 0.2 < hallucinated / len(scenes) < 0.4 and 0.1 < omitted / len(scenes) < 0.2
 
 
+@pytest.mark.slow
 def test_pseudo_labelled_transcription_is_right_or_loops() -> None:
     rng = np.random.default_rng(0)
     looped = 0
