@@ -1,6 +1,6 @@
 """Memory and waiting time of a vision-language run with many rows, by number of rows and of loader processes.
 
-    python -m tests.bench.rows_at_scale --rows 200 2000 20000 --rows 200 20000 --workers 0 2 --out docs/benchmarks/rows-at-scale.json
+    python -m tests.bench.rows_at_scale --rows 200 20000 --workers 0 2 --out docs/benchmarks/rows-at-scale.json
 
 The model is a tiny Qwen2.5-VL, so that rows decide. Images are JPEG files of --edge pixels in a Parquet file. Each run is a
 process of its own: it encodes or measures the rows, then takes --steps batches of two pairs from the Trainer's loader and
