@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from dpo_mm.demo_guard import BODY_LIMIT, MAX_FILES, UPLOAD_PATH, Guard, remove_
 
 JOIN = "/gradio_api/queue/join"
 HOST = "127.0.0.1:7860"
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end in a thread of its own, because the browser of other tests has a loop in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, coroutine).result()
 
 
 class Server:
@@ -56,7 +63,7 @@ class Server:
             "path": path,
             "headers": [(name.encode(), value.encode()) for name, value in pairs],
         }
-        asyncio.run(self.guard(scope, receive, send))
+        run(self.guard(scope, receive, send))
         assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
         return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}
 
@@ -201,5 +208,5 @@ def test_websockets_are_closed(server: Server) -> None:
         sent.append(message)
 
     scope = {"type": "websocket", "path": "/", "headers": [(b"host", HOST.encode())]}
-    asyncio.run(server.guard(scope, send, send))
+    run(server.guard(scope, send, send))
     assert [message["type"] for message in sent] == ["websocket.close"]
