@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +24,9 @@ CONFIGS = ("config.json", "model_index.json", "scheduler_config.json", "adapter_
 """Names of the configs that decide which classes are built, and with which sizes."""
 COUNTS = re.compile(r"layers?($|_per_|s$)|blocks?$|depths?$|stages?$|experts?$|heads?$", re.IGNORECASE)
 """Names of numbers that say how often a part is built."""
-FEWEST, MOST = 256, 8192
-"""A count may be the number of tensors in the folder, but from FEWEST to MOST in any case."""
-LARGEST = 2**31
+MIN_COUNT_LIMIT, MAX_COUNT_LIMIT = 256, 8192
+"""A count is at most the number of tensors in the folder. That limit itself is between these two."""
+MAX_INTEGER = 2**31
 """Largest integer of a config, apart from UNLIMITED. Real sizes are far below."""
 UNLIMITED = re.compile(r"max_length|theta|token_id|seed|longest_edge|max_pixels", re.IGNORECASE)
 MOST_TIMESTEPS = 100_000
@@ -73,7 +74,7 @@ def check_folder(folder: Path) -> None:
                 raise ValueError(f"{file}: not a regular file. Expected a JSON object")
             config = read_config(file, fix=SAVE_AGAIN)
             _refuse_code(config, file)
-            _check_numbers(config, file, most=max(FEWEST, min(tensors, MOST)))
+            _check_numbers(config, file, most=max(MIN_COUNT_LIMIT, min(tensors, MAX_COUNT_LIMIT)))
         for index in part.glob("*.safetensors.index.json"):
             _check_index(index)
 
@@ -96,7 +97,7 @@ def _refuse_code(config: dict[str, Any], file: Path) -> None:
 
 
 def _check_numbers(value: Any, file: Path, *, most: int, name: str = "") -> None:
-    """Raise ValueError if an integer of a config is out of range."""
+    """Raise ValueError if a number of a config is NaN or larger than its limit."""
     if isinstance(value, dict):
         for key, item in value.items():
             _check_numbers(item, file, most=most, name=str(key))
@@ -104,14 +105,14 @@ def _check_numbers(value: Any, file: Path, *, most: int, name: str = "") -> None
         for item in value:
             _check_numbers(item, file, most=most, name=name)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        if value != value:
-            raise ValueError(f"{file}: {name} is NaN. Download or save the model again")
-        limit = LARGEST
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{file}: {name} is NaN. {SAVE_AGAIN}")
+        limit = MAX_INTEGER
         if name == "num_train_timesteps":
             limit = MOST_TIMESTEPS
         elif COUNTS.search(name):
             limit = most
-        if value > limit and not UNLIMITED.search(name) and (isinstance(value, int) or limit < LARGEST):
+        if value > limit and not UNLIMITED.search(name) and (isinstance(value, int) or limit < MAX_INTEGER):
             raise ValueError(
                 f"{file}: {name} is {value:.3g}, more than {limit:,}. The file is damaged or not meant to be loaded. Download "
                 "or save the model again"
@@ -122,7 +123,7 @@ def _check_index(index: Path) -> None:
     """Raise ValueError if an index of sharded weights names a file outside its folder."""
     names = read_config(index, fix=SAVE_AGAIN).get("weight_map")
     if not isinstance(names, dict):
-        raise ValueError(f"{index}: has no weight_map. Download or save the model again")
+        raise ValueError(f"{index}: has no weight_map. {SAVE_AGAIN}")
     for name in set(map(str, names.values())):
         if Path(name).name != name or not (index.parent / name).is_file():
             raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dpo_mm.errors import one_line
-from dpo_mm.model_checks import check_folder, name_model, stored_bytes
+from dpo_mm.model_checks import SAVE_AGAIN, check_folder, name_model, stored_bytes
 
 HARMLESS = ("position_ids", "inv_freq", "num_batches_tracked", "embed_positions.weights")
 """Ends of tensor names that older releases saved and newer ones compute."""
@@ -117,7 +117,7 @@ def check_report(report: Mapping[str, Any], name: str) -> None:
         if tensors
     ]
     if problems:
-        raise ValueError(f"{name}: tensors {'; '.join(problems)}. Download or save the model again")
+        raise ValueError(f"{name}: tensors {'; '.join(problems)}. {SAVE_AGAIN}")
 
 
 def _names(tensors: Iterable[Any]) -> list[str]:

@@ -46,11 +46,11 @@ def open_rows(path: str) -> Dataset:
             )
         try:
             rows = _read_parquet(files)
-        except OSError as error:
-            if error.filename or error.errno:  # of the copy in the cache, or of reading the file
-                raise
-            raise ValueError(f"{path}: not readable as Parquet ({' '.join(str(error).split())[:200]})") from error
         except Exception as error:
+            if isinstance(error, OSError) and (
+                error.filename or error.errno
+            ):  # of the file, or of its copy in the cache
+                raise
             raise ValueError(f"{path}: not readable as Parquet ({' '.join(str(error).split())[:200]})") from error
         return confine_rows(rows, folder if folder.is_dir() else folder.parent)
     if folder.exists():

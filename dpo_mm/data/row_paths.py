@@ -153,6 +153,7 @@ def confine_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def confine_rows(rows: Dataset, folder: Path) -> Dataset:
     """Mark the paths of the images in a dataset. Images that the rows contain are not copied."""
+    import pyarrow as pa
     from datasets import Dataset
 
     table: Any = rows.data
@@ -160,14 +161,8 @@ def confine_rows(rows: Dataset, folder: Path) -> Dataset:
         column = table.column(number)
         if any(_has_paths(chunk, is_path=name in IMAGE_COLUMNS) for chunk in column.chunks):
             chunks = [_confined_chunk(chunk, folder, is_path=name in IMAGE_COLUMNS) for chunk in column.chunks]
-            table = table.set_column(number, table.field(number), _chunked(chunks, column.type))
+            table = table.set_column(number, table.field(number), pa.chunked_array(chunks, type=column.type))
     return rows if table is rows.data else Dataset(table, info=rows.info, split=rows.split)
-
-
-def _chunked(chunks: list[pa.Array], kind: pa.DataType) -> pa.ChunkedArray:
-    import pyarrow as pa
-
-    return pa.chunked_array(chunks, type=kind)
 
 
 def _has_paths(array: pa.Array, *, is_path: bool) -> bool:
@@ -228,7 +223,7 @@ def _confined_chunk(chunk: pa.Array, folder: Path, *, is_path: bool) -> pa.Array
     data, path = pc.struct_field(chunk, "bytes"), pc.struct_field(chunk, "path")
     marked = pc.binary_join_element_wise(f"{folder}{MARK}", path, "")
     parts = {"bytes": data, "path": pc.if_else(_path_only(chunk), marked, path)}
-    fields = [chunk.type.field(number) for number in range(chunk.type.num_fields)]
+    fields = list(chunk.type)
     return pa.StructArray.from_arrays(
         [parts[field.name].cast(field.type) for field in fields], fields=fields, mask=chunk.is_null()
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dpo_mm.model_checks import check_finite_tensors, check_folder, check_safetensors, read_config
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 METADATA = "lora_adapter_metadata"
 """Key of the LoRA's settings in the header of diffusers' file."""
 MAX_RANK = 4096
@@ -49,9 +49,9 @@ def check_peft_adapter(folder: Path, model: nn.Module) -> None:
     """
     from safetensors.torch import load_file
 
-    weights_file, config_file = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    weights_file, config_file = folder / ADAPTER_WEIGHTS, folder / ADAPTER_FILE
     if not weights_file.exists():
-        raise ValueError(f"adapter {str(folder)!r} has no {WEIGHTS_FILE}. Pickled weights are not loaded")
+        raise ValueError(f"adapter {str(folder)!r} has no {ADAPTER_WEIGHTS}. Pickled weights are not loaded")
     check_folder(folder)
     settings = read_config(config_file, fix="Save the adapter again")
     if not isinstance(settings.get("peft_type"), str):
@@ -107,9 +107,9 @@ def _check_tensors(weights: Mapping[str, Tensor], file: Path) -> None:
     strange = next((name for name in weights if not PLAIN_NAME.fullmatch(name)), None)
     if strange is not None:
         raise ValueError(f"{file}: a tensor is called {strange[:80]!r}, which is not the name of a weight")
-    high = max(_ranks(weights), default=0)
-    if high > MAX_RANK:
-        raise ValueError(f"{file}: its LoRA has rank {high:,}, more than {MAX_RANK:,}")
+    rank = max(_ranks(weights), default=0)
+    if rank > MAX_RANK:
+        raise ValueError(f"{file}: its LoRA has rank {rank:,}, more than {MAX_RANK:,}")
     check_finite_tensors(dict(weights), str(file))
 
 
@@ -125,24 +125,25 @@ def _check_settings(
     settings: Mapping[str, Any], names: Sequence[str], file: Path, weights: Mapping[str, Tensor]
 ) -> None:
     """Check a LoRA's settings, as PEFT names them."""
-    stored, low = max(_ranks(weights), default=MAX_RANK), "Save the adapter again"
+    stored = max(_ranks(weights), default=MAX_RANK)
+    fix = "Save the adapter again"
     ranks, alphas = (_mapping(settings, name, file) for name in ("rank_pattern", "alpha_pattern"))
     for name, rank in {**({"r": settings["r"]} if "r" in settings else {}), **ranks}.items():
         if type(rank) is not int or not 1 <= rank <= stored:
             raise ValueError(
-                f"{file}: the rank {name!r:.80} is {rank!r:.80}, but its weights have rank {stored}. {low}"
+                f"{file}: the rank {name!r:.80} is {rank!r:.80}, but its weights have rank {stored}. {fix}"
             )
     scales = {"lora_alpha": settings["lora_alpha"]} if settings.get("lora_alpha") is not None else {}
     for name, alpha in {**scales, **alphas}.items():
         if type(alpha) not in (int, float) or not math.isfinite(alpha) or abs(alpha) > 2**31:
-            raise ValueError(f"{file}: the alpha {name!r:.80} is {alpha!r:.80}. Expected a number. {low}")
+            raise ValueError(f"{file}: the alpha {name!r:.80} is {alpha!r:.80}. Expected a number. {fix}")
     patterns = [*ranks, *alphas]
     for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         value = settings.get(name)
         if isinstance(value, str):
             patterns.append(value)
         elif value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-            raise ValueError(f"{file}: {name} is {value!r:.80}. Expected names of modules. {low}")
+            raise ValueError(f"{file}: {name} is {value!r:.80}. Expected names of modules. {fix}")
         elif value and name in ("layers_pattern", "modules_to_save"):
             patterns += value
     _check_patterns(patterns, names, file)

@@ -15,7 +15,7 @@ from torch import nn
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
-from dpo_mm.model_checks import check_safetensors, name_model
+from dpo_mm.model_checks import HEADER_BYTES, check_safetensors, name_model
 from dpo_mm.policies.adapter_checks import check_diffusers_lora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -103,12 +103,12 @@ def sort_sets(config: Any) -> None:
 def sort_metadata(file: Path) -> None:
     """Sort the metadata of a safetensors file, which safetensors writes in a random order, so that equal runs write equal files."""
     with file.open("r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
+        size = int.from_bytes(stream.read(HEADER_BYTES), "little")
         header = json.loads(stream.read(size))
         header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
         if len(text) == size:
-            stream.seek(8)
+            stream.seek(HEADER_BYTES)
             stream.write(text)
 
 
@@ -168,6 +168,11 @@ def kohya_weights(model: Any, prefix: str, weights: Weights = None) -> dict[str,
     return renamed
 
 
+def pipeline_modules(pipe: Any) -> dict[str, nn.Module]:
+    """Return the modules of a pipeline by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
 def attach_lora(pipe: Any, file: Path) -> None:
     """Attach a LoRA to a pipeline's denoiser and, if it has weights for them, its text encoders.
 
@@ -178,8 +183,7 @@ def attach_lora(pipe: Any, file: Path) -> None:
     Raises:
         ValueError: if the file is damaged, or a weight of it does not fit the pipeline.
     """
-    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    check_diffusers_lora(file, models)
+    check_diffusers_lora(file, pipeline_modules(pipe))
     with name_model(f"adapter {str(file.parent)!r}"), _refuse_unused_weights(file):
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="tuned")
 

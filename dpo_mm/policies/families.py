@@ -12,6 +12,7 @@ from dpo_mm.assets import resolve_asset
 from dpo_mm.checksums import check_trained_files
 from dpo_mm.content_key import model_files_hash
 from dpo_mm.model_checks import SAVE_AGAIN, check_finite, check_folder, name_model, read_config
+from dpo_mm.policies.adapters import pipeline_modules
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 
 FAMILIES: dict[str, str] = {
@@ -163,6 +164,7 @@ def load_policy(
         check_finite(_modules(policy), f"model {model!r}")
         if policy.modality == "image":
             _try_tokenizers(policy, model)
+            _check_resolution(policy, model)
     if adapter:
         folder = Path(resolve_asset(str(adapter))).absolute()
         check_trained_files(folder)
@@ -172,10 +174,10 @@ def load_policy(
 
 
 def _try_tokenizers(policy: ImagePolicy, model: str) -> None:
-    """Check the tokenizers of a pipeline and its resolution, so that damaged ones fail before any work.
+    """Check the tokenizers of a pipeline, so that damaged ones fail before any work.
 
     Raises:
-        ValueError: if a length or the resolution is not a moderate whole number.
+        ValueError: if a length is not a moderate number, or a text encoder does not know a token.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -194,6 +196,10 @@ def _try_tokenizers(policy: ImagePolicy, model: str) -> None:
                 raise ValueError(
                     f"model {model!r}, {name}: has the token {max(ids)}, but its text encoder knows {known}. Download the model again"
                 )
+
+
+def _check_resolution(policy: ImagePolicy, model: str) -> None:
+    """Raise ValueError if a pipeline's resolution is not a moderate whole number."""
     if type(policy.resolution) is not int or not 1 <= policy.resolution <= MOST_PIXELS:
         raise ValueError(
             f"model {model!r}: its images have {policy.resolution!r:.40} pixels per edge. Expected 1 to {MOST_PIXELS}. Download "
@@ -205,8 +211,7 @@ def _modules(policy: ImagePolicy | TextPolicy) -> dict[str, nn.Module]:
     """Modules of a policy by name: those of its pipeline, or its model."""
     if policy.modality == "text":
         return {"": policy.model}
-    parts: dict[str, Any] = policy.pipe.components  # type: ignore[attr-defined]
-    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    return pipeline_modules(policy.pipe)  # type: ignore[attr-defined]
 
 
 def load_image_policy(model: str, *, revision: str | None = None, **options: Any) -> ImagePolicy:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import Response
 from dpo_mm.objectives import LogProbs
+
+if TYPE_CHECKING:
+    from dpo_mm.policies.vlm.row_sizes import RowSize
 
 Modality = Literal["image", "text"]
 Batch = dict[str, Any]
@@ -266,7 +269,7 @@ class TextPolicy(Policy, Protocol):
         """
         ...
 
-    def row_measure(self) -> Callable[[Mapping[str, Any]], tuple[int, str] | None]:
+    def row_measure(self) -> Callable[[Mapping[str, Any]], RowSize | None]:
         """Return a function that counts a row's tokens without decoding its images.
 
         It returns the number of tokens and a digest of the texts' tokens, or None for a row that is dropped because it is

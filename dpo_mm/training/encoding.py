@@ -41,7 +41,7 @@ from dpo_mm.resumable import atomic_write
 from dpo_mm.training import arrow_shards
 from dpo_mm.training.arrow_shards import Part, Shards
 from dpo_mm.training.evaluation_split import split_pairs
-from dpo_mm.training.response_rows import QUARANTINE, encode_responses
+from dpo_mm.training.response_rows import QUARANTINE, EncodedSplits, encode_responses
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -328,20 +328,6 @@ def _refuse_non_finite(latents: torch.Tensor, rows: Sequence[dict[str, Any]], si
         )
 
 
-class EncodedSplits(NamedTuple):
-    """Encoded training pairs, encoded evaluation pairs or None, and what decided them.
-
-    Attributes:
-        digest: of the dataset.
-        encoded_digest: of encoded text, "" for images, whose cache has a key.
-    """
-
-    rows: Any
-    eval_rows: Any
-    digest: str
-    encoded_digest: str = ""
-
-
 def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> EncodedSplits:
     """Encode the training pairs of a config, and evaluation pairs of other prompts.
 
@@ -351,7 +337,7 @@ def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Enco
         ValueError: as `encode`.
     """
     if policy.modality == "text":
-        return EncodedSplits(*encode_responses(policy, config, cache_folder()))
+        return encode_responses(policy, config, cache_folder())
     pairs = drop_ties(load_pairs(config.pairs))
     rows, apart = split_pairs(pairs, config)
     how: dict[str, Any] = {

@@ -29,7 +29,7 @@ def cache_path(policy: TextPolicy, rows: Any, folder: Path, *, precision: str) -
     """
     parts = {
         "model": policy.fingerprint(),
-        "rows": rows.content() if hasattr(rows, "content") else list(rows),
+        "rows": getattr(rows, "text_digest", None) or list(rows),
         "settings": precision,
         "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type,
         "libraries": library_versions(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +30,8 @@ from dpo_mm.training.evaluation_split import split_pairs
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from dpo_mm.policies.vlm.row_sizes import RowSize
+
 logger = logging.getLogger(__name__)
 
 QUARANTINE = "quarantine.jsonl"
@@ -42,13 +44,18 @@ ROWS_PER_PROCESS = 1000
 MAX_PROCESSES = 8
 
 
-class EncodedResponses(NamedTuple):
-    """Encoded training rows, encoded evaluation rows or None, and the digests of the dataset and of its encoding."""
+class EncodedSplits(NamedTuple):
+    """Encoded training pairs, encoded evaluation pairs or None, and what decided them.
+
+    Attributes:
+        digest: of the dataset.
+        encoded_digest: of encoded text, "" for images, whose cache has a key.
+    """
 
     rows: Any
     eval_rows: Any
     digest: str
-    encoded_digest: str
+    encoded_digest: str = ""
 
 
 class StreamedRows:
@@ -98,12 +105,8 @@ class StreamedRows:
                 return encoded[0]
         raise ValueError(f"{self.config.pairs}: no row has images that decode. Fix the images")
 
-    def content(self) -> str:
-        """Return a hash of the rows' encoding."""
-        return self.text_digest
 
-
-def encode_responses(policy: TextPolicy, config: TrainConfig, cache: Path) -> EncodedResponses:
+def encode_responses(policy: TextPolicy, config: TrainConfig, cache: Path) -> EncodedSplits:
     """Encode the training pairs of a config, and evaluation pairs of other prompts.
 
     Args:
@@ -124,7 +127,7 @@ def encode_responses(policy: TextPolicy, config: TrainConfig, cache: Path) -> En
             stream_rows(policy, part, config, cache, content=[content, number], dropped=dropped)
             for number, part in enumerate(splits)
         ]
-        hashes: Any = [part.content() for part in encoded]
+        hashes: Any = [part.text_digest for part in encoded]
     else:
         encoded = [policy.encode(_decoded(part, config, dropped)) for part in splits]
         hashes = encoded if apart is not None else [*encoded, None]
@@ -135,9 +138,7 @@ def encode_responses(policy: TextPolicy, config: TrainConfig, cache: Path) -> En
         )
     if dropped and int(os.environ.get("RANK", "0")) == 0:
         _list_dropped(Path(config.output_dir) / QUARANTINE, dropped)
-    return EncodedResponses(
-        encoded[0], (encoded[1] or None) if apart is not None else None, content, content_hash(hashes)
-    )
+    return EncodedSplits(encoded[0], (encoded[1] or None) if apart is not None else None, content, content_hash(hashes))
 
 
 def estimated_bytes(policy: TextPolicy, pairs: Dataset, config: TrainConfig) -> int:
@@ -244,7 +245,9 @@ def lengths_path(policy: TextPolicy, rows: Dataset, config: TrainConfig, cache: 
     return cache / "lengths" / f"{content_key('lengths of rows', parts)}.json"
 
 
-def measure_row(measure: Any, row: Mapping[str, Any], *, drop: bool) -> Any:
+def measure_row(
+    measure: Callable[[Mapping[str, Any]], RowSize | None], row: Mapping[str, Any], *, drop: bool
+) -> list[Any] | str | None:
     """Return [tokens, digest] of a row, None if it is dropped for its length, or the line that lists a broken image."""
     try:
         size = measure(row)

@@ -227,18 +227,23 @@ def load_and_decode(path: str, folder: Path) -> None:
         list(Pairs(part, path, "drop", folder / "dropped.jsonl").decode(range(len(part))))
 
 
+def write_damaged(file: Path, rows: list[Any], valid: dict[str, Any], rng: random.Random) -> list[Any]:
+    """Write rows with a mutated one, or with a wrong value in a whole column. Empty if Parquet does not take them."""
+    rows = [mutated(rows[0], rng), *rows[1:]]
+    if rng.random() < 0.5:
+        key = rng.choice(sorted(valid))
+        value = rng.choice(VALUES)
+        rows = [{**valid, key: value} for _ in range(2)]
+    return rows if all(isinstance(row, dict) for row in rows) and write_table(file, rows) else []
+
+
 @pytest.mark.slow
 def test_hostile_tables_of_pairs(dataset: Path, tmp_path: Path) -> None:
     rng, count = random.Random(1), 0
     while count < TABLES:
-        rows = [dict(IMAGE_ROW, id=str(n), prompt=f"p{n}") for n in range(2)]
-        rows[0] = mutated(rows[0], rng)
-        if rng.random() < 0.5:
-            key = rng.choice(sorted(IMAGE_ROW))
-            value = rng.choice(VALUES)
-            rows = [{**IMAGE_ROW, key: value} for _ in range(2)]
+        valid = [dict(IMAGE_ROW, id=str(n), prompt=f"p{n}") for n in range(2)]
         file = dataset / "pairs.parquet"
-        if not all(isinstance(row, dict) for row in rows) or not write_table(file, rows):
+        if not (rows := write_damaged(file, valid, IMAGE_ROW, rng)):
             continue
         count += 1
         with refused_in_one_line(f"pairs {rows!r:.300}"):
@@ -251,14 +256,9 @@ def test_hostile_tables_of_pairs(dataset: Path, tmp_path: Path) -> None:
 def test_hostile_tables_of_responses(dataset: Path, tmp_path: Path) -> None:
     rng, count, policy = random.Random(2), 0, load_policy(save("llava", tmp_path / "model"))
     while count < TABLES:
-        rows = [dict(RESPONSE_ROW, id=str(n)) for n in range(2)]
-        rows[0] = mutated(rows[0], rng)
-        if rng.random() < 0.5:
-            key = rng.choice(sorted(RESPONSE_ROW))
-            value = rng.choice(VALUES)
-            rows = [{**RESPONSE_ROW, key: value} for _ in range(2)]
+        valid = [dict(RESPONSE_ROW, id=str(n)) for n in range(2)]
         file = dataset / "pairs.parquet"
-        if not all(isinstance(row, dict) for row in rows) or not write_table(file, rows):
+        if not (rows := write_damaged(file, valid, RESPONSE_ROW, rng)):
             continue
         count += 1
         with refused_in_one_line(f"responses {rows!r:.300}"):

@@ -256,7 +256,7 @@ def test_models_of_a_result_folder_are_opened_only_if_bundled(tmp_path: Path) ->
     from dpo_mm.demo_server import load_page
 
     page = load_page("compare_images")
-    for model, adapter in (("/tmp/evil", "none"), ("shapes-sd", "../evil"), ("owner/name", "none")):
+    for model, adapter in (("/other/evil", "none"), ("shapes-sd", "../evil"), ("owner/name", "none")):
         folder = finished_run(tmp_path / model.replace("/", "-"))
         metrics = json.loads((folder / "metrics.json").read_text())
         metrics["settings"] = {"model": model, "adapter": adapter}

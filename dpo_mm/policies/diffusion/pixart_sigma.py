@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpo_mm.policies.adapter_checks import check_peft_adapter
+from dpo_mm.policies.adapter_checks import ADAPTER_FILE, ADAPTER_WEIGHTS, check_peft_adapter
 from dpo_mm.policies.adapters import Weights, has_lora
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
@@ -76,7 +76,7 @@ class PixArtSigma(DiffusionPolicy):
         adapter = get_peft_model_state_dict(model, state_dict=weights)
         folder.mkdir(parents=True, exist_ok=True)
         model.peft_config["default"].save_pretrained(str(folder))
-        save_file({PREFIX + name: value for name, value in adapter.items()}, folder / "adapter_model.safetensors")
+        save_file({PREFIX + name: value for name, value in adapter.items()}, folder / ADAPTER_WEIGHTS)
 
     def load_weights(self, folder: Path) -> None:
         """Load what `save` wrote into the prepared model. Raises ValueError if it does not fit."""
@@ -95,7 +95,7 @@ class PixArtSigma(DiffusionPolicy):
         """Load a trained adapter or denoiser for generation. Raises ValueError if the folder contains neither."""
         from peft import PeftConfig
 
-        if not (Path(folder) / "adapter_config.json").exists():
+        if not (Path(folder) / ADAPTER_FILE).exists():
             return super().load_adapter(folder)
         check_peft_adapter(Path(folder), self.model)
         self.model.add_adapter(PeftConfig.from_pretrained(str(folder)), adapter_name="tuned")  # type: ignore[operator]

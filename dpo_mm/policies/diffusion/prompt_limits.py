@@ -12,7 +12,7 @@ from dpo_mm.policies.protocol import ImagePolicy
 
 
 def truncated_prompts(policy: ImagePolicy, prompts: Sequence[str]) -> str:
-    """Say how many prompts are cut, by which tokenizer, or return "" if none is.
+    """Describe how many prompts are truncated, and by which tokenizer. "" if none is.
 
     The words that a pipeline adds to each prompt (a chat template, an instruction) are not counted.
 
@@ -24,10 +24,10 @@ def truncated_prompts(policy: ImagePolicy, prompts: Sequence[str]) -> str:
     lines = []
     for tokenizer, limit in _tokenizers(policy):
         lengths = [len(tokens) for tokens in tokenizer(texts, verbose=False)["input_ids"]]
-        cut = sum(length > limit for length in lengths)
-        if cut:
+        count = sum(length > limit for length in lengths)
+        if count:
             lines.append(
-                f"{cut:,} of {len(texts):,} have more than {limit} tokens (up to {max(lengths):,}), of which "
+                f"{count:,} of {len(texts):,} have more than {limit} tokens (up to {max(lengths):,}), of which "
                 f"{type(tokenizer).__name__} passes on the first {limit}"
             )
     return "; ".join(lines)

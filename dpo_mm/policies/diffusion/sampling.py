@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 from dpo_mm.model_checks import SAVE_AGAIN, check_finite, read_config
 from dpo_mm.model_loading import load_module
-from dpo_mm.policies.adapters import LORA_FILE, at_lora_scale, attach_lora, lora_models
+from dpo_mm.policies.adapters import LORA_FILE, at_lora_scale, attach_lora, lora_models, pipeline_modules
 from dpo_mm.policies.diffusion.latents import check_unet
 
 if TYPE_CHECKING:
@@ -57,8 +56,7 @@ def _load_pipeline(policy: DiffusionPolicy, folder: Path) -> Any:
         )
     pipe = type(policy).open(str(folder), revision=None, dtype=policy.dtype)
     check_unet(pipe, str(folder))
-    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    check_finite(modules, f"adapter {str(folder)!r}")
+    check_finite(pipeline_modules(pipe), f"adapter {str(folder)!r}")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(policy.device)
 

@@ -12,14 +12,13 @@ from PIL import Image
 from dpo_mm.errors import one_line
 from dpo_mm.model_checks import SAVE_AGAIN, check_finite, name_model
 from dpo_mm.model_loading import load_module, load_part
-from dpo_mm.policies.adapter_checks import check_peft_adapter
+from dpo_mm.policies.adapter_checks import ADAPTER_FILE, check_peft_adapter
 from dpo_mm.policies.adapters import sort_sets
 from dpo_mm.policies.vlm.architecture import auto_classes_for
 
 if TYPE_CHECKING:
     from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 
-ADAPTER_FILE = "adapter_config.json"
 TRIED_EDGE = 64
 """Pixels per edge of the image on which a processor is tried when it is loaded."""
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")

@@ -82,8 +82,8 @@ class VisionLanguage:
         self.untuned: tuple[Any, Any, ConversationEncoder] | None = None
         """The base's model, processor and encoder, if `load_adapter` replaced them."""
         self.features_are_exact: bool | None = None
-        self.vision_trains = False
         """True if vision features can replace pixels. None until the first batch with pixels."""
+        self.vision_trains = False
 
     @classmethod
     def load(
@@ -373,8 +373,9 @@ class VisionLanguage:
             self.generated = True
         sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
         limits = {"do_sample": do_sample, **sampling, "max_new_tokens": max_new_tokens}
-        batching: Any = {"seed": seed, "batch_size": batch_size, "loop_references": loop_references}
-        return generation.generate(self, images, messages, limits=limits, **batching)
+        return generation.generate(
+            self, images, messages, limits=limits, seed=seed, batch_size=batch_size, loop_references=loop_references
+        )
 
     # Summary of the run
 
