@@ -15,7 +15,7 @@ from PIL import Image
 from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response
-from dpo_mm.demo_server import DemoPage, escape, image_html, serve
+from dpo_mm.demo_server import QUIET, DemoPage, escape, image_html, serve
 from dpo_mm.evaluation.report import text_spans
 from dpo_mm.judges import explain
 from dpo_mm.policies.families import load_text_policy
@@ -264,8 +264,7 @@ def add_model(model: DemoModel, quiet: dict[str, Any]) -> list[Any]:
         shown = decode_upload(data)
         return [shown, shown_image_html(shown), "", "", ""]
 
-    plain = {"show_progress": "hidden", "api_visibility": "private"}
-    upload.upload(use_upload, upload, [state, image, *outputs], **plain)
+    upload.upload(use_upload, upload, [state, image, *outputs], **QUIET)
     if model.questions:
         failures = f" The base model makes a mistake on the first {model.num_failures}." if model.num_failures else ""
         gr.HTML(f'<p class="legend">Click an example.{failures}</p>')
@@ -287,7 +286,7 @@ def add_model(model: DemoModel, quiet: dict[str, Any]) -> list[Any]:
             shown = ShownImage(question.images[0], question.ground_truth)
             return [shown, shown_image_html(shown), str(question.prompt)]
 
-        gallery.select(choose, None, [state, image, prompt], **plain).then(run, [state, prompt], outputs, **quiet)
+        gallery.select(choose, None, [state, image, prompt], **QUIET).then(run, [state, prompt], outputs, **quiet)
     return [run, [state, prompt], outputs]
 
 
@@ -299,12 +298,7 @@ def build(models: dict[str, DemoModel]) -> DemoPage:
             '<div class="head"><h1>Responses of base and tuned model</h1>'
             f"<p>{escape(titles)}. Both get the same image and prompt, and decode greedily.</p></div>"
         )
-        quiet = {
-            "show_progress": "hidden",
-            "api_visibility": "private",
-            "concurrency_id": "one",
-            "concurrency_limit": 1,
-        }
+        quiet = {**QUIET, "concurrency_id": "one", "concurrency_limit": 1}
         first_runs = []
         if len(models) == 1:
             first_runs.append(add_model(next(iter(models.values())), quiet))

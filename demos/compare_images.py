@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import secrets
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from dpo_mm.assets import BUNDLED
 from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.row_paths import read_regular_file
-from dpo_mm.demo_server import SMALL_IMAGE, DemoPage, escape, image_html, serve
-from dpo_mm.evaluation.saved_comparison import OUTCOMES, ImagePair, SavedComparison, load_comparison
+from dpo_mm.demo_server import QUIET, SMALL_IMAGE, DemoPage, escape, image_html, serve
+from dpo_mm.evaluation.saved_comparison import OUTCOMES, ImagePair, SavedComparison, bundled_models, load_comparison
 from dpo_mm.judges import JUDGES, load_judge, metric_of
 from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.policies.families import load_image_policy
@@ -260,15 +258,14 @@ def add_gallery(comparison: SavedComparison) -> None:
     num_shown = gr.State(page_size)
     gallery = gr.HTML(gallery_html(comparison, page_size, first, "all", "all", "as generated"), elem_id="gallery")
     more = gr.Button("Show more", elem_id="gallery-more")
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
     show = functools.partial(gallery_html, comparison)
     for dropdown in filters:
-        dropdown.input(lambda *values: [page_size, show(page_size, *values)], filters, [num_shown, gallery], **quiet)
+        dropdown.input(lambda *values: [page_size, show(page_size, *values)], filters, [num_shown, gallery], **QUIET)
     more.click(
         lambda count, *values: [count + page_size, show(count + page_size, *values)],
         [num_shown, *filters],
         [num_shown, gallery],
-        **quiet,
+        **QUIET,
     )
 
 
@@ -338,18 +335,11 @@ def build(model: DemoModel, comparison: SavedComparison | None = None) -> DemoPa
         strip = gr.HTML(elem_id="strip")
         if comparison is not None:
             add_gallery(comparison)
-        quiet = {
-            "show_progress": "hidden",
-            "api_visibility": "private",
-            "concurrency_id": "model",
-            "concurrency_limit": 1,
-        }
+        quiet = {**QUIET, "concurrency_id": "model", "concurrency_limit": 1}
         pair, show = [status, both, slider], functools.partial(compare, model)
         for event in (generate.click, controls[0].submit):
             event(show, controls, pair, **quiet)
-        another.click(
-            lambda: secrets.randbelow(2**31), None, controls[1], show_progress="hidden", api_visibility="private"
-        ).then(show, controls, pair, **quiet)
+        another.click(lambda: secrets.randbelow(2**31), None, controls[1], **QUIET).then(show, controls, pair, **quiet)
         scales.click(functools.partial(strip_over_scales, model), controls, [status, strip], **quiet)
         seeds.click(functools.partial(strip_over_seeds, model), controls, [status, strip], **quiet)
         if model.generate_on_load:
@@ -357,21 +347,6 @@ def build(model: DemoModel, comparison: SavedComparison | None = None) -> DemoPa
                 functools.partial(strip_over_scales, model), controls, [status, strip], **quiet
             )
     return DemoPage(blocks, css=CSS)
-
-
-def bundled_models(saved: SavedComparison, folder: str) -> tuple[str, str | None]:
-    """Return the model and the adapter of a saved comparison, None for no adapter.
-
-    Raises:
-        ValueError: if one is not bundled. The folder may come from somebody else, so it does not choose what is opened.
-    """
-    model, adapter = saved.settings.get("model", BUNDLED_MODEL), saved.settings.get("adapter", "none")
-    if model not in BUNDLED or adapter not in (*BUNDLED, "none"):
-        raise ValueError(
-            f"{folder} compares the model {model!r} with {adapter!r}. The folder may come from somebody else, so they are opened "
-            f"only if you name them: --model {shlex.quote(model)} --adapter {shlex.quote(adapter)}"
-        )
-    return model, None if adapter == "none" else adapter
 
 
 def run(
@@ -394,13 +369,13 @@ def run(
     Raises:
         ValueError: as in `load`, `load_comparison` and `bundled_models`.
     """
-    named = judges.split(",") if judges is not None else None
-    saved = load_comparison(comparison, judges=named) if comparison else None
+    names = judges.split(",") if judges is not None else None
+    saved = load_comparison(comparison, judges=names) if comparison else None
     if saved is not None and (model, adapter) == (BUNDLED_MODEL, None):
-        model, adapter = bundled_models(saved, str(comparison))
-        judges = judges if judges is not None else ",".join(judge for judge in saved.judges if judge in JUDGES)
-    default_judges = "faithfulness,aesthetic" if model == BUNDLED_MODEL else ""
-    names = (judges if judges is not None else default_judges).split(",")
+        model, adapter = bundled_models(saved, str(comparison), default=BUNDLED_MODEL)
+        names = names if names is not None else [judge for judge in saved.judges if judge in JUDGES]
+    if names is None:
+        names = ["faithfulness", "aesthetic"] if model == BUNDLED_MODEL else []
     demo_model = load(model, adapter, [name for name in names if name], precision=precision)
     serve(lambda: build(demo_model, saved), port=port, allow_host=allow_host)
 

@@ -13,11 +13,12 @@ import gradio as gr
 
 from dpo_mm.data.image_files import decode_image, image_bytes
 from dpo_mm.demo_guard import session_of
-from dpo_mm.demo_server import DemoPage, escape, image_html, serve
+from dpo_mm.demo_server import QUIET, DemoPage, escape, image_html, serve
+from dpo_mm.labels.annotators import MAX_NAME_LENGTH, annotator_name
 from dpo_mm.labels.export import absolute_source, model_ratings, summary, train_command
 from dpo_mm.labels.pairs import open_pairs, pair_digest
 from dpo_mm.labels.ratings import Rating
-from dpo_mm.labels.store import MAX_NAME_LENGTH, VoteStore, annotator_name
+from dpo_mm.labels.store import VoteStore
 
 BUTTONS = {
     "left": ("Left", "←"),
@@ -203,18 +204,10 @@ class Labelling:
             body = finished_html(self.store, annotator)
         else:
             row = self.rows[self.row_numbers[presented.pair]]
-            self.check_unchanged(row)
+            self.store.record_digest(row["id"], pair_digest(row))
             body = pair_html(row, presented.id, annotator, swapped=presented.swapped)
         progress = progress_html(self.store, annotator, is_taken=is_taken)
         return [gr.update(visible=False), gr.update(visible=True), body, progress]
-
-    def check_unchanged(self, row: dict[str, Any]) -> None:
-        """Check that images and prompt are those of the first vote. A file that cannot be read is shown as unreadable."""
-        try:
-            digest = pair_digest(row)
-        except (ValueError, OSError):
-            return
-        self.store.record_digest(row["id"], digest)
 
     def begin(self, annotator: str, request: gr.Request) -> list[Any]:
         """Start with a name. If that fails, the page stays, with the reason in a notice."""
@@ -319,18 +312,15 @@ def build(rows: Any, store: VoteStore, command: str) -> DemoPage:
             add_ratings(store, rows, name)
             leave = add_command(command)
         presentation = gr.Textbox(visible=False)
-        outputs, quiet = (
-            [name_form, label_form, pair, progress],
-            {"show_progress": "hidden", "api_visibility": "private"},
-        )
+        outputs = [name_form, label_form, pair, progress]
         for event in (start.click, name.submit):
-            event(page.begin, name, outputs, js=SAVE_NAME, **quiet)
+            event(page.begin, name, outputs, js=SAVE_NAME, **QUIET)
         for choice, button in buttons.items():
-            vote = button.click(choose(choice), [name, presentation], outputs, js=READ_PAGE, **quiet)
+            vote = button.click(choose(choice), [name, presentation], outputs, js=READ_PAGE, **QUIET)
             vote.success(None, None, None, js=ANNOUNCE)
-        refresh.click(page.begin, name, outputs, js=READ_NAME, **quiet)
-        leave.click(lambda: page.updates("", None), None, outputs, js=FORGET_NAME, **quiet)
-        blocks.load(page.load, name, outputs, js=LOAD_NAME, **quiet)
+        refresh.click(page.begin, name, outputs, js=READ_NAME, **QUIET)
+        leave.click(lambda: page.updates("", None), None, outputs, js=FORGET_NAME, **QUIET)
+        blocks.load(page.load, name, outputs, js=LOAD_NAME, **QUIET)
         blocks.queue(default_concurrency_limit=8)
     return DemoPage(blocks, css=CSS, head=HEAD)
 
@@ -361,9 +351,7 @@ def add_ratings(store: VoteStore, rows: Any, name: Any) -> None:
             "Then your votes can no longer be undone.</p>"
         )
         ratings = gr.HTML(elem_id="ratings")
-        section.expand(
-            show, name, ratings, js=READ_NAME, show_progress="hidden", api_visibility="private", concurrency_limit=1
-        )
+        section.expand(show, name, ratings, js=READ_NAME, concurrency_limit=1, **QUIET)
 
 
 def add_command(command: str) -> gr.Button:

@@ -34,7 +34,7 @@ def write_complete(folder: Path, checksums: Mapping[str, str]) -> None:
 
 
 def complete_files(folder: Path) -> dict[str, str]:
-    """Return the checksums in a folder's COMPLETE, by name. Empty if it is missing or broken, without names outside the folder."""
+    """Return the checksums in a folder's COMPLETE, by name, without names outside the folder. Empty if it is missing or broken."""
     try:
         checksums = dict(json.loads((folder / COMPLETE).read_text(encoding="utf-8")))
         return {name: checksum for name, checksum in checksums.items() if _is_inside(folder / name, folder)}
@@ -47,7 +47,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 def made_files(folder: Path) -> dict[str, str]:
-    """Return the checksum of each file of a folder that dpo-mm wrote one of, by name."""
+    """Return the checksums that dpo-mm wrote for the files of a folder, by name."""
     sidecars = {
         path.name[1:-9]: path.read_text(encoding="utf-8", errors="replace")
         for path in folder.glob(".*.checksum")
@@ -110,7 +110,7 @@ def check_trained_files(folder: Path) -> None:
 def write_with_checksum(path: Path, *, fix: str = FIX) -> Iterator[Path]:
     """Context manager like `atomic_write` that also writes the checksum of the file, into a hidden file next to it.
 
-    A file without a checksum is of others. It is renamed.
+    A file without a checksum is not ours, so it is renamed.
     """
     with atomic_write(path, fix=fix) as temporary:
         yield temporary

@@ -80,10 +80,8 @@ class Guard:
             self._check(scope, headers)
         except Refusal as refusal:
             return await self._refuse(scope, send, refusal)
-        is_upload = scope["type"] == "http" and scope["path"] == UPLOAD_PATH
-        boundary = _boundary(headers) if is_upload else b""
-        limit = self.upload_limit + UPLOAD_OVERHEAD if is_upload else BODY_LIMIT
-        request = _Request(limit, boundary)
+        boundary = _boundary(headers) if scope["path"] == UPLOAD_PATH else b""
+        request = _Request(self._limit(scope["path"]), boundary)
 
         async def bounded_receive() -> MutableMapping[str, Any]:
             message = await receive()
@@ -132,9 +130,13 @@ class Guard:
             raise Refusal(405, "The pages take GET, HEAD and POST")
         if path == UPLOAD_PATH and method == "POST":
             self._check_upload(headers)
-        length, limit = headers.get("content-length", "0"), self.upload_limit + UPLOAD_OVERHEAD
-        if not length.isdecimal() or int(length) > (limit if path == UPLOAD_PATH else BODY_LIMIT):
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self._limit(path):
             raise Refusal(413, "The request is too large")
+
+    def _limit(self, path: str) -> int:
+        """Return the largest size of a request's body, in bytes."""
+        return self.upload_limit + UPLOAD_OVERHEAD if path == UPLOAD_PATH else BODY_LIMIT
 
     def _check_upload(self, headers: dict[str, str]) -> None:
         """Check that uploads are allowed, and that there is room for one more file after old ones are deleted."""

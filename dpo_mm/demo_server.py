@@ -38,8 +38,8 @@ MAX_SESSIONS, MAX_WAITING = 200, 100
 """Numbers of visitors whose state is stored, and of waiting events."""
 SMALL_IMAGE = 256
 """Pixels of the longer edge up to which an image is enlarged without smoothing."""
-UPLOAD_LIMIT = 0
-"""Bytes. 0: the page takes no uploads."""
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Arguments of an event that shows no progress and is not in the API."""
 ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 REMOVED_VARIABLES = ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_SERVER_NAME", "GRADIO_MCP_SERVER")
 STYLE = """
@@ -60,12 +60,12 @@ footer { display: none !important; }
 
 @dataclass(frozen=True)
 class DemoPage:
-    """Page to serve: Gradio blocks, additional CSS, additional HTML for its head, and the upload limit in bytes."""
+    """Page to serve: Gradio blocks, additional CSS and HTML for its head, and the upload limit in bytes (0: no uploads)."""
 
     blocks: Any
     css: str = ""
     head: str = ""
-    upload_limit: int = UPLOAD_LIMIT
+    upload_limit: int = 0
 
 
 def load_page(name: str) -> Any:

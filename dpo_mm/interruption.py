@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from dpo_mm.errors import TrainingInterrupted
@@ -56,7 +57,7 @@ class StopRequest:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self.number, self.handlers = 0, {}
 
-    def _receive(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         """Request a stop. The next signal has its default effect, unless a launcher may send it twice."""
         launched = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
         if self.number:

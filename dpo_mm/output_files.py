@@ -17,52 +17,51 @@ from dpo_mm.outputs import LOCK, lock_output, refuse_input, remove_stale_files
 from dpo_mm.resumable import explain_unwritten, temporary_path
 
 
-def refuse_foreign_file(path: Path, *, inputs: Iterable[str | None] = (), flag: str = "output") -> None:
+def _refuse_foreign_file(path: Path, *, inputs: Iterable[str | None] = ()) -> None:
     """Raise ValueError if a file is not for the output of a command: an input, no regular file, or not ours.
 
     Args:
-        path, inputs, flag: as in `output_files`.
+        path, inputs: as in `output_files`.
     """
-    other = f"Choose another {flag}"
+    other = "Choose another output"
     refuse_input(path, inputs, other, is_folder=False)
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ValueError(f"{flag} {path} is a link, a folder or a device. Expected a file. {other}")
+        raise ValueError(f"output {path} is a link, a folder or a device. Expected a file. {other}")
     if path.exists() and not is_unchanged(path):
         raise ValueError(f"{path} exists, and dpo-mm did not make it or it has changed since. {other}")
 
 
 @contextlib.contextmanager
-def output_files(paths: Sequence[Path], *, inputs: Iterable[str | None] = (), flag: str = "output") -> Iterator[None]:
+def output_files(paths: Sequence[Path], *, inputs: Iterable[str | None] = ()) -> Iterator[None]:
     """Context manager in which this process may write files with `write_file`. Enter it before any work that takes long.
 
     Args:
         paths: output files. The first has the lock.
         inputs: files, folders and bundled assets that the command reads. Other names are ignored.
-        flag: setting that chooses the file, for errors.
 
     Raises:
         ValueError: if a file is an input, dpo-mm did not make it, or another process writes to it.
     """
     inputs = tuple(inputs)
     for path in paths:
-        refuse_foreign_file(path, inputs=inputs, flag=flag)
+        _refuse_foreign_file(path, inputs=inputs)
     first = paths[0]
     first.parent.mkdir(parents=True, exist_ok=True)
     is_first_process = int(os.environ.get("RANK", "0")) == 0
     lock = (
-        lock_output(first.with_name(f".{first.name}{LOCK}"), first, flag)
+        lock_output(first.with_name(f".{first.name}{LOCK}"), first, "output")
         if is_first_process
         else contextlib.nullcontext()
     )
     with lock:
         for path in paths:
-            refuse_foreign_file(path, inputs=inputs, flag=flag)
+            _refuse_foreign_file(path, inputs=inputs)
             remove_stale_files(path.parent.glob(f".{glob.escape(path.name)}.*"))
         yield
 
 
 @contextlib.contextmanager
-def write_file(path: Path, *, overwrite: bool = False, flag: str = "output") -> Iterator[Path]:
+def write_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Context manager that gives a temporary file and renames it to an output file, with its checksum next to it.
 
     An output file with the same content is unchanged.
@@ -78,7 +77,7 @@ def write_file(path: Path, *, overwrite: bool = False, flag: str = "output") -> 
             if file_hash(path) == file_hash(temporary):
                 return
             if not overwrite:
-                raise ValueError(f"{path} has another result. Choose another {flag}, or replace it with --overwrite")
+                raise ValueError(f"{path} has another result. Choose another output, or replace it with --overwrite")
             path.unlink()
         with write_with_checksum(path) as final:
             temporary.replace(final)

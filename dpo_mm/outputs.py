@@ -129,7 +129,7 @@ def output_folder(
 
 def _prepare(folder: Path, kind: OutputKind, settings: Mapping[str, Any], *, overwrite: bool) -> None:
     """Remove an earlier result and temporary files of killed processes, and record the settings."""
-    has_other_result = lambda: overwrite and bool(_differences(folder, kind, settings) or complete_files(folder))
+    has_other_result = lambda: overwrite and bool(differences(folder, kind, settings) or complete_files(folder))
     if int(os.environ.get("RANK", "0")) == 0:
         if has_other_result():
             _remove_result(folder, kind)
@@ -141,7 +141,7 @@ def _prepare(folder: Path, kind: OutputKind, settings: Mapping[str, Any], *, ove
         time.sleep(0.1)
     recorded = [folder / COMPLETE, *(path / kind.record for pattern in kind.parts for path in folder.glob(pattern))]
     if not any(path.is_file() for path in recorded):
-        write_record(folder / kind.record, settings)
+        _write_record(folder / kind.record, settings)
 
 
 def settings_of(work: str, parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def settings_of(work: str, parts: Mapping[str, Any]) -> dict[str, Any]:
     return {**parts["settings"], **{name: value for name, value in parts.items() if name != "settings"}}
 
 
-def write_record(path: Path, settings: Mapping[str, Any]) -> None:
+def _write_record(path: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings of a folder, unless they are in it already."""
     text = json.dumps(settings, indent=1, ensure_ascii=False)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -237,7 +237,7 @@ def _is_finished(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) ->
     """
     if read_record(folder / kind.record) is None or _has_no_work(folder, kind):
         return False
-    if changed := _differences(folder, kind, settings):
+    if changed := differences(folder, kind, settings):
         raise ValueError(
             f"{folder} was {kind.done} with other settings ({', '.join(changed)}). Choose another {kind.flag}, or replace it with "
             "--overwrite"
@@ -250,10 +250,10 @@ def _is_finished(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) ->
         raise ValueError(
             f"{folder / foreign[0]} exists, and dpo-mm did not make it, or {COMPLETE} is damaged. Move it, or choose another {kind.flag}"
         )
-    return bool(result) and not changed_files(folder, result)
+    return bool(result) and all((folder / name).is_file() for name in result if not name.endswith(".md"))
 
 
-def _differences(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) -> list[str]:
+def differences(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) -> list[str]:
     """Settings that decide the result and differ from those of the folder's record, as text."""
     before = read_record(folder / kind.record) or {}
     return [

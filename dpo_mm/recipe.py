@@ -225,8 +225,7 @@ def compare(
     Raises:
         ValueError: if a judge, the model, the adapter, the prompts or a setting is unknown or does not fit.
     """
-    from dpo_mm.evaluation.finished_comparison import COMPARISON, ingredients, read_result
-    from dpo_mm.evaluation.image_store import saved_lines
+    from dpo_mm.evaluation.finished_comparison import COMPARISON, ingredients, read_result, saved_lines
     from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of
 
     folder = Path(config.output_dir)

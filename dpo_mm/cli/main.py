@@ -15,7 +15,7 @@ from dpo_mm import __version__
 from dpo_mm.cli import demo, label
 from dpo_mm.cli.label import Overwrite
 from dpo_mm.cli.terminal import print_rows, report_command, run_as_command, say, suppress_library_output
-from dpo_mm.errors import TrainingInterrupted
+from dpo_mm.errors import TrainingInterrupted, did_you_mean
 from dpo_mm.printed_text import quoted
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -111,8 +111,6 @@ def quickstart(
         "ocr": ("ocr", "quickstart"),
     }
     if task not in tasks:
-        from dpo_mm.errors import did_you_mean
-
         raise ValueError(f"task {task!r} is unknown; {did_you_mean(task, tasks)}")
     flags = {"output_dir": output_dir, "seed": str(seed), "overwrite": str(overwrite)}
     flags |= {"baseline": baseline} if baseline else {}

@@ -74,7 +74,8 @@ def run_as_command() -> Iterator[None]:
     The exit status is 2 after an error that the user can fix, 143 after SIGTERM and 130 after Ctrl-C. Then training
     saves a checkpoint first, and mining of responses completes its shard. A second signal ends the process at once.
 
-    It also sets two environment variables unless they are set. Without OMP_WAIT_POLICY=PASSIVE, threads of torch on a CPU
+    It also sets environment variables that are not set: HF_HUB_DISABLE_TELEMETRY, OMP_WAIT_POLICY and, without a writable
+    home, HF_HOME. Without OMP_WAIT_POLICY=PASSIVE, threads of torch on a CPU
     that is shared with other work wait in busy loops, which makes a training step many times slower.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

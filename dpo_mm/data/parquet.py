@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.checksums import all_intact, write_with_checksum
+from dpo_mm.checksums import write_with_checksum
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def write_rows(rows: list[dict[str, Any]], path: Path, *, make: Callable[..., Da
 
 
 def combine_shards(paths: list[Path], target: Path, *, empty_message: str) -> Path:
-    """Combine shards into one Parquet file, if all shards exist.
+    """Combine shards into one Parquet file.
 
     Args:
         paths: the shards in order.
@@ -45,7 +45,7 @@ def combine_shards(paths: list[Path], target: Path, *, empty_message: str) -> Pa
         empty_message: error message if the shards have no rows.
 
     Returns:
-        `target`, also if it is not written because other processes have not written their shards. They are logged.
+        `target`.
 
     Raises:
         ValueError: if the shards have no rows.
@@ -53,8 +53,6 @@ def combine_shards(paths: list[Path], target: Path, *, empty_message: str) -> Pa
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not all_intact(paths, target):
-        return target
     files = [pq.ParquetFile(path) for path in paths]
     filled = [file for file in files if file.metadata.num_rows]
     if not filled:

@@ -112,20 +112,23 @@ def is_regular(file: Path, folder: Path) -> bool:
         return False
 
 
-def regular_files(folder: Path, pattern: str) -> list[Path]:
-    """List the files of a folder that match a pattern, sorted.
+def check_regular(file: Path, folder: Path) -> Path:
+    """Return a listed file of a folder.
 
     Raises:
-        ValueError: if one is not a regular file (a folder, a pipe), or is a link that leads out of the folder.
+        ValueError: if it is not a regular file (a folder, a pipe), or is a link that leads out of the folder.
     """
-    files = sorted(folder.glob(pattern))
-    for file in files:
-        if not is_regular(file, folder):
-            raise ValueError(
-                f"{file}: not a regular file of this folder (it is a folder, a pipe, or a link to another folder). "
-                "Remove it, or copy the file here"
-            )
-    return files
+    if not is_regular(file, folder):
+        raise ValueError(
+            f"{file}: not a regular file of this folder (it is a folder, a pipe, or a link to another folder). "
+            "Remove it, or copy the file here"
+        )
+    return file
+
+
+def regular_files(folder: Path, pattern: str) -> list[Path]:
+    """List the files of a folder that match a pattern, sorted. Raises ValueError as `check_regular`."""
+    return [check_regular(file, folder) for file in sorted(folder.glob(pattern))]
 
 
 def confine(value: Any, folder: Path, *, is_path: bool = False) -> Any:

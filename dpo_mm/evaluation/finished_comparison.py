@@ -12,6 +12,8 @@ from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.prompts import read_prompt_set
 from dpo_mm.data.questions import WORLDS, read_questions
 from dpo_mm.evaluation.compare_images import list_checkpoints
+from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, SCORES
+from dpo_mm.evaluation.response_sampling import RESPONSES_FILE
 from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.verdict import CompareResult
 from dpo_mm.judges import judge_digests
@@ -60,3 +62,15 @@ def read_result(folder: Path) -> CompareResult:
         for row in metrics["comparisons"]
     ]
     return CompareResult(metrics["verdict"], tuple(comparisons), tuple(metrics["notes"]), folder / "report.html")
+
+
+def saved_lines(folder: Path) -> str:
+    """Describe the images, scores and responses of a comparison on disk, for the message of an interruption."""
+    files = {
+        "images": folder / FOLDER / MANIFEST,
+        "scores": folder / FOLDER / SCORES,
+        "responses": folder / RESPONSES_FILE,
+    }
+    counts = {name: len(path.read_bytes().splitlines()) for name, path in files.items() if path.is_file()}
+    parts = [f"{count} {name}" for name, count in counts.items() if count]
+    return f"{' and '.join(parts)} are in {folder}" if parts else ""

@@ -192,18 +192,6 @@ def _save(image: Image.Image, path: Path) -> str:
         return hashlib.sha256(temporary.read_bytes()).hexdigest()
 
 
-def saved_lines(folder: Path) -> str:
-    """Describe the images, scores and responses of a comparison on disk, for the message of an interruption."""
-    files = {
-        "images": folder / FOLDER / MANIFEST,
-        "scores": folder / FOLDER / SCORES,
-        "responses": folder / "answers.jsonl",
-    }
-    counts = {name: len(path.read_bytes().splitlines()) for name, path in files.items() if path.is_file()}
-    parts = [f"{count} {name}" for name, count in counts.items() if count]
-    return f"{' and '.join(parts)} are in {folder}" if parts else ""
-
-
 def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows to a file of JSON lines, each with its checksum."""
     with explain_unwritten(path), path.open("a", encoding="utf-8") as file:

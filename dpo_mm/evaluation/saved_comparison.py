@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_mm.assets import BUNDLED
 from dpo_mm.data.prompts import category
 from dpo_mm.data.row_paths import read_regular_file, resolve_inside
 from dpo_mm.errors import name_row
@@ -135,3 +137,23 @@ def _image_pair(
             pair_scores[judge] = (before, after)
     files = resolve_inside(base["file"], folder), resolve_inside(tuned["file"], folder)
     return ImagePair(prompt, category(prompt), base["seed"], *files, pair_scores)
+
+
+def bundled_models(saved: SavedComparison, folder: str, *, default: str) -> tuple[str, str | None]:
+    """Return the model and the adapter of a saved comparison, None for no adapter.
+
+    Args:
+        saved: the comparison.
+        folder: its folder, for the error.
+        default: model of a comparison that names none.
+
+    Raises:
+        ValueError: if one is not bundled. The folder may come from somebody else, so it does not choose what is opened.
+    """
+    model, adapter = saved.settings.get("model", default), saved.settings.get("adapter", "none")
+    if model not in BUNDLED or adapter not in (*BUNDLED, "none"):
+        raise ValueError(
+            f"{folder} compares the model {model!r} with {adapter!r}. The folder may come from somebody else, so they are opened "
+            f"only if you name them: --model {shlex.quote(model)} --adapter {shlex.quote(adapter)}"
+        )
+    return model, None if adapter == "none" else adapter

@@ -105,7 +105,8 @@ def preference_rows(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str
     for row in rows:
         if row["id"] not in preferences:
             continue
-        if digests.get(row["id"], pair_digest(row)) != pair_digest(row):
+        digest = pair_digest(row)
+        if digests.get(row["id"], digest) != digest:
             raise ValueError(f"the images or the prompt of pair {row['id']!r} have changed since it was voted on")
         with name_row(f"pair {row['id']!r}", "Fix the dataset, or vote again without this pair"):
             images = {column: {"bytes": file_bytes(row[column]), "path": None} for column in ("image_a", "image_b")}
@@ -129,7 +130,8 @@ def export(
         overwrite: replace an earlier export.
 
     Raises:
-        ValueError: if the format is unknown, the output is an input or a file of others, or as in `preference_rows`, `open_pairs` and `VoteStore`.
+        ValueError: if the format is unknown, the output is an input or a file of others, or as in `preference_rows`,
+            `open_pairs` and `VoteReader`.
     """
     if format not in ("rows", *FORMATS):
         raise ValueError(f"format {format!r} is unknown; {did_you_mean(format, ('rows', *FORMATS))}")

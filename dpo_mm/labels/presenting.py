@@ -1,4 +1,4 @@
-"""Choice of the next pair for an annotator. Every statement uses an index, so a choice costs the same for any number of pairs."""
+"""Choice of the next pair for an annotator. No statement reads all presentations or votes."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_mm.labels.annotators import MAX_NAME_LENGTH as MAX_NAME_LENGTH
 from dpo_mm.labels.annotators import annotator_name
 from dpo_mm.labels.presenting import (
     ACTIVE_SECONDS,
@@ -31,7 +30,6 @@ from dpo_mm.labels.presenting import (
     present,
     stored_name,
 )
-from dpo_mm.labels.presenting import BLOCK as BLOCK
 from dpo_mm.labels.vote_file import (
     IdleConnection,
     T,
@@ -45,7 +43,6 @@ from dpo_mm.labels.vote_file import (
 )
 
 CHOICES = ("left", "right", "tie", "both_bad", "skip")
-ACTIVE_VOTES = "votes JOIN presentations ON presentations.id = votes.presentation"
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,9 @@ class VoteReader:
         columns = "annotator, pair, is_repeat, swapped, choice, cast_at, seconds"
         rows = self._read(
             lambda c: c.execute(
-                f"SELECT {columns} FROM {ACTIVE_VOTES} WHERE {active} ORDER BY votes.id", {"at": at}
+                f"SELECT {columns} FROM votes JOIN presentations ON presentations.id = votes.presentation"
+                f" WHERE {active} ORDER BY votes.id",
+                {"at": at},
             ).fetchall()
         )
         return [

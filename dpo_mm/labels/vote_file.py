@@ -1,6 +1,6 @@
 """SQLite file of votes: its tables, connections that do not change other files, and errors in one line.
 
-Triggers maintain the counts of `annotators` and `coverage`, so that a vote costs the same for any number of votes.
+Triggers maintain the counts of `annotators` and `coverage`, so that no vote counts all others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpo_mm.labels.annotators import identity
+from dpo_mm.labels.presenting import RANK_BITS
 
 T = TypeVar("T")
 
@@ -191,7 +192,7 @@ def _match_coverage(connection: sqlite3.Connection, ids: Sequence[str]) -> None:
     if stored == expected:
         return
     connection.executemany("DELETE FROM coverage WHERE pair = ?", ((pair,) for pair in stored - expected))
-    new = [(pair, random.getrandbits(62)) for pair in dict.fromkeys(ids) if pair not in stored]
+    new = [(pair, random.getrandbits(RANK_BITS)) for pair in dict.fromkeys(ids) if pair not in stored]
     connection.executemany("INSERT INTO coverage (pair, rank) VALUES (?, ?)", new)
     connection.execute(
         "UPDATE coverage SET shown = counts.shown, votes = counts.votes FROM (SELECT pair, sum(NOT is_repeat) AS shown,"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dpo_mm.checksums import missing_shards
+from dpo_mm.checksums import all_intact, missing_shards
 from dpo_mm.config import MineConfig, as_dict
 from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.image_files import encode_png
@@ -74,8 +74,9 @@ def _mine(config: MineConfig, prompts: Sequence[str]) -> None:
         "min_score_gap."
     )
     _mine_shards(shards, paths, config)
-    with write_results(folder) as temporary:
-        combine_shards(paths, temporary / "pairs.parquet", empty_message=empty_message)
+    if all_intact(paths, folder / "pairs.parquet"):
+        with write_results(folder) as temporary:
+            combine_shards(paths, temporary / "pairs.parquet", empty_message=empty_message)
 
 
 def _mine_shards(shards: Sequence[Sequence[str]], paths: Sequence[Path], config: MineConfig) -> None:

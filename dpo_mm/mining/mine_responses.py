@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.checksums import missing_shards, saved_shards
+from dpo_mm.checksums import all_intact, missing_shards, saved_shards
 from dpo_mm.config import MineResponsesConfig, as_dict
 from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.image_files import encode_png
@@ -73,8 +73,9 @@ def _mine(config: MineResponsesConfig, questions: Sequence[Question]) -> None:
         f"{config.output_dir}: no response to {len(questions)} questions failed by {config.judge}. Use more questions, "
         "or increase responses_per_question."
     )
-    with write_results(folder) as temporary:
-        combine_shards(paths, temporary / "pairs.parquet", empty_message=empty_message)
+    if all_intact(paths, folder / "pairs.parquet"):
+        with write_results(folder) as temporary:
+            combine_shards(paths, temporary / "pairs.parquet", empty_message=empty_message)
 
 
 def ingredients(config: MineResponsesConfig, questions: Sequence[Question]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_mm.data.row_paths import is_regular
+from dpo_mm.data.row_paths import check_regular
 from dpo_mm.data.text_files import open_text, table_suffix
 from dpo_mm.errors import RowError, name_row, one_line
 
@@ -73,7 +73,7 @@ def _files(folder: Path, split: str, patterns: Patterns) -> tuple[Path, ...]:
     if patterns:
         names = [[name.format(split=split) for name in alternatives] for alternatives in patterns]
         matches = [[sorted(folder.glob(name)) for name in alternatives] for alternatives in names]
-        files = [_checked(file, folder) for lists in matches for file in next(filter(None, lists), [])]
+        files = [check_regular(file, folder) for lists in matches for file in next(filter(None, lists), [])]
         expected = ", ".join(" or ".join(alternatives) for alternatives in names)
     else:
         every = sorted(
@@ -82,22 +82,12 @@ def _files(folder: Path, split: str, patterns: Patterns) -> tuple[Path, ...]:
             if table_suffix(file) in TABLE_SUFFIXES and not file.is_dir() and not file.name.startswith(".")
         )
         has_splits = any(_is_split(_stem(file), name) for file in every for name in SPLITS)
-        files = [_checked(file, folder) for file in every if not has_splits or _is_split(_stem(file), split)]
+        files = [check_regular(file, folder) for file in every if not has_splits or _is_split(_stem(file), split)]
         expected = f"Parquet, JSON, JSON lines or CSV of split {split!r}"
     if not files:
         has = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder}: no {expected} in this folder (it contains {has})")
     return tuple(files)
-
-
-def _checked(file: Path, folder: Path) -> Path:
-    """Return a file, or raise ValueError if it is not a regular file of the folder."""
-    if not is_regular(file, folder):
-        raise ValueError(
-            f"{file}: not a regular file of this folder (it is a folder, a pipe, or a link to another folder). Remove it, or "
-            "copy the file here"
-        )
-    return file
 
 
 def _stem(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -114,15 +115,22 @@ def custom_responses(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
         yield {**item, "id": str(row.get("id") or row["_number"])} if isinstance(item, dict) else item
 
 
+@functools.cache
+def _column_kinds() -> dict[str, str]:
+    """Data type of each column of a pair, by name."""
+    features = {**response_preference(), **image_preference()}
+    return {name: str(getattr(feature, "dtype", "string")) for name, feature in features.items()}
+
+
 def _typed_columns(row: Row, columns: tuple[str, ...]) -> Row:
     """Columns that the row fills, with their type. In a CSV file every value is a text."""
-    types = {**response_preference(), **image_preference()}
+    kinds = _column_kinds()
     typed: dict[str, Any] = {}
     for name in columns:
         value = row.get(name)
         if value is None or value == "":
             continue
-        kind = str(getattr(types[name], "dtype", "string"))
+        kind = kinds[name]
         try:
             typed[name] = {"float64": float, "int64": int, "bool": _parse_bool}.get(kind, _parse_text)(value)  # type: ignore[operator]
             if kind == "float64" and not math.isfinite(typed[name]):

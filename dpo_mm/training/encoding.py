@@ -40,7 +40,7 @@ from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write
 from dpo_mm.training import arrow_shards
 from dpo_mm.training.arrow_shards import Part, Shards
-from dpo_mm.training.evaluation_split import split_pairs
+from dpo_mm.training.evaluation_split import split_digests, split_pairs
 from dpo_mm.training.response_rows import QUARANTINE, EncodedSplits, encode_responses
 
 if TYPE_CHECKING:
@@ -346,7 +346,7 @@ def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Enco
         "buckets": config.buckets,
         "precision": config.cache_precision,
     }
-    digests = [digest(part) for part in (rows, apart) if part is not None]  # each image is read once
+    digests = split_digests([rows, apart])
     encoded = encode(policy, rows, **how, rows_digest=digests[0])
     encoded_apart = None if apart is None else encode(policy, apart, **how, rows_digest=digests[1])
     return EncodedSplits(encoded, encoded_apart, content_hash(digests))

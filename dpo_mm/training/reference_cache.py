@@ -16,6 +16,7 @@ from dpo_mm.checksums import is_intact, write_with_checksum
 from dpo_mm.content_key import content_key, library_versions
 from dpo_mm.outputs import remove_stale_files
 from dpo_mm.policies.protocol import TextPolicy
+from dpo_mm.training.response_rows import StreamedRows
 
 
 def cache_path(policy: TextPolicy, rows: Any, folder: Path, *, precision: str) -> Path:
@@ -29,7 +30,7 @@ def cache_path(policy: TextPolicy, rows: Any, folder: Path, *, precision: str) -
     """
     parts = {
         "model": policy.fingerprint(),
-        "rows": getattr(rows, "text_digest", None) or list(rows),
+        "rows": rows.content_digest if isinstance(rows, StreamedRows) else list(rows),
         "settings": precision,
         "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type,
         "libraries": library_versions(),

@@ -68,8 +68,8 @@ class StreamedRows:
         rows: the dataset, as stored.
         numbers: rows to use.
         lengths: tokens of each of them.
-        text_digest: hash of the token ids of their texts.
-        config: its `pairs` name the dataset, and its `undecodable_images` says what happens to a broken image.
+        content_digest: hash of the dataset and of the token ids of their texts.
+        config: its `pairs` name the dataset, and its `undecodable_images` decides what happens to a broken image.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class StreamedRows:
         *,
         numbers: Sequence[int],
         lengths: Sequence[int],
-        text_digest: str,
+        content_digest: str,
         config: TrainConfig,
     ) -> None:
         self.policy, self.rows, self.numbers, self.lengths = policy, UndecodedRows(rows), numbers, lengths
-        self.text_digest, self.config = text_digest, config
+        self.content_digest, self.config = content_digest, config
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -123,11 +123,12 @@ def encode_responses(policy: TextPolicy, config: TrainConfig, cache: Path) -> En
     dropped: list[str] = []
     content = digest(pairs)
     if estimated_bytes(policy, pairs, config) > MAX_BYTES_IN_MEMORY:
+        model = policy.fingerprint()
         encoded: list[Any] = [
-            stream_rows(policy, part, config, cache, content=[content, number], dropped=dropped)
+            stream_rows(policy, part, config, cache, model=model, content=[content, number], dropped=dropped)
             for number, part in enumerate(splits)
         ]
-        hashes: Any = [part.text_digest for part in encoded]
+        hashes: Any = [part.content_digest for part in encoded]
     else:
         encoded = [policy.encode(_decoded(part, config, dropped)) for part in splits]
         hashes = encoded if apart is not None else [*encoded, None]
@@ -173,7 +174,14 @@ def _decoded(rows: Dataset, config: TrainConfig, dropped: list[str]) -> Iterator
 
 
 def stream_rows(
-    policy: TextPolicy, rows: Dataset, config: TrainConfig, cache: Path, *, content: Any, dropped: list[str]
+    policy: TextPolicy,
+    rows: Dataset,
+    config: TrainConfig,
+    cache: Path,
+    *,
+    model: str,
+    content: Any,
+    dropped: list[str],
 ) -> StreamedRows:
     """Measure rows, or read their lengths from the cache, and return them without the dropped ones.
 
@@ -182,31 +190,32 @@ def stream_rows(
         rows: response pairs, as stored.
         config: settings of the run.
         cache: folder for the lengths.
+        model: `policy.fingerprint()`, which reads all weights.
         content: digest of the rows.
-        dropped: gets a line for each dropped row with a broken image.
+        dropped: receives a line for each dropped row with a broken image.
 
     Raises:
         ValueError: as `encode_responses`.
     """
-    sizes = _measured(policy, rows, config, cache, content)
+    path = lengths_path(policy, rows, config, cache, model=model, content=content)
+    sizes = _measured(policy, rows, config, path)
     dropped += [size for size in sizes if isinstance(size, str)]
     numbers = [number for number, size in enumerate(sizes) if isinstance(size, list)]
     lengths = [sizes[number][0] for number in numbers]
-    text_digest = content_hash([sizes[number][1] for number in numbers])
-    return StreamedRows(policy, rows, numbers=numbers, lengths=lengths, text_digest=text_digest, config=config)
+    content_digest = content_hash([content, *(sizes[number][1] for number in numbers)])
+    return StreamedRows(policy, rows, numbers=numbers, lengths=lengths, content_digest=content_digest, config=config)
 
 
 def describe_lengths(lengths: Sequence[int]) -> str:
-    """Say how long rows are, in tokens."""
+    """Describe the lengths of rows, in tokens."""
     if not lengths:
         return "no row is short enough"
     median, high = np.percentile(lengths, [50, 99])
     return f"median {median:,.0f}, 99 % have at most {high:,.0f}, longest {max(lengths):,}"
 
 
-def _measured(policy: TextPolicy, rows: Dataset, config: TrainConfig, cache: Path, content: Any) -> list[Any]:
+def _measured(policy: TextPolicy, rows: Dataset, config: TrainConfig, path: Path) -> list[Any]:
     """Length and text digest of each row. Dropped rows have None if they are too long, else the line that lists them."""
-    path = lengths_path(policy, rows, config, cache, content=content)
     try:
         if before := without_checksum(json.loads(path.read_text(encoding="utf-8"))):
             return before["sizes"]
@@ -219,7 +228,9 @@ def _measured(policy: TextPolicy, rows: Dataset, config: TrainConfig, cache: Pat
     return sizes
 
 
-def lengths_path(policy: TextPolicy, rows: Dataset, config: TrainConfig, cache: Path, *, content: Any) -> Path:
+def lengths_path(
+    policy: TextPolicy, rows: Dataset, config: TrainConfig, cache: Path, *, model: str, content: Any
+) -> Path:
     """Return the path of the lengths of rows. The first row is encoded, because a template may print the date.
 
     Args:
@@ -227,10 +238,11 @@ def lengths_path(policy: TextPolicy, rows: Dataset, config: TrainConfig, cache: 
         rows: response pairs, as stored.
         config: settings of the run.
         cache: folder of the cache.
+        model: `policy.fingerprint()`.
         content: digest of the rows.
     """
     parts = {
-        "model": policy.fingerprint(),
+        "model": model,
         "rows": content,
         "settings": [
             config.max_length,

@@ -7,20 +7,20 @@ import json
 import logging
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback
 
 from dpo_mm.assets import resolve_asset
+from dpo_mm.cache_folder import cache_folder
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.content_key import check_ingredients, content_hash, library_versions
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import drop_ties, load_pairs, load_responses
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.interruption import StopRequest, complete_part, stop_on_signal
-from dpo_mm.outputs import OutputKind, output_folder, read_record, refuse_foreign_folder
+from dpo_mm.outputs import OutputKind, differences, output_folder, refuse_foreign_folder
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import model_content, policy_class, resolve_commit
 from dpo_mm.policies.protocol import ImagePolicy, Policy, TextPolicy
@@ -36,8 +36,8 @@ from dpo_mm.training.checkpoints import (
     latest_complete_checkpoint,
     newest_first,
 )
-from dpo_mm.training.encoding import EncodedSplits, cache_folder, encode_splits
-from dpo_mm.training.evaluation_split import split_pairs
+from dpo_mm.training.encoding import EncodedSplits, encode_splits
+from dpo_mm.training.evaluation_split import split_digests, split_pairs
 from dpo_mm.training.memory_estimate import estimate_memory_and_disk
 from dpo_mm.training.model_card import write_card
 from dpo_mm.training.pair_stream import eval_stream, training_stream
@@ -79,9 +79,8 @@ def train(config: TrainConfig) -> TrainResult:
     if config.resume and config.overwrite:
         raise ValueError("resume and overwrite exclude each other: resume continues what overwrite removes")
     folder = Path(config.output_dir)
-    record = read_record(folder / CONFIG_FILE) or {}
     kind, settings = TRAINING, json.loads(json.dumps(as_dict(config)))
-    changed = any(record.get(name) != value for name, value in settings.items() if name not in kind.free)
+    changed = bool(differences(folder, TRAINING, settings))
     if config.resume:  # `check_same_recipe` compares the settings
         kind = dataclasses.replace(kind, free=tuple(settings))
     with output_folder(
@@ -123,8 +122,7 @@ def _pairs_digest(config: TrainConfig) -> str:
     """Digest of the pairs as `encode_splits` returns it, without encoding them."""
     if policy_class(config.model, revision=config.revision).modality == "text":
         return digest(load_responses(config.pairs))
-    parts = split_pairs(drop_ties(load_pairs(config.pairs)), config)
-    return content_hash([digest(part) for part in parts if part is not None])
+    return content_hash(split_digests(split_pairs(drop_ties(load_pairs(config.pairs)), config)))
 
 
 def _train(config: TrainConfig, checkpoint: Path | None) -> TrainResult:
@@ -170,13 +168,12 @@ def _train_on(
         logger.warning("prompts: %s", cut)
         summary |= {"truncated prompts": cut}
     trainer = PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state)
-    name = Path(config.output_dir).name
-    text = policy.modality == "text"
+    name, text = Path(config.output_dir).name, policy.modality == "text"
     image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
-    card = partial(write_card, config, summary, text=text, image_lines=image_lines)
+    card = lambda folder: write_card(config, summary, text=text, image_lines=image_lines, into=folder)
     with complete_part(lambda: f"The run is complete and its result is in {config.output_dir}") as stop:
         _fit(trainer, checkpoint, stop)
-        trainer.save_result(summary, lambda folder: card(into=folder))
+        trainer.save_result(summary, card)
     return TrainResult(Path(config.output_dir), tuple(trainer.history()), summary, float(config.beta))
 
 
@@ -280,6 +277,7 @@ def dry_run(config: TrainConfig) -> dict[str, str]:
             summary |= {"truncated prompts": cut}
         summary |= estimate_memory_and_disk(policy, config, len(set(pairs["prompt"])), len(pairs))
     else:
-        rows = stream_rows(policy, train_rows, config, cache_folder(), content=[digest(pairs), 0], dropped=[])
+        model, content = policy.fingerprint(), [digest(pairs), 0]
+        rows = stream_rows(policy, train_rows, config, cache_folder(), model=model, content=content, dropped=[])
         summary |= {"tokens": describe_lengths(rows.lengths)}
     return summary

@@ -55,7 +55,7 @@ MAX_WORKERS = 4
 """Largest number of processes that encode rows while training, unless `workers` is set."""
 
 
-def _finish_on_signal(loader: DataLoader[Any]) -> DataLoader[Any]:
+def _ignore_signals_in_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Make the loader's worker processes ignore signals that a terminal or a cluster sends to all processes."""
     inner = getattr(loader, "base_dataloader", loader)  # accelerate's loader wraps the one that starts the processes
     inner.worker_init_fn = functools.partial(_ignore_signals, inner.worker_init_fn)
@@ -143,10 +143,10 @@ class PreferenceTrainer(Trainer):
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        return _finish_on_signal(super().get_train_dataloader())
+        return _ignore_signals_in_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        return _finish_on_signal(super().get_eval_dataloader(eval_dataset))
+        return _ignore_signals_in_workers(super().get_eval_dataloader(eval_dataset))
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None

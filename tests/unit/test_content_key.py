@@ -123,7 +123,8 @@ def reference(w: SimpleNamespace) -> Any:
 def lengths(w: SimpleNamespace) -> Any:
     rows = make_response_rows([{"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}])
     config = TrainConfig("m", "p.parquet", "out", max_length=w.limit + 20)
-    return response_rows.lengths_path(text_policy(w), rows, config, w.folder, content=w.truth)
+    policy = text_policy(w)
+    return response_rows.lengths_path(policy, rows, config, w.folder, model=policy.fingerprint(), content=w.truth)
 
 
 def mined_images(w: SimpleNamespace) -> Any:

@@ -17,7 +17,8 @@ import pytest
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.labels.export import Agreement, agreement, export, tally, train_command
 from dpo_mm.labels.pairs import open_pairs
-from dpo_mm.labels.store import BLOCK, Vote, VoteStore, source_of
+from dpo_mm.labels.presenting import BLOCK
+from dpo_mm.labels.store import Vote, VoteStore, source_of
 from tests.conftest import noise_image, rows
 
 IDS = [f"pair-{n}" for n in range(30)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.training import response_rows
 from dpo_mm.training.builders import build_policy
 from dpo_mm.training.encoding import encode_splits
+from dpo_mm.training.pair_stream import training_stream
+from dpo_mm.training.reference import precompute_reference_log_probs
 from dpo_mm.training.response_rows import StreamedRows
 from dpo_mm.training.run import dry_run, train
 from dpo_mm.training.trainer import PreferenceTrainer
@@ -192,3 +195,22 @@ def test_dry_run_prints_the_lengths(model: str, tmp_path: Path) -> None:
         for row in policy.encode(response_rows.load_responses(pairs(tmp_path)))
     )
     assert int(median) == (lengths[3] + lengths[4]) // 2 and summary["tokens"].endswith(f"longest {lengths[-1]}")
+
+
+def test_precomputed_reference_of_other_images_with_equal_texts_is_another(model: str, tmp_path: Path) -> None:
+    """Catches a cache of log-probs whose key has only the texts of the rows."""
+    sets = [pairs(tmp_path)]
+    (tmp_path / "other").mkdir()
+    images = {
+        f"r{n}": {"images": [{"bytes": encode_png(noise_image(50 + n, (40 + n, 50))), "path": None}]} for n in range(8)
+    }
+    sets.append(pairs(tmp_path / "other", **images))
+    logps = []
+    for name, rows in zip(("one", "two"), sets, strict=True):
+        settings = config(model, rows, tmp_path / name, reference="precomputed", eval_fraction=0.0)
+        policy = build_policy(settings)
+        splits = encode_splits(policy, settings)
+        policy.prepare(settings)
+        stream = dataclasses.replace(training_stream(settings, splits.rows, 1), num_fixed_draws=1)
+        logps.append(precompute_reference_log_probs(policy, stream, settings).chosen)
+    assert not torch.equal(*logps)
