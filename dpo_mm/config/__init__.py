@@ -1,0 +1,28 @@
+"""Settings of the commands and recipes: frozen dataclasses. The text below a field is its documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dpo_mm.config.image_configs import CompareConfig, MineConfig
+from dpo_mm.config.judge_configs import JudgeConfig, RelabelConfig
+from dpo_mm.config.response_configs import CompareResponsesConfig, MineResponsesConfig
+from dpo_mm.config.train_config import TRAINER_NAMES, TrainConfig
+
+__all__ = [
+    "TRAINER_NAMES",
+    "CompareConfig",
+    "CompareResponsesConfig",
+    "JudgeConfig",
+    "MineConfig",
+    "MineResponsesConfig",
+    "RelabelConfig",
+    "TrainConfig",
+    "as_dict",
+]
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain values for JSON and YAML."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,149 @@
+"""Settings of a training run, and their names in transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dpo_mm.setting_limits import Settings
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """Settings of one preference-tuning run. The defaults suit an image generator, real pairs and a LoRA."""
+
+    model: str
+    """Folder or hub id of a pipeline or model, or the name of a bundled one."""
+    pairs: str
+    """Preference pairs: a Parquet file, a folder of Parquet files, a dataset on the hub, or the name of a bundled dataset."""
+    output_dir: str
+    """Folder for the result, the log and the checkpoints."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub. The commit is recorded in the run. null: the default branch."""
+
+    objective: str | dict[str, float] = "sigmoid"
+    """Name of an objective, or several names with weights."""
+    beta: float | str = 5000.0
+    """KL strength in 1/nats, > 0, or "auto" (measured on the first pairs). Images use the convention of the Diffusion-DPO
+    authors: 2000 for SD1.5, 5000 for SDXL. diffusers' script uses half of this number. For text, about 0.1."""
+    objective_kwargs: dict[str, float] = field(default_factory=dict)
+    """Further arguments of the objective, for example label_smoothing."""
+    sft_weight: float = 0.0
+    """Weight of the SFT loss on the chosen side. Increase it if the log-prob of the chosen side falls."""
+
+    reference: str = "auto"
+    """auto | adapter_off | frozen_copy | precomputed | moving_average | synced. auto is adapter_off with a LoRA and
+    frozen_copy otherwise."""
+    fixed_draws_per_row: int = 0
+    """Number K of fixed (noise, timestep) draws per row that repeat over the epochs. 0: fresh draws in each epoch.
+    Image models with precomputed references need at least 1."""
+    reference_ema_decay: float = 0.99
+    """Decay per step of the moving-average reference, in [0, 1)."""
+    reference_sync_steps: int = 512
+    """Steps between two copies of the policy into a synced reference (tau of TR-DPO, 2404.09656)."""
+
+    tuning: str = "lora"
+    """lora | full. full trains all weights and needs much more memory."""
+    lora_rank: int = 16
+    """Rank of the LoRA matrices. A higher rank can learn more and needs more memory."""
+    lora_alpha: int = 16
+    """Scale of the LoRA: its update is multiplied by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] | None = None
+    """Names of the modules that get a LoRA. null: the defaults of the model family."""
+    lora_format: str = "diffusers"
+    """diffusers | kohya. kohya also writes kohya_lora_weights.safetensors, which ComfyUI and A1111 load."""
+
+    steps: int = 1000
+    """Number of optimizer steps."""
+    batch_size: int = 4
+    """Pairs per process and forward pass. Decrease it if memory runs out, and increase accumulate by the same factor."""
+    accumulate: int = 1
+    """Forward passes per optimizer step."""
+    learning_rate: float = 1e-4
+    """Peak learning rate. Full fine-tuning needs a smaller one than a LoRA."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly from 0."""
+    optimizer: str = "adamw"
+    """adamw | adamw_8bit (bitsandbytes, the extra `8bit`) | adafactor. The last two need less memory."""
+    schedule: str = "constant_with_warmup"
+    """Learning-rate schedule of transformers, for example linear or cosine."""
+    max_grad_norm: float = 1.0
+    """Largest norm of the gradient. Larger gradients are scaled down."""
+    weight_decay: float = 1e-2
+    """Weight decay of the optimizer."""
+    precision: str = "auto"
+    """auto | fp32 | bf16 | fp16. Precision of forward and backward passes and, with a LoRA, of the frozen weights. Errors and
+    losses are always float32. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass. Use it if memory runs out. It costs about one more forward pass."""
+    seed: int = 0
+    """Seed of the LoRA's initial weights, the order of the rows, the noise, the timesteps and the evaluation split."""
+    timestep_sampling: str = "uniform"
+    """uniform | logit_normal. Distribution of the timesteps over the schedule."""
+    timestep_range: tuple[float, float] = (0.0, 1.0)
+    """Part of the schedule from which timesteps are sampled. 0 is a clean image, 1 is pure noise."""
+    loss_weighting: str = "target"
+    """target | epsilon. Error on which beta is constant if the network predicts v or a velocity: its own, or that of the noise."""
+    stratified_timesteps: bool = False
+    """Take the timesteps of a step's pairs from equal parts of the schedule, one pair per part. With fixed draws: the K
+    timesteps of each row. It lowers the variance of the gradient."""
+    antithetic_noise: bool = False
+    """Use each pair twice in succession, the second time with negated noise. batch_size counts both, so it must be even."""
+
+    train_vision_tower: bool = False
+    """Also train the vision tower and the projector of a vision-language model."""
+    max_length: int | None = None
+    """Largest number of tokens per row: images, prompt and the longer response. null: the limit of the model."""
+    overlong_rows: str = "raise"
+    """raise | drop. What happens to rows longer than max_length. Image tokens are never truncated."""
+    pair_layout: str = "auto"
+    """auto | shared_prefix | separate. shared_prefix puts both responses behind one copy of the prompt, which saves time.
+    auto uses it if a check on the first batch shows that log-probs stay the same."""
+    cache_vision_features: bool = False
+    """Compute the features of a frozen vision tower once and cache them in memory. It saves time in each step."""
+    ld_alpha: float = 1.0
+    """Weight of tokens beyond the length of the shorter response, in [0, 1] (alpha of LD-DPO). 1: all tokens count alike."""
+    edited_token_weight: float = 1.0
+    """Weight of tokens that differ between chosen and rejected (gamma of RLHF-V, which uses 5). Unless it is 1, log-probs
+    are weighted means per token."""
+
+    eval_fraction: float = 0.05
+    """Fraction of prompts held out for evaluation, in [0, 1). Their pairs are evaluated with fixed noise. 0: none."""
+    eval_every: int = 0
+    """Steps between two evaluations. 0: only at the end."""
+    save_every: int = 0
+    """Steps between two checkpoints. 0: only the final result."""
+    save_total_limit: int = 2
+    """Number of checkpoints on disk. Older ones are deleted."""
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    workers: int | None = None
+    """Number of processes that load rows. 0: rows are loaded in the training process. null: one per CPU core, at most 4, for
+    large vision-language rows, which are encoded in each step, else 0."""
+    resume: bool = False
+    """Continue from the newest complete checkpoint in output_dir, with other steps too. There must be one. The same command
+    without it continues as well."""
+    overwrite: bool = False
+    """Remove an earlier result in output_dir first. Only files that dpo-mm wrote and that are unchanged are removed."""
+    undecodable_images: str = "raise"
+    """raise | drop. What happens to rows with an image that does not decode. Dropped rows are listed in a file."""
+
+    resolution: int | None = None
+    """Edge of the training images in pixels. null: the native resolution of the pipeline. Smaller values save memory."""
+    buckets: bool = False
+    """Resize pairs to buckets of about the same area by their aspect ratio. Otherwise all are cropped to a square."""
+    cache_precision: str = "fp32"
+    """fp32 | bf16 | fp16. Precision of the encoded images and prompts on disk. fp32 is exact, the others halve the size."""
+
+
+TRAINER_NAMES = {
+    "max_steps": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "optim": "optimizer",
+    "lr_scheduler_type": "schedule",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "logging_steps": "log_every",
+    "dataloader_num_workers": "workers",
+}
+"""Names of transformers' TrainingArguments that files and flags may use, and the fields of TrainConfig that they set."""
