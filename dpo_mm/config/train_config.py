@@ -95,6 +95,9 @@ class TrainConfig(Settings):
     """Largest number of tokens per row: images, prompt and the longer response. null: the limit of the model."""
     overlong_rows: str = "raise"
     """raise | drop. What happens to rows longer than max_length. Image tokens are never truncated."""
+    train_sampling_strategy: str = "random"
+    """random | group_by_length. Order of the rows, under the Trainer's name. group_by_length puts rows of similar length into a
+    step, so that less is padding."""
     pair_layout: str = "auto"
     """auto | shared_prefix | separate. shared_prefix puts both responses behind one copy of the prompt, which saves time.
     auto uses it if a check on the first batch shows that log-probs stay the same."""

@@ -32,14 +32,18 @@ TEXT_ONLY_SETTINGS = (
     "train_vision_tower",
     "max_length",
     "overlong_rows",
+    "train_sampling_strategy",
     "pair_layout",
     "ld_alpha",
     "edited_token_weight",
     "cache_vision_features",
 )
 """Settings for vision-language models only."""
+OF_THE_RUN = ("train_sampling_strategy", "cache_vision_features")
+"""Those of TEXT_ONLY_SETTINGS that the model does not take."""
 UNCHANGED = TrainConfig(model="", pairs="", output_dir="")
 """Default of every setting."""
+SAMPLING_STRATEGIES = ("random", "group_by_length")
 OPTIMIZERS = {"adamw": "", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
 """The Trainer's names of our optimizers. adamw is its default."""
 
@@ -108,6 +112,9 @@ def validate_config(config: TrainConfig) -> None:
     strange = [name for name in settings if getattr(config, name) != getattr(TrainConfig, name)]
     if strange:
         raise ValueError(f"{strange[0]} is a setting of {owner}; {config.model} is {given}")
+    if config.train_sampling_strategy not in SAMPLING_STRATEGIES:
+        known = did_you_mean(config.train_sampling_strategy, SAMPLING_STRATEGIES)
+        raise ValueError(f"train_sampling_strategy {config.train_sampling_strategy!r} is unknown; {known}")
     _validate_timestep_settings(config)
     _refuse_ignored_settings(config, modality=modality)
     training_arguments(config)
@@ -181,7 +188,7 @@ def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | 
     """
     options: dict[str, Any] = {}
     if policy_class(config.model, revision=config.revision).modality == "text":
-        options = {name: getattr(config, name) for name in TEXT_ONLY_SETTINGS if name != "cache_vision_features"}
+        options = {name: getattr(config, name) for name in TEXT_ONLY_SETTINGS if name not in OF_THE_RUN}
         options["corrupt"] = "corrupted_ratio" in required_inputs(config)
     else:
         options = {"resolution": config.resolution, "weights": weights}

@@ -7,6 +7,9 @@ in new orders and cut into batches. Invariant: after v epochs, a bucket of n row
 Epoch v consists of the batches that are completed in it, in a shuffled order. So every row is used equally often, none is
 dropped, and the order does not depend on processes or accumulation.
 
+With lengths, each epoch is in transformers' order for `train_sampling_strategy: group_by_length`: rows of similar length follow
+each other. It depends on seed, epoch, lengths and pairs per step, so that several processes make the batches of one.
+
 Example: buckets of 3 and 2 rows, batch_size 2. Epoch 0 completes floor(3 / 2) = 1 and floor(2 / 2) = 1 batches. Epoch 1 completes
 floor(6 / 2) - 1 = 2 and floor(4 / 2) - 1 = 1. After two epochs all 10 uses of rows are in 5 batches.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,6 +50,11 @@ class PairStream(Dataset[dict[str, Any]]):
     shuffle: bool = True
     batch_size: int = 1
     """Rows per process and step, all from one bucket. The length is a multiple of it."""
+    lengths: Sequence[int] | None = None
+    """Tokens of each row, to put rows of similar length together."""
+    pairs_per_step: int = 1
+    """Rows that get similar lengths: those of a step, on all processes."""
+    _orders: dict[int, Sequence[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.length
@@ -68,7 +76,15 @@ class PairStream(Dataset[dict[str, Any]]):
 
     def _in_one_bucket(self, number: int) -> tuple[int, int]:
         visit, position = divmod(number, len(self.rows))
+        if self.lengths is not None:
+            return visit, self._order_by_length(self.lengths, visit)[position]
         return visit, int(_order((self.seed, visit), len(self.rows))[position]) if self.shuffle else position
+
+    def _order_by_length(self, lengths: Sequence[int], visit: int) -> Sequence[int]:
+        if visit not in self._orders:
+            self._orders.clear()
+            self._orders[visit] = order_by_length(lengths, self.pairs_per_step, (self.seed, visit))
+        return self._orders[visit]
 
     def _in_bucket(self, number: int) -> tuple[int, int]:
         size, buckets = max(self.batch_size // 2, 1) if self.antithetic else self.batch_size, buckets_of(self.rows)
@@ -133,6 +149,32 @@ def _order(key: tuple[int, ...], count: int) -> np.ndarray:
     return np.random.default_rng(key).permutation(count)
 
 
+def order_by_length(lengths: Sequence[int], batch_size: int, key: Sequence[int]) -> list[int]:
+    """Return a random order of rows in which those of a batch have similar lengths. The first batch has the longest row.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows per batch.
+        key: numbers from which the random order is derived.
+
+    Source: `transformers.trainer_pt_utils.get_length_grouped_indices`.
+    """
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    seed = int(np.random.SeedSequence(tuple(key)).generate_state(1, np.uint64)[0])
+    generator = torch.Generator().manual_seed(seed)
+    return get_length_grouped_indices(list(lengths), batch_size, generator=generator)
+
+
+def lengths_of(rows: Any) -> Sequence[int]:
+    """Return the tokens of each encoded response pair: prompt, images and the longer response."""
+    lengths: Sequence[int] | None = getattr(rows, "lengths", None)
+    return lengths or [
+        len(row["prompt_ids"]) + max(len(row[f"{s}_ids"]) for s in ("chosen", "rejected")) for row in rows
+    ]
+
+
 def training_stream(config: TrainConfig, rows: Any, processes: int) -> PairStream:
     """Make the stream of a whole run.
 
@@ -150,6 +192,8 @@ def training_stream(config: TrainConfig, rows: Any, processes: int) -> PairStrea
         num_strata=step if config.stratified_timesteps else 0,
         antithetic=config.antithetic_noise,
         batch_size=config.batch_size,
+        lengths=lengths_of(rows) if config.train_sampling_strategy == "group_by_length" else None,
+        pairs_per_step=step,
     )
 
 

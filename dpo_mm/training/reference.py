@@ -182,6 +182,7 @@ class WithReference:
 
     def __init__(self, rows: Any, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
         self.rows, self.chosen, self.rejected, self.buckets = rows, chosen, rejected, buckets_of(rows)
+        self.lengths = getattr(rows, "lengths", None)
 
     def __len__(self) -> int:
         return len(self.rows)

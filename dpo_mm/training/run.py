@@ -160,7 +160,9 @@ def _train_on(
     train_rows, eval_rows = _with_frozen_outputs(policy, config, splits)
     measured = None
     if config.beta == AUTO:
-        measured = run_state["measured_beta"] or measure_beta(policy, training_stream(config, train_rows, 1), config)
+        in_random_order = dataclasses.replace(config, train_sampling_strategy="random")  # for one process and several
+        stream = training_stream(in_random_order, train_rows, 1)
+        measured = run_state["measured_beta"] or measure_beta(policy, stream, config)
     run_state = {**run_state, "beta": config.beta, "measured_beta": measured}
     config = config if measured is None else dataclasses.replace(config, beta=measured)
     summary = run_summary(policy, config, len(train_rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dpo_mm.config import TrainConfig
@@ -133,6 +134,34 @@ def test_strata_and_length_are_those_of_a_step_on_all_processes(antithetic: bool
     step = Counter(seen[number]["stratum"] for number in range(12, 24))
     assert step == {(stratum, count): 12 // count for stratum in range(count)}
     assert training_stream(TrainConfig("m", "p", "o"), rows, processes=2).num_strata == 0
+
+
+def test_group_by_length_pads_less_and_its_order_is_that_of_any_number_of_processes() -> None:
+    """It catches an order that depends on processes or on items before, and an epoch with a row twice."""
+    lengths = [int(length) for length in np.random.default_rng(0).lognormal(4, 1, 203)]
+    rows = [
+        {"id": str(n), "prompt_ids": [0] * (length - 1), "chosen_ids": [0], "rejected_ids": []}
+        for n, length in enumerate(lengths)
+    ]
+
+    def ids(batch_size: int, accumulate: int, processes: int, strategy: str = "group_by_length") -> list[int]:
+        config = TrainConfig(
+            "m", "p", "o", steps=60, batch_size=batch_size, accumulate=accumulate, train_sampling_strategy=strategy
+        )
+        stream = training_stream(config, rows, processes)
+        items = {n: int(stream[n]["id"]) for n in np.random.default_rng(1).permutation(len(stream))}
+        return [items[n] for n in range(len(stream))]
+
+    grouped, shuffled = ids(8, 1, 1), ids(8, 1, 1, "random")
+    assert grouped == ids(2, 2, 2) == ids(4, 1, 2)
+    epochs = [grouped[:203], grouped[203:406]]
+    assert epochs[0] != epochs[1] and all(sorted(epoch) == list(range(203)) for epoch in epochs)
+    assert lengths[grouped[0]] == max(lengths)
+    padded = [
+        sum(8 * max(lengths[n] for n in order[start : start + 8]) for start in range(0, 400, 8))
+        for order in (grouped, shuffled)
+    ]
+    assert padded[0] < 0.6 * padded[1]
 
 
 def test_images_are_evaluated_at_a_draw_of_each_quarter_of_the_schedule_and_text_once() -> None:

@@ -23,7 +23,7 @@ from dpo_mm.training.encoding import encode_splits
 from dpo_mm.training.pair_stream import training_stream
 from dpo_mm.training.reference import precompute_reference_log_probs
 from dpo_mm.training.response_rows import StreamedRows
-from dpo_mm.training.run import dry_run, train
+from dpo_mm.training.run import TrainResult, dry_run, train
 from dpo_mm.training.trainer import PreferenceTrainer
 from tests.contracts.tiny_vlms import BUILDERS, build, noise_image, save
 from tests.contracts.tiny_vlms import rows as rows_of
@@ -84,18 +84,29 @@ def test_lengths_from_headers_equal_the_encoded_lengths(family: str) -> None:
         assert size.tokens == len(encoded["prompt_ids"]) + max(len(encoded["chosen_ids"]), len(encoded["rejected_ids"]))
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def losses(run: TrainResult) -> list[float]:
+    return [entry["loss"] for entry in run.history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("workers", "order", "steps"),
+    [(0, "random", 3), pytest.param(2, "group_by_length", 1, marks=pytest.mark.slow)],
+)
 def test_streamed_run_has_the_bits_of_a_run_in_memory(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, order: str, steps: int
 ) -> None:
-    rows = pairs(tmp_path)
-    streamed = train(config(model, rows, tmp_path / "streamed", workers=workers))
+    """With loader processes the streamed run is resumed after one step."""
+    rows, more = pairs(tmp_path), {"train_sampling_strategy": order, "save_every": steps % 3}
+    cut = config(model, rows, tmp_path / "streamed", workers=workers, **more)
+    streamed = train(dataclasses.replace(cut, steps=steps))
+    if steps < cut.steps:
+        streamed = train(dataclasses.replace(cut, resume=True))
     monkeypatch.setattr(response_rows, "MAX_BYTES_IN_MEMORY", 2**40)
-    in_memory = train(config(model, rows, tmp_path / "memory"))
+    in_memory = train(config(model, rows, tmp_path / "memory", **more))
     one, other = (load_file(run.folder / "adapter_model.safetensors") for run in (streamed, in_memory))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    losses = [[entry.get("loss", entry.get("eval_loss")) for entry in run.history] for run in (streamed, in_memory)]
-    assert losses[0] == losses[1]
+    assert losses(streamed) == losses(in_memory) and len(losses(streamed)) == 3
+    assert streamed.history[-1]["eval_loss"] == in_memory.history[-1]["eval_loss"]
 
 
 def test_rows_are_not_encoded_before_they_are_used(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +178,7 @@ def test_image_that_breaks_in_the_run_is_named_or_replaced_by_the_next(
 def test_precomputed_reference_of_streamed_rows_gives_the_same_losses(model: str, tmp_path: Path) -> None:
     rows = pairs(tmp_path)
     runs = [train(config(model, rows, tmp_path / name, reference=name)) for name in ("adapter_off", "precomputed")]
-    losses = [[entry["loss"] for entry in run.history if "loss" in entry] for run in runs]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-5)
 
 
 def test_streamed_rows_are_loaded_by_processes_unless_set(

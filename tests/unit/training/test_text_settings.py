@@ -213,6 +213,7 @@ def test_split_is_by_image_if_all_prompts_are_equal(model: str, pairs: str, tmp_
         ({"ld_alpha": 2.0}, "ld_alpha must be in"),
         ({"pair_layout": "both"}, "Expected auto, shared_prefix or separate"),
         ({"overlong_rows": "cut"}, "Expected raise or drop"),
+        ({"train_sampling_strategy": "group_by_lenght"}, "did you mean 'group_by_length'"),
         ({"reference": "precomputed", "objective": {"image_conditional": 1.0}}, "does not go with image_conditional"),
         ({"train_vision_tower": True, "cache_vision_features": True}, "the vision tower trains"),
     ],
@@ -227,6 +228,8 @@ def test_incompatible_text_settings_are_refused(
 def test_text_settings_are_refused_for_an_image_generator(tiny_model: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layout is a setting of vision-language models"):
         validate_config(config(tiny_model, "pairs", tmp_path, pair_layout="separate"))
+    with pytest.raises(ValueError, match="train_sampling_strategy is a setting of vision-language models"):
+        validate_config(config(tiny_model, "pairs", tmp_path, train_sampling_strategy="group_by_length"))
     with pytest.raises(ValueError, match="image_conditional"):
         validate_config(config(tiny_model, "pairs", tmp_path, objective={"image_conditional": 1.0}))
 
