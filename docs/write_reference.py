@@ -7,15 +7,19 @@ python docs/write_reference.py --check    # exit with 1 if a page differs from t
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
+import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from dpo_mm import config
+from dpo_mm.config.descriptions import REQUIRED, describe_settings, yaml_value
 
 PACKAGE = Path(__file__).parents[1] / "dpo_mm"
 FOLDER = Path(__file__).parent / "reference"
@@ -67,54 +71,6 @@ ONLY = {
 """Modality, and the names that its tuple of settings may have in dpo_mm/training/builders.py."""
 
 
-class Setting(NamedTuple):
-    """One field of a settings dataclass, as its source has it."""
-
-    name: str
-    type: str
-    default: str
-    meaning: str
-
-
-def config_files() -> list[Path]:
-    """The files that define settings, training first."""
-    return sorted((PACKAGE / "config").glob("*.py"), key=lambda file: (file.name != "train_config.py", file.name))
-
-
-def dataclasses_of(source: str) -> Iterator[tuple[str, str, list[Setting]]]:
-    """Name, docstring and fields of each dataclass of a module whose name ends in Config."""
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-            yield node.name, " ".join((ast.get_docstring(node) or "").split()), list(_fields(node))
-
-
-def _fields(node: ast.ClassDef) -> Iterator[Setting]:
-    for field, following in zip(node.body, [*node.body[1:], None], strict=True):
-        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-            continue
-        text = following.value.value if isinstance(following, ast.Expr) and _is_text(following.value) else ""
-        yield Setting(field.target.id, ast.unparse(field.annotation), _default(field.value), " ".join(text.split()))
-
-
-def _is_text(value: ast.expr) -> bool:
-    return isinstance(value, ast.Constant) and isinstance(value.value, str)
-
-
-def _default(value: ast.expr | None) -> str:
-    """The default as it is written in YAML, or "required"."""
-    if value is None:
-        return "required"
-    if isinstance(value, ast.Call):
-        factory = next((ast.unparse(word.value) for word in value.keywords if word.arg == "default_factory"), "")
-        return {"dict": "`{}`", "list": "`[]`", "tuple": "`[]`"}.get(factory, "")
-    default = ast.literal_eval(value)
-    if isinstance(default, bool) or default is None:
-        return f"`{str(default).lower().replace('none', 'null')}`"
-    if isinstance(default, tuple):
-        return f"`[{', '.join(map(str, default))}]`"
-    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
-
-
 def applies_to() -> dict[str, str]:
     """The modality of each training setting that only one modality has."""
     tree = ast.parse((PACKAGE / "training" / "builders.py").read_text(encoding="utf-8"))
@@ -130,6 +86,14 @@ def applies_to() -> dict[str, str]:
     if missing:
         raise ValueError(f"builders.py has no tuple of the settings of {missing[0]}; expected {ONLY[missing[0]]}")
     return {name: kind for kind, names in known.items() for name in names or ()}
+
+
+def _default(value: Any) -> str:
+    return REQUIRED if value is dataclasses.MISSING else f"`{yaml_value(value)}`"
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def _cell(text: str) -> str:
@@ -175,19 +139,21 @@ def settings_page() -> str:
         "with dashes instead of underscores, and `null` is written `none`. An unknown setting is refused, and the error names the "
         "nearest known one.",
     ]
-    for file in config_files():
-        for name, text, fields in dataclasses_of(file.read_text(encoding="utf-8")):
-            parts += ["", f"## {name}", "", text, "", SECTIONS.get(name, ""), ""]
-            train = name == "TrainConfig"
+    for name in SECTIONS:
+        kind = getattr(config, name)
+        parts += ["", f"## {name}", "", " ".join(inspect.getdoc(kind).split()), "", SECTIONS[name], ""]
+        train = name == "TrainConfig"
+        head = ["setting, type", "default", "meaning", *(["applies to", "elsewhere"] if train else [])]
+        for group, settings in itertools.groupby(describe_settings(kind), key=lambda setting: setting.group):
+            parts += [f"### {group}", ""] if group else []
             parts += ['<div class="settings" markdown>', ""]
-            head = ["setting, type", "default", "meaning", *(["applies to", "elsewhere"] if train else [])]
             parts += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-            for one in fields:
-                row = [f"**`{one.name}`**<br>{_type(one.type)}", one.default, _cell(one.meaning)]
+            for one in settings:
+                row = [f"**`{one.name}`**<br>{_type(one.type)}", _default(one.default), _cell(one.description)]
                 row += [only.get(one.name, "both"), peers.get(one.name, "")] if train else []
                 parts.append(f"| {' | '.join(row)} |")
-            parts += ["", "</div>"]
-            parts += ["", *trainer_names_table()] if train else []
+            parts += ["", "</div>", ""]
+        parts += ["", *trainer_names_table()] if train else []
     return "\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
 
 
@@ -198,7 +164,9 @@ def cli_page() -> str:
     from typer.testing import CliRunner
 
     from dpo_mm.cli.main import app
+    from dpo_mm.cli.settings_help import SettingsCommand
 
+    SettingsCommand.format_epilog = lambda *_: None  # type: ignore[method-assign]  # the page Settings has them
     runner = CliRunner()
 
     def section(words: list[str], command: Any) -> list[str]:
@@ -218,7 +186,7 @@ def cli_page() -> str:
         "The help text of every command, generated by `python docs/write_reference.py`. `python -m dpo_mm` is the same as "
         "`dpo-mm`.",
         "",
-        "The commands `train`, `verify`, `mine`, `compare` and `relabel` also accept every [setting](settings.md) as a flag: "
+        "The commands `train`, `verify`, `mine`, `compare` and `relabel` also accept every [setting](settings.md) as a flag, and their `--help` lists all of them: "
         "`--learning-rate 1e-5` sets `learning_rate`. A flag overrides the YAML file.",
         "",
         "The exit status is 0 if a command succeeds and 2 if it reports an error. `doctor`, `verify` and `judge --self-test` exit "

@@ -74,7 +74,7 @@ def _coerce(value: Any, hint: Any, setting: str) -> Any:
     """Convert a value to the type of its field. It may be a text from the command line or a list from YAML."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in options):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and type(None) in options):
             return None
         kinds = [option for option in options if option is not type(None)]
         preferred = [k for k in kinds if isinstance(value, typing.get_origin(k) or k)]
@@ -117,8 +117,22 @@ def _plain(value: Any, kind: type, setting: str) -> Any:
     raise ValueError(f"{setting}: expected {kind.__name__}, got {value!r}")
 
 
+def settings_file(path: str | Path) -> Path:
+    """Return the file of that name, or else the preset of that name, such as faithfulness-sdxl.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    preset = presets_folder() / f"{path}.yaml"
+    if Path(path).exists():
+        return Path(path)
+    if Path(path).name == str(path) and preset.exists():
+        return preset
+    raise ValueError(f"{path}: no such file, and no preset of that name. `dpo-mm presets` lists the presets")
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read the settings in a YAML file.
+    """Read the settings in a YAML file, or in the preset of that name if there is no such file.
 
     Raises:
         ValueError: if the file is missing, is not valid YAML, or is not a mapping.
@@ -126,11 +140,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_bytes())  # YAML detects UTF-8 and UTF-16
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: no such file. A recipe is a YAML file of settings. Examples are in {presets_folder()}"
-        ) from None
+        values = yaml.safe_load(settings_file(path).read_bytes())  # YAML detects UTF-8 and UTF-16
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):

@@ -45,6 +45,10 @@ class Recipe:
     baseline: str | None = None
 
 
+STEP_FOLDERS = {"mine": "mined", "train": "adapter", "compare": ""}
+"""Folder of each step in the recipe's output folder."""
+
+
 def presets(task: str) -> list[str]:
     """Return the names of a task's presets."""
     return sorted(path.stem.removeprefix(f"{task}-") for path in presets_folder().glob(f"{task}-*.yaml"))
@@ -63,38 +67,87 @@ def read_recipe(task: str, preset: str, overrides: Mapping[str, str]) -> Recipe:
     """
     if preset not in presets(task):
         raise ValueError(f"preset {preset!r} of {task} is unknown; {did_you_mean(preset, presets(task))}")
-    file_name = f"{task}-{preset}.yaml"
-    values = read_yaml(presets_folder() / file_name)
-    output = Path(overrides.get("output_dir") or values.get("output_dir") or f"runs/{task}")
+    return read_recipe_file(f"{task}-{preset}", overrides)
+
+
+def read_recipe_file(file: str, overrides: Mapping[str, str]) -> Recipe:
+    """Read a recipe and apply overrides to it.
+
+    Args:
+        file: YAML file, or the name of a preset with its task, for example faithfulness-sdxl.
+        overrides: as in `read_recipe`.
+
+    Raises:
+        ValueError: if the file is no recipe, or a setting is unknown. The message suggests the nearest name.
+    """
+    values = read_yaml(file)
+    source = Path(file).name
+    missing = [step for step in ("train", "compare") if step not in values]
+    if missing:
+        raise ValueError(f"{source}: a recipe has the sections train and compare, but {missing[0]} is missing")
+    output = overrides.get("output_dir") or values.get("output_dir") or f"runs/{Path(file).stem}"
     baseline = overrides.get("baseline") or values.get("baseline")
     if baseline not in (None, "sft"):
         raise ValueError(f"baseline {baseline!r} is unknown; expected 'sft'")
-    is_text = "questions" in values.get("compare", {})
+    is_text = "questions" in values["compare"]
     config_types: dict[str, Any] = {
         "train": TrainConfig,
         "compare": CompareResponsesConfig if is_text else CompareConfig,
         "mine": MineResponsesConfig if is_text else MineConfig,
     }
-    folders = {"train": output / "adapter", "compare": output, "mine": output / "mined"}
     overrides = {key: value for key, value in overrides.items() if key not in ("output_dir", "baseline")}
     settings: dict[str, Any] = {
         step: {
-            **with_field_names(config_type, values[step], source=f"{file_name}: {step}"),
+            **with_field_names(config_type, values[step], source=f"{source}: {step}"),
             **_overrides_for(step, config_type, overrides),
-            "output_dir": str(folders[step]),
+            "output_dir": str(Path(output, STEP_FOLDERS[step])),
         }
         for step, config_type in config_types.items()
         if step in values
     }
-    _check_known(overrides, {step: config_types[step] for step in settings}, file_name)
-    if "mine" in settings:
-        settings["train"].setdefault("pairs", str(folders["mine"] / "pairs.parquet"))
-    settings["compare"].setdefault("adapter", str(folders["train"]))
+    _check_known(overrides, {step: config_types[step] for step in settings}, source)
     configs = {
-        step: config_from_mapping(config_types[step], own, source=f"{file_name}: {step}")
+        step: config_from_mapping(
+            config_types[step], own | _made_by_earlier_steps(step, output, settings, own), source=f"{source}: {step}"
+        )
         for step, own in settings.items()
     }
-    return Recipe(title=values.get("title", task), baseline=baseline, **configs)
+    return Recipe(title=values.get("title", source), baseline=baseline, **configs)
+
+
+def step_settings(values: Mapping[str, Any], step: str, *, source: str) -> dict[str, Any]:
+    """Return the settings of one step: its section of a recipe, or all of a file without sections.
+
+    In a recipe, folders and files that the section does not name are those of the whole recipe's run.
+
+    Args:
+        values: content of the file.
+        step: train, compare or mine.
+        source: the file, for the error.
+
+    Raises:
+        ValueError: if the file is a recipe without this step.
+    """
+    steps = [name for name in STEP_FOLDERS if name in values]
+    if not steps:
+        return dict(values)
+    if step not in values:
+        raise ValueError(f"{source}: it has no section {step}, only {' and '.join(steps)}")
+    own = dict(values[step])
+    if "output_dir" not in values:
+        return own
+    output = values["output_dir"]
+    own.setdefault("output_dir", str(Path(output, STEP_FOLDERS[step])))
+    return own | _made_by_earlier_steps(step, output, values, own)
+
+
+def _made_by_earlier_steps(step: str, output: str, steps: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str]:
+    """Return the inputs of a step that earlier steps of the recipe make and that its settings do not name."""
+    if step == "train" and "mine" in steps and "pairs" not in own:
+        return {"pairs": str(Path(output, STEP_FOLDERS["mine"], "pairs.parquet"))}
+    if step == "compare" and "train" in steps and "adapter" not in own:
+        return {"adapter": str(Path(output, STEP_FOLDERS["train"]))}
+    return {}
 
 
 def _overrides_for(step: str, config_type: Any, overrides: Mapping[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ over-optimised.
 import shlex
 import sys
 
-from dpo_mm.cli.main import parse_overrides
+from dpo_mm.cli.command_settings import parse_overrides
 from dpo_mm.cli.terminal import run_as_command, suppress_library_output
 from dpo_mm.recipe import read_recipe, run_recipe
 

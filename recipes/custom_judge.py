@@ -21,7 +21,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from dpo_mm.cli.main import parse_overrides
+from dpo_mm.cli.command_settings import parse_overrides
 from dpo_mm.cli.terminal import run_as_command, suppress_library_output
 from dpo_mm.data.schema import Response
 from dpo_mm.judges import Ratio

@@ -16,7 +16,7 @@ the same weights with the adapter disabled, and a shorter run at a higher learni
 import shlex
 import sys
 
-from dpo_mm.cli.main import parse_overrides
+from dpo_mm.cli.command_settings import parse_overrides
 from dpo_mm.cli.terminal import run_as_command, suppress_library_output
 from dpo_mm.recipe import read_recipe, run_recipe
 

@@ -12,16 +12,23 @@ from typing import Annotated, Any
 import typer
 
 from dpo_mm import __version__
-from dpo_mm.cli import demo, label
+from dpo_mm.cli import demo, label, presets
+from dpo_mm.cli.command_settings import (
+    SETTINGS_AS_FLAGS,
+    image_or_vlm_config,
+    parse_overrides,
+    train_config,
+    train_settings,
+)
 from dpo_mm.cli.label import Overwrite
+from dpo_mm.cli.settings_help import SettingsCommand, commented_config
 from dpo_mm.cli.terminal import print_rows, report_command, run_as_command, say, suppress_library_output
 from dpo_mm.errors import TrainingInterrupted, did_you_mean
 from dpo_mm.printed_text import quoted
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(demo.demo, name="demo")
 app.add_typer(label.label, name="label")
-SETTINGS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Pairs = Annotated[
     str, typer.Argument(help="A Parquet file, a folder of Parquet files, a dataset on the hub, or a bundled dataset.")
 ]
@@ -29,9 +36,12 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print the plan (rows, steps, memory, disk, effective beta) and exit."),
 ]
-ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="YAML file of settings.")]
-OptionalConfigFile = Annotated[
-    str | None, typer.Argument(metavar="CONFIG.yaml", help="YAML file of settings, or of a whole recipe.")
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print all settings as commented YAML, with those of CONFIG, and exit.")
+]
+ConfigFile = Annotated[
+    str | None,
+    typer.Argument(metavar="CONFIG", help="YAML file of settings or of a whole recipe, or the name of a preset."),
 ]
 
 
@@ -54,34 +64,6 @@ def main() -> None:
     """Run a command of `dpo-mm`."""
     with run_as_command():
         app()
-
-
-def parse_overrides(arguments: list[str]) -> dict[str, str]:
-    """Parse `--key value`, `--key=value` and a bare `--key` (true) as a mapping. Dashes become underscores.
-
-    Raises:
-        ValueError: if an argument is not a flag.
-    """
-    values: dict[str, str] = {}
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            raise ValueError(f"{argument!r} is not a flag. Expected --key value")
-        key, equals, value = argument[2:].partition("=")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        values[key.replace("-", "_")] = value
-    return values
-
-
-def _command_settings(kind: type[Any], path: str | None, section: str, flags: list[str]) -> dict[str, Any]:
-    """Settings of a command: its section of a recipe, or all of a flat file. Flags override them."""
-    from dpo_mm.config_parsing import read_yaml, with_field_names
-
-    values = read_yaml(path) if path else {}
-    in_file = with_field_names(kind, values.get(section, values), source=path or "")
-    return {**in_file, **with_field_names(kind, parse_overrides(flags), source="flags")}
 
 
 @app.command()
@@ -127,6 +109,9 @@ def quickstart(
     else:
         sampling = f"--num-inference-steps {config.num_inference_steps} --guidance-scale {config.guidance_scale:g} --seed {seed + 1}"
         say(f"Next, on other seeds: {again} {sampling}")
+
+
+presets.add_commands(app)
 
 
 @app.command("import")
@@ -210,18 +195,18 @@ def doctor(
         sys.exit(1)
 
 
-@app.command(context_settings=SETTINGS_AS_FLAGS)
-def train(context: typer.Context, config: ConfigFile, dry_run: DryRun = False) -> None:
+@app.command(cls=SettingsCommand, context_settings=SETTINGS_AS_FLAGS)
+def train(
+    context: typer.Context, config: ConfigFile = None, dry_run: DryRun = False, print_config: PrintConfig = False
+) -> None:
     """Train a model on preference pairs.
 
     Every setting is a flag too and overrides the file: --learning-rate 1e-5 sets learning_rate.
     """
-    from dpo_mm.config import TrainConfig
-    from dpo_mm.config_parsing import config_from_mapping
-
-    settings = config_from_mapping(
-        TrainConfig, _command_settings(TrainConfig, config, "train", context.args), source=config
-    )
+    if print_config:
+        print(commented_config(train_settings(context, config)), end="")
+        return
+    settings = train_config(context, config)
     with suppress_library_output():
         from dpo_mm.training import run
 
@@ -239,8 +224,8 @@ def train(context: typer.Context, config: ConfigFile, dry_run: DryRun = False) -
     )
 
 
-@app.command(context_settings=SETTINGS_AS_FLAGS)
-def verify(context: typer.Context, config: ConfigFile) -> None:
+@app.command(cls=SettingsCommand, context_settings=SETTINGS_AS_FLAGS)
+def verify(context: typer.Context, config: ConfigFile = None) -> None:
     """Check a training config with a few steps.
 
     A short run on this machine must repeat itself, resume to the same bits, and load again from its files. Every setting
@@ -248,11 +233,7 @@ def verify(context: typer.Context, config: ConfigFile) -> None:
     """
     import tempfile
 
-    from dpo_mm.config import TrainConfig
-    from dpo_mm.config_parsing import config_from_mapping
-
-    values = {"output_dir": "", **_command_settings(TrainConfig, config, "train", context.args)}
-    settings = config_from_mapping(TrainConfig, values, source=config)
+    settings = train_config(context, config, output_dir="")
     with tempfile.TemporaryDirectory(prefix="dpo-mm-verify-") as folder, suppress_library_output():
         from dpo_mm.training.verify import verify
 
@@ -275,32 +256,8 @@ def _print_checks(checks: Iterable[Any]) -> int:
     return failed
 
 
-def _image_or_vlm_config(
-    context: typer.Context, config: str | None, section: str, image_config: type[Any], vlm_config: type[Any]
-) -> Any:
-    """Settings of a command for image generators and vision-language models. The model decides which.
-
-    Flags are not options of the command, so click takes the first flag as the argument CONFIG if there is no file.
-    """
-    from dpo_mm.assets import resolve_asset
-    from dpo_mm.config_parsing import config_from_mapping
-    from dpo_mm.policies.families import VLM_POLICY, policy_path_for
-
-    flags = list(context.args)
-    if config and config.startswith("--"):
-        flags.insert(0, config)
-        config = None
-    values = _command_settings(image_config, config, section, flags)
-    is_vlm = "questions" in values or (
-        "model" in values
-        and "prompts" not in values
-        and policy_path_for(resolve_asset(values["model"]), revision=values.get("revision")) == VLM_POLICY
-    )
-    return config_from_mapping(vlm_config if is_vlm else image_config, values, source=config or "flags")
-
-
-@app.command(context_settings=SETTINGS_AS_FLAGS)
-def mine(context: typer.Context, config: OptionalConfigFile = None) -> None:
+@app.command(cls=SettingsCommand, context_settings=SETTINGS_AS_FLAGS)
+def mine(context: typer.Context, config: ConfigFile = None) -> None:
     """Build preference pairs from a model's own outputs.
 
     Images: the best against the worst by a judge. Responses: a failure against a better response. Every setting is a flag,
@@ -308,7 +265,7 @@ def mine(context: typer.Context, config: OptionalConfigFile = None) -> None:
     """
     from dpo_mm.config import MineConfig, MineResponsesConfig
 
-    settings = _image_or_vlm_config(context, config, "mine", MineConfig, MineResponsesConfig)
+    settings = image_or_vlm_config(context, config, "mine", MineConfig, MineResponsesConfig)
     with suppress_library_output():
         from dpo_mm.recipe import mine
 
@@ -361,7 +318,7 @@ def judge(
         say(f"Scored: {result.path} ({result.scored} images, mean {result.mean:.4f}{broken})")
 
 
-@app.command(context_settings=SETTINGS_AS_FLAGS)
+@app.command(cls=SettingsCommand, context_settings=SETTINGS_AS_FLAGS)
 def relabel(context: typer.Context, pairs: Pairs) -> None:
     """Label the pairs of a dataset again with judges.
 
@@ -380,8 +337,8 @@ def relabel(context: typer.Context, pairs: Pairs) -> None:
         say(f"Relabelled: {result.path}\nNext: dpo-mm train CONFIG.yaml --pairs {quoted(result.path)} --objective soft")
 
 
-@app.command(context_settings=SETTINGS_AS_FLAGS)
-def compare(context: typer.Context, config: OptionalConfigFile = None) -> None:
+@app.command(cls=SettingsCommand, context_settings=SETTINGS_AS_FLAGS)
+def compare(context: typer.Context, config: ConfigFile = None) -> None:
     """Compare base and tuned model and write a report.
 
     Both generate from the same held-out prompts and seeds, or respond to the same questions. Judges score the outputs.
@@ -389,7 +346,7 @@ def compare(context: typer.Context, config: OptionalConfigFile = None) -> None:
     """
     from dpo_mm.config import CompareConfig, CompareResponsesConfig
 
-    settings = _image_or_vlm_config(context, config, "compare", CompareConfig, CompareResponsesConfig)
+    settings = image_or_vlm_config(context, config, "compare", CompareConfig, CompareResponsesConfig)
     with suppress_library_output():
         from dpo_mm.recipe import compare, print_result
 

@@ -11,6 +11,7 @@ from dpo_mm.setting_limits import Settings
 class TrainConfig(Settings):
     """Settings of one preference-tuning run. The defaults suit an image generator, real pairs and a LoRA."""
 
+    # Model and data
     model: str
     """Folder or hub id of a pipeline or model, or the name of a bundled one."""
     pairs: str
@@ -20,6 +21,7 @@ class TrainConfig(Settings):
     revision: str | None = None
     """Branch, tag or commit of the model on the hub. The commit is recorded in the run. null: the default branch."""
 
+    # Objective
     objective: str | dict[str, float] = "sigmoid"
     """Name of an objective, or several names with weights."""
     beta: float | str = 5000.0
@@ -30,6 +32,7 @@ class TrainConfig(Settings):
     sft_weight: float = 0.0
     """Weight of the SFT loss on the chosen side. Increase it if the log-prob of the chosen side falls."""
 
+    # Reference
     reference: str = "auto"
     """auto | adapter_off | frozen_copy | precomputed | moving_average | synced. auto is adapter_off with a LoRA and
     frozen_copy otherwise."""
@@ -41,6 +44,7 @@ class TrainConfig(Settings):
     reference_sync_steps: int = 512
     """Steps between two copies of the policy into a synced reference (tau of TR-DPO, 2404.09656)."""
 
+    # Trained weights
     tuning: str = "lora"
     """lora | full. full trains all weights and needs much more memory."""
     lora_rank: int = 16
@@ -52,6 +56,7 @@ class TrainConfig(Settings):
     lora_format: str = "diffusers"
     """diffusers | kohya. kohya also writes kohya_lora_weights.safetensors, which ComfyUI and A1111 load."""
 
+    # Optimisation
     steps: int = 1000
     """Number of optimizer steps."""
     batch_size: int = 4
@@ -77,6 +82,7 @@ class TrainConfig(Settings):
     """Recompute activations in the backward pass. Use it if memory runs out. It costs about one more forward pass."""
     seed: int = 0
     """Seed of the LoRA's initial weights, the order of the rows, the noise, the timesteps and the evaluation split."""
+    # Timesteps and noise of image generators
     timestep_sampling: str = "uniform"
     """uniform | logit_normal. Distribution of the timesteps over the schedule."""
     timestep_range: tuple[float, float] = (0.0, 1.0)
@@ -89,6 +95,7 @@ class TrainConfig(Settings):
     antithetic_noise: bool = False
     """Use each pair twice in succession, the second time with negated noise. batch_size counts both, so it must be even."""
 
+    # Vision-language models
     train_vision_tower: bool = False
     """Also train the vision tower and the projector of a vision-language model."""
     max_length: int | None = None
@@ -109,6 +116,7 @@ class TrainConfig(Settings):
     """Weight of tokens that differ between chosen and rejected (gamma of RLHF-V, which uses 5). Unless it is 1, log-probs
     are weighted means per token."""
 
+    # Evaluation, checkpoints and files
     eval_fraction: float = 0.05
     """Fraction of prompts held out for evaluation, in [0, 1). Their pairs are evaluated with fixed noise. 0: none."""
     eval_every: int = 0
@@ -130,6 +138,7 @@ class TrainConfig(Settings):
     undecodable_images: str = "raise"
     """raise | drop. What happens to rows with an image that does not decode. Dropped rows are listed in a file."""
 
+    # Images
     resolution: int | None = None
     """Edge of the training images in pixels. null: the native resolution of the pipeline. Smaller values save memory."""
     buckets: bool = False

@@ -11,7 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dpo_mm.cli.main import app, main, parse_overrides
+from dpo_mm.cli.command_settings import parse_overrides
+from dpo_mm.cli.main import app, main
 from dpo_mm.cli.terminal import run_as_command
 
 
@@ -33,7 +34,7 @@ def help_text(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_help_at_80_columns_has_no_cut_line(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [words for words, _ in commands()]
-    assert len(names) == 17
+    assert len(names) == 19
     for words in names:
         text = help_text(words, monkeypatch)
         assert "…" not in text.replace(",...", "") and "..." not in text.replace(",...", "").replace("[ARGS]...", "")
@@ -53,7 +54,7 @@ def test_command_summaries_are_one_short_line(monkeypatch: pytest.MonkeyPatch) -
 def test_mine_and_compare_help_show_the_optional_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = help_text((name,), monkeypatch)
     usage, _, rest = text.partition("\n")
-    assert usage.startswith(f"Usage: dpo-mm {name} [OPTIONS] [") and "CONFIG.yaml" in usage
+    assert usage.startswith(f"Usage: dpo-mm {name} [OPTIONS] [") and "CONFIG" in usage
     assert "Arguments:\n" in rest and "YAML file of settings" in rest
 
 

@@ -42,23 +42,6 @@ def test_page_with_a_different_default_is_stale(tmp_path: Path) -> None:
         write.main(["--check"])
 
 
-def test_setting_has_type_default_and_docstring() -> None:
-    source = (
-        'class AConfig:\n    """Two\n    lines."""\n\n    model: str\n    """Which."""\n    rate: float | None = None\n'
-        '    names: tuple[str, ...] = ("a", "b")\n    """Several,\n    in order."""\n'
-    )
-    (dataclass_row,) = script("write_reference").dataclasses_of(source)
-    assert dataclass_row == (
-        "AConfig",
-        "Two lines.",
-        [
-            ("model", "str", "required", "Which."),
-            ("rate", "float | None", "`null`", ""),
-            ("names", "tuple[str, ...]", "`[a, b]`", "Several, in order."),
-        ],
-    )
-
-
 def test_every_page_that_code_or_docs_name_exists() -> None:
     folders = [ROOT / name for name in ("dpo_mm", "recipes", "demos", "docs", "tests")]
     files = [

@@ -1,0 +1,41 @@
+"""Commands for recipes: `dpo-mm presets` and `dpo-mm recipe`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dpo_mm.cli.command_settings import SETTINGS_AS_FLAGS, parse_overrides
+from dpo_mm.cli.terminal import print_rows, report_command, suppress_library_output
+
+
+def list_presets() -> None:
+    """List the presets.
+
+    `recipe`, `train`, `mine` and `compare` accept them by name.
+    """
+    from dpo_mm.assets import presets_folder
+    from dpo_mm.config_parsing import read_yaml
+
+    print_rows({file.stem: read_yaml(file)["title"] for file in sorted(presets_folder().glob("*.yaml"))})
+
+
+def run_preset(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="Name of a preset, or YAML file with the sections train and compare.")],
+) -> None:
+    """Mine pairs, train and compare in one run.
+
+    Mining is left out if the recipe has no section mine. Every setting is a flag: --steps 300 for every step of the recipe that has it, --compare.seed 1 for one.
+    """
+    from dpo_mm.recipe import read_recipe_file, run_recipe
+
+    with suppress_library_output():
+        run_recipe(read_recipe_file(recipe, parse_overrides(context.args)), command=report_command())
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    app.command("presets")(list_presets)
+    app.command("recipe", context_settings=SETTINGS_AS_FLAGS)(run_preset)
