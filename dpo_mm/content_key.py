@@ -117,6 +117,9 @@ def _add(digest: Any, value: Any) -> None:
         _add_bytes(digest, f"{'text' if isinstance(value, str) else 'value'}", text.encode("utf-8", "surrogatepass"))
     elif isinstance(value, bytes | bytearray | memoryview):
         _add_bytes(digest, "bytes", value)
+    elif hasattr(value, "__tensor_flatten__"):  # a quantised tensor
+        names, _ = value.__tensor_flatten__()
+        _add(digest, {"class": type(value).__name__, **{name: getattr(value, name) for name in names}})
     elif hasattr(value, "detach"):  # a tensor; its bytes, because numpy has no bfloat16
         import torch
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_mm.errors import TrainingInterrupted, one_line
+from dpo_mm.quantization import plain_tensors
 
 CONFIGS = ("config.json", "model_index.json", "scheduler_config.json", "adapter_config.json", "generation_config.json",
            "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")  # fmt: skip
@@ -174,7 +175,12 @@ def check_finite(modules: dict[str, nn.Module], name: str) -> None:
         ValueError: if a weight is NaN or infinite. It names the tensor.
     """
     for part, module in modules.items():
-        tensors = {key: tensor.detach() for key, tensor in module.named_parameters() if tensor.is_floating_point()}
+        tensors = {
+            f"{key}{(n and f' ({n})') or ''}": inner
+            for key, tensor in module.named_parameters()
+            for n, inner in enumerate(plain_tensors(tensor.detach()))
+            if inner.is_floating_point()
+        }
         check_finite_tensors(tensors, f"{name}{part and f', {part}'}")
 
 

@@ -6,6 +6,7 @@ comparison looks plausible, so every model is opened by the two functions here.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,25 +17,41 @@ from torch import nn
 
 from dpo_mm.errors import one_line
 from dpo_mm.model_checks import SAVE_AGAIN, check_folder, name_model, stored_bytes
+from dpo_mm.quantization import empty_model, is_large, quantization_config, quiet, refuse_quantized
 
 HARMLESS = ("position_ids", "inv_freq", "num_batches_tracked", "embed_positions.weights")
 """Ends of tensor names that older releases saved and newer ones compute."""
 SHOWN = 3
+DENOISERS = ("unet", "transformer")
+"""Names of the component of a pipeline that denoises."""
 SMALL_MODEL, WEIGHTS_PER_BYTE = 10**8, 16
 """A config may describe this number of weights, plus WEIGHTS_PER_BYTE times the bytes of the files (4 bits have 2)."""
 
 
-def load_module(cls: Any, source: str, *, label: str = "", **options: Any) -> Any:
+def load_module(
+    cls: Any,
+    source: str,
+    *,
+    label: str = "",
+    quantize: str | None = None,
+    skip: list[str] | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> Any:
     """Load a diffusers or transformers model from safetensors and check its loading report.
 
     Args:
         cls: the model's class, or an auto class.
         source: folder or hub id.
         label: the part of a pipeline that it is, for the error.
+        quantize: nf4, int8 or fp8 for its linear layers, or None. See `dpo_mm.quantization`.
+        skip: names of modules that are not quantised. None: the head of a language model.
+        device: where a quantised model is loaded. None is the GPU if there is one.
         **options: further arguments of `from_pretrained`, such as subfolder, revision and dtype.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or of another shape. It names them.
+        ValueError: if tensors are missing, unexpected or of another shape, which it names, or if the files of a model that is to be
+            quantised are quantised already.
     """
     name = f"model {source!r}{label and f', {label}'}"
     folder = Path(source) / options.get("subfolder", "")
@@ -44,12 +61,37 @@ def load_module(cls: Any, source: str, *, label: str = "", **options: Any) -> An
         if not cls.__module__.startswith("diffusers."):  # diffusers raises for other shapes, and says which
             options |= {"ignore_mismatched_sizes": True, "trust_remote_code": False}
             _check_size(cls, source, folder, name, options)
+        if quantize:
+            options |= _quantized(quantize, cls, source, name, skip, device, options)
         try:
-            module, report = cls.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
+            with quiet() if quantize else contextlib.nullcontext():
+                module, report = cls.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{name}: {' '.join(str(error).split())[:200]}") from error
     check_report(report, name)
     return module
+
+
+def _quantized(
+    quantize: str,
+    cls: Any,
+    source: str,
+    name: str,
+    skip: list[str] | None,
+    device: torch.device | str | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantise a model while it loads, on the GPU if there is one."""
+    where = {key: options[key] for key in ("subfolder", "revision") if key in options}
+    is_diffusers = cls.__module__.startswith("diffusers.")
+    refuse_quantized(cls.load_config(source, **where) if is_diffusers else empty_model(cls, source, where)[0], name)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = {"device_map": {"": device}} if device.type == "cuda" else {}
+    library = "diffusers" if is_diffusers else "transformers"
+    return {
+        **place,
+        "quantization_config": quantization_config(quantize, library=library, dtype=options["dtype"], skip=skip),
+    }
 
 
 def load_part(cls: Any, source: str | Path, *, name: str, **options: Any) -> Any:
@@ -78,17 +120,10 @@ def _check_size(cls: Any, source: str, folder: Path, name: str, options: Mapping
 
     transformers would make the missing tensors up, in the size of the config.
     """
-    from transformers import AutoConfig
-
     stored = stored_bytes(folder)
     if stored is None:
         return
-    where = {key: options[key] for key in ("subfolder", "revision") if key in options}
-    is_auto = hasattr(cls, "_model_mapping")
-    config_class = AutoConfig if is_auto else cls.config_class
-    config = config_class.from_pretrained(source, trust_remote_code=False, **where)
-    with torch.device("meta"):
-        module = cls.from_config(config, trust_remote_code=False) if is_auto else cls(config)
+    _, module = empty_model(cls, source, options)
     described = sum(parameter.numel() for parameter in module.parameters())
     if described > SMALL_MODEL + WEIGHTS_PER_BYTE * stored:
         raise ValueError(
@@ -125,14 +160,25 @@ def _names(tensors: Iterable[Any]) -> list[str]:
     return sorted(name for name in names if not name.endswith(HARMLESS))
 
 
-def load_pipeline(cls: Any, source: str, *, revision: str | None, dtype: torch.dtype, **parts: Any) -> Any:
+def load_pipeline(
+    cls: Any,
+    source: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    device: torch.device | str | None = None,
+    **parts: Any,
+) -> Any:
     """Load a diffusers pipeline, each of its models by `load_module`.
 
     Args:
         cls: the pipeline's class, or `DiffusionPipeline`.
         source: folder or hub id.
         revision: of a hub model.
-        dtype: of all weights.
+        dtype: of all weights that are not quantised.
+        quantize: nf4, int8 or fp8 for the denoiser and large text encoders, or None.
+        device: where quantised models are loaded.
         **parts: parts that are not to be loaded, such as safety_checker=None, and further arguments.
 
     Raises:
@@ -140,7 +186,8 @@ def load_pipeline(cls: Any, source: str, *, revision: str | None, dtype: torch.d
     """
     if Path(source).is_dir():
         check_folder(Path(source))
-    index, variant = cls.load_config(source, revision=revision), {}
+    index = cls.load_config(source, revision=revision)
+    variant: dict[str, Any] = {}
     check_libraries(index, source)
     for name, entry in index.items():
         if name in parts or not isinstance(entry, list | tuple) or entry[0] not in ("diffusers", "transformers"):
@@ -148,6 +195,8 @@ def load_pipeline(cls: Any, source: str, *, revision: str | None, dtype: torch.d
         part = getattr(importlib.import_module(entry[0]), entry[1], None)
         if isinstance(part, type) and issubclass(part, nn.Module):
             options = {"label": name, "subfolder": name, "revision": revision, "dtype": dtype}
+            if quantize and (name in DENOISERS or (entry[0] == "transformers" and is_large(part, source, options))):
+                options |= {"quantize": quantize, "device": device}
             try:
                 parts[name] = load_module(part, source, **options)
             except OSError:  # no file without a variant, as in many models for SDXL

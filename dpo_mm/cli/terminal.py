@@ -7,6 +7,7 @@ escaped here, so every text that comes from a file is printed by `say` or `print
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shlex
 import sys
@@ -22,6 +23,8 @@ from dpo_mm.printed_text import printable
 @contextmanager
 def suppress_library_output() -> Iterator[None]:
     """Context manager that disables the progress bars and notices of other libraries."""
+    for name in ("torch.utils._pytree", "bitsandbytes"):  # both speak when diffusers imports torchao and bitsandbytes
+        logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import diffusers
     import transformers

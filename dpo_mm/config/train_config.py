@@ -78,6 +78,9 @@ class TrainConfig(Settings):
     precision: str = "auto"
     """auto | fp32 | bf16 | fp16. Precision of forward and backward passes and, with a LoRA, of the frozen weights. Errors and
     losses are always float32. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
+    quantize: str | None = None
+    """nf4 | int8 | fp8. Quantises the frozen linear layers of the denoiser, of text encoders with 1e9 weights and more, or of
+    the language model, in 4 or 8 bits. It needs the extra `quantized` and a LoRA. null: `precision` for all weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Use it if memory runs out. It costs about one more forward pass."""
     seed: int = 0

@@ -14,6 +14,7 @@ from dpo_mm.content_key import model_files_hash
 from dpo_mm.model_checks import SAVE_AGAIN, check_finite, check_folder, name_model, read_config
 from dpo_mm.policies.adapters import pipeline_modules
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
+from dpo_mm.quantization import check_quantize
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpo_mm.policies.diffusion.stable_diffusion:StableDiffusion",
@@ -148,12 +149,13 @@ def load_policy(
         precision: fp32, bf16 or fp16.
         device: cpu, cuda or cuda:1. None is the GPU if there is one.
         adapter: folder of a trained adapter or model, or the name of a bundled one, to generate with.
-        **options: further arguments of the policy class's `load`.
+        **options: further arguments of the policy class's `load`, such as quantize.
 
     Raises:
         ValueError: if the model is missing, incomplete or of an unknown family, or the adapter does not fit.
     """
     cls, source = policy_class(model, revision=revision), resolve_asset(model)
+    check_quantize(options.get("quantize"), device=device)
     if Path(source).is_dir():
         check_folder(Path(source))
     check_trained_files(Path(source))

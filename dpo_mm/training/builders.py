@@ -18,6 +18,7 @@ from dpo_mm.policies.adapters import check_lora_format
 from dpo_mm.policies.diffusion.random_draws import TIMESTEP_DISTRIBUTIONS
 from dpo_mm.policies.families import load_policy, policy_class
 from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
+from dpo_mm.quantization import check_quantize
 from dpo_mm.training.auto_beta import AUTO
 from dpo_mm.training.reference import resolve_reference_name
 
@@ -116,6 +117,7 @@ def validate_config(config: TrainConfig) -> None:
         known = did_you_mean(config.train_sampling_strategy, SAMPLING_STRATEGIES)
         raise ValueError(f"train_sampling_strategy {config.train_sampling_strategy!r} is unknown; {known}")
     _validate_timestep_settings(config)
+    _validate_quantize(config)
     _refuse_ignored_settings(config, modality=modality)
     training_arguments(config)
 
@@ -152,6 +154,14 @@ def _refuse_ignored_settings(config: TrainConfig, *, modality: Modality) -> None
         ignored = [name for name in names if name in changed]
         if ignored and not is_used:
             raise ValueError(f"{ignored[0]} has no effect, because {reason}. Remove one of the two settings")
+
+
+def _validate_quantize(config: TrainConfig) -> None:
+    check_quantize(config.quantize)
+    if config.quantize and config.tuning != "lora":
+        raise ValueError(
+            f"quantize {config.quantize!r} needs tuning: lora, because quantised weights cannot be trained"
+        )
 
 
 def _validate_timestep_settings(config: TrainConfig) -> None:
@@ -193,6 +203,8 @@ def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | 
     else:
         options = {"resolution": config.resolution, "weights": weights}
     precision = config.precision if config.tuning == "lora" else "fp32"
+    if config.quantize:
+        options["quantize"] = config.quantize
     return load_policy(config.model, revision=config.revision, precision=precision, **options)
 
 

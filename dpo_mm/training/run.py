@@ -25,6 +25,7 @@ from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import model_content, policy_class, resolve_commit
 from dpo_mm.policies.protocol import ImagePolicy, Policy, TextPolicy
 from dpo_mm.progress import progress_bar
+from dpo_mm.quantization import stored_size
 from dpo_mm.training.auto_beta import AUTO, measure_beta
 from dpo_mm.training.builders import build_policy, training_arguments, validate_config
 from dpo_mm.training.callbacks import GracefulStopCallback, ProgressBarCallback
@@ -243,7 +244,7 @@ def _fit(trainer: PreferenceTrainer, checkpoint: Path | None, stop: StopRequest)
 def run_summary(policy: Policy, config: TrainConfig, num_pairs: int) -> dict[str, str]:
     """Summarise a run before it starts: pairs, steps, objective, reference, memory, and the policy's own lines."""
     num_trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in policy.model.parameters())
+    num_bytes = stored_size(policy.model)
     copies = 2 if resolve_reference_name(config) == "frozen_copy" else 1
     commit = resolve_commit(resolve_asset(config.model), revision=config.revision)
     unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
@@ -254,7 +255,7 @@ def run_summary(policy: Policy, config: TrainConfig, num_pairs: int) -> dict[str
         "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
         "reference": resolve_reference_name(config),
         "tuning": f"{config.tuning}, {num_trained:,} trained parameters",
-        "precision": config.precision,
+        "precision": f"{config.precision}{f', frozen linear layers in {config.quantize}' if config.quantize else ''}",
         "memory": f"about {(copies * num_bytes + 12 * num_trained) / 2**20:,.0f} MiB for weights, gradients and Adam, plus activations",
         **policy.describe(config),
         **unknown,

@@ -22,6 +22,7 @@ LAYERS = (
         "cache_folder",
         "model_checks",
         "model_loading",
+        "quantization",
         "content_key",
         "outputs",
         "output_files",

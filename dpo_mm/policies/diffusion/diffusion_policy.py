@@ -36,9 +36,10 @@ from dpo_mm.policies.adapters import Weights, add_lora, has_lora
 from dpo_mm.policies.diffusion import run_summary, sampling, weight_files
 from dpo_mm.policies.diffusion.buckets import Crop, Size, cover
 from dpo_mm.policies.diffusion.collate import collate
-from dpo_mm.policies.diffusion.latents import check_unet, latent_scale, posterior
+from dpo_mm.policies.diffusion.latents import latent_scale, posterior
 from dpo_mm.policies.diffusion.meta_pipeline import load_on_meta_device
 from dpo_mm.policies.diffusion.noise_process import noise_process_for
+from dpo_mm.policies.diffusion.pipeline_checks import check_components, check_unet
 from dpo_mm.policies.protocol import Batch
 
 Prompt = dict[str, Tensor]
@@ -97,11 +98,11 @@ class DiffusionPolicy:
     # Overridden by families
 
     @classmethod
-    def open(cls, source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
-        """Load the diffusers pipeline. Override it if components may be missing or must not be loaded."""
+    def open(cls, source: str, **options: Any) -> Any:
+        """Load the diffusers pipeline with these options of `load_pipeline`. Override it if components may be missing."""
         from diffusers import DiffusionPipeline
 
-        return load_pipeline(DiffusionPipeline, source, revision=revision, dtype=dtype)
+        return load_pipeline(DiffusionPipeline, source, **options)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
         """Encode prompts as the tensors on which the denoiser is conditioned, prompts first, on the CPU."""
@@ -158,6 +159,7 @@ class DiffusionPolicy:
         device: str | None = None,
         resolution: int | None = None,
         weights: bool = True,
+        quantize: str | None = None,
     ) -> Self:
         """Load a pipeline as a policy.
 
@@ -168,20 +170,18 @@ class DiffusionPolicy:
             device: cpu, cuda or cuda:1. None is the GPU if there is one.
             resolution: pixels per edge. None is the pipeline's own resolution.
             weights: False reads no weights and leaves all modules on the meta device, see `load_on_meta_device`.
+            quantize: nf4, int8 or fp8 for the denoiser and large text encoders, see `dpo_mm.quantization`.
 
         Raises:
             ValueError: if a component is missing, the precision is unknown, or the resolution is not supported.
         """
         if precision not in DTYPES:
             raise ValueError(f"precision {precision!r} is unknown. Expected one of {', '.join(DTYPES)}")
-        if Path(source).is_dir():
-            for part in cls.required_components:
-                if not (Path(source) / part).is_dir():
-                    raise ValueError(
-                        f"model {source!r} has no {part}. Expected the folder {part}/ that `pipe.save_pretrained` writes"
-                    )
-        opener = cls.open if weights else load_on_meta_device
-        pipe = opener(source, revision=revision, dtype=DTYPES[precision])
+        check_components(source, cls.required_components)
+        options: dict[str, Any] = {"revision": revision, "dtype": DTYPES[precision]}
+        if weights and quantize:
+            options |= {"quantize": quantize, "device": device}
+        pipe = cls.open(source, **options) if weights else load_on_meta_device(source, **options)
         pipe.set_progress_bar_config(disable=True)
         if weights:
             pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -67,21 +67,3 @@ def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return encoded.latent_dist.mean, encoded.latent_dist.std
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
     return latents, torch.zeros_like(latents)
-
-
-def check_unet(pipe: Any, source: str) -> None:
-    """Raise ValueError for a UNet that needs more inputs than latents, timestep and prompt."""
-    unet = getattr(pipe, "unet", None)
-    if unet is None:
-        return
-    channels, latents = unet.config.in_channels, pipe.vae.config.latent_channels
-    if channels != latents:
-        raise ValueError(
-            f"model {source!r}: its UNet takes {channels} input channels, but the autoencoder's latents have {latents}. "
-            "Inpainting and editing UNets are not supported"
-        )
-    if unet.config.get("time_cond_proj_dim") is not None:
-        raise ValueError(
-            f"model {source!r}: its UNet takes a guidance embedding (time_cond_proj_dim), as LCM's. It is not supported: "
-            "train the model that it was distilled from"
-        )

@@ -14,7 +14,7 @@ from PIL import Image
 from dpo_mm.model_checks import SAVE_AGAIN, check_finite, read_config
 from dpo_mm.model_loading import load_module
 from dpo_mm.policies.adapters import LORA_FILE, at_lora_scale, attach_lora, lora_models, pipeline_modules
-from dpo_mm.policies.diffusion.latents import check_unet
+from dpo_mm.policies.diffusion.pipeline_checks import check_unet
 
 if TYPE_CHECKING:
     from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy

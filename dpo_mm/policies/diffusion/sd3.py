@@ -46,14 +46,14 @@ class StableDiffusion3(DiffusionPolicy):
     patch = 2
 
     @classmethod
-    def open(cls, source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
+    def open(cls, source: str, **options: Any) -> Any:
         """Load the pipeline, without T5 if the folder does not contain it."""
         from diffusers import StableDiffusion3Pipeline
 
         folder = Path(source)
         missing = [part for part in OPTIONAL if folder.is_dir() and not (folder / part).is_dir()]
         not_loaded: dict[str, Any] = dict.fromkeys(missing)
-        return load_pipeline(StableDiffusion3Pipeline, source, revision=revision, dtype=dtype, **not_loaded)
+        return load_pipeline(StableDiffusion3Pipeline, source, **options, **not_loaded)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:

@@ -21,12 +21,12 @@ class StableDiffusion(DiffusionPolicy):
     kohya_prefix = "lora_unet"
 
     @classmethod
-    def open(cls, source: str, *, revision: str | None, dtype: torch.dtype) -> Any:
+    def open(cls, source: str, **options: Any) -> Any:
         """Load the pipeline without its safety checker."""
         from diffusers import StableDiffusionPipeline
 
-        not_loaded = {"safety_checker": None, "requires_safety_checker": False}
-        return load_pipeline(StableDiffusionPipeline, source, revision=revision, dtype=dtype, **not_loaded)
+        not_loaded: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+        return load_pipeline(StableDiffusionPipeline, source, **options, **not_loaded)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:

@@ -14,7 +14,8 @@ from dpo_mm.model_checks import SAVE_AGAIN, check_finite, name_model
 from dpo_mm.model_loading import load_module, load_part
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE, check_peft_adapter
 from dpo_mm.policies.adapters import sort_sets
-from dpo_mm.policies.vlm.architecture import auto_classes_for
+from dpo_mm.policies.vlm.architecture import auto_classes_for, unquantized_modules
+from dpo_mm.quantization import empty_model
 
 if TYPE_CHECKING:
     from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
@@ -22,6 +23,34 @@ if TYPE_CHECKING:
 TRIED_EDGE = 64
 """Pixels per edge of the image on which a processor is tried when it is loaded."""
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def load(
+    source: str, *, revision: str | None, dtype: torch.dtype, device: str | None, quantize: str | None
+) -> tuple[Any, Any]:
+    """Load a model in evaluation mode, and its processor before it.
+
+    Args:
+        source: folder or hub id.
+        revision: a branch, tag or commit of a hub model.
+        dtype: of all weights that are not quantised.
+        device: cpu, cuda or cuda:1. None is the GPU if there is one.
+        quantize: nf4, int8 or fp8 for the linear layers of the language model, without its head, or None.
+
+    Raises:
+        ValueError: if the model is missing, incomplete or not supported.
+    """
+    from transformers import AutoConfig
+
+    config = load_part(AutoConfig, source, name=f"model {source!r}", revision=revision)
+    model_class, processor_class = auto_classes_for(config, source)
+    processor = load_processor(processor_class, source, revision=revision)
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    if quantize:
+        _, empty = empty_model(model_class, source, options)
+        options |= {"quantize": quantize, "skip": unquantized_modules(empty), "device": device}
+    model = load_module(model_class, source, **options)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
 
 
 def load_processor(processor_class: Any, source: str, *, revision: str | None = None) -> Any:

@@ -22,11 +22,10 @@ from torch import nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash
 from dpo_mm.data.schema import Response
-from dpo_mm.model_loading import load_module, load_part
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.policies.vlm import generation, model_files, pair_batches
-from dpo_mm.policies.vlm.architecture import auto_classes_for, disable_dropout, lora_targets, non_language_modules
+from dpo_mm.policies.vlm.architecture import disable_dropout, lora_targets, non_language_modules
 from dpo_mm.policies.vlm.chat import ConversationEncoder
 from dpo_mm.policies.vlm.decoding import log_unused_settings
 from dpo_mm.policies.vlm.row_sizes import RowMeasure
@@ -93,6 +92,7 @@ class VisionLanguage:
         revision: str | None = None,
         precision: str = "fp32",
         device: str | None = None,
+        quantize: str | None = None,
         **options: Any,
     ) -> Self:
         """Load a transformers model as a policy.
@@ -102,6 +102,7 @@ class VisionLanguage:
             revision: a branch, tag or commit of a hub model.
             precision: fp32, bf16 or fp16.
             device: cpu, cuda or cuda:1. None is the GPU if there is one.
+            quantize: nf4, int8 or fp8 for the language model, see `dpo_mm.quantization`.
             **options: further arguments of the class.
 
         Raises:
@@ -109,13 +110,9 @@ class VisionLanguage:
         """
         if precision not in DTYPES:
             raise ValueError(f"precision {precision!r} is unknown. Expected one of {', '.join(DTYPES)}")
-        from transformers import AutoConfig
-
-        config = load_part(AutoConfig, source, name=f"model {source!r}", revision=revision)
-        model_class, processor_class = auto_classes_for(config, source)
-        processor = model_files.load_processor(processor_class, source, revision=revision)
-        model = load_module(model_class, source, revision=revision, dtype=DTYPES[precision])
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        model, processor = model_files.load(
+            source, revision=revision, dtype=DTYPES[precision], device=device, quantize=quantize
+        )
         policy = cls(model, processor, source, **options)
         model_files.try_processor(policy)
         return policy

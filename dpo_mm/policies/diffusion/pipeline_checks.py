@@ -1,0 +1,34 @@
+"""Checks of a pipeline: its components, and the inputs of its UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def check_components(source: str, names: Sequence[str]) -> None:
+    """Raise ValueError if a pipeline's folder lacks one of these components. A hub id is not checked."""
+    for part in names:
+        if Path(source).is_dir() and not (Path(source) / part).is_dir():
+            raise ValueError(
+                f"model {source!r} has no {part}. Expected the folder {part}/ that `pipe.save_pretrained` writes"
+            )
+
+
+def check_unet(pipe: Any, source: str) -> None:
+    """Raise ValueError for a UNet that needs more inputs than latents, timestep and prompt."""
+    unet = getattr(pipe, "unet", None)
+    if unet is None:
+        return
+    channels, latents = unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels != latents:
+        raise ValueError(
+            f"model {source!r}: its UNet takes {channels} input channels, but the autoencoder's latents have {latents}. "
+            "Inpainting and editing UNets are not supported"
+        )
+    if unet.config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            f"model {source!r}: its UNet takes a guidance embedding (time_cond_proj_dim), as LCM's. It is not supported: "
+            "train the model that it was distilled from"
+        )
