@@ -49,6 +49,18 @@ def test_load_policy_refuses_a_base_with_wrong_weights(model: str, file: str, ch
         assert file.split("/")[0] in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("model", "file"), [("shapes-sd", "unet/diffusion_pytorch_model.safetensors"), ("page-reader", "model.safetensors")]
+)
+@pytest.mark.parametrize("change", ["missing", "does not have"])
+def test_load_policy_refuses_wrong_weights_of_a_model_that_it_quantises(
+    model: str, file: str, change: str, tmp_path: Path
+) -> None:
+    broken = edited(resolve_asset(model), tmp_path / "broken", file, change)
+    with pytest.raises(ValueError, match=change):
+        load_policy(broken, quantize="int8", device="cpu")
+
+
 def test_check_report_ignores_buffers_that_older_releases_saved() -> None:
     check_report({"unexpected_keys": {"text_model.embeddings.position_ids"}, "missing_keys": set()}, "model 'x'")
     with pytest.raises(ValueError, match=r"model 'x': tensors 4 missing \(a, b, c, \.\.\.\)"):
