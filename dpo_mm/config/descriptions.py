@@ -1,6 +1,6 @@
 """Descriptions of settings, read from the source of their dataclass: type, default, group and the text below each field.
 
-A comment on a line of its own, such as `# Objective`, starts a group.
+A comment alone on its line, such as `# Objective`, starts a group.
 """
 
 from __future__ import annotations
