@@ -18,6 +18,8 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "refusal")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 """Keys of a message that contain something which is not in its content."""
+CALLS = ("tool_calls", "function_call")
+UNSUPPORTED = frozenset(CALLS + THOUGHTS + MEDIA)
 
 
 def as_messages(content: Any, role: str) -> list[Message]:
@@ -40,11 +42,8 @@ def as_messages(content: Any, role: str) -> list[Message]:
 def _message(message: Any) -> Message:
     if not isinstance(message, dict) or "role" not in message or "content" not in message:
         raise ValueError("a message has no role and content")
-    if message.get("tool_calls") or message.get("function_call"):
-        raise ValueError("a message calls tools")
-    lost = [name for name in THOUGHTS + MEDIA if message.get(name)]
-    if lost:
-        raise ValueError(f"a message has {lost[0]}. Only its content is supported")
+    if not UNSUPPORTED.isdisjoint(message):
+        _check_unsupported(message)
     content = message["content"]
     if content is None:
         raise ValueError("a message has no content")
@@ -54,6 +53,15 @@ def _message(message: Any) -> Message:
         )
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else [_part(part) for part in content]
     return {"role": ROLES.get(message["role"], message["role"]), "content": parts}
+
+
+def _check_unsupported(message: Message) -> None:
+    """Raise ValueError if a message contains more than its content."""
+    if any(message.get(name) for name in CALLS):
+        raise ValueError("a message calls tools")
+    lost = [name for name in THOUGHTS + MEDIA if message.get(name)]
+    if lost:
+        raise ValueError(f"a message has {lost[0]}. Only its content is supported")
 
 
 def _part(part: Any) -> dict[str, Any]:
@@ -107,7 +115,8 @@ def place_images(messages: Sequence[Message], images: int) -> list[Message] | No
 def _split_at_placeholders(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     split: list[dict[str, Any]] = []
     for part in parts:
-        pieces = PLACEHOLDER.split(part["text"]) if part["type"] == "text" else []
+        has_placeholder = part["type"] == "text" and "<image>" in part["text"]
+        pieces = PLACEHOLDER.split(part["text"]) if has_placeholder else []
         if len(pieces) < 2:
             split.append(part)
             continue
@@ -127,7 +136,11 @@ def response_of(content: Any, prompt: Sequence[Message]) -> list[Message]:
     Raises:
         ValueError: if what follows the prompt is not one text by the assistant.
     """
-    messages = as_messages(content, "assistant")
+    return response_message(as_messages(content, "assistant"), prompt)
+
+
+def response_message(messages: list[Message], prompt: Sequence[Message]) -> list[Message]:
+    """Return the one message of the assistant, see `response_of`, from messages that are converted already."""
     if len(messages) > len(prompt) and [_words(message) for message in messages[: len(prompt)]] == [
         _words(message) for message in prompt
     ]:

@@ -33,6 +33,8 @@ IMPORT = OutputKind(STATE_FILE, "imported", flag="folder")
 UNFINISHED = re.compile(r"\.part-\d+\.parquet\..+")
 SHARD_ROWS, SHARD_BYTES, GROUP_BYTES = 10_000, 2**28, 2**25
 """Largest number of rows and of bytes of a shard, and the number of bytes in memory before a row group is written."""
+ROWS_AS_OBJECTS = 256
+"""Rows that are Python objects at a time. With thousands of them the garbage collector takes a third of the time."""
 
 
 class LeftOut(NamedTuple):
@@ -214,11 +216,12 @@ class _Shard:
     """The shard that is being written. Its counts are added to the state when it is complete."""
 
     def __init__(self, folder: Path, features: Features, state: ImportState) -> None:
-        self.folder, self.features, self.state = folder, features, state
+        self.folder, self.schema, self.state = folder, features.arrow_schema, state
         self._reset()
 
     def _reset(self) -> None:
         self.rows: list[Row] = []
+        self.tables: list[pa.Table] = []
         self.pending_bytes, self.written_bytes, self.count, self.units = 0, 0, 0, 0
         self.left_out: Counter[str] = Counter()
         self.preferences: Counter[str] = Counter()
@@ -242,25 +245,33 @@ class _Shard:
             self.preferences[row["preference"]] += 1
         if self.pending_bytes > GROUP_BYTES:
             self._flush()
+        elif len(self.rows) >= ROWS_AS_OBJECTS:
+            self._convert_rows()
 
     def end_unit(self) -> None:
         self.units += 1
         if self.count >= SHARD_ROWS or self.written_bytes + self.pending_bytes >= SHARD_BYTES:
             self.close()
 
+    def _convert_rows(self) -> None:
+        if self.rows:
+            self.tables.append(to_table(self.rows, self.schema))
+            self.rows = []
+
     def _flush(self) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if not self.rows:
+        self._convert_rows()
+        if not self.tables:
             return
-        schema = self.features.arrow_schema
-        table = to_table(self.rows, schema)
+        table = pa.concat_tables(self.tables)
         with explain_unwritten(self.folder / self.name):
             if self.writer is None:
                 options = {"use_dictionary": False, "write_statistics": False, **PAGE_CHECKSUMS}
-                self.writer = pq.ParquetWriter(self.temporary_path, schema, **options)
+                self.writer = pq.ParquetWriter(self.temporary_path, self.schema, **options)
             self.writer.write_table(table)
-        self.written_bytes, self.pending_bytes, self.rows = self.written_bytes + self.pending_bytes, 0, []
+        self.written_bytes, self.pending_bytes, self.tables = self.written_bytes + self.pending_bytes, 0, []
 
     def close(self) -> None:
         self._flush()
@@ -295,7 +306,8 @@ def to_table(rows: list[Row], schema: pa.Schema) -> pa.Table:
     import pyarrow as pa
 
     try:
-        return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema)
+        columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
+        return pa.Table.from_arrays(columns, schema=schema)
     except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError):
         for row in rows:
             for field in schema:

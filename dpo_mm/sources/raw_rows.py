@@ -5,7 +5,6 @@ Every row also has `_file` and `_number`, its file and its position in the datas
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -151,19 +150,12 @@ def raw_rows(origin: Origin, *, start: int = 0) -> Iterator[Row]:
             number += 1
 
 
-@contextlib.contextmanager
-def name_raw_row(row: Row) -> Iterator[None]:
+def name_raw_row(row: Row) -> name_row:
     """Context manager in which an error of a converter names the row and what may be wrong with it."""
-    name, fix = (
-        f"{row['_file']}, row {row['_number']}",
-        "Check that the dataset belongs to this source, or remove the row",
+    fix = "Check that the dataset belongs to this source, or remove the row"
+    return name_row(
+        f"{row['_file']}, row {row['_number']}", fix, columns=(name for name in row if not name.startswith("_"))
     )
-    with name_row(name, fix):
-        try:
-            yield
-        except KeyError as error:
-            has = ", ".join(column for column in row if not column.startswith("_"))
-            raise RowError(f"{name}: column {error} is missing (has {has}). {fix}") from error
 
 
 def _rows_by_file(origin: Origin, start: int) -> Iterator[tuple[str, Iterator[Any]]]:

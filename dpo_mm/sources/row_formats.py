@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dpo_mm.data.conversation import Message, parse_tools, place_images, response_of
+from dpo_mm.data.conversation import Message, parse_tools, place_images, response_message
 from dpo_mm.data.response_columns import MEDIA_COLUMNS
 from dpo_mm.data.schema import PREFERENCES, image_preference, response_preference
 from dpo_mm.errors import RowError
@@ -75,7 +75,7 @@ def _conversation_pair(row: Row, prompt: list[Any], chosen: Any, rejected: Any) 
 
 
 def _response(turns: Any, prompt: list[Message]) -> list[Message]:
-    return response_of(to_messages(turns, []), prompt)
+    return response_message(to_messages(turns, []), prompt)
 
 
 def custom_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
@@ -87,7 +87,7 @@ def custom_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     Raises:
         ValueError: if a preference is unknown or a number is not valid. The error names the row.
     """
-    known = tuple(name for name in image_preference() if name not in ("id", "image_a", "image_b"))
+    known = _other_columns("images")
     for row in rows:
         if row["preference"] not in PREFERENCES:
             raise RowError(
@@ -107,12 +107,20 @@ def custom_responses(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     Raises:
         ValueError: if a number is not valid. The error names the row.
     """
-    known = tuple(n for n in response_preference() if n not in ("id", "images", "prompt", "chosen", "rejected"))
+    known = _other_columns("responses")
     for row in rows:
         images = row.get("images") or ([row["image"]] if row.get("image") else [])
         images = [images] if isinstance(images, str) else list(images)
         item = response_pair(row, row["prompt"], row["chosen"], row["rejected"], images, **_typed_columns(row, known))
         yield {**item, "id": str(row.get("id") or row["_number"])} if isinstance(item, dict) else item
+
+
+@functools.cache
+def _other_columns(kind: str) -> tuple[str, ...]:
+    """Columns of a pair of images or responses besides its id, its images and its conversation."""
+    features = image_preference() if kind == "images" else response_preference()
+    converted = {"id", "image_a", "image_b"} if kind == "images" else {"id", "images", "prompt", "chosen", "rejected"}
+    return tuple(name for name in features if name not in converted)
 
 
 @functools.cache

@@ -560,6 +560,27 @@ def test_custom_responses_table(folder: Path, run: Any, tmp_path: Path) -> None:
         import_set("custom-responses", str(folder), str(tmp_path / "again"))
 
 
+def test_columns_are_built_once_per_import_and_not_per_row(folder: Path, run: Any, monkeypatch: Any) -> None:
+    import datasets
+
+    from dpo_mm.sources import row_formats
+
+    built: list[int] = []
+    original = datasets.Features.__init__
+    monkeypatch.setattr(
+        datasets.Features, "__init__", lambda self, *args, **kwargs: built.append(1) or original(self, *args, **kwargs)
+    )
+    row_formats._other_columns.cache_clear()
+    rows = [{"prompt": f"q{n}", "chosen": f"good {n}", "rejected": f"bad {n}", "score_gap": n} for n in range(600)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    import_set("custom-responses", str(folder), str(folder.parent / "built"))
+    assert 0 < len(built) < 50
+    _, written = run("custom-responses")
+    assert [row["score_gap"] for row in written] == list(range(600))
+    assert [row["chosen"][0]["content"][0]["text"] for row in written] == [f"good {n}" for n in range(600)]
+    assert pq.ParquetFile(folder.parent / "out/part-00000.parquet").num_row_groups == 1
+
+
 def test_every_source_has_a_test_in_this_file() -> None:
     text = Path(__file__).read_text()
     assert len(SOURCES) == 18 and not [name for name in SOURCES if f'run("{name}"' not in text]
