@@ -10,6 +10,7 @@ from dpo_mm.checksums import write_with_checksum
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
+    import pyarrow.parquet as pq
     from datasets import Dataset, Features
 
 
@@ -17,6 +18,20 @@ PAGE_CHECKSUMS: dict[str, Any] = {"write_page_checksum": True}
 """Option of Parquet writers. Readers of `dpo_mm.data.schema` then notice a changed byte."""
 ROW_GROUP_BYTES = 64 * 2**20
 """Largest size of a row group, about. A reader holds one in memory, and a column of one must stay below 2 GiB."""
+
+
+READ_BUFFER_BYTES = 2**20
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file to read it in batches, a page at a time. Without a buffer, Arrow reads a whole row group.
+
+    Raises:
+        pyarrow.ArrowException: if the file is not Parquet.
+    """
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path, buffer_size=READ_BUFFER_BYTES)
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path, *, make: Callable[..., Dataset], features: Features) -> None:

@@ -88,15 +88,20 @@ def near_duplicates(hashes: np.ndarray, thumbnails: np.ndarray, digests: np.ndar
     for block in range(4):
         key = (hashes[:, 0] >> np.uint64(16 * block)) & np.uint64(0xFFFF)
         order = np.lexsort((hashes[:, 1], hashes[:, 0], key))
+        keys, sorted_hashes = key[order], hashes[order].T.copy()
         for step in range(1, NEIGHBOURS + 1):
-            left, right = order[:-step], order[step:]
-            close = key[left] == key[right]
+            close = keys[:-step] == keys[step:]
+            for side in sorted_hashes:
+                close &= np.bitwise_count(side[:-step] ^ side[step:]) <= MAX_HASH_BITS
+            first = np.flatnonzero(close)
+            left, right = order[first], order[first + step]
+            close = (digests[left] != digests[right]).any(1)
             for n in range(2):
                 close &= look_alike(hashes[left, n], hashes[right, n], thumbnails[left, n], thumbnails[right, n])
-            close &= (digests[left] != digests[right]).any(1)
-            is_near[left[close]] = is_near[right[close]] = True
-            first = zip(left[close][:MAX_EXAMPLES], right[close][:MAX_EXAMPLES], strict=True)
-            matches |= {(max(match), min(match)) for match in first}
+            left, right = left[close], right[close]
+            is_near[left] = is_near[right] = True
+            examples = zip(left[:MAX_EXAMPLES], right[:MAX_EXAMPLES], strict=True)
+            matches |= {(max(match), min(match)) for match in examples}
     if not matches:
         return []
     rows, originals = zip(*sorted(matches), strict=True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.data.load_pairs import undecoded_rows
+from dpo_mm.data.parquet import open_parquet
 from dpo_mm.data.row_paths import confine_row, regular_files
 from dpo_mm.data.schema import REQUIRED, load_pairs, load_responses
 from dpo_mm.errors import name_row
@@ -45,14 +46,13 @@ def load_dataset(name: str) -> LoadedDataset:
         ValueError: if the dataset cannot be read, is empty, or has other columns. The error names the dataset.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     path = Path(resolve_asset(name))
     files = (path,) if path.is_file() else tuple(regular_files(path, "*.parquet")) if path.is_dir() else ()
     if not files:
         return _load_with_datasets(name)
     try:
-        tables = [pq.ParquetFile(file) for file in files]
+        tables = [open_parquet(file) for file in files]
     except pa.ArrowException as error:
         raise ValueError(f"{name}: not readable as Parquet ({' '.join(str(error).split())[:200]})") from error
     kind = _kind_of_columns(name, tables[0].schema_arrow.names)
@@ -86,11 +86,9 @@ def _load_with_datasets(name: str) -> LoadedDataset:
 
 def batches(dataset: LoadedDataset) -> Iterator[list[Row]]:
     """Yield the rows in order, in lists of at most BATCH. A row without an id gets its row number as id."""
-    import pyarrow.parquet as pq
-
     number = 0
     if dataset.files:
-        parts = (_rows(part, file) for file in dataset.files for part in pq.ParquetFile(file).iter_batches(BATCH))
+        parts = (_rows(part, file) for file in dataset.files for part in open_parquet(file).iter_batches(BATCH))
     else:
         stored = undecoded_rows(dataset.arrow_dataset)
         parts = ([dict(row) for row in islice(stored, BATCH)] for _ in range(0, dataset.num_rows, BATCH))
@@ -108,14 +106,12 @@ def _rows(part: Any, file: Path) -> list[Row]:
 
 def rows_by_id(dataset: LoadedDataset, ids: set[str]) -> dict[str, Row]:
     """Return the rows with these ids. Only the Parquet row groups that contain one are read in full."""
-    import pyarrow.parquet as pq
-
     if not dataset.files:
         return {row["id"]: row for rows in batches(dataset) for row in rows if row["id"] in ids}
     selected: dict[str, Row] = {}
     number = 0
     for file in dataset.files:
-        table = pq.ParquetFile(file)
+        table = open_parquet(file)
         for group in range(table.num_row_groups):
             count = table.metadata.row_group(group).num_rows
             has_ids = "id" in table.schema_arrow.names

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_mm.data.parquet import open_parquet
 from dpo_mm.data.row_paths import check_regular
 from dpo_mm.data.text_files import open_text, table_suffix
 from dpo_mm.errors import RowError, name_row, one_line
@@ -121,10 +122,9 @@ def count_rows(origin: Origin) -> int | None:
 
 def _open_parquet(file: Path) -> Any:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(file)
+        return open_parquet(file)
     except pa.ArrowException as error:
         raise ValueError(f"{file}: not readable as Parquet ({' '.join(str(error).split())[:200]})") from error
 
