@@ -29,7 +29,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-class name_row:  # noqa: N801 (used like a function, and three times as fast as a generator with @contextmanager)
+class name_row:  # used like a function, and three times as fast as a generator with @contextmanager
     """Context manager in which any error becomes a RowError, except for errors of the disk or the memory.
 
     Args:

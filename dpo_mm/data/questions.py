@@ -1,6 +1,6 @@
 """Read questions for a vision-language model: images, a prompt and, if known, the ground truth.
 
-A name selects a synthetic dataset, which is rendered when it is read. A file is Parquet or JSON lines with the columns
+Images are decoded or rendered when a question is used. A name selects a synthetic dataset. A file is Parquet or JSON lines with the columns
 `images` (or `image`), `prompt` and, optionally, `ground_truth`, `id` and `category`. `ground_truth` may be a list, of which any
 is right. In JSON lines an image is a path relative to the file.
 """
@@ -8,21 +8,27 @@ is right. In JSON lines an image is a path relative to the file.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from dpo_mm.data.conversation import as_messages
-from dpo_mm.data.row_paths import LONGEST_SHOWN, confine
+from dpo_mm.data.lazy_images import LazyImages, image_cells, lazy_images
+from dpo_mm.data.row_files import open_rows
+from dpo_mm.data.row_paths import confine
 from dpo_mm.data.text_files import read_text, table_suffix
 from dpo_mm.errors import did_you_mean, name_row, one_line
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 0
 DEFAULT_COUNT = 400
 """Number of questions of a synthetic dataset if there is no limit."""
+ROWS_IN_MEMORY = 32
+"""Rows of a Parquet file whose images are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Question:
 
     Args:
         id: unique name.
-        images: images of the prompt, possibly none.
+        images: images of the prompt, possibly none. Those of a file are decoded at each access.
         prompt: a text, or chat messages.
         ground_truth: the correct response, "" if unknown or if the correct response is empty.
         category: category for the report.
@@ -40,7 +46,7 @@ class Question:
     """
 
     id: str
-    images: tuple[Image.Image, ...]
+    images: Sequence[Image.Image]
     prompt: Any
     ground_truth: str
     category: str
@@ -52,6 +58,12 @@ class Question:
         """All correct responses."""
         return (self.ground_truth, *self.other_truths)
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """Fields for cache keys. Images of files are their hashes, so that they are not decoded."""
+        hashes = self.images.file_hashes if isinstance(self.images, LazyImages) else ()
+        return {**vars(self), "images": hashes or self.images}
+
 
 def read_questions(name: str, *, limit: int | None = None) -> list[Question]:
     """Read the questions of a synthetic dataset or of a file.
@@ -61,7 +73,8 @@ def read_questions(name: str, *, limit: int | None = None) -> list[Question]:
         limit: largest number of questions. None: all of a file, DEFAULT_COUNT of a synthetic dataset.
 
     Raises:
-        ValueError: if the file is missing or empty, or a row is not readable or has no prompt.
+        ValueError: if the file is missing or empty, or a row is not readable, has no prompt, or names a file that is missing
+            or not an image.
     """
     if name in WORLDS:
         return list(WORLDS[name](DEFAULT_COUNT if limit is None else limit))
@@ -71,7 +84,8 @@ def read_questions(name: str, *, limit: int | None = None) -> list[Question]:
             f"questions {name!r}: no such file; {did_you_mean(name, WORLDS)}. Or give Parquet or JSON lines with columns "
             "images, prompt and ground_truth"
         )
-    questions = [_question(row, path, number) for number, row in enumerate(_rows(path, limit))]
+    read = _parquet_questions if path.suffix == ".parquet" else _json_questions
+    questions = list(read(path, limit))
     if not questions:
         raise ValueError(f"{name}: no questions in the file. Expected one row per question")
     return questions
@@ -84,7 +98,7 @@ def _pages(count: int, *, held_out: bool) -> Iterator[Question]:
     for number, page in enumerate(documents.pages(count, seed, held_out=held_out)):
         prompt, ground_truth = documents.PROMPTS[page.form], documents.transcription(page)
         kind = page.kind if page.form == "text" else f"{page.kind}, json"
-        yield Question(f"page-{number}", (documents.render(page),), prompt, ground_truth, kind)
+        yield Question(f"page-{number}", LazyImages([partial(documents.render, page)]), prompt, ground_truth, kind)
 
 
 def _scenes(count: int, *, held_out: bool) -> Iterator[Question]:
@@ -93,9 +107,8 @@ def _scenes(count: int, *, held_out: bool) -> Iterator[Question]:
     seed = HELD_OUT_SEED if held_out else TRAIN_SEED
     for number, scene in enumerate(caption_scenes.scenes(count, seed, held_out=held_out)):
         things = f"{len(scene.objects)} thing{'s' * (len(scene.objects) > 1)}"
-        yield Question(
-            f"scene-{number}", (shapes.render(scene),), caption_scenes.PROMPT, caption_scenes.caption(scene), things
-        )
+        images, truth = LazyImages([partial(shapes.render, scene)]), caption_scenes.caption(scene)
+        yield Question(f"scene-{number}", images, caption_scenes.PROMPT, truth, things)
 
 
 def _sums(count: int, *, held_out: bool) -> Iterator[Question]:
@@ -117,32 +130,42 @@ WORLDS: dict[str, Callable[[int], Iterator[Question]]] = {
 """Synthetic datasets by name: functions from a number of questions to the questions."""
 
 
-def _rows(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".parquet":
-        rows = _parquet_rows(path)
-    else:
-        text = read_text(path)
-        try:
-            entries = json.loads(text) if table_suffix(path) != ".jsonl" and text.lstrip().startswith("[") else None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}: not JSON ({one_line(error)}). Expected a list of objects, or one object per line"
-            ) from None
-        lines = text.split("\n")  # not splitlines(), which also splits at U+2028 inside a text
-        rows = (_parsed(line, path, number) for number, line in enumerate(lines) if line.strip())
-        if entries is not None:
-            rows = (_checked_row(entry, path, f"entry {number + 1}") for number, entry in enumerate(entries))
-    for number, row in enumerate(rows):
-        if limit is not None and number >= limit:
-            return
-        yield row
+def _json_questions(path: Path, limit: int | None) -> Iterator[Question]:
+    for number, row in enumerate(islice(_json_rows(path), limit)):
+        name = f"{path}, row {number}"
+        _check_prompt(row, name)
+        cells = confine(image_cells(row), path.parent, is_path=True)
+        yield _question(row, name, number, lazy_images(cells, name) if cells else ())
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    text = read_text(path)
+    try:
+        entries = json.loads(text) if table_suffix(path) != ".jsonl" and text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not JSON ({one_line(error)}). Expected a list of objects, or one object per line"
+        ) from None
+    if entries is not None:
+        yield from (_checked_row(entry, path, f"entry {number + 1}") for number, entry in enumerate(entries))
+        return
+    lines = text.split("\n")  # not splitlines(), which also splits at U+2028 inside a text
+    yield from (_parsed(line, path, number) for number, line in enumerate(lines) if line.strip())
 
-    with name_row(str(path), "Expected Parquet with the columns images, prompt and ground_truth"):
-        yield from (row for batch in pq.ParquetFile(path).iter_batches(256) for row in batch.to_pylist())
+
+def _parquet_questions(path: Path, limit: int | None) -> Iterator[Question]:
+    with name_row(str(path), "Expected Parquet with the columns images, prompt and ground_truth", clear=(ValueError,)):
+        rows = open_rows(str(path))
+        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+        columns = [name for name in ("images", "image") if name in rows.column_names]
+        stored = rows.select_columns(columns)
+        batches = (batch.to_pylist() for batch in rows.with_format("arrow").iter(ROWS_IN_MEMORY))
+        for number, row in enumerate(chain.from_iterable(batches)):
+            name = f"{path}, row {number}"
+            _check_prompt(row, name)
+            cells = image_cells(row)
+            images = lazy_images(cells, name, rows=stored, number=number) if cells else ()
+            yield _question(row, name, number, images)
 
 
 def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
@@ -161,22 +184,22 @@ def _checked_row(row: Any, path: Path, position: str) -> dict[str, Any]:
     return row
 
 
-def _question(row: dict[str, Any], path: Path, number: int) -> Question:
+def _check_prompt(row: dict[str, Any], name: str) -> None:
+    """Raise ValueError if a row has no prompt."""
     if not row.get("prompt"):
-        raise ValueError(
-            f"{path}, row {number}: no prompt. Expected the columns images (or image), prompt and ground_truth"
-        )
-    with name_row(f"{path}, row {number}", "Write the prompt as a text or as chat messages, in valid Unicode"):
+        raise ValueError(f"{name}: no prompt. Expected the columns images (or image), prompt and ground_truth")
+    with name_row(name, "Write the prompt as a text or as chat messages, in valid Unicode"):
         as_messages(row["prompt"], "user")
         json.dumps(
-            [row.get(name) for name in ("prompt", "ground_truth", "id", "category")], ensure_ascii=False
+            [row.get(column) for column in ("prompt", "ground_truth", "id", "category")], ensure_ascii=False
         ).encode()
-    truths = _truths(row.get("ground_truth"), path, number)
-    cells = row.get("images") or ([row["image"]] if row.get("image") else [])
-    cells = cells if isinstance(cells, list) else [cells]
+
+
+def _question(row: dict[str, Any], name: str, number: int, images: Sequence[Image.Image]) -> Question:
+    truths = _truths(row.get("ground_truth"), name)
     return Question(
         str(number if row.get("id") is None else row["id"]),
-        tuple(_image(cell, path, number) for cell in cells),
+        images,
         row["prompt"],
         truths[0] if truths else "",
         str(row.get("category") or "all"),
@@ -185,24 +208,12 @@ def _question(row: dict[str, Any], path: Path, number: int) -> Question:
     )
 
 
-def _truths(cell: Any, path: Path, number: int) -> tuple[str, ...]:
+def _truths(cell: Any, name: str) -> tuple[str, ...]:
     """Return the correct responses of a row as texts: one, each of a list, or none for null."""
     cells = cell if isinstance(cell, list | tuple) else [] if cell is None else [cell]
     if any(not isinstance(each, str | int | float | dict) for each in cells):
         raise ValueError(
-            f"{path}, row {number}: ground_truth is {cell!r:.80}. Expected a text, a number, or a list of them, any of "
-            "which is right"
+            f"{name}: ground_truth is {cell!r:.80}. Expected a text, a number, or a list of them, any of which is right"
         )
     texts = (each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in cells)
     return tuple(dict.fromkeys(texts))
-
-
-def _image(cell: Any, path: Path, number: int) -> Image.Image:
-    """Decode an image from its bytes or its path, as `datasets` stores them."""
-    from dpo_mm.data.image_files import rgb_image
-
-    try:
-        return rgb_image(confine(cell, path.parent, is_path=True))
-    except ValueError as error:
-        name = str((cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else "") or "")
-        raise ValueError(f"{path}, row {number}: image {name[:LONGEST_SHOWN]} cannot be read ({error})") from None

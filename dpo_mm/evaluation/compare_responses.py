@@ -101,8 +101,8 @@ def examples(
 
     Those come first for which the judge's hits of base and tuned differ, or tuned has a hit.
     """
-    notable: list[tuple[str, TextExample]] = []
-    others: list[tuple[str, TextExample]] = []
+    notable: list[tuple[Question, TextExample]] = []
+    others: list[tuple[Question, TextExample]] = []
     for number, question in enumerate(questions):
         before, after = base.responses[number], tuned.responses[number]
         hits = base.ratios[judge][number, 0], tuned.ratios[judge][number, 0]
@@ -110,7 +110,7 @@ def examples(
         reasons = zip(("base", "tuned"), explanations, strict=True)
         note = "; ".join(f"{model}: {explanation.reason}" for model, explanation in reasons if explanation.reason)
         example = TextExample(
-            image=question.images[0] if question.images else None,
+            image=None,
             prompt=question.prompt if isinstance(question.prompt, str) else question.id,
             base=before.text,
             tuned=after.text,
@@ -119,15 +119,19 @@ def examples(
             tuned_marks=explanations[1].marks if hits[1] else (),
             note=note if hits[0] or hits[1] else "",
         )
-        (notable if hits[0] != hits[1] or hits[1] else others).append((question.category, example))
-    return (_interleaved(notable) + _interleaved(others))[:count]
+        (notable if hits[0] != hits[1] or hits[1] else others).append((question, example))
+    chosen = (_interleaved(notable) + _interleaved(others))[:count]
+    return [
+        dataclasses.replace(example, image=question.images[0] if question.images else None)
+        for question, example in chosen
+    ]
 
 
-def _interleaved(named: list[tuple[str, TextExample]]) -> list[TextExample]:
-    """Order (category, example) pairs such that one of each category comes in turn."""
-    by_name: dict[str, list[TextExample]] = {}
-    for category, example in named:
-        by_name.setdefault(category, []).append(example)
+def _interleaved(examples: list[tuple[Question, TextExample]]) -> list[tuple[Question, TextExample]]:
+    """Order examples such that one of each category comes in turn."""
+    by_name: dict[str, list[tuple[Question, TextExample]]] = {}
+    for question, example in examples:
+        by_name.setdefault(question.category, []).append((question, example))
     turns = itertools.zip_longest(*by_name.values())
     return [example for turn in turns for example in turn if example is not None]
 

@@ -42,7 +42,7 @@ def ingredients(config: CompareConfig | CompareResponsesConfig, sft_adapter: str
     elif config.questions in WORLDS:  # the library's version decides them
         prompts = config.questions
     else:
-        prompts = [vars(question) for question in read_questions(config.questions, limit=config.max_questions)]
+        prompts = [question.content for question in read_questions(config.questions, limit=config.max_questions)]
     return {
         "settings": as_dict(config),
         "model": model_content(config.model, revision=config.revision),

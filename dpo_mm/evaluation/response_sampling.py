@@ -130,7 +130,7 @@ def _key(settings: dict[str, Any], part: Sequence[Question], number: int) -> str
     """Hash a response's settings and its whole batch, on which padding and sampling depend."""
     if not settings:
         return ""
-    batch = [number, [[question.prompt, question.images] for question in part]]
+    batch = [number, [[question.prompt, question.content["images"]] for question in part]]
     decisive = {name: value for name, value in settings.items() if name not in ("model", "revision", "adapter")}
     return content_key("response of a comparison", {**decisive, "batch": batch})
 

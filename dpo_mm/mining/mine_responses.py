@@ -10,6 +10,7 @@ Processes share the questions (RANK of WORLD_SIZE).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of, wr
 from dpo_mm.policies.families import load_text_policy, model_content
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 LOOP_JUDGES = ("degeneration",)
 """Judges whose score of a response in a loop does not depend on the rest of the loop, so generation stops in it."""
@@ -85,7 +88,7 @@ def ingredients(config: MineResponsesConfig, questions: Sequence[Question]) -> d
         "settings": as_dict(config) | ({"batch_size of sampling": config.batch_size} if sampled else {}),
         "model": model_content(config.model, revision=config.revision),
         "adapter": model_content(config.adapter) if config.adapter else None,
-        "questions": content_hash([vars(question) for question in questions]),
+        "questions": content_hash([question.content for question in questions]),
         "judges": judge_digests([config.judge]),
         "libraries": library_versions(),
     }
@@ -123,6 +126,9 @@ def _mine_shard(
     policy: TextPolicy, questions: Sequence[Question], config: MineResponsesConfig, advance: Any
 ) -> list[dict[str, Any]]:
     """Generate and score the responses to some questions and return the rows of their pairs."""
+    advance((len(questions) - len(questions := _decodable(questions))) * config.responses_per_question)
+    if not questions:
+        return []
     sampled = range(config.responses_per_question - 1)
     decodings = ["greedy", *(f"sampled at {config.temperature:g}, seed {config.seed + n}" for n in sampled)]
     responses: list[list[Response]] = [[] for _ in questions]
@@ -147,6 +153,19 @@ def _mine_shard(
         for question, question_responses in zip(questions, responses, strict=True)
     )
     return [row for row in rows if row is not None]
+
+
+def _decodable(questions: Sequence[Question]) -> list[Question]:
+    """Return the questions whose images decode. The others are left out with a warning that names them."""
+    decodable = []
+    for question in questions:
+        try:
+            for _ in question.images:
+                pass
+            decodable.append(question)
+        except ValueError as error:
+            logger.warning("%s. The question is left out", error)
+    return decodable
 
 
 def failure_scores(judge: str, responses: Sequence[Response], ground_truths: Sequence[str]) -> list[float]:

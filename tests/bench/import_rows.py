@@ -124,7 +124,9 @@ def main() -> None:
             for _ in range(options.rounds):
                 for side, checkout in checkouts.items():
                     measured[side].append(rows_per_cpu_second(checkout, source, Path(folder, file)))
-            report[name] = {f"rows_per_cpu_second_{side}": round(statistics.median(measured[side])) for side in measured}
+            report[name] = {
+                f"rows_per_cpu_second_{side}": round(statistics.median(measured[side])) for side in measured
+            }
             if options.before:
                 ratios = [after / before for after, before in zip(measured["after"], measured["before"], strict=True)]
                 report[name]["ratio"] = round(statistics.median(ratios), 2)

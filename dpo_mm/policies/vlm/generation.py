@@ -48,16 +48,17 @@ def generate(
     Raises:
         ValueError: if images and messages do not fit together or the processor does not accept them.
     """
-    prompts = [
-        policy.encoder.prompt(conversation_images, as_messages(conversation, "user"), label=f"conversation {n}")
-        for n, (conversation_images, conversation) in enumerate(zip(images, messages, strict=True))
-    ]
+    conversations = list(zip(images, messages, strict=True))
     responses: list[Response] = []
     with eval_mode(policy.model), torch.random.fork_rng():
-        for start in range(0, len(prompts), batch_size):
+        for start in range(0, len(conversations), batch_size):
+            prompts = [  # a batch at a time, because pixel values take megabytes per image
+                policy.encoder.prompt(of_conversation, as_messages(message, "user"), label=f"conversation {n}")
+                for n, (of_conversation, message) in enumerate(conversations[start : start + batch_size], start)
+            ]
             torch.manual_seed(seed + start)
             references = None if loop_references is None else loop_references[start : start + batch_size]
-            responses += _generate_batch(policy, prompts[start : start + batch_size], limits, references)
+            responses += _generate_batch(policy, prompts, limits, references)
     return responses
 
 

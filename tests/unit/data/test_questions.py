@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import xxhash
 from datasets import Dataset
 from PIL import Image
 
+from dpo_mm.data import lazy_images
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.questions import read_questions
 
@@ -62,6 +64,34 @@ def test_read_questions_bad_file_names_the_row_and_the_fix(text: str, message: s
     (tmp_path / "q.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_questions(str(tmp_path / "q.jsonl"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_images_are_decoded_when_they_are_used(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    decode = lazy_images.rgb_image
+    monkeypatch.setattr(lazy_images, "rgb_image", lambda cell: decoded.append(1) or decode(cell))
+    for n in range(3):
+        Image.new("RGB", (8, 6 + n)).save(tmp_path / f"{n}.png")
+    if kind == "jsonl":
+        lines = [json.dumps({"prompt": "Read.", "images": [f"{n}.png"]}) for n in range(3)]
+        (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    else:
+        cells = [[{"bytes": (tmp_path / f"{n}.png").read_bytes(), "path": None}] for n in range(3)]
+        Dataset.from_dict({"prompt": ["Read."] * 3, "images": cells}).to_parquet(str(tmp_path / "q.parquet"))
+    questions = read_questions(str(tmp_path / f"q.{kind}"))
+    files = [xxhash.xxh3_128_hexdigest((tmp_path / f"{n}.png").read_bytes()) for n in range(3)]
+    assert [list(question.content["images"]) for question in questions] == [[file] for file in files] and not decoded
+    assert [question.images[0].height for question in questions] == [6, 7, 8] and len(decoded) == 3
+
+
+def test_image_that_is_damaged_after_its_header_is_named_when_it_is_used(tmp_path: Path) -> None:
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-500])
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "Read.", "image": "a.png"}))
+    (question,) = read_questions(str(tmp_path / "q.jsonl"))
+    with pytest.raises(ValueError, match=r"q.jsonl, row 0: image a.png cannot be read \("):
+        question.images[0]
 
 
 def test_read_questions_unknown_name_suggests_the_nearest() -> None:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dpo_mm.config import CompareResponsesConfig
+from dpo_mm.data.lazy_images import LazyImages
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
 from dpo_mm.evaluation import compare_responses as module
@@ -63,6 +64,14 @@ def test_shorter_responses_with_lower_recall_are_over_optimised(
     assert outcome.verdict == "better" and "40 fixed, 0 broken" in outcome.notes[0]
     page = outcome.report.read_text()
     assert "<mark>green cross</mark>" in page and "CHAIR_i" in page
+
+
+def test_only_the_images_of_examples_are_decoded() -> None:
+    decoded: list[int] = []
+    images = LazyImages([lambda: decoded.append(1) or RED])
+    questions = [dataclasses.replace(question, images=images) for question in QUESTIONS]
+    chosen = examples(scored([HALLUCINATED] * 40), scored([RIGHT] * 40), questions, "chair_s", count=5)
+    assert [example.image for example in chosen] == [RED] * 5 and len(decoded) == 5
 
 
 def test_note_tokens_reports_mean_and_99th_percentile() -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import dpo_mm.mining.mine_responses as mining
 from dpo_mm.config import MineResponsesConfig
+from dpo_mm.data.lazy_images import LazyImages
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response, load_responses
 from dpo_mm.errors import TrainingInterrupted
@@ -96,6 +97,18 @@ def test_truncated_response_has_no_end_of_turn() -> None:
     assert whole is not None and opened is not None
     assert whole["rejected_ids"].tolist() == [*opened["rejected_ids"].tolist(), end]
     assert opened["chosen_ids"][-1] == end
+
+
+def test_question_whose_image_does_not_decode_is_left_out_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> Image.Image:
+        raise ValueError("q.jsonl, row 7: image a.png cannot be read (image file is truncated)")
+
+    damaged = dataclasses.replace(PAGE, images=LazyImages([broken]))
+    assert mining._decodable([PAGE, damaged, SCENE]) == [PAGE, SCENE]
+    assert "q.jsonl, row 7: image a.png" in caplog.text and "The question is left out" in caplog.text
+    advanced: list[int] = []
+    assert mining._mine_shard(None, [damaged], config(responses_per_question=3), advanced.append) == []  # type: ignore[arg-type]
+    assert advanced == [3]
 
 
 @pytest.fixture

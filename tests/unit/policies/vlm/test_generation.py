@@ -11,6 +11,7 @@ from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import make_response_rows
 from dpo_mm.policies.families import load_policy
+from dpo_mm.policies.vlm import generation
 from dpo_mm.policies.vlm.generation import response_token_log_probs, stream_response
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 
@@ -25,6 +26,20 @@ def policy() -> VisionLanguage:
 @pytest.fixture(scope="module")
 def question() -> Question:
     return read_questions("scenes-held-out", limit=3)[2]
+
+
+def test_pixel_values_are_computed_one_batch_at_a_time(
+    policy: VisionLanguage, question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches pixel values of all conversations before the first batch, 18 MiB per large image."""
+    order: list[str] = []
+    encode, generate_batch = policy.encoder.prompt, generation._generate_batch
+    monkeypatch.setattr(policy.encoder, "prompt", lambda *a, **k: order.append("encode") or encode(*a, **k))
+    monkeypatch.setattr(generation, "_generate_batch", lambda *a: order.append("generate") or generate_batch(*a))
+    responses = policy.generate(
+        [question.images] * 3, [question.prompt] * 3, max_new_tokens=2, do_sample=False, batch_size=2
+    )
+    assert len(responses) == 3 and order == ["encode", "encode", "generate", "encode", "generate"]
 
 
 def test_stream_grows_to_the_generated_response(policy: VisionLanguage, question: Question) -> None:
