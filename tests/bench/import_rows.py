@@ -3,7 +3,7 @@
     python -m tests.bench.import_rows --rows 20000
     python -m tests.bench.import_rows --before ../main --out docs/benchmarks/import-rows.json   # and an earlier checkout
 
-Every import runs in a process of its own, which measures the CPU seconds of the import without the start of Python. With
+Every import runs in another process, which measures the CPU seconds of the import without the start of Python. With
 an earlier checkout the two are measured in turn, and the ratio is the median over the rounds.
 """
 
