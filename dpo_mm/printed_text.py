@@ -15,6 +15,17 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def print_rows(rows: dict[str, str]) -> None:
+    """Print names and values, one per line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in rows.items():
+        table.add_row(printable(key), printable(value))
+    Console().print(table, highlight=False, markup=False)
+
+
 def quoted(path: Any) -> str:
     """Quote a path for a command to copy. A name that begins with a dash is not read as an option."""
     text = str(path)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
-Advance = Callable[[int], None]
-"""Function that moves a progress bar by a number of steps."""
 SECONDS_PER_UPDATE = 0.05
 """Time between two updates of the bar. An import advances 15,000 times per second."""
+
+
+class Advance(Protocol):
+    """Function that moves a progress bar by a number of steps, and gives it another title."""
+
+    def __call__(self, count: int, title: str | None = None) -> None: ...
 
 
 @contextlib.contextmanager
@@ -20,7 +25,7 @@ def progress_bar(title: str, total: int | None) -> Iterator[Advance]:
         total: number of steps. None: unknown.
 
     Returns:
-        A function `advance(n)` that moves the bar by n steps.
+        A function `advance(n)` that moves the bar by n steps. `advance(n, title)` also changes its title.
     """
     import os
     import time
@@ -29,7 +34,7 @@ def progress_bar(title: str, total: int | None) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     if int(os.environ.get("RANK", "0")) > 0:
-        yield lambda _: None
+        yield lambda count, title=None: None
         return
     columns = (
         TextColumn("{task.description:<28}"),
@@ -40,11 +45,11 @@ def progress_bar(title: str, total: int | None) -> Iterator[Advance]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task, pending, last = bar.add_task(title, total=total), 0, time.monotonic()
 
-        def advance(count: int) -> None:
+        def advance(count: int, title: str | None = None) -> None:
             nonlocal pending, last
             pending, now = pending + count, time.monotonic()
-            if now - last >= SECONDS_PER_UPDATE:
-                bar.advance(task, pending)
+            if now - last >= SECONDS_PER_UPDATE or title:
+                bar.update(task, advance=pending, description=title)
                 pending, last = 0, now
 
         yield advance

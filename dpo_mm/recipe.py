@@ -21,7 +21,7 @@ from dpo_mm.config import (
 from dpo_mm.config_parsing import config_from_mapping, known_names, read_yaml, with_field_names
 from dpo_mm.errors import did_you_mean
 from dpo_mm.interruption import stop_on_signal
-from dpo_mm.printed_text import printable
+from dpo_mm.printed_text import print_rows, printable
 
 if TYPE_CHECKING:
     from dpo_mm.evaluation.verdict import CompareResult
@@ -191,7 +191,7 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
     with stop_on_signal(lambda: _completed_steps(recipe)):
         if recipe.mine and not mine(recipe.mine).exists():
             raise ValueError(f"{recipe.mine.output_dir}: shards of other processes are missing. Run it in one process")
-        train_result = train(recipe.train)
+        train_result = train(recipe.train, show_plan=print_rows)
         sft_result = train(sft_baseline_config(recipe.train)) if recipe.baseline else None
         result = compare(
             recipe.compare,

@@ -22,9 +22,9 @@ from dpo_mm.cli.command_settings import (
 )
 from dpo_mm.cli.label import Overwrite
 from dpo_mm.cli.settings_help import SettingsCommand, commented_config
-from dpo_mm.cli.terminal import print_rows, report_command, run_as_command, say, suppress_library_output
+from dpo_mm.cli.terminal import report_command, run_as_command, say, suppress_library_output
 from dpo_mm.errors import TrainingInterrupted, did_you_mean
-from dpo_mm.printed_text import quoted
+from dpo_mm.printed_text import print_rows, quoted
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(demo.demo, name="demo")
@@ -213,10 +213,9 @@ def train(
         if dry_run:
             print_rows(run.dry_run(settings))
             return
-        result = run.train(settings)
+        result = run.train(settings, show_plan=print_rows)
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    print_rows(result.settings)
     say(f"Trained: {result.folder}")
     say(
         f"Next: dpo-mm compare --model {quoted(settings.model)} --adapter {quoted(result.folder)} "

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from dpo_mm.cli.command_settings import SETTINGS_AS_FLAGS, parse_overrides
-from dpo_mm.cli.terminal import print_rows, report_command, suppress_library_output
+from dpo_mm.cli.terminal import report_command, suppress_library_output
+from dpo_mm.printed_text import print_rows
 
 
 def list_presets() -> None:

@@ -1,7 +1,7 @@
 """Terminal: errors in one line, tables of names and values, and silence for other libraries.
 
 Texts of datasets and models may contain control characters, which move the cursor or change the window's title. They are
-escaped here, so every text that comes from a file is printed by `say` or `print_rows`, or passed through `printable`.
+escaped here, so every text that comes from a file is printed by `say` or `printed_text.print_rows`, or passed through `printable`.
 """
 
 from __future__ import annotations
@@ -40,17 +40,6 @@ def suppress_library_output() -> Iterator[None]:
 def say(text: str) -> None:
     """Print a text, with its control characters escaped."""
     print(printable(text), flush=True)
-
-
-def print_rows(rows: dict[str, str]) -> None:
-    """Print names and values, one per line."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key, value in rows.items():
-        table.add_row(printable(key), printable(value))
-    Console().print(table, highlight=False, markup=False)
 
 
 def command_line() -> str:

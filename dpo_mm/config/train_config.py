@@ -130,6 +130,13 @@ class TrainConfig(Settings):
     """Number of checkpoints on disk. Older ones are deleted."""
     log_every: int = 10
     """Steps between two lines of the log."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that also get the log: tensorboard (the extra `tracking`), or wandb, trackio, mlflow and others that transformers
+    knows, if they are installed."""
+    run_name: str | None = None
+    """Name of the run in the trackers. null: the name of output_dir."""
+    logging_dir: str | None = None
+    """Folder of TensorBoard's files. null: a new folder in output_dir/logs for each start."""
     workers: int | None = None
     """Number of processes that load rows. 0: rows are loaded in the training process. null: one per CPU core, at most 4, for
     large vision-language rows, which are encoded in each step, else 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
 from dpo_mm.quantization import check_quantize
 from dpo_mm.training.auto_beta import AUTO
 from dpo_mm.training.reference import resolve_reference_name
+from dpo_mm.training.tracking import validate_trackers
 
 OPTIONAL_INPUTS = ("reference_logps", "z", "reward_shift", "corrupted_ratio", "rejected_gradient_scale")
 DEFAULT_SLACK = 0.9
@@ -118,6 +120,7 @@ def validate_config(config: TrainConfig) -> None:
         raise ValueError(f"train_sampling_strategy {config.train_sampling_strategy!r} is unknown; {known}")
     _validate_timestep_settings(config)
     _validate_quantize(config)
+    validate_trackers(config)
     _refuse_ignored_settings(config, modality=modality)
     training_arguments(config)
 
@@ -248,5 +251,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(config.report_to) or "none",
+        run_name=config.run_name or Path(config.output_dir).name,
     )

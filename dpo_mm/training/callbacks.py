@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from dpo_mm.interruption import StopRequest
+from dpo_mm.progress import Advance
 from dpo_mm.training.reference import TrackingReference
 
 logger = logging.getLogger(__name__)
@@ -112,9 +113,9 @@ class GracefulStopCallback(TrainerCallback):
 
 
 class ProgressBarCallback(TrainerCallback):
-    """Advance a progress bar by one per step."""
+    """Advance a progress bar by one per step, and show the last loss, accuracy and, on a GPU, peak memory in its title."""
 
-    def __init__(self, advance: Callable[[int], None]) -> None:
+    def __init__(self, advance: Advance) -> None:
         self.advance = advance
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -122,6 +123,20 @@ class ProgressBarCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.advance(0, bar_title(logs))
+
+
+def bar_title(logs: Mapping[str, float]) -> str:
+    """Write an entry of the log as the title of the progress bar."""
+    parts = [f"loss {logs['loss']:.3f}"]
+    if "rewards/accuracies" in logs:
+        parts.append(f"acc {logs['rewards/accuracies']:.2f}")
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    return ", ".join(parts)
 
 
 class UpdateReferenceCallback(TrainerCallback):

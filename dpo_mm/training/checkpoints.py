@@ -14,6 +14,7 @@ from typing import Any
 from dpo_mm.checksums import COMPLETE, complete_files, remove_unchanged_files, what_is_wrong
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.resumable import explain_unwritten, set_aside
+from dpo_mm.training.tracking import TRACKING_SETTINGS
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ FREE_TO_CHANGE = {
     "log_every",
     "save_total_limit",
     "workers",
+    *TRACKING_SETTINGS,
     "batch_size",
     "accumulate",
 }

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,20 @@ from dpo_mm.training.model_card import write_card
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import precompute_reference_log_probs, resolve_reference_name
 from dpo_mm.training.response_rows import describe_lengths, stream_rows
+from dpo_mm.training.tracking import TRACKING_SETTINGS
 from dpo_mm.training.trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
 TRAINING = OutputKind(
-    CONFIG_FILE, "trained", parts=("checkpoint-*",), free=("output_dir", "resume", "overwrite", "workers")
+    CONFIG_FILE,
+    "trained",
+    parts=("checkpoint-*",),
+    free=("output_dir", "resume", "overwrite", "workers", *TRACKING_SETTINGS),
 )
+
+
+ShowPlan = Callable[[dict[str, str]], object]
+"""Function that shows a run's summary."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +71,12 @@ class TrainResult:
     beta: float
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, *, show_plan: ShowPlan | None = None) -> TrainResult:
     """Train as the config says and write the result to its output_dir.
 
     Args:
         config: settings of the run.
+        show_plan: called with the run's summary in the first process, before the first step.
 
     Returns:
         The adapter's folder, the log history, the run's summary, and beta.
@@ -100,10 +110,16 @@ def train(config: TrainConfig) -> TrainResult:
                 f"resume: {folder} has no checkpoint to continue from. Leave out resume to train from the beginning"
             )
         with stop_on_signal(lambda: _saved_so_far(config, None)):
-            return _finished_result(config) if finished else _train(config, checkpoint)
+            if finished:
+                return _finished_result(config, show_plan or _show_nothing)
+            return _train(config, checkpoint, show_plan or _show_nothing)
 
 
-def _finished_result(config: TrainConfig) -> TrainResult:
+def _show_nothing(summary: dict[str, str]) -> None:
+    """Take a run's summary and do nothing with it."""
+
+
+def _finished_result(config: TrainConfig, show_plan: ShowPlan) -> TrainResult:
     """Read the result of an earlier run with the same settings.
 
     Raises:
@@ -116,6 +132,7 @@ def _finished_result(config: TrainConfig) -> TrainResult:
     check_same_content(folder, record["content"], content, config)
     log = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))
     beta = float(record["measured_beta"] or record["beta"])
+    show_plan(log["summary"])
     return TrainResult(folder, tuple(log["history"]), log["summary"], beta)
 
 
@@ -126,7 +143,7 @@ def _pairs_digest(config: TrainConfig) -> str:
     return content_hash(split_digests(split_pairs(drop_ties(load_pairs(config.pairs)), config)))
 
 
-def _train(config: TrainConfig, checkpoint: Path | None) -> TrainResult:
+def _train(config: TrainConfig, checkpoint: Path | None, show_plan: ShowPlan) -> TrainResult:
     """Train from the beginning, or from a checkpoint of the same recipe, and write the result."""
     pairs_per_step = config.batch_size * config.accumulate * training_arguments(config).world_size
     saved_state = check_same_recipe(checkpoint, config, pairs_per_step=pairs_per_step) if checkpoint else {}
@@ -145,7 +162,7 @@ def _train(config: TrainConfig, checkpoint: Path | None) -> TrainResult:
         "measured_beta": saved_state.get("measured_beta"),
     }
     with stop_on_signal(lambda: _saved_so_far(config, splits)):
-        return _train_on(splits, policy, config, run_state, checkpoint)
+        return _train_on(splits, policy, config, run_state, checkpoint, show_plan)
 
 
 def _train_on(
@@ -154,6 +171,7 @@ def _train_on(
     config: TrainConfig,
     run_state: dict[str, Any],
     checkpoint: Path | None,
+    show_plan: ShowPlan,
 ) -> TrainResult:
     """Train on encoded pairs, from a checkpoint if there is one, and save the result."""
     policy.free_encoders()
@@ -173,6 +191,8 @@ def _train_on(
     trainer = PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state)
     name, text = Path(config.output_dir).name, policy.modality == "text"
     image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
+    if trainer.args.should_save:
+        show_plan(summary)
     card = lambda folder: write_card(config, summary, text=text, image_lines=image_lines, into=folder)
     with complete_part(lambda: f"The run is complete and its result is in {config.output_dir}") as stop:
         _fit(trainer, checkpoint, stop)

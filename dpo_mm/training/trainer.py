@@ -50,6 +50,7 @@ from dpo_mm.training.metrics import image_reliance, reward_metrics, split_by_noi
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import TrackingReference, build_reference
 from dpo_mm.training.response_rows import StreamedRows
+from dpo_mm.training.tracking import prepare_trackers
 
 MAX_WORKERS = 4
 """Largest number of processes that encode rows while training, unless `workers` is set."""
@@ -126,6 +127,7 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.skip_callback = SkipNonFiniteStepsCallback()
         self.add_callback(self.skip_callback)
+        prepare_trackers(self.callback_handler.callbacks, config)
         self.add_callback(RestoreRewardsCallback(self.run_state, self.skip_callback))
         self.add_callback(ChosenLikelihoodWarning() if policy.modality == "text" else ChosenErrorWarning())
         if isinstance(self.reference, TrackingReference):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_mm.cli.terminal import print_rows, run_as_command, say
+from dpo_mm.cli.terminal import run_as_command, say
 from dpo_mm.config import JudgeConfig
 from dpo_mm.data.image_files import FORMATS, decode_image, encode_png, image_bytes
 from dpo_mm.data.questions import read_questions
@@ -26,7 +26,7 @@ from dpo_mm.judges.scoring import score
 from dpo_mm.labels.export import export, train_command
 from dpo_mm.labels.pairs import open_pairs, pair_digest
 from dpo_mm.labels.store import VoteStore
-from dpo_mm.printed_text import printable
+from dpo_mm.printed_text import print_rows, printable
 from dpo_mm.sources.importing import import_set
 from tests.conftest import noise_image
 from tests.unit.evaluation.test_saved_comparison import finished_run

@@ -1,0 +1,54 @@
+"""Experiment trackers: the integrations of transformers' Trainer, such as TensorBoard, get the log of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback
+
+from dpo_mm.config import TrainConfig
+from dpo_mm.errors import did_you_mean
+
+TRACKING_SETTINGS = ("report_to", "run_name", "logging_dir")
+"""Settings that do not change what a run computes."""
+PACKAGES = {"comet_ml": "comet_ml", "dvclive": "dvclive", "neptune": "neptune", "azure_ml": "azureml"}
+"""Packages of trackers whose name is another one."""
+EXTRA = {"tensorboard": "'dpo-mm[tracking]'"}
+"""What installs a tracker, if it is not its own name."""
+
+
+def validate_trackers(config: TrainConfig) -> None:
+    """Refuse trackers that are unknown or not installed, and settings without effect. Raises ValueError."""
+    for name in config.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to: tracker {name!r} is unknown; {did_you_mean(name, INTEGRATION_TO_CALLBACK)}")
+        if importlib.util.find_spec(PACKAGES.get(name, name)) is None:
+            raise ValueError(f"report_to: {name} is not installed. pip install {EXTRA.get(name, name)}")
+    if config.logging_dir is not None and "tensorboard" not in config.report_to:
+        raise ValueError("logging_dir has no effect without report_to: tensorboard. Remove one of the two settings")
+    if config.run_name is not None and not config.report_to:
+        raise ValueError("run_name has no effect without report_to. Remove one of the two settings")
+
+
+def prepare_trackers(callbacks: Sequence[TrainerCallback], config: TrainConfig) -> None:
+    """Set the folder of TensorBoard's callback, and hide the model from all trackers.
+
+    They would write its config, which they expect to be one of transformers.
+    """
+    start = time.strftime("%Y-%m-%d_%H-%M-%S")
+    kinds = tuple(INTEGRATION_TO_CALLBACK[name] for name in config.report_to)
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = config.logging_dir or str(Path(config.output_dir) / "logs" / start)
+        if isinstance(callback, kinds):
+            for event in (name for name in dir(callback) if name.startswith("on_")):
+                setattr(callback, event, _without_model(getattr(callback, event)))
+
+
+def _without_model(event: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments, model=None, **keywords: event(*arguments, **keywords)
