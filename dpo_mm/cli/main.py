@@ -197,7 +197,17 @@ def doctor(
 
 @app.command(cls=SettingsCommand, context_settings=SETTINGS_AS_FLAGS)
 def train(
-    context: typer.Context, config: ConfigFile = None, dry_run: DryRun = False, print_config: PrintConfig = False
+    context: typer.Context,
+    config: ConfigFile = None,
+    dry_run: DryRun = False,
+    vram: Annotated[
+        float | None,
+        typer.Option(
+            help="With --dry-run: memory in GB of the GPU that the run must fit. By default that of the GPU at hand. "
+            "precision auto is then bf16."
+        ),
+    ] = None,
+    print_config: PrintConfig = False,
 ) -> None:
     """Train a model on preference pairs.
 
@@ -206,12 +216,14 @@ def train(
     if print_config:
         print(commented_config(train_settings(context, config)), end="")
         return
-    settings = train_config(context, config)
+    if vram is not None and not dry_run:
+        raise ValueError("vram belongs to --dry-run. Add it, or remove --vram")
+    settings = train_config(context, config, **({} if vram is None else {"precision": "bf16"}))
     with suppress_library_output():
         from dpo_mm.training import run
 
         if dry_run:
-            print_rows(run.dry_run(settings))
+            print_rows(run.dry_run(settings, vram=vram))
             return
         result = run.train(settings, show_plan=print_rows)
     if int(os.environ.get("RANK", "0")) > 0:

@@ -1,7 +1,7 @@
-"""Estimate the memory of a run before it starts, from one step on fake tensors whose storages are counted.
+"""Estimate the memory of a run on a GPU before it starts: one step on the meta device, whose tensors are counted.
 
-Forward and backward of one batch run with the shapes and types of training, without values. The peak equals that of the real
-step, up to the allocator's rounding and the workspace of kernels. Weights, optimizer state and the frozen copy are added. The
+Forward and backward of one batch run with the shapes and types of training on a GPU, without values. The peak equals that of the
+real step, up to the allocator's rounding and the workspace of kernels. Weights, optimizer state and the frozen copy are added. The
 estimate is for one process. FSDP divides everything except activations by the number of processes.
 """
 
@@ -20,12 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.policies.diffusion.meta_pipeline import to_fake_tensors
-from dpo_mm.policies.protocol import ImagePolicy
+from dpo_mm.policies.protocol import ImagePolicy, Policy
 from dpo_mm.training.arrow_shards import gib
 from dpo_mm.training.encoding import images_per_batch, sample_bytes
+from dpo_mm.training.meta_execution import CudaRules, MixedMetaMode, run_backward
 from dpo_mm.training.reference import resolve_reference_name
 
+LARGE_ENCODER = 10**9
+"""Weights from which a text encoder is quantised too."""
+NF4_TABLES = 4 * (16 + 256 + 1)
+"""Bytes of the tables of a weight's values and scales, and of its offset."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -73,60 +77,129 @@ class Memory:
     def training(self) -> int:
         return self.weights + self.reference + self.optimizer + self.step
 
+    @property
+    def peak(self) -> int:
+        return max(self.training, self.encoding)
+
     def describe(self) -> str:
         copy = f", frozen copy {gib(self.reference)}" if self.reference else ""
+        encode = f", {gib(self.encoding)} to encode" if self.encoding else ""
         return (
             f"about {gib(self.training)} to train (weights {gib(self.weights)}{copy}, optimizer {gib(self.optimizer)}, "
-            f"activations and gradients {gib(self.step)}), {gib(self.encoding)} to encode"
+            f"activations and gradients {gib(self.step)}){encode}"
         )
 
 
-def estimate_memory_and_disk(policy: ImagePolicy, config: TrainConfig, prompts: int, pairs: int) -> dict[str, str]:
-    """Lines `memory` and `disk` of a run's plan.
+@dataclass(frozen=True)
+class Counts:
+    """What one step on the meta device gives. `Counts.memory` adds the settings that need no step.
+
+    Attributes:
+        weights: bytes of the model, not quantised.
+        layers, encoder_layers: shapes of the frozen linear layers that `quantize` would store in fewer bits, in the model and
+            in large text encoders.
+        itemsize: bytes per weight of these layers.
+        trained: shapes of the trained parameters.
+        step, encoding: as in `Memory`, not quantised.
+    """
+
+    weights: int
+    layers: tuple[torch.Size, ...]
+    encoder_layers: tuple[torch.Size, ...]
+    itemsize: int
+    trained: tuple[torch.Size, ...]
+    step: int
+    encoding: int
+
+    def memory(self, config: TrainConfig) -> Memory:
+        """Bytes of a run with the settings optimizer, reference and quantize of a config."""
+        weights, step, encoding = self.weights, self.step, self.encoding
+        if getattr(config, "quantize", None):
+            saved, saved_encoders = (
+                sum(
+                    self.itemsize * shape.numel() - quantized_bytes(shape, getattr(config, "quantize", None))
+                    for shape in shapes
+                )
+                for shapes in (self.layers, self.encoder_layers)
+            )
+            weights -= saved
+            encoding -= (saved + saved_encoders) * (encoding > 0)
+            step += self.itemsize * max((shape.numel() for shape in self.layers), default=0)  # the layer that runs
+        copies = resolve_reference_name(config) == "frozen_copy"
+        state = sum(state_bytes(shape, config.optimizer) for shape in self.trained)
+        return Memory(weights, copies * weights, state, step, encoding)
+
+
+def count_images(policy: ImagePolicy, config: TrainConfig) -> Counts:
+    """Count the bytes of an image generator's training.
 
     Args:
-        policy: prepared, on the meta device.
+        policy: prepared, on the meta device. It loses its encoders.
         config: settings of the run.
-        prompts, pairs: their numbers in the dataset.
-
-    Returns:
-        The lines. Memory is unknown for a family that reads the values of its tensors, such as the lengths of prompts.
     """
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-
-    try:
-        memory, (a_prompt, a_pair) = count_bytes(policy, config)
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        return {}
-    disk = a_prompt * prompts + a_pair * pairs
-    return {
-        "memory": memory.describe(),
-        "disk": f"about {gib(disk)} for {pairs:,} pairs of {prompts:,} prompts, encoded",
-    }
-
-
-def count_bytes(policy: ImagePolicy, config: TrainConfig) -> tuple[Memory, tuple[int, int]]:
-    """Bytes of memory that a run takes, and bytes on disk per prompt and per pair."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    modules = [part for part in policy.pipe.components.values() if isinstance(part, nn.Module)]
-    everything = sum(_bytes(module) for module in modules)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
-        for module in modules:
-            to_fake_tensors(module)
-        disk = sample_bytes(policy, config.cache_precision)
+    modules = {name: part for name, part in policy.pipe.components.items() if isinstance(part, nn.Module)}
+    large = [m for m in modules.values() if m is not policy.model and num_weights(m) >= LARGE_ENCODER]
+    everything, layers = sum(_bytes(module) for module in modules.values()), _linear_shapes(large)
+    with MixedMetaMode(), CudaRules(), torch.random.fork_rng(devices=[]):
         rows = [_row(policy)] * config.batch_size
         with PeakMemoryMode() as encoding:
             size = policy.resolution
             policy.encode_images([Image.new("RGB", (size, size))] * images_per_batch((size, size)))
         policy.free_encoders()
-        with PeakMemoryMode() as step:
-            _step(policy, config, policy.collate(rows))
+    total = everything + encoding.peak
+    return _count_step(policy, config, rows, skip=(), encoder_layers=layers, encoding=total)
+
+
+def count_responses(policy: Policy, config: TrainConfig, row: dict[str, Any], *, skip: Sequence[nn.Module]) -> Counts:
+    """Count the bytes of a vision-language model's training, if every row of a batch is this one.
+
+    Args:
+        policy: prepared, from `load_vlm_on_meta_device`.
+        config: settings of the run.
+        row: the longest row of the dataset, encoded.
+        skip: modules that `quantize` leaves as they are.
+    """
+    return _count_step(policy, config, [row] * config.batch_size, skip=skip, encoder_layers=(), encoding=0)
+
+
+def _count_step(
+    policy: Policy, config: TrainConfig, rows: list[dict[str, Any]], *, skip: Sequence[nn.Module],
+    encoder_layers: tuple[torch.Size, ...], encoding: int,
+) -> Counts:  # fmt: skip
     trained = [p for p in policy.model.parameters() if p.requires_grad]
-    weights = _bytes(policy.model)
-    copies = resolve_reference_name(config) == "frozen_copy"
-    state = sum(state_bytes(p.shape, config.optimizer) for p in trained)
-    return Memory(weights, copies * weights, state, step.peak, everything + encoding.peak), disk
+    with MixedMetaMode(), torch.random.fork_rng(devices=[]):
+        batch = policy.collate(rows)
+        with CudaRules() as rules, PeakMemoryMode() as step:
+            if config.accumulate > 1:  # the gradients of the pairs before
+                for parameter in trained:
+                    parameter.grad = torch.empty_like(parameter)
+            _step(policy, config, batch, rules)
+    layers = _linear_shapes([policy.model], skip)
+    frozen = next((p for p in policy.model.parameters() if not p.requires_grad), None)
+    itemsize = 4 if frozen is None else frozen.element_size()
+    shapes = tuple(parameter.shape for parameter in trained)
+    return Counts(_bytes(policy.model), layers, encoder_layers, itemsize, shapes, step.peak, encoding)
+
+
+def _linear_shapes(models: Sequence[nn.Module], skip: Sequence[nn.Module] = ()) -> tuple[torch.Size, ...]:
+    """Shapes of the frozen weights of linear layers, except those inside the modules to skip."""
+    left_out = {id(module) for part in skip for module in part.modules()}
+    return tuple(
+        module.weight.shape
+        for model in models
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and id(module) not in left_out
+    )
+
+
+def num_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def disk_bytes(policy: ImagePolicy, config: TrainConfig) -> tuple[int, int]:
+    """Bytes of an encoded dataset on disk, per prompt and per pair. The policy is on the meta device."""
+    with MixedMetaMode(), CudaRules():
+        return sample_bytes(policy, config.cache_precision)
 
 
 def _row(policy: ImagePolicy) -> dict[str, Any]:
@@ -141,17 +214,22 @@ def _row(policy: ImagePolicy) -> dict[str, Any]:
     return row | ({"source_mean": mean[0]} if policy.is_image_editing else {})
 
 
-def _step(policy: ImagePolicy, config: TrainConfig, batch: dict[str, Any]) -> None:
+def _step(policy: Policy, config: TrainConfig, batch: dict[str, Any], rules: CudaRules | None = None) -> None:
     """Run the trainer's forward and backward: the reference first, without activations, then the policy."""
     policy.model.train()
     kind = AUTOCAST.get(config.precision)
     off = policy.adapter_off() if config.tuning == "lora" else contextlib.nullcontext()
-    with torch.autocast("cpu", dtype=kind or torch.bfloat16, enabled=kind is not None):
-        if resolve_reference_name(config) != "precomputed":
-            with torch.no_grad(), off:
-                policy.log_probs(policy.model, batch)
-        log_probs = policy.log_probs(policy.model, batch)
-    (log_probs.chosen - log_probs.rejected).sum().backward()
+    batches = [batch, *([batch["corrupted"]] if "corrupted" in batch else [])]
+    half = lambda: torch.autocast("cpu", dtype=kind or torch.bfloat16, enabled=kind is not None)
+    stored = rules.storing_casts if rules else contextlib.nullcontext
+    reference = resolve_reference_name(config)
+    if reference != "precomputed":
+        with half(), contextlib.nullcontext() if reference == "frozen_copy" else stored(), torch.no_grad(), off:
+            for part in batches:
+                policy.log_probs(policy.model, part)
+    with half(), stored():
+        log_probs = [policy.log_probs(policy.model, part) for part in batches]
+    run_backward(torch.stack([(part.chosen - part.rejected).sum() for part in log_probs]).sum())
 
 
 def state_bytes(shape: Sequence[int], optimizer: str) -> int:
@@ -166,6 +244,19 @@ def state_bytes(shape: Sequence[int], optimizer: str) -> int:
     if optimizer == "adamw_8bit" and count >= 4096:
         return 2 * count + 2 * 4 * -(-count // 256)
     return 8 * count if optimizer != "adafactor" else 4 * count
+
+
+def quantized_bytes(shape: Sequence[int], kind: str) -> int:
+    """Bytes of a quantised weight with its scales.
+
+    nf4: half a byte per weight, an 8-bit scale per 64 weights, a float32 scale per 256 of these, and two tables (Dettmers et al.
+    2023, 2305.14314, double quantisation). int8 and fp8: one byte per weight, and one float32 scale per row.
+    """
+    count = torch.Size(shape).numel()
+    if kind == "nf4":
+        blocks = -(-count // 64)
+        return -(-count // 2) + blocks + 4 * -(-blocks // 256) + NF4_TABLES
+    return count + 4 * shape[0]
 
 
 def _bytes(module: nn.Module) -> int:

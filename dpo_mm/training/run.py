@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -17,6 +18,7 @@ from dpo_mm.assets import resolve_asset
 from dpo_mm.cache_folder import cache_folder
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.content_key import check_ingredients, content_hash, library_versions
+from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import drop_ties, load_pairs, load_responses
 from dpo_mm.errors import TrainingInterrupted
@@ -40,7 +42,7 @@ from dpo_mm.training.checkpoints import (
 )
 from dpo_mm.training.encoding import EncodedSplits, encode_splits
 from dpo_mm.training.evaluation_split import split_digests, split_pairs
-from dpo_mm.training.memory_estimate import estimate_memory_and_disk
+from dpo_mm.training.memory_plan import image_lines, response_lines
 from dpo_mm.training.model_card import write_card
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import precompute_reference_log_probs, resolve_reference_name
@@ -282,8 +284,12 @@ def run_summary(policy: Policy, config: TrainConfig, num_pairs: int) -> dict[str
     }
 
 
-def dry_run(config: TrainConfig) -> dict[str, str]:
+def dry_run(config: TrainConfig, *, vram: float | None = None) -> dict[str, str]:
     """Return the summary of a run without training it, with estimates of memory and disk.
+
+    Args:
+        config: settings of the run.
+        vram: memory of the GPU to fit, in GB of 2^30 bytes. None: that of the GPU at hand.
 
     Raises:
         ValueError: as `train`, except for images that do not decode.
@@ -298,9 +304,12 @@ def dry_run(config: TrainConfig) -> dict[str, str]:
     if policy.modality == "image":
         if cut := truncated_prompts(policy, pairs["prompt"]):
             summary |= {"truncated prompts": cut}
-        summary |= estimate_memory_and_disk(policy, config, len(set(pairs["prompt"])), len(pairs))
+        summary |= image_lines(config, len(set(pairs["prompt"])), len(pairs), vram=vram)
     else:
         model, content = policy.fingerprint(), [digest(pairs), 0]
         rows = stream_rows(policy, train_rows, config, cache_folder(), model=model, content=content, dropped=[])
         summary |= {"tokens": describe_lengths(rows.lengths)}
+        with contextlib.suppress(UndecodableImageError):
+            longest = rows[max(range(len(rows)), key=lambda number: rows.lengths[number])]
+            summary |= response_lines(config, longest, vram=vram)
     return summary

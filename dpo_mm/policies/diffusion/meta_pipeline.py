@@ -1,7 +1,7 @@
 """Pipelines without weights: every module has its real shape and type, built only from the config files.
 
-The modules are on the meta device. After `to_fake_tensors` they compute fake tensors, which have shapes but no numbers. So the
-memory of a model can be counted on a machine that is too small for it.
+The modules are on the meta device, where tensors have shapes but no numbers. So the memory of a model can be counted on a machine
+that is too small for it, see `training/meta_execution.py`.
 """
 
 from __future__ import annotations
@@ -63,30 +63,18 @@ def _build_component(
     if library == "diffusers":
         config = component_class.load_config(source, subfolder=name, revision=revision)
         with torch.device("meta"):
-            return _fill_small_buffers(component_class.from_config(config).to(dtype))
+            return fill_small_buffers(component_class.from_config(config).to(dtype))
     config = load_part(
         component_class.config_class, source, name=f"model {source!r}, {name}", subfolder=name, revision=revision
     )
     with torch.device("meta"):
-        return _fill_small_buffers(component_class(config).to(dtype).eval())
+        return fill_small_buffers(component_class(config).to(dtype).eval())
 
 
-def _fill_small_buffers(module: nn.Module) -> nn.Module:
+def fill_small_buffers(module: nn.Module) -> nn.Module:
     """Give a meta module zeros for its small buffers, which some families read (a batch norm's statistics)."""
     for submodule in module.modules():
         for name, buffer in submodule._buffers.items():
             if buffer is not None and buffer.numel() <= MAX_REAL_BUFFER:
                 submodule._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
     return module
-
-
-def to_fake_tensors(module: nn.Module) -> None:
-    """Give a meta module fake parameters and buffers. Call it in a FakeTensorMode. Shared parameters stay shared."""
-    fakes: dict[int, Any] = {}
-    for submodule in module.modules():
-        for name, tensor in submodule._parameters.items():
-            if tensor is not None and id(tensor) not in fakes:
-                fakes[id(tensor)] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), tensor.requires_grad)
-            submodule._parameters[name] = None if tensor is None else fakes[id(tensor)]
-        for name, buffer in submodule._buffers.items():
-            submodule._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -13,9 +13,13 @@ from torch import nn
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
+from dpo_mm.policies.vlm.meta_model import load_vlm_on_meta_device, unquantized_parts, without_checks
+from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
+from dpo_mm.training import memory_estimate
 from dpo_mm.training.builders import build_policy, training_arguments
-from dpo_mm.training.memory_estimate import PeakMemoryMode, count_bytes, state_bytes
+from dpo_mm.training.memory_estimate import PeakMemoryMode, count_images, count_responses, state_bytes
 from dpo_mm.training.run import dry_run, train
+from tests.contracts import tiny_vlms
 from tests.contracts.families import BUILDERS
 
 
@@ -26,7 +30,7 @@ def config(model: str, **changes: Any) -> TrainConfig:
 def of(model: str, **changes: Any) -> Any:
     policy = build_policy(config(model, **changes), weights=False)
     policy.prepare(config(model, **changes))
-    return count_bytes(policy, config(model, **changes))[0]
+    return count_images(policy, config(model, **changes)).memory(config(model, **changes))
 
 
 def test_peak_counts_tensors_that_are_alive() -> None:
@@ -47,8 +51,6 @@ def test_peak_counts_tensors_that_are_alive() -> None:
 
 def test_fake_tensor_peak_equals_the_real_peak(tiny_model: str) -> None:
     """The same counting on the real step gives the same peak."""
-    from dpo_mm.training import memory_estimate
-
     policy = load_policy(tiny_model)
     policy.prepare(config(tiny_model))
     rows = [memory_estimate._row(policy)] * 2
@@ -59,19 +61,11 @@ def test_fake_tensor_peak_equals_the_real_peak(tiny_model: str) -> None:
     assert of(tiny_model).step == pytest.approx(real.peak, rel=0.02)
 
 
-UNCOUNTED = {"qwen-image", "z-image"}
+QUICK = {"qwen-image", "z-image"}
 """They cut prompts to the longest one's length, which is a number and no shape."""
 
 
-@pytest.mark.parametrize("family", sorted(UNCOUNTED))
-def test_unsupported_family_reports_partial_memory(family: str, pairs: str, out: str, tmp_path: Path) -> None:
-    folder = BUILDERS[family].build(tmp_path / "model")
-    said = dry_run(TrainConfig(str(folder), pairs, out, resolution=BUILDERS[family].size))
-    assert said["memory"].endswith("plus activations") and "disk" not in said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(BUILDERS) - UNCOUNTED))
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in BUILDERS])
 def test_memory_of_each_family_is_estimated_without_weights(family: str, tmp_path: Path) -> None:
     folder = BUILDERS[family].build(tmp_path / "model")
     for weights in folder.rglob("*.safetensors"):
@@ -79,6 +73,29 @@ def test_memory_of_each_family_is_estimated_without_weights(family: str, tmp_pat
     memory = of(str(folder), resolution=BUILDERS[family].size)
     assert min(memory.weights, memory.optimizer, memory.step, memory.encoding) > 0
     assert memory.reference == 0 and memory.encoding > memory.weights
+
+
+VLMS = [
+    "qwen2_5_vl",
+    *(pytest.param(f, marks=pytest.mark.slow) for f in ("llava_next", "qwen3_vl", "gemma3", "idefics3")),
+]
+
+
+@pytest.mark.parametrize("family", VLMS)
+def test_memory_of_a_vlm_equals_the_real_peak(family: str, tmp_path: Path) -> None:
+    """Image grids, masks and positions have values on the meta device, so that models that read them run."""
+    said = config(tiny_vlms.save(family, tmp_path), beta=0.1, accumulate=1)
+    real = without_checks(VisionLanguage.load(said.model))
+    row = real.encode(tiny_vlms.rows(family, (1,)))[0]
+    real.prepare(said)
+    batch = real.collate([row] * 2)
+    with PeakMemoryMode() as alive:
+        memory_estimate._step(real, said, batch)
+    policy = load_vlm_on_meta_device(said.model, revision=None, precision="fp32")
+    policy.prepare(said)
+    assert count_responses(policy, said, row, skip=unquantized_parts(policy)).step == pytest.approx(
+        alive.peak, rel=0.02
+    )
 
 
 @pytest.mark.slow
