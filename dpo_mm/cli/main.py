@@ -218,12 +218,13 @@ def train(
         return
     if vram is not None and not dry_run:
         raise ValueError("vram belongs to --dry-run. Add it, or remove --vram")
-    settings = train_config(context, config, **({} if vram is None else {"precision": "bf16"}))
+    card = {} if vram is None else {"vram": vram}
+    settings = train_config(context, config, **({"precision": "bf16"} if card else {}))
     with suppress_library_output():
         from dpo_mm.training import run
 
         if dry_run:
-            print_rows(run.dry_run(settings, vram=vram))
+            print_rows(run.dry_run(settings, **card))
             return
         result = run.train(settings, show_plan=print_rows)
     if int(os.environ.get("RANK", "0")) > 0:

@@ -92,7 +92,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Counts:
-    """What one step on the meta device gives. `Counts.memory` adds the settings that need no step.
+    """Bytes that one step on the meta device takes. `Counts.memory` adds the settings that need no step.
 
     Attributes:
         weights: bytes of the model, not quantised.
@@ -114,16 +114,14 @@ class Counts:
     def memory(self, config: TrainConfig) -> Memory:
         """Bytes of a run with the settings optimizer, reference and quantize of a config."""
         weights, step, encoding = self.weights, self.step, self.encoding
-        if getattr(config, "quantize", None):
+        quantize: str | None = getattr(config, "quantize", None)
+        if quantize:
             saved, saved_encoders = (
-                sum(
-                    self.itemsize * shape.numel() - quantized_bytes(shape, getattr(config, "quantize", None))
-                    for shape in shapes
-                )
+                sum(self.itemsize * shape.numel() - quantized_bytes(shape, quantize) for shape in shapes)
                 for shapes in (self.layers, self.encoder_layers)
             )
             weights -= saved
-            encoding -= (saved + saved_encoders) * (encoding > 0)
+            encoding -= saved + saved_encoders if encoding else 0
             step += self.itemsize * max((shape.numel() for shape in self.layers), default=0)  # the layer that runs
         copies = resolve_reference_name(config) == "frozen_copy"
         state = sum(state_bytes(shape, config.optimizer) for shape in self.trained)
@@ -157,7 +155,7 @@ def count_responses(policy: Policy, config: TrainConfig, row: dict[str, Any], *,
         policy: prepared, from `load_vlm_on_meta_device`.
         config: settings of the run.
         row: the longest row of the dataset, encoded.
-        skip: modules that `quantize` leaves as they are.
+        skip: modules that `quantize` does not touch.
     """
     return _count_step(policy, config, [row] * config.batch_size, skip=skip, encoder_layers=(), encoding=0)
 

@@ -45,6 +45,6 @@ def without_checks(policy: VisionLanguage) -> VisionLanguage:
 
 
 def unquantized_parts(policy: VisionLanguage) -> list[nn.Module]:
-    """Modules that `quantize` leaves as they are: vision tower, projector and head."""
+    """List the modules that `quantize` does not touch: vision tower, projector and head."""
     head = policy.base_model.get_output_embeddings()
     return [*non_language_modules(policy.base_model), *([] if head is None else [head])]
