@@ -154,6 +154,12 @@ def plain_tensors(tensor: Tensor) -> list[Tensor]:
     return [inner for name in names for inner in plain_tensors(getattr(tensor, name))]
 
 
+def refuse_whole_model(module: nn.Module, folder: object) -> None:
+    """Raise ValueError if a module is quantised, because the whole tuned model in this folder would not be."""
+    if any(hasattr(part, "__tensor_flatten__") or hasattr(part, "quant_state") for part in module.parameters()):
+        raise ValueError(f"adapter {str(folder)!r} is a whole model. quantize is for a base with a LoRA: leave it out")
+
+
 def stored_size(module: nn.Module) -> int:
     """Bytes that a module's parameters and buffers take, quantised or not."""
     tensors = [inner for part in (*module.parameters(), *module.buffers()) for inner in plain_tensors(part)]

@@ -232,7 +232,7 @@ def train(
     say(f"Trained: {result.folder}")
     say(
         f"Next: dpo-mm compare --model {quoted(settings.model)} --adapter {quoted(result.folder)} "
-        f"--output-dir {quoted(f'{result.folder}-compared')}"
+        f"--output-dir {quoted(f'{result.folder}-compared')}{f' --quantize {settings.quantize}' if settings.quantize else ''}"
     )
 
 

@@ -37,6 +37,8 @@ class CompareConfig(Settings):
     """Images that are generated at once. Decrease it if memory runs out."""
     precision: str = "auto"
     """auto | fp32 | bf16 | fp16. Precision of the models. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
+    quantize: str | None = None
+    """nf4 | int8 | fp8. Quantises the linear layers of the denoiser and of large text encoders, as in training. It needs the extra `quantized`."""
     scales: tuple[float, ...] = ()
     """Further LoRA scales to evaluate, in addition to 0 and 1."""
     checkpoints: bool = False
@@ -85,6 +87,8 @@ class MineConfig(Settings):
     """Images that are generated at once. Decrease it if memory runs out."""
     precision: str = "auto"
     """auto | fp32 | bf16 | fp16. Precision of the model. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
+    quantize: str | None = None
+    """nf4 | int8 | fp8. Quantises the linear layers of the denoiser and of large text encoders, as in training. It needs the extra `quantized`."""
     seed: int = 0
     """Seed of the images."""
     shard_size: int = 64

@@ -37,6 +37,8 @@ class CompareResponsesConfig(Settings):
     """Responses that are generated at once. Decrease it if memory runs out."""
     precision: str = "auto"
     """auto | fp32 | bf16 | fp16. Precision of the models. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
+    quantize: str | None = None
+    """nf4 | int8 | fp8. Quantises the linear layers of the language model, as in training. It needs the extra `quantized`."""
     seed: int = 0
     """Seed of sampled responses."""
     overwrite: bool = False
@@ -79,6 +81,8 @@ class MineResponsesConfig(Settings):
     """Responses that are generated at once. Decrease it if memory runs out."""
     precision: str = "auto"
     """auto | fp32 | bf16 | fp16. Precision of the model. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
+    quantize: str | None = None
+    """nf4 | int8 | fp8. Quantises the linear layers of the language model, as in training. It needs the extra `quantized`."""
     seed: int = 0
     """Seed of the sampled responses."""
     shard_size: int = 128

@@ -68,7 +68,8 @@ class TrainConfig(Settings):
     warmup_steps: int = 0
     """Steps in which the learning rate rises linearly from 0."""
     optimizer: str = "adamw"
-    """adamw | adamw_8bit (bitsandbytes, the extra `8bit`) | adafactor. The last two need less memory."""
+    """A name of the Trainer: adamw_torch_fused | adamw_torch | adamw_bnb_8bit | paged_adamw_8bit | paged_adamw_32bit | adafactor.
+    adamw is the first, adamw_8bit the third. Those with bits need the extra `8bit`, and a GPU if they are paged."""
     schedule: str = "constant_with_warmup"
     """Learning-rate schedule of transformers, for example linear or cosine."""
     max_grad_norm: float = 1.0

@@ -344,7 +344,7 @@ def _settings(config: CompareConfig, plan: SamplingPlan, sampler: ImageSampler) 
         "prompts": f"{config.prompts}, {len(plan.prompts) // plan.samples} prompts, "
         f"{config.images_per_prompt} images per prompt{balanced}",
         "sampler": f"{settings['scheduler'].split()[0]}, {config.num_inference_steps} steps, "
-        f"guidance {config.guidance_scale:g}, {settings['dtype']}",
+        f"guidance {config.guidance_scale:g}, {settings['dtype']}{f', linear layers in {config.quantize}' if config.quantize else ''}",
         "seed": str(config.seed),
         "libraries": settings["libraries"],
         "images": manifest if config.save_images else "not saved",
@@ -352,4 +352,5 @@ def _settings(config: CompareConfig, plan: SamplingPlan, sampler: ImageSampler) 
 
 
 def _load(config: CompareConfig, adapter: str | None) -> ImagePolicy:
-    return load_image_policy(config.model, revision=config.revision, precision=config.precision, adapter=adapter)
+    options = {"precision": config.precision, "quantize": config.quantize}
+    return load_image_policy(config.model, revision=config.revision, adapter=adapter, **options)

@@ -258,10 +258,12 @@ def _settings(config: CompareResponsesConfig, count: int) -> dict[str, str]:
         "adapter": config.adapter or "none",
         "questions": f"{config.questions}, {count} questions",
         "decoding": f"{decoding}, at most {config.max_new_tokens} tokens",
+        **({"linear layers": config.quantize} if config.quantize else {}),
         "seed": str(config.seed),
         "responses": f"{config.output_dir}/{RESPONSES_FILE} lists every response",
     }
 
 
 def _load(config: CompareResponsesConfig, adapter: str | None) -> TextPolicy:
-    return load_text_policy(config.model, revision=config.revision, precision=config.precision, adapter=adapter)
+    options = {"precision": config.precision, "quantize": config.quantize}
+    return load_text_policy(config.model, revision=config.revision, adapter=adapter, **options)

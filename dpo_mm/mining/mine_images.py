@@ -84,9 +84,8 @@ def _mine_shards(shards: Sequence[Sequence[str]], paths: Sequence[Path], config:
     missing = missing_shards(paths)
     if not missing:
         return
-    policy = load_image_policy(
-        config.model, revision=config.revision, precision=config.precision, adapter=config.adapter
-    )
+    options = {"precision": config.precision, "quantize": config.quantize}
+    policy = load_image_policy(config.model, revision=config.revision, adapter=config.adapter, **options)
     if cut := truncated_prompts(policy, [prompt for shard in shards for prompt in shard]):
         logger.warning("prompts: %s", cut)
     total = sum(len(shards[number]) for number in missing) * config.images_per_prompt

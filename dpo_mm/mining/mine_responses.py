@@ -109,9 +109,8 @@ def _mine_shards(shards: Sequence[Sequence[Question]], paths: Sequence[Path], co
     missing = missing_shards(paths)
     if not missing:
         return
-    policy = load_text_policy(
-        config.model, revision=config.revision, precision=config.precision, adapter=config.adapter
-    )
+    options = {"precision": config.precision, "quantize": config.quantize}
+    policy = load_text_policy(config.model, revision=config.revision, adapter=config.adapter, **options)
     total = sum(len(shards[number]) for number in missing) * config.responses_per_question
     saved = lambda: saved_shards(config.output_dir)
     with progress_bar("generating and scoring responses", total) as advance, complete_part(saved) as stop:

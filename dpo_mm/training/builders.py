@@ -47,8 +47,22 @@ OF_THE_RUN = ("train_sampling_strategy", "cache_vision_features")
 UNCHANGED = TrainConfig(model="", pairs="", output_dir="")
 """Default of every setting."""
 SAMPLING_STRATEGIES = ("random", "group_by_length")
-OPTIMIZERS = {"adamw": "", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
-"""The Trainer's names of our optimizers. adamw is its default."""
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    **{
+        name: name
+        for name in (
+            "adamw_torch_fused",
+            "adamw_torch",
+            "adamw_bnb_8bit",
+            "paged_adamw_8bit",
+            "paged_adamw_32bit",
+            "adafactor",
+        )
+    },
+}
+"""The Trainer's names of the optimizers. The first two are short names."""
 
 
 def build_loss(
@@ -215,9 +229,14 @@ def _optimizer(name: str) -> str:
     """Translate an optimizer's name for the Trainer. Raises ValueError if it is unknown or its package is not installed."""
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer {name!r} is unknown; {did_you_mean(name, OPTIMIZERS)}")
-    if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("optimizer 'adamw_8bit' needs bitsandbytes; pip install 'dpo-mm[8bit]', or take adafactor")
-    return OPTIMIZERS[name] or TrainingArguments.optim
+    full_name = OPTIMIZERS[name]
+    if full_name.endswith("bit") and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"optimizer {name!r} needs bitsandbytes; pip install 'dpo-mm[8bit]', or take adafactor")
+    if full_name.startswith("paged") and not torch.cuda.is_available():
+        raise ValueError(
+            f"optimizer {name!r} needs an NVIDIA GPU, whose memory it pages. Take adamw_bnb_8bit or adafactor"
+        )
+    return full_name
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:

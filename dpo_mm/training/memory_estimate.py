@@ -239,7 +239,7 @@ def state_bytes(shape: Sequence[int], optimizer: str) -> int:
     count = torch.Size(shape).numel()
     if optimizer == "adafactor" and len(shape) > 1:
         return 4 * (count // shape[-1] + count // shape[-2])
-    if optimizer == "adamw_8bit" and count >= 4096:
+    if optimizer in ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit") and count >= 4096:
         return 2 * count + 2 * 4 * -(-count // 256)
     return 8 * count if optimizer != "adafactor" else 4 * count
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from dpo_mm import quantization
 from dpo_mm.config import TrainConfig
+from dpo_mm.evaluation.image_sampling import weights_digest
 from dpo_mm.objectives import deltas, sigmoid
 from dpo_mm.policies.families import load_policy
 from dpo_mm.quantization import check_quantize, stored_size
@@ -201,3 +202,24 @@ def test_run_on_a_quantised_base_resumes_to_the_same_bits(
     assert json.loads((whole.folder / "dpo_mm.json").read_text())["quantize"] == "int8"
     plain = train(dataclasses.replace(config, output_dir=str(tmp_path / "c"), quantize=None))
     assert plain.history[3]["loss"] != losses[3]
+
+
+def test_quantised_base_samples_with_an_adapter_and_refuses_a_whole_model(
+    base: Callable[[str], str], tmp_path: Path
+) -> None:
+    """The card that trained on a quantised base can compare: scale 0 is that base, and its images depend on quantize."""
+    policy, _ = quantised_policy("stable-diffusion", base("stable-diffusion"), "int8")
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05
+    policy.save(tmp_path)
+    options: dict[str, Any] = {"device": "cpu", "resolution": BUILDERS["stable-diffusion"].size}
+    fresh = load_policy(base("stable-diffusion"), quantize="int8", **options)
+    sampler = {"prompts": ["a red square"], "seeds": [1], "steps": 2, "guidance": 1.0, "batch_size": 1}
+    untuned = [image.tobytes() for (image,) in fresh.sample(**sampler)]
+    digests = [weights_digest(fresh.pipe), weights_digest(load_policy(base("stable-diffusion"), **options).pipe)]
+    fresh.load_adapter(tmp_path)
+    off, on = ([image.tobytes() for (image,) in fresh.sample(**sampler, scale=scale)] for scale in (0.0, 1.0))
+    assert off == untuned != on and digests[0] == weights_digest(fresh.pipe, adapter=False) != digests[1]
+    with pytest.raises(ValueError, match=r"is a whole model\. quantize is for a base with a LoRA: leave it out"):
+        load_policy(base("llava"), quantize="int8", device="cpu", adapter=base("llava"))

@@ -15,6 +15,7 @@ from dpo_mm.model_checks import SAVE_AGAIN, check_finite, read_config
 from dpo_mm.model_loading import load_module
 from dpo_mm.policies.adapters import LORA_FILE, at_lora_scale, attach_lora, lora_models, pipeline_modules
 from dpo_mm.policies.diffusion.pipeline_checks import check_unet
+from dpo_mm.quantization import refuse_whole_model
 
 if TYPE_CHECKING:
     from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy
@@ -32,7 +33,9 @@ def load_adapter(policy: DiffusionPolicy, folder: Path) -> None:
         attach_lora(policy.pipe, folder / LORA_FILE)
         if not lora_models(policy.pipe):
             raise ValueError(f"adapter {str(folder)!r}: no weight in {LORA_FILE} fits {policy.source!r}")
-    elif (folder / INDEX_FILE).exists():
+        return
+    refuse_whole_model(policy.model, folder)
+    if (folder / INDEX_FILE).exists():
         policy.base_pipe, policy.pipe = policy.pipe, _load_pipeline(policy, folder)
     elif (folder / policy.denoiser).is_dir():
         policy.base_pipe = copy.copy(policy.pipe)

@@ -15,7 +15,7 @@ from dpo_mm.model_loading import load_module, load_part
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE, check_peft_adapter
 from dpo_mm.policies.adapters import sort_sets
 from dpo_mm.policies.vlm.architecture import auto_classes_for, unquantized_modules
-from dpo_mm.quantization import empty_model
+from dpo_mm.quantization import empty_model, refuse_whole_model
 
 if TYPE_CHECKING:
     from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
@@ -127,6 +127,7 @@ def load_adapter(policy: VisionLanguage, folder: Path) -> None:
         check_peft_adapter(folder, base_model)
         policy.model = _attach(base_model, folder).eval()
     elif (folder / "config.json").exists():
+        refuse_whole_model(base_model, folder)
         policy.untuned = policy.model, policy.processor, policy.encoder
         tuned = load_module(type(base_model), str(folder), dtype=base_model.dtype)
         check_finite({"": tuned}, f"adapter {str(folder)!r}")

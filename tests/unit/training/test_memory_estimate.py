@@ -16,7 +16,7 @@ from dpo_mm.policies.families import load_policy
 from dpo_mm.policies.vlm.meta_model import load_vlm_on_meta_device, unquantized_parts, without_checks
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.training import memory_estimate
-from dpo_mm.training.builders import build_policy, training_arguments
+from dpo_mm.training.builders import OPTIMIZERS, build_policy, training_arguments
 from dpo_mm.training.memory_estimate import PeakMemoryMode, count_images, count_responses, state_bytes
 from dpo_mm.training.run import dry_run, train
 from tests.contracts import tiny_vlms
@@ -149,8 +149,20 @@ def test_optimizer_state_equals_the_estimate(optimizer: str) -> None:
 
 
 def test_optimizer_names_are_those_of_the_trainer(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {name: training_arguments(config(tiny_model, optimizer=name)).optim for name in ("adamw", "adafactor")}
-    assert (names["adamw"].value, names["adafactor"].value) == ("adamw_torch_fused", "adafactor")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    names = {
+        name: training_arguments(config(tiny_model, optimizer=name)).optim.value  # type: ignore[union-attr]
+        for name in OPTIMIZERS
+        if not name.startswith("paged")
+    }
+    short = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
+    same = ("adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "adafactor")
+    assert names == short | {name: name for name in same}
+    assert state_bytes((64, 64), "adamw_8bit") == state_bytes((64, 64), "adamw_bnb_8bit") == 2 * 4096 + 8 * 16
+    for name in ("paged_adamw_8bit", "paged_adamw_32bit"):
+        with pytest.raises(ValueError, match=f"optimizer '{name}' needs an NVIDIA GPU"):
+            training_arguments(config(tiny_model, optimizer=name))
     with pytest.raises(ValueError, match=r"optimizer 'adam' is unknown; did you mean 'adamw'\?"):
         training_arguments(config(tiny_model, optimizer="adam"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
