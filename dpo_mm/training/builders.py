@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,16 @@ def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | 
     if config.quantize:
         options["quantize"] = config.quantize
     return load_policy(config.model, revision=config.revision, precision=precision, **options)
+
+
+def refuse_fsdp_on_cpu(config: TrainConfig) -> None:
+    """Raise ValueError if accelerate's config asks for FSDP on a CPU, where accelerate would ignore it."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if asked and training_arguments(config).device.type == "cpu":
+        raise ValueError(
+            "accelerate's config asks for FSDP, which accelerate does not run on a CPU: every process would train the whole "
+            "model. Use GPUs, or a config without FSDP (ddp.yaml)"
+        )
 
 
 def _optimizer(name: str) -> str:

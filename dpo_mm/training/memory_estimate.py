@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.errors import did_you_mean
 from dpo_mm.policies.protocol import ImagePolicy, Policy
+from dpo_mm.quantization import LARGE_ENCODER, PACKAGES
 from dpo_mm.training.arrow_shards import gib
 from dpo_mm.training.encoding import images_per_batch, sample_bytes
 from dpo_mm.training.meta_execution import CudaRules, MixedMetaMode, run_backward
 from dpo_mm.training.reference import resolve_reference_name
 
-LARGE_ENCODER = 10**9
-"""Weights from which a text encoder is quantised too."""
 NF4_TABLES = 4 * (16 + 256 + 1)
 """Bytes of the tables of a weight's values and scales, and of its offset."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,8 +114,7 @@ class Counts:
     def memory(self, config: TrainConfig) -> Memory:
         """Bytes of a run with the settings optimizer, reference and quantize of a config."""
         weights, step, encoding = self.weights, self.step, self.encoding
-        quantize: str | None = getattr(config, "quantize", None)
-        if quantize:
+        if quantize := config.quantize:
             saved, saved_encoders = (
                 sum(self.itemsize * shape.numel() - quantized_bytes(shape, quantize) for shape in shapes)
                 for shapes in (self.layers, self.encoder_layers)
@@ -249,7 +248,12 @@ def quantized_bytes(shape: Sequence[int], kind: str) -> int:
 
     nf4: half a byte per weight, an 8-bit scale per 64 weights, a float32 scale per 256 of these, and two tables (Dettmers et al.
     2023, 2305.14314, double quantisation). int8 and fp8: one byte per weight, and one float32 scale per row.
+
+    Raises:
+        ValueError: if the kind is unknown.
     """
+    if kind not in PACKAGES:
+        raise ValueError(f"quantize {kind!r} is unknown; {did_you_mean(kind, PACKAGES)}")
     count = torch.Size(shape).numel()
     if kind == "nf4":
         blocks = -(-count // 64)

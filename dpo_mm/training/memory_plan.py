@@ -41,7 +41,7 @@ def image_lines(config: TrainConfig, prompts: int, pairs: int, *, vram: float | 
         prompts, pairs: their numbers in the dataset.
         vram: as in `memory_lines`.
     """
-    per_prompt, per_pair = disk_bytes(build_policy(config, weights=False), config)  # type: ignore[arg-type]
+    per_prompt, per_pair = disk_bytes(build_policy(dataclasses.replace(config, quantize=None), weights=False), config)  # type: ignore[arg-type]
     disk = per_prompt * prompts + per_pair * pairs
     lines = memory_lines(config, _count_image_run, vram=vram)
     return lines | {"disk": f"about {gib(disk)} for {pairs:,} pairs of {prompts:,} prompts, encoded"}
@@ -109,7 +109,7 @@ def _estimator(count: Count) -> Callable[[TrainConfig], Memory]:
     def estimate(config: TrainConfig) -> Memory:
         key = (config.gradient_checkpointing, config.batch_size, config.accumulate > 1)
         if key not in counted:
-            counted[key] = count(config)
+            counted[key] = count(dataclasses.replace(config, quantize=None))
         return counted[key].memory(config)
 
     return estimate
@@ -152,7 +152,7 @@ def possible_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
             single.append({"reference": "precomputed"})
         if config.optimizer == "adamw":
             single.append({"optimizer": "adamw_8bit"})
-    elif hasattr(config, "quantize") and config.quantize is None:
+    elif config.quantize is None:
         single.append({"quantize": "nf4"})
     for number in range(1, len(single) + 1):
         for chosen in itertools.combinations(single, number):

@@ -30,7 +30,7 @@ from dpo_mm.policies.protocol import ImagePolicy, Policy, TextPolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.quantization import stored_size
 from dpo_mm.training.auto_beta import AUTO, measure_beta
-from dpo_mm.training.builders import build_policy, training_arguments, validate_config
+from dpo_mm.training.builders import build_policy, refuse_fsdp_on_cpu, training_arguments, validate_config
 from dpo_mm.training.callbacks import GracefulStopCallback, ProgressBarCallback
 from dpo_mm.training.checkpoints import (
     CONFIG_FILE,
@@ -89,6 +89,7 @@ def train(config: TrainConfig, *, show_plan: ShowPlan | None = None) -> TrainRes
         TrainingInterrupted: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
     validate_config(config)
+    refuse_fsdp_on_cpu(config)
     if config.resume and config.overwrite:
         raise ValueError("resume and overwrite exclude each other: resume continues what overwrite removes")
     folder = Path(config.output_dir)
@@ -294,9 +295,10 @@ def dry_run(config: TrainConfig, *, vram: float | None = None) -> dict[str, str]
     Raises:
         ValueError: as `train`, except for images that do not decode.
     """
-    validate_config(config)
+    planned = config if vram is None else dataclasses.replace(config, quantize=None)  # this machine may not have it
+    validate_config(planned)
     refuse_foreign_folder(Path(config.output_dir), TRAINING, inputs=[config.model, config.pairs])
-    policy = build_policy(config, weights=False)
+    policy = build_policy(planned, weights=False)
     pairs = load_responses(config.pairs) if policy.modality == "text" else drop_ties(load_pairs(config.pairs))
     train_rows, _ = split_pairs(pairs, config)
     policy.prepare(config)

@@ -14,6 +14,7 @@ from dpo_mm.assets import presets_folder
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.memory_estimate import _row
+from dpo_mm.training.run import train
 from tests import forked
 from tests.reliability import sharded
 
@@ -56,3 +57,13 @@ def test_fsdp2_settings_reach_accelerates_plugin(monkeypatch: pytest.MonkeyPatch
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
     assert "FULL" in str(plugin.state_dict_type) and not plugin.cpu_ram_efficient_loading
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate runs FSDP on a GPU")
+def test_fsdp_on_a_cpu_is_refused_at_the_start(
+    tiny_model: str, pairs: str, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="asks for FSDP, which accelerate does not run on a CPU"):
+        train(TrainConfig(tiny_model, pairs, out, steps=1))
+    assert not Path(out).exists()

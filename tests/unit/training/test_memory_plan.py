@@ -51,6 +51,12 @@ def test_model_that_does_not_run_without_values_has_no_estimate() -> None:
     assert memory_lines(config(), fail, vram=24) == {}
 
 
+def test_quantize_of_a_plan_is_counted_on_a_machine_without_it() -> None:
+    memory = memory_lines(config(quantize="nf4", batch_size=1), count, vram=24)
+    assert memory["fits"] == "fits 24 GB, takes 16.1 GB"
+    assert "weights 2.06 GiB" in memory["memory"]
+
+
 def test_full_tuning_saves_the_frozen_copy_and_optimizer_state() -> None:
     changes = list(possible_changes(config(tuning="full", gradient_checkpointing=True, batch_size=1)))
     assert changes == [
