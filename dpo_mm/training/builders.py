@@ -228,8 +228,8 @@ def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | 
 
 def refuse_fsdp_on_cpu(config: TrainConfig) -> None:
     """Raise ValueError if accelerate's config asks for FSDP on a CPU, where accelerate would ignore it."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-    if asked and training_arguments(config).device.type == "cpu":
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if fsdp and training_arguments(config).device.type == "cpu":
         raise ValueError(
             "accelerate's config asks for FSDP, which accelerate does not run on a CPU: every process would train the whole "
             "model. Use GPUs, or a config without FSDP (ddp.yaml)"
