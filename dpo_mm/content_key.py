@@ -17,8 +17,8 @@ import xxhash
 INGREDIENTS: dict[str, tuple[str, ...]] = {
     "encoded pairs": ("encoders", "rows", "sizes", "precision", "libraries"),
     "lengths of rows": ("model", "rows", "settings", "example", "libraries"),
-    "reference log-probs": ("model", "rows", "settings", "device", "libraries"),
-    "training run": ("settings", "pairs", "encoded rows", "model", "libraries"),
+    "reference log-probs": ("model", "adapter", "rows", "settings", "device", "libraries"),
+    "training run": ("settings", "pairs", "encoded rows", "model", "adapter", "libraries"),
     "mined image pairs": ("settings", "model", "adapter", "prompts", "judges", "libraries"),
     "mined response pairs": ("settings", "model", "adapter", "questions", "judges", "libraries"),
     "scores of images": ("settings", "images", "judges", "libraries"),
@@ -155,7 +155,7 @@ def _parts_of(value: Any) -> dict[str, Any]:
     if hasattr(value, "get_vocab"):
         return parts | _tokenizer_parts(value)
     if hasattr(value, "state_dict") and hasattr(value, "parameters"):
-        parts |= {"weights": dict(value.state_dict())}
+        parts |= {"weights": dict(value.state_dict()), "scales": lora_scales(value)}
     if hasattr(value, "to_dict"):
         parts |= {"settings": plain_settings(value.to_dict())}
     elif hasattr(value, "config"):
@@ -199,7 +199,8 @@ def file_hash(path: Path) -> str:
 
 def model_files_hash(folder: Path) -> str:
     """Hash the files of a model or an adapter that decide what it computes. Checkpoints inside do not count."""
-    parts = [path.parent for path in folder.glob("*/*config*.json") if not path.parent.name.startswith("checkpoint-")]
+    inside = [*folder.glob("*/*config*.json"), *folder.glob("*/*.safetensors")]
+    parts = [path.parent for path in inside if not path.parent.name.startswith("checkpoint-")]
     listed = (path for part in {folder, *parts} for path in part.iterdir())
     files = [
         path

@@ -154,9 +154,14 @@ def plain_tensors(tensor: Tensor) -> list[Tensor]:
     return [inner for name in names for inner in plain_tensors(getattr(tensor, name))]
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Return True if a parameter of a module is quantised."""
+    return any(hasattr(part, "__tensor_flatten__") or hasattr(part, "quant_state") for part in module.parameters())
+
+
 def refuse_whole_model(module: nn.Module, folder: object) -> None:
     """Raise ValueError if a module is quantised, because the whole tuned model in this folder would not be."""
-    if any(hasattr(part, "__tensor_flatten__") or hasattr(part, "quant_state") for part in module.parameters()):
+    if is_quantized(module):
         raise ValueError(f"adapter {str(folder)!r} is a whole model. quantize is for a base with a LoRA: leave it out")
 
 

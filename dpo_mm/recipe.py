@@ -145,14 +145,21 @@ def _made_by_earlier_steps(step: str, output: str, steps: Mapping[str, Any], own
     """Return the inputs of a step that earlier steps of the recipe make and that its settings do not name."""
     if step == "train" and "mine" in steps and "pairs" not in own:
         return {"pairs": str(Path(output, STEP_FOLDERS["mine"], "pairs.parquet"))}
-    if step == "compare" and "train" in steps and "adapter" not in own:
-        return {"adapter": str(Path(output, STEP_FOLDERS["train"]))}
-    return {}
+    if step != "compare" or "train" not in steps:
+        return {}
+    start = steps["train"].get("adapter")
+    adapters = {"adapter": str(Path(output, STEP_FOLDERS["train"])), **({"base_adapter": start} if start else {})}
+    return {name: value for name, value in adapters.items() if name not in own}
 
 
 def _overrides_for(step: str, config_type: Any, overrides: Mapping[str, str]) -> dict[str, str]:
-    """Return the overrides that apply to one step. `step.name` takes precedence over `name`."""
+    """Return the overrides that apply to one step. `step.name` takes precedence over `name`.
+
+    An adapter is where mining and training start. What is compared with it is the result of the training.
+    """
     general = {key: value for key, value in overrides.items() if key in known_names(config_type)}
+    if step == "compare":
+        general.pop("adapter", None)
     specific = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{step}.")}
     return with_field_names(config_type, general, source="flags") | with_field_names(
         config_type, specific, source=f"flags: {step}"
@@ -282,7 +289,7 @@ def compare(
     from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of
 
     folder = Path(config.output_dir)
-    inputs = [config.model, config.adapter, sft_adapter]
+    inputs = [config.model, config.adapter, config.base_adapter, sft_adapter]
     inputs.append(config.questions if isinstance(config, CompareResponsesConfig) else config.prompts)
     refuse_foreign_folder(folder, COMPARISON, inputs=inputs)
     _check_judges(config.judges)

@@ -230,8 +230,9 @@ def train(
     if int(os.environ.get("RANK", "0")) > 0:
         return
     say(f"Trained: {result.folder}")
+    base = f"--base-adapter {quoted(settings.adapter)} " if settings.adapter else ""
     say(
-        f"Next: dpo-mm compare --model {quoted(settings.model)} --adapter {quoted(result.folder)} "
+        f"Next: dpo-mm compare --model {quoted(settings.model)} {base}--adapter {quoted(result.folder)} "
         f"--output-dir {quoted(f'{result.folder}-compared')}{f' --quantize {settings.quantize}' if settings.quantize else ''}"
     )
 

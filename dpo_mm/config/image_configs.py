@@ -16,7 +16,10 @@ class CompareConfig(Settings):
     output_dir: str
     """Folder for the images, their scores and the report."""
     adapter: str | None = None
-    """Folder of a LoRA in diffusers' format, or of a fully tuned pipeline. null: compare the base with itself."""
+    """LoRA in diffusers' format or another that it reads (a folder, a safetensors file, a hub id), or folder of a fully tuned
+    pipeline. null: compare the base with itself."""
+    base_adapter: str | None = None
+    """Adapter of the base. Use it to compare a second stage of training with the first. null: the base is the model."""
     revision: str | None = None
     """Branch, tag or commit of the base model on the hub. null: the default branch."""
     prompts: str = "shapes-held-out"
@@ -65,7 +68,7 @@ class MineConfig(Settings):
     """Judges that rank the images of a prompt. Several (a list, or names with commas) rank by the mean of their z-scores
     within the prompt."""
     adapter: str | None = None
-    """Folder of a LoRA or of a tuned pipeline to generate with. null: the base model."""
+    """LoRA (a folder, a safetensors file, a hub id) or folder of a tuned pipeline to generate with. null: the base model."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub. null: the default branch."""
     guards: tuple[str, ...] | str | None = None

@@ -19,7 +19,9 @@ class CompareResponsesConfig(Settings):
     """Name of a synthetic dataset (pages-held-out, scenes-held-out, sums-held-out), or Parquet or JSON lines with images,
     prompt and ground_truth. They must not be in the training data."""
     adapter: str | None = None
-    """Folder of a LoRA in PEFT's format, or of a fully tuned model. null: compare the base with itself."""
+    """Folder or hub id of a LoRA in PEFT's format, or folder of a fully tuned model. null: compare the base with itself."""
+    base_adapter: str | None = None
+    """Adapter of the base. Use it to compare a second stage of training with the first. null: the base is the model."""
     revision: str | None = None
     """Branch, tag or commit of the base model on the hub. null: the default branch."""
     max_questions: int | None = None
@@ -59,7 +61,7 @@ class MineResponsesConfig(Settings):
     judges: tuple[str, ...] | str
     """The judge that finds failures. Exactly one."""
     adapter: str | None = None
-    """Folder of a LoRA or of a tuned model to respond with. null: the base model."""
+    """Folder or hub id of a LoRA, or folder of a tuned model, to respond with. null: the base model."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub. null: the default branch."""
     chosen: str = "ground_truth"

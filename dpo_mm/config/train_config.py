@@ -20,6 +20,12 @@ class TrainConfig(Settings):
     """Folder for the result, the log and the checkpoints."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub. The commit is recorded in the run. null: the default branch."""
+    adapter: str | None = None
+    """LoRA from which policy and reference start: a folder in PEFT's or diffusers' format, a safetensors file such as kohya's,
+    or a hub id. null: they start at the model."""
+    adapter_result: str = "continued"
+    """continued | stacked. What a LoRA run with an adapter makes of it. continued trains the adapter further, with its rank,
+    alpha and targets. stacked merges it into the model and trains a new LoRA on top. With tuning full, it is merged."""
 
     # Objective
     objective: str | dict[str, float] = "sigmoid"

@@ -36,6 +36,7 @@ from dpo_mm.evaluation.verdict import (
 from dpo_mm.judges import better_of, metric_of
 from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
 from dpo_mm.outputs import write_results
+from dpo_mm.policies.adapter_sources import name_base
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import load_image_policy
 from dpo_mm.policies.protocol import ImagePolicy
@@ -225,7 +226,7 @@ def compare_images(
     config = dataclasses.replace(config, judges=order_judges(config.judges, training_judges))
     plan, store = sampling_plan(config), ImageStore(Path(config.output_dir) / FOLDER)
     sampler = ImageSampler(_load(config, config.adapter), config, store, config.adapter)
-    base = sampler.generate(plan, scale=0.0, label="base")
+    base = _base_sampler(sampler).generate(plan, scale=float(config.base_adapter is not None), label="base")
     tuned = sampler.generate(plan, scale=1.0, label="tuned") if config.adapter else base
     results = comparisons(base, tuned, config, training_judges=training_judges)
     results += compare_image_statistics(base, tuned)
@@ -265,6 +266,12 @@ def compare_images(
     return CompareResult(run, tuple(results), tuple(notes), folder / "report.html")
 
 
+def _base_sampler(sampler: ImageSampler) -> ImageSampler:
+    """The sampler of the base's images: the same model, or one with the base's own adapter."""
+    config, adapter = sampler.config, sampler.config.base_adapter
+    return ImageSampler(_load(config, adapter), config, sampler.store, adapter) if adapter else sampler
+
+
 def run_sweep(sampler: ImageSampler, base: ScoredImages, tuned: ScoredImages) -> Iterator[SweepPoint]:
     """Compare the base with the adapter at each LoRA scale and each checkpoint, on one image per prompt.
 
@@ -274,8 +281,8 @@ def run_sweep(sampler: ImageSampler, base: ScoredImages, tuned: ScoredImages) ->
     if not config.adapter or not (config.scales or config.checkpoints):
         return
     plan, base = base.plan.first(1), base.first(1)
-    generated = {0.0: base, 1.0: tuned.first(1)}
-    for scale in sorted({*config.scales, *generated}):
+    generated = {1.0: tuned.first(1), **({} if config.base_adapter else {0.0: base})}
+    for scale in sorted({0.0, 1.0, *config.scales}):
         scored = generated.get(scale) or sampler.generate(plan, scale=scale, label=f"scale-{scale:g}")
         yield sweep_point(base, scored, config, scale=scale)
     for step, folder in list_checkpoints(config):
@@ -341,6 +348,7 @@ def _settings(config: CompareConfig, plan: SamplingPlan, sampler: ImageSampler) 
     return {
         "model": config.model,
         "adapter": config.adapter or "none",
+        **name_base(config.base_adapter, config.adapter),
         "prompts": f"{config.prompts}, {len(plan.prompts) // plan.samples} prompts, "
         f"{config.images_per_prompt} images per prompt{balanced}",
         "sampler": f"{settings['scheduler'].split()[0]}, {config.num_inference_steps} steps, "

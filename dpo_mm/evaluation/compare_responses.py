@@ -30,6 +30,7 @@ from dpo_mm.evaluation.verdict import (
 from dpo_mm.judges import better_of, explain, metric_of
 from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
 from dpo_mm.outputs import write_results
+from dpo_mm.policies.adapter_sources import name_base
 from dpo_mm.policies.families import load_text_policy
 from dpo_mm.policies.protocol import TextPolicy
 
@@ -217,7 +218,7 @@ def compare_responses(
     config = dataclasses.replace(config, judges=order_judges(config.judges, training_judges))
     questions, folder = read_questions(config.questions, limit=config.max_questions), Path(config.output_dir)
     policy = _load(config, config.adapter)
-    base = generate_responses(policy, questions, config, base=True, title="base model", output_dir=folder)
+    base = _base_responses(policy, questions, config)
     tuned = generate_responses(policy, questions, config, base=False, title="tuned model", output_dir=folder)
     results = comparisons(base, tuned, config, training_judges=training_judges)
     guards = [result for result in results if result.judge in config.guards]
@@ -250,12 +251,24 @@ def compare_responses(
     return CompareResult(run, tuple(results), report.notes, folder / "report.html")
 
 
+def _base_responses(
+    policy: TextPolicy, questions: Sequence[Question], config: CompareResponsesConfig
+) -> ScoredResponses:
+    """Responses of the model without its adapter, or with the base's own."""
+    own = config.base_adapter
+    if own:
+        policy, config = _load(config, own), dataclasses.replace(config, adapter=own)
+    folder = Path(config.output_dir)
+    return generate_responses(policy, questions, config, base=not own, title="base model", output_dir=folder)
+
+
 def _settings(config: CompareResponsesConfig, count: int) -> dict[str, str]:
     """Describe for the report how the responses were generated."""
     decoding = f"sampled at temperature {config.temperature:g}" if config.temperature else "greedy"
     return {
         "model": config.model,
         "adapter": config.adapter or "none",
+        **name_base(config.base_adapter, config.adapter),
         "questions": f"{config.questions}, {count} questions",
         "decoding": f"{decoding}, at most {config.max_new_tokens} tokens",
         **({"linear layers": config.quantize} if config.quantize else {}),

@@ -18,6 +18,7 @@ from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.verdict import CompareResult
 from dpo_mm.judges import judge_digests
 from dpo_mm.outputs import OutputKind
+from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.families import model_content
 
 COMPARISON = OutputKind(
@@ -35,7 +36,7 @@ def ingredients(config: CompareConfig | CompareResponsesConfig, sft_adapter: str
         config: settings of the comparison.
         sft_adapter: folder of the adapter of the SFT baseline.
     """
-    adapters = [name for name in (config.adapter, sft_adapter) if name]
+    adapters = [name for name in (config.adapter, config.base_adapter, sft_adapter) if name]
     if isinstance(config, CompareConfig):
         adapters += [folder for _, folder in list_checkpoints(config)]
         prompts: Any = read_prompt_set(config.prompts, limit=config.max_prompts)
@@ -46,7 +47,7 @@ def ingredients(config: CompareConfig | CompareResponsesConfig, sft_adapter: str
     return {
         "settings": as_dict(config),
         "model": model_content(config.model, revision=config.revision),
-        "adapters": {name: model_content(name) for name in adapters},
+        "adapters": {name: adapter_content(name) for name in adapters},
         "prompts": content_hash(prompts),
         "judges": judge_digests(config.judges),
         "libraries": library_versions(),

@@ -27,6 +27,7 @@ from dpo_mm.data.schema import image_preference, make_image_rows
 from dpo_mm.judges import judge_digests
 from dpo_mm.judges.score_checks import higher_is_better_scores
 from dpo_mm.outputs import OutputKind, output_folder, refuse_foreign_folder, settings_of, write_results
+from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.policies.protocol import ImagePolicy
@@ -100,7 +101,7 @@ def ingredients(config: MineConfig, prompts: Sequence[str]) -> dict[str, Any]:
     return {
         "settings": as_dict(config),
         "model": model_content(config.model, revision=config.revision),
-        "adapter": model_content(config.adapter) if config.adapter else None,
+        "adapter": adapter_content(config.adapter),
         "prompts": content_hash(prompts),
         "judges": judge_digests([*parse_judges(config.judges), *parse_judges(config.guards)]),
         "libraries": library_versions(),

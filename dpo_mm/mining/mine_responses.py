@@ -28,6 +28,7 @@ from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.judges.text import truncate_repetition
 from dpo_mm.mining.mine_images import MINING
 from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of, write_results
+from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.families import load_text_policy, model_content
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
@@ -87,7 +88,7 @@ def ingredients(config: MineResponsesConfig, questions: Sequence[Question]) -> d
     return {
         "settings": as_dict(config) | ({"batch_size of sampling": config.batch_size} if sampled else {}),
         "model": model_content(config.model, revision=config.revision),
-        "adapter": model_content(config.adapter) if config.adapter else None,
+        "adapter": adapter_content(config.adapter),
         "questions": content_hash([question.content for question in questions]),
         "judges": judge_digests([config.judge]),
         "libraries": library_versions(),

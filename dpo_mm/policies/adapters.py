@@ -6,9 +6,9 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +16,8 @@ from torch import nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
 from dpo_mm.model_checks import HEADER_BYTES, check_safetensors, name_model
-from dpo_mm.policies.adapter_checks import check_diffusers_lora
+from dpo_mm.policies.adapter_checks import check_diffusers_lora, check_peft_adapter
+from dpo_mm.policies.lora_layers import FROZEN, TRAINED, merge_diffusers, train_attached
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
@@ -24,6 +25,8 @@ FORMATS = ("diffusers", "kohya")
 LORA_LOGGERS = ("diffusers.utils.peft_utils", "diffusers.loaders.peft", "diffusers.loaders.lora_base")
 """Loggers on which diffusers warns about weights of a LoRA that it does not use."""
 UNUSED_WEIGHTS = re.compile(r"unexpected keys|missing keys", re.IGNORECASE)
+PEFT_PREFIX = "base_model.model."
+"""Prefix of the weights' names in PEFT's files."""
 KOHYA_PARTS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
@@ -41,8 +44,14 @@ def lora_models(pipe: Any) -> list[Any]:
     return [part for part in pipe.components.values() if has_lora(part)]
 
 
+def merge_pipeline(pipe: Any) -> None:
+    """Merge an attached LoRA into all models of a pipeline that it adapts, in float32."""
+    for model in lora_models(pipe):
+        merge_diffusers(model)
+
+
 def add_lora(model: Any, config: TrainConfig, targets: Sequence[str]) -> None:
-    """Add a new LoRA in float32, which does not change the model's output yet.
+    """Add a new LoRA in float32, which does not change the model's output yet. An attached adapter trains instead.
 
     Args:
         model: a diffusers model.
@@ -54,6 +63,8 @@ def add_lora(model: Any, config: TrainConfig, targets: Sequence[str]) -> None:
     """
     from peft import LoraConfig
 
+    if has_lora(model):
+        return train_attached(model)
     names = [name for name, _ in model.named_modules()]
     for target in config.lora_targets or ():
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -78,17 +89,47 @@ def add_lora(model: Any, config: TrainConfig, targets: Sequence[str]) -> None:
             parameter.data = parameter.data.float()
 
 
-def save_lora(pipe: Any, denoiser: str, folder: Path, weights: Weights = None) -> None:
-    """Save the LoRA of a pipeline's denoiser in diffusers' format, with its rank and alpha."""
-    from diffusers.training_utils import _collate_lora_metadata
+class SavedLora(NamedTuple):
+    """Weights of a LoRA by PEFT's names, its PEFT config, and the alpha of each adapted module by name."""
+
+    weights: dict[str, torch.Tensor]
+    config: Any
+    alphas: dict[str, float]
+
+
+def saved_lora(model: Any, weights: Weights = None) -> SavedLora:
+    """Return what a file contains of a model's LoRA.
+
+    Args:
+        model: a model with a LoRA.
+        weights: the model's gathered state, if its shards are on several processes.
+    """
     from peft import get_peft_model_state_dict
 
-    model = getattr(pipe, denoiser)
-    sort_sets(model.peft_config["default"])
+    sort_sets(model.peft_config[TRAINED])
+    state = get_peft_model_state_dict(model, state_dict=weights, adapter_name=TRAINED)
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_alpha")}
+    alphas = {name: float(layer.lora_alpha[TRAINED]) for name, layer in layers.items()}
+    return SavedLora(state, model.peft_config[TRAINED], alphas)
+
+
+def save_lora(
+    pipe: Any, denoiser: str, folder: Path, weights: Weights = None, encoders: Mapping[str, SavedLora] | None = None
+) -> None:
+    """Save the LoRA of a pipeline's denoiser in diffusers' format, with its rank and alpha.
+
+    Args:
+        pipe: the pipeline.
+        denoiser: name of the denoiser in the pipeline.
+        folder: an existing folder.
+        weights: the denoiser's gathered state, if its shards are on several processes.
+        encoders: LoRAs of text encoders by name, which are saved in the same file.
+    """
+    loras = {denoiser: saved_lora(getattr(pipe, denoiser), weights), **(encoders or {})}
     type(pipe).save_lora_weights(
         folder,
-        **{f"{denoiser}_lora_layers": get_peft_model_state_dict(model, state_dict=weights)},
-        **_collate_lora_metadata({denoiser: model}),
+        **{f"{name}_lora_layers": lora.weights for name, lora in loras.items()},
+        **{f"{name}_lora_adapter_metadata": lora.config.to_dict() for name, lora in loras.items()},
     )
     sort_metadata(Path(folder) / LORA_FILE)
 
@@ -143,28 +184,31 @@ def check_lora_format(config: TrainConfig, prefix: str | None, *, family: str) -
         raise ValueError(f"lora_format 'kohya': {reason}. Use 'diffusers'")
 
 
-def save_kohya(model: Any, prefix: str, folder: Path, weights: Weights = None) -> None:
-    """Save the model's LoRA under the names that kohya's scripts, ComfyUI and A1111 read."""
+def save_kohya(loras: Mapping[str, SavedLora], folder: Path) -> None:
+    """Save LoRAs under the names that kohya's scripts, ComfyUI and A1111 read.
+
+    Args:
+        loras: the denoiser's LoRA and those of text encoders, by the prefix of their names.
+        folder: an existing folder.
+    """
     from safetensors.torch import save_file
 
-    save_file(kohya_weights(model, prefix, weights), folder / KOHYA_FILE)
+    renamed = [kohya_weights(lora, prefix) for prefix, lora in loras.items()]
+    save_file({name: tensor for part in renamed for name, tensor in part.items()}, folder / KOHYA_FILE)
 
 
-def kohya_weights(model: Any, prefix: str, weights: Weights = None) -> dict[str, torch.Tensor]:
+def kohya_weights(lora: SavedLora, prefix: str) -> dict[str, torch.Tensor]:
     """Return the LoRA's weights by kohya's names.
 
     The names are prefix_module.lora_down.weight, prefix_module.lora_up.weight and prefix_module.alpha, with
     underscores instead of the dots in the module's name.
     """
-    from peft import get_peft_model_state_dict
-
-    alpha = float(model.peft_config["default"].lora_alpha)
     renamed: dict[str, torch.Tensor] = {}
-    for name, weight in get_peft_model_state_dict(model, state_dict=weights).items():
+    for name, weight in lora.weights.items():
         module, part, _ = name.rsplit(".", 2)
         key = f"{prefix}_{module.replace('.', '_')}"
         renamed[f"{key}.{KOHYA_PARTS[part]}.weight"] = weight.contiguous()
-        renamed[f"{key}.alpha"] = torch.tensor(alpha)
+        renamed[f"{key}.alpha"] = torch.tensor(lora.alphas[module])
     return renamed
 
 
@@ -185,7 +229,33 @@ def attach_lora(pipe: Any, file: Path) -> None:
     """
     check_diffusers_lora(file, pipeline_modules(pipe))
     with name_model(f"adapter {str(file.parent)!r}"), _refuse_unused_weights(file):
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="tuned")
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=TRAINED)
+
+
+def attach_peft(model: Any, folder: Path) -> None:
+    """Attach an adapter in PEFT's format to a denoiser of diffusers.
+
+    Raises:
+        ValueError: as `attach_lora`.
+    """
+    from peft import PeftConfig
+
+    check_peft_adapter(folder, model)
+    with name_model(f"adapter {str(folder)!r}"):
+        model.add_adapter(PeftConfig.from_pretrained(str(folder)), adapter_name=TRAINED)
+    read_peft(model, folder)
+
+
+def read_peft(model: Any, folder: Path) -> None:
+    """Load saved weights in PEFT's format into a denoiser's LoRA. Raises ValueError if one does not fit it."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    weights = {k.removeprefix(PEFT_PREFIX): v for k, v in load_peft_weights(str(folder), device="cpu").items()}
+    with name_model(f"adapter {str(folder)!r}"):
+        result: Any = set_peft_model_state_dict(model, weights, adapter_name=TRAINED)
+    missing = [name for name in result.missing_keys if "lora_" in name and f".{FROZEN}" not in name]
+    if wrong := [*result.unexpected_keys, *missing]:
+        raise ValueError(f"{folder}: {wrong[0]} does not fit this model's LoRA")
 
 
 @contextlib.contextmanager
@@ -227,8 +297,9 @@ def read_lora(model: nn.Module, denoiser: str, file: Path) -> None:
     from safetensors.torch import load_file
 
     check_safetensors(file)
-    weights = {key.removeprefix(f"{denoiser}."): value for key, value in load_file(file).items()}
-    result: Any = set_peft_model_state_dict(model, weights, adapter_name="default")  # type: ignore[arg-type]
+    stored, prefix = load_file(file), f"{denoiser}."
+    weights = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    result: Any = set_peft_model_state_dict(model, weights, adapter_name=TRAINED)  # type: ignore[arg-type]
     if result.unexpected_keys:
         raise ValueError(f"{file}: {result.unexpected_keys[0]} does not fit this model's LoRA")
 
@@ -239,9 +310,8 @@ def at_lora_scale(models: Sequence[Any], scale: float) -> Iterator[None]:
     from diffusers.utils.peft_utils import set_adapter_layers, set_weights_and_activate_adapters
 
     for model in models:
-        names = list(model.peft_config)
         if scale:
-            set_weights_and_activate_adapters(model, names, [scale] * len(names))
+            set_weights_and_activate_adapters(model, [TRAINED], [scale])
         else:
             set_adapter_layers(model, enabled=False)
     try:

@@ -12,6 +12,7 @@ from dpo_mm.assets import resolve_asset
 from dpo_mm.checksums import check_trained_files
 from dpo_mm.content_key import model_files_hash
 from dpo_mm.model_checks import SAVE_AGAIN, check_finite, check_folder, name_model, read_config
+from dpo_mm.policies.adapter_sources import find_adapter
 from dpo_mm.policies.adapters import pipeline_modules
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 from dpo_mm.quantization import check_quantize
@@ -148,7 +149,7 @@ def load_policy(
         revision: a branch, tag or commit of a hub model.
         precision: fp32, bf16 or fp16.
         device: cpu, cuda or cuda:1. None is the GPU if there is one.
-        adapter: folder of a trained adapter or model, or the name of a bundled one, to generate with.
+        adapter: a trained adapter or model: a folder, the name of a bundled one, a LoRA's safetensors file, or a hub id.
         **options: further arguments of the policy class's `load`, such as quantize.
 
     Raises:
@@ -168,7 +169,7 @@ def load_policy(
             _try_tokenizers(policy, model)
             _check_resolution(policy, model)
     if adapter:
-        folder = Path(resolve_asset(str(adapter))).absolute()
+        folder = find_adapter(adapter)
         check_trained_files(folder)
         with name_model(f"adapter {str(adapter)!r}"):
             policy.load_adapter(folder)

@@ -20,6 +20,7 @@ from dpo_mm.data.schema import Response
 from dpo_mm.objectives import LogProbs
 
 if TYPE_CHECKING:
+    from dpo_mm.policies.adapters import SavedLora
     from dpo_mm.policies.vlm.row_sizes import RowSize
 
 Modality = Literal["image", "text"]
@@ -101,7 +102,9 @@ class Policy(Protocol):
         ...
 
     def adapter_off(self) -> AbstractContextManager[None]:
-        """Context manager that disables the adapter.
+        """Context manager in which the model is the one before the first step.
+
+        The adapter is off, or is a frozen copy of the adapter from which the run starts.
 
         Raises:
             ValueError: if there is no adapter.
@@ -166,6 +169,8 @@ class ImagePolicy(Policy, Protocol):
     """True if the prompt contains an image to edit."""
     base_pipe: Any
     """The base pipeline, if `load_adapter` loaded a whole denoiser or pipeline. None otherwise."""
+    encoder_loras: dict[str, SavedLora]
+    """LoRAs of text encoders by name, which a start adapter has and the result keeps."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Compute the prompt embeddings: tensors by name, prompts first, on the CPU."""

@@ -20,6 +20,7 @@ from dpo_mm.policies.adapters import check_lora_format
 from dpo_mm.policies.diffusion.random_draws import TIMESTEP_DISTRIBUTIONS
 from dpo_mm.policies.families import load_policy, policy_class
 from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
+from dpo_mm.policies.start_adapter import check_start, start_from
 from dpo_mm.quantization import check_quantize
 from dpo_mm.training.auto_beta import AUTO
 from dpo_mm.training.reference import resolve_reference_name
@@ -112,6 +113,7 @@ def validate_config(config: TrainConfig) -> None:
     family = policy_class(config.model, revision=config.revision)
     modality: Modality = family.modality
     check_lora_format(config, getattr(family, "kohya_prefix", None), family=family.__name__)
+    check_start(config)
     build_loss(config, modality=modality)
     draws = 1 if modality == "text" else config.fixed_draws_per_row
     if resolve_reference_name(config) == "precomputed" and draws < 1:
@@ -153,6 +155,7 @@ def _refuse_ignored_settings(config: TrainConfig, *, modality: Modality) -> None
             config.tuning == "lora",
             f"tuning is {config.tuning}",
         ),
+        (("adapter_result",), config.adapter and config.tuning == "lora", "there is no adapter, or tuning is full"),
         (("reference_ema_decay",), config.reference == "moving_average", f"reference is {config.reference}"),
         (("reference_sync_steps",), config.reference == "synced", f"reference is {config.reference}"),
         (
@@ -212,7 +215,7 @@ def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | 
         weights: False leaves an image generator on the meta device, see `meta_pipeline`.
 
     Raises:
-        ValueError: as `load_policy`.
+        ValueError: as `load_policy`, and if the config's adapter cannot be the start of the run.
     """
     options: dict[str, Any] = {}
     if policy_class(config.model, revision=config.revision).modality == "text":
@@ -223,7 +226,10 @@ def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | 
     precision = config.precision if config.tuning == "lora" else "fp32"
     if config.quantize:
         options["quantize"] = config.quantize
-    return load_policy(config.model, revision=config.revision, precision=precision, **options)
+    policy = load_policy(config.model, revision=config.revision, precision=precision, adapter=config.adapter, **options)
+    if config.adapter:
+        start_from(policy, config)
+    return policy
 
 
 def refuse_fsdp_on_cpu(config: TrainConfig) -> None:

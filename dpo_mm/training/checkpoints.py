@@ -171,6 +171,7 @@ def check_same_content(
         if old != value:
             what = {
                 "model": f"a file of model {config.model}",
+                "adapter": f"a file of adapter {config.adapter}",
                 "libraries": f"the version of a library ({old} -> {value})",
                 "pairs": config.pairs,
                 "encoded rows": f"what the chat template or the tokenizer makes of {config.pairs} (a template may print today's date)",

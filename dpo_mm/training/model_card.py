@@ -13,7 +13,7 @@ from dpo_mm.assets import BUNDLED, resolve_asset
 from dpo_mm.checksums import complete_files, write_complete
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import file_hash
-from dpo_mm.judges.provenance import CARD_KEY, training_judges_of
+from dpo_mm.judges.provenance import CARD_KEY, training_judges_of, training_judges_of_adapter
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
@@ -28,10 +28,14 @@ LOADING = {
     "lora": 'processor = AutoProcessor.from_pretrained("{base}")\n'
     'model = AutoModelForImageTextToText.from_pretrained("{base}", dtype={dtype})\n'
     'model = PeftModel.from_pretrained(model, "{folder}")',
+    "stacked": 'processor = AutoProcessor.from_pretrained("{base}")\n'
+    'model = AutoModelForImageTextToText.from_pretrained("{base}", dtype={dtype})\n'
+    'model = PeftModel.from_pretrained(model, "{folder}/start_adapter").merge_and_unload()\n'
+    'model = PeftModel.from_pretrained(model, "{folder}")',
     "full": 'processor = AutoProcessor.from_pretrained("{base}")\n'
     'model = AutoModelForImageTextToText.from_pretrained("{folder}", dtype={dtype})',
 }
-"""Python that loads a tuned text model, by tuning method."""
+"""Python that loads a tuned text model, by tuning method, or on top of the adapter from which it started."""
 GENERATING = 'image = pipe({arguments}"a red star", generator=torch.Generator().manual_seed(0)).images[0]\nimage.save("image.png")'
 IMPORTS = {
     "PeftModel": "from peft import PeftModel",
@@ -59,7 +63,8 @@ def usage_code(config: TrainConfig, *, family: str = "", image_lines: Sequence[s
         lines = "\n".join([*image_lines, GENERATING.format(arguments=source)])
     else:
         dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}.get(config.precision, "torch.float32")
-        lines = LOADING[config.tuning].format(base=base, folder=folder, dtype=dtype)
+        stacked = config.adapter is not None and config.tuning == "lora" and config.adapter_result == "stacked"
+        lines = LOADING["stacked" if stacked else config.tuning].format(base=base, folder=folder, dtype=dtype)
         if "ForCausalLM" in family:
             lines = lines.replace("AutoModelForImageTextToText", "AutoModelForCausalLM")
             lines = lines.replace("AutoProcessor", "AutoTokenizer").replace("processor =", "tokenizer =")
@@ -90,19 +95,25 @@ def write_card(
         "library_name": library if text else "diffusers",
         "tags": ["dpo", "preference-optimization", *(["lora"] if config.tuning == "lora" else [])],
     }
-    if made := training_judges_of(config.pairs):
-        front[CARD_KEY] = list(made)
+    judges = (*training_judges_of_adapter(config.adapter), *training_judges_of(config.pairs))
+    if made := list(dict.fromkeys(judges)):
+        front[CARD_KEY] = made
     code = usage_code(config, family=settings.get("family", ""), image_lines=image_lines)
     bundled = f" `{_cell(config.model)}` is bundled with dpo-mm. The path is the one at training time."
     where = f"Run this in the folder that contains `{_cell(folder.name)}`.{bundled if config.model in BUNDLED else ''}"
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items())
     card = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_cell(folder.name)}\n\n"
-        f"`{_cell(config.model)}` {MADE}\n\n"
+        f"`{_cell(config.model)}` {MADE}{_start(settings)}\n\n"
         f"## How to use it\n\n{where}\n\n```python\n{code}\n```\n\n"
         f"## How it was trained\n\n| | |\n|---|---|\n{rows}\n\nEvery setting is in `dpo_mm.json`.\n"
     )
     return _write((into or folder) / CARD, card)
+
+
+def _start(settings: Mapping[str, str]) -> str:
+    """Sentence on the adapter from which a run started, "" if there was none."""
+    return f" It was trained from adapter {_cell(settings['adapter'])}." if "adapter" in settings else ""
 
 
 def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdict: str, command: str) -> Path | None:

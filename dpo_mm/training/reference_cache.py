@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dpo_mm.cache_folder import create_cache
 from dpo_mm.checksums import is_intact, write_with_checksum
-from dpo_mm.content_key import content_key, library_versions
+from dpo_mm.content_key import content_key, library_versions, lora_scales
 from dpo_mm.outputs import remove_stale_files
+from dpo_mm.policies.lora_layers import FROZEN
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.training.response_rows import StreamedRows
 
@@ -30,12 +31,19 @@ def cache_path(policy: TextPolicy, rows: Any, folder: Path, *, precision: str) -
     """
     parts = {
         "model": policy.fingerprint(),
+        "adapter": _start_adapter(policy),
         "rows": rows.content_digest if isinstance(rows, StreamedRows) else list(rows),
         "settings": precision,
         "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type,
         "libraries": library_versions(),
     }
     return folder / "reference" / f"{content_key('reference log-probs', parts)}.safetensors"
+
+
+def _start_adapter(policy: TextPolicy) -> Any:
+    """Weights and scales of the adapter from which the policy starts, None if it starts at the model."""
+    frozen = {name: tensor for name, tensor in policy.model.state_dict().items() if f".{FROZEN}" in name}
+    return [frozen, lora_scales(policy.model)] if frozen else None
 
 
 def load(place: Path) -> dict[str, Tensor] | None:

@@ -24,9 +24,11 @@ from dpo_mm.data.schema import drop_ties, load_pairs, load_responses
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.interruption import StopRequest, complete_part, stop_on_signal
 from dpo_mm.outputs import OutputKind, differences, output_folder, refuse_foreign_folder
+from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import model_content, policy_class, resolve_commit
-from dpo_mm.policies.protocol import ImagePolicy, Policy, TextPolicy
+from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
+from dpo_mm.policies.start_adapter import continues, describe_start
 from dpo_mm.progress import progress_bar
 from dpo_mm.quantization import stored_size
 from dpo_mm.training.auto_beta import AUTO, measure_beta
@@ -101,7 +103,7 @@ def train(config: TrainConfig, *, show_plan: ShowPlan | None = None) -> TrainRes
         folder,
         kind,
         settings,
-        inputs=[config.model, config.pairs],
+        inputs=[config.model, config.pairs, config.adapter],
         overwrite=config.overwrite,
         continues=config.resume and changed,
     ) as finished:
@@ -130,13 +132,21 @@ def _finished_result(config: TrainConfig, show_plan: ShowPlan) -> TrainResult:
     """
     folder = Path(config.output_dir)
     record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    content = {"model": model_content(config.model, revision=config.revision), "libraries": library_versions()}
-    content["pairs"] = _pairs_digest(config)
+    content = _content(config) | {"pairs": _pairs_digest(config)}
     check_same_content(folder, record["content"], content, config)
     log = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))
     beta = float(record["measured_beta"] or record["beta"])
     show_plan(log["summary"])
     return TrainResult(folder, tuple(log["history"]), log["summary"], beta)
+
+
+def _content(config: TrainConfig) -> dict[str, Any]:
+    """Contents that decide a run in addition to its pairs and settings, for `check_same_content`."""
+    return {
+        "model": model_content(config.model, revision=config.revision),
+        "adapter": adapter_content(config.adapter),
+        "libraries": library_versions(),
+    }
 
 
 def _pairs_digest(config: TrainConfig) -> str:
@@ -150,7 +160,7 @@ def _train(config: TrainConfig, checkpoint: Path | None, show_plan: ShowPlan) ->
     """Train from the beginning, or from a checkpoint of the same recipe, and write the result."""
     pairs_per_step = config.batch_size * config.accumulate * training_arguments(config).world_size
     saved_state = check_same_recipe(checkpoint, config, pairs_per_step=pairs_per_step) if checkpoint else {}
-    content = {"model": model_content(config.model, revision=config.revision), "libraries": library_versions()}
+    content = _content(config)
     if checkpoint:  # before the pairs are encoded, which takes long
         check_same_content(checkpoint, saved_state["content"], content, config)
     policy = build_policy(config)
@@ -264,19 +274,23 @@ def _fit(trainer: PreferenceTrainer, checkpoint: Path | None, stop: StopRequest)
         )
 
 
-def run_summary(policy: Policy, config: TrainConfig, num_pairs: int) -> dict[str, str]:
+def run_summary(policy: ImagePolicy | TextPolicy, config: TrainConfig, num_pairs: int) -> dict[str, str]:
     """Summarise a run before it starts: pairs, steps, objective, reference, memory, and the policy's own lines."""
     num_trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
     num_bytes = stored_size(policy.model)
-    copies = 2 if resolve_reference_name(config) == "frozen_copy" else 1
+    reference = resolve_reference_name(config)
+    copies = 2 if reference == "frozen_copy" else 1
     commit = resolve_commit(resolve_asset(config.model), revision=config.revision)
     unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
     return {
         **({"revision": commit} if commit else {}),
+        **describe_start(policy, config),
         "pairs": f"{config.pairs}, {num_pairs} to train on",
         "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} pairs per process",
         "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
-        "reference": resolve_reference_name(config),
+        "reference": f"{reference}, which is the adapter"
+        if continues(config) and reference == "adapter_off"
+        else reference,
         "tuning": f"{config.tuning}, {num_trained:,} trained parameters",
         "precision": f"{config.precision}{f', frozen linear layers in {config.quantize}' if config.quantize else ''}",
         "memory": f"about {(copies * num_bytes + 12 * num_trained) / 2**20:,.0f} MiB for weights, gradients and Adam, plus activations",
@@ -297,7 +311,7 @@ def dry_run(config: TrainConfig, *, vram: float | None = None) -> dict[str, str]
     """
     planned = config if vram is None else dataclasses.replace(config, quantize=None)  # this machine may not have it
     validate_config(planned)
-    refuse_foreign_folder(Path(config.output_dir), TRAINING, inputs=[config.model, config.pairs])
+    refuse_foreign_folder(Path(config.output_dir), TRAINING, inputs=[config.model, config.pairs, config.adapter])
     policy = build_policy(planned, weights=False)
     pairs = load_responses(config.pairs) if policy.modality == "text" else drop_ties(load_pairs(config.pairs))
     train_rows, _ = split_pairs(pairs, config)

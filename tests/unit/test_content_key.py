@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 
 from dpo_mm.config import (
@@ -35,6 +36,7 @@ from dpo_mm.labels import fresh_samples
 from dpo_mm.mining import mine_images, mine_responses
 from dpo_mm.outputs import OutputKind, output_folder, settings_of
 from dpo_mm.policies.families import load_policy, model_content
+from dpo_mm.policies.lora_layers import lora_layers, train_attached
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.training import encoding, reference_cache, response_rows
 from dpo_mm.training.checkpoints import check_same_content
@@ -118,6 +120,16 @@ def encoded_pairs(w: SimpleNamespace) -> Any:
 def reference(w: SimpleNamespace) -> Any:
     row = {"id": "a", "ids": torch.tensor([1, 2, w.limit])}
     return reference_cache.cache_path(text_policy(w), [row], w.folder, precision=w.precision)
+
+
+def start_at_an_adapter(w: SimpleNamespace) -> None:
+    w.policy.prepare(TrainConfig("m", "p", "o", beta=0.1))
+    train_attached(w.policy.model)
+
+
+def adapt_text_encoder(w: SimpleNamespace) -> None:
+    encoder = w.policy.pipe.text_encoder
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), encoder)
 
 
 def lengths(w: SimpleNamespace) -> Any:
@@ -221,6 +233,8 @@ CASES: dict[str, tuple[Change, dict[str, list[Change]]]] = {
                 lambda w: w.policy.pipe.vae.register_to_config(scaling_factor=0.5),
                 lambda w: w.policy.pipe.tokenizer.add_tokens(["another"]),
                 lambda w: setattr(w.policy, "resolution", 16),
+                adapt_text_encoder,
+                lambda w: lora_layers(w.policy.pipe.text_encoder)[0].lora_alpha.update(default=9),
             ],
             "rows": [IMAGE],
             "sizes": [put(sizes=((32, 16),))],
@@ -236,6 +250,11 @@ CASES: dict[str, tuple[Change, dict[str, list[Change]]]] = {
                 TOKEN,
                 lambda w: setattr(w.policy, "ld_alpha", 0.5),
                 lambda w: setattr(w.policy.model.config, "rms_norm_eps", 0.1),
+            ],
+            "adapter": [
+                start_at_an_adapter,
+                lambda w: add(next(p for name, p in w.policy.model.named_parameters() if ".reference" in name)),
+                lambda w: lora_layers(w.policy.model)[0].lora_alpha.update(reference=9),
             ],
             "rows": [put(limit=9)],
             "settings": [HALF],
@@ -349,16 +368,18 @@ def test_changed_ingredient_refuses_to_resume_training(world: SimpleNamespace) -
     before = {
         "model": model_content(str(world.model)),
         "libraries": library_versions(),
+        "adapter": "3",
         "pairs": "1",
         "encoded rows": "2",
     }
     assert {*before, "settings"} == set(INGREDIENTS["training run"])
-    config = TrainConfig(str(world.model), "p.parquet", "out")
+    config = TrainConfig(str(world.model), "p.parquet", "out", adapter="a")
     check_same_content(Path("checkpoint-2"), before, before, config)
     FILES[1](world)
     changed = before | {"model": model_content(str(world.model))}
     for name, message in {
         "model": "a file of model .* has changed since checkpoint-2 was made. Restore it",
+        "adapter": "a file of adapter a has changed",
         "libraries": "the version of a library",
         "pairs": "p.parquet has changed",
         "encoded rows": "what the chat template or the tokenizer makes of p.parquet",

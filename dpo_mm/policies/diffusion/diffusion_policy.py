@@ -32,7 +32,7 @@ from dpo_mm.content_key import content_hash, plain_settings
 from dpo_mm.data.image_files import to_rgb
 from dpo_mm.model_loading import load_pipeline
 from dpo_mm.objectives import LogProbs, sdpo_lambda_image
-from dpo_mm.policies.adapters import Weights, add_lora, has_lora
+from dpo_mm.policies.adapters import SavedLora, Weights, add_lora, has_lora
 from dpo_mm.policies.diffusion import run_summary, sampling, weight_files
 from dpo_mm.policies.diffusion.buckets import Crop, Size, cover
 from dpo_mm.policies.diffusion.collate import collate
@@ -40,6 +40,7 @@ from dpo_mm.policies.diffusion.latents import latent_scale, posterior
 from dpo_mm.policies.diffusion.meta_pipeline import load_on_meta_device
 from dpo_mm.policies.diffusion.noise_process import noise_process_for
 from dpo_mm.policies.diffusion.pipeline_checks import check_components, check_unet
+from dpo_mm.policies.lora_layers import reference_weights
 from dpo_mm.policies.protocol import Batch
 
 Prompt = dict[str, Tensor]
@@ -94,6 +95,7 @@ class DiffusionPolicy:
         self.resolution = self.native_resolution()
         self.target_size: Size | None = None
         self.base_pipe: Any = None
+        self.encoder_loras: dict[str, SavedLora] = {}
 
     # Overridden by families
 
@@ -335,16 +337,14 @@ class DiffusionPolicy:
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """Context manager that disables the LoRA. Raises ValueError if there is none."""
+        """Context manager with the weights from before the first step. Raises ValueError if there is no LoRA."""
         if not has_lora(self.model):
             raise ValueError(
                 "reference 'adapter_off' needs a LoRA (tuning: lora). For full fine-tuning use 'frozen_copy'"
             )
-        self.model.disable_adapters()  # type: ignore[operator]
-        try:
+        model: Any = self.model
+        with reference_weights(model, disable=model.disable_adapters, enable=model.enable_adapters):
             yield
-        finally:
-            self.model.enable_adapters()  # type: ignore[operator]
 
     def frozen_copy(self) -> nn.Module:
         """Return a copy of the denoiser that is never trained."""

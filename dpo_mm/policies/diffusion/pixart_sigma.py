@@ -14,12 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpo_mm.policies.adapter_checks import ADAPTER_FILE, ADAPTER_WEIGHTS, check_peft_adapter
-from dpo_mm.policies.adapters import Weights, has_lora
+from dpo_mm.policies.adapter_checks import ADAPTER_WEIGHTS
+from dpo_mm.policies.adapter_sources import START_FOLDER
+from dpo_mm.policies.adapters import PEFT_PREFIX, Weights, has_lora, read_peft, saved_lora
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
-
-PREFIX = "base_model.model."
-"""Prefix of the weights' names in PEFT's files."""
+from dpo_mm.policies.start_adapter import save_start, start_file
 
 
 class PixArtSigma(DiffusionPolicy):
@@ -69,42 +68,26 @@ class PixArtSigma(DiffusionPolicy):
         """Write the LoRA in PEFT's format, or the whole denoiser."""
         if not has_lora(self.model):
             return super().save(folder, weights)
-        from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        model: Any = self.model
-        adapter = get_peft_model_state_dict(model, state_dict=weights)
+        adapter = saved_lora(self.model, weights)
         folder.mkdir(parents=True, exist_ok=True)
-        model.peft_config["default"].save_pretrained(str(folder))
-        save_file({PREFIX + name: value for name, value in adapter.items()}, folder / ADAPTER_WEIGHTS)
+        adapter.config.save_pretrained(str(folder))
+        save_file({PEFT_PREFIX + name: value for name, value in adapter.weights.items()}, folder / ADAPTER_WEIGHTS)
+        save_start(self.config, folder)
 
     def load_weights(self, folder: Path) -> None:
         """Load what `save` wrote into the prepared model. Raises ValueError if it does not fit."""
         if not has_lora(self.model):
             return super().load_weights(folder)
-        self._load_peft_weights(folder, "default")
+        read_peft(self.model, folder)
 
     def usage_snippet(self, base: str, folder: str) -> list[str]:
         """Return lines of Python that load the trained weights with diffusers and PEFT."""
         if self.config.tuning != "lora":
             return super().usage_snippet(base, folder)
-        load_line, _ = super().usage_snippet(base, folder)
-        return [load_line, f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{folder}")']
-
-    def load_adapter(self, folder: str | Path) -> None:
-        """Load a trained adapter or denoiser for generation. Raises ValueError if the folder contains neither."""
-        from peft import PeftConfig
-
-        if not (Path(folder) / ADAPTER_FILE).exists():
-            return super().load_adapter(folder)
-        check_peft_adapter(Path(folder), self.model)
-        self.model.add_adapter(PeftConfig.from_pretrained(str(folder)), adapter_name="tuned")  # type: ignore[operator]
-        self._load_peft_weights(Path(folder), "tuned")
-
-    def _load_peft_weights(self, folder: Path, name: str) -> None:
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        weights = {k.removeprefix(PREFIX): v for k, v in load_peft_weights(str(folder), device="cpu").items()}
-        result: Any = set_peft_model_state_dict(self.model, weights, adapter_name=name)
-        if result.unexpected_keys:
-            raise ValueError(f"{folder}: {result.unexpected_keys[0]} does not fit this model's LoRA")
+        load_line, *_ = super().usage_snippet(base, folder)
+        start = f"{folder}/{START_FOLDER}"
+        merge = f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{start}").merge_and_unload()'
+        below = [merge] if start_file(self.config) else []
+        return [load_line, *below, f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{folder}")']

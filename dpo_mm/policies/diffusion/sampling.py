@@ -13,7 +13,17 @@ from PIL import Image
 
 from dpo_mm.model_checks import SAVE_AGAIN, check_finite, read_config
 from dpo_mm.model_loading import load_module
-from dpo_mm.policies.adapters import LORA_FILE, at_lora_scale, attach_lora, lora_models, pipeline_modules
+from dpo_mm.policies.adapter_checks import ADAPTER_FILE
+from dpo_mm.policies.adapter_sources import START_FOLDER, lora_file
+from dpo_mm.policies.adapters import (
+    LORA_FILE,
+    at_lora_scale,
+    attach_lora,
+    attach_peft,
+    lora_models,
+    merge_pipeline,
+    pipeline_modules,
+)
 from dpo_mm.policies.diffusion.pipeline_checks import check_unet
 from dpo_mm.quantization import refuse_whole_model
 
@@ -26,22 +36,35 @@ INDEX_FILE = "model_index.json"
 def load_adapter(policy: DiffusionPolicy, folder: Path) -> None:
     """Load a trained LoRA, denoiser or pipeline with diffusers. A LoRA may also reach the text encoders.
 
+    Args:
+        policy: the base.
+        folder: the trained weights, or one file of a LoRA. An adapter below them (START_FOLDER) is merged into the base first.
+
     Raises:
         ValueError: if the folder contains none of them, or it does not fit the model.
     """
-    if (folder / LORA_FILE).exists():
-        attach_lora(policy.pipe, folder / LORA_FILE)
-        if not lora_models(policy.pipe):
-            raise ValueError(f"adapter {str(folder)!r}: no weight in {LORA_FILE} fits {policy.source!r}")
-        return
-    refuse_whole_model(policy.model, folder)
-    if (folder / INDEX_FILE).exists():
+    if (folder / START_FOLDER).is_dir():
+        load_adapter(policy, folder / START_FOLDER)
+        merge_pipeline(policy.pipe)
+    if (folder / ADAPTER_FILE).exists():
+        attach_peft(policy.model, folder)
+    elif (folder / INDEX_FILE).exists():
+        refuse_whole_model(policy.model, folder)
         policy.base_pipe, policy.pipe = policy.pipe, _load_pipeline(policy, folder)
     elif (folder / policy.denoiser).is_dir():
+        refuse_whole_model(policy.model, folder)
         policy.base_pipe = copy.copy(policy.pipe)
         tuned = load_module(type(policy.model), str(folder / policy.denoiser), dtype=policy.dtype)
         check_finite({"": tuned}, f"adapter {str(folder)!r}")
         setattr(policy.pipe, policy.denoiser, tuned.to(policy.device))
+    elif (file := lora_file(folder)) is not None:
+        if not hasattr(policy.pipe, "load_lora_weights"):
+            raise ValueError(
+                f"adapter {str(folder)!r}: {type(policy.pipe).__name__} takes adapters in PEFT's format only"
+            )
+        attach_lora(policy.pipe, file)
+        if not lora_models(policy.pipe):
+            raise ValueError(f"adapter {str(folder)!r}: no weight in {file.name} fits {policy.source!r}")
     else:
         raise ValueError(f"adapter {str(folder)!r} contains neither {LORA_FILE} nor a folder {policy.denoiser}/")
 

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_mm.model_loading import load_module
-from dpo_mm.policies.adapters import LORA_FILE, Weights, has_lora, read_lora, save_kohya, save_lora, save_whole
+from dpo_mm.policies.adapter_sources import START_FOLDER
+from dpo_mm.policies.adapters import (
+    LORA_FILE,
+    Weights,
+    has_lora,
+    read_lora,
+    save_kohya,
+    save_lora,
+    save_whole,
+    saved_lora,
+)
+from dpo_mm.policies.start_adapter import save_start, start_file
 
 if TYPE_CHECKING:
     from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy
@@ -23,10 +34,16 @@ def save(policy: DiffusionPolicy, folder: Path, weights: Weights) -> None:
     if not has_lora(policy.model):
         save_whole(policy.model, folder / policy.denoiser, weights)
         return
-    save_lora(policy.pipe, policy.denoiser, folder, weights)
+    save_lora(policy.pipe, policy.denoiser, folder, weights, policy.encoder_loras)
     if policy.config.lora_format == "kohya":
         assert policy.kohya_prefix is not None
-        save_kohya(policy.model, policy.kohya_prefix, folder, weights)
+        loras = {policy.kohya_prefix: saved_lora(policy.model, weights)}
+        for name, lora in policy.encoder_loras.items():
+            number = name[-1] if name[-1].isdigit() else "1" if hasattr(policy.pipe, "text_encoder_2") else ""
+            part = "" if next(iter(lora.alphas)).startswith("text_model.") else "_text_model"
+            loras[f"lora_te{number}{part}"] = lora
+        save_kohya(loras, folder)
+    save_start(policy.config, folder)
 
 
 def load_weights(policy: DiffusionPolicy, folder: Path) -> None:
@@ -46,6 +63,13 @@ def usage_snippet(policy: DiffusionPolicy, base: str, folder: str) -> list[str]:
     """Return lines of Python that load the base pipeline and the weights that `save` wrote with diffusers."""
     load_line = f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype={policy.dtype})'
     if policy.config.tuning == "lora":
-        return [load_line, f'pipe.load_lora_weights("{folder}")']
+        if (start := start_file(policy.config)) is None:
+            return [load_line, f'pipe.load_lora_weights("{folder}")']
+        return [
+            load_line,
+            f'pipe.load_lora_weights("{folder}/{START_FOLDER}", weight_name="{start.name}", adapter_name="start")',
+            f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}", adapter_name="tuned")',
+            'pipe.set_adapters(["start", "tuned"])',
+        ]
     denoiser = f"pipe.{policy.denoiser}"
     return [load_line, f'{denoiser} = type({denoiser}).from_pretrained("{folder}", subfolder="{policy.denoiser}")']

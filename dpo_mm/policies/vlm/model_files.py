@@ -13,7 +13,10 @@ from dpo_mm.errors import one_line
 from dpo_mm.model_checks import SAVE_AGAIN, check_finite, name_model
 from dpo_mm.model_loading import load_module, load_part
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE, check_peft_adapter
+from dpo_mm.policies.adapter_sources import START_FOLDER
 from dpo_mm.policies.adapters import sort_sets
+from dpo_mm.policies.lora_layers import FROZEN, TRAINED, merge_peft
+from dpo_mm.policies.start_adapter import save_start
 from dpo_mm.policies.vlm.architecture import auto_classes_for, unquantized_modules
 from dpo_mm.quantization import empty_model, refuse_whole_model
 
@@ -88,7 +91,10 @@ def save(policy: VisionLanguage, folder: Path, weights: dict[str, torch.Tensor] 
     if hasattr(policy.model, "disable_adapter"):
         policy.model.active_peft_config.base_model_name_or_path = policy.config.model
         sort_sets(policy.model.active_peft_config)
-        policy.model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
+        policy.model.save_pretrained(
+            folder, save_embedding_layers=False, state_dict=weights, selected_adapters=[TRAINED]
+        )
+        save_start(policy.config, folder)
     else:
         policy.model.save_pretrained(folder, state_dict=weights)
         policy.processor.save_pretrained(folder)
@@ -106,7 +112,7 @@ def load_weights(policy: VisionLanguage, folder: Path) -> None:
 
         weights = load_peft_weights(str(folder), device="cpu")
         result: Any = set_peft_model_state_dict(policy.model, weights)
-        missing = [name for name in result.missing_keys if "lora_" in name]
+        missing = [name for name in result.missing_keys if "lora_" in name and f".{FROZEN}" not in name]
         if result.unexpected_keys or missing:
             raise ValueError(f"{folder}: {(result.unexpected_keys + missing)[0]} does not fit this model's LoRA")
     else:
@@ -117,11 +123,15 @@ def load_weights(policy: VisionLanguage, folder: Path) -> None:
 def load_adapter(policy: VisionLanguage, folder: Path) -> None:
     """Load a trained adapter with PEFT, or a trained model with transformers, for generation.
 
-    A model brings its own processor and chat template. If the folder has none, those of the base are used.
+    A model brings its own processor and chat template. If the folder has none, those of the base are used. An adapter below
+    the trained one (START_FOLDER) is merged into the base first.
 
     Raises:
         ValueError: if the folder contains neither, or an adapter has only pickled weights.
     """
+    if (folder / START_FOLDER).is_dir():
+        load_adapter(policy, folder / START_FOLDER)
+        policy.model = merge_peft(policy.model)
     base_model = policy.base_model
     if (folder / ADAPTER_FILE).exists():
         check_peft_adapter(folder, base_model)

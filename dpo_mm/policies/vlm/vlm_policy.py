@@ -23,6 +23,8 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash
 from dpo_mm.data.schema import Response
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
+from dpo_mm.policies.adapters import has_lora
+from dpo_mm.policies.lora_layers import reference_weights, train_attached
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.policies.vlm import generation, model_files, pair_batches
 from dpo_mm.policies.vlm.architecture import disable_dropout, lora_targets, non_language_modules
@@ -160,6 +162,8 @@ class VisionLanguage:
     def _add_lora(self, base_model: Any, config: TrainConfig) -> None:
         from peft import LoraConfig, get_peft_model
 
+        if has_lora(self.model):
+            return train_attached(self.model)
         adapter = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -306,17 +310,14 @@ class VisionLanguage:
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """Context manager that disables the LoRA. Raises ValueError if there is none."""
+        """Context manager with the weights from before the first step. Raises ValueError if there is no LoRA."""
         if not hasattr(self.model, "disable_adapter"):
             raise ValueError(
                 "reference 'adapter_off' needs a LoRA (tuning: lora). For full fine-tuning use 'frozen_copy'"
             )
         tuner = self.model.base_model  # PEFT's context manager lists all layers each time, which takes 10 ms and more
-        tuner.disable_adapter_layers()
-        try:
+        with reference_weights(self.model, disable=tuner.disable_adapter_layers, enable=tuner.enable_adapter_layers):
             yield
-        finally:
-            tuner.enable_adapter_layers()
 
     def frozen_copy(self) -> nn.Module:
         """Return a copy of the model that is never trained."""

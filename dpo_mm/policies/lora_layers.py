@@ -1,0 +1,128 @@
+"""LoRA layers of a model with an attached adapter: train it next to a frozen copy of itself, or merge it into the weights.
+
+The functions work on models of diffusers and transformers, because PEFT's layers are the same in both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from dpo_mm.quantization import is_quantized
+
+TRAINED, FROZEN = "default", "reference"
+"""Names of the adapter that trains and of its frozen copy."""
+LAYER_STATE = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias", "lora_variant")
+LAYER_WEIGHTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    """Return the modules of a model that have a LoRA."""
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def train_attached(model: Any) -> None:
+    """Make an attached adapter trainable in float32, without dropout, and add a frozen copy of it to every layer.
+
+    Args:
+        model: a model of diffusers, or a PeftModel, whose adapter is called TRAINED.
+    """
+    for layer in lora_layers(model):
+        for module in layer.lora_dropout.values():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for name in (*LAYER_STATE, *LAYER_WEIGHTS):
+            entries = getattr(layer, name)
+            if TRAINED in entries:
+                entries[FROZEN] = copy.deepcopy(entries[TRAINED])
+    model.peft_config[TRAINED].lora_dropout = 0.0
+    model.peft_config[FROZEN] = copy.deepcopy(model.peft_config[TRAINED])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(f".{TRAINED}" in name)
+
+
+@contextlib.contextmanager
+def reference_weights(model: Any, *, disable: Callable[[], Any], enable: Callable[[], Any]) -> Iterator[None]:
+    """Context manager in which a model has its start weights: the frozen copy's, or those without adapter.
+
+    The layers are switched directly. PEFT's own functions change `requires_grad`.
+
+    Args:
+        model: a model with a LoRA.
+        disable, enable: functions that turn the adapter off and on, if there is no frozen copy.
+    """
+    if FROZEN not in model.peft_config:
+        disable()
+        try:
+            yield
+        finally:
+            enable()
+        return
+    layers = lora_layers(model)
+    try:
+        for layer in layers:
+            layer._active_adapter = [FROZEN]
+        yield
+    finally:
+        for layer in layers:
+            layer._active_adapter = [TRAINED]
+
+
+def merge_layers(model: nn.Module) -> None:
+    """Add an attached adapter to the weights of its layers, in float32, and cast the sum to the weights' type.
+
+    Raises:
+        ValueError: if the weights are quantised.
+    """
+    if is_quantized(model):
+        raise ValueError(
+            "the adapter would be merged into quantised weights, which cannot hold it exactly. Leave out quantize"
+        )
+    for layer in lora_layers(model):
+        for name, parameter in layer.named_parameters():
+            if name.startswith("lora_"):
+                parameter.data = parameter.data.float()
+        weight = layer.get_base_layer().weight
+        dtype = weight.dtype
+        weight.data = weight.data.float()
+        layer.merge(adapter_names=[TRAINED])
+        weight.data = weight.data.to(dtype)
+
+
+def merge_diffusers(model: Any) -> None:
+    """Merge an attached adapter into a denoiser or a text encoder of a pipeline, and remove its layers."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+    merge_layers(model)
+    recurse_remove_peft_layers(model)
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+
+
+def merge_peft(model: Any) -> Any:
+    """Merge an attached adapter into a PeftModel and return the transformers model without PEFT's layers.
+
+    Raises:
+        ValueError: if a layer's weights are those of the head too, which merging would change.
+    """
+    head = model.get_base_model().get_output_embeddings()
+    for layer in lora_layers(model):
+        base = layer.get_base_layer()
+        if head is not None and base is not head and base.weight is head.weight:
+            raise ValueError(
+                "the adapter changes the input embeddings, and merging it would change the head, which shares their weights. "
+                "Take adapter_result continued"
+            )
+    merge_layers(model)
+    with warnings.catch_warnings():  # that its layers are merged already
+        warnings.simplefilter("ignore")
+        return model.merge_and_unload()
