@@ -17,6 +17,7 @@ import xxhash
 INGREDIENTS: dict[str, tuple[str, ...]] = {
     "encoded pairs": ("encoders", "rows", "sizes", "precision", "libraries"),
     "lengths of rows": ("model", "rows", "settings", "example", "libraries"),
+    "vision features": ("model", "adapter", "rows", "settings", "device", "libraries"),
     "reference log-probs": ("model", "adapter", "rows", "settings", "device", "libraries"),
     "training run": ("settings", "pairs", "encoded rows", "model", "adapter", "libraries"),
     "mined image pairs": ("settings", "model", "adapter", "prompts", "judges", "libraries"),

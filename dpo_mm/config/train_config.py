@@ -119,7 +119,7 @@ class TrainConfig(Settings):
     """auto | shared_prefix | separate. shared_prefix puts both responses behind one copy of the prompt, which saves time.
     auto uses it if a check on the first batch shows that log-probs stay the same."""
     cache_vision_features: bool = False
-    """Compute the features of a frozen vision tower once and cache them in memory. It saves time in each step."""
+    """Compute the features of a frozen vision tower once and cache them on disk. It saves time in each step."""
     ld_alpha: float = 1.0
     """Weight of tokens beyond the length of the shorter response, in [0, 1] (alpha of LD-DPO). 1: all tokens count alike."""
     edited_token_weight: float = 1.0
@@ -153,7 +153,7 @@ class TrainConfig(Settings):
     overwrite: bool = False
     """Remove an earlier result in output_dir first. Only files that dpo-mm wrote and that are unchanged are removed."""
     undecodable_images: str = "raise"
-    """raise | drop. What happens to rows with an image that does not decode. Dropped rows are listed in a file."""
+    """raise | drop. What happens to rows with an image that does not decode. Dropped rows are listed in quarantine.jsonl."""
 
     # Images
     resolution: int | None = None

@@ -57,7 +57,7 @@ class Pairs:
                 try:
                     images.append(image_files.rgb_image(row[column]))
                 except ValueError as reason:
-                    error = UndecodableImageError(self.dataset_name, row["id"], column, reason)
+                    error = UndecodableImageError(self.dataset_name, row["id"], column, with_file(reason, row[column]))
                     if self.undecodable_images == "raise":
                         raise error from None
                     listed = self.dropped_rows_file
@@ -79,7 +79,7 @@ class UndecodableImageError(ValueError):
     """
 
     def __init__(self, dataset_name: str, row: str, column: str, reason: Exception) -> None:
-        self.row, self.column, self.reason = row, column, str(reason)
+        self.dataset_name, self.row, self.column, self.reason = dataset_name, row, column, str(reason)
         super().__init__(
             f"row {row} of {dataset_name}: {column} does not decode ({reason}). "
             "Fix the file, or train with undecodable_images: drop"
@@ -88,6 +88,12 @@ class UndecodableImageError(ValueError):
     def as_json_line(self) -> str:
         """Return the line for the list of dropped rows."""
         return json.dumps({"row": self.row, "column": self.column, "reason": self.reason}) + "\n"
+
+    @classmethod
+    def from_json_line(cls, line: str, dataset_name: str) -> UndecodableImageError:
+        """Restore the error from `as_json_line`."""
+        entry = json.loads(line)
+        return cls(dataset_name, entry["row"], entry["column"], ValueError(entry["reason"]))
 
 
 def undecoded_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -141,8 +147,15 @@ def decode_prompt_images(row: Mapping[str, Any], dataset_name: str) -> list[Imag
         try:
             images.append(image_files.rgb_image(cell))
         except ValueError as reason:
-            raise UndecodableImageError(dataset_name, str(row["id"]), f"image {number}", reason) from None
+            error = UndecodableImageError(dataset_name, str(row["id"]), f"image {number}", with_file(reason, cell))
+            raise error from None
     return images
+
+
+def with_file(reason: Exception, cell: Any) -> Exception:
+    """Return the reason why an image does not decode, with the path of its file if it is not in the row itself."""
+    path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else None
+    return reason if not path or str(path) in str(reason) else ValueError(f"{path}: {reason}")
 
 
 def check_source_images(rows: Dataset, dataset_name: str, *, pipeline: str, is_image_editing: bool) -> None:

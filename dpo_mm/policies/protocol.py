@@ -274,6 +274,10 @@ class TextPolicy(Policy, Protocol):
         """
         ...
 
+    def encoding_fingerprint(self) -> str:
+        """Return a hash of everything that determines the tokens and pixels of a row. It reads no weights."""
+        ...
+
     def row_measure(self) -> Callable[[Mapping[str, Any]], RowSize | None]:
         """Return a function that counts a row's tokens without decoding its images.
 

@@ -188,13 +188,22 @@ def row_bytes(columns: Mapping[str, Tensor], precision: str) -> int:
     return sum(count * size for count, size in sizes)
 
 
-def check_disk(folder: Path, wanted: int) -> int:
-    """Return the free bytes of the folder's disk. Raise ValueError if they are fewer than wanted."""
+def check_disk(folder: Path, wanted: int, *, less: str = "halve it with cache_precision bf16") -> int:
+    """Return the free bytes of the folder's disk.
+
+    Args:
+        folder: an existing folder.
+        wanted: bytes to write.
+        less: how to write fewer bytes.
+
+    Raises:
+        ValueError: if there are fewer free bytes than wanted.
+    """
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise ValueError(
             f"encoding takes about {gib(wanted)} and {folder} has {gib(free)} free; free space, set DPO_MM_CACHE to another "
-            "disk, or halve it with cache_precision bf16"
+            f"disk, or {less}"
         )
     return free
 

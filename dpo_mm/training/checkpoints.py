@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE, LOG_FILE = "dpo_mm.json", "training_log.json"
 """Settings of a run, and its summary and log."""
-STATE = ("rewards", "measured_beta", "content", "pairs_per_step")
+STATE = ("rewards", "measured_beta", "content", "pairs_per_step", "dropped_rows")
 """Entries of a checkpoint's CONFIG_FILE in addition to the config."""
 FREE_TO_CHANGE = {
     "output_dir",

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +39,7 @@ from dpo_mm.training import arrow_shards
 from dpo_mm.training.arrow_shards import Part, Shards
 from dpo_mm.training.evaluation_split import split_digests, split_pairs
 from dpo_mm.training.response_rows import QUARANTINE, EncodedSplits, encode_responses
+from dpo_mm.training.shared_work import ProcessRank, wait_for_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,8 +49,6 @@ logger = logging.getLogger(__name__)
 SHARD = 256
 PIXELS, TOKENS = 32 * 256**2, SHARD * 77
 """Largest input of the encoders at a time: pixels of images, tokens of prompts."""
-SHARD_TIMEOUT_S = 1800.0
-"""Seconds without a new shard after which a process stops waiting for the others."""
 
 
 class EncodedPairs:
@@ -84,18 +80,6 @@ class EncodedPairs:
         row = self.pairs[number]
         row["prompt"] = self.prompts[int(row.pop("prompt_row"))]
         return row
-
-
-@dataclass(frozen=True)
-class ProcessRank:
-    """Index of this process and the number of processes, from the variables of `torchrun` and `accelerate launch`."""
-
-    index: int
-    count: int
-
-    @classmethod
-    def own(cls) -> ProcessRank:
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 class EncodingJob(NamedTuple):
@@ -178,9 +162,9 @@ def _encode(task: EncodingJob) -> None:
     ) as advance:
         _encode_pairs(task, names, advance)
     if task.share.index == 0:
-        _wait_for_files(expected, task.folder)
+        wait_for_files(expected, task.folder)
         _complete(task)
-    _wait_for_files([task.folder / COMPLETE], task.folder)
+    wait_for_files([task.folder / COMPLETE], task.folder)
 
 
 def sample_bytes(policy: ImagePolicy, precision: str) -> tuple[int, int]:
@@ -218,26 +202,6 @@ def _read_complete(folder: Path) -> dict[str, Any] | None:
         return without_checksum(json.loads((folder / COMPLETE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
-
-
-def _wait_for_files(paths: Iterable[Path], folder: Path) -> None:
-    """Wait until all files exist. Polling has no time limit for the whole, unlike a barrier of processes.
-
-    Raises:
-        ValueError: if no new file appears for `SHARD_TIMEOUT_S` seconds.
-    """
-    last, before = time.monotonic(), -1
-    missing = [path for path in paths if not path.exists()]
-    while missing:
-        now = sum(1 for _ in folder.iterdir())
-        last, before = (time.monotonic(), now) if now != before else (last, before)
-        if time.monotonic() - last > SHARD_TIMEOUT_S:
-            raise ValueError(
-                f"{missing[0]} has not come for {SHARD_TIMEOUT_S / 60:.0f} minutes; all processes must see the same folder, set "
-                "DPO_MM_CACHE to one on a shared disk"
-            )
-        time.sleep(0.2)
-        missing = [path for path in missing if not path.exists()]
 
 
 def _shards(total: int) -> Iterator[tuple[int, range]]:
@@ -328,16 +292,23 @@ def _refuse_non_finite(latents: torch.Tensor, rows: Sequence[dict[str, Any]], si
         )
 
 
-def encode_splits(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> EncodedSplits:
+def encode_splits(
+    policy: ImagePolicy | TextPolicy, config: TrainConfig, recorded: Sequence[Mapping[str, Any]] = ()
+) -> EncodedSplits:
     """Encode the training pairs of a config, and evaluation pairs of other prompts.
 
     Text is encoded in memory or in each step, see `response_rows`. Images go through the cache.
+
+    Args:
+        policy: the model.
+        config: settings of the run.
+        recorded: `dropped_rows` of the checkpoint that the run continues.
 
     Raises:
         ValueError: as `encode`.
     """
     if policy.modality == "text":
-        return encode_responses(policy, config, cache_folder())
+        return encode_responses(policy, config, cache_folder(), recorded)
     pairs = drop_ties(load_pairs(config.pairs))
     rows, apart = split_pairs(pairs, config)
     how: dict[str, Any] = {

@@ -8,6 +8,7 @@ checkpoint includes.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 
 from dpo_mm.cache_folder import cache_folder
 from dpo_mm.config import TrainConfig
+from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.errors import did_you_mean
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.protocol import Batch, ImagePolicy, Policy, TextPolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.training import reference_cache
+from dpo_mm.training.dropped_rows import DroppedRows, missing_log_probs
 from dpo_mm.training.pair_stream import PairStream, buckets_of
 
 Reference = Callable[[nn.Module, Batch], LogProbs]
@@ -178,69 +181,106 @@ def build_reference(policy: Policy, config: TrainConfig, shard: Shard = None) ->
 
 
 class WithReference:
-    """Encoded rows with the reference's log-probs of chosen and rejected for each of K fixed noise samples, (K,) each."""
+    """Encoded rows with the reference's log-probs of chosen and rejected for each of K fixed noise samples.
 
-    def __init__(self, rows: Any, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
+    Args:
+        rows: encoded rows.
+        chosen, rejected: log-probs, nats, (rows, K).
+        is_broken: True for rows whose image did not decode, (rows,). None: no row.
+    """
+
+    def __init__(self, rows: Any, chosen: Tensor, rejected: Tensor, is_broken: Tensor | None = None) -> None:
         self.rows, self.chosen, self.rejected, self.buckets = rows, chosen, rejected, buckets_of(rows)
-        self.lengths = getattr(rows, "lengths", None)
+        self.is_broken, self.lengths = is_broken, getattr(rows, "lengths", None)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        asked = {"reference_chosen": self.chosen[number], "reference_rejected": self.rejected[number]}
-        return {**self.rows[number], **asked}
+        values = {"reference_chosen": self.chosen[number], "reference_rejected": self.rejected[number]}
+        if self.is_broken is not None and self.is_broken[number]:
+            raise missing_log_probs(self.rows, number)
+        return {**self.rows[number], **values}
 
 
 @torch.no_grad()
 def precompute_reference_log_probs(
-    policy: ImagePolicy | TextPolicy, stream: PairStream, config: TrainConfig
+    policy: ImagePolicy | TextPolicy, stream: PairStream, config: TrainConfig, dropped: DroppedRows | None = None
 ) -> WithReference:
     """Compute the reference's log-probs of all rows at each of K fixed noise samples, once, before training.
 
-    Batches have the size of training's. The last one of a bucket is filled with rows that were computed already. So the values equal
+    Batches have the size of training's. The last one of a bucket or a shard is filled with other rows. So the values equal
     those of a reference in the step, bit for bit if arithmetic does not depend on the position in a batch. Text has no noise: its
-    log-probs are stored on disk for all runs, see `dpo_mm.training.reference_cache`.
+    log-probs are stored on disk for all runs, see `dpo_mm.training.reference_cache`, and several processes share the work.
 
     Args:
         policy: the prepared policy.
         stream: gives the rows and their fixed samples.
         config: settings of the run.
+        dropped: receives rows with a broken image. None: there are none.
 
     Returns:
         The rows with their log-probs.
     """
-    place = (
-        reference_cache.cache_path(policy, stream.rows, cache_folder(), precision=config.precision)
-        if policy.modality == "text"
-        else None
-    )
-    if place and (before := reference_cache.load(place)):
-        return WithReference(stream.rows, **before)
-    device = next(policy.model.parameters()).device
     rows = stream.rows
-    sides = torch.empty(2, len(rows), stream.num_fixed_draws)
+    with progress_bar("computing reference log-probs", len(rows) * stream.num_fixed_draws) as advance:
+        compute = functools.partial(_log_probs_of_part, policy, stream, config, dropped, advance)
+        if policy.modality == "text":
+            folder = reference_cache.cache_folder_of(policy, rows, cache_folder(), precision=config.precision)
+            return WithReference(rows, **reference_cache.load_or_compute(folder, len(rows), compute))
+        return WithReference(rows, **compute(range(len(rows))))
+
+
+def _log_probs_of_part(
+    policy: ImagePolicy | TextPolicy,
+    stream: PairStream,
+    config: TrainConfig,
+    dropped: DroppedRows | None,
+    advance: Callable[[int], object],
+    part: range,
+) -> dict[str, Tensor]:
+    """Log-probs of some rows, (rows, K) each, and which rows have a broken image."""
+    device = next(policy.model.parameters()).device
+    sides = torch.zeros(2, len(part), stream.num_fixed_draws)
+    is_broken = torch.zeros(len(part), dtype=torch.bool)
     off = policy.adapter_off() if config.tuning == "lora" else contextlib.nullcontext()
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
     mixed = torch.autocast(device.type, half, enabled=half is not None)
-    with off, mixed, progress_bar("asking the reference", len(rows) * stream.num_fixed_draws) as advance:
+    with off, mixed:
         for visit in range(stream.num_fixed_draws):
-            for numbers, fresh in _batches(rows, config.batch_size):
-                batch = policy.collate([stream.row_at_epoch(n, visit) for n in numbers])
-                log_probs = policy.log_probs(policy.model, _moved(batch, device))
-                for side, values in zip(sides, (log_probs.chosen, log_probs.rejected), strict=True):
-                    side[torch.tensor(numbers), visit] = values.float().cpu()
+            for numbers, fresh in _batches(stream.rows, config.batch_size, part):
+                items = [_item(stream, number, visit, dropped) for number in numbers]
+                usable = [item for item in items if item is not None]
+                places = [n for n, item in enumerate(items[:fresh]) if item is not None]
+                is_broken[[numbers[n] - part.start for n in range(fresh) if items[n] is None]] = True
+                if places:
+                    batch = policy.collate((usable * len(items))[: len(items)])
+                    log_probs = policy.log_probs(policy.model, _moved(batch, device))
+                    for side, values in zip(sides, (log_probs.chosen, log_probs.rejected), strict=True):
+                        kept = values.float().cpu()[: len(places)]
+                        side[torch.tensor([numbers[n] - part.start for n in places]), visit] = kept
                 advance(fresh)
-    if place:
-        reference_cache.save(place, chosen=sides[0].clone(), rejected=sides[1].clone())
-    return WithReference(rows, sides[0], sides[1])
+    return {"chosen": sides[0].clone(), "rejected": sides[1].clone(), "is_broken": is_broken}
 
 
-def _batches(rows: Any, size: int) -> Iterator[tuple[list[int], int]]:
-    """Yield row numbers in full batches of one bucket each, and the number of new rows among them."""
+def _item(stream: PairStream, number: int, visit: int, dropped: DroppedRows | None) -> dict[str, Any] | None:
+    """Return a row of the stream, or None if its image is broken."""
+    try:
+        return stream.row_at_epoch(number, visit)
+    except UndecodableImageError as error:
+        if dropped is None or dropped.action == "raise":
+            raise
+        dropped.add(error)
+        return None
+
+
+def _batches(rows: Any, size: int, part: range) -> Iterator[tuple[list[int], int]]:
+    """Yield numbers of rows in a part, in full batches of one bucket each, and how many of them are not there to fill it."""
     for group in buckets_of(rows):
-        for start in range(0, len(group), size):
-            yield [group[n % len(group)] for n in range(start, start + size)], min(size, len(group) - start)
+        low, high = max(group.start, part.start), min(group.stop, part.stop)
+        for start in range(low, high, size):
+            numbers = [group[(n - group.start) % len(group)] for n in range(start, start + size)]
+            yield numbers, min(size, high - start)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

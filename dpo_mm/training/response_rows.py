@@ -7,6 +7,7 @@ that a row that is too long or not valid is named at once. The lengths are cache
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -20,11 +21,11 @@ from dpo_mm.checksums import with_checksum, without_checksum
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions
 from dpo_mm.data.load_pairs import UndecodableImageError, UndecodedRows, decode_prompt_images, undecoded_rows
-from dpo_mm.data.row_digest import digest
+from dpo_mm.data.row_digest import row_digests
 from dpo_mm.data.schema import load_responses
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import atomic_write
+from dpo_mm.resumable import atomic_write, set_aside
 from dpo_mm.training.evaluation_split import split_pairs
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 QUARANTINE = "quarantine.jsonl"
+FIELDS = ("row", "column", "reason")
+"""Keys of a line of QUARANTINE."""
 MAX_BYTES_IN_MEMORY = 256 * 2**20
 """Size of all encoded rows above which they are encoded in the steps that use them."""
 SAMPLED_ROWS = 4
@@ -50,18 +53,20 @@ class EncodedSplits(NamedTuple):
     Attributes:
         digest: of the dataset.
         encoded_digest: of encoded text, "" for images, whose cache has a key.
+        row_digests: returns the digests of the response pairs with an id.
     """
 
     rows: Any
     eval_rows: Any
     digest: str
     encoded_digest: str = ""
+    row_digests: Callable[[str], list[str]] | None = None
 
 
 class StreamedRows:
     """Response pairs that are encoded when they are used, by number.
 
-    A row whose image does not decode is replaced by the next one that does, if undecodable_images is "drop".
+    A row whose image does not decode raises, see `dropped_rows`.
 
     Args:
         policy: encodes the rows.
@@ -69,7 +74,7 @@ class StreamedRows:
         numbers: rows to use.
         lengths: tokens of each of them.
         content_digest: hash of the dataset and of the token ids of their texts.
-        config: its `pairs` name the dataset, and its `undecodable_images` decides what happens to a broken image.
+        config: its `pairs` name the dataset.
     """
 
     def __init__(
@@ -93,26 +98,27 @@ class StreamedRows:
             raise IndexError(number)
         for place in range(number, number + len(self)):
             row = self.rows[self.numbers[place % len(self)]]
-            try:
-                images = decode_prompt_images(row, self.config.pairs)
-            except UndecodableImageError as error:
-                if self.config.undecodable_images == "raise":
-                    raise
-                logger.warning("%s. The next row takes its place", error)
-                continue
-            encoded = self.policy.encode([{**row, "images": images}])
-            if encoded:
+            images = decode_prompt_images(row, self.config.pairs)
+            if encoded := self.policy.encode([{**row, "images": images}]):  # else it is too long after all
                 return encoded[0]
-        raise ValueError(f"{self.config.pairs}: no row has images that decode. Fix the images")
+        raise ValueError(f"{self.config.pairs}: every row is longer than max_length. Raise it")
+
+    def ids(self) -> list[str]:
+        """Return the ids of the rows, in order."""
+        names = self.rows.others["id"][:]
+        return [str(names[number]) for number in self.numbers]
 
 
-def encode_responses(policy: TextPolicy, config: TrainConfig, cache: Path) -> EncodedSplits:
+def encode_responses(
+    policy: TextPolicy, config: TrainConfig, cache: Path, recorded: Sequence[Mapping[str, Any]] = ()
+) -> EncodedSplits:
     """Encode the training pairs of a config, and evaluation pairs of other prompts.
 
     Args:
         policy: the model.
         config: settings of the run.
         cache: folder for the lengths of rows that are encoded later.
+        recorded: rows that the run has dropped until its checkpoint. They stay dropped, and their digests count.
 
     Raises:
         ValueError: if a row is too long or not valid, or no row is left.
@@ -121,11 +127,11 @@ def encode_responses(policy: TextPolicy, config: TrainConfig, cache: Path) -> En
     inside, apart = split_pairs(pairs, config)
     splits = [part for part in (inside, apart) if part is not None]
     dropped: list[str] = []
-    content = digest(pairs)
+    digests = row_digests(pairs, recorded)
+    content, of_rows = content_hash(digests), np.array(digests, dtype=np.bytes_)
     if estimated_bytes(policy, pairs, config) > MAX_BYTES_IN_MEMORY:
-        model = policy.fingerprint()
         encoded: list[Any] = [
-            stream_rows(policy, part, config, cache, model=model, content=[content, number], dropped=dropped)
+            stream_rows(policy, part, config, cache, content=[content, number], dropped=dropped)
             for number, part in enumerate(splits)
         ]
         hashes: Any = [part.content_digest for part in encoded]
@@ -137,9 +143,17 @@ def encode_responses(policy: TextPolicy, config: TrainConfig, cache: Path) -> En
             f"{config.pairs}: none of its {len(pairs)} rows is left to train on, because {len(dropped)} have an image that "
             "does not decode and the others are longer than max_length. Fix the images, or raise max_length"
         )
-    if dropped and int(os.environ.get("RANK", "0")) == 0:
-        _list_dropped(Path(config.output_dir) / QUARANTINE, dropped)
-    return EncodedSplits(encoded[0], (encoded[1] or None) if apart is not None else None, content, content_hash(hashes))
+    if int(os.environ.get("RANK", "0")) == 0:
+        before = [json.dumps({name: record[name] for name in FIELDS}) + "\n" for record in recorded]
+        _list_dropped(Path(config.output_dir) / QUARANTINE, before or dropped)
+    eval_rows = (encoded[1] or None) if apart is not None else None
+    of_id = functools.partial(_digests_of, pairs, of_rows)
+    return EncodedSplits(encoded[0], eval_rows, content, content_hash(hashes), of_id)
+
+
+def _digests_of(pairs: Dataset, digests: np.ndarray, row: str) -> list[str]:
+    """Digests of the rows with an id."""
+    return [digests[number].decode() for number, name in enumerate(pairs["id"]) if name == row]
 
 
 def estimated_bytes(policy: TextPolicy, pairs: Dataset, config: TrainConfig) -> int:
@@ -179,7 +193,6 @@ def stream_rows(
     config: TrainConfig,
     cache: Path,
     *,
-    model: str,
     content: Any,
     dropped: list[str],
 ) -> StreamedRows:
@@ -190,14 +203,13 @@ def stream_rows(
         rows: response pairs, as stored.
         config: settings of the run.
         cache: folder for the lengths.
-        model: `policy.fingerprint()`, which reads all weights.
         content: digest of the rows.
         dropped: receives a line for each dropped row with a broken image.
 
     Raises:
         ValueError: as `encode_responses`.
     """
-    path = lengths_path(policy, rows, config, cache, model=model, content=content)
+    path = lengths_path(policy, config, cache, content=content)
     sizes = _measured(policy, rows, config, path)
     dropped += [size for size in sizes if isinstance(size, str)]
     numbers = [number for number, size in enumerate(sizes) if isinstance(size, list)]
@@ -228,21 +240,17 @@ def _measured(policy: TextPolicy, rows: Dataset, config: TrainConfig, path: Path
     return sizes
 
 
-def lengths_path(
-    policy: TextPolicy, rows: Dataset, config: TrainConfig, cache: Path, *, model: str, content: Any
-) -> Path:
-    """Return the path of the lengths of rows. The first row is encoded, because a template may print the date.
+def lengths_path(policy: TextPolicy, config: TrainConfig, cache: Path, *, content: Any) -> Path:
+    """Return the path of the lengths of rows. A short row is encoded, because a template may print the date.
 
     Args:
-        policy: the model.
-        rows: response pairs, as stored.
+        policy: the model. Its weights do not count.
         config: settings of the run.
         cache: folder of the cache.
-        model: `policy.fingerprint()`.
         content: digest of the rows.
     """
     parts = {
-        "model": model,
+        "model": policy.encoding_fingerprint(),
         "rows": content,
         "settings": [
             config.max_length,
@@ -251,10 +259,18 @@ def lengths_path(
             config.eval_fraction,
             config.seed,
         ],
-        "example": measure_row(policy.row_measure(), next(undecoded_rows(rows.select([0]))), drop=True),
+        "example": _example(policy),
         "libraries": library_versions(),
     }
     return cache / "lengths" / f"{content_key('lengths of rows', parts)}.json"
+
+
+def _example(policy: TextPolicy) -> list[Any] | None:
+    try:
+        size = policy.row_measure()({"id": "example", "images": [], "prompt": "a", "chosen": "b", "rejected": "c"})
+    except ValueError:  # it is longer than max_length, like all rows
+        return None
+    return None if size is None else list(size)
 
 
 def measure_row(
@@ -301,7 +317,23 @@ def _measure_in_processes(policy: TextPolicy, rows: Dataset, *, drop: bool) -> l
     return sizes
 
 
+def _remove_list(path: Path) -> None:
+    """Remove the list of an earlier run. A file with other contents is renamed."""
+    try:
+        is_list = all(json.loads(line).keys() == set(FIELDS) for line in path.read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError, AttributeError):
+        is_list = False
+    if is_list:
+        path.unlink()
+    else:
+        set_aside(path)
+
+
 def _list_dropped(path: Path, dropped: Sequence[str]) -> None:
+    if path.exists():
+        _remove_list(path)
+    if not dropped:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_text("".join(dropped), encoding="utf-8")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dpo_mm.cache_folder import cache_folder
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.content_key import check_ingredients, content_hash, library_versions
 from dpo_mm.data.load_pairs import UndecodableImageError
-from dpo_mm.data.row_digest import digest
+from dpo_mm.data.row_digest import digest, row_digests
 from dpo_mm.data.schema import drop_ties, load_pairs, load_responses
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.interruption import StopRequest, complete_part, stop_on_signal
@@ -42,11 +43,13 @@ from dpo_mm.training.checkpoints import (
     latest_complete_checkpoint,
     newest_first,
 )
+from dpo_mm.training.dropped_rows import DroppedRows, explain_loader_errors, rows_of_run
 from dpo_mm.training.encoding import EncodedSplits, encode_splits
 from dpo_mm.training.evaluation_split import split_digests, split_pairs
+from dpo_mm.training.feature_cache import cache_vision_features
 from dpo_mm.training.memory_plan import image_lines, response_lines
 from dpo_mm.training.model_card import write_card
-from dpo_mm.training.pair_stream import eval_stream, training_stream
+from dpo_mm.training.pair_stream import PairStream, eval_stream, training_stream
 from dpo_mm.training.reference import precompute_reference_log_probs, resolve_reference_name
 from dpo_mm.training.response_rows import describe_lengths, stream_rows
 from dpo_mm.training.tracking import TRACKING_SETTINGS
@@ -132,7 +135,7 @@ def _finished_result(config: TrainConfig, show_plan: ShowPlan) -> TrainResult:
     """
     folder = Path(config.output_dir)
     record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    content = _content(config) | {"pairs": _pairs_digest(config)}
+    content = _content(config) | {"pairs": _pairs_digest(config, record.get("dropped_rows") or [])}
     check_same_content(folder, record["content"], content, config)
     log = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))
     beta = float(record["measured_beta"] or record["beta"])
@@ -149,10 +152,10 @@ def _content(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _pairs_digest(config: TrainConfig) -> str:
+def _pairs_digest(config: TrainConfig, recorded: Sequence[Mapping[str, Any]]) -> str:
     """Digest of the pairs as `encode_splits` returns it, without encoding them."""
     if policy_class(config.model, revision=config.revision).modality == "text":
-        return digest(load_responses(config.pairs))
+        return content_hash(row_digests(load_responses(config.pairs), recorded))
     return content_hash(split_digests(split_pairs(drop_ties(load_pairs(config.pairs)), config)))
 
 
@@ -164,7 +167,7 @@ def _train(config: TrainConfig, checkpoint: Path | None, show_plan: ShowPlan) ->
     if checkpoint:  # before the pairs are encoded, which takes long
         check_same_content(checkpoint, saved_state["content"], content, config)
     policy = build_policy(config)
-    splits = _encode_once(policy, config)
+    splits = _encode_once(policy, config, saved_state.get("dropped_rows") or [])
     content |= {"pairs": splits.digest, "encoded rows": splits.encoded_digest}
     check_ingredients("training run", {"settings": config, **content})
     if checkpoint:
@@ -221,36 +224,45 @@ def _saved_so_far(config: TrainConfig, splits: EncodedSplits | None) -> str:
     return f"The encoded pairs are in {cache}" if cache else ""
 
 
-def _encode_once(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> EncodedSplits:
+def _encode_once(
+    policy: ImagePolicy | TextPolicy, config: TrainConfig, recorded: Sequence[Mapping[str, Any]]
+) -> EncodedSplits:
     """Encode the pairs. Text has no shared cache, so the first process encodes before the others."""
     if policy.modality == "image":
         return encode_splits(policy, config)
     with training_arguments(config).main_process_first(desc="encoding"):
-        return encode_splits(policy, config)
+        return encode_splits(policy, config, recorded)
 
 
 def _with_frozen_outputs(
     policy: ImagePolicy | TextPolicy, config: TrainConfig, splits: EncodedSplits
 ) -> tuple[Any, Any]:
-    """Training and evaluation rows with cached vision features and precomputed reference log-probs, if configured."""
+    """Training and evaluation rows with cached vision features and precomputed reference log-probs, if configured.
+
+    Rows on disk are wrapped, so that a row that breaks in the run is dropped or named.
+    """
     train_rows, eval_rows = splits.rows, splits.eval_rows
+    dropped = DroppedRows(Path(config.output_dir), config.undecodable_images, splits.row_digests)
     if config.cache_vision_features and policy.modality == "text":
-        train_rows = policy.cache_vision_features(train_rows)
-        eval_rows = eval_rows and policy.cache_vision_features(eval_rows)
+        features = functools.partial(
+            cache_vision_features, policy, config=config, cache=cache_folder(), dropped=dropped
+        )
+        train_rows, eval_rows = features(train_rows), eval_rows and features(eval_rows)
     if config.reference == "precomputed":
         samples = 1 if policy.modality == "text" else config.fixed_draws_per_row
         stream = dataclasses.replace(training_stream(config, train_rows, 1), num_fixed_draws=samples)
-        train_rows = precompute_reference_log_probs(policy, stream, config)
+        train_rows = precompute_reference_log_probs(policy, stream, config, dropped)
         if eval_rows is not None:
             stream = eval_stream(eval_rows, config, modality=policy.modality)
-            eval_rows = precompute_reference_log_probs(policy, stream, config)
-    return train_rows, eval_rows
+            eval_rows = precompute_reference_log_probs(policy, stream, config, dropped)
+    return rows_of_run(train_rows, dropped), eval_rows and rows_of_run(eval_rows, dropped)
 
 
 def _fit(trainer: PreferenceTrainer, checkpoint: Path | None, stop: StopRequest) -> None:
     """Train to the last step and evaluate at the end. If a stop is requested, save a checkpoint and raise."""
     config = trainer.config
-    with progress_bar("training", config.steps) as advance:
+    loaded = [part.rows for part in (trainer.train_dataset, trainer.eval_dataset) if isinstance(part, PairStream)]
+    with explain_loader_errors(*loaded), progress_bar("training", config.steps) as advance:
         trainer.add_callback(ProgressBarCallback(advance))
         trainer.add_callback(GracefulStopCallback(stop))
         trainer.remove_callback(PrinterCallback)
@@ -322,8 +334,7 @@ def dry_run(config: TrainConfig, *, vram: float | None = None) -> dict[str, str]
             summary |= {"truncated prompts": cut}
         summary |= image_lines(config, len(set(pairs["prompt"])), len(pairs), vram=vram)
     else:
-        model, content = policy.fingerprint(), [digest(pairs), 0]
-        rows = stream_rows(policy, train_rows, config, cache_folder(), model=model, content=content, dropped=[])
+        rows = stream_rows(policy, train_rows, config, cache_folder(), content=[digest(pairs), 0], dropped=[])
         summary |= {"tokens": describe_lengths(rows.lengths)}
         with contextlib.suppress(UndecodableImageError):
             longest = rows[max(range(len(rows)), key=lambda number: rows.lengths[number])]

@@ -46,10 +46,10 @@ from dpo_mm.training.checkpoints import (
     remove_checkpoint,
     remove_old_checkpoints,
 )
+from dpo_mm.training.dropped_rows import RunRows, streamed_rows
 from dpo_mm.training.metrics import image_reliance, reward_metrics, split_by_noise_quartile
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import TrackingReference, build_reference
-from dpo_mm.training.response_rows import StreamedRows
 from dpo_mm.training.tracking import prepare_trackers
 
 MAX_WORKERS = 4
@@ -112,7 +112,7 @@ class PreferenceTrainer(Trainer):
         self.run_state = {**(run_state or {}), "rewards": {"mean": 0.0, "count": 0.0}}
         self._metrics: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
         arguments = training_arguments(config)
-        if config.workers is None and isinstance(train_rows, StreamedRows):
+        if config.workers is None and streamed_rows(train_rows) is not None:
             arguments.dataloader_num_workers = min(MAX_WORKERS, os.cpu_count() or 1)
         super().__init__(
             model=policy.model,
@@ -296,7 +296,9 @@ class PreferenceTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save(folder, state_dict)
-        record = as_dict(self.config) | self.run_state | {KIND: RECORDS[CONFIG_FILE]}
+        rows = getattr(self.train_dataset, "rows", None)
+        dropped = {"dropped_rows": rows.dropped.records() if isinstance(rows, RunRows) else []}
+        record = as_dict(self.config) | self.run_state | dropped | {KIND: RECORDS[CONFIG_FILE]}
         (folder / CONFIG_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     def save_result(self, summary: Mapping[str, str], write_card: Callable[[Path], object]) -> None:

@@ -228,12 +228,18 @@ def test_changed_byte_of_written_pairs_is_noticed_when_they_are_read(tmp_path: P
 
 
 def test_changed_reference_log_probs_are_computed_again(tmp_path: Path) -> None:
-    path = tmp_path / "reference" / "key.safetensors"
-    reference_cache.save(path, chosen=torch.ones(3, 1), rejected=torch.zeros(3, 1))
-    found = reference_cache.load(path)
-    assert found is not None and torch.equal(found["chosen"], torch.ones(3, 1))
-    flip(path, at=0.99)
-    assert reference_cache.load(path) is None
+    computed = []
+
+    def compute(part: range) -> dict[str, torch.Tensor]:
+        computed.append(part)
+        return {"chosen": torch.arange(part.start, part.stop)[:, None].float()}
+
+    for _ in range(2):
+        found = reference_cache.load_or_compute(tmp_path, 300, compute)
+        assert torch.equal(found["chosen"][:, 0], torch.arange(300.0)) and computed == [range(256), range(256, 300)]
+    flip(tmp_path / "rows-00001.safetensors", at=0.99)
+    found = reference_cache.load_or_compute(tmp_path, 300, compute)
+    assert torch.equal(found["chosen"][:, 0], torch.arange(300.0)) and computed[2:] == [range(256, 300)]
 
 
 def test_changed_scores_and_responses_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

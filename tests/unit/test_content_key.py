@@ -38,7 +38,7 @@ from dpo_mm.outputs import OutputKind, output_folder, settings_of
 from dpo_mm.policies.families import load_policy, model_content
 from dpo_mm.policies.lora_layers import lora_layers, train_attached
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
-from dpo_mm.training import encoding, reference_cache, response_rows
+from dpo_mm.training import encoding, feature_cache, reference_cache, response_rows
 from dpo_mm.training.checkpoints import check_same_content
 from tests.conftest import noise_image
 from tests.contracts import tiny_vlms
@@ -119,7 +119,11 @@ def encoded_pairs(w: SimpleNamespace) -> Any:
 
 def reference(w: SimpleNamespace) -> Any:
     row = {"id": "a", "ids": torch.tensor([1, 2, w.limit])}
-    return reference_cache.cache_path(text_policy(w), [row], w.folder, precision=w.precision)
+    return reference_cache.cache_folder_of(text_policy(w), [row], w.folder, precision=w.precision)
+
+
+def features(w: SimpleNamespace) -> Any:
+    return feature_cache.features_key(text_policy(w), [{"id": "a", "ids": torch.tensor([1, 2, w.limit])}])
 
 
 def start_at_an_adapter(w: SimpleNamespace) -> None:
@@ -133,10 +137,8 @@ def adapt_text_encoder(w: SimpleNamespace) -> None:
 
 
 def lengths(w: SimpleNamespace) -> Any:
-    rows = make_response_rows([{"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}])
     config = TrainConfig("m", "p.parquet", "out", max_length=w.limit + 20)
-    policy = text_policy(w)
-    return response_rows.lengths_path(policy, rows, config, w.folder, model=policy.fingerprint(), content=w.truth)
+    return response_rows.lengths_path(text_policy(w), config, w.folder, content=w.truth)
 
 
 def mined_images(w: SimpleNamespace) -> Any:
@@ -261,10 +263,20 @@ CASES: dict[str, tuple[Change, dict[str, list[Change]]]] = {
             "device": [on_gpu],
         },
     ),
+    "vision features": (
+        features,
+        {
+            "model": [lambda w: add(next(w.policy.model.parameters()))],
+            "adapter": [start_at_an_adapter],
+            "rows": [put(limit=9)],
+            "settings": [TEMPLATE, TOKEN, lambda w: setattr(w.policy.encoder, "corrupt", True)],
+            "device": [on_gpu],
+        },
+    ),
     "lengths of rows": (
         lengths,
         {
-            "model": [lambda w: add(next(w.policy.model.parameters())), TOKEN],
+            "model": [TOKEN, lambda w: setattr(w.policy.model.config, "rms_norm_eps", 0.1)],
             "rows": [put(truth="no")],
             "settings": [put(limit=9)],
             "example": [TEMPLATE],
@@ -351,8 +363,8 @@ def test_every_ingredient_changes_the_key(kind: str, world: SimpleNamespace) -> 
 
 @pytest.mark.parametrize("kind", [kind for kind in CASES if "settings" in INGREDIENTS[kind]])
 def test_changed_ingredient_refuses_to_continue_a_folder(kind: str, world: SimpleNamespace) -> None:
-    if kind in ("reference log-probs", "lengths of rows"):
-        return  # has a file of its own for each key
+    if kind in ("reference log-probs", "vision features", "lengths of rows"):
+        return  # has a file or a folder of its own for each key
     made, (key, changes) = world.folder / "out", CASES[kind]
     parts = lambda: key(world)[0] if kind == "scores of images" else key(world)  # type: ignore[index]
     take = lambda: output_folder(made, OutputKind("mining.json", "made"), settings_of(kind, parts()))

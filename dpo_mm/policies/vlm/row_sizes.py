@@ -10,7 +10,7 @@ from PIL import Image
 from dpo_mm.content_key import content_hash
 from dpo_mm.data.conversation import as_messages
 from dpo_mm.data.image_files import image_bytes, image_size
-from dpo_mm.data.load_pairs import UndecodableImageError
+from dpo_mm.data.load_pairs import UndecodableImageError, with_file
 from dpo_mm.data.schema import prompt_images
 from dpo_mm.policies.vlm.chat import ConversationEncoder
 
@@ -75,5 +75,6 @@ def _image_sizes(row: Mapping[str, Any]) -> list[tuple[int, int]]:
         try:
             sizes.append(cell.size if isinstance(cell, Image.Image) else image_size(image_bytes(cell)))
         except (ValueError, OSError) as reason:
-            raise UndecodableImageError("the pairs", str(row["id"]), f"image {number}", reason) from None
+            error = UndecodableImageError("the pairs", str(row["id"]), f"image {number}", with_file(reason, cell))
+            raise error from None
     return sizes

@@ -180,16 +180,17 @@ class VisionLanguage:
     # Encoding, done once per dataset
 
     def fingerprint(self) -> str:
-        """Return a hash of everything that determines a row's encoding and its reference log-probs.
-
-        It contains the weights without a LoRA, the configuration, the processor with its tokenizer and chat template, and the
-        settings of lengths and token weights.
-        """
-        model, encoder = self.base_model, self.encoder
+        """Return a hash of what determines reference log-probs: `encoding_fingerprint`, the base's weights, token weights."""
+        model = self.base_model
         weights = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
-        settings = [encoder.max_length, encoder.overlong_rows, self.ld_alpha, self.edited_token_weight]
         base = {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
-        return content_hash([type(model).__name__, str(model.dtype), base, model.config, self.processor, settings])
+        return content_hash([self.encoding_fingerprint(), base, self.ld_alpha, self.edited_token_weight])
+
+    def encoding_fingerprint(self) -> str:
+        """Return a hash of what determines token ids: configuration, tokenizer, processor, chat template and limits."""
+        model, encoder = self.base_model, self.encoder
+        settings = [encoder.max_length, encoder.overlong_rows, encoder.corrupt, encoder.mark_edits]
+        return content_hash([type(model).__name__, model.config, self.processor, settings])
 
     def row_measure(self) -> RowMeasure:
         """Return a function that counts a row's tokens. See `RowMeasure`."""

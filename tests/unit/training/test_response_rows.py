@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +61,6 @@ def pairs(folder: Path, **changes: dict[str, Any]) -> str:
 def config(model: str, rows: str, folder: Path, **more: Any) -> TrainConfig:
     given = {"beta": 0.1, "steps": 3, "batch_size": 2, "eval_fraction": 0.25, "learning_rate": 1e-2, "log_every": 1}
     return TrainConfig(model=model, pairs=rows, output_dir=str(folder), **{**given, **more})
-
-
-def truncated(number: int) -> dict[str, Any]:
-    """An image with a header, whose pixels are cut off."""
-    data = encode_png(noise_image(number, (60, 60)))
-    return {"images": [{"bytes": data[: len(data) // 2], "path": None}]}
 
 
 @pytest.mark.parametrize("family", sorted(BUILDERS))
@@ -158,20 +151,6 @@ def test_image_without_a_header_is_listed_and_left_out(model: str, tmp_path: Pat
     settings = config(model, rows, tmp_path / "run", undecodable_images="drop", eval_fraction=0.0)
     rows_left = encode_splits(build_policy(settings), settings).rows
     assert len(rows_left) == 7 and '"row": "r2"' in (tmp_path / "run" / "quarantine.jsonl").read_text()
-
-
-def test_image_that_breaks_in_the_run_is_named_or_replaced_by_the_next(
-    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = pairs(tmp_path, r2=truncated(2), r3=truncated(3))
-    settings = config(model, rows, tmp_path / "run", eval_fraction=0.0, workers=0)
-    with pytest.raises(ValueError, match=r"row r[23] of .*does not decode"):
-        train(settings)
-    settings = config(model, rows, tmp_path / "run", eval_fraction=0.0, undecodable_images="drop")
-    left = encode_splits(build_policy(settings), settings).rows
-    with caplog.at_level(logging.WARNING):
-        assert [left[n]["id"] for n in range(8)] == ["r0", "r1", "r4", "r4", "r4", "r5", "r6", "r7"]
-    assert "row r2 of" in caplog.text and "The next row takes its place" in caplog.text
 
 
 @pytest.mark.slow

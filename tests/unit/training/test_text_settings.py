@@ -194,7 +194,7 @@ def test_reference_cache_is_reused_by_the_next_run(
         return sum(asked), [float(found[n]["reference_rejected"]) for n in range(5)]
 
     first = kept()
-    assert first[0] == 6 and len(list((tmp_path / "cache" / "reference").glob("*.safetensors"))) == 1
+    assert first[0] == 6 and len(list((tmp_path / "cache" / "reference").glob("*/rows-00000.safetensors"))) == 1
     assert kept(lora_rank=8, batch_size=3, seed=5) == (0, first[1])
     assert kept(lora_rank=3)[0] == 6, "other rows: five of them, the last batch filled up"
     tails = kept(ld_alpha=0.5)
