@@ -56,7 +56,7 @@ INGREDIENTS: dict[str, tuple[str, ...]] = {
 Settings are those of the command. `encoders`, `model` and `weights` contain configurations, tokenizers, chat templates and
 processors. Dataset, images, prompts and questions count by their content, not by their path. Judges count by their cards.
 """
-LIBRARIES = ("torch", "transformers", "diffusers", "peft", "tokenizers", "numpy", "pillow")
+LIBRARIES = ("torch", "torchvision", "transformers", "diffusers", "peft", "tokenizers", "numpy", "pillow")
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".py")
 """Ends of the names of files that decide what a model computes. Others are pages and pictures about it."""
 RECORDS_OF_TRAINING = ("complete.json", "dpo_mm.json", "training_log.json")
