@@ -176,6 +176,10 @@ class ImagePolicy(Policy, Protocol):
         """Compute the prompt embeddings: tensors by name, prompts first, on the CPU."""
         ...
 
+    def on_device(self, encoders: Literal["text encoders", "autoencoder"]) -> AbstractContextManager[None]:
+        """Context manager in which these encoders are on the device, if components are moved there one at a time."""
+        ...
+
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Encode images with the autoencoder.
 

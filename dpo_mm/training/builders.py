@@ -222,7 +222,7 @@ def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | 
         options = {name: getattr(config, name) for name in TEXT_ONLY_SETTINGS if name not in OF_THE_RUN}
         options["corrupt"] = "corrupted_ratio" in required_inputs(config)
     else:
-        options = {"resolution": config.resolution, "weights": weights}
+        options = {"resolution": config.resolution, "weights": weights, "one_at_a_time": True}
     precision = config.precision if config.tuning == "lora" else "fp32"
     if config.quantize:
         options["quantize"] = config.quantize

@@ -155,11 +155,12 @@ def _encode(task: EncodingJob) -> None:
     bytes_per_prompt, bytes_per_pair = sample_bytes(task.policy, task.precision)
     cache_bytes = bytes_per_prompt * len(names) + bytes_per_pair * len(task.pairs.rows)
     arrow_shards.check_disk(task.folder, int(cache_bytes * missing))
-    with progress_bar(f"encoding prompts, {arrow_shards.gib(bytes_per_prompt * len(names))}", len(names)) as advance:
+    title = f"encoding prompts, {arrow_shards.gib(bytes_per_prompt * len(names))}"
+    with progress_bar(title, len(names)) as advance, task.policy.on_device("text encoders"):
         _encode_prompts(task, names, advance)
-    with progress_bar(
-        f"encoding images, {arrow_shards.gib(bytes_per_pair * len(task.pairs.rows))}", len(task.pairs.rows)
-    ) as advance:
+    rows = len(task.pairs.rows)
+    title = f"encoding images, {arrow_shards.gib(bytes_per_pair * rows)}"
+    with progress_bar(title, rows) as advance, task.policy.on_device("autoencoder"):
         _encode_pairs(task, names, advance)
     if task.share.index == 0:
         wait_for_files(expected, task.folder)
@@ -169,8 +170,10 @@ def _encode(task: EncodingJob) -> None:
 
 def sample_bytes(policy: ImagePolicy, precision: str) -> tuple[int, int]:
     """Bytes on disk of one prompt and of one pair, measured by encoding one of each."""
-    prompt = policy.encode_prompts(["a picture"])
-    mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
+    with policy.on_device("text encoders"):
+        prompt = policy.encode_prompts(["a picture"])
+    with policy.on_device("autoencoder"):
+        mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
     source = policy.is_image_editing * arrow_shards.row_bytes({"mean": mean}, precision)
     return arrow_shards.row_bytes(prompt, precision), source + 2 * arrow_shards.row_bytes(
         {"mean": mean, "std": std}, precision

@@ -20,7 +20,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -32,35 +32,22 @@ from dpo_mm.content_key import content_hash, plain_settings
 from dpo_mm.data.image_files import to_rgb
 from dpo_mm.model_loading import load_pipeline
 from dpo_mm.objectives import LogProbs, sdpo_lambda_image
-from dpo_mm.policies.adapters import SavedLora, Weights, add_lora, has_lora
+from dpo_mm.policies.adapters import SavedLora, Weights, add_lora, has_lora, pipeline_modules
 from dpo_mm.policies.diffusion import run_summary, sampling, weight_files
 from dpo_mm.policies.diffusion.buckets import Crop, Size, cover
 from dpo_mm.policies.diffusion.collate import collate
+from dpo_mm.policies.diffusion.denoising_errors import DenoisingErrors, surrogate_log_probs
 from dpo_mm.policies.diffusion.latents import latent_scale, posterior
 from dpo_mm.policies.diffusion.meta_pipeline import load_on_meta_device
 from dpo_mm.policies.diffusion.noise_process import noise_process_for
-from dpo_mm.policies.diffusion.pipeline_checks import check_components, check_unet
+from dpo_mm.policies.diffusion.pipeline_checks import check_components, check_resolution, check_unet
+from dpo_mm.policies.diffusion.placement import Encoders, move, on_device
 from dpo_mm.policies.lora_layers import reference_weights
 from dpo_mm.policies.protocol import Batch
 
 Prompt = dict[str, Tensor]
 """A family's encoded prompts: tensors by name, prompts first."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class DenoisingErrors(NamedTuple):
-    """Denoising errors of the images of a batch."""
-
-    mean: Tensor
-    """Mean squared error per image, (images,), float32."""
-    residual: Tensor
-    """Prediction minus target, (images, channels, height, width), float32, without gradient."""
-
-
-def _surrogate_log_probs(errors: DenoisingErrors) -> LogProbs:
-    chosen, rejected = (-0.5 * errors.mean).chunk(2)
-    ones = torch.ones_like(chosen)
-    return LogProbs(chosen, rejected, ones, ones, is_likelihood=False)
 
 
 class DiffusionPolicy:
@@ -96,6 +83,8 @@ class DiffusionPolicy:
         self.target_size: Size | None = None
         self.base_pipe: Any = None
         self.encoder_loras: dict[str, SavedLora] = {}
+        self.home: torch.device | None = None
+        """Device to which components are moved one at a time. None: all of them are on it."""
 
     # Overridden by families
 
@@ -162,6 +151,7 @@ class DiffusionPolicy:
         resolution: int | None = None,
         weights: bool = True,
         quantize: str | None = None,
+        one_at_a_time: bool = False,
     ) -> Self:
         """Load a pipeline as a policy.
 
@@ -173,6 +163,7 @@ class DiffusionPolicy:
             resolution: pixels per edge. None is the pipeline's own resolution.
             weights: False reads no weights and leaves all modules on the meta device, see `load_on_meta_device`.
             quantize: nf4, int8 or fp8 for the denoiser and large text encoders, see `dpo_mm.quantization`.
+            one_at_a_time: True leaves all on the CPU. `on_device` and `free_encoders` move what is needed, see `placement`.
 
         Raises:
             ValueError: if a component is missing, the precision is unknown, or the resolution is not supported.
@@ -185,14 +176,14 @@ class DiffusionPolicy:
             options |= {"quantize": quantize, "device": device}
         pipe = cls.open(source, **options) if weights else load_on_meta_device(source, **options)
         pipe.set_progress_bar_config(disable=True)
+        home = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if weights:
-            pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            move(pipeline_modules(pipe), torch.device("cpu") if one_at_a_time else home)
         check_unet(pipe, source)
         policy = cls(pipe, source)
+        policy.home = home if weights and one_at_a_time else None
         if resolution is not None:
-            step = pipe.vae_scale_factor * cls.patch
-            if resolution <= 0 or resolution % step:
-                raise ValueError(f"resolution {resolution} is not supported: {source!r} takes multiples of {step}")
+            check_resolution(resolution, multiple=pipe.vae_scale_factor * cls.patch, source=source)
             policy.resolution = resolution
         return policy
 
@@ -203,8 +194,8 @@ class DiffusionPolicy:
 
     @property
     def device(self) -> torch.device:
-        """Device of the denoiser's weights."""
-        return self.model.device  # type: ignore[return-value]
+        """Device on which the pipeline computes."""
+        return self.home or self.model.device  # type: ignore[return-value]
 
     def prepare(self, config: TrainConfig) -> None:
         """Freeze the pipeline, then add a LoRA to the denoiser or make all of it trainable. See `Policy.prepare`."""
@@ -275,12 +266,19 @@ class DiffusionPolicy:
         finally:
             self.target_size = None
 
+    def on_device(self, encoders: Encoders) -> AbstractContextManager[None]:
+        """Context manager in which text encoders or the autoencoder are on the device. See `ImagePolicy.on_device`."""
+        return on_device(self, encoders)
+
     def free_encoders(self) -> None:
-        """Release all modules except the denoiser."""
+        """Release all modules except the denoiser, and move it to the device."""
         self.vae = None
         for name, part in self.pipe.components.items():
             if name != self.denoiser and isinstance(part, nn.Module):
                 setattr(self.pipe, name, None)
+        if self.home is not None:
+            move({self.denoiser: self.model}, self.home)
+            self.home = None
 
     # Training
 
@@ -318,12 +316,12 @@ class DiffusionPolicy:
 
     def log_probs(self, model: nn.Module, batch: Batch) -> LogProbs:
         """Compute -1/2 of the denoising errors of chosen and rejected in one forward pass. See `Policy.log_probs`."""
-        return _surrogate_log_probs(self.pair_errors(model, batch))
+        return surrogate_log_probs(self.pair_errors(model, batch))
 
     def log_probs_and_gradient_scale(self, model: nn.Module, batch: Batch, *, slack: float) -> tuple[LogProbs, Tensor]:
         """Compute `log_probs` and `sdpo`'s scale of the rejected gradient in one forward pass, (pairs,)."""
         errors = self.pair_errors(model, batch)
-        return _surrogate_log_probs(errors), sdpo_lambda_image(*errors.residual.chunk(2), slack=slack)
+        return surrogate_log_probs(errors), sdpo_lambda_image(*errors.residual.chunk(2), slack=slack)
 
     def pair_errors(self, model: nn.Module, batch: Batch) -> DenoisingErrors:
         """Compute the denoising errors of the chosen images, then of the rejected ones, (2 * pairs,)."""

@@ -16,6 +16,12 @@ def check_components(source: str, names: Sequence[str]) -> None:
             )
 
 
+def check_resolution(resolution: int, *, multiple: int, source: str) -> None:
+    """Raise ValueError unless a resolution is a multiple of this number of pixels."""
+    if resolution <= 0 or resolution % multiple:
+        raise ValueError(f"resolution {resolution} is not supported: {source!r} takes multiples of {multiple}")
+
+
 def check_unet(pipe: Any, source: str) -> None:
     """Raise ValueError for a UNet that needs more inputs than latents, timestep and prompt."""
     unet = getattr(pipe, "unet", None)

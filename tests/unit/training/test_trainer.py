@@ -17,7 +17,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_image_rows
 from dpo_mm.objectives import OBJECTIVES, LogProbs
 from dpo_mm.policies.adapters import LORA_FILE
-from dpo_mm.policies.diffusion.diffusion_policy import DenoisingErrors
+from dpo_mm.policies.diffusion.denoising_errors import DenoisingErrors
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.builders import build_loss
 from dpo_mm.training.encoding import encode_splits
