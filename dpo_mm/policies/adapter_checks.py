@@ -18,6 +18,11 @@ from dpo_mm.model_checks import check_finite_tensors, check_folder, check_safete
 ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 METADATA = "lora_adapter_metadata"
 """Key of the LoRA's settings in the header of diffusers' file."""
+UNSUPPORTED_WEIGHTS = {
+    ".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".lora_mid": "LoCon with a Tucker decomposition",
+    "dora_scale": "kohya's DoRA (dora_scale)",
+}  # fmt: skip
+"""Kinds of weights that diffusers leaves out or that cannot be trained further, by a part of their names."""
 MAX_RANK = 4096
 PLAIN_NAME = re.compile(r"[\w.\-/]+")
 """Names of tensors. diffusers makes regular expressions of them."""
@@ -82,6 +87,15 @@ def check_diffusers_lora(file: Path, models: Mapping[str, nn.Module]) -> None:
         raise ValueError(f"{file}: has no weights. Save the adapter again")
     weights = load_file(file)
     _check_tensors(weights, file)
+    for name in weights:
+        kind = next((kind for part, kind in UNSUPPORTED_WEIGHTS.items() if part in name), None)
+        if kind:
+            raise ValueError(f"{file}: has {kind} weights ({name}), which are not supported. Use a LoRA")
+        part = name.partition(".")[0]
+        if part.startswith("text_encoder") and models.get(part) is None:
+            raise ValueError(
+                f"{file}: the weight {name} is of a {part}, which the model does not have. Is it of another model?"
+            )
     with safe_open(file, framework="pt") as opened:
         text = (opened.metadata() or {}).get(METADATA)
     if not text:

@@ -230,6 +230,12 @@ def attach_lora(pipe: Any, file: Path) -> None:
     check_diffusers_lora(file, pipeline_modules(pipe))
     with name_model(f"adapter {str(file.parent)!r}"), _refuse_unused_weights(file):
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=TRAINED)
+    for model in lora_models(pipe):
+        layers = {name for name, layer in model.named_modules() if hasattr(layer, "lora_alpha")}
+        targets = model.peft_config[TRAINED].target_modules
+        unused = [] if isinstance(targets, str) else [t for t in targets if not any(n.endswith(t) for n in layers)]
+        if unused:
+            raise ValueError(f"{file}: {min(unused)} has no place in {type(model).__name__}. Is it of another model?")
 
 
 def attach_peft(model: Any, folder: Path) -> None:
