@@ -135,7 +135,7 @@ def _check_trainable(policy: ImagePolicy | TextPolicy, config: TrainConfig, name
 
 
 def _encoder_loras(policy: ImagePolicy, models: Mapping[str, Any], name: str) -> dict[str, SavedLora]:
-    """LoRAs of the text encoders by name, which stay as they are and are saved with the result."""
+    """LoRAs of the text encoders by name, unchanged, for the file of the result."""
     encoders = {part: model for part, model in models.items() if model is not policy.model}
     save = getattr(type(policy.pipe), "save_lora_weights", None)
     known = inspect.signature(save).parameters if save else {}
