@@ -43,15 +43,17 @@ class PeakMemoryMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage(), before)
+        before: set[int] | None = None
+        for tensor in (made,) if isinstance(made, Tensor) else tree_leaves(made):
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self.known:
+                if before is None:
+                    before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+                self._count(storage, before)
         return made
 
     def _count(self, storage: Any, before: set[int]) -> None:
         key = id(storage)
-        if key in self.known or key in before:
+        if key in before or key in self.known:
             return
         size = storage.nbytes()
         self.now += size

@@ -39,9 +39,10 @@ class MixedMetaMode(TorchDispatchMode):
             args = (args[0], _positions(args[1]), *args[2:])
         elif func is aten.masked_select.default and not args[1].is_meta:
             func, args = aten.index.Tensor, (args[0], _positions([args[1]]))
-        if "device" in kwargs and kwargs["device"] is not None:
+        if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("meta")
-        args, kwargs = tree_map(_to_meta, (args, kwargs))
+        if not all(tensor.is_meta for tensor in tensors):
+            args, kwargs = tree_map(_to_meta, (args, kwargs))
         return func(*args, **kwargs)
 
 
