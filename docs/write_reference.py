@@ -17,6 +17,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from dpo_mm import config
 from dpo_mm.config.descriptions import REQUIRED, describe_settings, yaml_value
@@ -166,11 +167,11 @@ def cli_page() -> str:
     from dpo_mm.cli.main import app
     from dpo_mm.cli.settings_help import SettingsCommand
 
-    SettingsCommand.format_epilog = lambda *_: None  # type: ignore[method-assign]  # the page Settings has them
     runner = CliRunner()
 
     def section(words: list[str], command: Any) -> list[str]:
-        result = runner.invoke(app, [*words, "--help"], prog_name="dpo-mm", env={"COLUMNS": COLUMNS})
+        with mock.patch.object(SettingsCommand, "format_epilog"):  # the page Settings has them
+            result = runner.invoke(app, [*words, "--help"], prog_name="dpo-mm", env={"COLUMNS": COLUMNS})
         if result.exit_code:
             raise ValueError(f"dpo-mm {' '.join(words)} --help failed: {result.output}")
         text = "\n".join(line.rstrip() for line in result.output.strip().splitlines())

@@ -8,6 +8,7 @@ estimate is for one process. FSDP divides everything except activations by the n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
+from dpo_mm.policies.adapters import pipeline_modules
 from dpo_mm.policies.protocol import ImagePolicy, Policy
 from dpo_mm.quantization import LARGE_ENCODER, PACKAGES
 from dpo_mm.training.arrow_shards import gib
@@ -67,7 +69,7 @@ class PeakMemoryMode(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a run in one process. step: peak of activations and gradients. encoding: total before training."""
+    """Bytes of a run in one process. step: peak of activations and gradients. encoding: peak before training."""
 
     weights: int
     reference: int
@@ -102,7 +104,9 @@ class Counts:
             in large text encoders.
         itemsize: bytes per weight of these layers.
         trained: shapes of the trained parameters.
-        step, encoding: as in `Memory`, not quantised.
+        step: as in `Memory`, not quantised.
+        text_encoders: bytes of an image generator's text encoders, not quantised.
+        autoencoder: bytes of its autoencoder, and the peak of encoding images.
     """
 
     weights: int
@@ -111,22 +115,26 @@ class Counts:
     itemsize: int
     trained: tuple[torch.Size, ...]
     step: int
-    encoding: int
+    text_encoders: int = 0
+    autoencoder: int = 0
 
     def memory(self, config: TrainConfig) -> Memory:
-        """Bytes of a run with the settings optimizer, reference and quantize of a config."""
-        weights, step, encoding = self.weights, self.step, self.encoding
+        """Bytes of a run with the settings optimizer, reference and quantize of a config.
+
+        Text encoders, autoencoder and denoiser are on the GPU one after the other.
+        """
+        weights, step, text_encoders = self.weights, self.step, self.text_encoders
         if quantize := config.quantize:
             saved, saved_encoders = (
                 sum(self.itemsize * shape.numel() - quantized_bytes(shape, quantize) for shape in shapes)
                 for shapes in (self.layers, self.encoder_layers)
             )
             weights -= saved
-            encoding -= saved + saved_encoders if encoding else 0
+            text_encoders -= saved_encoders
             step += self.itemsize * max((shape.numel() for shape in self.layers), default=0)  # the layer that runs
         copies = resolve_reference_name(config) == "frozen_copy"
         state = sum(state_bytes(shape, config.optimizer) for shape in self.trained)
-        return Memory(weights, copies * weights, state, step, encoding)
+        return Memory(weights, copies * weights, state, step, max(text_encoders, self.autoencoder))
 
 
 def count_images(policy: ImagePolicy, config: TrainConfig) -> Counts:
@@ -136,17 +144,20 @@ def count_images(policy: ImagePolicy, config: TrainConfig) -> Counts:
         policy: prepared, on the meta device. It loses its encoders.
         config: settings of the run.
     """
-    modules = {name: part for name, part in policy.pipe.components.items() if isinstance(part, nn.Module)}
-    large = [m for m in modules.values() if m is not policy.model and num_weights(m) >= LARGE_ENCODER]
-    everything, layers = sum(_bytes(module) for module in modules.values()), _linear_shapes(large)
+    vae = policy.pipe.vae
+    encoders = [m for m in pipeline_modules(policy.pipe).values() if m is not policy.model and m is not vae]
+    layers = _linear_shapes([encoder for encoder in encoders if num_weights(encoder) >= LARGE_ENCODER])
+    text_encoders, autoencoder = sum(map(_bytes, encoders)), _bytes(vae)
     with MixedMetaMode(), CudaRules(), torch.random.fork_rng(devices=[]):
         rows = [_row(policy)] * config.batch_size
         with PeakMemoryMode() as encoding:
             size = policy.resolution
             policy.encode_images([Image.new("RGB", (size, size))] * images_per_batch((size, size)))
         policy.free_encoders()
-    total = everything + encoding.peak
-    return _count_step(policy, config, rows, skip=(), encoder_layers=layers, encoding=total)
+    counts = _count_step(policy, config, rows, skip=())
+    return dataclasses.replace(
+        counts, encoder_layers=layers, text_encoders=text_encoders, autoencoder=autoencoder + encoding.peak
+    )
 
 
 def count_responses(policy: Policy, config: TrainConfig, row: dict[str, Any], *, skip: Sequence[nn.Module]) -> Counts:
@@ -158,13 +169,12 @@ def count_responses(policy: Policy, config: TrainConfig, row: dict[str, Any], *,
         row: the longest row of the dataset, encoded.
         skip: modules that `quantize` does not touch.
     """
-    return _count_step(policy, config, [row] * config.batch_size, skip=skip, encoder_layers=(), encoding=0)
+    return _count_step(policy, config, [row] * config.batch_size, skip=skip)
 
 
 def _count_step(
-    policy: Policy, config: TrainConfig, rows: list[dict[str, Any]], *, skip: Sequence[nn.Module],
-    encoder_layers: tuple[torch.Size, ...], encoding: int,
-) -> Counts:  # fmt: skip
+    policy: Policy, config: TrainConfig, rows: list[dict[str, Any]], *, skip: Sequence[nn.Module]
+) -> Counts:
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     with MixedMetaMode(), torch.random.fork_rng(devices=[]):
         batch = policy.collate(rows)
@@ -177,7 +187,7 @@ def _count_step(
     frozen = next((p for p in policy.model.parameters() if not p.requires_grad), None)
     itemsize = 4 if frozen is None else frozen.element_size()
     shapes = tuple(parameter.shape for parameter in trained)
-    return Counts(_bytes(policy.model), layers, encoder_layers, itemsize, shapes, step.peak, encoding)
+    return Counts(_bytes(policy.model), layers, (), itemsize, shapes, step.peak)
 
 
 def _linear_shapes(models: Sequence[nn.Module], skip: Sequence[nn.Module] = ()) -> tuple[torch.Size, ...]:

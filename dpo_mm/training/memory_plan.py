@@ -43,12 +43,13 @@ def image_lines(config: TrainConfig, prompts: int, pairs: int, *, vram: float | 
     """
     per_prompt, per_pair = disk_bytes(build_policy(dataclasses.replace(config, quantize=None), weights=False), config)  # type: ignore[arg-type]
     disk = per_prompt * prompts + per_pair * pairs
-    lines = memory_lines(config, _count_image_run, vram=vram)
+    lines = memory_lines(config, _count_image_run, vram=vram, fixed_draws=True)
     return lines | {"disk": f"about {gib(disk)} for {pairs:,} pairs of {prompts:,} prompts, encoded"}
 
 
 def _count_image_run(config: TrainConfig) -> Counts:
-    policy: Any = build_policy(config, weights=False)
+    policy = build_policy(config, weights=False)
+    assert policy.modality == "image"
     policy.prepare(config)
     return count_images(policy, config)
 
@@ -76,13 +77,14 @@ def response_lines(config: TrainConfig, row: dict[str, Any], *, vram: float | No
     return memory_lines(config, count, vram=vram)
 
 
-def memory_lines(config: TrainConfig, count: Count, *, vram: float | None) -> dict[str, str]:
+def memory_lines(config: TrainConfig, count: Count, *, vram: float | None, fixed_draws: bool = False) -> dict[str, str]:
     """Lines `memory` and, if there is a GPU to compare with, `fits` of a run's plan.
 
     Args:
         config: settings of the run.
         count: counts the bytes of a run.
         vram: memory of the GPU in GB of 2^30 bytes. None: that of the GPU at hand.
+        fixed_draws: the run's precomputed references need fixed draws, as an image generator's do.
 
     Returns:
         The lines. None for a model that does not run on the meta device.
@@ -99,7 +101,7 @@ def memory_lines(config: TrainConfig, count: Count, *, vram: float | None) -> di
         logger.info("%s: memory cannot be counted (%s)", config.model, error)
         return {}
     lines = {"memory": memory.describe()}
-    return lines if size is None else lines | {"fits": _verdict(config, estimate, memory, size)}
+    return lines if size is None else lines | {"fits": _verdict(config, estimate, memory, size, fixed_draws)}
 
 
 def _estimator(count: Count) -> Callable[[TrainConfig], Memory]:
@@ -115,13 +117,15 @@ def _estimator(count: Count) -> Callable[[TrainConfig], Memory]:
     return estimate
 
 
-def _verdict(config: TrainConfig, estimate: Callable[[TrainConfig], Memory], memory: Memory, size: float) -> str:
+def _verdict(
+    config: TrainConfig, estimate: Callable[[TrainConfig], Memory], memory: Memory, size: float, fixed_draws: bool
+) -> str:
     """Say if a run fits a card of this size, and if not, what makes it fit."""
     card, limit = f"{size:.0f} GB", USABLE * size * GIB
     if memory.peak <= limit:
         return f"fits {card}, takes {_gb(memory)}"
     tried = "no other setting was found that takes less"
-    for changes in possible_changes(config):
+    for changes in possible_changes(config, fixed_draws=fixed_draws):
         smaller = estimate(dataclasses.replace(config, **changes))
         if smaller.peak <= limit:
             return f"does not fit {card}; with {_settings(changes)} it takes {_gb(smaller)}"
@@ -138,7 +142,7 @@ def _settings(changes: dict[str, Any]) -> str:
     return ", ".join(texts[:-1]) + (" and " if texts[:-1] else "") + texts[-1]
 
 
-def possible_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
+def possible_changes(config: TrainConfig, *, fixed_draws: bool = False) -> Iterator[dict[str, Any]]:
     """Yield changes of settings that take less memory: single ones, the cheapest first, then combinations."""
     single: list[dict[str, Any]] = []
     if not config.gradient_checkpointing:
@@ -149,8 +153,9 @@ def possible_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
         single.append({"batch_size": smallest, "accumulate": factor * config.accumulate})
     if config.tuning == "full":
         if config.reference in ("auto", "frozen_copy"):
-            single.append({"reference": "precomputed"})
-        if config.optimizer == "adamw":
+            draws = {"fixed_draws_per_row": 1} if fixed_draws and not config.fixed_draws_per_row else {}
+            single.append({"reference": "precomputed", **draws})
+        if config.optimizer in ("adamw", "adamw_torch", "adamw_torch_fused"):
             single.append({"optimizer": "adamw_8bit"})
     elif config.quantize is None:
         single.append({"quantize": "nf4"})

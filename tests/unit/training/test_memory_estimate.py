@@ -72,7 +72,7 @@ def test_memory_of_each_family_is_estimated_without_weights(family: str, tmp_pat
         weights.unlink()
     memory = of(str(folder), resolution=BUILDERS[family].size)
     assert min(memory.weights, memory.optimizer, memory.step, memory.encoding) > 0
-    assert memory.reference == 0 and memory.encoding > memory.weights
+    assert memory.reference == 0
 
 
 VLMS = [

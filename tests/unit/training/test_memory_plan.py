@@ -22,7 +22,7 @@ def count(said: TrainConfig) -> Counts:
     """A model of 8 GiB in one linear layer, with 4 GiB of activations per pair, or 1 with checkpointing."""
     step = said.batch_size * (1 if said.gradient_checkpointing else 4) * GIB
     layers = (torch.Size([2**16, 2**16]),)
-    return Counts(8 * GIB, layers, (), 2, (torch.Size([2**14, 2**14]),), step, 0)
+    return Counts(8 * GIB, layers, (), 2, (torch.Size([2**14, 2**14]),), step)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,15 @@ def test_full_tuning_saves_the_frozen_copy_and_optimizer_state() -> None:
         {"optimizer": "adamw_8bit"},
         {"reference": "precomputed", "optimizer": "adamw_8bit"},
     ]
+    images = next(possible_changes(config(tuning="full", gradient_checkpointing=True, batch_size=1), fixed_draws=True))
+    assert images == {"reference": "precomputed", "fixed_draws_per_row": 1}
+
+
+def test_encoders_of_a_pipeline_are_on_the_card_one_after_the_other() -> None:
+    """It catches the sum of text encoders, autoencoder and denoiser as the memory before training."""
+    counts = Counts(8 * GIB, (), (torch.Size([2**16, 2**15]),), 2, (), 0, text_encoders=5 * GIB, autoencoder=3 * GIB)
+    assert counts.memory(config()).encoding == 5 * GIB
+    assert counts.memory(config(quantize="nf4")).encoding == 3 * GIB
 
 
 @pytest.mark.parametrize(("kind", "per_weight"), [("nf4", 0.516), ("int8", 1.001), ("fp8", 1.001)])
