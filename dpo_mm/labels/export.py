@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_mm.assets import presets_folder
-from dpo_mm.data.schema import make_image_rows
+from dpo_mm.data.parquet import PAGE_CHECKSUMS
+from dpo_mm.data.schema import image_preference, make_image_rows
 from dpo_mm.errors import did_you_mean, name_row
 from dpo_mm.labels.pairs import file_bytes, open_pairs, pair_digest
 from dpo_mm.labels.ratings import Rating, rate_models
@@ -27,6 +28,9 @@ from dpo_mm.printed_text import quoted
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+GROUP_ROWS, GROUP_BYTES = 1000, 2**25
+"""Largest number of rows, and of bytes of images, in memory before a row group is written."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ def _preference(counts: Counter[str]) -> dict[str, Any]:
     }
 
 
-def preference_rows(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str]) -> Dataset:
-    """Return the pairs with votes as `ImagePreference` rows, in the dataset's order.
+def preference_rows(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the pairs with votes as `ImagePreference` rows, in the dataset's order.
 
     Args:
         votes: active votes.
@@ -101,7 +105,7 @@ def preference_rows(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str
     """
     preferences = tally(votes)
     people = len({vote.annotator for vote in votes})
-    labelled = []
+    count = 0
     for row in rows:
         if row["id"] not in preferences:
             continue
@@ -111,10 +115,45 @@ def preference_rows(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str
         with name_row(f"pair {row['id']!r}", "Fix the dataset, or vote again without this pair"):
             images = {column: {"bytes": file_bytes(row[column]), "path": None} for column in ("image_a", "image_b")}
         origin = {"axis": "people", "source": f"labelled by {people} {'person' if people == 1 else 'people'}"}
-        labelled.append({**row, **images, **origin, **preferences[row["id"]]})
-    if not labelled:
+        count += 1
+        yield {**row, **images, **origin, **preferences[row["id"]]}
+    if not count:
         raise ValueError("there are no votes except skips, so there is nothing to export")
-    return make_image_rows(labelled)
+
+
+def _write_rows(labelled: Iterable[dict[str, Any]], path: Path) -> int:
+    """Write rows as Parquet, a row group at a time, so that the images of one are in memory. Return their number."""
+    import pyarrow.parquet as pq
+
+    count, schema = 0, image_preference().arrow_schema
+    with pq.ParquetWriter(path, schema, **PAGE_CHECKSUMS) as writer:
+        for group in _row_groups(labelled):
+            writer.write_table(make_image_rows(group).data.table.cast(schema))
+            count += len(group)
+    return count
+
+
+def _row_groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows in lists of at most GROUP_ROWS rows and about GROUP_BYTES bytes of images."""
+    group: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        group.append(row)
+        size += len(row["image_a"]["bytes"]) + len(row["image_b"]["bytes"])
+        if len(group) >= GROUP_ROWS or size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _write_json(items: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write a list as JSON, an item at a time."""
+    with path.open("w", encoding="utf-8") as file:
+        for number, item in enumerate(items):
+            text = json.dumps(item, ensure_ascii=False, indent=1).replace("\n", "\n ")
+            file.write(f"{',' if number else '['}\n {text}")
+        file.write("\n]")
 
 
 def export(
@@ -142,11 +181,11 @@ def export(
         labelled = preference_rows(active_votes, rows, store.digests())
         with write_file(Path(output), overwrite=overwrite) as temporary:
             if format == "rows":
-                labelled.to_parquet(str(temporary))
+                count = _write_rows(labelled, temporary)
             else:
-                text = json.dumps(FORMATS[format](active_votes, rows), ensure_ascii=False, indent=1)
-                temporary.write_text(text, encoding="utf-8")
-    return {"pairs": f"{len(labelled)} of {len(rows)}", **summary(active_votes)}
+                count = sum(1 for _ in labelled)
+                _write_json(FORMATS[format](active_votes, rows), temporary)
+    return {"pairs": f"{count} of {len(rows)}", **summary(active_votes)}
 
 
 def open_votes(votes: str, pairs: str | None = None) -> tuple[VoteReader, Dataset]:

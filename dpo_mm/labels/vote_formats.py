@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,14 @@ USER_ID_NAMESPACE = uuid.UUID("5b1d0b39-9a0e-5d0c-8f7b-6c1d6a8f2f11")
 """Namespace of the user ids that Argilla requires. A name always gives the same id."""
 
 
-def label_studio_tasks(votes: Sequence[Vote], rows: Dataset) -> list[dict[str, Any]]:
-    """Return tasks with annotations for an interface with `Choices name="preference" toName="prompt"`.
+def label_studio_tasks(votes: Sequence[Vote], rows: Dataset) -> Iterator[dict[str, Any]]:
+    """Yield tasks with annotations for an interface with `Choices name="preference" toName="prompt"`.
 
     a and b are those of the dataset, whether a was on the left or on the right.
 
     Source: task format of Label Studio.
     """
-    return [
+    return (
         {
             "data": {
                 "id": row["id"],
@@ -57,15 +57,15 @@ def label_studio_tasks(votes: Sequence[Vote], rows: Dataset) -> list[dict[str, A
             ],
         }
         for row, row_votes in _rows_with_votes(votes, rows)
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
-def argilla_records(votes: Sequence[Vote], rows: Dataset) -> list[dict[str, Any]]:
-    """Return records as `Dataset.records.from_json` reads them, with one response `preference` per annotator.
+def argilla_records(votes: Sequence[Vote], rows: Dataset) -> Iterator[dict[str, Any]]:
+    """Yield records as `Dataset.records.from_json` reads them, with one response `preference` per annotator.
 
     Argilla allows one response per annotator and record, so repeats and skips are left out.
     """
-    return [
+    return (
         {
             "id": row["id"],
             "fields": {
@@ -85,7 +85,7 @@ def argilla_records(votes: Sequence[Vote], rows: Dataset) -> list[dict[str, Any]
             "vectors": {},
         }
         for row, row_votes in _rows_with_votes(votes, rows)
-    ]
+    )
 
 
 def data_uri(cell: dict[str, Any]) -> str:
@@ -113,7 +113,7 @@ def _rows_with_votes(votes: Sequence[Vote], rows: Dataset) -> Iterable[tuple[dic
             yield row, votes_by_pair[row["id"]]
 
 
-FORMATS: dict[str, Callable[[Sequence[Vote], Dataset], list[dict[str, Any]]]] = {
+FORMATS: dict[str, Callable[[Sequence[Vote], Dataset], Iterator[dict[str, Any]]]] = {
     "label-studio": label_studio_tasks,
     "argilla": argilla_records,
 }
