@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tests.bench.import_pickapic import jpegs, run_and_measure, write_dataset
+from tests.bench.import_pickapic import run_and_measure, write_dataset
 from tests.bench.import_rows import chat_row, write_lines
 
 PROGRAM = [sys.executable, "-m", "dpo_mm"]

@@ -152,6 +152,12 @@ def test_base_is_left_of_tuned_with_score_marks():
     assert marks == ["wrong", "right"]
 
 
+def test_page_says_how_many_examples_of_all_prompts_it_shows():
+    example = Example("a red circle", "colours", RED, BLUE, 0.0, 1.0)
+    assert "1 of 20 prompts are shown." in Page(render(report(examples=(example,)))).words
+    assert "are shown" not in Page(render(report(examples=(example,) * 20))).words
+
+
 def test_other_scores_are_numbers_and_large_images_are_smooth_and_shrunk():
     large = Image.new("RGB", (1024, 512))
     page = Page(

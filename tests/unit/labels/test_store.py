@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from dpo_mm.data.schema import load_pairs
@@ -252,6 +254,24 @@ def test_export_rows_have_preferences_and_counts(pairs: str, tmp_path: Path) -> 
         assert row["p_a"] == float(row["preference"] == "a") and row["votes_a"] + row["votes_b"] == 1
         assert row["source"] == "labelled by 1 person" and row["prompt"] == original[row["id"]]["prompt"]
         assert row["image_a"].tobytes() == original[row["id"]]["image_a"].tobytes()
+
+
+def test_export_holds_the_images_of_one_row_group(pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an export whose memory grows with the number of labelled images."""
+    from dpo_mm.labels import export as module
+
+    path = str(tmp_path / "votes.sqlite")
+    label(VoteStore(path, open_pairs(pairs)["id"], source=pairs), "Ada", 8)
+    whole = export(path, str(tmp_path / "whole.parquet"))
+    monkeypatch.setattr(module, "GROUP_ROWS", 3)
+    assert export(path, str(tmp_path / "parts.parquet")) == whole
+    tables = [pq.ParquetFile(tmp_path / f"{name}.parquet") for name in ("whole", "parts")]
+    assert [table.num_row_groups for table in tables] == [1, -(-tables[0].metadata.num_rows // 3)] and tables[
+        0
+    ].read().equals(tables[1].read())
+    items = [{"a": ["é", {"b": "x\ny"}]}, {}, {"c": [1, []]}]
+    module._write_json(iter(items), tmp_path / "items.json")
+    assert (tmp_path / "items.json").read_text() == json.dumps(items, ensure_ascii=False, indent=1)
 
 
 def test_export_changed_pair_raises(write_pairs: Callable[..., str], tmp_path: Path) -> None:
