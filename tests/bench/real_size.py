@@ -1,4 +1,4 @@
-"""Measure import, doctor, questions, reports and labelling at the size of real jobs.
+"""Measure import, doctor, questions, reports, labelling, encoding and mining at the size of real jobs.
 
     python -m tests.bench.real_size questions --out docs/benchmarks/real-size.json
     python -m tests.bench.real_size import doctor labels report --out docs/benchmarks/real-size.json --work /tmp/bench
@@ -214,12 +214,33 @@ def measure_report(work: Path, scale: float) -> dict[str, Any]:
     return {"prompts": prompts, **result}
 
 
+def measure_growth(work: Path, scale: float) -> dict[str, Any]:
+    """Encode and mine two numbers of rows, and compute the exponent of the CPU seconds."""
+    result: dict[str, Any] = {}
+    for kind in ("encode", "mine"):
+        sizes, seconds = [int(n * scale) for n in (500, 2000)], []
+        for count in sizes:
+            with tempfile.TemporaryDirectory(dir=work) as folder:
+                words = [sys.executable, "-m", "tests.bench.growth", kind, str(count), folder]
+                environment = {**os.environ, "DPO_MM_CACHE": f"{folder}/cache"}
+                done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
+            seconds.append(float(done.stdout.split()[-1]))
+        exponent = math.log(seconds[1] / seconds[0]) / math.log(sizes[1] / sizes[0])
+        result[kind] = {
+            "rows": sizes,
+            "cpu_seconds": [round(value, 2) for value in seconds],
+            "exponent": round(exponent, 2),
+        }
+    return result
+
+
 PARTS: dict[str, Callable[[Path, float], dict[str, Any]]] = {
     "import": measure_import,
     "doctor": measure_doctor,
     "questions": measure_questions,
     "labels": measure_labels,
     "report": measure_report,
+    "growth": measure_growth,
 }
 
 
