@@ -21,6 +21,8 @@ def print_rows(rows: dict[str, str]) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(overflow="fold")
     for key, value in rows.items():
         table.add_row(printable(key), printable(value))
     Console().print(table, highlight=False, markup=False)
