@@ -186,6 +186,8 @@ def refuse_foreign_folder(folder: Path, kind: OutputKind, *, inputs: Sequence[st
         if record != kind.record and read_record(folder / record) is not None:
             raise ValueError(f"{folder} contains {name}. {other}")
     foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path))
+    if kind.record in foreign and read_record(folder / kind.record) is not None:
+        return  # another process of the run has written it since the look above
     if foreign:
         names = ", ".join([*foreign[:3], *(["..."] if len(foreign) > 3 else [])])
         hint = f", or restore {folder / kind.record} if it is of dpo-mm: it is damaged" * (kind.record in foreign)

@@ -26,11 +26,6 @@ else:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return one worker more than cores if slow tests run, because they wait for pages and processes that they start."""
-    return os.cpu_count() or 1 if "not slow" in config.option.markexpr else (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest tests first, so that no core waits for them at the end."""
 
