@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_mm.content_key import content_hash, file_hash
+from dpo_mm.process_rank import process_rank
 from dpo_mm.resumable import FIX, atomic_write, set_aside
 
 logger = logging.getLogger(__name__)
@@ -140,9 +140,8 @@ def is_intact(path: Path) -> bool:
 
 
 def missing_shards(paths: Sequence[Path]) -> list[int]:
-    """Return the numbers of the missing or changed shards that are this process's part (RANK of WORLD_SIZE)."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return [number for number in range(rank, len(paths), world) if not is_intact(paths[number])]
+    """Return the numbers of the missing or changed shards that this process makes."""
+    return [number for number in process_rank().share(len(paths)) if not is_intact(paths[number])]
 
 
 def saved_shards(folder: str | Path) -> str:

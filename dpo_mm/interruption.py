@@ -18,6 +18,7 @@ from typing import Any
 
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.printed_text import printable
+from dpo_mm.process_rank import process_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEAT_S = 10.0
@@ -59,7 +60,7 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         """Request a stop. The next signal has its default effect, unless a launcher may send it twice."""
-        launched = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+        launched = process_rank().count > 1
         if self.number:
             if not launched or time.monotonic() - self._time > REPEAT_S:
                 signal.signal(number, signal.SIG_DFL)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dpo_mm.checksums import is_unchanged, write_with_checksum
 from dpo_mm.content_key import file_hash
 from dpo_mm.outputs import LOCK, lock_output, refuse_input, remove_stale_files
+from dpo_mm.process_rank import process_rank
 from dpo_mm.resumable import explain_unwritten, temporary_path
 
 
@@ -47,10 +47,9 @@ def output_files(paths: Sequence[Path], *, inputs: Iterable[str | None] = ()) ->
         _refuse_foreign_file(path, inputs=inputs)
     first = paths[0]
     first.parent.mkdir(parents=True, exist_ok=True)
-    is_first_process = int(os.environ.get("RANK", "0")) == 0
     lock = (
         lock_output(first.with_name(f".{first.name}{LOCK}"), first, "output")
-        if is_first_process
+        if process_rank().is_first
         else contextlib.nullcontext()
     )
     with lock:

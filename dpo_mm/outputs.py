@@ -27,6 +27,7 @@ from dpo_mm.checksums import (
     write_complete,
 )
 from dpo_mm.content_key import check_ingredients, file_hash
+from dpo_mm.process_rank import process_rank
 from dpo_mm.resumable import TEMPORARY, atomic_write, explain_unwritten, temporary_path
 
 RECORDS = {
@@ -100,7 +101,7 @@ def output_folder(
         ValueError: if the folder is an input, has files that dpo-mm did not make, has another result, or another process
             writes to it.
     """
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = process_rank().is_first
     plain = {KIND: RECORDS[kind.record], **json.loads(json.dumps(settings))}
     refuse_foreign_folder(folder, kind, inputs=inputs)
     if not overwrite and _is_finished(folder, kind, plain) and not continues:
@@ -130,12 +131,12 @@ def output_folder(
 def _prepare(folder: Path, kind: OutputKind, settings: Mapping[str, Any], *, overwrite: bool) -> None:
     """Remove an earlier result and temporary files of killed processes, and record the settings."""
     has_other_result = lambda: overwrite and bool(differences(folder, kind, settings) or complete_files(folder))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if process_rank().is_first:
         if has_other_result():
             _remove_result(folder, kind)
         remove_stale_files(folder.glob(".*"))
     deadline = time.monotonic() + REMOVAL_TIMEOUT_S
-    while int(os.environ.get("RANK", "0")) > 0 and has_other_result():
+    while not process_rank().is_first and has_other_result():
         if time.monotonic() > deadline:
             raise ValueError(f"{folder}: the first process (RANK 0) has not removed the earlier result. Start it too")
         time.sleep(0.1)
@@ -326,7 +327,7 @@ def remove_stale_files(paths: Iterable[Path], *, shared: bool = False) -> None:
         shared: other processes may write to the folder, as those of one run do. Then only what is older than STALE_S is
             removed.
     """
-    shared = shared or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    shared = shared or process_rank().count > 1
     for path in paths:
         with contextlib.suppress(OSError):  # another process removed it, or it is not ours to remove
             if TEMPORARY.match(path.name) and (not shared or time.time() - path.lstat().st_mtime > STALE_S):

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
+from dpo_mm.process_rank import process_rank
+
 SECONDS_PER_UPDATE = 0.05
 """Time between two updates of the bar. An import advances 15,000 times per second."""
 
@@ -27,13 +29,12 @@ def progress_bar(title: str, total: int | None) -> Iterator[Advance]:
     Returns:
         A function `advance(n)` that moves the bar by n steps. `advance(n, title)` also changes its title.
     """
-    import os
     import time
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not process_rank().is_first:
         yield lambda count, title=None: None
         return
     columns = (

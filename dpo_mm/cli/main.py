@@ -25,6 +25,7 @@ from dpo_mm.cli.settings_help import SettingsCommand, commented_config
 from dpo_mm.cli.terminal import report_command, run_as_command, say, suppress_library_output
 from dpo_mm.errors import TrainingInterrupted, did_you_mean
 from dpo_mm.printed_text import print_rows, quoted
+from dpo_mm.process_rank import process_rank
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(demo.demo, name="demo")
@@ -227,7 +228,7 @@ def train(
             print_rows(run.dry_run(settings, **card))
             return
         result = run.train(settings, show_plan=print_rows)
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not process_rank().is_first:
         return
     say(f"Trained: {result.folder}")
     base = f"--base-adapter {quoted(settings.adapter)} " if settings.adapter else ""

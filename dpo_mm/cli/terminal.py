@@ -18,6 +18,7 @@ from pathlib import Path
 from dpo_mm.cache_folder import set_hub_cache
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.printed_text import printable
+from dpo_mm.process_rank import process_rank
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def report_command() -> str:
 
 def resuming_command() -> str:
     """Return the command that runs, or "" for one of several processes, whose launcher's command is not known."""
-    return "" if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else command_line()
+    return "" if process_rank().count > 1 else command_line()
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class LazyImages(Sequence[Image.Image]):
 
 
 def lazy_images(cells: Sequence[Any], name: str, *, rows: Dataset | None = None, number: int = 0) -> LazyImages:
-    """Return the images of a row. Only the headers of their files are read.
+    """Return the images of a row. Their files are read for a hash and not decoded.
 
     Args:
         cells: images as stored: bytes, confined paths, or both as `datasets` stores them.

@@ -28,6 +28,11 @@ def continues(config: TrainConfig) -> bool:
     return config.adapter is not None and config.tuning == "lora" and config.adapter_result == "continued"
 
 
+def is_stacked(config: TrainConfig) -> bool:
+    """Return True if a run trains a new LoRA on top of the adapter that it starts from."""
+    return config.adapter is not None and config.tuning == "lora" and config.adapter_result == "stacked"
+
+
 def check_start(config: TrainConfig) -> None:
     """Check the settings of a start before a model is loaded.
 
@@ -48,10 +53,9 @@ def check_start(config: TrainConfig) -> None:
         whole = any((path / name).exists() for name in ("model_index.json", "config.json", "unet", "transformer"))
         reason = "is a whole model. Give it as model" if whole else f"has no {ADAPTER_FILE} and no safetensors file"
         raise ValueError(f"adapter {config.adapter!r} {reason}")
-    quantised = config.quantize
-    if quantised and not continues(config):
+    if config.quantize and not continues(config):
         raise ValueError(
-            f"adapter: it would be merged into the weights, which {quantised} cannot hold exactly. Take adapter_result "
+            f"adapter: it would be merged into the weights, which {config.quantize} cannot hold exactly. Take adapter_result "
             "continued, or leave out quantize"
         )
 
@@ -150,9 +154,7 @@ def _encoder_loras(policy: ImagePolicy, models: Mapping[str, Any], name: str) ->
 
 def start_file(config: TrainConfig) -> Path | None:
     """Return the file of weights of the adapter below a stacked one. None if the result is not stacked."""
-    if config.adapter is None or config.tuning != "lora" or config.adapter_result != "stacked":
-        return None
-    return weights_file(find_adapter(config.adapter))
+    return weights_file(find_adapter(str(config.adapter))) if is_stacked(config) else None
 
 
 def save_start(config: TrainConfig, folder: Path) -> None:

@@ -44,7 +44,7 @@ TEXT_ONLY_SETTINGS = (
     "cache_vision_features",
 )
 """Settings for vision-language models only."""
-OF_THE_RUN = ("train_sampling_strategy", "cache_vision_features")
+TEXT_RUN_SETTINGS = ("train_sampling_strategy", "cache_vision_features")
 """Those of TEXT_ONLY_SETTINGS that the model does not take."""
 UNCHANGED = TrainConfig(model="", pairs="", output_dir="")
 """Default of every setting."""
@@ -52,17 +52,12 @@ SAMPLING_STRATEGIES = ("random", "group_by_length")
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
     "adamw_8bit": "adamw_bnb_8bit",
-    **{
-        name: name
-        for name in (
-            "adamw_torch_fused",
-            "adamw_torch",
-            "adamw_bnb_8bit",
-            "paged_adamw_8bit",
-            "paged_adamw_32bit",
-            "adafactor",
-        )
-    },
+    "adamw_torch_fused": "adamw_torch_fused",
+    "adamw_torch": "adamw_torch",
+    "adamw_bnb_8bit": "adamw_bnb_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+    "adafactor": "adafactor",
 }
 """The Trainer's names of the optimizers. The first two are short names."""
 
@@ -219,7 +214,7 @@ def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | 
     """
     options: dict[str, Any] = {}
     if policy_class(config.model, revision=config.revision).modality == "text":
-        options = {name: getattr(config, name) for name in TEXT_ONLY_SETTINGS if name not in OF_THE_RUN}
+        options = {name: getattr(config, name) for name in TEXT_ONLY_SETTINGS if name not in TEXT_RUN_SETTINGS}
         options["corrupt"] = "corrupted_ratio" in required_inputs(config)
     else:
         options = {"resolution": config.resolution, "weights": weights, "one_at_a_time": True}

@@ -33,13 +33,14 @@ from dpo_mm.interruption import stop_on_signal
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
+from dpo_mm.process_rank import ProcessRank, process_rank
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write
 from dpo_mm.training import arrow_shards
 from dpo_mm.training.arrow_shards import Part, Shards
 from dpo_mm.training.evaluation_split import split_digests, split_pairs
 from dpo_mm.training.response_rows import QUARANTINE, EncodedSplits, encode_responses
-from dpo_mm.training.shared_work import ProcessRank, wait_for_files
+from dpo_mm.training.shared_work import wait_for_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,7 +91,7 @@ class EncodingJob(NamedTuple):
     folder: Path
     sizes: tuple[tuple[int, int], ...]
     precision: str
-    share: ProcessRank
+    rank: ProcessRank
 
 
 def encode(
@@ -129,9 +130,9 @@ def encode(
     sizes = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
     folder = (cache or cache_folder()) / "encoded" / _key(policy, rows_digest or digest(rows), sizes, precision)
     pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, with_source=policy.is_image_editing)
-    task = EncodingJob(policy, pairs, folder, sizes, precision, ProcessRank.own())
+    task = EncodingJob(policy, pairs, folder, sizes, precision, process_rank())
     if _read_complete(folder) is None:
-        if task.share.index == 0:
+        if task.rank.is_first:
             (folder / COMPLETE).unlink(missing_ok=True)
         pipeline = type(policy.pipe).__name__
         check_source_images(rows, where, pipeline=pipeline, is_image_editing=policy.is_image_editing)
@@ -149,8 +150,8 @@ def _key(policy: ImagePolicy, rows_digest: str, sizes: Sequence[tuple[int, int]]
 def _encode(task: EncodingJob) -> None:
     """Encode the shards of this process. The first process then marks the cache complete."""
     names = sorted(set(task.pairs.rows["prompt"]))
-    expected = [task.folder / f"prompts-{number:05}" for number, _ in _shards(len(names))]
-    expected += [task.folder / f"pairs-{number:05}" for number, _ in _shards(len(task.pairs.rows))]
+    expected = [task.folder / f"prompts-{number:05}" for number in range(len(_shards(len(names))))]
+    expected += [task.folder / f"pairs-{number:05}" for number in range(len(_shards(len(task.pairs.rows))))]
     missing = sum(not path.exists() for path in expected) / len(expected)
     bytes_per_prompt, bytes_per_pair = sample_bytes(task.policy, task.precision)
     cache_bytes = bytes_per_prompt * len(names) + bytes_per_pair * len(task.pairs.rows)
@@ -162,7 +163,7 @@ def _encode(task: EncodingJob) -> None:
     title = f"encoding images, {arrow_shards.gib(bytes_per_pair * rows)}"
     with progress_bar(title, rows) as advance, task.policy.on_device("autoencoder"):
         _encode_pairs(task, names, advance)
-    if task.share.index == 0:
+    if task.rank.is_first:
         wait_for_files(expected, task.folder)
         _complete(task)
     wait_for_files([task.folder / COMPLETE], task.folder)
@@ -207,17 +208,17 @@ def _read_complete(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _shards(total: int) -> Iterator[tuple[int, range]]:
-    for number, start in enumerate(range(0, total, SHARD)):
-        yield number, range(start, min(start + SHARD, total))
+def _shards(total: int) -> list[range]:
+    return [range(start, min(start + SHARD, total)) for start in range(0, total, SHARD)]
 
 
 def _own(task: EncodingJob, kind: str, total: int) -> Iterator[tuple[Path, range]]:
     """Yield the shards of this process that do not exist yet."""
-    for number, part in _shards(total):
+    parts = _shards(total)
+    for number in task.rank.share(len(parts)):
         path = task.folder / f"{kind}-{number:05}"
-        if number % task.share.count == task.share.index and not path.exists():
-            yield path, part
+        if not path.exists():
+            yield path, parts[number]
 
 
 def _encode_prompts(task: EncodingJob, names: Sequence[str], advance: Any) -> None:

@@ -9,18 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpo_mm.cache_folder import create_cache
 from dpo_mm.config import TrainConfig
-from dpo_mm.content_key import content_key, library_versions
 from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.training.arrow_shards import check_disk
 from dpo_mm.training.dropped_rows import DroppedRows
 from dpo_mm.training.pair_stream import lengths_of
-from dpo_mm.training.reference_cache import start_adapter
+from dpo_mm.training.reference_cache import frozen_output_key
 from dpo_mm.training.response_rows import encoded_bytes
 from dpo_mm.training.tensor_shards import read_value, write_shards
 
@@ -53,24 +50,6 @@ class FeatureRows:
         return row
 
 
-def features_key(policy: TextPolicy, rows: Any) -> str:
-    """Hash all that decides the features of rows.
-
-    Args:
-        policy: the model.
-        rows: encoded rows.
-    """
-    parts = {
-        "model": policy.fingerprint(),
-        "adapter": start_adapter(policy),
-        "rows": getattr(rows, "content_digest", None) or list(rows),
-        "settings": policy.encoding_fingerprint(),
-        "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type,
-        "libraries": library_versions(),
-    }
-    return content_key("vision features", parts)
-
-
 def cache_vision_features(
     policy: TextPolicy, rows: Any, config: TrainConfig, cache: Path, dropped: DroppedRows
 ) -> FeatureRows:
@@ -87,7 +66,7 @@ def cache_vision_features(
         ValueError: if the tower is trained, its features cannot be computed separately, or the disk is too small.
     """
     policy.cache_vision_features([])  # refuses a tower that trains
-    key = features_key(policy, rows)
+    key = frozen_output_key("vision features", policy, rows, policy.encoding_fingerprint())
     folder = cache / "features" / key
     with progress_bar("computing vision features", len(rows)) as advance:
 

@@ -24,6 +24,8 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
 from dpo_mm.policies.adapters import pipeline_modules
 from dpo_mm.policies.protocol import ImagePolicy, Policy
+from dpo_mm.policies.vlm.architecture import unquantized_modules
+from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.quantization import LARGE_ENCODER, PACKAGES
 from dpo_mm.training.arrow_shards import gib
 from dpo_mm.training.encoding import images_per_batch, sample_bytes
@@ -160,15 +162,15 @@ def count_images(policy: ImagePolicy, config: TrainConfig) -> Counts:
     )
 
 
-def count_responses(policy: Policy, config: TrainConfig, row: dict[str, Any], *, skip: Sequence[nn.Module]) -> Counts:
+def count_responses(policy: VisionLanguage, config: TrainConfig, row: dict[str, Any]) -> Counts:
     """Count the bytes of a vision-language model's training, if every row of a batch is this one.
 
     Args:
         policy: prepared, from `load_vlm_on_meta_device`.
         config: settings of the run.
         row: the longest row of the dataset, encoded.
-        skip: modules that `quantize` does not touch.
     """
+    skip = list(unquantized_modules(policy.base_model).values())
     return _count_step(policy, config, [row] * config.batch_size, skip=skip)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.config import TrainConfig
-from dpo_mm.policies.vlm.meta_model import load_vlm_on_meta_device, unquantized_parts
+from dpo_mm.policies.vlm.meta_model import load_vlm_on_meta_device
 from dpo_mm.training.arrow_shards import gib
 from dpo_mm.training.builders import build_policy
 from dpo_mm.training.memory_estimate import Counts, Memory, count_images, count_responses, disk_bytes
@@ -72,7 +72,7 @@ def response_lines(config: TrainConfig, row: dict[str, Any], *, vram: float | No
             pair_layout=changed.pair_layout,
         )
         policy.prepare(changed)
-        return count_responses(policy, changed, row, skip=unquantized_parts(policy))
+        return count_responses(policy, changed, row)
 
     return memory_lines(config, count, vram=vram)
 

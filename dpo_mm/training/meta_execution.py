@@ -78,70 +78,20 @@ def _positions(indices: Any) -> list[Any]:
     return found
 
 
-FLOAT32 = frozenset(
-    [
-        "acos",
-        "asin",
-        "cosh",
-        "erfinv",
-        "exp",
-        "expm1",
-        "log",
-        "log10",
-        "log2",
-        "log1p",
-        "reciprocal",
-        "rsqrt",
-        "sinh",
-        "tan",
-        "pow",
-        "__pow__",
-        "__rpow__",
-        "softplus",
-        "layer_norm",
-        "rms_norm",
-        "group_norm",
-        "cosine_similarity",
-        "nll_loss",
-        "kl_div",
-        "l1_loss",
-        "smooth_l1_loss",
-        "huber_loss",
-        "mse_loss",
-        "cdist",
-        "logsumexp",
-        "interpolate",
-        "cross_entropy",
-        "binary_cross_entropy_with_logits",
-    ]
-)
+FLOAT32 = frozenset([
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
+    "tan", "pow", "__pow__", "__rpow__", "softplus", "layer_norm", "rms_norm", "group_norm", "cosine_similarity",
+    "nll_loss", "kl_div", "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "cdist", "logsumexp", "interpolate",
+    "cross_entropy", "binary_cross_entropy_with_logits",
+])  # fmt: skip
 """Functions that CUDA's autocast runs in float32 (ATen/autocast_mode.h)."""
 FLOAT32_RESULT = frozenset(["prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum", "norm"])
 """Functions whose result is float32."""
-HALF = frozenset(
-    [
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "prelu",
-        "addmm",
-        "addmv",
-        "matmul",
-        "__matmul__",
-        "__rmatmul__",
-        "einsum",
-        "mm",
-        "mv",
-        "linear",
-        "addbmm",
-        "baddbmm",
-        "bmm",
-        "scaled_dot_product_attention",
-    ]
-)
+HALF = frozenset([
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "prelu", "addmm",
+    "addmv", "matmul", "__matmul__", "__rmatmul__", "einsum", "mm", "mv", "linear", "addbmm", "baddbmm", "bmm",
+    "scaled_dot_product_attention",
+])  # fmt: skip
 """Functions that it runs in half precision."""
 HALVES = (torch.bfloat16, torch.float16)
 

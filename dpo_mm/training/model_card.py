@@ -14,6 +14,7 @@ from dpo_mm.checksums import complete_files, write_complete
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import file_hash
 from dpo_mm.judges.provenance import CARD_KEY, training_judges_of, training_judges_of_adapter
+from dpo_mm.policies.start_adapter import is_stacked
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ def usage_code(config: TrainConfig, *, family: str = "", image_lines: Sequence[s
         lines = "\n".join([*image_lines, GENERATING.format(arguments=source)])
     else:
         dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}.get(config.precision, "torch.float32")
-        stacked = config.adapter is not None and config.tuning == "lora" and config.adapter_result == "stacked"
-        lines = LOADING["stacked" if stacked else config.tuning].format(base=base, folder=folder, dtype=dtype)
+        lines = LOADING["stacked" if is_stacked(config) else config.tuning].format(
+            base=base, folder=folder, dtype=dtype
+        )
         if "ForCausalLM" in family:
             lines = lines.replace("AutoModelForImageTextToText", "AutoModelForCausalLM")
             lines = lines.replace("AutoProcessor", "AutoTokenizer").replace("processor =", "tokenizer =")

@@ -226,7 +226,8 @@ def precompute_reference_log_probs(
     with progress_bar("computing reference log-probs", len(rows) * stream.num_fixed_draws) as advance:
         compute = functools.partial(_log_probs_of_part, policy, stream, config, dropped, advance)
         if policy.modality == "text":
-            folder = reference_cache.cache_folder_of(policy, rows, cache_folder(), precision=config.precision)
+            key = reference_cache.frozen_output_key("reference log-probs", policy, rows, config.precision)
+            folder = cache_folder() / "reference" / key
             return WithReference(rows, **reference_cache.load_or_compute(folder, len(rows), compute))
         return WithReference(rows, **compute(range(len(rows))))
 
@@ -257,8 +258,8 @@ def _log_probs_of_part(
                     batch = policy.collate((usable * len(items))[: len(items)])
                     log_probs = policy.log_probs(policy.model, _moved(batch, device))
                     for side, values in zip(sides, (log_probs.chosen, log_probs.rejected), strict=True):
-                        kept = values.float().cpu()[: len(places)]
-                        side[torch.tensor([numbers[n] - part.start for n in places]), visit] = kept
+                        computed = values.float().cpu()[: len(places)]
+                        side[torch.tensor([numbers[n] - part.start for n in places]), visit] = computed
                 advance(fresh)
     return {"chosen": sides[0].clone(), "rejected": sides[1].clone(), "is_broken": is_broken}
 
@@ -275,7 +276,7 @@ def _item(stream: PairStream, number: int, visit: int, dropped: DroppedRows | No
 
 
 def _batches(rows: Any, size: int, part: range) -> Iterator[tuple[list[int], int]]:
-    """Yield numbers of rows in a part, in full batches of one bucket each, and how many of them are not there to fill it."""
+    """Yield the rows of a part in full batches of one bucket each, and how many of a batch are new. The others fill it."""
     for group in buckets_of(rows):
         low, high = max(group.start, part.start), min(group.stop, part.stop)
         for start in range(low, high, size):

@@ -24,24 +24,24 @@ logger = logging.getLogger(__name__)
 ROWS_PER_SHARD = 256
 
 
-def cache_folder_of(policy: TextPolicy, rows: Any, folder: Path, *, precision: str) -> Path:
-    """Return the folder of the log-probs of these rows under these weights.
+def frozen_output_key(work: str, policy: TextPolicy, rows: Any, settings: str) -> str:
+    """Hash all that decides what the frozen part of a model computes for rows.
 
     Args:
+        work: a key of `dpo_mm.content_key.INGREDIENTS`, the kind of output.
         policy: the prepared policy.
         rows: encoded rows.
-        folder: the cache.
-        precision: of the run.
+        settings: further settings of the run that decide it.
     """
     parts = {
         "model": policy.fingerprint(),
         "adapter": start_adapter(policy),
         "rows": getattr(rows, "content_digest", None) or list(rows),
-        "settings": precision,
+        "settings": settings,
         "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else policy.device.type,
         "libraries": library_versions(),
     }
-    return folder / "reference" / content_key("reference log-probs", parts)
+    return content_key(work, parts)
 
 
 def start_adapter(policy: TextPolicy) -> Any:

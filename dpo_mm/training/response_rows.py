@@ -24,6 +24,7 @@ from dpo_mm.data.load_pairs import UndecodableImageError, UndecodedRows, decode_
 from dpo_mm.data.row_digest import row_digests
 from dpo_mm.data.schema import load_responses
 from dpo_mm.policies.protocol import TextPolicy
+from dpo_mm.process_rank import process_rank
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write, set_aside
 from dpo_mm.training.evaluation_split import split_pairs
@@ -143,7 +144,7 @@ def encode_responses(
             f"{config.pairs}: none of its {len(pairs)} rows is left to train on, because {len(dropped)} have an image that "
             "does not decode and the others are longer than max_length. Fix the images, or raise max_length"
         )
-    if int(os.environ.get("RANK", "0")) == 0:
+    if process_rank().is_first:
         before = [json.dumps({name: record[name] for name in FIELDS}) + "\n" for record in recorded]
         _list_dropped(Path(config.output_dir) / QUARANTINE, before or dropped)
     eval_rows = (encoded[1] or None) if apart is not None else None

@@ -30,6 +30,7 @@ from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.families import model_content, policy_class, resolve_commit
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 from dpo_mm.policies.start_adapter import continues, describe_start
+from dpo_mm.process_rank import process_rank
 from dpo_mm.progress import progress_bar
 from dpo_mm.quantization import stored_size
 from dpo_mm.training.auto_beta import AUTO, measure_beta
@@ -119,15 +120,11 @@ def train(config: TrainConfig, *, show_plan: ShowPlan | None = None) -> TrainRes
             )
         with stop_on_signal(lambda: _saved_so_far(config, None)):
             if finished:
-                return _finished_result(config, show_plan or _show_nothing)
-            return _train(config, checkpoint, show_plan or _show_nothing)
+                return _finished_result(config, show_plan)
+            return _train(config, checkpoint, show_plan)
 
 
-def _show_nothing(summary: dict[str, str]) -> None:
-    """Take a run's summary and do nothing with it."""
-
-
-def _finished_result(config: TrainConfig, show_plan: ShowPlan) -> TrainResult:
+def _finished_result(config: TrainConfig, show_plan: ShowPlan | None) -> TrainResult:
     """Read the result of an earlier run with the same settings.
 
     Raises:
@@ -139,7 +136,8 @@ def _finished_result(config: TrainConfig, show_plan: ShowPlan) -> TrainResult:
     check_same_content(folder, record["content"], content, config)
     log = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))
     beta = float(record["measured_beta"] or record["beta"])
-    show_plan(log["summary"])
+    if show_plan is not None and process_rank().is_first:
+        show_plan(log["summary"])
     return TrainResult(folder, tuple(log["history"]), log["summary"], beta)
 
 
@@ -159,7 +157,7 @@ def _pairs_digest(config: TrainConfig, recorded: Sequence[Mapping[str, Any]]) ->
     return content_hash(split_digests(split_pairs(drop_ties(load_pairs(config.pairs)), config)))
 
 
-def _train(config: TrainConfig, checkpoint: Path | None, show_plan: ShowPlan) -> TrainResult:
+def _train(config: TrainConfig, checkpoint: Path | None, show_plan: ShowPlan | None) -> TrainResult:
     """Train from the beginning, or from a checkpoint of the same recipe, and write the result."""
     pairs_per_step = config.batch_size * config.accumulate * training_arguments(config).world_size
     saved_state = check_same_recipe(checkpoint, config, pairs_per_step=pairs_per_step) if checkpoint else {}
@@ -187,7 +185,7 @@ def _train_on(
     config: TrainConfig,
     run_state: dict[str, Any],
     checkpoint: Path | None,
-    show_plan: ShowPlan,
+    show_plan: ShowPlan | None,
 ) -> TrainResult:
     """Train on encoded pairs, from a checkpoint if there is one, and save the result."""
     policy.free_encoders()
@@ -207,7 +205,7 @@ def _train_on(
     trainer = PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state)
     name, text = Path(config.output_dir).name, policy.modality == "text"
     image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
-    if trainer.args.should_save:
+    if show_plan is not None and process_rank().is_first:
         show_plan(summary)
     card = lambda folder: write_card(config, summary, text=text, image_lines=image_lines, into=folder)
     with complete_part(lambda: f"The run is complete and its result is in {config.output_dir}") as stop:

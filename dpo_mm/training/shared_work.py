@@ -1,27 +1,13 @@
-"""Shards that the processes of a run write together into a folder that all of them see."""
+"""Wait for the shards that other processes of a run write into a folder that all of them see."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 SHARD_TIMEOUT_S = 1800.0
 """Seconds without a new shard after which a process stops waiting for the others."""
-
-
-@dataclass(frozen=True)
-class ProcessRank:
-    """Index of this process and the number of processes, from the variables of `torchrun` and `accelerate launch`."""
-
-    index: int
-    count: int
-
-    @classmethod
-    def own(cls) -> ProcessRank:
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def wait_for_files(paths: Iterable[Path], folder: Path) -> None:

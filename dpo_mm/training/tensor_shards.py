@@ -20,8 +20,9 @@ from dpo_mm.checksums import saved_shards
 from dpo_mm.content_key import content_hash
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.outputs import remove_stale_files
+from dpo_mm.process_rank import process_rank
 from dpo_mm.resumable import atomic_write
-from dpo_mm.training.shared_work import ProcessRank, wait_for_files
+from dpo_mm.training.shared_work import wait_for_files
 
 OPEN = 256
 """Files that are open at a time. A process may have about a thousand open files."""
@@ -136,11 +137,10 @@ def write_shards(folder: Path, rows: int, rows_per_shard: int, compute: Callable
         ValueError: if the shards of another process do not come.
     """
     shards = shard_parts(folder, rows, rows_per_shard)
-    own = ProcessRank.own()
     create_cache(folder)
     remove_stale_files(folder.glob(".*"), shared=True)
     with stop_on_signal(lambda: saved_shards(folder)):
-        for path, part in shards[own.index :: own.count]:
+        for path, part in (shards[number] for number in process_rank().share(len(shards))):
             if not path.exists():
                 write_values(path, compute(part))
         paths = [path for path, _ in shards]

@@ -1,6 +1,6 @@
 """CPU seconds of encoding or mining by number of rows, on the tiny models of the contract tests.
 
-    python -m tests.bench.growth encode 500 /tmp/growth        # prints CPU seconds
+    python -m tests.bench.growth encode 500 WORK_FOLDER        # prints CPU seconds
 
 `tests.bench.real_size growth` runs it with two sizes and computes the exponent.
 """

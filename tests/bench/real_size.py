@@ -1,7 +1,7 @@
 """Measure import, doctor, questions, reports, labelling, encoding and mining at the size of real jobs.
 
     python -m tests.bench.real_size questions --out docs/benchmarks/real-size.json
-    python -m tests.bench.real_size import doctor labels report --out docs/benchmarks/real-size.json --work /tmp/bench
+    python -m tests.bench.real_size import doctor labels report --out docs/benchmarks/real-size.json --work WORK_FOLDER
 
 Each part is measured in other processes and replaces its entry in the file. `import` and `doctor` take minutes. Their inputs
 and the unfinished import are in --work, and the same command resumes.

@@ -1,7 +1,7 @@
 """Write the report of a comparison with many prompts, without a model, and print its size and the time as JSON.
 
-    python -m tests.bench.report_size images 5000 /tmp/report
-    python -m tests.bench.report_size responses 5000 /tmp/report
+    python -m tests.bench.report_size images 5000 WORK_FOLDER
+    python -m tests.bench.report_size responses 5000 WORK_FOLDER
 
 Images are files of 512 pixels with random scores. Responses are texts with or without a mistake. Everything after generation
 and scoring runs as in `dpo-mm compare`: statistics, tests, charts, examples and files.

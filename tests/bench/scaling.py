@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_mm.training.memory_estimate import _row, _step, disk_bytes
 from dpo_mm.training.meta_execution import CudaRules, MixedMetaMode
+from tests.bench.pages import write_tables
 from tests.bench.published_models import MODELS, config_of, response_row
 from tests.bench.what_fits import ADAPTED
 
@@ -177,14 +178,6 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page(path: Path, results: dict[str, Any]) -> None:
-    """Write the tables between the page's markers."""
-    before, _, rest = path.read_text().partition("<!-- scaling -->")
-    _, end, after = rest.partition("<!-- /scaling -->")
-    assert end, f"{path}: no markers"
-    path.write_text(f"{before}<!-- scaling -->\n{page(results)}\n{end}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -214,7 +207,7 @@ def main() -> None:
     results = {"torch": torch.__version__, "assumed": ASSUMED, "measured": measured, "jobs": jobs}
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     if options.page:
-        write_page(options.page, results)
+        write_tables(options.page, "scaling", page(results))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.training.pair_stream import PairStream
 from dpo_mm.training.reference import precompute_reference_log_probs
 from dpo_mm.training.trainer import PreferenceTrainer
+from tests.bench.pages import write_tables
 from tests.bench.vlm_shapes import PUBLISHED, RANK, SHAPES, Shape, build, largest_speedups, ratios, rows_of, texts
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -280,14 +281,6 @@ def page(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines).strip()
 
 
-def write_page(path: Path, cells: list[dict[str, Any]]) -> None:
-    """Write the tables between the page's markers."""
-    before, _, rest = path.read_text().partition("<!-- steps -->")
-    _, end, after = rest.partition("<!-- /steps -->")
-    assert end, f"{path}: no markers"
-    path.write_text(f"{before}<!-- steps -->\n{page(cells)}\n{end}{after}")
-
-
 def main() -> None:
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
         os.execve(
@@ -317,7 +310,7 @@ def main() -> None:
             about = {"torch": torch.__version__, "transformers": hf.__version__, "rounds": options.rounds}
             options.out.write_text(json.dumps({**about, "cells": cells}, indent=1) + "\n")
     if options.page:
-        write_page(options.page, cells)
+        write_tables(options.page, "steps", page(cells))
 
 
 if __name__ == "__main__":

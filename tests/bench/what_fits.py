@@ -21,9 +21,9 @@ import diffusers
 import torch
 import transformers as hf
 
-from dpo_mm.policies.vlm.meta_model import unquantized_parts
 from dpo_mm.training.memory_estimate import Counts, count_images, count_responses
 from dpo_mm.training.memory_plan import USABLE
+from tests.bench.pages import write_tables
 from tests.bench.published_models import MODELS, config_of, parameters, response_row
 
 GIB = 2**30
@@ -66,7 +66,7 @@ def count(name: str, settings: dict[str, Any], row: dict[str, int] | None = None
         return count_images(policy, config)
     encoded = response_row(policy, **(row or {}))
     policy.prepare(config)
-    return count_responses(policy, config, encoded, skip=unquantized_parts(policy))
+    return count_responses(policy, config, encoded)
 
 
 def compare_with_measured(name: str) -> dict[str, Any]:
@@ -129,14 +129,6 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page(path: Path, results: dict[str, Any]) -> None:
-    """Write the tables between the page's markers."""
-    before, _, rest = path.read_text().partition("<!-- fits -->")
-    _, end, after = rest.partition("<!-- /fits -->")
-    assert end, f"{path}: no markers"
-    path.write_text(f"{before}<!-- fits -->\n{page(results)}\n{end}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -167,7 +159,7 @@ def main() -> None:
             print(name, {k: v and round(v["training"], 1) for k, v in columns.items()}, flush=True)
             save()
     if options.page:
-        write_page(options.page, results)
+        write_tables(options.page, "fits", page(results))
 
 
 if __name__ == "__main__":

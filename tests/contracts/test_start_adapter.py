@@ -100,6 +100,31 @@ def test_image_run_starts_at_the_adapter_and_saves_what_stock_diffusers_loads(
     assert max(np.abs(a - b).max() for a, b in zip(stock, ours_images, strict=True)) <= tolerance
 
 
+@pytest.mark.slow
+def test_run_on_a_quantised_base_starts_at_the_adapter(
+    starts: Callable[[str], tuple[str, str]], tmp_path: Path
+) -> None:
+    model, adapter = starts("flux-dev")
+    config = TrainConfig(
+        model=model, pairs="-", output_dir="-", adapter=adapter, quantize="int8", resolution=BUILDERS["flux-dev"].size
+    )
+    policy: Any = build_policy(config)
+    rows = encoded_rows(policy, 2)
+    policy.prepare(config)
+    batch = policy.collate(rows)
+    reference, ours = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
+    assert torch.equal(sigmoid(ours, reference, beta=5000), LN2.expand(2))
+    move(policy)
+    moved = policy.log_probs(policy.model, batch).chosen
+    assert torch.equal(adapter_off(policy)(policy.model, batch).chosen, reference.chosen)
+    assert not torch.allclose(moved, ours.chosen)
+    policy.save(tmp_path)
+    again: Any = load_policy(model, quantize="int8", adapter=tmp_path, resolution=BUILDERS["flux-dev"].size)
+    again.config = config
+    with torch.no_grad():
+        torch.testing.assert_close(again.log_probs(again.model, batch).chosen, moved.detach())
+
+
 def text_start(family: str, folder: Path) -> tuple[str, str]:
     """Save a text model and an adapter of it, as PEFT does."""
     model = tiny_vlms.save(family, folder / "model")

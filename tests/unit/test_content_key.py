@@ -38,7 +38,7 @@ from dpo_mm.outputs import OutputKind, output_folder, settings_of
 from dpo_mm.policies.families import load_policy, model_content
 from dpo_mm.policies.lora_layers import lora_layers, train_attached
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
-from dpo_mm.training import encoding, feature_cache, reference_cache, response_rows
+from dpo_mm.training import encoding, reference_cache, response_rows
 from dpo_mm.training.checkpoints import check_same_content
 from tests.conftest import noise_image
 from tests.contracts import tiny_vlms
@@ -119,11 +119,12 @@ def encoded_pairs(w: SimpleNamespace) -> Any:
 
 def reference(w: SimpleNamespace) -> Any:
     row = {"id": "a", "ids": torch.tensor([1, 2, w.limit])}
-    return reference_cache.cache_folder_of(text_policy(w), [row], w.folder, precision=w.precision)
+    return reference_cache.frozen_output_key("reference log-probs", text_policy(w), [row], w.precision)
 
 
 def features(w: SimpleNamespace) -> Any:
-    return feature_cache.features_key(text_policy(w), [{"id": "a", "ids": torch.tensor([1, 2, w.limit])}])
+    policy, row = text_policy(w), {"id": "a", "ids": torch.tensor([1, 2, w.limit])}
+    return reference_cache.frozen_output_key("vision features", policy, [row], policy.encoding_fingerprint())
 
 
 def start_at_an_adapter(w: SimpleNamespace) -> None:

@@ -16,6 +16,7 @@ LAYERS = (
         "errors",
         "interruption",
         "printed_text",
+        "process_rank",
         "progress",
         "resumable",
         "assets",

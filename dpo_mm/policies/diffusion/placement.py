@@ -38,12 +38,9 @@ def on_device(policy: DiffusionPolicy, encoders: Encoders) -> Iterator[None]:
         yield
         return
     modules = pipeline_modules(policy.pipe)
-    is_text = lambda name: name not in ("vae", policy.denoiser)
-    needed = {
-        name: part
-        for name, part in modules.items()
-        if (is_text(name) if encoders == "text encoders" else name == "vae")
-    }
+    del modules[policy.denoiser]
+    vae = {"vae": modules.pop("vae")}
+    needed = vae if encoders == "autoencoder" else modules
     move(needed, policy.home)
     try:
         yield

@@ -46,11 +46,11 @@ def non_language_modules(base_model: Any) -> list[nn.Module]:
     return [] if decoder is inner else [m for m in inner.children() if m is not decoder and m is not head]
 
 
-def unquantized_modules(base_model: Any) -> list[str]:
-    """Names of the modules that stay in the run's precision: vision tower, projector and head."""
+def unquantized_modules(base_model: Any) -> dict[str, nn.Module]:
+    """Modules that `quantize` does not touch, by name: vision tower, projector and head."""
     head = base_model.get_output_embeddings()
     apart = [*non_language_modules(base_model), *([] if head is None else [head])]
-    return [name for name, module in base_model.named_modules() if any(module is part for part in apart)]
+    return {name: module for name, module in base_model.named_modules() if any(module is part for part in apart)}
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from dpo_mm.model_loading import load_part
 from dpo_mm.policies.diffusion.meta_pipeline import fill_small_buffers
-from dpo_mm.policies.vlm.architecture import auto_classes_for, non_language_modules
+from dpo_mm.policies.vlm.architecture import auto_classes_for
 from dpo_mm.policies.vlm.model_files import load_processor
 from dpo_mm.policies.vlm.vlm_policy import DTYPES, VisionLanguage
 
@@ -42,9 +41,3 @@ def without_checks(policy: VisionLanguage) -> VisionLanguage:
     if policy.token_log_probs.layout == "auto":
         policy.token_log_probs.layout = "separate"
     return policy
-
-
-def unquantized_parts(policy: VisionLanguage) -> list[nn.Module]:
-    """List the modules that `quantize` does not touch: vision tower, projector and head."""
-    head = policy.base_model.get_output_embeddings()
-    return [*non_language_modules(policy.base_model), *([] if head is None else [head])]

@@ -51,7 +51,7 @@ def load(
     options: dict[str, Any] = {"revision": revision, "dtype": dtype}
     if quantize:
         _, empty = empty_model(model_class, source, options)
-        options |= {"quantize": quantize, "skip": unquantized_modules(empty), "device": device}
+        options |= {"quantize": quantize, "skip": list(unquantized_modules(empty)), "device": device}
     model = load_module(model_class, source, **options)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
 

@@ -217,3 +217,28 @@ def test_compare_images_writes_report_and_metrics(tiny_model: str, tmp_path: Pat
     assert against["difference"] == 0 and "SFT is cheaper" in outcome.notes[0]
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "metrics.json", "contact_sheet.png"}
     assert "&lt;b&gt;t&lt;/b&gt;" in outcome.report.read_text()
+
+
+def test_base_with_an_adapter_is_compared_with_it(tiny_model: str, tmp_path: Path) -> None:
+    """It catches images of the base that are drawn without its adapter."""
+    policy = load_policy(tiny_model)
+    from tests.contracts.test_diffusion import config as train_config
+
+    policy.prepare(train_config())
+    randomise_adapter(policy)
+    policy.save(tmp_path / "adapter")
+    (tmp_path / "prompts.txt").write_text("\n".join(WORDS[:2]) + "\n")
+    plain = CompareConfig(
+        model=tiny_model,
+        output_dir=str(tmp_path / "plain"),
+        adapter=str(tmp_path / "adapter"),
+        prompts=str(tmp_path / "prompts.txt"),
+        images_per_prompt=2,
+        judges=("tests.unit.evaluation.test_compare_images:brightness",),
+        num_inference_steps=2,
+    )
+    staged = dataclasses.replace(plain, base_adapter=plain.adapter, output_dir=str(tmp_path / "staged"))
+    first, second = (compare_images(config, title="t", command="c").comparisons[0] for config in (plain, staged))
+    assert first.difference != 0 and second.difference == 0 and second.base == first.tuned
+    settings = json.loads((tmp_path / "staged" / "metrics.json").read_text())["settings"]
+    assert settings["base adapter"] == plain.adapter

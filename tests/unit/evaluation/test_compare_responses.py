@@ -167,6 +167,34 @@ def test_base_weights_give_the_responses_of_the_model_without_adapter(tmp_path: 
         assert policy.generate(**ask) == before
 
 
+def test_base_with_an_adapter_is_compared_with_it(tmp_path: Path) -> None:
+    """It catches responses of the base that are generated without its adapter."""
+    model, other = save("llava", tmp_path / "model"), tmp_path / "other"
+    policy = load_policy(model)
+    for parameter in policy.model.parameters():
+        parameter.data.mul_(-1)
+    policy.model.save_pretrained(other)
+    RED.save(tmp_path / "red.png")
+    (tmp_path / "q.jsonl").write_text(
+        json.dumps({"image": "red.png", "prompt": "What?", "ground_truth": "a red field"})
+    )
+    config = CompareResponsesConfig(
+        model=model,
+        output_dir=str(tmp_path / "out"),
+        questions=str(tmp_path / "q.jsonl"),
+        adapter=str(other),
+        base_adapter=str(other),
+        judges=("cer",),
+        max_new_tokens=5,
+    )
+    policy = module._load(config, config.adapter)
+    questions = module.read_questions(config.questions)
+    base = module._base_responses(policy, questions, config)
+    plain = module._base_responses(policy, questions, dataclasses.replace(config, base_adapter=None))
+    tuned = module.generate_responses(policy, questions, config, base=False, title="t", output_dir=tmp_path / "out")
+    assert base.responses == tuned.responses != plain.responses
+
+
 def test_tuned_model_is_prompted_through_its_own_chat_template(tmp_path: Path) -> None:
     model, other = save("llava", tmp_path / "model"), str(tmp_path / "other")
     changed = load_policy(model)
