@@ -65,7 +65,7 @@ def generate_responses(
         settings = generation_settings(policy, config, base=base) if output_dir else {}
         for start in range(0, len(questions), config.batch_size):
             part = questions[start : start + config.batch_size]
-            keys = [_key(settings, part, number) for number in range(len(part))]
+            keys = _keys(settings, part)
             if output_dir and all(_is_response(saved.get(key)) for key in keys):
                 batch = [Response(*(saved[key][name] for name in Response._fields)) for key in keys]
             else:
@@ -126,13 +126,16 @@ def generation_settings(policy: TextPolicy, config: CompareResponsesConfig, *, b
     }
 
 
-def _key(settings: dict[str, Any], part: Sequence[Question], number: int) -> str:
-    """Hash a response's settings and its whole batch, on which padding and sampling depend."""
+def _keys(settings: dict[str, Any], part: Sequence[Question]) -> list[str]:
+    """Hash each response's settings and its whole batch, on which padding and sampling depend."""
     if not settings:
-        return ""
-    batch = [number, [[question.prompt, question.content["images"]] for question in part]]
+        return [""] * len(part)
+    batch = content_hash(
+        [[question.prompt, question.content["images"]] for question in part]
+    )  # each image is read once
     decisive = {name: value for name, value in settings.items() if name not in ("model", "revision", "adapter")}
-    return content_key("response of a comparison", {**decisive, "batch": batch})
+    ingredients = [{**decisive, "batch": [number, batch]} for number in range(len(part))]
+    return [content_key("response of a comparison", parts) for parts in ingredients]
 
 
 def score_responses(

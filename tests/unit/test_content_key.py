@@ -186,7 +186,7 @@ def compared_response(w: SimpleNamespace) -> Any:
         "m", "q", "out", max_new_tokens=w.limit, temperature=w.temperature, seed=w.seed, precision=w.precision
     )
     settings = response_sampling.generation_settings(text_policy(w), config, base=False)
-    return response_sampling._key(settings, questions(w), 0)
+    return response_sampling._keys(settings, questions(w))[0]
 
 
 def comparison(w: SimpleNamespace) -> Any:
