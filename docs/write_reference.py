@@ -33,6 +33,8 @@ SECTIONS = {
     "CompareResponsesConfig": "`dpo-mm compare` with `--questions`, section `compare` of a recipe. Vision-language and text models.",
     "MineConfig": "`dpo-mm mine` with `--prompts`, section `mine` of a recipe. Image generators.",
     "MineResponsesConfig": "`dpo-mm mine` with `--questions`, section `mine` of a recipe. Vision-language and text models.",
+    "SidePrompts": "An entry of `side_sets` of CompareConfig.",
+    "SideQuestions": "An entry of `side_sets` of CompareResponsesConfig.",
     "JudgeConfig": "`dpo-mm judge`.",
     "RelabelConfig": "`dpo-mm relabel`.",
 }

@@ -82,12 +82,25 @@ def _coerce(value: Any, hint: Any, setting: str) -> Any:
             with contextlib.suppress(ValueError):
                 return float(value)
         return _coerce(value, (preferred or kinds)[0], setting)
+    if dataclasses.is_dataclass(hint):
+        return _nested(value, hint, setting)  # type: ignore[arg-type]
     if origin is tuple:
-        parts = value.split(",") if isinstance(value, str) else list(value)
+        parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, Mapping) else list(value)
         return tuple(_coerce(part, options[0], setting) for part in parts)
     if origin is dict:
         return _mapping(value, setting)
     return _plain(value, hint, setting)
+
+
+def _nested(value: Any, kind: type[T], setting: str) -> T:
+    """Build a dataclass from a mapping, or from a text, which is its first field."""
+    name = dataclasses.fields(kind)[0].name  # type: ignore[arg-type]
+    values = {name: value} if isinstance(value, str) else value
+    if isinstance(values, kind):
+        return values
+    if not isinstance(values, Mapping) or (name not in values and not set(values) - set(known_names(kind))):
+        raise ValueError(f"{setting}: expected a name, or settings such as {{{name}: FILE}}, got {value!r}")
+    return config_from_mapping(kind, values, source=setting)
 
 
 def _mapping(value: Any, setting: str) -> dict[str, float]:

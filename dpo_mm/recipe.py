@@ -188,12 +188,13 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
             metric.
     """
     from dpo_mm.evaluation.finished_comparison import COMPARISON
+    from dpo_mm.evaluation.side_sets import judges_of
     from dpo_mm.judges.provenance import order_judges
     from dpo_mm.outputs import refuse_foreign_folder
     from dpo_mm.training.run import train
 
     refuse_foreign_folder(Path(recipe.compare.output_dir), COMPARISON)
-    _check_judges(recipe.compare.judges)
+    _check_judges(judges_of(recipe.compare))
     order_judges(recipe.compare.judges, _training_judges(recipe))
     with stop_on_signal(lambda: _completed_steps(recipe)):
         if recipe.mine and not mine(recipe.mine).exists():
@@ -286,13 +287,14 @@ def compare(
         ValueError: if a judge, the model, the adapter, the prompts or a setting is unknown or does not fit.
     """
     from dpo_mm.evaluation.finished_comparison import COMPARISON, ingredients, read_result, saved_lines
+    from dpo_mm.evaluation.side_sets import judges_of, side_configs, source_of
     from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of
 
     folder = Path(config.output_dir)
     inputs = [config.model, config.adapter, config.base_adapter, sft_adapter]
-    inputs.append(config.questions if isinstance(config, CompareResponsesConfig) else config.prompts)
+    inputs += [source_of(own) for own in (config, *side_configs(config))]
     refuse_foreign_folder(folder, COMPARISON, inputs=inputs)
-    _check_judges(config.judges)
+    _check_judges(judges_of(config))
     options: dict[str, Any] = {"title": title, "command": command, "sft_adapter": sft_adapter}
     if training is not None:
         options |= {"history": training.history, "settings": training.settings}

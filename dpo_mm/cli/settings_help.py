@@ -20,7 +20,15 @@ from dpo_mm.config import (
 )
 from dpo_mm.config.descriptions import Setting, describe_settings, yaml_value
 
-WORDS = {"str": "TEXT", "int": "INT", "float": "FLOAT", "bool": "true|false", "None": "none"}
+WORDS = {
+    "str": "TEXT",
+    "int": "INT",
+    "float": "FLOAT",
+    "bool": "true|false",
+    "None": "none",
+    "SidePrompts": "FILE",
+    "SideQuestions": "FILE",
+}
 WIDTH = 100
 """Columns of the comments in a printed config."""
 CONFIGS: dict[str, tuple[type[Any], ...]] = {

@@ -8,6 +8,7 @@ from typing import Any
 from dpo_mm.config.image_configs import CompareConfig, MineConfig
 from dpo_mm.config.judge_configs import JudgeConfig, RelabelConfig
 from dpo_mm.config.response_configs import CompareResponsesConfig, MineResponsesConfig
+from dpo_mm.config.side_set_configs import SidePrompts, SideQuestions
 from dpo_mm.config.train_config import TRAINER_NAMES, TrainConfig
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "MineConfig",
     "MineResponsesConfig",
     "RelabelConfig",
+    "SidePrompts",
+    "SideQuestions",
     "TrainConfig",
     "as_dict",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dpo_mm.config.side_set_configs import SidePrompts
 from dpo_mm.setting_limits import Settings
 
 
@@ -32,6 +33,9 @@ class CompareConfig(Settings):
     judges: tuple[str, ...] = ("faithfulness",)
     """Names of judges, or module:function. The first one is the primary metric, unless it is learned and built the
     training pairs."""
+    side_sets: tuple[SidePrompts, ...] = ()
+    """Further prompts that must not get significantly worse by a judge: names of files or bundled lists, or prompts, judges and
+    max_prompts of each."""
     num_inference_steps: int = 50
     """Denoising steps per image."""
     guidance_scale: float = 7.5

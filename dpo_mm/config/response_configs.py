@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dpo_mm.config.side_set_configs import SideQuestions
 from dpo_mm.setting_limits import Settings
 
 
@@ -31,6 +32,9 @@ class CompareResponsesConfig(Settings):
     built the training pairs."""
     guards: tuple[str, ...] = ()
     """Guardrail metrics: judges from the list above that must not get significantly worse."""
+    side_sets: tuple[SideQuestions, ...] = ()
+    """Further questions that must not get significantly worse by a judge: names of files or synthetic datasets, or questions,
+    judges and max_questions of each."""
     max_new_tokens: int = 512
     """Largest number of tokens per response. Longer responses are truncated."""
     temperature: float = 0.0

@@ -18,13 +18,8 @@ from dpo_mm.evaluation.image_sampling import ImageSampler, SamplingPlan, ScoredI
 from dpo_mm.evaluation.image_statistics import IMAGE_STATISTICS, METRICS, pairwise_distance
 from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, ImageStore
 from dpo_mm.evaluation.report import Example, Report, write_report
-from dpo_mm.evaluation.statistics import (
-    BASE_AND_TUNED,
-    Comparison,
-    holm_corrected,
-    paired,
-    run_verdict,
-)
+from dpo_mm.evaluation.side_sets import name_side_sets, note_side_sets, read_sets, with_side_sets
+from dpo_mm.evaluation.statistics import BASE_AND_TUNED, Comparison, holm_corrected, paired
 from dpo_mm.evaluation.sweep import SweepPoint, advice, correct_points, mark_recommended
 from dpo_mm.evaluation.verdict import (
     CompareResult,
@@ -32,6 +27,7 @@ from dpo_mm.evaluation.verdict import (
     note_training_judges,
     note_unconfirmed,
     run_summary,
+    run_verdict,
 )
 from dpo_mm.judges import better_of, metric_of
 from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
@@ -169,13 +165,14 @@ def verdict(results: Sequence[Comparison]) -> str:
         results: comparisons of base and tuned.
 
     Returns:
-        The primary metric's verdict, or "over-optimised" if it improved while another judge's metric got worse or
-        diversity collapsed.
+        The verdict of `run_verdict`. Guardrail metrics are the other judges' metrics, and diversity if it collapsed.
     """
     primary = next(result for result in results if result.headline)
-    guards = [result for result in results if not result.headline and result.judge not in (PIXELS, IMAGE_STATISTICS)]
-    guards += [result for result in results if result.judge == PIXELS and result.tuned < COLLAPSE * result.base]
-    return run_verdict(primary, guards)
+    sides = [result for result in results if result.side_set]
+    here = [result for result in results if not result.headline and not result.side_set]
+    guards = [result for result in here if result.judge not in (PIXELS, IMAGE_STATISTICS)]
+    guards += [result for result in here if result.judge == PIXELS and result.tuned < COLLAPSE * result.base]
+    return run_verdict(primary, guards, sides)
 
 
 def examples(base: ScoredImages, tuned: ScoredImages, judge: str, *, count: int) -> list[Example]:
@@ -224,13 +221,18 @@ def compare_images(
     """
     training_judges = training_judges_of_adapter(config.adapter)
     config = dataclasses.replace(config, judges=order_judges(config.judges, training_judges))
-    plan, store = sampling_plan(config), ImageStore(Path(config.output_dir) / FOLDER)
+    sets, store = read_plans(config), ImageStore(Path(config.output_dir) / FOLDER)
+    plan = sets[0][1]
     sampler = ImageSampler(_load(config, config.adapter), config, store, config.adapter)
-    base = _base_sampler(sampler).generate(plan, scale=float(config.base_adapter is not None), label="base")
-    tuned = sampler.generate(plan, scale=1.0, label="tuned") if config.adapter else base
-    results = comparisons(base, tuned, config, training_judges=training_judges)
-    results += compare_image_statistics(base, tuned)
-    run, notes = verdict(results), note_training_judges(results) + image_notes(results)
+    bases = _generate(_base_sampler(sampler), sets, scale=float(config.base_adapter is not None), label="base")
+    tuneds = _generate(sampler, sets, scale=1.0, label="tuned") if config.adapter else bases
+    base, tuned = bases[0], tuneds[0]
+    primary, *sides = [
+        (own, comparisons(before, after, own, training_judges=training_judges))
+        for (own, _), before, after in zip(sets, bases, tuneds, strict=True)
+    ]
+    results = with_side_sets(primary[1], sides) + compare_image_statistics(base, tuned)
+    run, notes = verdict(results), note_training_judges(results) + note_side_sets(results) + image_notes(results)
     if cut := truncated_prompts(sampler.policy, plan.prompts):
         notes.append(f"Prompts: {cut}. What the model did not read, a judge may still look for.")
     summary = run_summary(results, run, unit="prompts")
@@ -242,19 +244,19 @@ def compare_images(
         notes.insert(0, note_against_sft(against_sft[0]))
     points = mark_recommended(correct_points(list(run_sweep(sampler, base, tuned))))
     notes += [advice(points)] if points else []
-    primary = config.judges[0]
+    judge = config.judges[0]
     report = Report(
         title=title,
         verdict=run,
         summary=summary,
         command=command,
         comparisons=tuple(results),
-        categories=tuple(by_category(base, tuned, primary)),
+        categories=tuple(by_category(base, tuned, judge)),
         scales=tuple((point.scale, point.headline) for point in points if point.step is None),
         points=points,
-        control=aa_control(base, primary),
+        control=aa_control(base, judge),
         history=tuple(history),
-        examples=tuple(examples(base, tuned, primary, count=24)),
+        examples=tuple(examples(base, tuned, judge, count=24)),
         settings={**(settings or {}), **_settings(config, plan, sampler)},
         notes=tuple(notes),
     )
@@ -264,6 +266,21 @@ def compare_images(
     if not config.save_images:
         store.remove()
     return CompareResult(run, tuple(results), tuple(notes), folder / "report.html")
+
+
+def read_plans(config: CompareConfig) -> list[tuple[CompareConfig, SamplingPlan]]:
+    """Return settings and plan of the comparison, then of each side set. Raise ValueError as `read_sets`."""
+    return read_sets(config, sampling_plan, lambda plan: len(set(plan.prompts)))
+
+
+def _generate(
+    sampler: ImageSampler, sets: Sequence[tuple[CompareConfig, SamplingPlan]], *, scale: float, label: str
+) -> list[ScoredImages]:
+    """Generate and score the images of each set."""
+    return [
+        sampler.generate(plan, scale=scale, label=f"{label}-side{number}" if number else label, judges=own.judges)
+        for number, (own, plan) in enumerate(sets)
+    ]
 
 
 def _base_sampler(sampler: ImageSampler) -> ImageSampler:
@@ -351,6 +368,7 @@ def _settings(config: CompareConfig, plan: SamplingPlan, sampler: ImageSampler) 
         **name_base(config.base_adapter, config.adapter),
         "prompts": f"{config.prompts}, {len(plan.prompts) // plan.samples} prompts, "
         f"{config.images_per_prompt} images per prompt{balanced}",
+        **name_side_sets(config),
         "sampler": f"{settings['scheduler'].split()[0]}, {config.num_inference_steps} steps, "
         f"guidance {config.guidance_scale:g}, {settings['dtype']}{f', linear layers in {config.quantize}' if config.quantize else ''}",
         "seed": str(config.seed),

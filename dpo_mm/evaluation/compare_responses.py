@@ -18,14 +18,16 @@ from dpo_mm.evaluation.response_sampling import (
     generate_responses,
     score_responses,
 )
+from dpo_mm.evaluation.side_sets import name_side_sets, note_side_sets, read_sets, source_of, with_side_sets
 from dpo_mm.evaluation.significance import mcnemar, rate_interval
-from dpo_mm.evaluation.statistics import BASE_AND_TUNED, Comparison, holm_corrected, paired_ratios, run_verdict
+from dpo_mm.evaluation.statistics import BASE_AND_TUNED, Comparison, holm_corrected, paired_ratios
 from dpo_mm.evaluation.verdict import (
     CompareResult,
     note_against_sft,
     note_training_judges,
     note_unconfirmed,
     run_summary,
+    run_verdict,
 )
 from dpo_mm.judges import better_of, explain, metric_of
 from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
@@ -216,16 +218,23 @@ def compare_responses(
         )
     training_judges = training_judges_of_adapter(config.adapter)
     config = dataclasses.replace(config, judges=order_judges(config.judges, training_judges))
-    questions, folder = read_questions(config.questions, limit=config.max_questions), Path(config.output_dir)
+    sets, folder = read_question_sets(config), Path(config.output_dir)
+    questions = sets[0][1]
     policy = _load(config, config.adapter)
-    base = _base_responses(policy, questions, config)
-    tuned = generate_responses(policy, questions, config, base=False, title="tuned model", output_dir=folder)
-    results = comparisons(base, tuned, config, training_judges=training_judges)
-    guards = [result for result in results if result.judge in config.guards]
-    primary, run = config.judges[0], run_verdict(results[0], guards)
+    bases = _base_responses(policy, sets)
+    tuneds = _generate(policy, sets, base=False)
+    base, tuned = bases[0], tuneds[0]
+    here, *sides = [
+        (own, comparisons(before, after, own, training_judges=training_judges))
+        for (own, _), before, after in zip(sets, bases, tuneds, strict=True)
+    ]
+    results = with_side_sets(here[1], sides)
+    guards = [result for result in results if result.judge in config.guards and not result.side_set]
+    primary = config.judges[0]
+    run = run_verdict(results[0], guards, [result for result in results if result.side_set])
     summary = run_summary(results, run, unit="responses")
     notes = [note_counts(base, tuned, primary), history and beta and note_chosen_log_prob(history, beta)]
-    notes += note_training_judges(results) + note_unconfirmed(results)
+    notes += note_training_judges(results) + note_side_sets(results) + note_unconfirmed(results)
     if sft_adapter:
         sft_policy = _load(config, sft_adapter)
         sft = generate_responses(sft_policy, questions, config, base=False, title="SFT model", output_dir=folder)
@@ -251,15 +260,43 @@ def compare_responses(
     return CompareResult(run, tuple(results), report.notes, folder / "report.html")
 
 
+def read_question_sets(config: CompareResponsesConfig) -> list[tuple[CompareResponsesConfig, list[Question]]]:
+    """Return settings and questions of the comparison, then of each side set. Raise ValueError as `read_sets`."""
+    return read_sets(config, lambda own: read_questions(own.questions, limit=own.max_questions), len)
+
+
 def _base_responses(
-    policy: TextPolicy, questions: Sequence[Question], config: CompareResponsesConfig
-) -> ScoredResponses:
+    policy: TextPolicy, sets: Sequence[tuple[CompareResponsesConfig, list[Question]]]
+) -> list[ScoredResponses]:
     """Responses of the model without its adapter, or with the base's own."""
+    config = sets[0][0]
     own = config.base_adapter
-    if own:
-        policy, config = _load(config, own), dataclasses.replace(config, adapter=own)
-    folder = Path(config.output_dir)
-    return generate_responses(policy, questions, config, base=not own, title="base model", output_dir=folder)
+    if own is None:
+        return _generate(policy, sets, base=True)
+    with_own = [(dataclasses.replace(each, adapter=own), questions) for each, questions in sets]
+    return _generate(_load(config, own), with_own, base=False, title="base model")
+
+
+def _generate(
+    policy: TextPolicy,
+    sets: Sequence[tuple[CompareResponsesConfig, list[Question]]],
+    *,
+    base: bool,
+    title: str | None = None,
+) -> list[ScoredResponses]:
+    """Generate and score the responses to the questions of each set. title: name of the model in answers.jsonl."""
+    title = title or ("base model" if base else "tuned model")
+    return [
+        generate_responses(
+            policy,
+            questions,
+            own,
+            base=base,
+            title=f"{title} on {source_of(own)}" if number else title,
+            output_dir=Path(own.output_dir),
+        )
+        for number, (own, questions) in enumerate(sets)
+    ]
 
 
 def _settings(config: CompareResponsesConfig, count: int) -> dict[str, str]:
@@ -270,6 +307,7 @@ def _settings(config: CompareResponsesConfig, count: int) -> dict[str, str]:
         "adapter": config.adapter or "none",
         **name_base(config.base_adapter, config.adapter),
         "questions": f"{config.questions}, {count} questions",
+        **name_side_sets(config),
         "decoding": f"{decoding}, at most {config.max_new_tokens} tokens",
         **({"linear layers": config.quantize} if config.quantize else {}),
         "seed": str(config.seed),

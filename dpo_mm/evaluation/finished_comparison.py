@@ -14,6 +14,7 @@ from dpo_mm.data.questions import WORLDS, read_questions
 from dpo_mm.evaluation.compare_images import list_checkpoints
 from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, SCORES
 from dpo_mm.evaluation.response_sampling import RESPONSES_FILE
+from dpo_mm.evaluation.side_sets import judges_of, read_sets
 from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.verdict import CompareResult
 from dpo_mm.judges import judge_digests
@@ -39,19 +40,30 @@ def ingredients(config: CompareConfig | CompareResponsesConfig, sft_adapter: str
     adapters = [name for name in (config.adapter, config.base_adapter, sft_adapter) if name]
     if isinstance(config, CompareConfig):
         adapters += [folder for _, folder in list_checkpoints(config)]
-        prompts: Any = read_prompt_set(config.prompts, limit=config.max_prompts)
-    elif config.questions in WORLDS:  # the library's version decides them
-        prompts = config.questions
-    else:
-        prompts = [question.content for question in read_questions(config.questions, limit=config.max_questions)]
+    prompts, *sides = [content for _, content in _read_content(config)]
     return {
         "settings": as_dict(config),
         "model": model_content(config.model, revision=config.revision),
         "adapters": {name: adapter_content(name) for name in adapters},
-        "prompts": content_hash(prompts),
-        "judges": judge_digests(config.judges),
+        "prompts": content_hash([prompts, *sides] if sides else prompts),
+        "judges": judge_digests(judges_of(config)),
         "libraries": library_versions(),
     }
+
+
+def _read_content(config: CompareConfig | CompareResponsesConfig) -> list[tuple[Any, Any]]:
+    """Return settings and content of what is compared, then of each side set."""
+    if isinstance(config, CompareConfig):
+        read_prompts = lambda own: read_prompt_set(own.prompts, limit=own.max_prompts)
+        return [*read_sets(config, read_prompts, lambda prompt_set: len(prompt_set.prompts))]
+    return [*read_sets(config, _questions_content, len)]
+
+
+def _questions_content(config: CompareResponsesConfig) -> Any:
+    """Return the questions as plain values, or the name of a synthetic dataset, which the library's version decides."""
+    if config.questions in WORLDS:
+        return config.questions
+    return [question.content for question in read_questions(config.questions, limit=config.max_questions)]
 
 
 def read_result(folder: Path) -> CompareResult:

@@ -138,13 +138,16 @@ class ImageSampler:
     store: ImageStore
     adapter: str | None = None
 
-    def generate(self, plan: SamplingPlan, *, scale: float, label: str) -> ScoredImages:
+    def generate(
+        self, plan: SamplingPlan, *, scale: float, label: str, judges: Sequence[str] | None = None
+    ) -> ScoredImages:
         """Generate and score the plan's images. Images that are in the store are not generated again.
 
         Args:
             plan: prompts and seeds.
             scale: LoRA scale. 0 is the base.
             label: subfolder of the store.
+            judges: names of the judges. None: those of the config.
         """
         settings, store, size = self.settings(scale), self.store, self.config.batch_size
         pairs = list(zip(plan.prompts, plan.seeds, strict=True))
@@ -163,7 +166,8 @@ class ImageSampler:
         rows = [store.rows[keys[pair]] for pair in pairs]
         files = ImageFiles([store.folder / row["file"] for row in rows])
         digests = [row["sha256"] for row in rows]
-        scores = {name: score_images(name, files, digests, plan.prompts, store) for name in self.config.judges}
+        names = self.config.judges if judges is None else judges
+        scores = {name: score_images(name, files, digests, plan.prompts, store) for name in names}
         return ScoredImages(plan, files, scores)
 
     def _generate_batch(self, batch: Sequence[tuple[str, int]], scale: float) -> list[tuple[str, int, Image.Image]]:

@@ -122,7 +122,8 @@ def load_comparison(folder: str | Path, *, judges: Sequence[str] | None = None) 
             f"{images}: no prompt has an image of base and tuned. The comparison may be incomplete: run it again."
         )
     image_pairs = tuple(_image_pair(images, base, tuned, names, scores) for base, tuned in pairs)
-    return SavedComparison(image_pairs, names, settings)
+    judged = {name for pair in image_pairs for name in pair.scores}  # others scored only images of side sets
+    return SavedComparison(image_pairs, tuple(name for name in names if name in judged), settings)
 
 
 def _image_pair(

@@ -23,7 +23,6 @@ from dpo_mm.evaluation.significance import LEVEL, holm, rate_interval, sign_test
 
 Direction = Literal["higher", "lower", "neutral"]
 Verdict = Literal["better", "no evidence", "worse", "differs"]
-Overall = Literal["better", "no evidence", "worse", "differs", "over-optimised"]
 
 BASE_AND_TUNED: tuple[str, str] = ("base", "tuned")
 MIN_EVENTS = 5
@@ -53,6 +52,7 @@ class Comparison:
         built_training_pairs: whether this judge also built the training pairs.
         models: the two models, of "base", "tuned" and "sft". The first is in `base`, the second in `tuned`.
         direction: direction of a better score.
+        side_set: name of the side set whose items are compared, "" for the prompts or questions of the comparison itself.
     """
 
     metric: str
@@ -75,6 +75,12 @@ class Comparison:
     built_training_pairs: bool = False
     models: tuple[str, str] = BASE_AND_TUNED
     direction: Direction = "higher"
+    side_set: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the metric, with that of its side set."""
+        return f"{self.metric} on {self.side_set}" if self.side_set else self.metric
 
     @property
     def win_rate(self) -> float:
@@ -335,17 +341,6 @@ def verdict_of(comparison: Comparison) -> Verdict:
     agrees = {"better": wins > losses, "worse": losses > wins}.get(verdict, True)
     p = comparison.p if comparison.p_holm is None else comparison.p_holm
     return verdict if agrees and p <= LEVEL else "no evidence"
-
-
-def run_verdict(headline: Comparison, guards: Sequence[Comparison]) -> Overall:
-    """Return the primary metric's verdict, or "over-optimised" if it is better and a guardrail metric is worse.
-
-    Args:
-        headline: the primary metric.
-        guards: the guardrail metrics.
-    """
-    worse = any(guard.verdict == "worse" for guard in guards)
-    return "over-optimised" if headline.verdict == "better" and worse else headline.verdict
 
 
 def _checked_scores(

@@ -31,7 +31,7 @@ GROUPS = {
 """Heading of the comparisons of two models, and the names of the two."""
 JUDGE_NAMES = {IMAGE_STATISTICS: "image statistics", "pixels": "pixel distances"}
 """Text for comparisons that no judge made."""
-TONES = {"better": "good", "worse": "bad", "over-optimised": "warn"}
+TONES = {"better": "good", "worse": "bad", "over-optimised": "warn", "better here, worse elsewhere": "warn"}
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def _row(comparison: Comparison, percent: bool, reach: float) -> Row:
     )
     mde = _signed(comparison.detectable or 0.0, percent, digits).lstrip("+")
     group, *models = GROUPS.get(comparison.models, (" and ".join(comparison.models), *comparison.models))
+    group = f"Side set {comparison.side_set}" if comparison.side_set else group
     return Row(
         metric=comparison.metric,
         judge=JUDGE_NAMES.get(comparison.judge, comparison.judge),

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dpo_mm.evaluation.statistics import BASE_AND_TUNED, LEVEL, Comparison, interval_verdict
+
+Overall = Literal["better", "no evidence", "worse", "differs", "over-optimised", "better here, worse elsewhere"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class CompareResult:
     """Result of a comparison.
 
     Args:
-        verdict: verdict of the primary metric: better, worse, no evidence, differs or over-optimised.
+        verdict: one of `Overall`.
         comparisons: one per judge and pair of models.
         notes: caveats, one or two sentences each.
         report: path of report.html.
@@ -24,6 +27,25 @@ class CompareResult:
     comparisons: tuple[Comparison, ...]
     notes: tuple[str, ...]
     report: Path
+
+
+def run_verdict(headline: Comparison, guards: Sequence[Comparison], sides: Sequence[Comparison] = ()) -> Overall:
+    """Return the verdict on a run.
+
+    Args:
+        headline: the primary metric.
+        guards: the guardrail metrics.
+        sides: the metrics of the side sets.
+
+    Returns:
+        The primary metric's verdict. If it is better, "over-optimised" if a guardrail metric is worse, or else "better here,
+        worse elsewhere" if a metric of a side set is worse.
+    """
+    if headline.verdict != "better":
+        return headline.verdict
+    if any(guard.verdict == "worse" for guard in guards):
+        return "over-optimised"
+    return "better here, worse elsewhere" if any(side.verdict == "worse" for side in sides) else "better"
 
 
 def run_summary(comparisons: Sequence[Comparison], verdict: str, *, unit: str) -> str:
@@ -37,7 +59,7 @@ def run_summary(comparisons: Sequence[Comparison], verdict: str, *, unit: str) -
     primary = next(comparison for comparison in comparisons if comparison.headline)
     metric = primary.metric[:1].upper() + primary.metric[1:]
     clustered = ", clustered by prompt" if unit == "prompts" else ""
-    worse = [f"{each.metric} ({each.base:.3f} to {each.tuned:.3f})" for each in comparisons if each.verdict == "worse"]
+    worse = [f"{each.name} ({each.base:.3f} to {each.tuned:.3f})" for each in comparisons if each.verdict == "worse"]
     return (
         f"{metric}: {primary.base:.3f} with the base model, {primary.tuned:.3f} with the tuned model "
         f"({primary.difference:+.3f}, {interval_text(primary)}{clustered}). "
@@ -75,7 +97,7 @@ def note_unconfirmed(comparisons: Sequence[Comparison]) -> list[str]:
         interval = interval_verdict(comparison)
         if comparison.models != BASE_AND_TUNED or interval == comparison.verdict:
             continue
-        start = f"{comparison.metric} {interval if interval == 'differs' else f'is {interval}'} by its interval"
+        start = f"{comparison.name} {interval if interval == 'differs' else f'is {interval}'} by its interval"
         against = {"better": comparison.wins <= comparison.losses, "worse": comparison.losses <= comparison.wins}
         if comparison.p > LEVEL or against.get(interval, False):
             notes.append(

@@ -137,7 +137,7 @@ def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdi
     if MADE not in before:
         return None
     rows = "".join(
-        f"| {_cell(one.metric)} | {one.base:.4g} | {one.tuned:.4g} | {_interval(one)} | {one.verdict} |\n"
+        f"| {_cell(one.name)} | {one.base:.4g} | {one.tuned:.4g} | {_interval(one)} | {one.verdict} |\n"
         for one in comparisons
         if one.models == ("base", "tuned")
     )

@@ -189,8 +189,8 @@ def test_base_with_an_adapter_is_compared_with_it(tmp_path: Path) -> None:
     )
     policy = module._load(config, config.adapter)
     questions = module.read_questions(config.questions)
-    base = module._base_responses(policy, questions, config)
-    plain = module._base_responses(policy, questions, dataclasses.replace(config, base_adapter=None))
+    (base,) = module._base_responses(policy, [(config, questions)])
+    (plain,) = module._base_responses(policy, [(dataclasses.replace(config, base_adapter=None), questions)])
     tuned = module.generate_responses(policy, questions, config, base=False, title="t", output_dir=tmp_path / "out")
     assert base.responses == tuned.responses != plain.responses
 

@@ -16,9 +16,9 @@ from dpo_mm.evaluation.statistics import (
     minimum_detectable_effect,
     paired,
     paired_ratios,
-    run_verdict,
     verdict_of,
 )
+from dpo_mm.evaluation.verdict import run_verdict
 from tests.bench.coverage import coverage
 
 FIELDS = ["metric", "judge", "headline", "base", "tuned", "difference", "low", "high", "n", "verdict"]
@@ -33,6 +33,7 @@ FIELDS += [
     "built_training_pairs",
     "models",
     "direction",
+    "side_set",
     "win_rate",
 ]
 
@@ -273,6 +274,9 @@ def test_run_verdict_uses_guardrails_only_if_primary_is_better():
     assert run_verdict(better, [same, worse]) == "over-optimised"
     assert run_verdict(same, [worse]) == "no evidence"
     assert run_verdict(worse, [better]) == "worse"
+    assert run_verdict(better, [same], [better, worse]) == "better here, worse elsewhere"
+    assert run_verdict(better, [worse], [worse]) == "over-optimised"
+    assert run_verdict(same, [], [worse]) == "no evidence"
 
 
 def test_verdict_needs_interval_and_sign_test():
