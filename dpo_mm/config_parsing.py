@@ -45,6 +45,13 @@ def with_field_names(kind: type[Any], values: Mapping[str, Any], *, source: str)
     return {trainer_names.get(name, name): value for name, value in values.items()}
 
 
+def overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file with overrides. Of steps and num_train_epochs, the one among the overrides counts."""
+    replaced = {"steps": "num_train_epochs", "num_train_epochs": "steps"}
+    dropped = {replaced.get(name) for name in overrides} - set(overrides)
+    return {**{name: value for name, value in values.items() if name not in dropped}, **overrides}
+
+
 def config_from_mapping(kind: type[T], values: Mapping[str, Any], *, source: str) -> T:
     """Build a config from plain values of a YAML file or of flags.
 

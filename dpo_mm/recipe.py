@@ -18,7 +18,7 @@ from dpo_mm.config import (
     MineResponsesConfig,
     TrainConfig,
 )
-from dpo_mm.config_parsing import config_from_mapping, known_names, read_yaml, with_field_names
+from dpo_mm.config_parsing import config_from_mapping, known_names, overridden, read_yaml, with_field_names
 from dpo_mm.errors import did_you_mean
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.printed_text import print_rows, printable
@@ -98,8 +98,10 @@ def read_recipe_file(file: str, overrides: Mapping[str, str]) -> Recipe:
     overrides = {key: value for key, value in overrides.items() if key not in ("output_dir", "baseline")}
     settings: dict[str, Any] = {
         step: {
-            **with_field_names(config_type, values[step], source=f"{source}: {step}"),
-            **_overrides_for(step, config_type, overrides),
+            **overridden(
+                with_field_names(config_type, values[step], source=f"{source}: {step}"),
+                _overrides_for(step, config_type, overrides),
+            ),
             "output_dir": str(Path(output, STEP_FOLDERS[step])),
         }
         for step, config_type in config_types.items()
@@ -112,7 +114,11 @@ def read_recipe_file(file: str, overrides: Mapping[str, str]) -> Recipe:
         )
         for step, own in settings.items()
     }
-    return Recipe(title=values.get("title", source), baseline=baseline, **configs)
+    from dpo_mm.judges.working_folder import import_from_working_folder
+
+    recipe = Recipe(title=values.get("title", source), baseline=baseline, **configs)
+    import_from_working_folder(recipe)
+    return recipe
 
 
 def step_settings(values: Mapping[str, Any], step: str, *, source: str) -> dict[str, Any]:

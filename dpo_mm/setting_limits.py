@@ -37,6 +37,7 @@ LIMITS = {
     "seed": Limits(0, 2**32 - 1),
     "eval_fraction": Limits(0, 1, includes_high=False),
     "reference_ema_decay": Limits(0, 1, includes_high=False),
+    "num_train_epochs": Limits(0),
 }
 """Range of each numeric setting, by name."""
 

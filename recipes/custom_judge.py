@@ -2,7 +2,7 @@
 
     python recipes/custom_judge.py                           # bundled arithmetic model, a minute on 2 CPU cores
     python recipes/custom_judge.py --baseline sft            # also trains SFT on the same right responses
-    PYTHONPATH=. python recipes/custom_judge.py --model my/model --questions tasks.jsonl --judges my_judge:passes \\
+    python recipes/custom_judge.py --model my/model --questions tasks.jsonl --judges my_judge:passes \\
         --compare.questions held_out.jsonl --guards none
 
 A judge is any function of responses and ground truths that returns a ratio of hits and total for each response. This one

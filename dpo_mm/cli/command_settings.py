@@ -31,12 +31,12 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
 
 def command_settings(kind: type[Any], path: str | None, section: str, flags: list[str]) -> dict[str, Any]:
     """Settings of a command: its section of a recipe, or all of a flat file. Flags override them."""
-    from dpo_mm.config_parsing import read_yaml, with_field_names
+    from dpo_mm.config_parsing import overridden, read_yaml, with_field_names
     from dpo_mm.recipe import step_settings
 
     values = step_settings(read_yaml(path), section, source=path) if path else {}
     in_file = with_field_names(kind, values, source=path or "")
-    return {**in_file, **with_field_names(kind, parse_overrides(flags), source="flags")}
+    return overridden(in_file, with_field_names(kind, parse_overrides(flags), source="flags"))
 
 
 def file_and_flags(context: typer.Context, config: str | None) -> tuple[str | None, list[str]]:
@@ -72,6 +72,7 @@ def image_or_vlm_config(
     """Settings of a command for image generators and vision-language models. The model decides which."""
     from dpo_mm.assets import resolve_asset
     from dpo_mm.config_parsing import config_from_mapping
+    from dpo_mm.judges.working_folder import import_from_working_folder
     from dpo_mm.policies.families import VLM_POLICY, policy_path_for
 
     config, flags = file_and_flags(context, config)
@@ -81,4 +82,6 @@ def image_or_vlm_config(
         and "prompts" not in values
         and policy_path_for(resolve_asset(values["model"]), revision=values.get("revision")) == VLM_POLICY
     )
-    return config_from_mapping(vlm_config if is_vlm else image_config, values, source=config or "flags")
+    settings = config_from_mapping(vlm_config if is_vlm else image_config, values, source=config or "flags")
+    import_from_working_folder(settings)
+    return settings

@@ -103,7 +103,9 @@ def demo_images(
     Both use the same prompt and seed. The page is served to this machine only.
     """
     from dpo_mm.demo_server import load_page
+    from dpo_mm.judges.working_folder import import_from_working_folder
 
+    import_from_working_folder(judges or ())
     with _end_quietly(), suppress_library_output():
         load_page("compare_images").run(
             model,
@@ -138,7 +140,9 @@ def demo_captions(
     Both responses are shown next to the image. The page is served to this machine only.
     """
     from dpo_mm.demo_server import load_page
+    from dpo_mm.judges.working_folder import import_from_working_folder
 
+    import_from_working_folder(judge)
     with _end_quietly(), suppress_library_output():
         load_page("compare_captions").run(
             model,

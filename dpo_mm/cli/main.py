@@ -312,7 +312,9 @@ def judge(
     --self-test checks that the judge computes what its published implementation computes.
     """
     from dpo_mm.config import JudgeConfig
+    from dpo_mm.judges.working_folder import import_from_working_folder
 
+    import_from_working_folder(judge)
     if device:
         os.environ["DPO_MM_DEVICE"] = device
     if not self_test and not images:
@@ -340,8 +342,10 @@ def relabel(context: typer.Context, pairs: Pairs) -> None:
     """
     from dpo_mm.config import RelabelConfig
     from dpo_mm.config_parsing import config_from_mapping
+    from dpo_mm.judges.working_folder import import_from_working_folder
 
     settings = config_from_mapping(RelabelConfig, {"pairs": pairs, **parse_overrides(context.args)}, source="flags")
+    import_from_working_folder(settings)
     with suppress_library_output():
         from dpo_mm.judges.relabel import relabel
 

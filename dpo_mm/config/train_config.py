@@ -65,14 +65,16 @@ class TrainConfig(Settings):
     # Optimisation
     steps: int = 1000
     """Number of optimizer steps."""
+    num_train_epochs: float | None = None
+    """Passes over the training pairs. It replaces steps, and the plan shows how many steps it is. null: steps."""
     batch_size: int = 4
     """Pairs per process and forward pass. Decrease it if memory runs out, and increase accumulate by the same factor."""
     accumulate: int = 1
     """Forward passes per optimizer step."""
     learning_rate: float = 1e-4
     """Peak learning rate. Full fine-tuning needs a smaller one than a LoRA."""
-    warmup_steps: int = 0
-    """Steps in which the learning rate rises linearly from 0."""
+    warmup_steps: float = 0
+    """Steps in which the learning rate rises linearly from 0. A value below 1 is a fraction of all steps."""
     optimizer: str = "adamw"
     """A name of the Trainer: adamw_torch_fused | adamw_torch | adamw_bnb_8bit | paged_adamw_8bit | paged_adamw_32bit | adafactor.
     adamw is the first, adamw_8bit the third. Those with bits need the extra `8bit`, and a GPU if they are paged."""

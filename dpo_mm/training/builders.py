@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -132,6 +134,7 @@ def validate_config(config: TrainConfig) -> None:
         raise ValueError(f"train_sampling_strategy {config.train_sampling_strategy!r} is unknown; {known}")
     _validate_timestep_settings(config)
     _validate_quantize(config)
+    _validate_durations(config)
     validate_trackers(config)
     _refuse_ignored_settings(config, modality=modality)
     training_arguments(config)
@@ -158,6 +161,7 @@ def _refuse_ignored_settings(config: TrainConfig, *, modality: Modality) -> None
             "reference_logps" in required_inputs(config),
             f"objective {', '.join(named)} has no reference",
         ),
+        (("steps",), config.num_train_epochs is None, f"num_train_epochs is {config.num_train_epochs}"),
         (("warmup_steps",), config.schedule != "constant", "schedule is constant. Take constant_with_warmup"),
         (("eval_every",), config.eval_fraction > 0, "eval_fraction is 0"),
         (("ld_alpha",), config.edited_token_weight == 1, "edited_token_weight replaces the sum that it changes"),
@@ -178,6 +182,39 @@ def _validate_quantize(config: TrainConfig) -> None:
         raise ValueError(
             f"quantize {config.quantize!r} needs tuning: lora, because quantised weights cannot be trained"
         )
+
+
+def _validate_durations(config: TrainConfig) -> None:
+    if config.num_train_epochs == 0:
+        raise ValueError("num_train_epochs is 0. Expected a value above 0")
+    if config.warmup_steps >= 1 and config.warmup_steps != int(config.warmup_steps):
+        raise ValueError(
+            f"warmup_steps is {config.warmup_steps:g}. Expected a whole number, or a fraction of all steps below 1"
+        )
+
+
+def steps_of_epochs(config: TrainConfig, num_pairs: int, processes: int) -> TrainConfig:
+    """Return the config with the steps of its num_train_epochs, or the same config if it has none.
+
+    The steps are the smallest number that takes each pair num_train_epochs times. Batches go on across the end of an epoch.
+
+    Args:
+        config: settings of the run.
+        num_pairs: pairs to train on.
+        processes: number of processes.
+    """
+    if config.num_train_epochs is None:
+        return config
+    samples = config.num_train_epochs * num_pairs * (2 if config.antithetic_noise else 1)
+    per_step = config.batch_size * config.accumulate * processes
+    return dataclasses.replace(config, steps=max(1, math.ceil(samples / per_step)))
+
+
+def warmup_steps(config: TrainConfig) -> int:
+    """Return the number of warm-up steps. A fraction is rounded up, as the Trainer does."""
+    if config.warmup_steps < 1:
+        return math.ceil(config.warmup_steps * config.steps)
+    return int(config.warmup_steps)
 
 
 def _validate_timestep_settings(config: TrainConfig) -> None:
@@ -264,7 +301,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         learning_rate=config.learning_rate,
         optim=_optimizer(config.optimizer),
         lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=warmup_steps(config),
         max_grad_norm=config.max_grad_norm,
         weight_decay=config.weight_decay,
         bf16=config.precision == "bf16",

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from dpo_mm.checksums import COMPLETE, complete_files, remove_unchanged_files, what_is_wrong
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.resumable import explain_unwritten, set_aside
@@ -27,6 +29,7 @@ FREE_TO_CHANGE = {
     "resume",
     "overwrite",
     "steps",
+    "num_train_epochs",
     "save_every",
     "eval_every",
     "log_every",
@@ -137,19 +140,36 @@ def check_same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_per_step: 
         for k, v in {**settings, "pairs_per_step": pairs_per_step}.items()
         if k not in FREE_TO_CHANGE and before.get(k) != v
     ]
-    step = int(checkpoint.name.rpartition("-")[2])
-    if step > config.steps:
-        raise ValueError(f"steps is {config.steps}, but {checkpoint} is after step {step}. Increase steps")
-    if before.get("steps") != config.steps and not config.schedule.startswith("constant"):
-        logger.warning(
-            "schedule %s depends on steps, which were %s. From step %d on, the learning rate is that of %d steps",
-            config.schedule, before.get("steps"), step + 1, config.steps,
-        )  # fmt: skip
     if changed:
         raise ValueError(
             f"{checkpoint} was made by another recipe ({'; '.join(changed)}); undo that, or choose another output_dir"
         )
     return {name: before.get(name) for name in STATE}
+
+
+def check_steps(checkpoint: Path, config: TrainConfig) -> None:
+    """Check that a checkpoint is not after the last step, and warn if the learning rate follows another number of steps.
+
+    Args:
+        checkpoint: folder.
+        config: settings of the run, with the steps of its epochs.
+
+    Raises:
+        ValueError: if the checkpoint is after the last step.
+    """
+    before = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["max_steps"]
+    step = int(checkpoint.name.rpartition("-")[2])
+    if step > config.steps:
+        epochs = f"num_train_epochs is {config.num_train_epochs} and " if config.num_train_epochs is not None else ""
+        raise ValueError(
+            f"{epochs}steps is {config.steps}, but {checkpoint} is after step {step}. "
+            f"Increase {'num_train_epochs' if epochs else 'steps'}"
+        )
+    if before != config.steps and not config.schedule.startswith("constant"):
+        logger.warning(
+            "schedule %s depends on steps, which were %s. From step %d on, the learning rate is that of %d steps",
+            config.schedule, before, step + 1, config.steps,
+        )  # fmt: skip
 
 
 def check_same_content(

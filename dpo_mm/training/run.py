@@ -34,13 +34,20 @@ from dpo_mm.process_rank import process_rank
 from dpo_mm.progress import progress_bar
 from dpo_mm.quantization import stored_size
 from dpo_mm.training.auto_beta import AUTO, measure_beta
-from dpo_mm.training.builders import build_policy, refuse_fsdp_on_cpu, training_arguments, validate_config
+from dpo_mm.training.builders import (
+    build_policy,
+    refuse_fsdp_on_cpu,
+    steps_of_epochs,
+    training_arguments,
+    validate_config,
+)
 from dpo_mm.training.callbacks import GracefulStopCallback, ProgressBarCallback
 from dpo_mm.training.checkpoints import (
     CONFIG_FILE,
     LOG_FILE,
     check_same_content,
     check_same_recipe,
+    check_steps,
     latest_complete_checkpoint,
     newest_first,
 )
@@ -196,8 +203,11 @@ def _train_on(
         in_random_order = dataclasses.replace(config, train_sampling_strategy="random")  # for one process and several
         stream = training_stream(in_random_order, train_rows, 1)
         measured = run_state["measured_beta"] or measure_beta(policy, stream, config)
-    run_state = {**run_state, "beta": config.beta, "measured_beta": measured}
+    run_state = {**run_state, "beta": config.beta, "steps": config.steps, "measured_beta": measured}
     config = config if measured is None else dataclasses.replace(config, beta=measured)
+    config = steps_of_epochs(config, len(train_rows), training_arguments(config).world_size)
+    if checkpoint:
+        check_steps(checkpoint, config)
     summary = run_summary(policy, config, len(train_rows))
     if cut := getattr(splits.rows, "truncated_prompts", ""):
         logger.warning("prompts: %s", cut)
@@ -289,6 +299,7 @@ def run_summary(policy: ImagePolicy | TextPolicy, config: TrainConfig, num_pairs
     num_trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
     num_bytes = stored_size(policy.model)
     reference = resolve_reference_name(config)
+    epochs = f" ({config.num_train_epochs:g} epochs)" if config.num_train_epochs else ""
     copies = 2 if reference == "frozen_copy" else 1
     commit = resolve_commit(resolve_asset(config.model), revision=config.revision)
     unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
@@ -296,7 +307,7 @@ def run_summary(policy: ImagePolicy | TextPolicy, config: TrainConfig, num_pairs
         **({"revision": commit} if commit else {}),
         **describe_start(policy, config),
         "pairs": f"{config.pairs}, {num_pairs} to train on",
-        "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} pairs per process",
+        "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} pairs per process{epochs}",
         "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
         "reference": f"{reference}, which is the adapter"
         if continues(config) and reference == "adapter_off"
@@ -326,6 +337,7 @@ def dry_run(config: TrainConfig, *, vram: float | None = None) -> dict[str, str]
     pairs = load_responses(config.pairs) if policy.modality == "text" else drop_ties(load_pairs(config.pairs))
     train_rows, _ = split_pairs(pairs, config)
     policy.prepare(config)
+    config = steps_of_epochs(config, len(train_rows), training_arguments(config).world_size)
     summary = run_summary(policy, config, len(train_rows))
     if policy.modality == "image":
         if cut := truncated_prompts(policy, pairs["prompt"]):

@@ -35,7 +35,7 @@ def verify(config: TrainConfig, folder: Path) -> Iterator[CheckResult]:
         ValueError: as `train`.
     """
     short = dataclasses.replace(
-        config, steps=STEPS, save_every=CUT, save_total_limit=2, log_every=1, eval_every=0, eval_fraction=0.0, resume=False,
+        config, steps=STEPS, num_train_epochs=None, save_every=CUT, save_total_limit=2, log_every=1, eval_every=0, eval_fraction=0.0, resume=False,
         overwrite=False,
     )  # fmt: skip
     run = lambda name, **more: train(dataclasses.replace(short, output_dir=str(folder / name), **more))

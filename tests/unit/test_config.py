@@ -144,6 +144,9 @@ def test_read_recipe_trainer_name_overrides_the_preset(tmp_path: Path) -> None:
         assert read_recipe("ocr", "pages", {flag: "7"}).train.steps == 7
     recipe = read_recipe("ocr", "pages", {"per_device_train_batch_size": "3"})
     assert recipe.train.batch_size == 3 and recipe.compare == preset.compare and recipe.mine == preset.mine
+    for flag in ("num_train_epochs", "train.num_train_epochs"):  # replaces the preset's steps
+        train = read_recipe("ocr", "pages", {flag: "2"}).train
+        assert (train.num_train_epochs, train.steps) == (2, TrainConfig.steps)
     with pytest.raises(ValueError, match="flags: max_steps and steps are the same setting"):
         read_recipe("ocr", "pages", {"steps": "7", "max_steps": "8"})
     with pytest.raises(ValueError, match=r"'compare\.max_steps' is not a setting"):
