@@ -48,6 +48,7 @@ INGREDIENTS: dict[str, tuple[str, ...]] = {
         "libraries",
         "batch",
     ),
+    "response of a server": ("served", "adapter", "max_new_tokens", "temperature", "seed", "question"),
     "score of a comparison": ("judge", "image", "prompt"),
     "images to label": ("settings", "models", "prompts", "libraries"),
 }

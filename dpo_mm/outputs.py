@@ -41,7 +41,7 @@ RECORDS = {
 """Record of each kind of output folder, and what the folder is called in errors."""
 LOCK = ".lock"
 KIND = "kind"
-FREE_TO_CHANGE = ("output_dir", "output", "batch_size", "workers", "resume", "overwrite")
+FREE_TO_CHANGE = ("output_dir", "output", "batch_size", "workers", "resume", "overwrite", "server", "server_timeout")
 """Settings that do not decide a result."""
 REMOVAL_TIMEOUT_S = 600.0
 """Seconds that other processes wait for the first one to remove an earlier result."""

@@ -295,11 +295,14 @@ def compare(
     from dpo_mm.evaluation.finished_comparison import COMPARISON, ingredients, read_result, saved_lines
     from dpo_mm.evaluation.side_sets import judges_of, side_configs, source_of
     from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of
+    from dpo_mm.policies.vlm.served import check_server_settings
 
     folder = Path(config.output_dir)
     inputs = [config.model, config.adapter, config.base_adapter, sft_adapter]
     inputs += [source_of(own) for own in (config, *side_configs(config))]
     refuse_foreign_folder(folder, COMPARISON, inputs=inputs)
+    if isinstance(config, CompareResponsesConfig):
+        check_server_settings(config, sft_adapter=sft_adapter)
     _check_judges(judges_of(config))
     options: dict[str, Any] = {"title": title, "command": command, "sft_adapter": sft_adapter}
     if training is not None:

@@ -35,6 +35,7 @@ LIMITS = {
     **{name: Limits(1) for name in COUNTS},
     **{name: Limits(0) for name in NOT_NEGATIVE},
     "seed": Limits(0, 2**32 - 1),
+    "server_timeout": Limits(0.1),
     "eval_fraction": Limits(0, 1, includes_high=False),
     "reference_ema_decay": Limits(0, 1, includes_high=False),
     "num_train_epochs": Limits(0),

@@ -40,13 +40,23 @@ class CompareResponsesConfig(Settings):
     temperature: float = 0.0
     """Sampling temperature. 0: greedy decoding."""
     batch_size: int = 16
-    """Responses that are generated at once. Decrease it if memory runs out."""
+    """Responses that are generated at once, or requests to the server at once. Decrease it if memory runs out."""
     precision: str = "auto"
     """auto | fp32 | bf16 | fp16. Precision of the models. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
     quantize: str | None = None
     """nf4 | int8 | fp8. Quantises the linear layers of the language model, as in training. It needs the extra `quantized`."""
     seed: int = 0
     """Seed of sampled responses."""
+    server: str | None = None
+    """Address of an OpenAI-compatible server that responds instead of a model in this process, such as
+    http://127.0.0.1:8000/v1. Its key comes from the environment: DPO_MM_API_KEY or OPENAI_API_KEY."""
+    served: str | None = None
+    """Name under which the server offers the base model."""
+    served_tuned: str | None = None
+    """Name under which the server offers the tuned model. `adapter` then only names its folder, for the judges that built its
+    training pairs and for its model card."""
+    server_timeout: float = 600.0
+    """Seconds that one request to the server may take."""
     overwrite: bool = False
     """Remove an earlier report in output_dir first. Only files that dpo-mm wrote and that are unchanged are removed."""
 
@@ -84,7 +94,7 @@ class MineResponsesConfig(Settings):
     max_questions: int | None = None
     """Largest number of questions. null: all of a file, 400 of a synthetic dataset."""
     batch_size: int = 16
-    """Responses that are generated at once. Decrease it if memory runs out."""
+    """Responses that are generated at once, or requests to the server at once. Decrease it if memory runs out."""
     precision: str = "auto"
     """auto | fp32 | bf16 | fp16. Precision of the model. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
     quantize: str | None = None
@@ -93,6 +103,13 @@ class MineResponsesConfig(Settings):
     """Seed of the sampled responses."""
     shard_size: int = 128
     """Questions per shard. An interrupted run resumes after the last complete shard."""
+    server: str | None = None
+    """Address of an OpenAI-compatible server that responds instead of a model in this process, such as
+    http://127.0.0.1:8000/v1. Its key comes from the environment: DPO_MM_API_KEY or OPENAI_API_KEY."""
+    served: str | None = None
+    """Name under which the server offers the model."""
+    server_timeout: float = 600.0
+    """Seconds that one request to the server may take."""
     overwrite: bool = False
     """Remove an earlier result in output_dir first. Only files that dpo-mm wrote and that are unchanged are removed."""
 

@@ -266,7 +266,7 @@ def read_question_sets(config: CompareResponsesConfig) -> list[tuple[CompareResp
 
 
 def _base_responses(
-    policy: TextPolicy, sets: Sequence[tuple[CompareResponsesConfig, list[Question]]]
+    policy: TextPolicy | None, sets: Sequence[tuple[CompareResponsesConfig, list[Question]]]
 ) -> list[ScoredResponses]:
     """Responses of the model without its adapter, or with the base's own."""
     config = sets[0][0]
@@ -278,7 +278,7 @@ def _base_responses(
 
 
 def _generate(
-    policy: TextPolicy,
+    policy: TextPolicy | None,
     sets: Sequence[tuple[CompareResponsesConfig, list[Question]]],
     *,
     base: bool,
@@ -310,11 +310,15 @@ def _settings(config: CompareResponsesConfig, count: int) -> dict[str, str]:
         **name_side_sets(config),
         "decoding": f"{decoding}, at most {config.max_new_tokens} tokens",
         **({"linear layers": config.quantize} if config.quantize else {}),
+        **({"served": f"{config.served} and {config.served_tuned}"} if config.server else {}),
         "seed": str(config.seed),
         "responses": f"{config.output_dir}/{RESPONSES_FILE} lists every response",
     }
 
 
-def _load(config: CompareResponsesConfig, adapter: str | None) -> TextPolicy:
+def _load(config: CompareResponsesConfig, adapter: str | None) -> TextPolicy | None:
+    """Load a model. None if a server has it."""
+    if config.server:
+        return None
     options = {"precision": config.precision, "quantize": config.quantize}
     return load_text_policy(config.model, revision=config.revision, adapter=adapter, **options)

@@ -26,7 +26,12 @@ COMPARISON = OutputKind(
     "comparison.json",
     "made",
     results=("report.html", "metrics.json", "contact_sheet.png"),
-    free=("output_dir", "overwrite"),  # a batch's size changes the rounding of what it generates
+    free=(
+        "output_dir",
+        "overwrite",
+        "server",
+        "server_timeout",
+    ),  # a batch's size changes the rounding of what it generates
 )
 
 
@@ -41,9 +46,10 @@ def ingredients(config: CompareConfig | CompareResponsesConfig, sft_adapter: str
     if isinstance(config, CompareConfig):
         adapters += [folder for _, folder in list_checkpoints(config)]
     prompts, *sides = [content for _, content in _read_content(config)]
+    served = isinstance(config, CompareResponsesConfig) and config.server is not None
     return {
-        "settings": as_dict(config),
-        "model": model_content(config.model, revision=config.revision),
+        "settings": as_dict(config) | ({"batch_size": "of the server"} if served else {}),
+        "model": None if served else model_content(config.model, revision=config.revision),
         "adapters": {name: adapter_content(name) for name in adapters},
         "prompts": content_hash([prompts, *sides] if sides else prompts),
         "judges": judge_digests(judges_of(config)),

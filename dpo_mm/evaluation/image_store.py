@@ -22,12 +22,12 @@ from typing import Any, overload
 
 from PIL import Image
 
-from dpo_mm.checksums import with_checksum, without_checksum
 from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.row_paths import is_regular, read_regular_file, resolve_inside
-from dpo_mm.errors import name_row, one_line
+from dpo_mm.errors import name_row
+from dpo_mm.json_lines import append_lines, read_lines
 from dpo_mm.outputs import remove_stale_files
-from dpo_mm.resumable import atomic_write, explain_unwritten
+from dpo_mm.resumable import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -190,39 +190,3 @@ def _save(image: Image.Image, path: Path) -> str:
     with atomic_write(path, fix="free space and run the same command again") as temporary:
         image.save(temporary, "PNG", compress_level=COMPRESS_LEVEL)
         return hashlib.sha256(temporary.read_bytes()).hexdigest()
-
-
-def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows to a file of JSON lines, each with its checksum."""
-    with explain_unwritten(path), path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(with_checksum(dict(row)), ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines and remove an incomplete last line from it.
-
-    Returns:
-        The rows without those that have changed since they were written, which are made again. Empty if the file does not
-        exist.
-
-    Raises:
-        ValueError: if a complete line is not JSON.
-    """
-    if not path.exists():
-        return []
-    if not path.is_file():
-        raise ValueError(f"{path}: not a regular file. Remove the folder {path.parent} and run again.")
-    data = path.read_bytes()
-    complete = data[: data.rfind(b"\n") + 1]
-    if len(complete) < len(data):
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(complete)
-    try:
-        rows = [without_checksum(dict(json.loads(line))) for line in complete.decode().split("\n") if line]
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({one_line(error)}). Remove the folder {path.parent} and run again."
-        ) from None
-    if changed := rows.count(None):
-        logger.warning("%s: %d rows have changed since they were written, and are made again", path, changed)
-    return [row for row in rows if row is not None]

@@ -18,6 +18,7 @@ from dpo_mm.data.schema import Response
 from dpo_mm.evaluation.image_store import append_lines, read_lines
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.policies.protocol import TextPolicy
+from dpo_mm.policies.vlm.served import Decoding, served_responses
 from dpo_mm.progress import progress_bar
 
 RESPONSES_FILE = "answers.jsonl"
@@ -37,7 +38,7 @@ class ScoredResponses:
 
 
 def generate_responses(
-    policy: TextPolicy,
+    policy: TextPolicy | None,
     questions: Sequence[Question],
     config: CompareResponsesConfig,
     *,
@@ -48,7 +49,7 @@ def generate_responses(
     """Generate and score one response per question.
 
     Args:
-        policy: the model, with its adapter attached.
+        policy: the model, with its adapter attached. None: the config's server responds.
         questions: prompts with images and ground truth.
         config: decoding settings and judges.
         base: whether the model responds without its adapter.
@@ -56,7 +57,10 @@ def generate_responses(
         output_dir: folder of answers.jsonl. Each response is saved there with its settings. A batch that is in the file with
             the same settings is not generated again. None: nothing is saved.
     """
-    responses: list[Response] = []
+    if policy is None:
+        responses = _request_responses(questions, config, base=base, title=title)
+        return score_responses(responses, questions, config)
+    responses = []
     saved = {row.get("key"): row for row in read_lines(output_dir / RESPONSES_FILE)} if output_dir else {}
     with (
         progress_bar(f"generating responses: {title}", len(questions)) as advance,
@@ -80,6 +84,17 @@ def generate_responses(
             responses += batch
             advance(len(part))
     return score_responses(responses, questions, config)
+
+
+def _request_responses(
+    questions: Sequence[Question], config: CompareResponsesConfig, *, base: bool, title: str
+) -> list[Response]:
+    """Request one response per question from the config's server."""
+    served, decoding = config.served if base else config.served_tuned, Decoding(config.temperature, config.seed)
+    file = Path(config.output_dir) / RESPONSES_FILE
+    with progress_bar(f"requesting responses: {title}", len(questions)) as advance:
+        each = served_responses(config, str(served), questions, [decoding], file=file, by=title, advance=advance)
+    return [responses[0] for responses in each]
 
 
 def _is_response(row: dict[str, Any] | None) -> bool:

@@ -31,6 +31,7 @@ from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of, wr
 from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.families import load_text_policy, model_content
 from dpo_mm.policies.protocol import TextPolicy
+from dpo_mm.policies.vlm.served import Decoding, check_server_settings, served_responses
 from dpo_mm.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -84,10 +85,10 @@ def _mine(config: MineResponsesConfig, questions: Sequence[Question]) -> None:
 
 def ingredients(config: MineResponsesConfig, questions: Sequence[Question]) -> dict[str, Any]:
     """Return what decides the mined pairs, see `dpo_mm.content_key`. A batch draws its samples with one seed."""
-    sampled = config.responses_per_question > 1
+    sampled = config.responses_per_question > 1 and not config.server
     return {
         "settings": as_dict(config) | ({"batch_size of sampling": config.batch_size} if sampled else {}),
-        "model": model_content(config.model, revision=config.revision),
+        "model": None if config.server else model_content(config.model, revision=config.revision),
         "adapter": adapter_content(config.adapter),
         "questions": content_hash([question.content for question in questions]),
         "judges": judge_digests([config.judge]),
@@ -97,6 +98,7 @@ def ingredients(config: MineResponsesConfig, questions: Sequence[Question]) -> d
 
 def _validate_config(config: MineResponsesConfig) -> None:
     """Raise ValueError for settings that do not fit together."""
+    check_server_settings(config)
     if config.chosen not in ("ground_truth", "best", "corrected"):
         raise ValueError(f"chosen {config.chosen!r} is unknown. Use 'ground_truth', 'best' or 'corrected'.")
     if config.chosen == "corrected":
@@ -110,49 +112,83 @@ def _mine_shards(shards: Sequence[Sequence[Question]], paths: Sequence[Path], co
     missing = missing_shards(paths)
     if not missing:
         return
-    options = {"precision": config.precision, "quantize": config.quantize}
-    policy = load_text_policy(config.model, revision=config.revision, adapter=config.adapter, **options)
+    policy = None if config.server else _load_policy(config)
     total = sum(len(shards[number]) for number in missing) * config.responses_per_question
     saved = lambda: saved_shards(config.output_dir)
     with progress_bar("generating and scoring responses", total) as advance, complete_part(saved) as stop:
         for number in missing:
             if stop.requested:
                 break
-            rows = _mine_shard(policy, shards[number], config, advance)
+            rows = _mine_shard(policy, shards[number], config, advance, _arrived(paths[number]))
             write_rows(rows, paths[number], make=make_response_rows, features=response_preference())
+            _arrived(paths[number]).unlink(missing_ok=True)
+
+
+def _arrived(shard: Path) -> Path:
+    """File of the responses of an unfinished shard that have arrived from a server."""
+    return shard.with_name(f".{shard.stem}.jsonl")
+
+
+def _load_policy(config: MineResponsesConfig) -> TextPolicy:
+    options = {"precision": config.precision, "quantize": config.quantize}
+    return load_text_policy(config.model, revision=config.revision, adapter=config.adapter, **options)
 
 
 def _mine_shard(
-    policy: TextPolicy, questions: Sequence[Question], config: MineResponsesConfig, advance: Any
+    policy: TextPolicy | None,
+    questions: Sequence[Question],
+    config: MineResponsesConfig,
+    advance: Any,
+    arrived: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Generate and score the responses to some questions and return the rows of their pairs."""
+    """Generate and score the responses to some questions and return the rows of their pairs.
+
+    Without a policy, the config's server responds, and its responses are saved in `arrived`.
+    """
     advance((len(questions) - len(questions := _decodable(questions))) * config.responses_per_question)
     if not questions:
         return []
-    sampled = range(config.responses_per_question - 1)
-    decodings = ["greedy", *(f"sampled at {config.temperature:g}, seed {config.seed + n}" for n in sampled)]
+    seeds = [config.seed + n for n in range(config.responses_per_question - 1)]
+    decodings = [Decoding(0.0, config.seed), *(Decoding(config.temperature, seed) for seed in seeds)]
+    if policy is None:
+        assert arrived is not None
+        responses = served_responses(config, str(config.served), questions, decodings, file=arrived, advance=advance)
+    else:
+        responses = _generate(policy, questions, decodings, config, advance)
+    names = ["greedy", *(f"sampled at {config.temperature:g}, seed {seed}" for seed in seeds)]
+    rows = (
+        build_pair(question, question_responses, names, config)
+        for question, question_responses in zip(questions, responses, strict=True)
+    )
+    return [row for row in rows if row is not None]
+
+
+def _generate(
+    policy: TextPolicy,
+    questions: Sequence[Question],
+    decodings: Sequence[Decoding],
+    config: MineResponsesConfig,
+    advance: Any,
+) -> list[list[Response]]:
+    """Generate the responses to each question, the greedy one first."""
     responses: list[list[Response]] = [[] for _ in questions]
     stops_loops = config.judge in LOOP_JUDGES
     references = ["\n".join(question.ground_truths) for question in questions] if stops_loops else None
-    for index in range(len(decodings)):
+    for index, decoding in enumerate(decodings):
         batch = policy.generate(
             [question.images for question in questions],
             [question.prompt for question in questions],
             max_new_tokens=config.max_new_tokens,
             do_sample=index > 0,
-            temperature=config.temperature if index else 1.0,
-            seed=config.seed + max(index - 1, 0),
+            temperature=decoding.temperature if index else 1.0,
+            seed=decoding.seed,
             batch_size=config.batch_size,
             loop_references=references,
         )
         for question_responses, response in zip(responses, batch, strict=True):
             question_responses.append(response)
         advance(len(questions))
-    rows = (
-        build_pair(question, question_responses, decodings, config)
-        for question, question_responses in zip(questions, responses, strict=True)
-    )
-    return [row for row in rows if row is not None]
+    return responses
 
 
 def _decodable(questions: Sequence[Question]) -> list[Question]:

@@ -28,6 +28,8 @@ LAYERS = (
         "outputs",
         "output_files",
         "checksums",
+        "json_lines",
+        "model_server",
     },
     {"objectives"},
     {"data"},
