@@ -37,6 +37,7 @@ from dpo_mm.mining import mine_images, mine_responses
 from dpo_mm.outputs import OutputKind, output_folder, settings_of
 from dpo_mm.policies.families import load_policy, model_content
 from dpo_mm.policies.lora_layers import lora_layers, train_attached
+from dpo_mm.policies.vlm import served
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.training import encoding, reference_cache, response_rows
 from dpo_mm.training.checkpoints import check_same_content
@@ -189,6 +190,14 @@ def compared_response(w: SimpleNamespace) -> Any:
     return response_sampling._keys(settings, questions(w))[0]
 
 
+def served_response(w: SimpleNamespace) -> Any:
+    config = CompareResponsesConfig(
+        "m", "q", "out", str(w.adapter), max_new_tokens=w.limit, server="http://127.0.0.1/v1", served_tuned=w.truth
+    )
+    decoding = served.Decoding(w.temperature, w.seed)
+    return served.response_keys(config, w.truth, questions(w), [decoding])[0, decoding]
+
+
 def comparison(w: SimpleNamespace) -> Any:
     (w.folder / "prompts.txt").write_text("\n".join(w.prompts))
     config = CompareConfig(
@@ -328,6 +337,17 @@ CASES: dict[str, tuple[Change, dict[str, list[Change]]]] = {
             "dtype": [HALF],
             "device": [on_gpu],
             "batch": [PIXELS],
+        },
+    ),
+    "response of a server": (
+        served_response,
+        {
+            "served": [put(truth="another")],
+            "adapter": ADAPTER,
+            "max_new_tokens": [put(limit=9)],
+            "temperature": [put(temperature=1.0)],
+            "seed": [put(seed=1)],
+            "question": [PIXELS],
         },
     ),
     "comparison": (

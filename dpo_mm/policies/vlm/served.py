@@ -27,7 +27,7 @@ MIN_QUESTIONS = 4
 
 
 class Decoding(NamedTuple):
-    """How a response is decoded.
+    """Decoding of a response.
 
     Attributes:
         temperature: sampling temperature. 0 is greedy.
@@ -125,13 +125,7 @@ def served_responses(
     Raises:
         ServerError: in one line, if the server fails or refuses a request. All responses that have arrived are in the file.
     """
-    adapter = None if isinstance(config, MineResponsesConfig) or served == config.served else config.adapter
-    shared = {"served": served, "adapter": adapter_content(adapter), "max_new_tokens": config.max_new_tokens}
-    keys = {
-        (number, decoding): content_key("response of a server", {**shared, **decoding._asdict(), "question": content})
-        for number, content in enumerate(_contents(questions))
-        for decoding in decodings
-    }
+    keys = response_keys(config, served, questions, decodings)
     saved = {row["key"]: row for row in read_lines(file) if row.get("key") in set(keys.values())}
     missing = [place for place, key in keys.items() if key not in saved]
     advance(len(keys) - len(missing))
@@ -144,7 +138,7 @@ def served_responses(
 
     def save(place: tuple[int, Decoding], response: dict[str, Any]) -> None:
         saved[keys[place]] = {"key": keys[place], "question": questions[place[0]].id, "by": by or served, **response}
-        append_lines(file, [{**saved[keys[place]], **shared, **place[1]._asdict()}])
+        append_lines(file, [{**saved[keys[place]], "served": served, **place[1]._asdict()}])
         advance(1)
 
     if missing:
@@ -162,9 +156,21 @@ def served_responses(
     return responses
 
 
-def _contents(questions: Sequence[Question]) -> list[str]:
-    """Hash what a request contains of each question."""
-    return [content_hash([question.prompt, question.content["images"]]) for question in questions]
+def response_keys(
+    config: MineResponsesConfig | CompareResponsesConfig,
+    served: str,
+    questions: Sequence[Question],
+    decodings: Sequence[Decoding],
+) -> dict[tuple[int, Decoding], str]:
+    """Return the key of each response, by the number of its question and its decoding. Arguments: see `served_responses`."""
+    adapter = config.adapter if served == getattr(config, "served_tuned", None) else None
+    shared = {"served": served, "adapter": adapter_content(adapter), "max_new_tokens": config.max_new_tokens}
+    contents = [content_hash([question.prompt, question.content["images"]]) for question in questions]
+    return {
+        (number, decoding): content_key("response of a server", {**shared, **decoding._asdict(), "question": content})
+        for number, content in enumerate(contents)
+        for decoding in decodings
+    }
 
 
 def _warn_of_equal_samples(responses: Sequence[Sequence[Response]], decodings: Sequence[Decoding]) -> None:
