@@ -57,6 +57,10 @@ class TrainConfig(Settings):
     """Rank of the LoRA matrices. A higher rank can learn more and needs more memory."""
     lora_alpha: int = 16
     """Scale of the LoRA: its update is multiplied by lora_alpha / lora_rank."""
+    use_rslora: bool = False
+    """Divide lora_alpha by the root of the rank instead of the rank (rsLoRA, 2312.03732). It keeps high ranks effective."""
+    use_dora: bool = False
+    """Train the size of each weight row apart from its direction (DoRA, 2402.09353). It takes more memory and time per step."""
     lora_targets: tuple[str, ...] | None = None
     """Names of the modules that get a LoRA. null: the defaults of the model family."""
     lora_format: str = "diffusers"

@@ -77,6 +77,8 @@ def add_lora(model: Any, config: TrainConfig, targets: Sequence[str]) -> None:
         adapter = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
             init_lora_weights="gaussian",
             target_modules=list(config.lora_targets or targets),
         )
@@ -90,7 +92,7 @@ def add_lora(model: Any, config: TrainConfig, targets: Sequence[str]) -> None:
 
 
 class SavedLora(NamedTuple):
-    """Weights of a LoRA by PEFT's names, its PEFT config, and the alpha of each adapted module by name."""
+    """Weights of a LoRA by PEFT's names, its PEFT config, and the alpha of each adapted module by name, to divide by the rank."""
 
     weights: dict[str, torch.Tensor]
     config: Any
@@ -109,7 +111,8 @@ def saved_lora(model: Any, weights: Weights = None) -> SavedLora:
     sort_sets(model.peft_config[TRAINED])
     state = get_peft_model_state_dict(model, state_dict=weights, adapter_name=TRAINED)
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_alpha")}
-    alphas = {name: float(layer.lora_alpha[TRAINED]) for name, layer in layers.items()}
+    scales = {name: layer.r[TRAINED] ** 0.5 if layer.use_rslora[TRAINED] else 1.0 for name, layer in layers.items()}
+    alphas = {name: float(layer.lora_alpha[TRAINED]) * scales[name] for name, layer in layers.items()}
     return SavedLora(state, model.peft_config[TRAINED], alphas)
 
 
@@ -182,6 +185,8 @@ def check_lora_format(config: TrainConfig, prefix: str | None, *, family: str) -
         else:
             reason = f"tuning is {config.tuning}, which makes no LoRA"
         raise ValueError(f"lora_format 'kohya': {reason}. Use 'diffusers'")
+    if config.lora_format == "kohya" and config.use_dora:
+        raise ValueError("lora_format 'kohya' does not go with use_dora. Use 'diffusers'")
 
 
 def save_kohya(loras: Mapping[str, SavedLora], folder: Path) -> None:

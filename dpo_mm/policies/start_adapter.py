@@ -127,10 +127,16 @@ def _check_trainable(policy: ImagePolicy | TextPolicy, config: TrainConfig, name
     features += sorted(variant for variant in variants if "Dora" not in variant)
     if features:
         raise ValueError(f"{name} has {features[0]}, which cannot be trained next to a frozen copy. {fix}")
-    for setting, value in (("lora_rank", own.r), ("lora_alpha", own.lora_alpha)):
+    own_settings = {
+        "lora_rank": own.r,
+        "lora_alpha": own.lora_alpha,
+        "use_rslora": own.use_rslora,
+        "use_dora": own.use_dora,
+    }
+    for setting, value in own_settings.items():
         given = getattr(config, setting)
         if given not in (value, getattr(TrainConfig, setting)):
-            raise ValueError(f"{setting} is {given}, but {name} has {value:g}. Leave {setting} out. Or: {fix}")
+            raise ValueError(f"{setting} is {given}, but {name} has {value}. Leave {setting} out. Or: {fix}")
     targets = own.target_modules
     if config.lora_targets is not None and (isinstance(targets, str) or set(config.lora_targets) != set(targets)):
         raise ValueError(f"lora_targets are not those of {name}. Leave lora_targets out. Or: {fix}")

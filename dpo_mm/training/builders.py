@@ -149,7 +149,7 @@ def _refuse_ignored_settings(config: TrainConfig, *, modality: Modality) -> None
         raise ValueError(f"beta is {config.beta}, the default for image generators. Set beta for text, for example 0.1")
     for names, is_used, reason in (
         (
-            ("lora_rank", "lora_alpha", "lora_targets", "lora_format"),
+            ("lora_rank", "lora_alpha", "use_rslora", "use_dora", "lora_targets", "lora_format"),
             config.tuning == "lora",
             f"tuning is {config.tuning}",
         ),

@@ -167,6 +167,8 @@ class VisionLanguage:
         adapter = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
             target_modules=lora_targets(base_model, config.lora_targets, train_vision_tower=self.train_vision_tower),
             task_type="CAUSAL_LM",
         )
