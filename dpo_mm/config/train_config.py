@@ -15,7 +15,8 @@ class TrainConfig(Settings):
     model: str
     """Folder or hub id of a pipeline or model, or the name of a bundled one."""
     pairs: str
-    """Preference pairs: a Parquet file, a folder of Parquet files, a dataset on the hub, or the name of a bundled dataset."""
+    """Preference pairs: a Parquet file, a folder of Parquet files, a dataset on the hub, or the name of a bundled dataset. Some
+    objectives also take rows with one image or response each, see the page Objectives."""
     output_dir: str
     """Folder for the result, the log and the checkpoints."""
     revision: str | None = None

@@ -32,6 +32,7 @@ class Pairs:
         undecodable_images: raise | drop. Dropped rows are listed in the file `dropped_rows_file`.
         dropped_rows_file: JSON-lines file for dropped rows.
         with_source: True if the model edits an image. Then the image to edit is decoded too.
+        one_sided: True to decode one image per row: the chosen one or, if there is none, the other one.
     """
 
     rows: Dataset
@@ -39,6 +40,7 @@ class Pairs:
     undecodable_images: str
     dropped_rows_file: Path
     with_source: bool = False
+    one_sided: bool = False
 
     def decode(self, part: range) -> Iterator[dict[str, Any]]:
         """Yield these rows with their `number` and their decoded images in `images`.
@@ -51,6 +53,8 @@ class Pairs:
         """
         for number, row in zip(part, undecoded_rows(self.rows.select(part)), strict=True):
             columns = ["image_a", "image_b"] if row["preference"] == "a" else ["image_b", "image_a"]
+            if self.one_sided:
+                columns = [column for column in columns if row[column] is not None][:1]
             columns += ["image_source"] if self.with_source else []
             images: list[Any] = []
             for column in columns:

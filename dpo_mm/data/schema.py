@@ -2,6 +2,7 @@
 
 `ImagePreference` is two images of one prompt with their label, votes or scores. Chosen and rejected are derived late
 (`drop_ties`), so that a tie never turns into a win. `ResponsePreference` is two responses to one prompt with its images.
+Rows of one image or response have null on the other side, see `dpo_mm.data.row_sides`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dpo_mm.data.response_columns import check_columns_are_read
 from dpo_mm.data.row_digest import image_content
 from dpo_mm.data.row_files import open_rows
+from dpo_mm.data.row_sides import image_sides, response_sides
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -141,7 +143,7 @@ def load_pairs(path: str, *, dataset_name: str | None = None) -> Dataset:
     """
     from dpo_mm.assets import resolve_asset
 
-    return validate(open_rows(resolve_asset(path)), dataset_name=dataset_name or path)
+    return validate(image_sides(open_rows(resolve_asset(path)), path), dataset_name=dataset_name or path)
 
 
 def load_responses(path: str) -> Dataset:
@@ -156,7 +158,7 @@ def load_responses(path: str) -> Dataset:
     """
     from dpo_mm.assets import resolve_asset
 
-    rows = open_rows(resolve_asset(path))
+    rows = response_sides(open_rows(resolve_asset(path)), path)
     _require_columns(rows, ("prompt", "chosen", "rejected"), path)
     check_columns_are_read(rows, path)
     return _with_ids(_check_numbers(rows, path))

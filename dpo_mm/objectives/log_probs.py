@@ -22,7 +22,7 @@ class LogProbs:
     chosen: Tensor
     """Log-prob of the chosen side, nats, (pairs,), float32."""
     rejected: Tensor
-    """Log-prob of the rejected side, nats, (pairs,), float32."""
+    """Log-prob of the rejected side, nats, (pairs,), float32. Empty, (0,), if the rows have a chosen side only."""
     num_tokens_chosen: Tensor
     """Number of tokens in the chosen log-prob, (pairs,). 1 for an image."""
     num_tokens_rejected: Tensor

@@ -25,10 +25,11 @@ from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
 from dpo_mm.policies.start_adapter import check_start, start_from
 from dpo_mm.quantization import check_quantize
 from dpo_mm.training.auto_beta import AUTO
+from dpo_mm.training.objective_settings import is_fine_tuning, objective_names, required_inputs, takes_beta
 from dpo_mm.training.reference import resolve_reference_name
 from dpo_mm.training.tracking import validate_trackers
+from dpo_mm.training.training_rows import PAIRS_ONLY
 
-OPTIONAL_INPUTS = ("reference_logps", "z", "reward_shift", "corrupted_ratio", "rejected_gradient_scale")
 DEFAULT_SLACK = 0.9
 """Default slack of `sdpo`: Diffusion-SDPO's for SD1.5. For SDXL the paper uses 0.6."""
 IMAGE_ONLY_SETTINGS = (
@@ -76,14 +77,15 @@ def build_loss(
         modality: decides if log-probs are likelihoods (text) or the denoising surrogate (image).
 
     Returns:
-        A function of (policy_logps, reference_logps, batch) that returns the loss per pair, (pairs,).
+        A function of (policy_logps, reference_logps, batch) that returns the loss per pair, (pairs,). Fine-tuning of text is
+        the mean per token of the whole step, see `sft_per_token`.
 
     Raises:
         ValueError: if a setting is out of range, or an objective does not support the modality.
     """
     named = {config.objective: 1.0} if isinstance(config.objective, str) else dict(config.objective)
     settings = dict(config.objective_kwargs)
-    if any("beta" in objectives.keyword_settings(name) for name in named):
+    if takes_beta(config):
         settings["beta"] = 1.0 if config.beta == AUTO else _number(config.beta)
     settings.pop("slack", None) if "sdpo" in named else None
     if config.sft_weight:
@@ -96,6 +98,9 @@ def build_loss(
         {"corrupted_ratio": torch.zeros(2)} if modality == "text" else {}
     )
     loss(sample, sample, given)
+    if is_fine_tuning(config) and modality == "text":
+        weight = named["sft"]
+        return lambda logps, _, batch: weight * objectives.sft_per_token(logps, tokens_per_row=batch["tokens_per_row"])
     return loss
 
 
@@ -143,9 +148,8 @@ def validate_config(config: TrainConfig) -> None:
 def _refuse_ignored_settings(config: TrainConfig, *, modality: Modality) -> None:
     """Refuse settings that another setting makes ineffective, and a default that suits images only."""
     changed = {name for name, value in vars(config).items() if value != getattr(UNCHANGED, name)}
-    named = [config.objective] if isinstance(config.objective, str) else list(config.objective)
-    takes_beta = any("beta" in objectives.keyword_settings(name) for name in named)
-    if modality == "text" and takes_beta and "beta" not in changed:
+    named, fine_tuning = objective_names(config), is_fine_tuning(config)
+    if modality == "text" and takes_beta(config) and "beta" not in changed:
         raise ValueError(f"beta is {config.beta}, the default for image generators. Set beta for text, for example 0.1")
     for names, is_used, reason in (
         (
@@ -153,6 +157,8 @@ def _refuse_ignored_settings(config: TrainConfig, *, modality: Modality) -> None
             config.tuning == "lora",
             f"tuning is {config.tuning}",
         ),
+        (("beta",), takes_beta(config), f"objective {', '.join(named)} has no beta"),
+        (("sft_weight", *PAIRS_ONLY), not fine_tuning, "objective sft is the loss on the chosen side only"),
         (("adapter_result",), config.adapter and config.tuning == "lora", "there is no adapter, or tuning is full"),
         (("reference_ema_decay",), config.reference == "moving_average", f"reference is {config.reference}"),
         (("reference_sync_steps",), config.reference == "synced", f"reference is {config.reference}"),
@@ -231,12 +237,6 @@ def _validate_timestep_settings(config: TrainConfig) -> None:
         raise ValueError(
             "antithetic_noise needs an even batch_size, because each pair comes twice, and no fixed_draws_per_row"
         )
-
-
-def required_inputs(config: TrainConfig) -> set[str]:
-    """Return the OPTIONAL_INPUTS that the config's objectives take."""
-    named = [config.objective] if isinstance(config.objective, str) else list(config.objective)
-    return {what for what in OPTIONAL_INPUTS if any(objectives.takes(name, what) for name in named)}
 
 
 def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | TextPolicy:

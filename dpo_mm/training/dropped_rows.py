@@ -20,6 +20,7 @@ import torch
 
 from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.resumable import explain_unwritten
+from dpo_mm.training.coupled_rows import CoupledRows
 from dpo_mm.training.response_rows import QUARANTINE, StreamedRows
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,13 @@ def streamed_rows(rows: Any) -> StreamedRows | None:
     return rows
 
 
+def run_rows(rows: Any) -> RunRows | None:
+    """Return the rows of a run that may drop some, or None if they are in memory."""
+    while rows is not None and not isinstance(rows, RunRows):
+        rows = getattr(rows, "rows", None)
+    return rows
+
+
 def missing_log_probs(rows: Any, number: int) -> UndecodableImageError:
     """Return the error for a row without reference log-probs, because its image did not decode when they were computed."""
     streamed, reason = streamed_rows(rows), ValueError("it did not when the reference log-probs were computed")
@@ -154,6 +162,8 @@ def missing_log_probs(rows: Any, number: int) -> UndecodableImageError:
 
 def rows_of_run(rows: Any, dropped: DroppedRows) -> Any:
     """Return rows in which the next one replaces a dropped one. Rows in memory are returned unchanged."""
+    if isinstance(rows, CoupledRows):
+        return CoupledRows(rows_of_run(rows.liked, dropped), rows_of_run(rows.disliked, dropped))
     streamed = streamed_rows(rows)
     return rows if streamed is None else RunRows(rows, streamed, dropped)
 

@@ -28,7 +28,6 @@ from dpo_mm.data.load_pairs import (
     data_columns,
 )
 from dpo_mm.data.row_digest import digest
-from dpo_mm.data.schema import drop_ties, load_pairs
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
@@ -38,9 +37,11 @@ from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write
 from dpo_mm.training import arrow_shards
 from dpo_mm.training.arrow_shards import Part, Shards
-from dpo_mm.training.evaluation_split import split_digests, split_pairs
+from dpo_mm.training.coupled_rows import CoupledRows
+from dpo_mm.training.evaluation_split import split_digests
 from dpo_mm.training.response_rows import QUARANTINE, EncodedSplits, encode_responses
 from dpo_mm.training.shared_work import wait_for_files
+from dpo_mm.training.training_rows import TrainingRows, liked_and_disliked, load_training_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,6 +55,8 @@ PIXELS, TOKENS = 32 * 256**2, SHARD * 77
 
 class EncodedPairs:
     """Encoded rows: id, mean and std of the chosen and rejected latents, prompt embeddings, columns of DATASET_INPUTS.
+
+    One-sided rows have the latents of their only image under the names of the chosen side.
 
     `buckets` has the row numbers of each size (width x height) that images were fitted to.
     """
@@ -104,6 +107,7 @@ def encode(
     buckets: bool = False,
     precision: str = "fp32",
     rows_digest: str | None = None,
+    one_sided: bool = False,
 ) -> EncodedPairs:
     """Encode decided pairs for a policy, or open them from the cache.
 
@@ -116,6 +120,7 @@ def encode(
         buckets: fit each pair to one of several sizes by its aspect ratio.
         precision: of the cached tensors, fp32, bf16 or fp16.
         rows_digest: `digest(rows)`, if it is known already.
+        one_sided: encode one image per row, see `Pairs`.
 
     Raises:
         ValueError: if an image does not decode, latents are not finite, or the disk is too small. It names dataset, row and fix.
@@ -128,8 +133,9 @@ def encode(
         )
     unit = policy.patch * policy.pipe.vae_scale_factor
     sizes = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
-    folder = (cache or cache_folder()) / "encoded" / _key(policy, rows_digest or digest(rows), sizes, precision)
-    pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, with_source=policy.is_image_editing)
+    key = _key(policy, rows_digest or digest(rows), sizes, precision, one_sided=one_sided)
+    folder = (cache or cache_folder()) / "encoded" / key
+    pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, policy.is_image_editing, one_sided)
     task = EncodingJob(policy, pairs, folder, sizes, precision, process_rank())
     if _read_complete(folder) is None:
         if task.rank.is_first:
@@ -142,8 +148,11 @@ def encode(
     return EncodedPairs(folder)
 
 
-def _key(policy: ImagePolicy, rows_digest: str, sizes: Sequence[tuple[int, int]], precision: str) -> str:
-    parts = {"encoders": policy.fingerprint(), "rows": rows_digest, "sizes": sizes, "precision": precision}
+def _key(
+    policy: ImagePolicy, rows_digest: str, sizes: Sequence[tuple[int, int]], precision: str, *, one_sided: bool = False
+) -> str:
+    content = [rows_digest, "one side"] if one_sided else rows_digest
+    parts = {"encoders": policy.fingerprint(), "rows": content, "sizes": sizes, "precision": precision}
     return content_key("encoded pairs", {**parts, "libraries": library_versions()})
 
 
@@ -153,7 +162,8 @@ def _encode(task: EncodingJob) -> None:
     expected = [task.folder / f"prompts-{number:05}" for number in range(len(_shards(len(names))))]
     expected += [task.folder / f"pairs-{number:05}" for number in range(len(_shards(len(task.pairs.rows))))]
     missing = sum(not path.exists() for path in expected) / len(expected)
-    bytes_per_prompt, bytes_per_pair = sample_bytes(task.policy, task.precision)
+    sides = 1 if task.pairs.one_sided else 2
+    bytes_per_prompt, bytes_per_pair = sample_bytes(task.policy, task.precision, sides=sides)
     cache_bytes = bytes_per_prompt * len(names) + bytes_per_pair * len(task.pairs.rows)
     arrow_shards.check_disk(task.folder, int(cache_bytes * missing))
     title = f"encoding prompts, {arrow_shards.gib(bytes_per_prompt * len(names))}"
@@ -169,14 +179,14 @@ def _encode(task: EncodingJob) -> None:
     wait_for_files([task.folder / COMPLETE], task.folder)
 
 
-def sample_bytes(policy: ImagePolicy, precision: str) -> tuple[int, int]:
-    """Bytes on disk of one prompt and of one pair, measured by encoding one of each."""
+def sample_bytes(policy: ImagePolicy, precision: str, *, sides: int = 2) -> tuple[int, int]:
+    """Bytes on disk of one prompt and of one row with this number of sides, measured by encoding one of each."""
     with policy.on_device("text encoders"):
         prompt = policy.encode_prompts(["a picture"])
     with policy.on_device("autoencoder"):
         mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
     source = policy.is_image_editing * arrow_shards.row_bytes({"mean": mean}, precision)
-    return arrow_shards.row_bytes(prompt, precision), source + 2 * arrow_shards.row_bytes(
+    return arrow_shards.row_bytes(prompt, precision), source + sides * arrow_shards.row_bytes(
         {"mean": mean, "std": std}, precision
     )
 
@@ -241,14 +251,17 @@ def _encode_prompts(task: EncodingJob, names: Sequence[str], advance: Any) -> No
 
 def _encode_pairs(task: EncodingJob, names: Sequence[str], advance: Any) -> None:
     index = {name: n for n, name in enumerate(names)}
-    optional = data_columns(task.pairs.rows)
+    sides = ("chosen",) if task.pairs.one_sided else ("chosen", "rejected")
+    optional = {} if task.pairs.one_sided else data_columns(task.pairs.rows)
     for path, part in _own(task, "pairs", len(task.pairs.rows)):
         groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for row in task.pairs.decode(part):
-            groups.setdefault(bucket_for([each.size for each in row["images"][:2]], task.sizes), []).append(row)
+            groups.setdefault(bucket_for([each.size for each in row["images"][: len(sides)]], task.sizes), []).append(
+                row
+            )
         sets = {}
         for size, group in sorted(groups.items()):
-            columns = _columns(task.policy, group, size, index, optional)
+            columns = _columns(task.policy, group, size, index, optional, sides)
             sets[f"{size[0]}x{size[1]}"] = arrow_shards.cast_columns(
                 columns, task.precision, where=task.pairs.dataset_name
             )
@@ -267,10 +280,11 @@ def _columns(
     size: tuple[int, int],
     index: dict[str, int],
     optional: dict[str, Any],
+    sides: tuple[str, ...],
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"id": [row["id"] for row in rows], "prompt_row": [index[row["prompt"]] for row in rows]}
     count = images_per_batch(size)
-    for position, side in enumerate(("chosen", "rejected", "source")[: len(rows[0]["images"])]):
+    for position, side in enumerate((*sides, "source")[: len(rows[0]["images"])]):
         images = [row["images"][position] for row in rows]
         with policy.at_size(size):
             parts = [policy.encode_images(images[i : i + count]) for i in range(0, len(rows), count)]
@@ -297,9 +311,13 @@ def _refuse_non_finite(latents: torch.Tensor, rows: Sequence[dict[str, Any]], si
 
 
 def encode_splits(
-    policy: ImagePolicy | TextPolicy, config: TrainConfig, recorded: Sequence[Mapping[str, Any]] = ()
+    policy: ImagePolicy | TextPolicy,
+    config: TrainConfig,
+    recorded: Sequence[Mapping[str, Any]] = (),
+    *,
+    loaded: TrainingRows | None = None,
 ) -> EncodedSplits:
-    """Encode the training pairs of a config, and evaluation pairs of other prompts.
+    """Encode the training rows of a config, and evaluation rows of other prompts.
 
     Text is encoded in memory or in each step, see `response_rows`. Images go through the cache.
 
@@ -307,21 +325,28 @@ def encode_splits(
         policy: the model.
         config: settings of the run.
         recorded: `dropped_rows` of the checkpoint that the run continues.
+        loaded: the rows, if they are loaded already.
 
     Raises:
         ValueError: as `encode`.
     """
+    loaded = loaded or load_training_rows(config, modality=policy.modality)
     if policy.modality == "text":
-        return encode_responses(policy, config, cache_folder(), recorded)
-    pairs = drop_ties(load_pairs(config.pairs))
-    rows, apart = split_pairs(pairs, config)
+        return encode_responses(policy, config, cache_folder(), recorded, loaded=loaded)
     how: dict[str, Any] = {
         "where": config.pairs,
         "undecodable_images": config.undecodable_images,
         "buckets": config.buckets,
         "precision": config.cache_precision,
+        "one_sided": loaded.one_sided,
     }
-    digests = split_digests([rows, apart])
-    encoded = encode(policy, rows, **how, rows_digest=digests[0])
-    encoded_apart = None if apart is None else encode(policy, apart, **how, rows_digest=digests[1])
-    return EncodedSplits(encoded, encoded_apart, content_hash(digests))
+    splits = [part for part in (loaded.train, loaded.evaluation) if part is not None]
+    digests = split_digests(splits)
+    encoded: list[Any] = []
+    for part, key in zip(splits, digests, strict=True):
+        if loaded.kind == "liked":
+            kinds = enumerate(liked_and_disliked(part))
+            encoded.append(CoupledRows(*(encode(policy, rows, **how, rows_digest=f"{key} {n}") for n, rows in kinds)))
+        else:
+            encoded.append(encode(policy, part, **how, rows_digest=key))
+    return EncodedSplits(encoded[0], encoded[1] if len(encoded) > 1 else None, content_hash(digests))

@@ -30,6 +30,7 @@ from dpo_mm.quantization import LARGE_ENCODER, PACKAGES
 from dpo_mm.training.arrow_shards import gib
 from dpo_mm.training.encoding import images_per_batch, sample_bytes
 from dpo_mm.training.meta_execution import CudaRules, MixedMetaMode, run_backward
+from dpo_mm.training.objective_settings import is_fine_tuning, required_inputs
 from dpo_mm.training.reference import resolve_reference_name
 
 NF4_TABLES = 4 * (16 + 256 + 1)
@@ -134,7 +135,7 @@ class Counts:
             weights -= saved
             text_encoders -= saved_encoders
             step += self.itemsize * max((shape.numel() for shape in self.layers), default=0)  # the layer that runs
-        copies = resolve_reference_name(config) == "frozen_copy"
+        copies = "reference_logps" in required_inputs(config) and resolve_reference_name(config) == "frozen_copy"
         state = sum(state_bytes(shape, config.optimizer) for shape in self.trained)
         return Memory(weights, copies * weights, state, step, max(text_encoders, self.autoencoder))
 
@@ -151,7 +152,8 @@ def count_images(policy: ImagePolicy, config: TrainConfig) -> Counts:
     layers = _linear_shapes([encoder for encoder in encoders if num_weights(encoder) >= LARGE_ENCODER])
     text_encoders, autoencoder = sum(map(_bytes, encoders)), _bytes(vae)
     with MixedMetaMode(), CudaRules(), torch.random.fork_rng(devices=[]):
-        rows = [_row(policy)] * config.batch_size
+        sides = ("chosen",) if is_fine_tuning(config) else ("chosen", "rejected")
+        rows = [_row(policy, sides)] * config.batch_size
         with PeakMemoryMode() as encoding:
             size = policy.resolution
             policy.encode_images([Image.new("RGB", (size, size))] * images_per_batch((size, size)))
@@ -210,16 +212,16 @@ def num_weights(module: nn.Module) -> int:
 def disk_bytes(policy: ImagePolicy, config: TrainConfig) -> tuple[int, int]:
     """Bytes of an encoded dataset on disk, per prompt and per pair. The policy is on the meta device."""
     with MixedMetaMode(), CudaRules():
-        return sample_bytes(policy, config.cache_precision)
+        return sample_bytes(policy, config.cache_precision, sides=1 if is_fine_tuning(config) else 2)
 
 
-def _row(policy: ImagePolicy) -> dict[str, Any]:
+def _row(policy: ImagePolicy, sides: Sequence[str] = ("chosen", "rejected")) -> dict[str, Any]:
     """Make an encoded row with the policy's shapes."""
     blank = [Image.new("RGB", (policy.resolution, policy.resolution))]
     prompt = {name: value[0] for name, value in policy.encode_prompts(["a picture"]).items()}
     mean, std = policy.encode_images(blank)
     row: dict[str, Any] = {"id": "a row", "visit": 0, "prompt": prompt}
-    for side in ("chosen", "rejected"):
+    for side in sides:
         row |= {f"{side}_mean": mean[0], f"{side}_std": std[0]}
         row |= {f"{side}_{name}": fact[0] for name, fact in policy.size_conditioning(blank).items()}
     return row | ({"source_mean": mean[0]} if policy.is_image_editing else {})
@@ -234,13 +236,13 @@ def _step(policy: Policy, config: TrainConfig, batch: dict[str, Any], rules: Cud
     half = lambda: torch.autocast("cpu", dtype=kind or torch.bfloat16, enabled=kind is not None)
     stored = rules.storing_casts if rules else contextlib.nullcontext
     reference = resolve_reference_name(config)
-    if reference != "precomputed":
+    if reference != "precomputed" and "reference_logps" in required_inputs(config):
         with half(), contextlib.nullcontext() if reference == "frozen_copy" else stored(), torch.no_grad(), off:
             for part in batches:
                 policy.log_probs(policy.model, part)
     with half(), stored():
         log_probs = [policy.log_probs(policy.model, part) for part in batches]
-    run_backward(torch.stack([(part.chosen - part.rejected).sum() for part in log_probs]).sum())
+    run_backward(torch.stack([part.chosen.sum() - part.rejected.sum() for part in log_probs]).sum())
 
 
 def state_bytes(shape: Sequence[int], optimizer: str) -> int:

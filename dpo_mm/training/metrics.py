@@ -11,6 +11,14 @@ from dpo_mm import objectives
 from dpo_mm.objectives import LogProbs
 
 
+def log_prob_metrics(policy: LogProbs) -> dict[str, Tensor]:
+    """Log-probs of both sides, nats, (pairs,) each. Rows with a chosen image only have none: it would repeat their loss."""
+    metrics = {"logps/chosen": policy.chosen.detach(), "logps/rejected": policy.rejected.detach()}
+    if policy.rejected.numel():
+        return metrics
+    return {"logps/chosen": metrics["logps/chosen"]} if policy.is_likelihood else {}
+
+
 def split_by_noise_quartile(metrics: Mapping[str, Tensor], level: Tensor) -> dict[str, Tensor]:
     """Repeat accuracies and margins for each quartile of the noise schedule.
 

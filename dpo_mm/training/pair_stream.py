@@ -171,7 +171,7 @@ def lengths_of(rows: Any) -> Sequence[int]:
     """Return the tokens of each encoded response pair: prompt, images and the longer response."""
     lengths: Sequence[int] | None = getattr(rows, "lengths", None)
     return lengths or [
-        len(row["prompt_ids"]) + max(len(row[f"{s}_ids"]) for s in ("chosen", "rejected")) for row in rows
+        len(row["prompt_ids"]) + max(len(row.get(f"{s}_ids", ())) for s in ("chosen", "rejected")) for row in rows
     ]
 
 

@@ -22,12 +22,12 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions
 from dpo_mm.data.load_pairs import UndecodableImageError, UndecodedRows, decode_prompt_images, undecoded_rows
 from dpo_mm.data.row_digest import row_digests
-from dpo_mm.data.schema import load_responses
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.process_rank import process_rank
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write, set_aside
-from dpo_mm.training.evaluation_split import split_pairs
+from dpo_mm.training.coupled_rows import CoupledRows
+from dpo_mm.training.training_rows import TrainingRows, liked_and_disliked, load_training_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,7 +111,12 @@ class StreamedRows:
 
 
 def encode_responses(
-    policy: TextPolicy, config: TrainConfig, cache: Path, recorded: Sequence[Mapping[str, Any]] = ()
+    policy: TextPolicy,
+    config: TrainConfig,
+    cache: Path,
+    recorded: Sequence[Mapping[str, Any]] = (),
+    *,
+    loaded: TrainingRows | None = None,
 ) -> EncodedSplits:
     """Encode the training pairs of a config, and evaluation pairs of other prompts.
 
@@ -120,13 +125,16 @@ def encode_responses(
         config: settings of the run.
         cache: folder for the lengths of rows that are encoded later.
         recorded: rows that the run has dropped until its checkpoint. They stay dropped, and their digests count.
+        loaded: the rows, if they are loaded already.
 
     Raises:
         ValueError: if a row is too long or not valid, or no row is left.
     """
-    pairs = load_responses(config.pairs)
-    inside, apart = split_pairs(pairs, config)
-    splits = [part for part in (inside, apart) if part is not None]
+    loaded = loaded or load_training_rows(config, modality="text")
+    pairs, apart = loaded.every, loaded.evaluation
+    splits = [part for part in (loaded.train, apart) if part is not None]
+    if loaded.kind == "liked":
+        splits = [rows for part in splits for rows in liked_and_disliked(part)]
     dropped: list[str] = []
     digests = row_digests(pairs, recorded)
     content, of_rows = content_hash(digests), np.array(digests, dtype=np.bytes_)
@@ -139,6 +147,10 @@ def encode_responses(
     else:
         encoded = [policy.encode(_decoded(part, config, dropped)) for part in splits]
         hashes = encoded if apart is not None else [*encoded, None]
+    if loaded.kind == "liked":
+        encoded = [
+            CoupledRows(*encoded[n : n + 2]) if all(encoded[n : n + 2]) else [] for n in range(0, len(encoded), 2)
+        ]
     if not encoded[0]:
         raise ValueError(
             f"{config.pairs}: none of its {len(pairs)} rows is left to train on, because {len(dropped)} have an image that "

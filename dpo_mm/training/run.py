@@ -21,7 +21,6 @@ from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.content_key import check_ingredients, content_hash, library_versions
 from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.data.row_digest import digest, row_digests
-from dpo_mm.data.schema import drop_ties, load_pairs, load_responses
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.interruption import StopRequest, complete_part, stop_on_signal
 from dpo_mm.outputs import OutputKind, differences, output_folder, refuse_foreign_folder
@@ -51,17 +50,20 @@ from dpo_mm.training.checkpoints import (
     latest_complete_checkpoint,
     newest_first,
 )
+from dpo_mm.training.coupled_rows import CoupledRows
 from dpo_mm.training.dropped_rows import DroppedRows, explain_loader_errors, rows_of_run
 from dpo_mm.training.encoding import EncodedSplits, encode_splits
-from dpo_mm.training.evaluation_split import split_digests, split_pairs
+from dpo_mm.training.evaluation_split import split_digests
 from dpo_mm.training.feature_cache import cache_vision_features
 from dpo_mm.training.memory_plan import image_lines, response_lines
 from dpo_mm.training.model_card import write_card
+from dpo_mm.training.objective_settings import is_fine_tuning, required_inputs, takes_beta
 from dpo_mm.training.pair_stream import PairStream, eval_stream, training_stream
 from dpo_mm.training.reference import precompute_reference_log_probs, resolve_reference_name
 from dpo_mm.training.response_rows import describe_lengths, stream_rows
 from dpo_mm.training.tracking import TRACKING_SETTINGS
 from dpo_mm.training.trainer import PreferenceTrainer
+from dpo_mm.training.training_rows import TrainingRows, load_training_rows
 
 logger = logging.getLogger(__name__)
 TRAINING = OutputKind(
@@ -159,9 +161,14 @@ def _content(config: TrainConfig) -> dict[str, Any]:
 
 def _pairs_digest(config: TrainConfig, recorded: Sequence[Mapping[str, Any]]) -> str:
     """Digest of the pairs as `encode_splits` returns it, without encoding them."""
-    if policy_class(config.model, revision=config.revision).modality == "text":
-        return content_hash(row_digests(load_responses(config.pairs), recorded))
-    return content_hash(split_digests(split_pairs(drop_ties(load_pairs(config.pairs)), config)))
+    loaded = _load_rows(config)
+    if "chosen" in loaded.every.column_names:
+        return content_hash(row_digests(loaded.every, recorded))
+    return content_hash(split_digests([loaded.train, loaded.evaluation]))
+
+
+def _load_rows(config: TrainConfig) -> TrainingRows:
+    return load_training_rows(config, modality=policy_class(config.model, revision=config.revision).modality)
 
 
 def _train(config: TrainConfig, checkpoint: Path | None, show_plan: ShowPlan | None) -> TrainResult:
@@ -171,8 +178,9 @@ def _train(config: TrainConfig, checkpoint: Path | None, show_plan: ShowPlan | N
     content = _content(config)
     if checkpoint:  # before the pairs are encoded, which takes long
         check_same_content(checkpoint, saved_state["content"], content, config)
+    loaded = _load_rows(config)  # before the model, because its rows may not fit the objective
     policy = build_policy(config)
-    splits = _encode_once(policy, config, saved_state.get("dropped_rows") or [])
+    splits = _encode_once(policy, config, saved_state.get("dropped_rows") or [], loaded)
     content |= {"pairs": splits.digest, "encoded rows": splits.encoded_digest}
     check_ingredients("training run", {"settings": config, **content})
     if checkpoint:
@@ -183,11 +191,12 @@ def _train(config: TrainConfig, checkpoint: Path | None, show_plan: ShowPlan | N
         "measured_beta": saved_state.get("measured_beta"),
     }
     with stop_on_signal(lambda: _saved_so_far(config, splits)):
-        return _train_on(splits, policy, config, run_state, checkpoint, show_plan)
+        return _train_on(splits, loaded, policy, config, run_state, checkpoint, show_plan)
 
 
 def _train_on(
     splits: EncodedSplits,
+    loaded: TrainingRows,
     policy: ImagePolicy | TextPolicy,
     config: TrainConfig,
     run_state: dict[str, Any],
@@ -208,7 +217,7 @@ def _train_on(
     config = steps_of_epochs(config, len(train_rows), training_arguments(config).world_size)
     if checkpoint:
         check_steps(checkpoint, config)
-    summary = run_summary(policy, config, len(train_rows))
+    summary = run_summary(policy, config, loaded.describe(len(train_rows)))
     if cut := getattr(splits.rows, "truncated_prompts", ""):
         logger.warning("prompts: %s", cut)
         summary |= {"truncated prompts": cut}
@@ -233,13 +242,16 @@ def _saved_so_far(config: TrainConfig, splits: EncodedSplits | None) -> str:
 
 
 def _encode_once(
-    policy: ImagePolicy | TextPolicy, config: TrainConfig, recorded: Sequence[Mapping[str, Any]]
+    policy: ImagePolicy | TextPolicy,
+    config: TrainConfig,
+    recorded: Sequence[Mapping[str, Any]],
+    loaded: TrainingRows,
 ) -> EncodedSplits:
     """Encode the pairs. Text has no shared cache, so the first process encodes before the others."""
     if policy.modality == "image":
-        return encode_splits(policy, config)
+        return encode_splits(policy, config, loaded=loaded)
     with training_arguments(config).main_process_first(desc="encoding"):
-        return encode_splits(policy, config, recorded)
+        return encode_splits(policy, config, recorded, loaded=loaded)
 
 
 def _with_frozen_outputs(
@@ -255,7 +267,7 @@ def _with_frozen_outputs(
         features = functools.partial(
             cache_vision_features, policy, config=config, cache=cache_folder(), dropped=dropped
         )
-        train_rows, eval_rows = features(train_rows), eval_rows and features(eval_rows)
+        train_rows, eval_rows = _of_each_kind(features, train_rows), eval_rows and _of_each_kind(features, eval_rows)
     if config.reference == "precomputed":
         samples = 1 if policy.modality == "text" else config.fixed_draws_per_row
         stream = dataclasses.replace(training_stream(config, train_rows, 1), num_fixed_draws=samples)
@@ -264,6 +276,11 @@ def _with_frozen_outputs(
             stream = eval_stream(eval_rows, config, modality=policy.modality)
             eval_rows = precompute_reference_log_probs(policy, stream, config, dropped)
     return rows_of_run(train_rows, dropped), eval_rows and rows_of_run(eval_rows, dropped)
+
+
+def _of_each_kind(compute: Callable[[Any], Any], rows: Any) -> Any:
+    """Apply a function to rows, or to liked and disliked rows separately."""
+    return CoupledRows(compute(rows.liked), compute(rows.disliked)) if isinstance(rows, CoupledRows) else compute(rows)
 
 
 def _fit(trainer: PreferenceTrainer, checkpoint: Path | None, stop: StopRequest) -> None:
@@ -294,20 +311,33 @@ def _fit(trainer: PreferenceTrainer, checkpoint: Path | None, stop: StopRequest)
         )
 
 
-def run_summary(policy: ImagePolicy | TextPolicy, config: TrainConfig, num_pairs: int) -> dict[str, str]:
-    """Summarise a run before it starts: pairs, steps, objective, reference, memory, and the policy's own lines."""
+def run_summary(policy: ImagePolicy | TextPolicy, config: TrainConfig, rows: str) -> dict[str, str]:
+    """Summarise a run before it starts: pairs, steps, objective, reference, memory, and the policy's own lines.
+
+    Args:
+        policy: prepared.
+        config: settings of the run.
+        rows: description of the rows to train on.
+    """
     num_trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
     num_bytes = stored_size(policy.model)
-    reference = resolve_reference_name(config)
+    reference = resolve_reference_name(config) if "reference_logps" in required_inputs(config) else "none"
     epochs = f" ({config.num_train_epochs:g} epochs)" if config.num_train_epochs else ""
     copies = 2 if reference == "frozen_copy" else 1
     commit = resolve_commit(resolve_asset(config.model), revision=config.revision)
+    of_policy = policy.describe(config)
+    if not takes_beta(config):
+        of_policy.pop("effective beta", None)
+    if is_fine_tuning(config):
+        of_policy.pop("layout", None)
+        text = policy.modality == "text"
+        of_policy["reduction"] = "mean per token of a step's chosen responses" if text else "mean over latent elements"
     unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
     return {
         **({"revision": commit} if commit else {}),
         **describe_start(policy, config),
-        "pairs": f"{config.pairs}, {num_pairs} to train on",
-        "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} pairs per process{epochs}",
+        "pairs": f"{config.pairs}, {rows}",
+        "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} {'rows' if is_fine_tuning(config) else 'pairs'} per process{epochs}",
         "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
         "reference": f"{reference}, which is the adapter"
         if continues(config) and reference == "adapter_off"
@@ -315,7 +345,7 @@ def run_summary(policy: ImagePolicy | TextPolicy, config: TrainConfig, num_pairs
         "tuning": f"{config.tuning}, {num_trained:,} trained parameters",
         "precision": f"{config.precision}{f', frozen linear layers in {config.quantize}' if config.quantize else ''}",
         "memory": f"about {(copies * num_bytes + 12 * num_trained) / 2**20:,.0f} MiB for weights, gradients and Adam, plus activations",
-        **policy.describe(config),
+        **of_policy,
         **unknown,
     }
 
@@ -333,20 +363,22 @@ def dry_run(config: TrainConfig, *, vram: float | None = None) -> dict[str, str]
     planned = config if vram is None else dataclasses.replace(config, quantize=None)  # this machine may not have it
     validate_config(planned)
     refuse_foreign_folder(Path(config.output_dir), TRAINING, inputs=[config.model, config.pairs, config.adapter])
+    loaded = _load_rows(config)
     policy = build_policy(planned, weights=False)
-    pairs = load_responses(config.pairs) if policy.modality == "text" else drop_ties(load_pairs(config.pairs))
-    train_rows, _ = split_pairs(pairs, config)
+    pairs, train_rows = loaded.every, loaded.train
     policy.prepare(config)
-    config = steps_of_epochs(config, len(train_rows), training_arguments(config).world_size)
-    summary = run_summary(policy, config, len(train_rows))
+    config = steps_of_epochs(config, loaded.items, training_arguments(config).world_size)
+    summary = run_summary(policy, config, loaded.describe(loaded.items))
     if policy.modality == "image":
         if cut := truncated_prompts(policy, pairs["prompt"]):
             summary |= {"truncated prompts": cut}
-        summary |= image_lines(config, len(set(pairs["prompt"])), len(pairs), vram=vram)
+        encoded_pairs = -(-len(pairs) // 2) if loaded.kind == "liked" else len(pairs)
+        summary |= image_lines(config, len(set(pairs["prompt"])), encoded_pairs, vram=vram)
     else:
         rows = stream_rows(policy, train_rows, config, cache_folder(), content=[digest(pairs), 0], dropped=[])
         summary |= {"tokens": describe_lengths(rows.lengths)}
         with contextlib.suppress(UndecodableImageError):
             longest = rows[max(range(len(rows)), key=lambda number: rows.lengths[number])]
+            longest |= {"disliked": longest} if loaded.kind == "liked" else {}
             summary |= response_lines(config, longest, vram=vram)
     return summary

@@ -30,7 +30,7 @@ from dpo_mm.objectives import LogProbs
 from dpo_mm.outputs import KIND, RECORDS
 from dpo_mm.policies.protocol import Batch, Policy
 from dpo_mm.resumable import set_aside
-from dpo_mm.training.builders import DEFAULT_SLACK, build_loss, required_inputs, training_arguments
+from dpo_mm.training.builders import DEFAULT_SLACK, build_loss, training_arguments
 from dpo_mm.training.callbacks import (
     ChosenErrorWarning,
     ChosenLikelihoodWarning,
@@ -46,8 +46,9 @@ from dpo_mm.training.checkpoints import (
     remove_checkpoint,
     remove_old_checkpoints,
 )
-from dpo_mm.training.dropped_rows import RunRows, streamed_rows
-from dpo_mm.training.metrics import image_reliance, reward_metrics, split_by_noise_quartile
+from dpo_mm.training.dropped_rows import run_rows, streamed_rows
+from dpo_mm.training.metrics import image_reliance, log_prob_metrics, reward_metrics, split_by_noise_quartile
+from dpo_mm.training.objective_settings import is_fine_tuning, required_inputs
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import TrackingReference, build_reference
 from dpo_mm.training.tracking import prepare_trackers
@@ -109,6 +110,8 @@ class PreferenceTrainer(Trainer):
             config, modality=policy.modality
         )
         self.required_inputs = required_inputs(config)
+        self.loss_per_token = is_fine_tuning(config) and policy.modality == "text"
+        self.tokens_per_row = torch.ones(())
         self.run_state = {**(run_state or {}), "rewards": {"mean": 0.0, "count": 0.0}}
         self._metrics: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
         arguments = training_arguments(config)
@@ -162,12 +165,13 @@ class PreferenceTrainer(Trainer):
             corrupted_reference = self._reference_log_probs(model, inputs["corrupted"])
             corrupted_policy, _ = self._policy_log_probs(model, inputs["corrupted"])
             loss_inputs["corrupted_ratio"] = objectives.log_ratios(corrupted_policy, corrupted_reference)[0]  # type: ignore[arg-type]
+        if self.loss_per_token:
+            tokens = policy_logps.num_tokens_chosen
+            loss_inputs["tokens_per_row"] = tokens.mean() if evaluating else self.tokens_per_row
         losses = self.objective(policy_logps, reference_logps, loss_inputs)
-        metrics = {
-            "loss": losses.detach(),
-            "logps/chosen": policy_logps.chosen.detach(),
-            "logps/rejected": policy_logps.rejected.detach(),
-        }
+        metrics = {"loss": losses.detach(), **log_prob_metrics(policy_logps)}
+        if evaluating and self.loss_per_token:  # `_eval_averages` divides their means
+            metrics |= {"loss": losses.detach() * tokens.mean(), "tokens": tokens}
         if reference_logps is not None:
             metrics |= reward_metrics(policy_logps, reference_logps, beta=float(self.config.beta))
         if "corrupted_ratio" in loss_inputs:
@@ -182,6 +186,15 @@ class PreferenceTrainer(Trainer):
             self.skip_callback.record_batch(inputs["id"], inputs.get("timestep"), losses)
             self._metrics["train"].append(metrics)
         return losses.mean()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Get the batches of a step, and note the tokens per row of the step on all processes if the loss is per token."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.loss_per_token and batches:
+            counts = torch.cat([batch["num_tokens_chosen"] for batch in batches]).to(device)
+            total = self.accelerator.gather(torch.stack([counts.sum(), counts.new_tensor(len(counts))])[None]).sum(0)  # type: ignore[union-attr]
+            self.tokens_per_row = total[0] / total[1]
+        return batches, items
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self.skip_callback.measure(self.policy.model)
@@ -235,6 +248,8 @@ class PreferenceTrainer(Trainer):
         first = {number: position for position, number in reversed(list(enumerate(numbers))) if number >= 0}
         means = gathered[[first[number] for number in sorted(first)]].nanmean(0).tolist()
         metrics = dict(zip(names, means, strict=True))
+        if "tokens" in metrics:
+            metrics["loss"] /= metrics.pop("tokens")
         return {k: v for k, v in metrics.items() if k != "number" and ("_quartile" not in k or not math.isnan(v))}
 
     def _train_averages(self) -> dict[str, float]:
@@ -296,8 +311,8 @@ class PreferenceTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save(folder, state_dict)
-        rows = getattr(self.train_dataset, "rows", None)
-        dropped = {"dropped_rows": rows.dropped.records() if isinstance(rows, RunRows) else []}
+        rows = run_rows(self.train_dataset)
+        dropped = {"dropped_rows": rows.dropped.records() if rows else []}
         record = as_dict(self.config) | self.run_state | dropped | {KIND: RECORDS[CONFIG_FILE]}
         (folder / CONFIG_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 

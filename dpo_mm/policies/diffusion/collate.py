@@ -1,11 +1,13 @@
 """Collate encoded image pairs into a batch: latents, noise, timesteps and prompts.
 
 An encoded row has `id`, `visit` (the row's epoch), `chosen_mean`, `chosen_std`, `rejected_mean`, `rejected_std`
-(channels, height, width) and `prompt`, a dict of tensors. It may also have:
+(channels, height, width) and `prompt`, a dict of tensors. A one-sided row has nothing of a rejected image. It may also
+have:
 
 - the columns of DATASET_INPUTS,
 - `reference_chosen` and `reference_rejected`, (epochs,),
 - `source_mean` of the image to edit, (channels, height, width),
+- `rejected_prompt` and `rejected_source_mean` of a disliked image that has another prompt, see `CoupledRows`,
 - `chosen_x` and `rejected_x` for each x of the policy's `conditioning_columns`,
 - `stratum` and `sign`, which a `PairStream` adds: the part of the noise schedule and the sign of the noise.
 """
@@ -43,22 +45,19 @@ def collate(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> Batch:
     """
     keys = [(policy.config.seed, row["id"], row["visit"]) for row in rows]
     shape = tuple(rows[0]["chosen_mean"].shape)
+    sides = [side for side in ("chosen", "rejected") if f"{side}_mean" in rows[0]]
     posterior_noise = _stack_arrays([random_draws.sample_noise(*key, shape, purpose="posterior") for key in keys])
     levels = _sample_levels(policy, rows, keys)
     noise = [row.get("sign", 1) * random_draws.sample_noise(*key, shape) for key, row in zip(keys, rows, strict=True)]
     batch: Batch = {
         "id": [row["id"] for row in rows],
-        "chosen": _sample_latents(policy, rows, "chosen", posterior_noise),
-        "rejected": _sample_latents(policy, rows, "rejected", posterior_noise),
+        **{side: _sample_latents(policy, rows, side, posterior_noise) for side in sides},
         "noise": _stack_arrays(noise),
         "level": levels,
         "timestep": policy.noise_process.timesteps(levels, tokens=policy.num_tokens(shape)),
-        "prompt": {name: stack_padded([row["prompt"][name] for row in rows]) for name in rows[0]["prompt"]},
+        **_prompts(policy, rows),
     }
-    if "source_mean" in rows[0]:
-        source = torch.stack([row["source_mean"] for row in rows]).float()
-        batch["prompt"]["source"] = policy.latent_scale.normalise(source)
-    for name in (f"{side}_{column}" for column in policy.conditioning_columns for side in ("chosen", "rejected")):
+    for name in (f"{side}_{column}" for column in policy.conditioning_columns for side in sides):
         if name in rows[0]:
             batch[name] = torch.stack([row[name] for row in rows])
     for name in DATASET_INPUTS:
@@ -70,6 +69,23 @@ def collate(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> Batch:
         if name in rows[0]:
             batch[name] = torch.stack([row[name][row["visit"]] for row in rows])
     return batch
+
+
+def _prompts(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """Prompts with the image to edit, and those of disliked images. All are padded to one length."""
+    names = [name for name in ("prompt", "rejected_prompt") if name in rows[0]]
+    stacked = {
+        part: stack_padded([row[name][part] for name in names for row in rows]).split(len(rows))
+        for part in rows[0]["prompt"]
+    }
+    prompts: dict[str, dict[str, Tensor]] = {
+        str(name): {part: values[n] for part, values in stacked.items()} for n, name in enumerate(names)
+    }
+    for name, column in (("prompt", "source_mean"), ("rejected_prompt", "rejected_source_mean")):
+        if column in rows[0]:
+            source = torch.stack([row[column] for row in rows]).float()
+            prompts[name]["source"] = policy.latent_scale.normalise(source)
+    return prompts
 
 
 def _sample_levels(policy: DiffusionPolicy, rows: list[dict[str, Any]], keys: list[tuple[int, str, int]]) -> Tensor:

@@ -22,8 +22,12 @@ class DenoisingErrors(NamedTuple):
     """Prediction minus target, (images, channels, height, width), float32, without gradient."""
 
 
-def surrogate_log_probs(errors: DenoisingErrors) -> LogProbs:
-    """Return -1/2 of the mean errors of chosen and rejected, whose images are the first and the second half."""
-    chosen, rejected = (-0.5 * errors.mean).chunk(2)
-    ones = torch.ones_like(chosen)
-    return LogProbs(chosen, rejected, ones, ones, is_likelihood=False)
+def surrogate_log_probs(errors: DenoisingErrors, *, pairs: int) -> LogProbs:
+    """Return -1/2 of the mean errors of chosen and rejected.
+
+    Args:
+        errors: of the chosen images, then of the rejected ones, (2 * pairs,), or of the chosen images only, (pairs,).
+        pairs: number of chosen images.
+    """
+    chosen, rejected = (-0.5 * errors.mean).split([pairs, len(errors.mean) - pairs])
+    return LogProbs(chosen, rejected, torch.ones_like(chosen), torch.ones_like(rejected), is_likelihood=False)

@@ -316,21 +316,24 @@ class DiffusionPolicy:
 
     def log_probs(self, model: nn.Module, batch: Batch) -> LogProbs:
         """Compute -1/2 of the denoising errors of chosen and rejected in one forward pass. See `Policy.log_probs`."""
-        return surrogate_log_probs(self.pair_errors(model, batch))
+        return surrogate_log_probs(self.pair_errors(model, batch), pairs=len(batch["chosen"]))
 
     def log_probs_and_gradient_scale(self, model: nn.Module, batch: Batch, *, slack: float) -> tuple[LogProbs, Tensor]:
         """Compute `log_probs` and `sdpo`'s scale of the rejected gradient in one forward pass, (pairs,)."""
         errors = self.pair_errors(model, batch)
-        return surrogate_log_probs(errors), sdpo_lambda_image(*errors.residual.chunk(2), slack=slack)
+        scale = sdpo_lambda_image(*errors.residual.chunk(2), slack=slack)
+        return surrogate_log_probs(errors, pairs=len(scale)), scale
 
     def pair_errors(self, model: nn.Module, batch: Batch) -> DenoisingErrors:
-        """Compute the denoising errors of the chosen images, then of the rejected ones, (2 * pairs,)."""
-        latents = torch.cat([batch["chosen"], batch["rejected"]])
-        noise, timestep = batch["noise"].repeat(2, 1, 1, 1), batch["timestep"].repeat(2)
-        prompt = {name: torch.cat([value, value]) for name, value in batch["prompt"].items()}
+        """Compute the denoising errors of the chosen images, then of the rejected ones if there are any, (2 * pairs,)."""
+        sides = [side for side in ("chosen", "rejected") if side in batch]
+        latents = torch.cat([batch[side] for side in sides])
+        noise, timestep = batch["noise"].repeat(len(sides), 1, 1, 1), batch["timestep"].repeat(len(sides))
+        prompts = [batch["prompt"], batch.get("rejected_prompt", batch["prompt"])][: len(sides)]
+        prompt = {name: torch.cat([each[name] for each in prompts]) for name in batch["prompt"]}
         for name in self.conditioning_columns:
             if f"chosen_{name}" in batch:
-                prompt[name] = torch.cat([batch[f"chosen_{name}"], batch[f"rejected_{name}"]])
+                prompt[name] = torch.cat([batch[f"{side}_{name}"] for side in sides])
         return self.denoising_errors(model, latents, noise, timestep, prompt)
 
     @contextlib.contextmanager

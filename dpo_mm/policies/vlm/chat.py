@@ -157,9 +157,13 @@ class ConversationEncoder:
     def completions(
         self, row: Mapping[str, Any], messages: Sequence[Message], num_images: int, *, tools: Any = None
     ) -> dict[str, list[int]]:
-        """Encode both responses of a row as token ids, by side. Raises ValueError if they do not fit the prompt."""
+        """Encode both responses of a row as token ids, by side. Raises ValueError if they do not fit the prompt.
+
+        The only response of a one-sided row is `chosen`, also if it is disliked.
+        """
+        sides = [side for side in ("chosen", "rejected") if row.get(side) is not None]
         return {
-            side: self._completion(
+            side if len(sides) == 2 else "chosen": self._completion(
                 messages,
                 num_images,
                 row[side],
@@ -167,7 +171,7 @@ class ConversationEncoder:
                 ends=not row.get(f"{side}_truncated"),
                 tools=tools,
             )
-            for side in ("chosen", "rejected")
+            for side in sides or ["chosen"]
         }
 
     def _raise_or_drop(self, name: str, size: str) -> None:

@@ -8,22 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_mm.objectives import DATASET_INPUTS
+from dpo_mm.objectives import DATASET_INPUTS, LogProbs
 from dpo_mm.policies.vlm.shared_prefix import Layout
+
+NO_TOKENS = torch.zeros(0, dtype=torch.long)
+"""Token ids of a side that the rows do not have."""
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """Make a batch from encoded rows.
 
     Args:
-        rows: rows from `ConversationEncoder.encode`.
+        rows: rows from `ConversationEncoder.encode`. One-sided rows have no `rejected_ids`. Rows of `CoupledRows` have an
+            encoded disliked row under `disliked`.
         pad_token_id: id of padding.
 
     Returns:
         A dict with `id`, `ids` and `mask` (pairs, columns of prompt, chosen and rejected), `layout`, `types`, `images`,
-        `num_tokens_chosen` and `num_tokens_rejected` (pairs,). Optional columns of the rows are added under their names.
+        `num_tokens_chosen` and `num_tokens_rejected` (pairs,). Optional columns of the rows are added under their names. A batch of one-sided rows has no column of rejected. A batch of couples has the liked
+        rows, then the disliked ones.
     """
-    parts = [[row[f"{part}_ids"] for row in rows] for part in ("prompt", "chosen", "rejected")]
+    if "disliked" in rows[0]:
+        return _collate_couples(rows, pad_token_id)
+    parts = [[row.get(f"{part}_ids", NO_TOKENS) for row in rows] for part in ("prompt", "chosen", "rejected")]
     widths = [max(len(ids) for ids in part) for part in parts]
     ids = [
         pad_rows(part, width, left=n == 0, value=pad_token_id)
@@ -56,6 +63,35 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]
         if all(name in row for row in rows):  # one value for all epochs, because text has no noise
             batch[name] = torch.stack([torch.as_tensor(row[name]).float().flatten()[0] for row in rows])
     return batch
+
+
+def _collate_couples(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """Batch of one-sided sequences: those of the liked rows, then those of the disliked ones."""
+    own = ("disliked", "number", "reference_chosen", "reference_rejected", *DATASET_INPUTS)
+    liked = [{name: value for name, value in row.items() if name not in own} for row in rows]
+    batch = collate([*liked, *(row["disliked"] for row in rows)], pad_token_id)
+    num_tokens = batch["num_tokens_chosen"].chunk(2)
+    batch |= {"id": [row["id"] for row in rows], "couples": torch.ones(len(rows))}
+    batch |= {"num_tokens_chosen": num_tokens[0], "num_tokens_rejected": num_tokens[1]}
+    if "number" in rows[0]:
+        batch["number"] = torch.tensor([row["number"] for row in rows])
+    return batch
+
+
+def response_log_probs(token_log_probs: Tensor, batch: dict[str, Any]) -> LogProbs:
+    """Sum the token log-probs of one-sided sequences per response.
+
+    Args:
+        token_log_probs: nats, 0 at padding, (sequences, tokens).
+        batch: from `collate`, of one-sided rows or of couples.
+
+    Returns:
+        Log-probs of the liked and of the disliked responses, (couples,) each, or of the chosen responses and of none.
+    """
+    sums = token_log_probs.sum(1)
+    chosen, rejected = sums.chunk(2) if "couples" in batch else (sums, sums[:0])
+    tokens = [batch[f"num_tokens_{side}"].to(sums.device) for side in ("chosen", "rejected")]
+    return LogProbs(chosen, rejected, tokens[0], tokens[1][: len(rejected)], is_likelihood=True)
 
 
 def _corrupted_row(row: dict[str, Any]) -> dict[str, Any]:

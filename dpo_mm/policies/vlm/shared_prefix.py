@@ -319,13 +319,13 @@ def separate_inputs(base_model: Any, batch: dict[str, Any], *, padding_side: str
 
     Returns:
         Inputs of [prompt][chosen] of all pairs, then of [prompt][rejected], and a mask of the completions' tokens,
-        (2 * pairs, columns).
+        (2 * pairs, columns). For one-sided rows, only the former, (rows, columns).
     """
     layout = batch["layout"]
     columns_of_sides = [
         list(range(layout.rejected_start)),
         [*range(layout.prompt), *range(layout.rejected_start, layout.total)],
-    ]
+    ][: 2 if layout.rejected else 1]
     width = max(len(columns) for columns in columns_of_sides)
 
     def stack_sides(x: Tensor) -> Tensor:
@@ -338,7 +338,7 @@ def separate_inputs(base_model: Any, batch: dict[str, Any], *, padding_side: str
     inputs = {name: stack_sides(value).gather(1, order) for name, value in packed.items()}
     in_completion = (torch.arange(width, device=mask.device) >= layout.prompt) & (mask == 1)
     if padding_side == "left":
-        images = repeat_for_both(batch["images"])
+        images = repeat_for_both(batch["images"]) if layout.rejected else batch["images"]
         token_type_inputs = {name: inputs[name] for name in token_type_inputs}
         inputs["position_ids"] = position_ids(
             base_model, inputs["input_ids"], inputs["attention_mask"], token_type_inputs, images

@@ -79,6 +79,8 @@ class TokenLogProbs:
         """
         with unwrapped_eval_mode(model) as model:
             separate = self._log_probs_unshared(model, batch)
+            if not batch["layout"].rejected:  # one response per prompt
+                self.layout = "separate"
             reason = None if self.layout == "separate" else self._why_not_shared(model, batch, separate)
         if self.layout == "shared_prefix" and reason:
             raise ValueError(f"pair_layout 'shared_prefix' is not exact for {self.name}: {reason}. Use 'auto'")
@@ -193,7 +195,7 @@ def separate_log_probs(
     inputs, in_completion = separate_inputs(base_model, batch, padding_side=padding_side)
     predicts_token = in_completion[:, 1:]
     targets = inputs["input_ids"][:, 1:][predicts_token]
-    inputs |= image_inputs(base_model, batch, repeated=True)
+    inputs |= image_inputs(base_model, batch, repeated=bool(layout.rejected))
     log_probs = target_log_probs(model, inputs, lambda hidden: hidden[:, :-1][predicts_token], targets, head=head)
     is_token = batch["mask"][:, layout.prompt :].bool()
     sides = is_token[:, : layout.chosen], is_token[:, layout.chosen :]
@@ -221,7 +223,7 @@ def detect_head(model: nn.Module, batch: dict[str, Any]) -> str:
     if base_model.get_output_embeddings() is None:
         return "own"
     with _replace_head(base_model, last_column):
-        images = image_inputs(base_model, batch, repeated=True)
+        images = image_inputs(base_model, batch, repeated=bool(batch["layout"].rejected))
         logits = model(**inputs, **images, use_cache=False).logits.float()
     if not head_outputs:
         return "own"

@@ -285,6 +285,8 @@ class VisionLanguage:
     def _sum_per_response(self, token_log_probs: torch.Tensor, batch: Batch) -> LogProbs:
         """Log-probs of the responses: sums, or weighted by `ld_alpha` or `edited_token_weight`."""
         layout, device = batch["layout"], token_log_probs.device
+        if not layout.rejected:
+            return pair_batches.response_log_probs(token_log_probs, batch)
         masks = batch["mask"][:, layout.prompt :].to(device).split([layout.chosen, layout.rejected], 1)
         parts = token_log_probs.split([layout.chosen, layout.rejected], 1)
         num_tokens_chosen, num_tokens_rejected = (
@@ -383,10 +385,8 @@ class VisionLanguage:
     def _reduction(self) -> str:
         if self.edited_token_weight != 1:
             return f"mean per token, with weight {self.edited_token_weight:g} for edited tokens (RLHF-V)"
-        if self.ld_alpha != 1:
-            tail = f"tokens past the shorter response's length count {self.ld_alpha:g} (LD-DPO)"
-            return f"sum over the completion's tokens, {tail}"
-        return "sum over the completion's tokens"
+        tail = f", tokens past the shorter response's length count {self.ld_alpha:g} (LD-DPO)"
+        return f"sum over the completion's tokens{tail if self.ld_alpha != 1 else ''}"
 
     def describe(self, config: TrainConfig) -> dict[str, str]:
         """Return family, target, reduction, layout of the pairs, and the effective beta."""

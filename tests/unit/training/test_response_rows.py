@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
-from dpo_mm.data.schema import make_response_rows
+from dpo_mm.data.schema import load_responses, make_response_rows
 from dpo_mm.policies.vlm.chat import ConversationEncoder
 from dpo_mm.policies.vlm.row_sizes import RowMeasure
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
@@ -181,7 +181,7 @@ def test_dry_run_prints_the_lengths(model: str, tmp_path: Path) -> None:
     policy = build_policy(config(model, "-", tmp_path))
     lengths = sorted(
         len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-        for row in policy.encode(response_rows.load_responses(pairs(tmp_path)))
+        for row in policy.encode(load_responses(pairs(tmp_path)))
     )
     assert int(median) == (lengths[3] + lengths[4]) // 2 and summary["tokens"].endswith(f"longest {lengths[-1]}")
 
