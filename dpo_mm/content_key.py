@@ -49,6 +49,7 @@ INGREDIENTS: dict[str, tuple[str, ...]] = {
         "batch",
     ),
     "response of a server": ("served", "adapter", "max_new_tokens", "temperature", "seed", "question"),
+    "reply of a judge": ("model", "messages", "sampling"),
     "score of a comparison": ("judge", "image", "prompt"),
     "images to label": ("settings", "models", "prompts", "libraries"),
 }

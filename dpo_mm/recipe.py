@@ -200,7 +200,7 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
     from dpo_mm.training.run import train
 
     refuse_foreign_folder(Path(recipe.compare.output_dir), COMPARISON)
-    _check_judges(judges_of(recipe.compare))
+    _check_judges(judges_of(recipe.compare), recipe.compare)
     order_judges(recipe.compare.judges, _training_judges(recipe))
     with stop_on_signal(lambda: _completed_steps(recipe)):
         if recipe.mine and not mine(recipe.mine).exists():
@@ -258,11 +258,11 @@ def mine(config: MineConfig | MineResponsesConfig) -> Path:
         if isinstance(config, MineResponsesConfig):
             from dpo_mm.mining.mine_responses import mine_responses
 
-            _check_judges([config.judge])
+            _check_judges([config.judge], config)
             return mine_responses(config)
         from dpo_mm.mining.mine_images import mine_images, parse_judges
 
-        _check_judges([*parse_judges(config.judges), *parse_judges(config.guards)])
+        _check_judges([*parse_judges(config.judges), *parse_judges(config.guards)], config)
         return mine_images(config)
 
 
@@ -303,7 +303,7 @@ def compare(
     refuse_foreign_folder(folder, COMPARISON, inputs=inputs)
     if isinstance(config, CompareResponsesConfig):
         check_server_settings(config, sft_adapter=sft_adapter)
-    _check_judges(judges_of(config))
+    _check_judges(judges_of(config), config)
     options: dict[str, Any] = {"title": title, "command": command, "sft_adapter": sft_adapter}
     if training is not None:
         options |= {"history": training.history, "settings": training.settings}
@@ -334,12 +334,13 @@ def _compare(
     return result
 
 
-def _check_judges(names: Iterable[str]) -> None:
-    """Raise ValueError for an unknown judge, before time is spent on what it would score."""
-    from dpo_mm.judges import load_judge
+def _check_judges(names: Iterable[str], config: Any) -> None:
+    """Raise ValueError for a judge that is unknown or does not fit, before time is spent on what it would score."""
+    from dpo_mm.judges import load_judge, load_response_judge
 
+    is_text = isinstance(config, CompareResponsesConfig | MineResponsesConfig)
     for name in names:
-        load_judge(name)
+        load_response_judge(name) if is_text else load_judge(name)
 
 
 def sft_baseline_config(config: TrainConfig) -> TrainConfig:

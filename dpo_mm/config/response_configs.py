@@ -32,6 +32,8 @@ class CompareResponsesConfig(Settings):
     built the training pairs."""
     guards: tuple[str, ...] = ()
     """Guardrail metrics: judges from the list above that must not get significantly worse."""
+    rubric: str | None = None
+    """What judges that are a model grade by, for questions without a column `rubric`. null: the judge's own rubric."""
     side_sets: tuple[SideQuestions, ...] = ()
     """Further questions that must not get significantly worse by a judge: names of files or synthetic datasets, or questions,
     judges and max_questions of each."""
@@ -78,6 +80,8 @@ class MineResponsesConfig(Settings):
     """Folder or hub id of a LoRA, or folder of a tuned model, to respond with. null: the base model."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub. null: the default branch."""
+    rubric: str | None = None
+    """What a judge that is a model grades by, for questions without a column `rubric`. null: the judge's own rubric."""
     chosen: str = "ground_truth"
     """ground_truth | best | corrected. best: the model's best response, by the judge and then by `tie_break`. corrected: the
     rejected response, in which only the mistakes that the judge flagged are corrected."""

@@ -5,6 +5,7 @@ A file that is damaged, animated, a vector image or a decompression bomb is refu
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import re
@@ -174,3 +175,8 @@ def encode_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def data_url(image: Image.Image) -> str:
+    """Return an image as the data URL of a PNG file. Raise ValueError if it has no RGB."""
+    return f"data:image/png;base64,{base64.b64encode(encode_png(rgb_image(image))).decode()}"

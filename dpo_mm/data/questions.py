@@ -1,7 +1,7 @@
 """Read questions for a vision-language model: images, a prompt and, if known, the ground truth.
 
 Images are decoded or rendered when a question is used. A name selects a synthetic dataset. A file is Parquet or JSON lines with the columns
-`images` (or `image`), `prompt` and, optionally, `ground_truth`, `id` and `category`. `ground_truth` may be a list, of which any
+`images` (or `image`), `prompt` and, optionally, `ground_truth`, `id`, `category` and `rubric`. `ground_truth` may be a list, of which any
 is right. In JSON lines an image is a path relative to the file.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -43,6 +43,7 @@ class Question:
         category: category for the report.
         other_truths: further correct responses. A response counts against the one that suits it best.
         has_ground_truth: False if the correct response is unknown.
+        rubric: what a judge that is a model grades by. "": its own rubric.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Question:
     category: str
     other_truths: tuple[str, ...] = ()
     has_ground_truth: bool = True
+    rubric: str = ""
 
     @property
     def ground_truths(self) -> tuple[str, ...]:
@@ -62,20 +64,29 @@ class Question:
     def content(self) -> dict[str, Any]:
         """Fields for cache keys. Images of files are their hashes, so that they are not decoded."""
         hashes = self.images.file_hashes if isinstance(self.images, LazyImages) else ()
-        return {**vars(self), "images": hashes or self.images}
+        content = {**vars(self), "images": hashes or self.images}
+        return content if self.rubric else {name: value for name, value in content.items() if name != "rubric"}
 
 
-def read_questions(name: str, *, limit: int | None = None) -> list[Question]:
+def read_questions(name: str, *, limit: int | None = None, rubric: str | None = None) -> list[Question]:
     """Read the questions of a synthetic dataset or of a file.
 
     Args:
         name: name of a synthetic dataset (a key of WORLDS), or path of a Parquet or JSON-lines file.
         limit: largest number of questions. None: all of a file, DEFAULT_COUNT of a synthetic dataset.
+        rubric: rubric of the questions that have none. None: no rubric.
 
     Raises:
         ValueError: if the file is missing or empty, or a row is not readable, has no prompt, or names a file that is missing
             or not an image.
     """
+    questions = _read_questions(name, limit)
+    if rubric is None:
+        return questions
+    return [question if question.rubric else replace(question, rubric=rubric) for question in questions]
+
+
+def _read_questions(name: str, limit: int | None) -> list[Question]:
     if name in WORLDS:
         return list(WORLDS[name](DEFAULT_COUNT if limit is None else limit))
     path = Path(name)
@@ -191,7 +202,7 @@ def _check_prompt(row: dict[str, Any], name: str) -> None:
     with name_row(name, "Write the prompt as a text or as chat messages, in valid Unicode"):
         as_messages(row["prompt"], "user")
         json.dumps(
-            [row.get(column) for column in ("prompt", "ground_truth", "id", "category")], ensure_ascii=False
+            [row.get(column) for column in ("prompt", "ground_truth", "id", "category", "rubric")], ensure_ascii=False
         ).encode()
 
 
@@ -205,6 +216,7 @@ def _question(row: dict[str, Any], name: str, number: int, images: Sequence[Imag
         str(row.get("category") or "all"),
         other_truths=truths[1:],
         has_ground_truth=bool(truths),
+        rubric=str(row.get("rubric") or ""),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import Question, read_questions
+from dpo_mm.evaluation.paired_scores import note_agreement, paired_scores, scored_rows
 from dpo_mm.evaluation.report import Report, TextExample, write_report
 from dpo_mm.evaluation.response_sampling import (
     RESPONSES_FILE,
@@ -18,7 +19,7 @@ from dpo_mm.evaluation.response_sampling import (
     generate_responses,
     score_responses,
 )
-from dpo_mm.evaluation.side_sets import name_side_sets, note_side_sets, read_sets, source_of, with_side_sets
+from dpo_mm.evaluation.side_sets import judges_of, name_side_sets, note_side_sets, read_sets, source_of, with_side_sets
 from dpo_mm.evaluation.significance import mcnemar, rate_interval
 from dpo_mm.evaluation.statistics import BASE_AND_TUNED, Comparison, holm_corrected, paired_ratios
 from dpo_mm.evaluation.verdict import (
@@ -29,7 +30,7 @@ from dpo_mm.evaluation.verdict import (
     run_summary,
     run_verdict,
 )
-from dpo_mm.judges import better_of, explain, metric_of
+from dpo_mm.judges import better_of, explain, metric_of, take_judge_notes
 from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
 from dpo_mm.outputs import write_results
 from dpo_mm.policies.adapter_sources import name_base
@@ -61,10 +62,11 @@ def comparisons(
     Returns:
         One comparison per judge, with p corrected by `holm_corrected`.
     """
+    scored = {judge: scored_rows(judge, base.ratios[judge], tuned.ratios[judge]) for judge in config.judges}
     results = [
         paired_ratios(
-            base.ratios[judge],
-            tuned.ratios[judge],
+            base.ratios[judge][scored[judge]],
+            tuned.ratios[judge][scored[judge]],
             metric=metric_of(judge),
             judge=judge,
             headline=judge == config.judges[0] and models == BASE_AND_TUNED,
@@ -82,7 +84,8 @@ def by_category(
     base: ScoredResponses, tuned: ScoredResponses, questions: Sequence[Question], judge: str
 ) -> list[Comparison]:
     """Compare by one judge within each category of at least two questions, with p corrected for their number."""
-    categories = np.array([question.category for question in questions])
+    categories = np.array([question.category for question in questions], dtype=object)
+    categories[~scored_rows(judge, base.ratios[judge], tuned.ratios[judge])] = None
     results = [
         paired_ratios(
             base.ratios[judge][categories == name],
@@ -91,7 +94,7 @@ def by_category(
             judge=judge,
             direction=better_of(judge),
         )
-        for name in sorted(set(categories))
+        for name in sorted(set(categories) - {None})
         if (categories == name).sum() > 1
     ]
     return holm_corrected(results) if len(results) > 1 else []
@@ -223,11 +226,15 @@ def compare_responses(
     policy = _load(config, config.adapter)
     bases = _base_responses(policy, sets)
     tuneds = _generate(policy, sets, base=False)
-    base, tuned = bases[0], tuneds[0]
+    pairs = [
+        paired_scores(before, after, own_questions, own.judges)
+        for (own, own_questions), before, after in zip(sets, bases, tuneds, strict=True)
+    ]
     here, *sides = [
         (own, comparisons(before, after, own, training_judges=training_judges))
-        for (own, _), before, after in zip(sets, bases, tuneds, strict=True)
+        for (own, _), (before, after) in zip(sets, pairs, strict=True)
     ]
+    base, tuned = pairs[0]
     results = with_side_sets(here[1], sides)
     guards = [result for result in results if result.judge in config.guards and not result.side_set]
     primary = config.judges[0]
@@ -238,10 +245,16 @@ def compare_responses(
     if sft_adapter:
         sft_policy = _load(config, sft_adapter)
         sft = generate_responses(sft_policy, questions, config, base=False, title="SFT model", output_dir=folder)
-        against_sft = comparisons(sft, tuned, config, models=("sft", "tuned"))
-        results += comparisons(base, sft, config, models=("base", "sft")) + against_sft
+        sft_and_tuned = paired_scores(sft, tuneds[0], questions, config.judges)
+        against_sft = comparisons(*sft_and_tuned, config, models=("sft", "tuned"))
+        base_and_sft = paired_scores(bases[0], sft, questions, config.judges)
+        results += comparisons(*base_and_sft, config, models=("base", "sft")) + against_sft
         notes.append(note_against_sft(against_sft[0]))
-    notes.append(note_tokens(base, tuned))
+    notes += [
+        note_tokens(base, tuned),
+        *note_agreement(base, tuned, config.judges),
+        *take_judge_notes(judges_of(config)),
+    ]
     report = Report(
         title=title,
         verdict=run,
@@ -262,7 +275,7 @@ def compare_responses(
 
 def read_question_sets(config: CompareResponsesConfig) -> list[tuple[CompareResponsesConfig, list[Question]]]:
     """Return settings and questions of the comparison, then of each side set. Raise ValueError as `read_sets`."""
-    return read_sets(config, lambda own: read_questions(own.questions, limit=own.max_questions), len)
+    return read_sets(config, lambda own: read_questions(own.questions, limit=own.max_questions, rubric=own.rubric), len)
 
 
 def _base_responses(

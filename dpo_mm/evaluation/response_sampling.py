@@ -16,6 +16,7 @@ from dpo_mm.content_key import content_hash, content_key, library_versions, lora
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
 from dpo_mm.evaluation.image_store import append_lines, read_lines
+from dpo_mm.judges import is_pairwise, takes_questions
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.policies.vlm.served import Decoding, served_responses
@@ -156,7 +157,7 @@ def _keys(settings: dict[str, Any], part: Sequence[Question]) -> list[str]:
 def score_responses(
     responses: list[Response], questions: Sequence[Question], config: CompareResponsesConfig
 ) -> ScoredResponses:
-    """Score responses with each judge of the config.
+    """Score responses with each judge of the config, except for those that compare two responses.
 
     Raises:
         ValueError: if a judge does not return one ratio per response.
@@ -164,5 +165,6 @@ def score_responses(
     ground_truths = [question.ground_truths for question in questions]
     scores = {}
     for name in config.judges:
-        scores[name] = response_ratios(name, responses, ground_truths)
+        if not (takes_questions(name) and is_pairwise(name)):
+            scores[name] = response_ratios(name, responses, ground_truths, questions)
     return ScoredResponses(responses, scores)

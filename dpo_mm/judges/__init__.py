@@ -72,10 +72,11 @@ class JudgeName(NamedTuple):
 
 
 class LazyJudge(NamedTuple):
-    """A judge that needs a model: its function (Score or Prefer) and its card. The first call loads the model."""
+    """A judge that needs a model: its function, its card, and what it reports. The first call loads the model."""
 
-    function: Callable[..., list[float]]
+    function: Callable[..., Any]
     card: Callable[[], dict[str, Any]]
+    take_notes: Callable[[], list[str]] = list
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Judge:
         needs_model: True if `function` takes a JudgeName and returns a LazyJudge.
         pairwise: True if the judge is a Prefer, not a Score.
         uses_prompt: False if the score does not depend on the prompt.
+        takes_questions: True if it scores responses to questions: (responses, questions) -> list[Ratio]. If it is pairwise, it takes
+            two lists of responses and counts for the first. A row with a total of 0 has no score.
     """
 
     metric: str
@@ -101,11 +104,12 @@ class Judge:
     needs_model: bool = False
     pairwise: bool = False
     uses_prompt: bool = True
+    takes_questions: bool = False
 
 
 _TEXT, _CAPTION = "dpo_mm.judges.text", "dpo_mm.judges.captions"
 _CLIP, _VQA, _TIFA = "dpo_mm.judges.clip", "dpo_mm.judges.vqa", "dpo_mm.judges.soft_tifa"
-_POPE = "dpo_mm.judges.pope"
+_POPE, _MODEL = "dpo_mm.judges.pope", "dpo_mm.judges.model_judge"
 JUDGES: dict[str, Judge] = {
     "faithfulness": Judge("fully correct rate", "dpo_mm.judges.scene:faithfulness"),
     "aesthetic": Judge("aesthetic score", "dpo_mm.judges.aesthetic:aesthetic", uses_prompt=False),
@@ -137,6 +141,10 @@ JUDGES: dict[str, Judge] = {
     "pope_recall": Judge("POPE recall", f"{_POPE}:recall"),
     "pope_f1": Judge("POPE F1", f"{_POPE}:f1"),
     "yes_ratio": Judge("yes ratio", f"{_POPE}:yes_ratio", "neutral"),
+    "rubric_score": Judge("rubric score, 0 to 10", f"{_MODEL}:rubric_score", needs_model=True, takes_questions=True),
+    "rubric_score_text": Judge("rubric score, 0 to 10", f"{_MODEL}:rubric_score", needs_model=True, takes_questions=True),
+    "rubric_prefers": Judge("rubric preference (both orders)", f"{_MODEL}:rubric_prefers", needs_model=True, pairwise=True, takes_questions=True),
+    "rubric_prefers_text": Judge("rubric preference (both orders)", f"{_MODEL}:rubric_prefers", needs_model=True, pairwise=True, takes_questions=True),
 }  # fmt: skip
 
 
@@ -162,6 +170,7 @@ def load_judge(name: str) -> Any:
     Raises:
         ValueError: if the judge is unknown, its files are missing, or it is a pairwise judge.
     """
+    _refuse_questions(name)
     if is_pairwise(name):
         raise ValueError(f"judge {name!r} compares two images and does not score one. Use it with dpo-mm relabel.")
     return _judge_function(name)
@@ -173,9 +182,26 @@ def load_pairwise(name: str) -> Prefer:
     Raises:
         ValueError: if the judge is unknown, its files are missing, or it scores single images.
     """
+    _refuse_questions(name)
     if not is_pairwise(name):
         raise ValueError(f"judge {name!r} scores single images. Expected a judge that compares two images.")
     return _judge_function(name)
+
+
+def _refuse_questions(name: str) -> None:
+    """Raise ValueError for a judge that takes questions."""
+    if takes_questions(name):
+        raise ValueError(f"judge {name!r} scores responses to questions. Use it with compare or mine, and --questions.")
+
+
+def load_response_judge(name: str) -> Any:
+    """Load the function of a judge of responses, also of one that takes questions. Raise ValueError as `load_judge`."""
+    return _judge_function(name) if takes_questions(name) else load_judge(name)
+
+
+def take_judge_notes(names: Sequence[str]) -> list[str]:
+    """Return what judges that take questions report of the scores since the last call: tokens, and rows without a score."""
+    return [note for name in names if takes_questions(name) for note in _lazy_judge(name).take_notes()]
 
 
 def _judge_function(name: str) -> Any:
@@ -243,6 +269,12 @@ def is_pairwise(name: str) -> bool:
     """Check if a judge compares two images. A custom judge declares it with the attribute `pairwise`."""
     parsed = parse_judge_name(name)
     return JUDGES[parsed.judge].pairwise if parsed else bool(getattr(_judge_function(name), "pairwise", False))
+
+
+def takes_questions(name: str) -> bool:
+    """Check if a judge scores responses to questions, not images and not against ground truths alone."""
+    parsed = parse_judge_name(name)
+    return parsed is not None and JUDGES[parsed.judge].takes_questions
 
 
 def judge_card(name: str) -> dict[str, Any]:

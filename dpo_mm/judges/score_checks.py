@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
-from dpo_mm.judges import better_of, load_judge, load_pairwise
+from dpo_mm.judges import better_of, load_judge, load_pairwise, load_response_judge, takes_questions
 
 
 def image_scores(name: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
@@ -62,20 +63,29 @@ def pair_probabilities(
     return values
 
 
-def response_ratios(name: str, responses: Sequence[Response], ground_truths: Sequence[Sequence[str]]) -> np.ndarray:
+def response_ratios(
+    name: str,
+    responses: Sequence[Response],
+    ground_truths: Sequence[Sequence[str]],
+    questions: Sequence[Question] = (),
+) -> np.ndarray:
     """Score responses with a judge, each against the correct response that suits it best.
 
     Args:
         name: name of the judge.
         responses: the responses.
         ground_truths: correct responses of each, at least one, of which any is right.
+        questions: question of each, for judges that take questions.
 
     Returns:
-        Hits and total of each response, (responses, 2), float64.
+        Hits and total of each response, (responses, 2), float64. The total is 0 if a judge that takes questions has no score.
 
     Raises:
         ValueError: if the judge returns anything else.
     """
+    if takes_questions(name):
+        assert len(questions) == len(responses)
+        return np.array(load_response_judge(name)(responses, questions), dtype=np.float64).reshape(-1, 2)
     owners = [number for number, truths in enumerate(ground_truths) for _ in truths]
     rows = [f"response {number} ({responses[number].text[:60]!r})" for number in owners]
     returned = load_judge(name)(
@@ -97,6 +107,19 @@ def response_ratios(name: str, responses: Sequence[Response], ground_truths: Seq
         if owner not in best or rates[index] > rates[best[owner]]:
             best[owner] = index
     return values[[best[number] for number in range(len(responses))]].reshape(-1, 2)
+
+
+def response_preferences(
+    name: str, a: Sequence[Response], b: Sequence[Response], questions: Sequence[Question]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compare pairs of responses with a pairwise judge.
+
+    Returns:
+        Hits and total of a and of b, (pairs, 2) each, float64: 1 hit for the preferred response, half a hit each for a tie, a total
+        of 0 without a preference.
+    """
+    first = np.array(load_response_judge(name)(a, b, questions), dtype=np.float64).reshape(-1, 2)
+    return first, np.stack([first[:, 1] - first[:, 0], first[:, 1]], 1)
 
 
 def _column(name: str, values: np.ndarray, count: int, kind: str) -> np.ndarray:

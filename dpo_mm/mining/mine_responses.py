@@ -11,6 +11,7 @@ Processes share the questions (RANK of WORLD_SIZE).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response, make_response_rows, response_preference
 from dpo_mm.interruption import complete_part
-from dpo_mm.judges import better_of, correct, explain, judge_digests
+from dpo_mm.judges import better_of, correct, explain, is_pairwise, judge_digests, take_judge_notes, takes_questions
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.judges.text import truncate_repetition
 from dpo_mm.mining.mine_images import MINING
@@ -57,7 +58,7 @@ def mine_responses(config: MineResponsesConfig) -> Path:
     _validate_config(config)
     folder, inputs = Path(config.output_dir), [config.questions, config.model, config.adapter]
     refuse_foreign_folder(folder, MINING, inputs=inputs)
-    questions = read_questions(config.questions, limit=config.max_questions)
+    questions = read_questions(config.questions, limit=config.max_questions, rubric=config.rubric)
     without = next((question.id for question in questions if not question.has_ground_truth), None)
     if without is not None:
         raise ValueError(f"{config.questions}: question {without} has no ground truth, and mining needs it. Add it.")
@@ -74,6 +75,8 @@ def _mine(config: MineResponsesConfig, questions: Sequence[Question]) -> None:
     shards = [questions[i : i + config.shard_size] for i in range(0, len(questions), config.shard_size)]
     paths = [folder / f"shard-{number:05}.parquet" for number in range(len(shards))]
     _mine_shards(shards, paths, config)
+    for note in take_judge_notes([config.judge, config.tie_break]):
+        logger.warning("%s", note)
     empty_message = (
         f"{config.output_dir}: no response to {len(questions)} questions failed by {config.judge}. Use more questions, "
         "or increase responses_per_question."
@@ -99,6 +102,11 @@ def ingredients(config: MineResponsesConfig, questions: Sequence[Question]) -> d
 def _validate_config(config: MineResponsesConfig) -> None:
     """Raise ValueError for settings that do not fit together."""
     check_server_settings(config)
+    for judge in (config.judge, config.tie_break):
+        if takes_questions(judge) and is_pairwise(judge):
+            raise ValueError(
+                f"judge {judge!r} compares two responses and does not score one. Use it with dpo-mm compare."
+            )
     if config.chosen not in ("ground_truth", "best", "corrected"):
         raise ValueError(f"chosen {config.chosen!r} is unknown. Use 'ground_truth', 'best' or 'corrected'.")
     if config.chosen == "corrected":
@@ -155,6 +163,7 @@ def _mine_shard(
         responses = served_responses(config, str(config.served), questions, decodings, file=arrived, advance=advance)
     else:
         responses = _generate(policy, questions, decodings, config, advance)
+    _store_scores(questions, responses, config)
     names = ["greedy", *(f"sampled at {config.temperature:g}, seed {seed}" for seed in seeds)]
     rows = (
         build_pair(question, question_responses, names, config)
@@ -191,6 +200,18 @@ def _generate(
     return responses
 
 
+def _store_scores(
+    questions: Sequence[Question], responses: Sequence[Sequence[Response]], config: MineResponsesConfig
+) -> None:
+    """Let a judge that is a model score all responses at once. Its replies are stored, and each question then reads its own."""
+    if takes_questions(config.judge):
+        perfect = [Response(question.ground_truth, 0, hit_limit=False) for question in questions]
+        several = [(question, each) for question, own in zip(questions, responses, strict=True) for each in own]
+        several += zip(questions, perfect, strict=True)
+        repeated = [question for question, _ in several]
+        response_ratios(config.judge, [each for _, each in several], [q.ground_truths for q in repeated], repeated)
+
+
 def _decodable(questions: Sequence[Question]) -> list[Question]:
     """Return the questions whose images decode. The others are left out with a warning that names them."""
     decodable = []
@@ -204,20 +225,21 @@ def _decodable(questions: Sequence[Question]) -> list[Question]:
     return decodable
 
 
-def failure_scores(judge: str, responses: Sequence[Response], ground_truths: Sequence[str]) -> list[float]:
+def failure_scores(judge: str, responses: Sequence[Response], question: Question) -> list[float]:
     """Score how badly responses to one question fail.
 
     Args:
         judge: name of the judge.
-        responses: responses to the same question.
-        ground_truths: the correct responses, of which any is right.
+        responses: responses to the question.
+        question: the question, with its correct responses, of which any is right.
 
     Returns:
-        One score per response, higher is worse. 0 if the judge counts nothing in it.
+        One score per response, higher is worse. 0 if the judge counts nothing in it, NaN if a model gives it no score.
     """
-    ratios = response_ratios(judge, responses, [ground_truths] * len(responses))
-    sign = -1.0 if better_of(judge) == "higher" else 1.0
-    return [sign * hits / total if total else 0.0 for hits, total in ratios.tolist()]
+    count = len(responses)
+    ratios = response_ratios(judge, responses, [question.ground_truths] * count, [question] * count)
+    sign, unscored = -1.0 if better_of(judge) == "higher" else 1.0, math.nan if takes_questions(judge) else 0.0
+    return [sign * hits / total if total else unscored for hits, total in ratios.tolist()]
 
 
 def build_pair(
@@ -235,19 +257,22 @@ def build_pair(
         The row. None if no response is worse than chosen by more than the gap.
     """
     perfect = Response(question.ground_truth, 0, hit_limit=False)
-    *scores, chosen_score = failure_scores(config.judge, [*responses, perfect], question.ground_truths)
-    worst = max(range(len(responses)), key=scores.__getitem__)
+    *scores, chosen_score = failure_scores(config.judge, [*responses, perfect], question)
+    scored = [number for number, score in enumerate(scores) if not math.isnan(score)]
+    if not scored:
+        return None
+    worst = max(scored, key=scores.__getitem__)
     rejected, chosen, chosen_truncated = responses[worst], question.ground_truth, False
     if config.chosen == "best":
-        ties = failure_scores(config.tie_break, responses, question.ground_truths)
-        best = min(range(len(responses)), key=lambda n: (scores[n], ties[n]))
+        ties = failure_scores(config.tie_break, responses, question)
+        best = min(scored, key=lambda n: (scores[n], math.isnan(ties[n]), ties[n]))
         chosen, chosen_score, chosen_truncated = responses[best].text, scores[best], responses[best].hit_limit
     elif config.chosen == "corrected":
         chosen = correct(config.judge, rejected, question.ground_truth)
-        (chosen_score,) = failure_scores(config.judge, [Response(chosen, 0, hit_limit=False)], question.ground_truths)
+        (chosen_score,) = failure_scores(config.judge, [Response(chosen, 0, hit_limit=False)], question)
     score_gap = scores[worst] - chosen_score
     is_empty = bool(question.ground_truth.strip()) and not chosen.strip()  # an empty page has an empty truth
-    if score_gap <= config.min_score_gap or is_empty or rejected.text == chosen:
+    if not score_gap > config.min_score_gap or is_empty or rejected.text == chosen:
         return None
     text = truncate_repetition(rejected.text, question.ground_truth) if rejected.hit_limit else rejected.text
     return {

@@ -31,7 +31,7 @@ from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import load_pairs, make_image_rows, make_response_rows
 from dpo_mm.evaluation import finished_comparison, image_sampling, response_sampling
 from dpo_mm.evaluation.image_store import ImageStore
-from dpo_mm.judges import judge_digests, relabel, scoring
+from dpo_mm.judges import judge_digests, model_judge, relabel, scoring
 from dpo_mm.labels import fresh_samples
 from dpo_mm.mining import mine_images, mine_responses
 from dpo_mm.outputs import OutputKind, output_folder, settings_of
@@ -198,6 +198,14 @@ def served_response(w: SimpleNamespace) -> Any:
     return served.response_keys(config, w.truth, questions(w), [decoding])[0, decoding]
 
 
+def judge_reply(w: SimpleNamespace) -> Any:
+    return model_judge.reply_key(w.truth, [{"role": "user", "content": w.prompts[0]}])
+
+
+def sample_hotter(w: SimpleNamespace) -> None:
+    w.patch.setitem(model_judge.SAMPLING, "temperature", 1.0)
+
+
 def comparison(w: SimpleNamespace) -> Any:
     (w.folder / "prompts.txt").write_text("\n".join(w.prompts))
     config = CompareConfig(
@@ -349,6 +357,10 @@ CASES: dict[str, tuple[Change, dict[str, list[Change]]]] = {
             "seed": [put(seed=1)],
             "question": [PIXELS],
         },
+    ),
+    "reply of a judge": (
+        judge_reply,
+        {"model": [put(truth="another")], "messages": [PROMPT], "sampling": [sample_hotter]},
     ),
     "comparison": (
         comparison,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 from dpo_mm.config import CompareResponsesConfig, MineResponsesConfig
 from dpo_mm.content_key import content_hash, content_key
 from dpo_mm.data.conversation import as_messages, place_images
-from dpo_mm.data.image_files import encode_png, rgb_image
+from dpo_mm.data.image_files import data_url
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
 from dpo_mm.json_lines import append_lines, read_lines
@@ -91,11 +90,6 @@ def _content(parts: Sequence[dict[str, Any]], urls: Iterator[str]) -> Any:
         return "".join(part["text"] for part in parts)
     image = lambda: {"type": "image_url", "image_url": {"url": next(urls)}}
     return [image() if part["type"] == "image" else part for part in parts]
-
-
-def data_url(image: Any) -> str:
-    """Return an image as the data URL of a PNG file."""
-    return f"data:image/png;base64,{base64.b64encode(encode_png(rgb_image(image))).decode()}"
 
 
 def served_responses(
