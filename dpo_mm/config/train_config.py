@@ -144,6 +144,21 @@ class TrainConfig(Settings):
     """Number of checkpoints on disk. Older ones are deleted."""
     log_every: int = 10
     """Steps between two lines of the log."""
+    sample_prompts: str | None = None
+    """Prompts to generate images from before, during and after training: a file or a bundled list, of which eight are used. The
+    images and a strip of them are in output_dir/samples. The text encoders stay in memory for it. null: no images."""
+    sample_questions: str | None = None
+    """Questions to respond to before, during and after training, of which eight are used, as in compare. null: none."""
+    sample_steps: int = 0
+    """Steps between two samples. 0: only before the first and after the last step."""
+    sample_judges: tuple[str, ...] = ()
+    """Judges of the samples. Their means are in the log as samples/JUDGE."""
+    num_inference_steps: int = 50
+    """Denoising steps per sample image."""
+    guidance_scale: float = 7.5
+    """Strength of classifier-free guidance in sample images."""
+    max_new_tokens: int = 256
+    """Largest number of tokens of a sample response."""
     report_to: tuple[str, ...] = ()
     """Trackers that also get the log: tensorboard (the extra `tracking`), or wandb, trackio, mlflow and others that transformers
     knows, if they are installed."""

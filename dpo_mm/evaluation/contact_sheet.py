@@ -65,6 +65,43 @@ def contact_sheet(examples: Sequence[Example], *, tile: int = 176, columns: int 
     return sheet
 
 
+def strips(
+    rows: Sequence[Sequence[Image.Image]],
+    heads: Sequence[str],
+    prompts: Sequence[str],
+    marks: Sequence[Sequence[str]],
+    *,
+    tile: int = 176,
+) -> Image.Image:
+    """Draw one strip of images per prompt, with the prompt above it.
+
+    Args:
+        rows: images of each prompt, as many as heads.
+        heads: title of each column.
+        prompts: prompt of each row.
+        marks: score of each image as text, possibly "".
+        tile: edge of an image, pixels.
+
+    Returns:
+        An RGB image.
+    """
+    gap, title, top = 10, 26, 34
+    width = max(len(heads) * (tile + gap) + gap, 360)
+    sheet = Image.new("RGB", (width, top + len(rows) * (tile + gap + title)), "#ffffff")
+    draw = ImageDraw.Draw(sheet)
+    for column, head in enumerate(heads):
+        draw.text((gap + column * (tile + gap), gap), head, "#55555c", _font(15))
+    for row, (images, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        y = top + row * (tile + gap + title)
+        text = textwrap.shorten(prompt, max(20, (width - 2 * gap) // 8), placeholder=" …")
+        draw.text((gap, y), text, "#1c1c1f", _font(13))
+        for column, image in enumerate(images):
+            corner = (gap + column * (tile + gap), y + title - 6)
+            sheet.paste(_fit(image, tile), corner)
+            _stamp(draw, marks[row][column], corner, tile)
+    return sheet
+
+
 def mark_of(score: float | None, exact: bool) -> str:
     """Return a score's text: "right" or "wrong" if scores are exact, else a number. Empty without a score."""
     if score is None:

@@ -27,16 +27,19 @@ from dpo_mm.quantization import check_quantize
 from dpo_mm.training.auto_beta import AUTO
 from dpo_mm.training.objective_settings import is_fine_tuning, objective_names, required_inputs, takes_beta
 from dpo_mm.training.reference import resolve_reference_name
+from dpo_mm.training.samples import validate_samples
 from dpo_mm.training.tracking import validate_trackers
 from dpo_mm.training.training_rows import PAIRS_ONLY
 
 DEFAULT_SLACK = 0.9
 """Default slack of `sdpo`: Diffusion-SDPO's for SD1.5. For SDXL the paper uses 0.6."""
 IMAGE_ONLY_SETTINGS = (
-    "resolution", "buckets", "cache_precision", "timestep_sampling", "timestep_range", "stratified_timesteps", "antithetic_noise", "loss_weighting"
+    "resolution", "sample_prompts", "num_inference_steps", "guidance_scale", "buckets", "cache_precision", "timestep_sampling", "timestep_range", "stratified_timesteps", "antithetic_noise", "loss_weighting"
 )  # fmt: skip
 """Settings for image generators only."""
 TEXT_ONLY_SETTINGS = (
+    "sample_questions",
+    "max_new_tokens",
     "train_vision_tower",
     "max_length",
     "overlong_rows",
@@ -47,7 +50,7 @@ TEXT_ONLY_SETTINGS = (
     "cache_vision_features",
 )
 """Settings for vision-language models only."""
-TEXT_RUN_SETTINGS = ("train_sampling_strategy", "cache_vision_features")
+TEXT_RUN_SETTINGS = ("sample_questions", "max_new_tokens", "train_sampling_strategy", "cache_vision_features")
 """Those of TEXT_ONLY_SETTINGS that the model does not take."""
 UNCHANGED = TrainConfig(model="", pairs="", output_dir="")
 """Default of every setting."""
@@ -141,6 +144,7 @@ def validate_config(config: TrainConfig) -> None:
     _validate_quantize(config)
     _validate_durations(config)
     validate_trackers(config)
+    validate_samples(config, modality=modality)
     _refuse_ignored_settings(config, modality=modality)
     training_arguments(config)
 

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from dpo_mm.checksums import COMPLETE, complete_files, remove_unchanged_files, what_is_wrong
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.resumable import explain_unwritten, set_aside
+from dpo_mm.training.samples import SAMPLE_SETTINGS
 from dpo_mm.training.tracking import TRACKING_SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ FREE_TO_CHANGE = {
     "save_total_limit",
     "workers",
     *TRACKING_SETTINGS,
+    *SAMPLE_SETTINGS,
     "batch_size",
     "accumulate",
 }

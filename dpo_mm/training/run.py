@@ -61,6 +61,7 @@ from dpo_mm.training.objective_settings import is_fine_tuning, required_inputs, 
 from dpo_mm.training.pair_stream import PairStream, eval_stream, training_stream
 from dpo_mm.training.reference import precompute_reference_log_probs, resolve_reference_name
 from dpo_mm.training.response_rows import describe_lengths, stream_rows
+from dpo_mm.training.samples import SAMPLE_SETTINGS, SAMPLES_FOLDER, sample_callback
 from dpo_mm.training.tracking import TRACKING_SETTINGS
 from dpo_mm.training.trainer import PreferenceTrainer
 from dpo_mm.training.training_rows import TrainingRows, load_training_rows
@@ -69,8 +70,8 @@ logger = logging.getLogger(__name__)
 TRAINING = OutputKind(
     CONFIG_FILE,
     "trained",
-    parts=("checkpoint-*",),
-    free=("output_dir", "resume", "overwrite", "workers", *TRACKING_SETTINGS),
+    parts=("checkpoint-*", SAMPLES_FOLDER),
+    free=("output_dir", "resume", "overwrite", "workers", *TRACKING_SETTINGS, *SAMPLE_SETTINGS),
 )
 
 
@@ -204,6 +205,7 @@ def _train_on(
     show_plan: ShowPlan | None,
 ) -> TrainResult:
     """Train on encoded pairs, from a checkpoint if there is one, and save the result."""
+    samples = sample_callback(policy, config)
     policy.free_encoders()
     policy.prepare(config)
     train_rows, eval_rows = _with_frozen_outputs(policy, config, splits)
@@ -221,7 +223,7 @@ def _train_on(
     if cut := getattr(splits.rows, "truncated_prompts", ""):
         logger.warning("prompts: %s", cut)
         summary |= {"truncated prompts": cut}
-    trainer = PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state)
+    trainer = PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state, samples=samples)
     name, text = Path(config.output_dir).name, policy.modality == "text"
     image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
     if show_plan is not None and process_rank().is_first:

@@ -51,6 +51,7 @@ from dpo_mm.training.metrics import image_reliance, log_prob_metrics, reward_met
 from dpo_mm.training.objective_settings import is_fine_tuning, required_inputs
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import TrackingReference, build_reference
+from dpo_mm.training.samples import SampleCallback
 from dpo_mm.training.tracking import prepare_trackers
 
 MAX_WORKERS = 4
@@ -89,6 +90,7 @@ class PreferenceTrainer(Trainer):
         train_rows: encoded pairs to train on.
         eval_rows: encoded pairs to evaluate on, at fixed noise and timesteps. None runs no evaluation.
         run_state: entries of `checkpoints.STATE` that each checkpoint stores next to the config.
+        samples: generates samples while the model trains, or None.
         **kwargs: further arguments of `transformers.Trainer`, such as callbacks.
 
     Raises:
@@ -103,6 +105,7 @@ class PreferenceTrainer(Trainer):
         eval_rows: Any = None,
         *,
         run_state: Mapping[str, Any] | None = None,
+        samples: SampleCallback | None = None,
         **kwargs: Any,
     ) -> None:
         self.policy, self.config = policy, config
@@ -131,6 +134,9 @@ class PreferenceTrainer(Trainer):
         self.skip_callback = SkipNonFiniteStepsCallback()
         self.add_callback(self.skip_callback)
         prepare_trackers(self.callback_handler.callbacks, config)
+        if samples is not None:
+            samples.log, samples.callbacks = self.log, self.callback_handler.callbacks
+            self.add_callback(samples)
         self.add_callback(RestoreRewardsCallback(self.run_state, self.skip_callback))
         self.add_callback(ChosenLikelihoodWarning() if policy.modality == "text" else ChosenErrorWarning())
         if isinstance(self.reference, TrackingReference):
