@@ -16,7 +16,7 @@ PAGE = Path(__file__).parent / "reference" / "datasets.md"
 def sources() -> str:
     lines = ["| source | gives | on the hub | licence | axes | notes |", "|---|---|---|---|---|---|"]
     for name, one in SOURCES.items():
-        kind = {"images": "pairs of images", "responses": "pairs of responses"}[one.kind]
+        kind = f"single {one.kind}" if one.one_sided else f"pairs of {one.kind}"
         axes = ", ".join(one.axes) if len(one.axes) < 6 else f"{one.axes[0]}, or one of {len(one.axes) - 1} aspects"
         hub = f"`{one.hub}`" if one.hub else ""
         lines.append(f"| `{name}` | {kind} | {hub} | {one.license or ''} | {axes} | {one.notes} |")

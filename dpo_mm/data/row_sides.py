@@ -83,12 +83,17 @@ def one_response(columns: Sequence[str]) -> str | None:
     return next((name for name in RESPONSE if name in columns), None)
 
 
+def one_image_sides(image: Any, *, liked: bool) -> dict[str, Any]:
+    """Return the columns of a row with one image: it wins or loses against nothing."""
+    return {"image_a": image, "preference": "a" if liked else "b"}
+
+
 def row_with_sides(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one row as `image_sides` and `response_sides` return rows. A row that is not liked is disliked."""
-    liked = next((bool(row[name]) for name in LIKED if name in row), True)
+    """Return one row as `image_sides` and `response_sides` return rows. Only false makes it disliked."""
+    liked = not any(row.get(name) is False for name in LIKED)
     if has_one_image(list(row)):
         rest = {name: value for name, value in row.items() if name not in ("image", *LIKED)}
-        return {**rest, "image_a": row["image"], "image_b": None, "preference": "a" if liked else "b"}
+        return {**rest, "image_b": None, **one_image_sides(row["image"], liked=liked)}
     source = one_response(list(row))
     if source is None:
         return dict(row)

@@ -12,7 +12,7 @@ from dpo_mm.assets import resolve_asset
 from dpo_mm.data.prompts import read_prompts
 from dpo_mm.data.schema import prompt_images
 from dpo_mm.doctor import image_checks, response_checks
-from dpo_mm.doctor.checks import CHECKS, Finding, sort_by_severity
+from dpo_mm.doctor.checks import CHECKS, PAIR_CHECKS, Finding, sort_by_severity
 from dpo_mm.doctor.dataset_statistics import (
     DatasetStatistics,
     check_missing_votes,
@@ -70,11 +70,16 @@ def examine(name: str, *, held_out: str | None = None, uncertain: frozenset[str]
     checks = CHECKS_OF_KIND[dataset.kind]
     statistics = checks.collect_statistics(dataset, held_out_prompts, held_out_images)
     findings = statistics.problems.findings(statistics.num_rows)
-    findings += checks.run_checks(statistics) + check_models(statistics) + repeated_ids(statistics.ids)
+    findings += (
+        checks.run_checks(statistics)
+        + check_models(statistics)
+        + repeated_ids([*statistics.ids, *statistics.one_sided_ids])
+    )
     if dataset.kind == "images" or set(statistics.counts["source"]) & uncertain:
         findings += check_missing_votes(statistics, set(uncertain))
     failed = {finding.check for finding in findings}
     skipped = set() if held_out else {"held-out-prompts", "held-out-images"}
+    skipped |= set() if statistics.ids else PAIR_CHECKS
     passed = [check for check, spec in CHECKS.items() if dataset.kind in spec.kinds and check not in failed | skipped]
     facts = dataset_facts(statistics)
     return Diagnosis(name, dataset.kind, statistics.num_rows, tuple(sort_by_severity(findings)), facts, tuple(passed))
@@ -114,6 +119,9 @@ def held_out_digests(name: str) -> tuple[set[int], set[int]]:
 def dataset_facts(statistics: DatasetStatistics) -> dict[str, str]:
     """Return properties of a dataset as text, by name."""
     facts = {"rows": f"{statistics.num_rows:,}", "pairs with a winner": f"{len(statistics.ids):,}"}
+    if statistics.one_sided:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(statistics.one_sided.items(), reverse=True))
+        facts["rows with one side"] = f"{kinds}. Labels, duplicates and shortcuts are checked on pairs only"
     if statistics.ids:
         facts["prompts"] = f"{len(set(statistics.column('prompts').tolist())):,}"
     for name in ("preference", "images per row", "format", "size", "source", "licence"):

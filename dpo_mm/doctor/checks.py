@@ -169,6 +169,23 @@ CHECKS: dict[str, CheckSpec] = {
 }
 
 
+PAIR_CHECKS = {
+    "labels-against-evidence",
+    "contradictory-labels",
+    "duplicate-pairs",
+    "near-duplicate-pairs",
+    "identical-sides",
+    "near-identical-sides",
+    "model-always-wins",
+    "same-two-models",
+    "trivial-features",
+    "prompts-differ",
+    "no-ties-or-votes",
+    *(name for name in CHECKS if name.endswith("-shortcut")),
+}
+"""Checks that need pairs. They are not counted as passed without one."""
+
+
 class Finding(NamedTuple):
     """Result of a check that failed on `rows` of `total` rows.
 

@@ -43,6 +43,7 @@ class DatasetStatistics:
         ids: ids of the pairs with a winner.
         models: models of winner and loser of these pairs, "" if unknown.
         num_uncertain: number of rows with a tie, votes, a probability, scores or a score gap.
+        one_sided: number of rows with one image or response, by "liked or chosen" and "disliked".
     """
 
     num_rows: int = 0
@@ -51,6 +52,8 @@ class DatasetStatistics:
     ids: list[str] = field(default_factory=list)
     models: list[tuple[str, str]] = field(default_factory=list)
     num_uncertain: int = 0
+    one_sided: dict[str, int] = field(default_factory=dict)
+    one_sided_ids: list[str] = field(default_factory=list)
     _batch: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     _columns: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
 
@@ -75,6 +78,12 @@ class DatasetStatistics:
         self.models.append((winner_model or "", loser_model or ""))
         for name, value in values.items():
             self._batch[name].append(value)
+
+    def add_one_sided(self, row_id: str, *, liked: bool) -> None:
+        """Count a row with one image or response."""
+        self.one_sided_ids.append(row_id)
+        kind = "liked or chosen" if liked else "disliked"
+        self.one_sided[kind] = self.one_sided.get(kind, 0) + 1
 
     def pack(self) -> None:
         """Join the values of a batch into one array per column. Single values take more memory."""
@@ -167,7 +176,7 @@ def check_missing_votes(statistics: DatasetStatistics, uncertain_sources: set[st
         uncertain_sources: names of sources that publish them. For a dataset from one of these, the finding is a warning.
     """
     num_rows = statistics.num_rows
-    if statistics.num_uncertain or not num_rows:
+    if statistics.num_uncertain or not num_rows or not statistics.ids:
         return []
     sources = sorted(set(statistics.counts["source"]) & uncertain_sources)
     summary = f"none in {num_rows:,} rows" + (f", although {', '.join(sources)} publishes them" if sources else "")

@@ -68,13 +68,13 @@ def shorten(text: str) -> str:
 
 
 class ExampleRow(NamedTuple):
-    """A row shown in the report: its prompt, and (label, content) of its two images or responses.
+    """A row shown in the report: its prompt, and (label, content) of its images or responses.
 
     The content is a data URI of an image or the text of a response. It is "" if an image does not decode.
     """
 
     prompt: str
-    sides: tuple[tuple[str, str], tuple[str, str]]
+    sides: tuple[tuple[str, str], ...]
 
 
 def load_examples(diagnosis: Diagnosis) -> dict[str, ExampleRow]:
@@ -87,11 +87,13 @@ def load_examples(diagnosis: Diagnosis) -> dict[str, ExampleRow]:
 def _example_row(row: dict[str, Any], kind: str) -> ExampleRow:
     """Order a row as winner and loser, or as a and b if there is no winner."""
     if kind == "responses":
-        prompt, chosen, rejected = (shorten(text_of(row[column])) for column in ("prompt", "chosen", "rejected"))
-        return ExampleRow(prompt, (("winner", chosen), ("loser", rejected)))
-    a, b = (_thumbnail(row[column]) for column in ("image_a", "image_b"))
-    ordered = {"a": (("winner", a), ("loser", b)), "b": (("winner", b), ("loser", a))}
-    return ExampleRow(shorten(row["prompt"] or ""), ordered.get(row["preference"], (("a", a), ("b", b))))
+        texts = [(label, row[column]) for label, column in (("winner", "chosen"), ("loser", "rejected"))]
+        sides = [(label, shorten(text_of(text))) for label, text in texts if text is not None]
+        return ExampleRow(shorten(text_of(row["prompt"])), tuple(sides))
+    labels = {"a": ("winner", "loser"), "b": ("loser", "winner")}.get(row["preference"], ("a", "b"))
+    cells = zip(labels, (row["image_a"], row["image_b"]), strict=True)
+    images = [(label, _thumbnail(cell)) for label, cell in cells if cell is not None]
+    return ExampleRow(shorten(row["prompt"] or ""), tuple(images[::-1] if labels[0] == "loser" else images))
 
 
 def _thumbnail(cell: Any) -> str:

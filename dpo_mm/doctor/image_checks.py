@@ -74,8 +74,15 @@ def _add_row(
     contradiction = _label_contradiction(row)
     if contradiction:
         statistics.add_problem("labels-against-evidence", row, contradiction)
+    present = [letter for letter in "ab" if row[f"image_{letter}"] is not None]
+    if len(present) == 1:
+        statistics.add_one_sided(row["id"], liked=present[0] == preference)
+    elif not present:
+        statistics.add_problem("undecodable-images", row, "it has no image")
     reasons = [
-        f"image_{letter} does not decode ({image})" for letter, image in zip("ab", pair) if isinstance(image, str)
+        f"image_{letter} does not decode ({image})"
+        for letter, image in zip("ab", pair, strict=True)
+        if letter in present and isinstance(image, str)
     ]
     if reasons:
         statistics.add_problem("undecodable-images", row, ". ".join(reasons))

@@ -11,6 +11,7 @@ from dpo_mm.assets import resolve_asset
 from dpo_mm.data.load_pairs import undecoded_rows
 from dpo_mm.data.parquet import open_parquet
 from dpo_mm.data.row_paths import confine_row, regular_files
+from dpo_mm.data.row_sides import row_with_sides
 from dpo_mm.data.schema import REQUIRED, load_pairs, load_responses
 from dpo_mm.errors import name_row
 
@@ -63,6 +64,7 @@ def load_dataset(name: str) -> LoadedDataset:
 
 
 def _kind_of_columns(name: str, columns: list[str]) -> str:
+    columns = list(row_with_sides(dict.fromkeys(columns)))
     if all(column in columns for column in REQUIRED):
         return "images"
     if all(column in columns for column in ("prompt", "chosen", "rejected")):
@@ -101,7 +103,7 @@ def batches(dataset: LoadedDataset) -> Iterator[list[Row]]:
 
 def _rows(part: Any, file: Path) -> list[Row]:
     with name_row(str(file), "Write the file again"):
-        return [confine_row(row, file.parent) for row in part.to_pylist()]
+        return [row_with_sides(confine_row(row, file.parent)) for row in part.to_pylist()]
 
 
 def rows_by_id(dataset: LoadedDataset, ids: set[str]) -> dict[str, Row]:
@@ -121,7 +123,7 @@ def rows_by_id(dataset: LoadedDataset, ids: set[str]) -> dict[str, Row]:
             if ids.isdisjoint(group_ids):
                 continue
             rows = (
-                confine_row(row, file.parent)
+                row_with_sides(confine_row(row, file.parent))
                 for batch in table.iter_batches(BATCH, row_groups=[group])
                 for row in batch.to_pylist()
             )

@@ -97,6 +97,9 @@ def _add_row(statistics: DatasetStatistics, row: Row, held_out_prompts: set[int]
     if any(image.digest in held_out_images for image in images):
         statistics.add_problem("held-out-images", row)
     _check_texts(statistics, row, len(cells))
+    if (row["chosen"] is None) != (row["rejected"] is None):
+        statistics.add_one_sided(row["id"], liked=row["rejected"] is None)
+        return
     chosen, rejected = text_of(row["chosen"]), text_of(row["rejected"])
     statistics.add_pair(
         row,
@@ -115,7 +118,9 @@ def _add_row(statistics: DatasetStatistics, row: Row, held_out_prompts: set[int]
 def _check_texts(statistics: DatasetStatistics, row: Row, num_images: int) -> None:
     """Check the prompt and the responses of one row."""
     prompt, chosen, rejected = (text_of(row[column]) for column in ("prompt", "chosen", "rejected"))
-    empty = [column for column, text in (("chosen", chosen), ("rejected", rejected)) if not text.strip()]
+    one_sided = (row["chosen"] is None) != (row["rejected"] is None)
+    sides = [column for column in ("chosen", "rejected") if not one_sided or row[column] is not None]
+    empty = [column for column in sides if not text_of(row[column]).strip()]
     if empty:
         statistics.add_problem("empty-responses", row, f"{' and '.join(empty)} is empty")
     elif chosen.split() == rejected.split():
@@ -125,7 +130,7 @@ def _check_texts(statistics: DatasetStatistics, row: Row, num_images: int) -> No
     token = next((match for text in (prompt, chosen, rejected) if (match := TOKENS.search(text))), None)
     if token:
         statistics.add_problem("tokens-in-text", row, token[0])
-    if _user_text(row["chosen"]) != _user_text(row["rejected"]):
+    if not one_sided and _user_text(row["chosen"]) != _user_text(row["rejected"]):
         statistics.add_problem("prompts-differ", row)
     num_parts = sum(part["type"] == "image" for message in _messages(row["prompt"]) for part in _parts(message))
     if num_parts not in (0, num_images):
@@ -161,6 +166,8 @@ def response_features(response: str) -> np.ndarray:
 
 def run_checks(statistics: DatasetStatistics) -> list[Finding]:
     """Check the dataset as a whole: duplicates and shortcuts."""
+    if not statistics.ids:
+        return []
     ids, groups = statistics.ids, statistics.column("groups")
     winners, losers = statistics.column("winners"), statistics.column("losers")
     findings = exact_duplicates(statistics.column("prompts"), winners, losers, ids)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from dpo_mm.sources import image_pair_sets, rankings, response_pair_sets, row_formats
+from dpo_mm.sources import fine_tuning_sets, image_pair_sets, rankings, response_pair_sets, row_formats
 from dpo_mm.sources.parquet_writer import Item, Row
 
 Converter = Callable[[Iterable[Row], str | None], Iterator[Item]]
@@ -31,6 +31,7 @@ class Source(NamedTuple):
         grouped: True if rows are single images, which are paired with each other.
         uncertain: True if the dataset has ties, votes or scores. The doctor warns about copies without them.
         keeps_ids: True if the rows' ids are used unchanged.
+        one_sided: True if a row has one image or response. Images are then read with their captions.
     """
 
     convert: Converter
@@ -44,6 +45,7 @@ class Source(NamedTuple):
     grouped: bool = False
     uncertain: bool = False
     keeps_ids: bool = False
+    one_sided: bool = False
 
 
 SOURCES: dict[str, Source] = {
@@ -182,15 +184,37 @@ SOURCES: dict[str, Source] = {
         row_formats.llama_factory, "responses", notes="ShareGPT or OpenAI turns with ranking: true.", keeps_ids=True
     ),
     "trl": Source(
-        row_formats.trl, "responses", notes="Preference rows, with or without an explicit prompt.", keeps_ids=True
+        row_formats.trl,
+        "responses",
+        notes="Preference rows, with or without an explicit prompt. Rows of prompt and completion, with label (KTO) or "
+        "without (SFT).",
+        keeps_ids=True,
     ),
     "custom-images": Source(
-        row_formats.custom_images, "images", notes="CSV, JSON lines, JSON or Parquet of your own pairs.", keeps_ids=True
+        row_formats.custom_images,
+        "images",
+        notes="CSV, JSON lines, JSON or Parquet of your own pairs, or of one image per row (image), liked or not (liked).",
+        keeps_ids=True,
     ),
     "custom-responses": Source(
         row_formats.custom_responses,
         "responses",
-        notes="CSV, JSON lines, JSON or Parquet of your own responses.",
+        notes="CSV, JSON lines, JSON or Parquet of your own responses, or of one per row (completion), liked or not (liked).",
         keeps_ids=True,
+    ),
+    "captioned-images": Source(
+        fine_tuning_sets.captioned_images,
+        "images",
+        notes="A folder of images with captions: name.png and name.txt, or metadata.jsonl, .csv or .parquet (file_name, text) as "
+        "in Hugging Face's imagefolder.",
+        keeps_ids=True,
+        one_sided=True,
+    ),
+    "chat": Source(
+        row_formats.chat,
+        "responses",
+        notes="messages (or ShareGPT's conversations) with images. The last turn of the assistant is the chosen response.",
+        keeps_ids=True,
+        one_sided=True,
     ),
 }

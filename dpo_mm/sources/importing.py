@@ -21,7 +21,7 @@ from dpo_mm.progress import progress_bar
 from dpo_mm.sources import SOURCES, Source
 from dpo_mm.sources.archives import ImageFiles
 from dpo_mm.sources.parquet_writer import ORIGIN, ImportState, Item, LeftOut, Row, open_import, row_name, write_shards
-from dpo_mm.sources.raw_rows import Origin, count_rows, find_origin, name_raw_row, raw_rows
+from dpo_mm.sources.raw_rows import Origin, count_rows, find_captions, find_origin, name_raw_row, raw_rows
 
 FIX = "Fix the row, or remove it"
 SHORTEST_BASE64 = 40
@@ -87,7 +87,11 @@ def import_set(
     if not path:
         raise ValueError(f"source {source!r} has no dataset on the hub. Give a folder, a file or a hub id")
     patterns = (entry.files[axis],) if axis in entry.files else tuple(entry.files.values())
-    origin = find_origin(path, split=split, patterns=patterns, whole=entry.whole)
+    captioned = entry.one_sided and entry.kind == "images" and Path(path).is_dir()
+    if captioned:
+        origin = find_captions(Path(path), split=split)
+    else:
+        origin = find_origin(path, split=split, patterns=patterns, whole=entry.whole)
     settings = {"source": source, "path": path, "split": split, "axis": axis, "min_score_gap": min_score_gap}
     settings |= {"limit": limit, "license": license}
     folder = Path(output)
@@ -154,7 +158,7 @@ def _row_finisher(
         row["id"] = row["id"] if entry.keeps_ids else f"{source}-{split}-{row['id']}"
         try:
             for column in ("image_a", "image_b"):
-                if entry.kind == "images":
+                if entry.kind == "images" and column in row:  # a row with one image has no image_b
                     row[column] = _load_image(row[column], files)
             if entry.kind == "responses":
                 row["images"] = [_load_image(cell, files) for cell in row.get("images") or []]

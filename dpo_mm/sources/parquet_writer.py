@@ -242,7 +242,9 @@ class _Shard:
         self.count += 1
         self.pending_bytes += _estimated_bytes(row)
         if "preference" in row:
-            self.preferences[row["preference"]] += 1
+            preference = str(row["preference"])
+            names = {"a": "liked or chosen", "b": "disliked"} if "image_b" not in row else {}
+            self.preferences[names.get(preference, preference)] += 1
         if self.pending_bytes > GROUP_BYTES:
             self._flush()
         elif len(self.rows) >= ROWS_AS_OBJECTS:

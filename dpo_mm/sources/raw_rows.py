@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 
 from dpo_mm.data.parquet import open_parquet
 from dpo_mm.data.row_paths import check_regular
-from dpo_mm.data.text_files import open_text, table_suffix
+from dpo_mm.data.text_files import open_text, read_text, table_suffix
 from dpo_mm.errors import RowError, name_row, one_line
 
 Row = dict[str, Any]
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+CAPTION_TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Files with the captions of a folder of images, as in Hugging Face's imagefolder."""
 SPLITS = ("train", "validation", "valid", "val", "test")
 PARQUET_BATCH = 64
 """Rows of Parquet in memory at once. A row can have a megabyte."""
@@ -67,6 +70,40 @@ def find_origin(path: str, *, split: str, patterns: Patterns, whole: bool) -> Or
         folder = _download(path)
         return Origin(folder, _files(folder, split, patterns), split=split)
     return Origin(local, (), path, split)
+
+
+def find_captions(folder: Path, *, split: str) -> Origin:
+    """Find the captions of a folder of images: a table of CAPTION_TABLES, or else one text file per image.
+
+    Args:
+        folder: the images. If it has a folder of the split, they are in that one.
+        split: the split to read.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    folder = folder / split if (folder / split).is_dir() else folder
+    table = next((folder / name for name in CAPTION_TABLES if (folder / name).exists()), None)
+    if table is not None:
+        return Origin(folder, (check_regular(table, folder),), split=split)
+    images = [
+        check_regular(file, folder)
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    ]
+    if not any(file.with_suffix(".txt").exists() for file in images):
+        raise ValueError(
+            f"{folder}: no captions for its {len(images)} images. Expected a text file of the same name per image, or "
+            f"{CAPTION_TABLES[0]} with file_name and text"
+        )
+    return Origin(folder, tuple(images), split=split)
+
+
+def _captioned(file: Path, folder: Path) -> Iterator[Row]:
+    """Row of an image, with the text of its caption file if there is one."""
+    caption = file.with_suffix(".txt")
+    text = {"text": read_text(check_regular(caption, folder))} if caption.exists() else {}
+    yield {"file_name": file.relative_to(folder).as_posix(), **text}
 
 
 def _files(folder: Path, split: str, patterns: Patterns) -> tuple[Path, ...]:
@@ -166,7 +203,8 @@ def _rows_by_file(origin: Origin, start: int) -> Iterator[tuple[str, Iterator[An
             yield file.name, _parquet_rows(file, start)
             start = max(0, start - (count_rows(origin._replace(files=(file,))) or 0))
         else:
-            yield file.name, _text_rows(file)
+            is_image = file.suffix.lower() in IMAGE_SUFFIXES
+            yield file.name, _captioned(file, origin.folder) if is_image else _text_rows(file)
             start = 0  # raw_rows skips the other rows one by one
 
 

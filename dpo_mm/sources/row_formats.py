@@ -1,4 +1,4 @@
-"""Converters for general formats: LLaMA-Factory, TRL, and custom tables of image pairs or response pairs."""
+"""Converters for general formats: LLaMA-Factory, TRL, chats, and custom tables of images or responses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 from dpo_mm.data.conversation import Message, parse_tools, place_images, response_message
 from dpo_mm.data.response_columns import MEDIA_COLUMNS
+from dpo_mm.data.row_sides import has_one_image, one_image_sides, one_response
 from dpo_mm.data.schema import PREFERENCES, image_preference, response_preference
 from dpo_mm.errors import RowError
+from dpo_mm.sources.fine_tuning_sets import last_response, liked_of
 from dpo_mm.sources.messages import to_messages
 from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
 from dpo_mm.sources.response_pair_sets import IMAGE_COUNT_MISMATCH, response_pair
@@ -29,15 +31,44 @@ def llama_factory(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
 def trl(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     """Convert TRL's preference format: `prompt, chosen, rejected` as texts or messages, `images` (or `image`), `tools`, `system`.
 
-    Without a prompt, the messages that chosen and rejected have in common at their beginning are the prompt.
+    Without a prompt, the messages that chosen and rejected have in common at their beginning are the prompt. Rows of
+    `prompt, completion` are chosen, or liked and disliked by `label`.
     """
     for row in rows:
+        if source := one_response(_columns(row)):
+            sides = _liked_side(
+                _turns(row[source], "assistant"), liked=source == "chosen" or liked_of(row) is not False
+            )
+            yield _conversation_pair(row, _turns(row["prompt"], "user"), *sides)
+            continue
         chosen, rejected = (_turns(row[side], "assistant") for side in ("chosen", "rejected"))
         prompt = _turns(row["prompt"], "user") if row.get("prompt") else []
         if not prompt:
             end = next((n for n, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y), 0)
             prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
         yield _conversation_pair(row, prompt, chosen, rejected)
+
+
+def chat(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
+    """Convert chats: `messages` (or `conversations`), `images` or images inside the messages, `tools`, `system`.
+
+    The last turn of the assistant is the chosen response, or a disliked one if `liked`, `label` or `kto_tag` is false.
+    """
+    for row in rows:
+        split = last_response(row["messages"] if "messages" in row else row["conversations"])
+        if split is None:
+            yield LeftOut("it has no response of the assistant")
+            continue
+        yield _conversation_pair(row, split[0], *_liked_side(split[1], liked=liked_of(row) is not False))
+
+
+def _columns(row: Row) -> list[str]:
+    return [name for name in row if not name.startswith("_")]
+
+
+def _liked_side(response: Any, *, liked: bool) -> tuple[Any, Any]:
+    """Return the only response of a row as chosen or as rejected."""
+    return (response, None) if liked else (None, response)
 
 
 def _turns(content: Any, role: str) -> list[Any]:
@@ -57,7 +88,8 @@ def _conversation_pair(row: Row, prompt: list[Any], chosen: Any, rejected: Any) 
     try:
         messages = to_messages(prompt, None if images else inside)
         tools = parse_tools(row.get("tools"))
-        responses = {"chosen": _response(chosen, messages), "rejected": _response(rejected, messages)}
+        sides = {"chosen": chosen, "rejected": rejected}
+        responses = {side: _response(turns, messages) for side, turns in sides.items() if turns is not None}
     except ValueError as error:
         return LeftOut(str(error))
     images = images or inside
@@ -82,13 +114,17 @@ def custom_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     """Convert a custom table of image pairs.
 
     Columns: `prompt, image_a, image_b` (paths relative to the table), `preference` (a | b | tie | both_bad), and any other
-    column of `ImagePreference`.
+    column of `ImagePreference`. Or one image per row: `prompt, image`, and `liked` if there are disliked ones.
 
     Raises:
         ValueError: if a preference is unknown or a number is not valid. The error names the row.
     """
     known = _other_columns("images")
     for row in rows:
+        if has_one_image(_columns(row)):
+            sides = one_image_sides(row["image"], liked=liked_of(row, ("liked",)) is not False)
+            yield {"id": str(row.get("id") or row["_number"]), **sides, **_typed_columns(row, known)}
+            continue
         if row["preference"] not in PREFERENCES:
             raise RowError(
                 f"{row['_file']}, row {row['_number']}: preference is {row['preference']!r}. "
@@ -102,7 +138,7 @@ def custom_responses(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     """Convert a custom table of response pairs.
 
     Columns: `prompt, chosen, rejected`, `image` (a path relative to the table) or `images`, and any other column of
-    `ResponsePreference`.
+    `ResponsePreference`. Or one response per row: `prompt, completion`, and `liked` or `label` if there are disliked ones.
 
     Raises:
         ValueError: if a number is not valid. The error names the row.
@@ -111,8 +147,16 @@ def custom_responses(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     for row in rows:
         images = row.get("images") or ([row["image"]] if row.get("image") else [])
         images = [images] if isinstance(images, str) else list(images)
-        item = response_pair(row, row["prompt"], row["chosen"], row["rejected"], images, **_typed_columns(row, known))
+        source = one_response(_columns(row))
+        chosen, rejected = (row[source], row[source]) if source else (row["chosen"], row["rejected"])
+        item = response_pair(row, row["prompt"], chosen, rejected, images, **_typed_columns(row, known))
+        if source and isinstance(item, dict):
+            item[_other_side(liked=source == "chosen" or liked_of(row) is not False)] = None
         yield {**item, "id": str(row.get("id") or row["_number"])} if isinstance(item, dict) else item
+
+
+def _other_side(*, liked: bool) -> str:
+    return "rejected" if liked else "chosen"
 
 
 @functools.cache

@@ -161,7 +161,7 @@ def _refuse_ignored_settings(config: TrainConfig, *, modality: Modality) -> None
             config.tuning == "lora",
             f"tuning is {config.tuning}",
         ),
-        (("beta",), takes_beta(config), f"objective {', '.join(named)} has no beta"),
+        (("beta",), not (fine_tuning and config.beta == AUTO), "objective sft has no beta"),
         (("sft_weight", *PAIRS_ONLY), not fine_tuning, "objective sft is the loss on the chosen side only"),
         (("adapter_result",), config.adapter and config.tuning == "lora", "there is no adapter, or tuning is full"),
         (("reference_ema_decay",), config.reference == "moving_average", f"reference is {config.reference}"),

@@ -57,7 +57,7 @@ from dpo_mm.training.evaluation_split import split_digests
 from dpo_mm.training.feature_cache import cache_vision_features
 from dpo_mm.training.memory_plan import image_lines, response_lines
 from dpo_mm.training.model_card import write_card
-from dpo_mm.training.objective_settings import is_fine_tuning, required_inputs, takes_beta
+from dpo_mm.training.objective_settings import is_fine_tuning, objective_names, required_inputs, takes_beta
 from dpo_mm.training.pair_stream import PairStream, eval_stream, training_stream
 from dpo_mm.training.reference import precompute_reference_log_probs, resolve_reference_name
 from dpo_mm.training.response_rows import describe_lengths, stream_rows
@@ -330,6 +330,12 @@ def run_summary(policy: ImagePolicy | TextPolicy, config: TrainConfig, rows: str
     of_policy = policy.describe(config)
     if not takes_beta(config):
         of_policy.pop("effective beta", None)
+        unused = ["beta"] if config.beta != TrainConfig.beta else []
+        unused += ["pair_layout"] if is_fine_tuning(config) and config.pair_layout == "shared_prefix" else []
+        if unused:
+            of_policy["no effect"] = (
+                f"{' and '.join(unused)}, because objective {', '.join(objective_names(config))} has none"
+            )
     if is_fine_tuning(config):
         of_policy.pop("layout", None)
         text = policy.modality == "text"

@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 PAIRS_ONLY = {
     "ld_alpha": 1.0,
     "edited_token_weight": 1.0,
-    "pair_layout": "auto",
 }
 """Settings of two responses to one prompt, and their defaults."""
 NOT_FOR_LIKED = PAIRS_ONLY | {"buckets": False}
@@ -152,6 +151,10 @@ def _check_one_sided(rows: Dataset, has_chosen: np.ndarray, has_rejected: np.nda
     for name, default in NOT_FOR_LIKED.items():
         if getattr(config, name) != default:
             raise ValueError(f"{config.pairs}: {name} needs pairs, and its rows are liked or disliked. Remove {name}")
+    if config.pair_layout == "shared_prefix":
+        raise ValueError(
+            f"{config.pairs}: pair_layout shared_prefix needs pairs, and its rows are liked or disliked. Remove it"
+        )
     if config.beta == AUTO or config.reference == "precomputed":
         name = f"beta {AUTO}" if config.beta == AUTO else "reference precomputed"
         raise ValueError(f"{config.pairs}: {name} needs pairs, and its rows are liked or disliked. Take another value")

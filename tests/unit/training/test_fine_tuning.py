@@ -157,10 +157,9 @@ def test_sft_of_text_runs_the_model_once_per_forward_pass_and_needs_no_rejected_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta": 0.1}, "beta has no effect, because objective sft has no beta"),
+        ({"beta": "auto"}, "beta has no effect, because objective sft has no beta"),
         ({"sft_weight": 0.5}, "sft_weight has no effect, because objective sft is the loss on the chosen side only"),
         ({"ld_alpha": 0.5}, "ld_alpha has no effect, because objective sft"),
-        ({"pair_layout": "shared_prefix"}, "pair_layout has no effect, because objective sft"),
         ({"reference": "frozen_copy"}, "reference has no effect, because objective sft has no reference"),
     ],
 )
@@ -175,7 +174,8 @@ def test_objective_that_needs_pairs_refuses_rows_with_one_side_before_the_model_
     text_model: str, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan of sft says that the rejected side is not used, and names no reference."""
-    plan = dry_run(config(text_model, text_pairs(tmp_path), tmp_path))
+    plan = dry_run(config(text_model, text_pairs(tmp_path), tmp_path, beta=0.1, pair_layout="shared_prefix"))
+    assert plan["no effect"] == "beta and pair_layout, because objective sft has none"
     assert plan["pairs"].endswith("4 rows with a chosen side to train on (the rejected side is not used)")
     assert plan["reference"] == "none" and "layout" not in plan and "effective beta" not in plan
     monkeypatch.setattr("dpo_mm.training.run.build_policy", lambda *_, **__: pytest.fail("the model was loaded"))
