@@ -21,7 +21,7 @@ class Limits(NamedTuple):
 
 
 COUNTS = (
-    "steps", "batch_size", "accumulate", "log_every", "save_total_limit", "lora_rank", "lora_alpha", "max_length", "resolution",
+    "steps", "batch_size", "accumulate", "log_every", "save_total_limit", "lora_rank", "lora_alpha", "max_length", "resolution", "min_pixels", "max_pixels",
     "reference_sync_steps", "images_per_prompt", "pairs_per_prompt", "responses_per_question", "max_prompts", "max_questions",
     "num_inference_steps", "max_new_tokens", "shard_size",
 )  # fmt: skip

@@ -45,6 +45,11 @@ class CompareResponsesConfig(Settings):
     """Responses that are generated at once, or requests to the server at once. Decrease it if memory runs out."""
     precision: str = "auto"
     """auto | fp32 | bf16 | fp16. Precision of the models. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
+    min_pixels: int | None = None
+    """Smallest number of pixels of an image. Smaller ones are enlarged by processors that have this limit. null: the model's."""
+    max_pixels: int | None = None
+    """Largest number of pixels of an image. Larger ones are reduced by processors that have this limit, such as Qwen's, where
+    28 x 28 or 32 x 32 pixels are a token. Train, mine and compare with the same value. null: the model's."""
     quantize: str | None = None
     """nf4 | int8 | fp8. Quantises the linear layers of the language model, as in training. It needs the extra `quantized`."""
     seed: int = 0
@@ -101,6 +106,11 @@ class MineResponsesConfig(Settings):
     """Responses that are generated at once, or requests to the server at once. Decrease it if memory runs out."""
     precision: str = "auto"
     """auto | fp32 | bf16 | fp16. Precision of the model. auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
+    min_pixels: int | None = None
+    """Smallest number of pixels of an image. Smaller ones are enlarged by processors that have this limit. null: the model's."""
+    max_pixels: int | None = None
+    """Largest number of pixels of an image. Larger ones are reduced by processors that have this limit, such as Qwen's, where
+    28 x 28 or 32 x 32 pixels are a token. Train, mine and compare with the same value. null: the model's."""
     quantize: str | None = None
     """nf4 | int8 | fp8. Quantises the linear layers of the language model, as in training. It needs the extra `quantized`."""
     seed: int = 0

@@ -117,6 +117,11 @@ class TrainConfig(Settings):
     """Also train the vision tower and the projector of a vision-language model."""
     max_length: int | None = None
     """Largest number of tokens per row: images, prompt and the longer response. null: the limit of the model."""
+    min_pixels: int | None = None
+    """Smallest number of pixels of an image. Smaller ones are enlarged by processors that have this limit. null: the model's."""
+    max_pixels: int | None = None
+    """Largest number of pixels of an image. Larger ones are reduced by processors that have this limit, such as Qwen's, where
+    28 x 28 or 32 x 32 pixels are a token. Train, mine and compare with the same value. null: the model's."""
     overlong_rows: str = "raise"
     """raise | drop. What happens to rows longer than max_length. Image tokens are never truncated."""
     train_sampling_strategy: str = "random"

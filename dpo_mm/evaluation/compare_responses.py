@@ -333,5 +333,5 @@ def _load(config: CompareResponsesConfig, adapter: str | None) -> TextPolicy | N
     """Load a model. None if a server has it."""
     if config.server:
         return None
-    options = {"precision": config.precision, "quantize": config.quantize}
+    options = {name: getattr(config, name) for name in ("precision", "quantize", "min_pixels", "max_pixels")}
     return load_text_policy(config.model, revision=config.revision, adapter=adapter, **options)

@@ -138,7 +138,7 @@ def _arrived(shard: Path) -> Path:
 
 
 def _load_policy(config: MineResponsesConfig) -> TextPolicy:
-    options = {"precision": config.precision, "quantize": config.quantize}
+    options = {name: getattr(config, name) for name in ("precision", "quantize", "min_pixels", "max_pixels")}
     return load_text_policy(config.model, revision=config.revision, adapter=config.adapter, **options)
 
 

@@ -41,6 +41,8 @@ TEXT_ONLY_SETTINGS = (
     "sample_questions",
     "max_new_tokens",
     "train_vision_tower",
+    "min_pixels",
+    "max_pixels",
     "max_length",
     "overlong_rows",
     "train_sampling_strategy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,19 @@ if TYPE_CHECKING:
 
 TRIED_EDGE = 64
 """Pixels per edge of the image on which a processor is tried when it is loaded."""
+PIXEL_LIMITS = ("min_pixels", "max_pixels")
+"""Settings of processors that resize each image into a range of sizes, such as Qwen's."""
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def load(
-    source: str, *, revision: str | None, dtype: torch.dtype, device: str | None, quantize: str | None
+    source: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: str | None,
+    quantize: str | None,
+    limits: Mapping[str, int | None],
 ) -> tuple[Any, Any]:
     """Load a model in evaluation mode, and its processor before it.
 
@@ -39,6 +48,7 @@ def load(
         dtype: of all weights that are not quantised.
         device: cpu, cuda or cuda:1. None is the GPU if there is one.
         quantize: nf4, int8 or fp8 for the linear layers of the language model, without its head, or None.
+        limits: see `load_processor`.
 
     Raises:
         ValueError: if the model is missing, incomplete or not supported.
@@ -47,7 +57,7 @@ def load(
 
     config = load_part(AutoConfig, source, name=f"model {source!r}", revision=revision)
     model_class, processor_class = auto_classes_for(config, source)
-    processor = load_processor(processor_class, source, revision=revision)
+    processor = load_processor(processor_class, source, revision=revision, limits=limits)
     options: dict[str, Any] = {"revision": revision, "dtype": dtype}
     if quantize:
         _, empty = empty_model(model_class, source, options)
@@ -56,13 +66,31 @@ def load(
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
 
 
-def load_processor(processor_class: Any, source: str, *, revision: str | None = None) -> Any:
+def load_processor(
+    processor_class: Any, source: str, *, revision: str | None = None, limits: Mapping[str, int | None] | None = None
+) -> Any:
     """Load a model's processor or tokenizer.
 
+    Args:
+        processor_class: class of the processor.
+        source: folder or hub id.
+        revision: a branch, tag or commit of a hub model.
+        limits: values of PIXEL_LIMITS by name. None: the processor's own.
+
     Raises:
-        ValueError: if it is damaged, or needs a package that is not installed.
+        ValueError: if it is damaged, needs a package that is not installed, or has no limits of pixels.
     """
-    return load_part(processor_class, source, name=f"model {source!r}: its processor", revision=revision)
+    given = {name: value for name, value in (limits or {}).items() if value is not None}
+    processor = load_part(processor_class, source, name=f"model {source!r}: its processor", revision=revision, **given)
+    if given:
+        images = getattr(processor, "image_processor", None)
+        known = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})
+        if unknown := set(given) - set(known):
+            raise ValueError(
+                f"{min(unknown)} has no effect: model {source!r} resizes images by its own rule ({type(images or processor).__name__}). "
+                f"Remove {min(unknown)}"
+            )
+    return processor
 
 
 def try_processor(policy: VisionLanguage) -> None:

@@ -79,12 +79,11 @@ class VisionLanguage:
             mark_edits=edited_token_weight != 1,
         )
         self.token_log_probs = TokenLogProbs(f"{type(model).__name__} ({source})", layout=pair_layout)
-        self.generated = False
+        self.generated, self.vision_trains = False, False
         self.untuned: tuple[Any, Any, ConversationEncoder] | None = None
         """The base's model, processor and encoder, if `load_adapter` replaced them."""
         self.features_are_exact: bool | None = None
         """True if vision features can replace pixels. None until the first batch with pixels."""
-        self.vision_trains = False
 
     @classmethod
     def load(
@@ -105,15 +104,16 @@ class VisionLanguage:
             precision: fp32, bf16 or fp16.
             device: cpu, cuda or cuda:1. None is the GPU if there is one.
             quantize: nf4, int8 or fp8 for the language model, see `dpo_mm.quantization`.
-            **options: further arguments of the class.
+            **options: further arguments of the class, and the limits of `load_processor`.
 
         Raises:
             ValueError: if the precision is unknown, or the model is missing or not supported.
         """
         if precision not in DTYPES:
             raise ValueError(f"precision {precision!r} is unknown. Expected one of {', '.join(DTYPES)}")
+        limits = {name: options.pop(name, None) for name in model_files.PIXEL_LIMITS}
         model, processor = model_files.load(
-            source, revision=revision, dtype=DTYPES[precision], device=device, quantize=quantize
+            source, revision=revision, dtype=DTYPES[precision], device=device, quantize=quantize, limits=limits
         )
         policy = cls(model, processor, source, **options)
         model_files.try_processor(policy)
