@@ -6,8 +6,9 @@ environment and is written nowhere.
 
 from __future__ import annotations
 
-import concurrent.futures
+import functools
 import os
+import queue
 import random
 import ssl
 import threading
@@ -19,6 +20,7 @@ import httpx
 
 from dpo_mm.printed_text import printable
 
+END: Any = object()
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -29,6 +31,7 @@ ATTEMPTS, TIMEOUT_ATTEMPTS = 7, 2
 BACKOFF_S, MAX_BACKOFF_S = 0.5, 60.0
 """Seconds before the second attempt, doubled before each further one, and the longest wait."""
 CONNECT_TIMEOUT_S = 10.0
+"""Seconds until a server accepts a connection, or lists its models."""
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which a request is sent again."""
 MESSAGE_LENGTH = 200
@@ -138,7 +141,7 @@ class ModelServer:
     def served_names(self) -> list[str]:
         """Return the names of the models that the server lists, or none if it has no list."""
         try:
-            entries = self._client.get(f"{self.url}/models").json()["data"]
+            entries = self._client.get(f"{self.url}/models", timeout=CONNECT_TIMEOUT_S).json()["data"]
             return [str(entry["id"]) for entry in entries]
         except (httpx.HTTPError, ValueError, LookupError, TypeError):
             return []
@@ -225,11 +228,11 @@ def run_requests(
     at_once: int,
     done: Callable[[T, R], None],
 ) -> None:
-    """Make one request per item, several at once, and stop after the first error.
+    """Make one request per item, several at once, and stop after the first error or an interruption.
 
     Args:
         server: the server, whose waiting requests end after an error.
-        request: makes the request of an item, in a thread. Its result is not None.
+        request: makes the request of an item, in a thread.
         items: the items.
         at_once: largest number of requests at the same time.
         done: called in this thread with each item and its result, in the order in which they arrive. It is also called
@@ -238,22 +241,36 @@ def run_requests(
     Raises:
         Exception: the first error of a request.
     """
-    errors: list[BaseException] = []
+    waiting, results, lock = iter(items), queue.SimpleQueue[Callable[[], None] | None](), threading.Lock()
+    errors: list[Exception] = []
 
-    def run(item: T) -> R | None:
-        return None if server.stopped else request(item)
+    def work() -> None:
+        while not server.stopped:
+            with lock:
+                item = next(waiting, END)
+            if item is END:
+                break
+            try:
+                results.put(functools.partial(done, item, request(item)))
+            except Exception as error:
+                results.put(functools.partial(errors.append, error))
+                server.stop()
+        results.put(None)
 
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        futures = {pool.submit(run, item): item for item in items}
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                if error := future.exception():
-                    errors.append(error)
-                    server.stop()
-                elif (result := future.result()) is not None:
-                    done(futures[future], result)
-        except BaseException:
-            server.stop()
-            raise
+    # Threads of a pool would make an interrupted process wait for a request that hangs.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(at_once, len(items)))]
+    for thread in threads:
+        thread.start()
+    try:
+        running = len(threads)
+        while running:
+            result = results.get()
+            if result is None:
+                running -= 1
+            else:
+                result()
+    except BaseException:
+        server.stop()
+        raise
     if errors:
         raise errors[0]

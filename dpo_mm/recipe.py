@@ -197,11 +197,15 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
     from dpo_mm.evaluation.side_sets import judges_of
     from dpo_mm.judges.provenance import order_judges
     from dpo_mm.outputs import refuse_foreign_folder
+    from dpo_mm.policies.vlm.served import check_server_settings
     from dpo_mm.training.run import train
 
     refuse_foreign_folder(Path(recipe.compare.output_dir), COMPARISON)
     _check_judges(judges_of(recipe.compare), recipe.compare)
     order_judges(recipe.compare.judges, _training_judges(recipe))
+    for config in (recipe.mine, recipe.compare):
+        if isinstance(config, MineResponsesConfig | CompareResponsesConfig):
+            check_server_settings(config, sft_adapter=recipe.baseline if config is recipe.compare else None)
     with stop_on_signal(lambda: _completed_steps(recipe)):
         if recipe.mine and not mine(recipe.mine).exists():
             raise ValueError(f"{recipe.mine.output_dir}: shards of other processes are missing. Run it in one process")
@@ -336,11 +340,15 @@ def _compare(
 
 def _check_judges(names: Iterable[str], config: Any) -> None:
     """Raise ValueError for a judge that is unknown or does not fit, before time is spent on what it would score."""
-    from dpo_mm.judges import load_judge, load_response_judge
+    from dpo_mm.judges import load_judge, load_response_judge, takes_questions
 
     is_text = isinstance(config, CompareResponsesConfig | MineResponsesConfig)
     for name in names:
         load_response_judge(name) if is_text else load_judge(name)
+    if is_text and config.rubric and not any(takes_questions(name) for name in names):
+        raise ValueError(
+            "rubric: none of the judges reads it. Add rubric_score:SERVED@SERVER to judges, or remove rubric"
+        )
 
 
 def sft_baseline_config(config: TrainConfig) -> TrainConfig:

@@ -77,13 +77,13 @@ def image_or_vlm_config(
 
     config, flags = file_and_flags(context, config)
     values = command_settings(image_config, config, section, flags)
-    is_vlm = not {"questions", "served"}.isdisjoint(values) or (
+    is_vlm = not {"questions", "server"}.isdisjoint(values) or (
         "model" in values
         and "prompts" not in values
         and policy_path_for(resolve_asset(values["model"]), revision=values.get("revision")) == VLM_POLICY
     )
-    if is_vlm and "served" in values:
-        values = {"model": values["served"], **values}
+    if is_vlm and "server" in values:
+        values = {"model": values.get("served", ""), **values}
     settings = config_from_mapping(vlm_config if is_vlm else image_config, values, source=config or "flags")
     import_from_working_folder(settings)
     return settings

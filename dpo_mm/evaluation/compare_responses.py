@@ -31,7 +31,7 @@ from dpo_mm.evaluation.verdict import (
     run_verdict,
 )
 from dpo_mm.judges import better_of, explain, metric_of, take_judge_notes
-from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
+from dpo_mm.judges.provenance import built_pairs, order_judges, training_judges_of_adapter
 from dpo_mm.outputs import write_results
 from dpo_mm.policies.adapter_sources import name_base
 from dpo_mm.policies.families import load_text_policy
@@ -76,7 +76,10 @@ def comparisons(
         for judge in config.judges
     ]
     return holm_corrected(
-        [dataclasses.replace(result, built_training_pairs=result.judge in training_judges) for result in results]
+        [
+            dataclasses.replace(result, built_training_pairs=built_pairs(result.judge, training_judges))
+            for result in results
+        ]
     )
 
 

@@ -24,7 +24,7 @@ from dpo_mm.data.image_files import data_url
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
 from dpo_mm.judges import JudgeName, LazyJudge, Ratio
-from dpo_mm.model_server import Completion, ModelServer, check_server_url, run_requests
+from dpo_mm.model_server import Completion, ModelServer, ServerError, check_server_url, run_requests
 from dpo_mm.resumable import atomic_write
 
 FOLDER = "judge_replies"
@@ -114,7 +114,11 @@ class JudgeModel:
 
         if missing:
             with ModelServer(self.url, timeout_s=TIMEOUT_S) as server:
-                run_requests(server, request, list(missing), at_once=AT_ONCE, done=save)
+                try:
+                    run_requests(server, request, list(missing), at_once=AT_ONCE, done=save)
+                except ServerError as error:
+                    count = f"{len(replies)} of {len(set(keys))} replies are stored, and the same command continues"
+                    raise ServerError(f"{error}. {count}") from None
         values = {key: None if reply.refused else parse(reply.text) for key, reply in replies.items()}
         for key, reply in replies.items():
             self.outcomes.setdefault(key, Outcome(reply, values[key] is not None, key not in missing))

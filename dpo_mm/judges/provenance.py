@@ -18,7 +18,7 @@ import yaml
 from dpo_mm.assets import BUNDLED, resolve_asset
 from dpo_mm.data.row_paths import is_regular
 from dpo_mm.errors import name_row
-from dpo_mm.judges import JUDGES, load_judge, parse_judge_name
+from dpo_mm.judges import JUDGES, load_judge, parse_judge_name, takes_questions
 
 BUILT_BY = re.compile(r"\b(?:(?:mined|relabelled|judged) (?:with|by)|guarded by) ([^,]+)")
 CARD_KEY = "pairs_made_by"
@@ -89,6 +89,16 @@ def is_rule_based(name: str) -> bool:
     return bool(getattr(load_judge(name), "by_rule", False))
 
 
+def built_pairs(name: str, training_judges: Iterable[str]) -> bool:
+    """Check if a judge built the training pairs. A model on a server counts at each address and for each of its judges."""
+    return _identity(name) in {_identity(judge) for judge in training_judges}
+
+
+def _identity(name: str) -> tuple[str, str]:
+    parsed = parse_judge_name(name)
+    return ("model on a server", parsed.model) if parsed and takes_questions(name) else (name, "")
+
+
 def order_judges(judges: Sequence[str], training_judges: Iterable[str]) -> tuple[str, ...]:
     """Order the judges so that the first is allowed as the primary metric.
 
@@ -97,8 +107,8 @@ def order_judges(judges: Sequence[str], training_judges: Iterable[str]) -> tuple
     Raises:
         ValueError: if no judge is allowed.
     """
-    built_pairs = set(training_judges)
-    primary = next((name for name in judges if name not in built_pairs or is_rule_based(name)), None)
+    built = tuple(training_judges)
+    primary = next((name for name in judges if not built_pairs(name, built) or is_rule_based(name)), None)
     if primary is None:
         raise ValueError(
             f"judges: {', '.join(judges)} built the training pairs, so none of them can be the primary metric. Add a "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response, make_response_rows, response_preference
-from dpo_mm.interruption import complete_part
+from dpo_mm.interruption import StopRequest, complete_part, stop_on_signal
 from dpo_mm.judges import better_of, correct, explain, is_pairwise, judge_digests, take_judge_notes, takes_questions
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.judges.text import truncate_repetition
@@ -123,9 +124,11 @@ def _mine_shards(shards: Sequence[Sequence[Question]], paths: Sequence[Path], co
     policy = None if config.server else _load_policy(config)
     total = sum(len(shards[number]) for number in missing) * config.responses_per_question
     saved = lambda: saved_shards(config.output_dir)
-    with progress_bar("generating and scoring responses", total) as advance, complete_part(saved) as stop:
+    part: AbstractContextManager[StopRequest | None]
+    part = complete_part(saved) if policy else stop_on_signal(saved)  # a server's responses are saved one by one
+    with progress_bar("generating and scoring responses", total) as advance, part as stop:
         for number in missing:
-            if stop.requested:
+            if stop and stop.requested:
                 break
             rows = _mine_shard(policy, shards[number], config, advance, _arrived(paths[number]))
             write_rows(rows, paths[number], make=make_response_rows, features=response_preference())

@@ -56,7 +56,11 @@ def check_server_settings(
     if missing := next((name for name in names if not getattr(config, name)), None):
         with ModelServer(url, timeout_s=config.server_timeout) as server:
             served = server.served_names()
-        known = f"The server {url} serves {', '.join(served)}" if served else f"The server {url} lists no model"
+        known = (
+            f"The server {url} serves {', '.join(served)}"
+            if served
+            else f"The server {url} lists no model, or is not reachable"
+        )
         raise ValueError(f"{missing} missing. {known}")
     ignored = (*DECIDED_BY_SERVER, "adapter") if mines else DECIDED_BY_SERVER
     if given := next((name for name in ignored if getattr(config, name, None)), None):

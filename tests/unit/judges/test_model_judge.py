@@ -21,6 +21,7 @@ from dpo_mm.evaluation.paired_scores import note_agreement, paired_scores
 from dpo_mm.evaluation.response_sampling import ScoredResponses, score_responses
 from dpo_mm.judges import load_judge, load_response_judge, metric_of, take_judge_notes
 from dpo_mm.judges.model_judge import FOLDER, parse_preference, parse_score, preference
+from dpo_mm.judges.provenance import order_judges
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.mining.mine_responses import build_pair, mine_responses
 from dpo_mm.recipe import compare
@@ -260,3 +261,15 @@ def test_judges_that_do_not_fit_are_refused() -> None:
     given = MineResponsesConfig("m", "q", "o", "rubric_prefers:grader@http://127.0.0.1:1/v1")
     with pytest.raises(ValueError, match="compares two responses and does not score one"):
         mine_responses(given)
+
+
+def test_model_that_built_the_pairs_is_not_the_primary_metric_at_another_address() -> None:
+    built = ["rubric_score:grader@http://127.0.0.1:1/v1"]
+    again = ["rubric_prefers:grader@http://127.0.0.1:2/v1", "cer"]
+    assert order_judges(again, built) == ("cer", again[0])
+    assert order_judges(["rubric_score:other@http://127.0.0.1:1/v1", "cer"], built)[0].startswith("rubric_score:other")
+
+
+def test_rubric_that_no_judge_reads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rubric: none of the judges reads it"):
+        compare(CompareResponsesConfig("m", str(tmp_path / "o"), "sums-held-out", judges=("cer",), rubric="Be exact."))

@@ -6,8 +6,11 @@ import base64
 import dataclasses
 import io
 import json
+import os
+import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from dpo_mm.cli.main import app
 from dpo_mm.config import CompareResponsesConfig, MineResponsesConfig
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response, load_responses
+from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.mining.mine_responses import mine_responses
 from dpo_mm.model_server import ServerError
 from dpo_mm.policies.vlm.served import Decoding, chat_messages, check_server_settings, served_responses
@@ -224,3 +228,26 @@ def test_command_needs_no_model(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, [*flags.split(), "--output-dir", str(tmp_path / "mined")])
     assert done.exit_code == 0, done.output
     assert load_responses(str(tmp_path / "mined" / "pairs.parquet"))[0]["model"] == "base"
+
+
+def test_signal_ends_a_hung_request_at_once_and_keeps_what_has_arrived(tmp_path: Path) -> None:
+    """Mutation that it catches: the process waits for the request, or for the rest of its shard."""
+    ended = threading.Event()
+
+    def script(body: dict[str, Any]) -> str:
+        if "5" in echo(body):
+            while not ended.wait(0.01):
+                if len(server.requests) == 6:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    ended.wait(5)
+        return echo(body)
+
+    options = {"questions": write_questions(tmp_path), "output_dir": str(tmp_path / "mined"), "model": "base"}
+    with scripted_server(script) as server:
+        started = time.monotonic()
+        with pytest.raises(TrainingInterrupted):
+            mine_responses(config(server.url, **options))
+        assert time.monotonic() - started < 4
+        ended.set()
+        arrived = len((tmp_path / "mined" / ".shard-00000.jsonl").read_text().splitlines())
+        assert arrived >= 3 and len(load_responses(str(mine_responses(config(server.url, **options))))) == 6
