@@ -19,7 +19,7 @@ from dpo_mm.policies.adapter_sources import adapter_content
 
 logger = logging.getLogger(__name__)
 
-DECIDED_BY_SERVER = ("revision", "quantize", "base_adapter")
+DECIDED_BY_SERVER = ("revision", "quantize", "min_pixels", "max_pixels", "base_adapter")
 """Settings that a server has decided when it started."""
 MIN_QUESTIONS = 4
 """Questions from which equal samples are reported."""

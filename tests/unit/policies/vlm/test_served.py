@@ -160,7 +160,7 @@ def test_text_is_sent_as_text_and_prefill_is_refused() -> None:
         ({"server": "127.0.0.1:8000"}, "no address. Expected one such as"),
         ({"server": "http://me:pw@127.0.0.1/v1"}, "no user, password or query. Put the key into DPO_MM_API_KEY"),
         ({"adapter": "runs/mine"}, "adapter: a server decides it when it starts"),
-        ({"quantize": "int8"}, "quantize: a server decides it when it starts"),
+        ({"max_pixels": 9999}, "max_pixels: a server decides it when it starts"),
     ],
 )
 def test_settings_that_do_not_fit_a_server_are_refused(change: dict[str, Any], message: str) -> None:
