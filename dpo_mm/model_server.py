@@ -82,7 +82,7 @@ class ModelServer:
 
     Args:
         url: address up to and with `/v1`.
-        timeout_s: seconds that one request may take.
+        timeout_s: seconds that the server may be silent in one request.
 
     Raises:
         ValueError: as `check_server_url`.
@@ -129,13 +129,14 @@ class ModelServer:
             message, reason = choice["message"], choice.get("finish_reason")
             counts = [usage.get(name) for name in ("completion_tokens", "prompt_tokens")]
             text = message.get("content") or ""
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ServerError(
                 self._line("its reply is no chat completion. Give the address that ends in /v1")
             ) from None
         if not isinstance(counts[0], int) or not isinstance(text, str):
             raise ServerError(self._line("its replies have no text or no usage.completion_tokens, which count tokens"))
         refused = bool(message.get("refusal")) or reason == "content_filter"
+        text = text.encode("utf-8", "replace").decode()  # a token may end within a character
         return Completion(text, counts[0], int(counts[1] or 0), reason == "length", refused)
 
     def served_names(self) -> list[str]:

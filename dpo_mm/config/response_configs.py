@@ -63,7 +63,7 @@ class CompareResponsesConfig(Settings):
     """Name under which the server offers the tuned model. `adapter` then only names its folder, for the judges that built its
     training pairs and for its model card."""
     server_timeout: float = 600.0
-    """Seconds that one request to the server may take."""
+    """Seconds that the server may be silent in one request."""
     overwrite: bool = False
     """Remove an earlier report in output_dir first. Only files that dpo-mm wrote and that are unchanged are removed."""
 
@@ -123,7 +123,7 @@ class MineResponsesConfig(Settings):
     served: str | None = None
     """Name under which the server offers the model."""
     server_timeout: float = 600.0
-    """Seconds that one request to the server may take."""
+    """Seconds that the server may be silent in one request."""
     overwrite: bool = False
     """Remove an earlier result in output_dir first. Only files that dpo-mm wrote and that are unchanged are removed."""
 

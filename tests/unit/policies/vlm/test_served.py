@@ -138,6 +138,12 @@ def test_hung_request_wrong_name_and_missing_server_give_one_line(tmp_path: Path
         served_responses(config(url), "base", QUESTIONS[:1], [GREEDY], file=tmp_path / "a")
 
 
+def test_half_of_a_character_at_the_token_limit_is_saved(tmp_path: Path) -> None:
+    with scripted_server(lambda body: "half \ud83d") as server:
+        responses = served_responses(config(server.url), "base", QUESTIONS[:1], [GREEDY], file=tmp_path / "a")
+    assert responses[0][0].text == "half ?"
+
+
 def test_server_that_ignores_seeds_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     decodings = [GREEDY, Decoding(1.0, 0), Decoding(1.0, 1)]
     with scripted_server(lambda body: "the same") as server:
