@@ -28,7 +28,7 @@ COUNTS = (
 """Settings that are at least 1."""
 NOT_NEGATIVE = (
     "learning_rate", "warmup_steps", "max_grad_norm", "weight_decay", "sft_weight", "fixed_draws_per_row", "eval_every",
-    "save_every", "sample_steps", "workers", "min_score_gap", "temperature", "edited_token_weight",
+    "save_every", "sample_steps", "early_stopping_patience", "workers", "min_score_gap", "temperature", "edited_token_weight",
 )  # fmt: skip
 """Settings that are at least 0."""
 LIMITS = {

@@ -25,6 +25,7 @@ from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
 from dpo_mm.policies.start_adapter import check_start, start_from
 from dpo_mm.quantization import check_quantize
 from dpo_mm.training.auto_beta import AUTO
+from dpo_mm.training.best_weights import validate_best_weights
 from dpo_mm.training.objective_settings import is_fine_tuning, objective_names, required_inputs, takes_beta
 from dpo_mm.training.reference import resolve_reference_name
 from dpo_mm.training.samples import validate_samples
@@ -147,6 +148,7 @@ def validate_config(config: TrainConfig) -> None:
     _validate_durations(config)
     validate_trackers(config)
     validate_samples(config, modality=modality)
+    validate_best_weights(config, modality=modality)
     _refuse_ignored_settings(config, modality=modality)
     training_arguments(config)
 

@@ -33,6 +33,7 @@ from dpo_mm.process_rank import process_rank
 from dpo_mm.progress import progress_bar
 from dpo_mm.quantization import stored_size
 from dpo_mm.training.auto_beta import AUTO, measure_beta
+from dpo_mm.training.best_weights import BEST_FOLDER
 from dpo_mm.training.builders import (
     build_policy,
     refuse_fsdp_on_cpu,
@@ -70,7 +71,7 @@ logger = logging.getLogger(__name__)
 TRAINING = OutputKind(
     CONFIG_FILE,
     "trained",
-    parts=("checkpoint-*", SAMPLES_FOLDER),
+    parts=("checkpoint-*", BEST_FOLDER, SAMPLES_FOLDER),
     free=("output_dir", "resume", "overwrite", "workers", *TRACKING_SETTINGS, *SAMPLE_SETTINGS),
 )
 
@@ -231,6 +232,8 @@ def _train_on(
     card = lambda folder: write_card(config, summary, text=text, image_lines=image_lines, into=folder)
     with complete_part(lambda: f"The run is complete and its result is in {config.output_dir}") as stop:
         _fit(trainer, checkpoint, stop)
+        if trainer.best_weights is not None:
+            summary |= trainer.best_weights.restore()
         trainer.save_result(summary, card)
     return TrainResult(Path(config.output_dir), tuple(trainer.history()), summary, float(config.beta))
 
@@ -301,9 +304,7 @@ def _fit(trainer: PreferenceTrainer, checkpoint: Path | None, stop: StopRequest)
             path = f"{config.output_dir}/checkpoint-{step}"
             raise TrainingInterrupted(stop.number, f"It stopped after step {step} and saved {path}")
         history = trainer.state.log_history
-        if trainer.eval_dataset is not None and not any(
-            "eval_loss" in e and e["step"] == config.steps for e in history
-        ):
+        if trainer.eval_dataset is not None and not any("eval_loss" in e and e["step"] == step for e in history):
             trainer.evaluate()
     skips = trainer.skip_callback
     if not checkpoint and skips.skipped and skips.skipped == skips.attempted:

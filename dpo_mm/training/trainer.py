@@ -30,6 +30,7 @@ from dpo_mm.objectives import LogProbs
 from dpo_mm.outputs import KIND, RECORDS
 from dpo_mm.policies.protocol import Batch, Policy
 from dpo_mm.resumable import set_aside
+from dpo_mm.training.best_weights import BestWeightsCallback
 from dpo_mm.training.builders import DEFAULT_SLACK, build_loss, training_arguments
 from dpo_mm.training.callbacks import (
     ChosenErrorWarning,
@@ -137,6 +138,9 @@ class PreferenceTrainer(Trainer):
         if samples is not None:
             samples.log, samples.callbacks = self.log, self.callback_handler.callbacks
             self.add_callback(samples)
+        self.best_weights = BestWeightsCallback(policy, config) if config.metric_for_best_model else None
+        if self.best_weights is not None:
+            self.add_callback(self.best_weights)
         self.add_callback(RestoreRewardsCallback(self.run_state, self.skip_callback))
         self.add_callback(ChosenLikelihoodWarning() if policy.modality == "text" else ChosenErrorWarning())
         if isinstance(self.reference, TrackingReference):
