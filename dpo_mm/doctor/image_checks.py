@@ -60,7 +60,6 @@ def _add_row(
 ) -> None:
     statistics.add_row(row)
     preference, prompt = row["preference"], row["prompt"] or ""
-    statistics.counts["preference"][str(preference)] += 1
     prompt_digest = digest(plain_text(prompt))
     statistics.num_uncertain += preference in ("tie", "both_bad") or any(
         row.get(column) is not None for column in ("p_a", "votes_a", "score_a")
@@ -77,7 +76,9 @@ def _add_row(
     present = [letter for letter in "ab" if row[f"image_{letter}"] is not None]
     if len(present) == 1:
         statistics.add_one_sided(row["id"], liked=present[0] == preference)
-    elif not present:
+    else:
+        statistics.counts["preference"][str(preference)] += 1
+    if not present:
         statistics.add_problem("undecodable-images", row, "it has no image")
     reasons = [
         f"image_{letter} does not decode ({image})"

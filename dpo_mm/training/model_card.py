@@ -16,14 +16,15 @@ from dpo_mm.content_key import file_hash
 from dpo_mm.judges.provenance import CARD_KEY, training_judges_of, training_judges_of_adapter
 from dpo_mm.policies.start_adapter import is_stacked
 from dpo_mm.resumable import atomic_write
+from dpo_mm.training.objective_settings import is_fine_tuning
 
 if TYPE_CHECKING:
     from dpo_mm.evaluation.statistics import Comparison
 
 CARD = "README.md"
 RESULTS = "## Compared with its base"
-MADE = "tuned on preferences with dpo-mm."
-"""Words of every card that dpo-mm wrote."""
+MADE, FINE_TUNED = "tuned on preferences with dpo-mm.", "fine-tuned on chosen examples with dpo-mm."
+"""Words of every card that dpo-mm wrote: one of both."""
 RESULTS_SECTION = re.compile(rf"{RESULTS}\n\nVerdict: [^\n]*\n\n(\|[^\n]*\n)+")
 LOADING = {
     "lora": 'processor = AutoProcessor.from_pretrained("{base}")\n'
@@ -92,10 +93,11 @@ def write_card(
     """
     folder = Path(config.output_dir)
     library = "transformers" if config.tuning == "full" else "peft"
+    kind = ["sft"] if is_fine_tuning(config) else ["dpo", "preference-optimization"]
     front: dict[str, Any] = {
         "base_model": config.model,
         "library_name": library if text else "diffusers",
-        "tags": ["dpo", "preference-optimization", *(["lora"] if config.tuning == "lora" else [])],
+        "tags": [*kind, *(["lora"] if config.tuning == "lora" else [])],
     }
     judges = (*training_judges_of_adapter(config.adapter), *training_judges_of(config.pairs))
     if made := list(dict.fromkeys(judges)):
@@ -106,7 +108,7 @@ def write_card(
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items())
     card = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_cell(folder.name)}\n\n"
-        f"`{_cell(config.model)}` {MADE}{_start(settings)}\n\n"
+        f"`{_cell(config.model)}` {FINE_TUNED if is_fine_tuning(config) else MADE}{_start(settings)}\n\n"
         f"## How to use it\n\n{where}\n\n```python\n{code}\n```\n\n"
         f"## How it was trained\n\n| | |\n|---|---|\n{rows}\n\nEvery setting is in `dpo_mm.json`.\n"
     )
@@ -134,7 +136,7 @@ def add_results(adapter: str | Path, comparisons: Sequence[Comparison], *, verdi
     if path.is_symlink() or not path.is_file():
         return None
     before = path.read_text(encoding="utf-8")
-    if MADE not in before:
+    if MADE not in before and FINE_TUNED not in before:
         return None
     rows = "".join(
         f"| {_cell(one.name)} | {one.base:.4g} | {one.tuned:.4g} | {_interval(one)} | {one.verdict} |\n"

@@ -36,6 +36,8 @@ def check_stages(model: str, chosen: Path, pairs: Path, folder: Path, *, beta: f
     again = run(model, chosen, folder / "again", "sft", adapter=str(folder / "sft"), steps=2)
     assert again.history[0]["loss"] < losses[0]
     base = run(model, pairs, folder / "base", "sigmoid", beta=beta, steps=1).history[0]
+    card = (folder / "sft" / "README.md").read_text()
+    assert "fine-tuned on chosen examples" in card and "preference-optimization" not in card
     second = run(model, pairs, folder / "dpo", "sigmoid", beta=beta, steps=2, adapter=str(folder / "sft"))
     start = second.history[0]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-5) and start["rewards/margins"] == pytest.approx(
