@@ -65,6 +65,11 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]
     return batch
 
 
+def sequences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a batch in the order of its images: of couples, the liked rows and then the disliked ones."""
+    return [*rows, *(row["disliked"] for row in rows if "disliked" in row)]
+
+
 def _collate_couples(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """Batch of one-sided sequences: those of the liked rows, then those of the disliked ones."""
     own = ("disliked", "number", "reference_chosen", "reference_rejected", *DATASET_INPUTS)

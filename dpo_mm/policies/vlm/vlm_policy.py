@@ -252,7 +252,7 @@ class VisionLanguage:
             ValueError: if only some of the rows with images have cached features.
         """
         batch = pair_batches.collate(rows, self.pad_token_id)
-        features = [row["features"] for row in rows if "features" in row]
+        features = [row["features"] for row in pair_batches.sequences(rows) if "features" in row]
         if features and "pixel_values" in batch["images"]:
             raise ValueError(
                 "only some rows of a batch have cached vision features. Cache them for all rows or for none"

@@ -141,6 +141,27 @@ def test_run_on_liked_and_disliked_rows(modality: str, models: dict[str, str], t
     assert dry_run(plain)["pairs"].endswith("4 rows with a chosen side to train on (4 disliked rows are left out)")
 
 
+@pytest.mark.slow
+def test_liked_rows_on_disk_and_cached_features_give_the_losses_of_memory(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches features of the liked images at the disliked prompts, and a resumed run with other couples."""
+    pairs = write_rows(tmp_path, "text", "+-+-+")
+    losses = []
+    for name, changes in (("memory", {}), ("features", {"cache_vision_features": True}), ("disk", {"workers": 0})):
+        if name == "disk":
+            monkeypatch.setattr("dpo_mm.training.response_rows.MAX_BYTES_IN_MEMORY", 0)
+        given = {"steps": 4, "learning_rate": 1e-2, "save_every": 2, **changes}
+        settings = config(models["text"], pairs, tmp_path / name, "text", "kto", **given)
+        losses.append([entry["loss"] for entry in train(settings).history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == losses[2] and losses[0][0] != losses[0][3]
+    out = tmp_path / "disk" / "out"
+    (tmp_path / "cut" / "out").mkdir(parents=True)
+    (out / "checkpoint-2").rename(tmp_path / "cut" / "out" / "checkpoint-2")
+    settings = config(models["text"], pairs, tmp_path / "cut", "text", "kto", **{**given, "resume": True})
+    assert [entry["loss"] for entry in train(settings).history if "loss" in entry] == losses[0]
+
+
 @pytest.mark.parametrize(
     ("likes", "changes", "message"),
     [
