@@ -22,6 +22,18 @@ def list_presets() -> None:
     print_rows({file.stem: read_yaml(file)["title"] for file in sorted(presets_folder().glob("*.yaml"))})
 
 
+def print_schema() -> None:
+    """Print the JSON schema of recipe files.
+
+    Editors complete and check settings with it: dpo-mm schema > recipe.schema.json
+    """
+    import json
+
+    from dpo_mm.config.json_schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=1))
+
+
 def run_preset(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="Name of a preset, or YAML file with the sections train and compare.")],
@@ -39,4 +51,5 @@ def run_preset(
 def add_commands(app: typer.Typer) -> None:
     """Add the commands to an app."""
     app.command("presets")(list_presets)
+    app.command("schema")(print_schema)
     app.command("recipe", context_settings=SETTINGS_AS_FLAGS)(run_preset)
