@@ -16,6 +16,7 @@ from dpo_mm.policies.vlm.meta_model import load_vlm_on_meta_device
 from dpo_mm.training.arrow_shards import gib
 from dpo_mm.training.builders import build_policy
 from dpo_mm.training.memory_estimate import Counts, Memory, count_images, count_responses, disk_bytes
+from dpo_mm.training.objective_settings import required_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def possible_changes(config: TrainConfig, *, fixed_draws: bool = False) -> Itera
         factor = config.batch_size // smallest
         single.append({"batch_size": smallest, "accumulate": factor * config.accumulate})
     if config.tuning == "full":
-        if config.reference in ("auto", "frozen_copy"):
+        if config.reference in ("auto", "frozen_copy") and "reference_logps" in required_inputs(config):
             draws = {"fixed_draws_per_row": 1} if fixed_draws and not config.fixed_draws_per_row else {}
             single.append({"reference": "precomputed", **draws})
         if config.optimizer in ("adamw", "adamw_torch", "adamw_torch_fused"):

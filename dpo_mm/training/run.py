@@ -220,7 +220,7 @@ def _train_on(
     config = steps_of_epochs(config, len(train_rows), training_arguments(config).world_size)
     if checkpoint:
         check_steps(checkpoint, config)
-    summary = run_summary(policy, config, loaded.describe(len(train_rows)))
+    summary = run_summary(policy, config, loaded, len(train_rows))
     if cut := getattr(splits.rows, "truncated_prompts", ""):
         logger.warning("prompts: %s", cut)
         summary |= {"truncated prompts": cut}
@@ -314,13 +314,16 @@ def _fit(trainer: PreferenceTrainer, checkpoint: Path | None, stop: StopRequest)
         )
 
 
-def run_summary(policy: ImagePolicy | TextPolicy, config: TrainConfig, rows: str) -> dict[str, str]:
+def run_summary(
+    policy: ImagePolicy | TextPolicy, config: TrainConfig, loaded: TrainingRows, count: int
+) -> dict[str, str]:
     """Summarise a run before it starts: pairs, steps, objective, reference, memory, and the policy's own lines.
 
     Args:
         policy: prepared.
         config: settings of the run.
-        rows: description of the rows to train on.
+        loaded: the rows of the run.
+        count: number of rows or couples to train on.
     """
     num_trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
     num_bytes = stored_size(policy.model)
@@ -337,15 +340,16 @@ def run_summary(policy: ImagePolicy | TextPolicy, config: TrainConfig, rows: str
             of_policy["no effect"] = (
                 f"{' and '.join(unused)}, because objective {', '.join(objective_names(config))} has none"
             )
-    if is_fine_tuning(config):
+    if loaded.one_sided:
         of_policy.pop("layout", None)
+    if is_fine_tuning(config):
         text = policy.modality == "text"
         of_policy["reduction"] = "mean per token of a step's chosen responses" if text else "mean over latent elements"
     unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
     return {
         **({"revision": commit} if commit else {}),
         **describe_start(policy, config),
-        "pairs": f"{config.pairs}, {rows}",
+        "pairs": f"{config.pairs}, {loaded.describe(count)}",
         "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} {'rows' if is_fine_tuning(config) else 'pairs'} per process{epochs}",
         "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
         "reference": f"{reference}, which is the adapter"
@@ -377,7 +381,7 @@ def dry_run(config: TrainConfig, *, vram: float | None = None) -> dict[str, str]
     pairs, train_rows = loaded.every, loaded.train
     policy.prepare(config)
     config = steps_of_epochs(config, loaded.items, training_arguments(config).world_size)
-    summary = run_summary(policy, config, loaded.describe(loaded.items))
+    summary = run_summary(policy, config, loaded, loaded.items)
     if policy.modality == "image":
         if cut := truncated_prompts(policy, pairs["prompt"]):
             summary |= {"truncated prompts": cut}
