@@ -40,6 +40,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_command_scores_with_a_judge_in_its_folder(folder: Path) -> None:
     """`dpo-mm`, unlike `python -m`, does not search the working folder by itself."""
     forked.run("judge", "my_judge:score", "--images", "images", "--output", "scores.parquet", cwd=folder, check=True)

@@ -25,6 +25,7 @@ from tests.contracts.tiny_vlms import save
 SETTINGS: dict[str, Any] = {"steps": 3, "batch_size": 4, "learning_rate": 0.05, "eval_fraction": 0.0, "log_every": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["use_rslora", "use_dora"])
 def test_saved_image_adapter_gives_the_trained_pixels(kind: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
     kohya: dict[str, Any] = {"lora_format": "kohya"} if kind == "use_rslora" else {}

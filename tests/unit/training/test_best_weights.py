@@ -46,6 +46,7 @@ def test_best_value_is_saved_and_patience_ends_the_run(
     assert saved == saved_at and stopped == stops_after
 
 
+@pytest.mark.slow
 def test_result_is_that_of_the_run_that_ends_at_the_best_step(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """With this learning rate, later steps are worse."""
     result = train(config(tiny_model, pairs, str(tmp_path / "best"), **EVALUATED, early_stopping_patience=2))
@@ -60,6 +61,7 @@ def test_result_is_that_of_the_run_that_ends_at_the_best_step(tiny_model: str, p
     )
 
 
+@pytest.mark.slow
 def test_interrupted_run_remembers_its_best_step(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def test_contradicting_durations_are_refused(settings: dict[str, Any], message: 
         validate_config(dataclasses.replace(CONFIG, **settings))
 
 
+@pytest.mark.slow
 def test_run_of_two_epochs_is_a_run_of_its_steps_and_continues(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"batch_size": 4, "eval_fraction": 0.0, "lora_rank": 2, "log_every": 1, "save_every": 3}
     settings |= {"schedule": "linear", "warmup_steps": 0.4}

@@ -34,6 +34,7 @@ def without_samples(history: tuple[dict[str, float], ...]) -> list[dict[str, flo
     return [entry for entry in history if not any(name.startswith("samples/") for name in entry)]
 
 
+@pytest.mark.slow
 def test_images_of_each_step_and_unchanged_training(tiny_model: str, pairs: str, prompts: str, tmp_path: Path) -> None:
     plain = train(config(tiny_model, pairs, str(tmp_path / "plain"), steps=5, learning_rate=0.05))
     sampled = train(
@@ -67,6 +68,7 @@ def test_images_of_each_step_and_unchanged_training(tiny_model: str, pairs: str,
     assert [event.step for event in events.Images("samples/1 red")] == [0, 2, 4, 5]
 
 
+@pytest.mark.slow
 def test_resumed_run_adds_to_the_strip_and_overwrite_removes_it(
     tiny_model: str, pairs: str, prompts: str, tmp_path: Path
 ) -> None:
