@@ -123,7 +123,7 @@ def load_comparison(folder: str | Path, *, judges: Sequence[str] | None = None) 
         )
     image_pairs = tuple(_image_pair(images, base, tuned, names, scores) for base, tuned in pairs)
     judged = {name for pair in image_pairs for name in pair.scores}  # others scored only images of side sets
-    return SavedComparison(image_pairs, tuple(name for name in names if name in judged), settings)
+    return SavedComparison(image_pairs, tuple(name for name in names if name in judged.union(primary)), settings)
 
 
 def _image_pair(

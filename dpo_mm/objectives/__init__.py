@@ -37,7 +37,7 @@ from dpo_mm.objectives.pairwise import (
     sigmoid_norm,
     soft,
 )
-from dpo_mm.objectives.reference_free import cpo, orpo, sft, sft_per_token, simpo
+from dpo_mm.objectives.reference_free import cpo, orpo, sft, simpo
 from dpo_mm.objectives.terms import anchor, image_conditional, symmetric_image, tdpo
 from dpo_mm.objectives.tokens import on_policy_weight, sdpo_lambda_text, segment_mean, shared_length
 
@@ -87,7 +87,6 @@ __all__ = [
     "sdpo_lambda_text",
     "segment_mean",
     "sft",
-    "sft_per_token",
     "shared_length",
     "sigmoid",
     "sigmoid_norm",

@@ -52,27 +52,6 @@ def sft(policy_logps: LogProbs) -> Tensor:
     return denoising_errors(policy_logps)[0]
 
 
-def sft_per_token(policy_logps: LogProbs, *, tokens_per_row: Tensor) -> Tensor:
-    """Token cross-entropy on the chosen responses, as the mean per token of a whole step.
-
-        -log p_w / tokens_per_row
-
-    Its mean over the rows of a step is the sum over all tokens divided by their number. So a long response counts more, as
-    in TRL's SFTTrainer. `sft`, the term of other objectives, is a mean per response.
-
-    Args:
-        policy_logps: log-probs of the chosen responses under the policy, nats, (rows,).
-        tokens_per_row: mean number of tokens of the chosen responses of the step, over all its forward passes and processes,
-            > 0, scalar.
-
-    Returns:
-        Loss per row, (rows,).
-
-    Source: the loss of TRL's `SFTTrainer` with `completion_only_loss`.
-    """
-    return -policy_logps.chosen / tokens_per_row
-
-
 def orpo(policy_logps: LogProbs, *, ratio_weight: float = 0.1) -> Tensor:
     """Fine-tuning on the chosen side plus a term that raises its odds over the rejected side's (ORPO).
 

@@ -83,8 +83,7 @@ def build_loss(
         modality: decides if log-probs are likelihoods (text) or the denoising surrogate (image).
 
     Returns:
-        A function of (policy_logps, reference_logps, batch) that returns the loss per pair, (pairs,). Fine-tuning of text is
-        the mean per token of the whole step, see `sft_per_token`.
+        A function of (policy_logps, reference_logps, batch) that returns the loss per pair, (pairs,).
 
     Raises:
         ValueError: if a setting is out of range, or an objective does not support the modality.
@@ -104,9 +103,6 @@ def build_loss(
         {"corrupted_ratio": torch.zeros(2)} if modality == "text" else {}
     )
     loss(sample, sample, given)
-    if is_fine_tuning(config) and modality == "text":
-        weight = named["sft"]
-        return lambda logps, _, batch: weight * objectives.sft_per_token(logps, tokens_per_row=batch["tokens_per_row"])
     return loss
 
 

@@ -20,6 +20,7 @@ from transformers.integrations import TensorBoardCallback
 
 from dpo_mm.checksums import write_with_checksum
 from dpo_mm.config import TrainConfig
+from dpo_mm.data.image_files import open_image
 from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response
@@ -116,7 +117,10 @@ class SampleCallback(TrainerCallback):
     def _write_strip(self, steps: dict[int, dict[str, Any]]) -> None:
         """Draw the images of all steps as one strip per prompt, those of the start first."""
         shown = [step for step in _spread(sorted(steps)) if self._image_file(step, 0).is_file()]
-        rows = [[Image.open(self._image_file(step, number)) for step in shown] for number in range(len(self.titles))]
+        rows = [
+            [open_image(self._image_file(step, number).read_bytes()) for step in shown]
+            for number in range(len(self.titles))
+        ]
         scores = [next(iter(steps[step]["scores"].values()), [None] * len(self.titles)) for step in shown]
         exact = all(score in (None, 0, 1) for column in scores for score in column)
         marks = [[mark_of(column[number], exact) for column in scores] for number in range(len(self.titles))]

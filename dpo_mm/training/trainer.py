@@ -49,7 +49,7 @@ from dpo_mm.training.checkpoints import (
 )
 from dpo_mm.training.dropped_rows import run_rows, streamed_rows
 from dpo_mm.training.metrics import image_reliance, log_prob_metrics, reward_metrics, split_by_noise_quartile
-from dpo_mm.training.objective_settings import is_fine_tuning, required_inputs
+from dpo_mm.training.objective_settings import required_inputs
 from dpo_mm.training.pair_stream import eval_stream, training_stream
 from dpo_mm.training.reference import TrackingReference, build_reference
 from dpo_mm.training.samples import SampleCallback
@@ -114,8 +114,6 @@ class PreferenceTrainer(Trainer):
             config, modality=policy.modality
         )
         self.required_inputs = required_inputs(config)
-        self.loss_per_token = is_fine_tuning(config) and policy.modality == "text"
-        self.tokens_per_row = torch.ones(())
         self.run_state = {**(run_state or {}), "rewards": {"mean": 0.0, "count": 0.0}}
         self._metrics: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
         arguments = training_arguments(config)
@@ -175,13 +173,8 @@ class PreferenceTrainer(Trainer):
             corrupted_reference = self._reference_log_probs(model, inputs["corrupted"])
             corrupted_policy, _ = self._policy_log_probs(model, inputs["corrupted"])
             loss_inputs["corrupted_ratio"] = objectives.log_ratios(corrupted_policy, corrupted_reference)[0]  # type: ignore[arg-type]
-        if self.loss_per_token:
-            tokens = policy_logps.num_tokens_chosen
-            loss_inputs["tokens_per_row"] = tokens.mean() if evaluating else self.tokens_per_row
         losses = self.objective(policy_logps, reference_logps, loss_inputs)
         metrics = {"loss": losses.detach(), **log_prob_metrics(policy_logps)}
-        if evaluating and self.loss_per_token:  # `_eval_averages` divides their means
-            metrics |= {"loss": losses.detach() * tokens.mean(), "tokens": tokens}
         if reference_logps is not None:
             metrics |= reward_metrics(policy_logps, reference_logps, beta=float(self.config.beta))
         if "corrupted_ratio" in loss_inputs:
@@ -196,15 +189,6 @@ class PreferenceTrainer(Trainer):
             self.skip_callback.record_batch(inputs["id"], inputs.get("timestep"), losses)
             self._metrics["train"].append(metrics)
         return losses.mean()
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Get the batches of a step, and note the tokens per row of the step on all processes if the loss is per token."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.loss_per_token and batches:
-            counts = torch.cat([batch["num_tokens_chosen"] for batch in batches]).to(device)
-            total = self.accelerator.gather(torch.stack([counts.sum(), counts.new_tensor(len(counts))])[None]).sum(0)  # type: ignore[union-attr]
-            self.tokens_per_row = total[0] / total[1]
-        return batches, items
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self.skip_callback.measure(self.policy.model)
@@ -258,8 +242,6 @@ class PreferenceTrainer(Trainer):
         first = {number: position for position, number in reversed(list(enumerate(numbers))) if number >= 0}
         means = gathered[[first[number] for number in sorted(first)]].nanmean(0).tolist()
         metrics = dict(zip(names, means, strict=True))
-        if "tokens" in metrics:
-            metrics["loss"] /= metrics.pop("tokens")
         return {k: v for k, v in metrics.items() if k != "number" and ("_quartile" not in k or not math.isnan(v))}
 
     def _train_averages(self) -> dict[str, float]:

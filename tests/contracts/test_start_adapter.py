@@ -214,7 +214,7 @@ def test_every_reference_starts_at_the_adapter_and_a_resumed_run_gives_the_same_
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sigmoid", "sft"])
 def test_two_processes_give_the_losses_of_one_from_an_adapter(objective: str, tmp_path: Path) -> None:
-    """The responses have unequal lengths. Catches a mean per token of each process for `sft`."""
+    """The responses have unequal lengths. Catches a loss that depends on how rows are spread over processes."""
     model, adapter = text_start("llama", tmp_path)
     settings = {"model": model, "adapter": adapter, "pairs": response_pairs(tmp_path), "objective": objective, **SHORT}
     settings |= {"beta": 0.1} if objective == "sigmoid" else {}

@@ -110,10 +110,10 @@ def test_sft_of_images_takes_one_forward_pass_per_step_of_the_chosen_image_only(
     assert history[0]["loss"] == pytest.approx(-2 * log_probs.chosen.mean().item(), rel=1e-5)
 
 
-def test_sft_of_text_is_the_mean_per_token_of_the_step(text_model: str, tmp_path: Path) -> None:
+def test_sft_of_text_is_the_mean_over_responses_of_their_means_per_token(text_model: str, tmp_path: Path) -> None:
     """Compute it from the logits of the model itself, over two forward passes of two rows of unequal length, and for eval.
 
-    Catches a mean per response, a mean of the means of the forward passes, and a prompt whose tokens count.
+    Catches a mean over all tokens, and a prompt whose tokens count.
     """
     settings = config(text_model, text_pairs(tmp_path, 8), tmp_path, accumulate=2, steps=1, learning_rate=0.0)
     settings = dataclasses.replace(settings, eval_fraction=0.5)
@@ -123,9 +123,9 @@ def test_sft_of_text_is_the_mean_per_token_of_the_step(text_model: str, tmp_path
     with torch.no_grad():
         for encoded, name in ((splits.rows, "loss"), (splits.eval_rows, "eval_loss")):
             assert len(encoded) == 4 and all("rejected_ids" not in row for row in encoded)
-            log_prob = sum(float(upstream_log_prob(policy, row, "chosen")) for row in encoded)
-            tokens = sum(len(row["chosen_ids"]) for row in encoded)
-            assert next(e[name] for e in history if name in e) == pytest.approx(-log_prob / tokens, rel=1e-5)
+            means = [float(upstream_log_prob(policy, row, "chosen")) / len(row["chosen_ids"]) for row in encoded]
+            loss = -sum(means) / len(means)
+            assert next(e[name] for e in history if name in e) == pytest.approx(loss, rel=1e-5)
     assert not [name for entry in history for name in entry if "reward" in name or "rejected" in name]
     assert any("logps/chosen" in entry for entry in history)
 
