@@ -128,6 +128,7 @@ JUDGES: dict[str, Judge] = {
     "cer": Judge("character error rate", f"{_TEXT}:cer", "lower"),
     "wer": Judge("word error rate", f"{_TEXT}:wer", "lower"),
     "anls": Judge("ANLS", f"{_TEXT}:anls"),
+    "levenshtein_bleu": Judge("Levenshtein ratio and BLEU-4, mean", "dpo_mm.judges.transcription_quality:levenshtein_bleu"),
     "valid_json": Judge("valid JSON rate", f"{_TEXT}:valid_json"),
     "truncated": Judge("truncation rate", f"{_TEXT}:truncated", "lower"),
     "num_tokens": Judge("tokens per response", f"{_TEXT}:num_tokens", "lower"),
