@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ def suppress_library_output() -> Iterator[None]:
     """Context manager that disables the progress bars and notices of other libraries."""
     for name in ("torch.utils._pytree", "bitsandbytes"):  # both speak when diffusers imports torchao and bitsandbytes
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT reads it
     import datasets
     import diffusers
     import transformers
