@@ -7,10 +7,20 @@ To add a dataset, write its converter in the file of its kind and add it to SOUR
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
-from dpo_mm.sources import fine_tuning_sets, image_pair_sets, rankings, response_pair_sets, row_formats
+from dpo_mm.sources import (
+    fine_tuning_sets,
+    image_pair_sets,
+    ms_swift,
+    pair_folders,
+    rankings,
+    response_pair_sets,
+    row_formats,
+)
 from dpo_mm.sources.parquet_writer import Item, Row
+from dpo_mm.sources.raw_rows import Origin, find_captions
 
 Converter = Callable[[Iterable[Row], str | None], Iterator[Item]]
 """Function from raw rows and the axis (None: the default) to rows or reasons to leave them out."""
@@ -31,7 +41,8 @@ class Source(NamedTuple):
         grouped: True if rows are single images, which are paired with each other.
         uncertain: True if the dataset has ties, votes or scores. The doctor warns about copies without them.
         keeps_ids: True if the rows' ids are used unchanged.
-        one_sided: True if a row has one image or response. Images are then read with their captions.
+        one_sided: True if a row has one image or response.
+        find_images: finds the rows in a folder of images and a split. None: rows are in tables.
     """
 
     convert: Converter
@@ -46,6 +57,7 @@ class Source(NamedTuple):
     uncertain: bool = False
     keeps_ids: bool = False
     one_sided: bool = False
+    find_images: Callable[[Path, str], Origin] | None = None
 
 
 SOURCES: dict[str, Source] = {
@@ -181,7 +193,16 @@ SOURCES: dict[str, Source] = {
         whole=True,
     ),
     "llama-factory": Source(
-        row_formats.llama_factory, "responses", notes="ShareGPT or OpenAI turns with ranking: true.", keeps_ids=True
+        row_formats.llama_factory,
+        "responses",
+        notes="ranking: true. ShareGPT or OpenAI turns, or Alpaca's instruction and input, with chosen and rejected.",
+        keeps_ids=True,
+    ),
+    "ms-swift": Source(
+        ms_swift.ms_swift,
+        "responses",
+        notes="messages with rejected_response or rejected_messages, and images.",
+        keeps_ids=True,
     ),
     "trl": Source(
         row_formats.trl,
@@ -202,6 +223,22 @@ SOURCES: dict[str, Source] = {
         notes="CSV, JSON lines, JSON or Parquet of your own responses, or of one per row (completion), liked or not (liked).",
         keeps_ids=True,
     ),
+    "two-folders": Source(
+        pair_folders.image_pairs,
+        "images",
+        notes="better/ and worse/ (or chosen/ and rejected/) with the same file names. Prompts are in name.txt next to the images, "
+        "or in metadata.jsonl, .csv or .parquet (file_name, text).",
+        keeps_ids=True,
+        find_images=pair_folders.find_two_folders,
+    ),
+    "kohya-folders": Source(
+        pair_folders.image_pairs,
+        "images",
+        notes="The layout of kohya's sd-scripts for preferences: w/ and l/, or 10_name/w/ and 10_name/l/, with the same file names and "
+        "captions in name.caption or name.txt. Repeats (10) are not used.",
+        keeps_ids=True,
+        find_images=pair_folders.find_kohya_folders,
+    ),
     "captioned-images": Source(
         fine_tuning_sets.captioned_images,
         "images",
@@ -209,6 +246,7 @@ SOURCES: dict[str, Source] = {
         "in Hugging Face's imagefolder.",
         keeps_ids=True,
         one_sided=True,
+        find_images=find_captions,
     ),
     "chat": Source(
         row_formats.chat,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,16 @@ from dpo_mm.progress import progress_bar
 from dpo_mm.sources import SOURCES, Source
 from dpo_mm.sources.archives import ImageFiles
 from dpo_mm.sources.parquet_writer import ORIGIN, ImportState, Item, LeftOut, Row, open_import, row_name, write_shards
-from dpo_mm.sources.raw_rows import Origin, count_rows, find_captions, find_origin, name_raw_row, raw_rows
+from dpo_mm.sources.raw_rows import (
+    Origin,
+    check_columns,
+    count_rows,
+    find_origin,
+    first_rows,
+    name_raw_row,
+    raw_rows,
+    rename_columns,
+)
 
 FIX = "Fix the row, or remove it"
 SHORTEST_BASE64 = 40
@@ -61,6 +70,8 @@ def import_set(
     min_score_gap: float | None = None,
     limit: int | None = None,
     license: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    media_dir: str | None = None,
     overwrite: bool = False,
 ) -> ImportResult:
     """Import a dataset into a folder of Parquet files that `load_pairs` and `load_responses` load.
@@ -76,6 +87,8 @@ def import_set(
         min_score_gap: rows with a smaller or unknown score gap are left out, see `score_gap_of`. None: all rows.
         limit: largest number of rows. None: all.
         license: licence of rows for which the source names none.
+        columns: names of columns that the source knows, by the dataset's own names.
+        media_dir: folder of the images that rows name. None: the dataset's folder.
         overwrite: remove an earlier import in the folder first, if its files are unchanged.
 
     Raises:
@@ -86,16 +99,14 @@ def import_set(
     path = entry.hub if path == "hub" else path
     if not path:
         raise ValueError(f"source {source!r} has no dataset on the hub. Give a folder, a file or a hub id")
-    patterns = (entry.files[axis],) if axis in entry.files else tuple(entry.files.values())
-    captioned = entry.one_sided and entry.kind == "images" and Path(path).is_dir()
-    if captioned:
-        origin = find_captions(Path(path), split=split)
-    else:
-        origin = find_origin(path, split=split, patterns=patterns, whole=entry.whole)
+    origin = origin_of(source, path, split=split, axis=axis)
+    if columns:
+        check_columns(first_rows(origin), columns, path)
     settings = {"source": source, "path": path, "split": split, "axis": axis, "min_score_gap": min_score_gap}
-    settings |= {"limit": limit, "license": license}
+    settings |= {"limit": limit, "license": license, "columns": dict(columns) if columns else None}
+    settings |= {"media_dir": media_dir}
     folder = Path(output)
-    with open_import(folder, settings, inputs=[path], overwrite=overwrite) as state:
+    with open_import(folder, settings, inputs=[path, media_dir], overwrite=overwrite) as state:
         if not state.complete:
             _write_rows(entry, origin, state, folder)
     if state.rows == 0:
@@ -104,16 +115,36 @@ def import_set(
     return ImportResult(folder, state.rows, len(state.shards), state.preferences, state.left_out, state.examples)
 
 
+def origin_of(source: str, path: str, *, split: str, axis: str | None = None) -> Origin:
+    """Find the raw rows of a source. Raises ValueError if there are none."""
+    entry = SOURCES[source]
+    if entry.find_images is not None and Path(path).is_dir():
+        return entry.find_images(Path(path), split)
+    patterns = (entry.files[axis],) if axis in entry.files else tuple(entry.files.values())
+    return find_origin(path, split=split, patterns=patterns, whole=entry.whole)
+
+
+def media_folder(origin: Origin, media_dir: str | None) -> Path:
+    """Return the folder of the images that rows name. Raises ValueError if it does not exist."""
+    if media_dir is None:
+        return origin.folder
+    if not Path(media_dir).is_dir():
+        raise ValueError(f"media_dir {media_dir}: no such folder. Give the folder of the images that the rows name")
+    if origin.read_image is not None:
+        raise ValueError(f"media_dir is for tables with paths, and {origin.folder} is a folder of images. Remove it")
+    return Path(media_dir)
+
+
 def _write_rows(entry: Source, origin: Origin, state: ImportState, folder: Path) -> None:
     """Write the remaining rows of an import, and update its state."""
     limit, source = state.settings["limit"], state.settings["source"]
-    finish = _row_finisher(entry, origin, source, state.settings["license"], state.settings["min_score_gap"], folder)
+    finish = _row_finisher(entry, origin, state.settings, folder)
     total = limit if limit is not None else None if entry.grouped else count_rows(origin)
     features = image_preference() if entry.kind == "images" else response_preference()
     saved = lambda: f"{state.rows:,} rows are in {folder}" if state.rows else ""
     with stop_on_signal(saved), progress_bar(f"importing {source}", total) as advance:
         advance(state.units)
-        units = _convert(entry, origin, state.settings["axis"], state.units)
+        units = _convert(entry, origin, state.settings, state.units)
         write_shards(units, folder, features, state, limit=limit, finish=finish, advance=advance)
     shutil.rmtree(folder / SCRATCH, ignore_errors=True)
 
@@ -127,12 +158,14 @@ def _entry(source: str, axis: str | None) -> Source:
     return entry
 
 
-def _convert(entry: Source, origin: Origin, axis: str | None, done: int) -> Iterator[list[Item]]:
+def _convert(entry: Source, origin: Origin, settings: Mapping[str, Any], done: int) -> Iterator[list[Item]]:
     """Yield the items of each raw row that is not done. If rows are grouped, yield single items."""
+    axis, columns = settings["axis"], settings.get("columns") or {}
     if entry.grouped:
-        yield from ([item] for item in islice(entry.convert(raw_rows(origin), axis), done, None))
+        rows = rename_columns(raw_rows(origin), columns)
+        yield from ([item] for item in islice(entry.convert(rows, axis), done, None))
         return
-    for row in raw_rows(origin, start=done):
+    for row in rename_columns(raw_rows(origin, start=done), columns):
         with name_raw_row(row):
             items = list(entry.convert([row], axis))
         yield [
@@ -141,11 +174,10 @@ def _convert(entry: Source, origin: Origin, axis: str | None, done: int) -> Iter
         ]
 
 
-def _row_finisher(
-    entry: Source, origin: Origin, source: str, license: str | None, min_score_gap: float | None, folder: Path
-) -> Callable[[Row], Item]:
+def _row_finisher(entry: Source, origin: Origin, settings: Mapping[str, Any], folder: Path) -> Callable[[Row], Item]:
     """Build the function that completes a converted row with images, source, licence and id."""
-    files, split = ImageFiles(origin.folder, folder / SCRATCH), origin.split
+    files, split = ImageFiles(media_folder(origin, settings.get("media_dir")), folder / SCRATCH), origin.split
+    source, license, min_score_gap = (settings[name] for name in ("source", "license", "min_score_gap"))
 
     def finish(row: Row) -> Item:
         with name_row(row_name(row), FIX):

@@ -10,14 +10,15 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_mm.data.parquet import open_parquet
 from dpo_mm.data.row_paths import check_regular
 from dpo_mm.data.text_files import open_text, read_text, table_suffix
-from dpo_mm.errors import RowError, name_row, one_line
+from dpo_mm.errors import RowError, did_you_mean, name_row, one_line
 
 Row = dict[str, Any]
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
@@ -33,12 +34,16 @@ ROW_SEPARATOR = re.compile(r"[\s,]*")
 
 
 class Origin(NamedTuple):
-    """Origin of raw rows: files of a folder or, if there are none, splits of a dataset on the hub."""
+    """Origin of raw rows: files of a folder or, if there are none, splits of a dataset on the hub.
+
+    `read_image` makes the row of an image file, if the files are images.
+    """
 
     folder: Path
     files: tuple[Path, ...]
     hub: str = ""
     split: str = "train"
+    read_image: Callable[[Path], Row] | None = None
 
 
 Patterns = tuple[tuple[str, ...], ...]
@@ -72,7 +77,7 @@ def find_origin(path: str, *, split: str, patterns: Patterns, whole: bool) -> Or
     return Origin(local, (), path, split)
 
 
-def find_captions(folder: Path, *, split: str) -> Origin:
+def find_captions(folder: Path, split: str) -> Origin:
     """Find the captions of a folder of images: a table of CAPTION_TABLES, or else one text file per image.
 
     Args:
@@ -82,28 +87,35 @@ def find_captions(folder: Path, *, split: str) -> Origin:
     Raises:
         ValueError: if there is neither.
     """
-    folder = folder / split if (folder / split).is_dir() else folder
+    folder = split_folder(folder, split)
     table = next((folder / name for name in CAPTION_TABLES if (folder / name).exists()), None)
     if table is not None:
         return Origin(folder, (check_regular(table, folder),), split=split)
-    images = [
-        check_regular(file, folder)
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-    ]
+    images = [check_regular(file, folder) for file in images_below(folder)]
     if not any(file.with_suffix(".txt").exists() for file in images):
         raise ValueError(
             f"{folder}: no captions for its {len(images)} images. Expected a text file of the same name per image, or "
             f"{CAPTION_TABLES[0]} with file_name and text"
         )
-    return Origin(folder, tuple(images), split=split)
+    return Origin(folder, tuple(images), split=split, read_image=lambda file: _captioned(file, folder))
 
 
-def _captioned(file: Path, folder: Path) -> Iterator[Row]:
+def split_folder(folder: Path, split: str) -> Path:
+    """Return the folder of a split, or the folder itself if it has none."""
+    return folder / split if (folder / split).is_dir() else folder
+
+
+def images_below(folder: Path) -> list[Path]:
+    """List the image files below a folder, sorted, without hidden ones."""
+    files = sorted(folder.rglob("*"))
+    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")]
+
+
+def _captioned(file: Path, folder: Path) -> Row:
     """Row of an image, with the text of its caption file if there is one."""
     caption = file.with_suffix(".txt")
     text = {"text": read_text(check_regular(caption, folder))} if caption.exists() else {}
-    yield {"file_name": file.relative_to(folder).as_posix(), **text}
+    return {"file_name": file.relative_to(folder).as_posix(), **text}
 
 
 def _files(folder: Path, split: str, patterns: Patterns) -> tuple[Path, ...]:
@@ -203,9 +215,46 @@ def _rows_by_file(origin: Origin, start: int) -> Iterator[tuple[str, Iterator[An
             yield file.name, _parquet_rows(file, start)
             start = max(0, start - (count_rows(origin._replace(files=(file,))) or 0))
         else:
-            is_image = file.suffix.lower() in IMAGE_SUFFIXES
-            yield file.name, _captioned(file, origin.folder) if is_image else _text_rows(file)
+            is_image = origin.read_image is not None and file.suffix.lower() in IMAGE_SUFFIXES
+            yield file.name, _image_row(origin, file) if is_image else _text_rows(file)
             start = 0  # raw_rows skips the other rows one by one
+
+
+def _image_row(origin: Origin, file: Path) -> Iterator[Row]:
+    assert origin.read_image is not None
+    yield origin.read_image(file)
+
+
+def first_rows(origin: Origin, count: int = 20) -> list[Row]:
+    """Return the first raw rows, without `_file` and `_number`."""
+    rows = islice(raw_rows(origin), count)
+    return [{name: cell for name, cell in row.items() if not name.startswith("_")} for row in rows]
+
+
+def check_columns(rows: list[Row], columns: Mapping[str, str], name: str) -> None:
+    """Check the names of columns to rename.
+
+    Args:
+        rows: the first raw rows.
+        columns: new names by old ones.
+        name: the dataset, for errors.
+
+    Raises:
+        ValueError: if no row has a column of an old name, or two columns get the same name.
+    """
+    has = dict.fromkeys(column for row in rows for column in row)
+    for old in columns:
+        if old not in has:
+            raise ValueError(f"{name}: columns names {old!r}, which it does not have; {did_you_mean(old, has)}")
+    if len(set(columns.values())) < len(columns):
+        raise ValueError(f"{name}: columns gives two columns the same name. Expected one old name per new one")
+
+
+def rename_columns(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
+    """Rename columns of raw rows. A renamed column replaces one that has its new name."""
+    for row in rows:
+        rest = {name: cell for name, cell in row.items() if name not in columns}
+        yield rest | {new: row[old] for old, new in columns.items() if old in row} if columns else row
 
 
 def _stream_hub(origin: Origin, start: int) -> Iterator[Any]:

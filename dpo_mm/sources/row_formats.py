@@ -22,10 +22,27 @@ from dpo_mm.sources.response_pair_sets import IMAGE_COUNT_MISMATCH, response_pai
 def llama_factory(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     """Convert LLaMA-Factory's ranking format.
 
-    Columns: `conversations, chosen, rejected` (ShareGPT or OpenAI turns), `images, system`.
+    Columns: `conversations` (or `messages`), `chosen`, `rejected` (ShareGPT or OpenAI turns), `images`, `system`. Or Alpaca's
+    `instruction`, `input`, `history`, with texts as `chosen` and `rejected`.
     """
     for row in rows:
-        yield _conversation_pair(row, row["conversations"], row["chosen"], row["rejected"])
+        if "instruction" in row:
+            prompt = _alpaca_prompt(row)
+            yield conversation_pair(row, prompt, *(_turns(row[side], "assistant") for side in ("chosen", "rejected")))
+            continue
+        prompt = row["conversations"] if "conversations" in row else row["messages"]
+        yield conversation_pair(row, prompt, *(_turns(row[side], "assistant") for side in ("chosen", "rejected")))
+
+
+def _alpaca_prompt(row: Row) -> list[Any]:
+    """Earlier turns, and the instruction with its input on the next line."""
+    question = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    earlier = [
+        {"role": role, "content": text}
+        for turn in row.get("history") or []
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return [*earlier, {"role": "user", "content": question}]
 
 
 def trl(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
@@ -39,14 +56,14 @@ def trl(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
             sides = _liked_side(
                 _turns(row[source], "assistant"), liked=source == "chosen" or liked_of(row) is not False
             )
-            yield _conversation_pair(row, _turns(row["prompt"], "user"), *sides)
+            yield conversation_pair(row, _turns(row["prompt"], "user"), *sides)
             continue
         chosen, rejected = (_turns(row[side], "assistant") for side in ("chosen", "rejected"))
         prompt = _turns(row["prompt"], "user") if row.get("prompt") else []
         if not prompt:
             end = next((n for n, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y), 0)
             prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
-        yield _conversation_pair(row, prompt, chosen, rejected)
+        yield conversation_pair(row, prompt, chosen, rejected)
 
 
 def chat(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
@@ -59,7 +76,7 @@ def chat(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
         if split is None:
             yield LeftOut("it has no response of the assistant")
             continue
-        yield _conversation_pair(row, split[0], *_liked_side(split[1], liked=liked_of(row) is not False))
+        yield conversation_pair(row, split[0], *_liked_side(split[1], liked=liked_of(row) is not False))
 
 
 def _columns(row: Row) -> list[str]:
@@ -72,10 +89,19 @@ def _liked_side(response: Any, *, liked: bool) -> tuple[Any, Any]:
 
 
 def _turns(content: Any, role: str) -> list[Any]:
-    return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
+    if isinstance(content, str | dict):
+        return [{"role": role, "content": content}] if isinstance(content, str) else [content]
+    return list(content)
 
 
-def _conversation_pair(row: Row, prompt: list[Any], chosen: Any, rejected: Any) -> Item:
+def conversation_pair(row: Row, prompt: list[Any], chosen: Any, rejected: Any) -> Item:
+    """Build a `ResponsePreference` row from turns, or the reason to leave the row out.
+
+    Args:
+        row: raw row, with its images, tools and system prompt.
+        prompt: turns before the response.
+        chosen, rejected: turns of the responses. None: the row has no such side.
+    """
     images = row.get("images") or ([row["image"]] if row.get("image") else [])
     images = [images] if isinstance(images, str) else list(images)
     if not prompt:
