@@ -95,7 +95,7 @@ def _coerce(value: Any, hint: Any, setting: str) -> Any:
         parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, Mapping) else list(value)
         return tuple(_coerce(part, options[0], setting) for part in parts)
     if origin is dict:
-        return _mapping(value, setting)
+        return _names(value, setting) if options[1] is str else _mapping(value, setting)
     return _plain(value, hint, setting)
 
 
@@ -108,6 +108,21 @@ def _nested(value: Any, kind: type[T], setting: str) -> T:
     if not isinstance(values, Mapping) or (name not in values and not set(values) - set(known_names(kind))):
         raise ValueError(f"{setting}: expected a name, or settings such as {{{name}: FILE}}, got {value!r}")
     return config_from_mapping(kind, values, source=setting)
+
+
+def parse_columns(text: str | None) -> dict[str, str] | None:
+    """Parse the flag --columns. Raises ValueError if a part is not theirs=ours."""
+    return None if text is None else _names(text, "columns")
+
+
+def _names(value: Any, setting: str) -> dict[str, str]:
+    if isinstance(value, str) and all("=" in part for part in value.split(",")):
+        value = dict(part.split("=", 1) for part in value.split(","))
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for pair in value.items() for name in pair):
+        raise ValueError(
+            f"{setting}: expected names with their new names, such as 'caption=prompt,good=image_a', got {value!r}"
+        )
+    return {old.strip(): new.strip() for old, new in value.items()}
 
 
 def _mapping(value: Any, setting: str) -> dict[str, float]:

@@ -31,7 +31,17 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions
 app.add_typer(demo.demo, name="demo")
 app.add_typer(label.label, name="label")
 Pairs = Annotated[
-    str, typer.Argument(help="A Parquet file, a folder of Parquet files, a dataset on the hub, or a bundled dataset.")
+    str,
+    typer.Argument(
+        help="Pairs in any form that train takes: Parquet, folders better/ and worse/, CSV, JSON lines, a dataset on the hub, or a "
+        "bundled one."
+    ),
+]
+Columns = Annotated[
+    str | None, typer.Option(help="Columns to rename, theirs=ours, separated by commas. For example caption=prompt.")
+]
+MediaDir = Annotated[
+    str | None, typer.Option(help="Folder of the images that rows name. Default: the folder of the dataset.")
 ]
 DryRun = Annotated[
     bool,
@@ -136,6 +146,8 @@ def import_(
     ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Largest number of rows to write.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the dataset, if its source names none.")] = None,
+    columns: Columns = None,
+    media_dir: MediaDir = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a preference dataset to rows that train.
@@ -144,12 +156,13 @@ def import_(
     """
     from datasets import disable_progress_bars
 
+    from dpo_mm.config_parsing import parse_columns
     from dpo_mm.sources.importing import import_set
 
     disable_progress_bars()
     result = import_set(
         source, path, output, split=split, axis=axis, min_score_gap=min_score_gap, limit=max_rows, license=license,
-        overwrite=overwrite,
+        columns=parse_columns(columns), media_dir=media_dir, overwrite=overwrite,
     )  # fmt: skip
     preferences = {name: f"{count:,}" for name, count in sorted(result.preferences.items())}
     left_out = {
@@ -169,6 +182,8 @@ def doctor(
     ] = None,
     output: Annotated[str | None, typer.Option(help="HTML file to write in addition.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
+    columns: Columns = None,
+    media_dir: MediaDir = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Check a preference dataset for mistakes.
@@ -178,15 +193,18 @@ def doctor(
     from datasets import disable_progress_bars
     from rich.console import Console
 
+    from dpo_mm.config_parsing import parse_columns
     from dpo_mm.doctor import examine
     from dpo_mm.doctor.doctor_report import terminal_report, write_report
     from dpo_mm.output_files import output_files, write_file
     from dpo_mm.sources import SOURCES
+    from dpo_mm.sources.local_pairs import local_pairs
 
     disable_progress_bars()
     uncertain = frozenset(name for name, source in SOURCES.items() if source.uncertain)
     with output_files([Path(output)], inputs=[pairs, held_out]) if output else contextlib.nullcontext():
-        diagnosis = examine(pairs, held_out=held_out, uncertain=uncertain)
+        local = local_pairs(pairs, columns=parse_columns(columns), media_dir=media_dir)
+        diagnosis = examine(pairs, held_out=held_out, uncertain=uncertain, local=local)
         Console().print(terminal_report(diagnosis), highlight=False, markup=False)
         if output:
             with write_file(Path(output), overwrite=overwrite) as temporary:

@@ -72,7 +72,7 @@ def _word(annotation: str) -> str:
     if annotation.startswith("tuple["):
         return ",".join(_word(kind.strip()) for kind in annotation[6:].partition("]")[0].split(","))
     if annotation.startswith("dict["):
-        return "NAME:NUMBER,..."
+        return "THEIRS=OURS,..." if annotation.startswith("dict[str, str]") else "NAME:NUMBER,..."
     parts = [part.strip() for part in annotation.split(" | ")]
     if len(parts) > 1:
         return "|".join(_word(part) for part in parts if part != "None")

@@ -31,11 +31,15 @@ class RelabelConfig(Settings):
     """Settings for relabelling image pairs with judges. The old labels stay in the rows."""
 
     pairs: str
-    """Preference pairs: a Parquet file, a folder of Parquet files, a dataset on the hub, or the name of a bundled dataset."""
+    """Preference pairs, in any form that train takes."""
     judges: tuple[str, ...]
     """Names of judges, or module:function. They score single images or compare pairs."""
     output: str
     """Parquet file to write."""
+    columns: dict[str, str] | None = None
+    """New names of columns of pairs in another format: caption=prompt, or {caption: prompt} in a file. null: none."""
+    media_dir: str | None = None
+    """Folder of the images that pairs in another format name. null: the folder of the dataset."""
     scale: str = "spread"
     """spread | labels. Score difference that counts as one unit of log-odds: the root mean square of the judge's
     differences on this dataset, or the value that makes the dataset's own labels most likely."""

@@ -15,10 +15,15 @@ class TrainConfig(Settings):
     model: str
     """Folder or hub id of a pipeline or model, or the name of a bundled one."""
     pairs: str
-    """Preference pairs: a Parquet file, a folder of Parquet files, a dataset on the hub, or the name of a bundled dataset. Some
-    objectives also take rows with one image or response each, see the page Objectives."""
+    """Preference pairs: Parquet, two folders better/ and worse/, kohya's w/ and l/, CSV, JSON lines as TRL, LLaMA-Factory and
+    ms-swift write them, a dataset on the hub, or the name of a bundled dataset. Some objectives also take rows with one image or
+    response each, such as a folder of captioned images, see the page Objectives."""
     output_dir: str
     """Folder for the result, the log and the checkpoints."""
+    columns: dict[str, str] | None = None
+    """New names of columns of pairs in another format: caption=prompt, or {caption: prompt} in a file. null: none."""
+    media_dir: str | None = None
+    """Folder of the images that pairs in another format name. null: the folder of the dataset."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub. The commit is recorded in the run. null: the default branch."""
     adapter: str | None = None

@@ -146,11 +146,12 @@ def load_pairs(path: str, *, dataset_name: str | None = None) -> Dataset:
     return validate(image_sides(open_rows(resolve_asset(path)), path), dataset_name=dataset_name or path)
 
 
-def load_responses(path: str) -> Dataset:
+def load_responses(path: str, *, dataset_name: str | None = None) -> Dataset:
     """Load a response preference dataset.
 
     Args:
         path: a Parquet file, a folder of Parquet files, a folder saved by `datasets`, a hub id, or a bundled dataset.
+        dataset_name: name of the dataset in errors. None: `path`.
 
     Raises:
         ValueError: if the dataset is missing or empty, has no column prompt, chosen or rejected, or has a part of its
@@ -158,10 +159,11 @@ def load_responses(path: str) -> Dataset:
     """
     from dpo_mm.assets import resolve_asset
 
-    rows = response_sides(open_rows(resolve_asset(path)), path)
-    _require_columns(rows, ("prompt", "chosen", "rejected"), path)
-    check_columns_are_read(rows, path)
-    return _with_ids(_check_numbers(rows, path))
+    name = dataset_name or path
+    rows = response_sides(open_rows(resolve_asset(path)), name)
+    _require_columns(rows, ("prompt", "chosen", "rejected"), name)
+    check_columns_are_read(rows, name)
+    return _with_ids(_check_numbers(rows, name))
 
 
 def make_response_rows(rows: list[dict[str, Any]]) -> Dataset:

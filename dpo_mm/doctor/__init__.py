@@ -24,6 +24,7 @@ from dpo_mm.doctor.duplicates import repeated_ids
 from dpo_mm.doctor.image_features import ImageFeatures, extract_features
 from dpo_mm.doctor.loading import batches, load_dataset
 from dpo_mm.progress import progress_bar
+from dpo_mm.sources.local_pairs import LocalPairs, local_pairs
 
 CHECKS_OF_KIND = {"images": image_checks, "responses": response_checks}
 
@@ -39,6 +40,7 @@ class Diagnosis:
         findings: failed checks, errors first.
         facts: properties of the dataset, as text.
         passed: keys of the checks without a finding.
+        path: the dataset in the row schema, see `load_dataset`.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     facts: dict[str, str]
     passed: tuple[str, ...]
+    path: str | None = None
 
     def failed(self, *, strict: bool = False) -> bool:
         """Return True if a finding is an error, or with strict also if one is a warning."""
@@ -54,18 +57,22 @@ class Diagnosis:
         return any(finding.severity in severities for finding in self.findings)
 
 
-def examine(name: str, *, held_out: str | None = None, uncertain: frozenset[str] = frozenset()) -> Diagnosis:
+def examine(
+    name: str, *, held_out: str | None = None, uncertain: frozenset[str] = frozenset(), local: LocalPairs | None = None
+) -> Diagnosis:
     """Check every row of a dataset, and the dataset as a whole.
 
     Args:
         name: the dataset, as `load_dataset` takes it.
         held_out: another dataset, or a text file with one prompt per line, that must not overlap with it.
         uncertain: names of sources that publish ties, votes or scores.
+        local: the dataset in the row schema. None: as `local_pairs` finds it.
 
     Raises:
         ValueError: if the dataset cannot be read. The error names it.
     """
-    dataset = load_dataset(name)
+    local = local or local_pairs(name)
+    dataset = load_dataset(name, path=local.path)
     held_out_prompts, held_out_images = held_out_digests(held_out) if held_out else (set(), set())
     checks = CHECKS_OF_KIND[dataset.kind]
     statistics = checks.collect_statistics(dataset, held_out_prompts, held_out_images)
@@ -81,8 +88,9 @@ def examine(name: str, *, held_out: str | None = None, uncertain: frozenset[str]
     skipped = set() if held_out else {"held-out-prompts", "held-out-images"}
     skipped |= set() if statistics.ids else PAIR_CHECKS
     passed = [check for check, spec in CHECKS.items() if dataset.kind in spec.kinds and check not in failed | skipped]
-    facts = dataset_facts(statistics)
-    return Diagnosis(name, dataset.kind, statistics.num_rows, tuple(sort_by_severity(findings)), facts, tuple(passed))
+    facts = {**({"taken for": local.about} if local.about else {}), **dataset_facts(statistics)}
+    ordered = tuple(sort_by_severity(findings))
+    return Diagnosis(name, dataset.kind, statistics.num_rows, ordered, facts, tuple(passed), local.path)
 
 
 def held_out_digests(name: str) -> tuple[set[int], set[int]]:
@@ -97,7 +105,7 @@ def held_out_digests(name: str) -> tuple[set[int], set[int]]:
     path = Path(resolve_asset(name))
     if path.suffix == ".txt":
         return {digest(plain_text(prompt)) for prompt in read_prompts(name)}, set()
-    dataset = load_dataset(name)
+    dataset = load_dataset(name, path=local_pairs(name).path)
     prompts: set[int] = set()
     image_digests: set[int] = set()
     with progress_bar("reading held-out rows", dataset.num_rows) as advance:

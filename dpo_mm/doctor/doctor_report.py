@@ -80,7 +80,7 @@ class ExampleRow(NamedTuple):
 def load_examples(diagnosis: Diagnosis) -> dict[str, ExampleRow]:
     """Read the first examples of all findings from the dataset, by row id."""
     ids = {row_id for finding in diagnosis.findings for row_id, _ in finding.examples[:FULL_EXAMPLES]}
-    rows = rows_by_id(load_dataset(diagnosis.name), ids) if ids else {}
+    rows = rows_by_id(load_dataset(diagnosis.name, path=diagnosis.path), ids) if ids else {}
     return {row_id: _example_row(row, diagnosis.kind) for row_id, row in rows.items()}
 
 

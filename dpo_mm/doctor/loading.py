@@ -37,19 +37,20 @@ class LoadedDataset(NamedTuple):
     arrow_dataset: Any = None
 
 
-def load_dataset(name: str) -> LoadedDataset:
+def load_dataset(name: str, *, path: str | None = None) -> LoadedDataset:
     """Open a preference dataset without reading its rows.
 
     Args:
         name: a Parquet file, a folder of them, a bundled dataset, a dataset saved by `datasets`, or a hub id.
+        path: the same dataset in the row schema, if it has another one. `name` is then only for errors.
 
     Raises:
         ValueError: if the dataset cannot be read, is empty, or has other columns. The error names the dataset.
     """
     import pyarrow as pa
 
-    path = Path(resolve_asset(name))
-    files = (path,) if path.is_file() else tuple(regular_files(path, "*.parquet")) if path.is_dir() else ()
+    local = Path(path or resolve_asset(name))
+    files = (local,) if local.is_file() else tuple(regular_files(local, "*.parquet")) if local.is_dir() else ()
     if not files:
         return _load_with_datasets(name)
     try:

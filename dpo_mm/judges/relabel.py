@@ -33,7 +33,6 @@ from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import rgb_image
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.data.row_digest import digest
-from dpo_mm.data.schema import load_pairs
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.judges import is_pairwise, judge_card, judge_digests, load_judge, load_pairwise
 from dpo_mm.judges.score_checks import higher_is_better_scores, pair_probabilities
@@ -41,6 +40,7 @@ from dpo_mm.judges.scoring import SCORING
 from dpo_mm.output_files import output_files, write_file
 from dpo_mm.outputs import output_folder, settings_of
 from dpo_mm.progress import progress_bar
+from dpo_mm.sources.local_pairs import load_image_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -101,7 +101,7 @@ def relabel(config: RelabelConfig) -> RelabelResult | None:
     parts, output = Path(f"{config.output}.parts"), Path(config.output)
     files = output_files([output, output.with_suffix(".json")], inputs=[config.pairs])
     with stop_on_signal(lambda: saved_shards(parts)), files:
-        rows = load_pairs(config.pairs)
+        rows = load_image_pairs(config.pairs, columns=config.columns, media_dir=config.media_dir)
         settings = settings_of("relabelled pairs", ingredients(config, rows))
         with output_folder(parts, SCORING, settings, overwrite=config.overwrite):
             scores = _score_shards(rows, config, parts)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from dpo_mm.assets import resolve_asset
 from dpo_mm.data.image_files import image_bytes
 from dpo_mm.data.row_paths import MARK, is_regular
-from dpo_mm.data.schema import image_preference, load_pairs
-from dpo_mm.data.text_files import read_lines
+from dpo_mm.data.schema import image_preference
+from dpo_mm.data.text_files import read_lines, table_suffix
+from dpo_mm.sources.local_pairs import load_image_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +32,7 @@ def open_pairs(path: str) -> Dataset:
     """Open the pairs of a dataset or folder as `ImagePreference` rows with undecoded images.
 
     Args:
-        path: a preference dataset, as `load_pairs` takes it, or a folder of subfolders of images. The preference of a
+        path: a preference dataset, as `local_pairs` takes it, or a folder of subfolders of images. The preference of a
             folder's rows is null.
 
     Raises:
@@ -40,8 +41,8 @@ def open_pairs(path: str) -> Dataset:
     from datasets import Image
 
     folder = Path(resolve_asset(path))
-    is_dataset = not folder.is_dir() or any(folder.glob("*.parquet")) or (folder / "state.json").exists()
-    rows = load_pairs(path) if is_dataset and not _has_image_subfolders(folder) else _rows_of_folder(folder)
+    is_dataset = not folder.is_dir() or any(map(_is_table, folder.iterdir())) or (folder / "state.json").exists()
+    rows = load_image_pairs(path) if is_dataset and not _has_image_subfolders(folder) else _rows_of_folder(folder)
     counts = Counter(rows["id"])
     if len(counts) < len(rows):
         repeated = next(pair for pair, count in counts.items() if count > 1)
@@ -51,6 +52,10 @@ def open_pairs(path: str) -> Dataset:
     for column in ("image_a", "image_b"):
         rows = rows.cast_column(column, Image(decode=False))
     return rows
+
+
+def _is_table(file: Path) -> bool:
+    return table_suffix(file) in (".parquet", ".csv", ".jsonl") and not file.name.startswith(".")
 
 
 def _has_image_subfolders(folder: Path) -> bool:

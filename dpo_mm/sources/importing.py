@@ -100,13 +100,20 @@ def import_set(
     if not path:
         raise ValueError(f"source {source!r} has no dataset on the hub. Give a folder, a file or a hub id")
     origin = origin_of(source, path, split=split, axis=axis)
+    media_folder(origin, media_dir)  # before the output is created
     if columns:
         check_columns(first_rows(origin), columns, path)
-    settings = {"source": source, "path": path, "split": split, "axis": axis, "min_score_gap": min_score_gap}
+    settings: dict[str, Any] = {
+        "source": source,
+        "path": path,
+        "split": split,
+        "axis": axis,
+        "min_score_gap": min_score_gap,
+    }
     settings |= {"limit": limit, "license": license, "columns": dict(columns) if columns else None}
     settings |= {"media_dir": media_dir}
     folder = Path(output)
-    with open_import(folder, settings, inputs=[path, media_dir], overwrite=overwrite) as state:
+    with open_import(folder, settings, inputs=[path, media_dir or ""], overwrite=overwrite) as state:
         if not state.complete:
             _write_rows(entry, origin, state, folder)
     if state.rows == 0:

@@ -59,7 +59,7 @@ def folder_pairs(folder: Path, split: str, names: tuple[tuple[str, str], ...]) -
             has = [(parent / part).is_dir() for part in (name, other)]
             if all(has):
                 pairs.append(FolderPair(parent / name, parent / other))
-            elif any(has) and (name, other) not in KOHYA_FOLDERS:
+            elif any(has):
                 present, missing = (name, other) if has[0] else (other, name)
                 if images_below(parent / present):
                     raise ValueError(

@@ -37,6 +37,10 @@ ROWS_AS_OBJECTS = 256
 """Rows that are Python objects at a time. With thousands of them the garbage collector takes a third of the time."""
 
 
+class ChangedImportError(ValueError):
+    """An import whose files are missing or have changed since they were written."""
+
+
 class LeftOut(NamedTuple):
     """A row that a converter leaves out. Rows are counted by reason, so a reason does not quote the row."""
 
@@ -104,7 +108,7 @@ def open_import(
     has_files = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
     if has_files and read_record(folder / STATE_FILE) is None:
         if (folder / STATE_FILE).is_file():
-            raise ValueError(f"{folder / STATE_FILE} is damaged. Remove {folder} and import again")
+            raise ChangedImportError(f"{folder / STATE_FILE} is damaged. Remove {folder} and import again")
         raise ValueError(f"{folder} exists and is not an import folder. Choose an empty or a new folder")
     refuse_foreign_folder(folder, IMPORT, inputs=inputs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +135,9 @@ def _load_state(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> I
             )
         if not overwrite and (name := _changed_shard(folder, state)):
             problem = "has changed since it was written" if (folder / name).is_file() else "is missing"
-            raise ValueError(f"{folder / name} {problem}. Import again with --overwrite, or choose another folder")
+            raise ChangedImportError(
+                f"{folder / name} {problem}. Import again with --overwrite, or choose another folder"
+            )
         if not overwrite or not (changed or state.complete):
             return state
         _remove_shards(folder, state)
@@ -145,7 +151,9 @@ def _state_of(record: dict[str, Any], folder: Path) -> ImportState:
     try:
         return ImportState(**record)
     except TypeError as error:
-        raise ValueError(f"{folder / STATE_FILE} is damaged ({error}). Remove {folder} and import again") from None
+        raise ChangedImportError(
+            f"{folder / STATE_FILE} is damaged ({error}). Remove {folder} and import again"
+        ) from None
 
 
 def _changed_shard(folder: Path, state: ImportState) -> str:

@@ -349,7 +349,7 @@ def run_summary(
     return {
         **({"revision": commit} if commit else {}),
         **describe_start(policy, config),
-        "pairs": f"{config.pairs}, {loaded.describe(count)}",
+        "pairs": f"{config.pairs}{f' ({loaded.about})' if loaded.about else ''}, {loaded.describe(count)}",
         "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} {'rows' if is_fine_tuning(config) else 'pairs'} per process{epochs}",
         "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
         "reference": f"{reference}, which is the adapter"

@@ -6,6 +6,7 @@ A one-sided row has one image or response. It is liked if it is the chosen side,
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +16,7 @@ import numpy as np
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import drop_ties, load_pairs, load_responses
 from dpo_mm.policies.protocol import Modality
+from dpo_mm.sources.local_pairs import LocalPairs, local_pairs
 from dpo_mm.training.auto_beta import AUTO
 from dpo_mm.training.evaluation_split import split_pairs
 from dpo_mm.training.objective_settings import UNPAIRED, is_fine_tuning, objective_names
@@ -44,6 +46,7 @@ class TrainingRows:
         evaluation: rows to evaluate on, None if there are none.
         kind: pairs, chosen (one side per row, all chosen), or liked (one side per row, with a column `liked`).
         unused: what the run does not use of the dataset, for its summary. "" for nothing.
+        about: what a dataset in another format was taken for. "" for the row schema.
     """
 
     every: Dataset
@@ -51,6 +54,7 @@ class TrainingRows:
     evaluation: Dataset | None
     kind: Literal["pairs", "chosen", "liked"] = "pairs"
     unused: str = ""
+    about: str = ""
 
     @property
     def one_sided(self) -> bool:
@@ -85,7 +89,19 @@ def load_training_rows(config: TrainConfig, *, modality: Modality) -> TrainingRo
     Raises:
         ValueError: if the dataset is not valid, or does not have the sides that the objective needs.
     """
-    rows = load_responses(config.pairs) if modality == "text" else load_pairs(config.pairs)
+    local = local_pairs(config.pairs, columns=config.columns, media_dir=config.media_dir)
+    loaded = _with_sides(_open_rows(local, config, modality), config, modality)
+    return dataclasses.replace(loaded, about=local.about)
+
+
+def _open_rows(local: LocalPairs, config: TrainConfig, modality: Modality) -> Dataset:
+    if modality == "text":
+        return load_responses(local.require("responses", config.pairs), dataset_name=config.pairs)
+    return load_pairs(local.require("images", config.pairs), dataset_name=config.pairs)
+
+
+def _with_sides(rows: Dataset, config: TrainConfig, modality: Modality) -> TrainingRows:
+    """Rows with the sides that the objective needs."""
     has_chosen, has_rejected = _sides(rows, modality)
     if modality == "image":
         decided = np.isin(rows["preference"], ("a", "b"))
