@@ -80,7 +80,7 @@ def local_pairs(path: str, *, columns: Mapping[str, str] | None = None, media_di
         return LocalPairs(resolve_asset(path))
     result = _import_once(path, found, columns or {}, media_dir)
     left_out = [f"{count:,} left out because {reason}" for reason, count in result.left_out.items()]
-    what = "rows" if SOURCES[found.source].one_sided else "pairs"
+    what = f"{'row' if SOURCES[found.source].one_sided else 'pair'}{'s' * (result.rows != 1)}"
     about = ", ".join([found.words, f"{result.rows:,} {what}", *left_out])
     return LocalPairs(str(result.folder), SOURCES[found.source].kind, about)
 

@@ -15,6 +15,9 @@ from dpo_mm.config import RelabelConfig, TrainConfig
 from dpo_mm.config_parsing import config_from_mapping
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import load_pairs, load_responses, make_image_rows
+from dpo_mm.doctor import examine
+from dpo_mm.doctor.doctor_report import load_examples
+from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.sources import SOURCES
 from dpo_mm.sources.importing import import_set
 from dpo_mm.sources.local_pairs import LocalPairs, local_pairs
@@ -76,46 +79,46 @@ def of_rows(*rows: dict[str, Any], name: str = "pairs.jsonl") -> Any:
 CHOSEN_REJECTED = {"chosen": ANSWER, "rejected": OTHER, "images": ["10.jpg"]}
 LAYOUTS: dict[str, tuple[Any, str, str]] = {
     "two folders": (two_folders, "two-folders", "better/worse folders, 2 pairs"),
-    "kohya": (kohya_folders, "kohya-folders", "kohya's w/l folders, 1 pairs"),
+    "kohya": (kohya_folders, "kohya-folders", "kohya's w/l folders, 1 pair"),
     "captions": (captioned_images, "captioned-images", "captioned images, 2 rows"),
-    "CSV of images": (csv_of_images, "custom-images", "table of images, CSV, 1 pairs"),
-    "CSV of responses": (csv_of_responses, "custom-responses", "table of responses, CSV, 1 pairs"),
+    "CSV of images": (csv_of_images, "custom-images", "table of images, CSV, 1 pair"),
+    "CSV of responses": (csv_of_responses, "custom-responses", "table of responses, CSV, 1 pair"),
     "TRL": (
         of_rows({"chosen": [USER, ANSWER], "rejected": [USER, OTHER], "images": ["10.jpg"]}),
         "trl",
-        "rows as TRL's, JSON lines, 1 pairs",
+        "rows as TRL's, JSON lines, 1 pair",
     ),
     "TRL, texts": (
         of_rows({"prompt": "What?", "chosen": "A dot.", "rejected": "Two.", "images": ["10.jpg"], "system": "Be brief."}),
         "trl",
-        "rows as TRL's, JSON lines, 1 pairs",
+        "rows as TRL's, JSON lines, 1 pair",
     ),
     "ShareGPT": (
         of_rows({"conversations": TURNS, **CHOSEN_REJECTED}),
         "llama-factory",
-        "rows as LLaMA-Factory's, JSON lines, 1 pairs",
+        "rows as LLaMA-Factory's, JSON lines, 1 pair",
     ),
     "OpenAI": (
         of_rows({"messages": [USER], **CHOSEN_REJECTED}),
         "llama-factory",
-        "rows as LLaMA-Factory's, JSON lines, 1 pairs",
+        "rows as LLaMA-Factory's, JSON lines, 1 pair",
     ),
     "Alpaca": (
         of_rows({"instruction": "<image>What?", "input": "", "chosen": "A dot.", "rejected": "Two.", "images": ["10.jpg"]}),
         "llama-factory",
-        "rows as LLaMA-Factory's, JSON lines, 1 pairs",
+        "rows as LLaMA-Factory's, JSON lines, 1 pair",
     ),
     "ms-swift": (
         of_rows({"messages": [USER, ANSWER], "rejected_response": "Two.", "images": ["10.jpg"]}),
         "ms-swift",
-        "rows as ms-swift's, JSON lines, 1 pairs",
+        "rows as ms-swift's, JSON lines, 1 pair",
     ),
     "ms-swift, messages": (
         of_rows({"messages": [USER, ANSWER], "rejected_messages": [USER, OTHER], "images": ["10.jpg"]}),
         "ms-swift",
-        "rows as ms-swift's, JSON lines, 1 pairs",
+        "rows as ms-swift's, JSON lines, 1 pair",
     ),
-    "chats": (of_rows({"messages": [USER, ANSWER], "images": ["10.jpg"]}), "chat", "chats, JSON lines, 1 rows"),
+    "chats": (of_rows({"messages": [USER, ANSWER], "images": ["10.jpg"]}), "chat", "chats, JSON lines, 1 row"),
 }  # fmt: skip
 
 
@@ -163,7 +166,7 @@ def test_columns_are_renamed_and_images_are_in_another_folder(tmp_path: Path) ->
     columns = {"caption": "prompt", "good": "image_a", "bad": "image_b"}
     local = local_pairs(str(table), columns=columns, media_dir=str(tmp_path / "media"))
     assert (
-        local.about == "table of images, CSV, 1 pairs, 1 left out because the path of an image leads out of its folder"
+        local.about == "table of images, CSV, 1 pair, 1 left out because the path of an image leads out of its folder"
     )
     (row,) = load_pairs(local.path).with_format("arrow")[:].to_pylist()
     assert (row["prompt"], grey(row["image_a"]), grey(row["image_b"])) == ("a dot", 10, 20)
@@ -185,7 +188,7 @@ def test_import_in_the_cache_is_made_once_and_follows_its_files(
     csv_of_images(tmp_path / "set")
     (tmp_path / "set" / "pairs.csv").open("a").write("more,a/10.jpg,c/30.jpg,a\n")
     first = local_pairs(str(tmp_path / "set" / "pairs.csv"))
-    assert first.about.endswith("1 pairs, 1 left out because an image is missing")
+    assert first.about.endswith("1 pair, 1 left out because an image is missing")
     written = os.stat(f"{first.path}/part-00000.parquet").st_mtime_ns
     monkeypatch.chdir(tmp_path)
     assert local_pairs("set/pairs.csv") == first
@@ -215,7 +218,7 @@ def test_dataset_of_the_hub_is_taken_for_its_columns(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     monkeypatch.setattr("dpo_mm.sources.local_pairs._revision", lambda path: "commit")
-    assert local_pairs("me/swift").about == "rows as ms-swift's, of the hub, 1 pairs"
+    assert local_pairs("me/swift").about == "rows as ms-swift's, of the hub, 1 pair"
     assert local_pairs("me/own") == LocalPairs("me/own")
     assert local_pairs("me/none") == LocalPairs("me/none")
 
@@ -296,10 +299,23 @@ def test_parquet_of_another_format_is_imported(tmp_path: Path) -> None:
     }
     parquet(tmp_path / "set" / "train.parquet", [{**row, "images": cells}])
     local = local_pairs(str(tmp_path / "set"))
-    assert local.about == "rows as LLaMA-Factory's, Parquet, 1 pairs"
+    assert local.about == "rows as LLaMA-Factory's, Parquet, 1 pair"
     assert (
         json.dumps(load_responses(local.path)[0]["chosen"])
         == '[{"role": "assistant", "content": [{"type": "text", "text": "c"}]}]'
     )
     parquet(tmp_path / "x.parquet", [{"prompt": "p", "image_a": "a", "prefrence": "a"}])
     assert local_pairs(str(tmp_path / "x.parquet")) == LocalPairs(str(tmp_path / "x.parquet"))
+
+
+def test_doctor_and_label_page_take_a_table(tmp_path: Path) -> None:
+    csv_of_images(tmp_path / "set")
+    diagnosis = examine(str(tmp_path / "set"), held_out=str(tmp_path / "set"))
+    assert diagnosis.facts["taken for"] == "table of images, CSV, 1 pair" and diagnosis.name == str(tmp_path / "set")
+    assert "held-out-prompts" in {finding.check for finding in diagnosis.findings} and load_examples(diagnosis)
+    assert open_pairs(str(tmp_path / "set" / "pairs.csv"))["prompt"] == ["a dot, grey"]
+    csv_of_responses(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"other: has responses \(table of responses, CSV, 1 pair\), and the model needs images"
+    ):
+        open_pairs(str(tmp_path / "other"))

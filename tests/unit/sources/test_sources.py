@@ -583,4 +583,6 @@ def test_columns_are_built_once_per_import_and_not_per_row(folder: Path, run: An
 
 def test_every_source_has_a_test() -> None:
     text = Path(__file__).read_text() + Path(__file__).with_name("test_one_sided_sources.py").read_text()
-    assert len(SOURCES) == 20 and not [name for name in SOURCES if f'run("{name}"' not in text]
+    layouts = Path(__file__).with_name("test_local_pairs.py").read_text()
+    assert len(SOURCES) == 23
+    assert not [name for name in SOURCES if f'run("{name}"' not in text and f'"{name}",' not in layouts]
