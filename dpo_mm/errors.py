@@ -1,4 +1,4 @@
-"""Errors that users see: an interrupted run, a row that is not readable, and hints for misspelt names."""
+"""Errors that users see: an interrupted run, a row that is not readable, mining without a pair, and hints for misspelt names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 class RowError(ValueError):
     """A row that is not readable or not valid. The message names its file, the row and the fix."""
+
+
+class NoPairsError(ValueError):
+    """Mining that made no pair. The message names the folder, the reason and the fix."""
 
 
 def one_line(error: BaseException) -> str:

@@ -34,6 +34,7 @@ RECORDS = {
     "dpo_mm.json": "a training run",
     "mining.json": "mined pairs",
     "comparison.json": "a comparison",
+    "rounds.json": "rounds of a recipe",
     "import.json": "an imported dataset",
     "samples.json": "images to label",
     "scoring.json": "scores of judges",

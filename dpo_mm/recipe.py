@@ -36,6 +36,7 @@ class Recipe:
         title: heading of the report.
         train, compare, mine: settings of each step.
         baseline: "sft" to also train on the chosen side only and compare with that. None for no baseline.
+        rounds: largest number of rounds of all steps, see `dpo_mm.rounds`. 1: each step once.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Recipe:
     compare: CompareConfig | CompareResponsesConfig
     mine: MineConfig | MineResponsesConfig | None = None
     baseline: str | None = None
+    rounds: int = 1
 
 
 STEP_FOLDERS = {"mine": "mined", "train": "adapter", "compare": ""}
@@ -89,13 +91,14 @@ def read_recipe_file(file: str, overrides: Mapping[str, str]) -> Recipe:
     baseline = overrides.get("baseline") or values.get("baseline")
     if baseline not in (None, "sft"):
         raise ValueError(f"baseline {baseline!r} is unknown; expected 'sft'")
+    rounds = _rounds(overrides.get("rounds") or values.get("rounds", 1))
     is_text = "questions" in values["compare"]
     config_types: dict[str, Any] = {
         "train": TrainConfig,
         "compare": CompareResponsesConfig if is_text else CompareConfig,
         "mine": MineResponsesConfig if is_text else MineConfig,
     }
-    overrides = {key: value for key, value in overrides.items() if key not in ("output_dir", "baseline")}
+    overrides = {key: value for key, value in overrides.items() if key not in ("output_dir", "baseline", "rounds")}
     settings: dict[str, Any] = {
         step: {
             **overridden(
@@ -116,9 +119,15 @@ def read_recipe_file(file: str, overrides: Mapping[str, str]) -> Recipe:
     }
     from dpo_mm.judges.working_folder import import_from_working_folder
 
-    recipe = Recipe(title=values.get("title", source), baseline=baseline, **configs)
+    recipe = Recipe(title=values.get("title", source), baseline=baseline, rounds=rounds, **configs)
     import_from_working_folder(recipe)
     return recipe
+
+
+def _rounds(value: Any) -> int:
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ValueError(f"rounds is {value!r}. Expected a whole number from 1")
+    return int(value)
 
 
 def step_settings(values: Mapping[str, Any], step: str, *, source: str) -> dict[str, Any]:
@@ -183,7 +192,7 @@ def _check_known(overrides: Mapping[str, str], config_types: Mapping[str, Any], 
 
 
 def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
-    """Run the steps of a recipe and print its result.
+    """Run the steps of a recipe, or its rounds, and print its result.
 
     Args:
         recipe: the steps.
@@ -194,15 +203,16 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
             metric.
     """
     from dpo_mm.evaluation.finished_comparison import COMPARISON
-    from dpo_mm.evaluation.side_sets import judges_of
-    from dpo_mm.judges.provenance import order_judges
     from dpo_mm.outputs import refuse_foreign_folder
     from dpo_mm.policies.vlm.served import check_server_settings
     from dpo_mm.training.run import train
 
+    if recipe.rounds > 1:
+        from dpo_mm.rounds import run_rounds
+
+        return run_rounds(recipe, command=command)
     refuse_foreign_folder(Path(recipe.compare.output_dir), COMPARISON)
-    _check_judges(judges_of(recipe.compare), recipe.compare)
-    order_judges(recipe.compare.judges, _training_judges(recipe))
+    check_recipe_judges(recipe)
     for config in (recipe.mine, recipe.compare):
         if isinstance(config, MineResponsesConfig | CompareResponsesConfig):
             check_server_settings(config, sft_adapter=recipe.baseline if config is recipe.compare else None)
@@ -231,6 +241,15 @@ def _completed_steps(recipe: Recipe) -> str:
         if config and (Path(config.output_dir) / file).exists()
     ]
     return f"It has saved {' and '.join(done)}" if done else ""
+
+
+def check_recipe_judges(recipe: Recipe) -> None:
+    """Raise ValueError if a judge of the comparison is unknown, or none may be the primary metric."""
+    from dpo_mm.evaluation.side_sets import judges_of
+    from dpo_mm.judges.provenance import order_judges
+
+    _check_judges(judges_of(recipe.compare), recipe.compare)
+    order_judges(recipe.compare.judges, _training_judges(recipe))
 
 
 def _training_judges(recipe: Recipe) -> tuple[str, ...]:

@@ -35,6 +35,11 @@ def recipe_schema() -> dict[str, Any]:
     top = {
         "title": {"type": "string", "description": "Heading of the report."},
         "output_dir": {"type": "string", "description": "Folder of the run, with a folder for each step."},
+        "rounds": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Largest number of rounds of mining, training and comparing.",
+        },
         "baseline": {"enum": ["sft", None], "description": "sft: also train on the chosen side only."},
     }
     return {"$schema": SCHEMA, "title": "dpo-mm recipe", "type": "object", "properties": top | sections}

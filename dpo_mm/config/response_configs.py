@@ -27,6 +27,9 @@ class CompareResponsesConfig(Settings):
     """Branch, tag or commit of the base model on the hub. null: the default branch."""
     max_questions: int | None = None
     """Largest number of questions. null: all of a file, 400 of a synthetic dataset."""
+    part: str | None = None
+    """k/n: compare on the k-th of n random parts of the questions, which have no question in common. Take another part for each
+    decision. null: all questions."""
     judges: tuple[str, ...] = ("degeneration", "cer", "num_tokens")
     """Names of judges of responses, or module:function. The first one is the primary metric, unless it is learned and
     built the training pairs."""

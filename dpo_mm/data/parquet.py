@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_mm.checksums import write_with_checksum
+from dpo_mm.errors import NoPairsError
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def combine_shards(paths: list[Path], target: Path, *, empty_message: str) -> Pa
         `target`.
 
     Raises:
-        ValueError: if the shards have no rows.
+        NoPairsError: if the shards have no rows.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -71,7 +72,7 @@ def combine_shards(paths: list[Path], target: Path, *, empty_message: str) -> Pa
     files = [pq.ParquetFile(path) for path in paths]
     filled = [file for file in files if file.metadata.num_rows]
     if not filled:
-        raise ValueError(empty_message)
+        raise NoPairsError(empty_message)
     schema = pa.unify_schemas([file.schema_arrow for file in filled], promote_options="permissive")
     with atomic_write(target) as temporary, pq.ParquetWriter(temporary, schema, **PAGE_CHECKSUMS) as writer:
         for file in filled:

@@ -15,6 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from dpo_mm.data.conversation import as_messages
@@ -24,7 +25,7 @@ from dpo_mm.data.row_paths import confine
 from dpo_mm.data.text_files import read_text, table_suffix
 from dpo_mm.errors import did_you_mean, name_row, one_line
 
-TRAIN_SEED, HELD_OUT_SEED = 1, 0
+TRAIN_SEED, HELD_OUT_SEED, PART_SEED = 1, 0, 0
 DEFAULT_COUNT = 400
 """Number of questions of a synthetic dataset if there is no limit."""
 ROWS_IN_MEMORY = 32
@@ -68,19 +69,22 @@ class Question:
         return content if self.rubric else {name: value for name, value in content.items() if name != "rubric"}
 
 
-def read_questions(name: str, *, limit: int | None = None, rubric: str | None = None) -> list[Question]:
+def read_questions(
+    name: str, *, limit: int | None = None, part: str | None = None, rubric: str | None = None
+) -> list[Question]:
     """Read the questions of a synthetic dataset or of a file.
 
     Args:
         name: name of a synthetic dataset (a key of WORLDS), or path of a Parquet or JSON-lines file.
         limit: largest number of questions. None: all of a file, DEFAULT_COUNT of a synthetic dataset.
+        part: "k/n" for the k-th of n random parts that have no question in common. `limit` is that of the part.
         rubric: rubric of the questions that have none. None: no rubric.
 
     Raises:
         ValueError: if the file is missing or empty, or a row is not readable, has no prompt, or names a file that is missing
-            or not an image.
+            or not an image, or if the part is not one or has fewer than 2 questions.
     """
-    questions = _read_questions(name, limit)
+    questions = _read_questions(name, limit) if part is None else _read_part(name, limit, part)
     if rubric is None:
         return questions
     return [question if question.rubric else replace(question, rubric=rubric) for question in questions]
@@ -100,6 +104,23 @@ def _read_questions(name: str, limit: int | None) -> list[Question]:
     if not questions:
         raise ValueError(f"{name}: no questions in the file. Expected one row per question")
     return questions
+
+
+def _read_part(name: str, limit: int | None, part: str) -> list[Question]:
+    """Read one part of the questions. The order of the file does not decide which part a question is in."""
+    texts = part.split("/")
+    number, count = (int(text) if text.isdecimal() else 0 for text in (texts if len(texts) == 2 else ("", "")))
+    if not 1 <= number <= count:
+        raise ValueError(f"part {part!r}: expected k/n with k from 1 to n, such as 1/3")
+    total = count * (DEFAULT_COUNT if limit is None else limit) if name in WORLDS else None
+    questions = read_questions(name, limit=total)
+    order = np.random.default_rng(PART_SEED).permutation(len(questions))
+    chosen = [questions[n] for n in sorted(order[number - 1 :: count])][:limit]
+    if len(chosen) < 2:
+        raise ValueError(
+            f"questions {name!r}: {len(questions)} questions do not make {count} parts of 2 or more. Add questions"
+        )
+    return chosen
 
 
 def _pages(count: int, *, held_out: bool) -> Iterator[Question]:

@@ -87,7 +87,7 @@ def scale_chart(scales: Sequence[tuple[float, Comparison]], percent: bool) -> st
     """Draw the tuned score and its interval at each LoRA scale. Empty below two scales."""
     if len(scales) < 2:
         return ""
-    figure, axes = _empty_figure(width=4.8)
+    figure, axes = empty_figure(width=4.8)
     factor = 100 if percent else 1
     ordered = sorted(scales, key=lambda pair: pair[0])
     x = [scale for scale, _ in ordered]
@@ -105,7 +105,7 @@ def scale_chart(scales: Sequence[tuple[float, Comparison]], percent: bool) -> st
     axes.set_xticks(x)
     if percent:
         axes.yaxis.set_major_formatter("{x:g} %")
-    return _svg(figure, f"Score at LoRA scales {', '.join(f'{scale:g}' for scale in x)}")
+    return to_svg(figure, f"Score at LoRA scales {', '.join(f'{scale:g}' for scale in x)}")
 
 
 def pareto_chart(points: Sequence[SweepPoint], percent: bool) -> str:
@@ -113,7 +113,7 @@ def pareto_chart(points: Sequence[SweepPoint], percent: bool) -> str:
     guarded = [(point, point.headline, point.guard) for point in points if point.guard is not None]
     if len(guarded) < 2:
         return ""
-    figure, axes = _empty_figure(width=4.8, height=3.4)
+    figure, axes = empty_figure(width=4.8, height=3.4)
     x_factor, y_factor = 100 if percent else 1, 100 if all(is_rate(guard) for *_, guard in guarded) else 1
     positions = [(x_factor * primary.tuned, y_factor * guard.tuned) for _, primary, guard in guarded]
     front = sorted(position for position, (point, *_) in zip(positions, guarded, strict=True) if point.on_front)
@@ -129,7 +129,7 @@ def pareto_chart(points: Sequence[SweepPoint], percent: bool) -> str:
     axes.grid(axis="x", color=INK["line"], linewidth=0.7)
     axes.set_xlabel(f"primary metric{', %' if x_factor == 100 else ''}", fontsize=8.5, color=INK["quiet"])
     axes.set_ylabel(f"guardrail{', %' if y_factor == 100 else ''}", fontsize=8.5, color=INK["quiet"])
-    return _svg(figure, "Primary metric and guardrail at each strength of the adapter")
+    return to_svg(figure, "Primary metric and guardrail at each strength of the adapter")
 
 
 def _panel_charts(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
@@ -138,12 +138,12 @@ def _panel_charts(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
         lines = [line for line in lines if len(line[1]) > 1]
         if not lines:
             continue
-        figure, axes = _empty_figure()
+        figure, axes = empty_figure()
         axes.axhline(panel.guide, color=INK["quiet"], linewidth=0.9, linestyle=(0, (1.5, 2.5)), label=panel.meaning)
         for (label, x, y), ink in zip(lines, ("tuned", "base"), strict=False):
             _plot_line(axes, x, y, INK[ink], label)
         label = f"{panel.title} over training steps, last {lines[0][2][-1]:.3g}"
-        yield Chart(panel.title, _svg(figure, label))
+        yield Chart(panel.title, to_svg(figure, label))
 
 
 def _noise_charts(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
@@ -153,7 +153,7 @@ def _noise_charts(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
         last = next((entry for entry in reversed(history) if all(key in entry for key in keys)), None)
         if last is None or not all(math.isfinite(last[key]) for key in keys):
             continue
-        figure, axes = _empty_figure()
+        figure, axes = empty_figure()
         axes.axhline(guide, color=INK["quiet"], linewidth=0.9, linestyle=(0, (1.5, 2.5)), label="untrained")
         axes.bar(
             range(4),
@@ -165,7 +165,7 @@ def _noise_charts(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
         )
         axes.set_xticks(range(4), ["least noisy", "", "", "noisiest"])
         values = ", ".join(f"{last[key]:.3g}" for key in keys)
-        yield Chart(title, _svg(figure, f"{title}, from the least noisy quartile to the noisiest: {values}"))
+        yield Chart(title, to_svg(figure, f"{title}, from the least noisy quartile to the noisiest: {values}"))
 
 
 def _points(history: Sequence[dict[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -186,8 +186,8 @@ def _plot_line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str
     axes.plot(x[width // 2 :][: len(mean)], mean, color=colour, linewidth=1.7, label=label)
 
 
-def _empty_figure(width: float = 4.2, height: float = 2.6) -> tuple[Figure, Axes]:
-    """Create an empty figure of the report's style. width, height: inches."""
+def empty_figure(width: float = 4.2, height: float = 2.6) -> tuple[Figure, Axes]:
+    """Create a figure with empty axes in the report's style. width, height: inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -205,7 +205,7 @@ def _empty_figure(width: float = 4.2, height: float = 2.6) -> tuple[Figure, Axes
     return figure, axes
 
 
-def _svg(figure: Figure, label: str) -> str:
+def to_svg(figure: Figure, label: str) -> str:
     """Convert a figure to one <svg> element without declarations, styles or unused ids."""
     import matplotlib
 

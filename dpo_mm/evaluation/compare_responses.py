@@ -278,7 +278,8 @@ def compare_responses(
 
 def read_question_sets(config: CompareResponsesConfig) -> list[tuple[CompareResponsesConfig, list[Question]]]:
     """Return settings and questions of the comparison, then of each side set. Raise ValueError as `read_sets`."""
-    return read_sets(config, lambda own: read_questions(own.questions, limit=own.max_questions, rubric=own.rubric), len)
+    read = lambda own: read_questions(own.questions, limit=own.max_questions, part=own.part, rubric=own.rubric)
+    return read_sets(config, read, len)
 
 
 def _base_responses(
@@ -322,7 +323,7 @@ def _settings(config: CompareResponsesConfig, count: int) -> dict[str, str]:
         "model": config.model,
         "adapter": config.adapter or "none",
         **name_base(config.base_adapter, config.adapter),
-        "questions": f"{config.questions}, {count} questions",
+        "questions": f"{config.questions}, {count} questions{f', part {config.part}' if config.part else ''}",
         **name_side_sets(config),
         "decoding": f"{decoding}, at most {config.max_new_tokens} tokens",
         **({"linear layers": config.quantize} if config.quantize else {}),

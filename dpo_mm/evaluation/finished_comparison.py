@@ -69,7 +69,8 @@ def _questions_content(config: CompareResponsesConfig) -> Any:
     """Return the questions as plain values, or the name of a synthetic dataset, which the library's version decides."""
     if config.questions in WORLDS:
         return config.questions
-    return [question.content for question in read_questions(config.questions, limit=config.max_questions)]
+    questions = read_questions(config.questions, limit=config.max_questions, part=config.part)
+    return [question.content for question in questions]
 
 
 def read_result(folder: Path) -> CompareResult:

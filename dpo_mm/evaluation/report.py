@@ -19,9 +19,10 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from dpo_mm.evaluation.charts import history_charts, pareto_chart, scale_chart
+from dpo_mm.evaluation.charts import Chart, history_charts, pareto_chart, scale_chart
 from dpo_mm.evaluation.contact_sheet import PIXELATED, Example, contact_sheet, has_exact_scores, mark_of, rgb
 from dpo_mm.evaluation.marked_text import TextExample, text_spans
+from dpo_mm.evaluation.round_charts import RoundPoint, round_charts, rounds_json
 from dpo_mm.evaluation.significance import LEVEL
 from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.sweep import RULE, SweepPoint, advice
@@ -59,6 +60,7 @@ class Report:
         settings: name and value of each setting of the run.
         notes: caveats, a sentence or two each.
         unit: the random sample, in the plural: prompts or questions.
+        rounds, best_round: rounds of a recipe, and the number of the one to keep, 0 for the base.
 
     Raises:
         ValueError: unless exactly one comparison is the primary metric.
@@ -79,6 +81,8 @@ class Report:
     settings: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unit: str = "prompts"
+    rounds: tuple[RoundPoint, ...] = ()
+    best_round: int = 0
 
     def __post_init__(self) -> None:
         primary = [comparison.metric for comparison in self.comparisons if comparison.headline]
@@ -151,8 +155,15 @@ def render(report: Report) -> str:
         rule=RULE,
         level=LEVEL,
         charts=[(chart.title, Markup(chart.svg)) for chart in history_charts(report.history)],
+        rounds=list(zip(report.rounds, rows_of([point.headline for point in report.rounds], percent), strict=True)),
+        round_charts=[(chart.title, Markup(chart.svg)) for chart in _round_charts(report)],
         exact=has_exact_scores(report.examples),
     )
+
+
+def _round_charts(report: Report) -> list[Chart]:
+    """Draw the rounds. The report's comparison is the last one only if a round passed."""
+    return round_charts(report.rounds, report.headline if report.best_round else None, report.best_round)
 
 
 def _points(points: Sequence[SweepPoint], percent: bool) -> list[tuple[SweepPoint, Row, Row | None]]:
@@ -176,6 +187,7 @@ def _metrics(report: Report) -> dict[str, Any]:
         "control": report.control.as_dict() if report.control else None,
         "settings": report.settings,
         "notes": list(report.notes),
+        **({"best_round": report.best_round, "rounds": rounds_json(report.rounds)} if report.rounds else {}),
         "history": [{k: float(v) if math.isfinite(v) else None for k, v in entry.items()} for entry in report.history],
     }
 
