@@ -68,9 +68,12 @@ class MineConfig(Settings):
     """Prompts: a text file with one prompt per line, a file or folder of a published benchmark, or a bundled list."""
     output_dir: str
     """Folder for the pairs. They are in pairs.parquet."""
-    judges: tuple[str, ...] | str
+    judges: tuple[str, ...] | str = ()
     """Judges that rank the images of a prompt. Several (a list, or names with commas) rank by the mean of their z-scores
-    within the prompt."""
+    within the prompt. Required, except with chosen own."""
+    chosen: str | None = None
+    """own: prompts is a folder of captioned images, which are chosen. The rejected images are generated for their captions,
+    pairs_per_prompt for each, and no judge is used. null: the judges choose."""
     adapter: str | None = None
     """LoRA (a folder, a safetensors file, a hub id) or folder of a tuned pipeline to generate with. null: the base model."""
     revision: str | None = None

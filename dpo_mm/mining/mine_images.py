@@ -52,6 +52,8 @@ def mine_images(config: MineConfig) -> Path:
         ValueError: if the folder was mined with other settings or has other files, a setting does not fit, or no pair reaches
             the gap.
     """
+    if not parse_judges(config.judges):
+        raise ValueError("judges missing. Give them in the file or as --judges, or set chosen to own")
     if config.images_per_prompt < 2:
         raise ValueError(f"images_per_prompt is {config.images_per_prompt}. A pair needs at least 2 images per prompt.")
     folder, inputs = Path(config.output_dir), [config.prompts, config.model, config.adapter]
