@@ -284,12 +284,7 @@ def mine(config: MineConfig | MineResponsesConfig) -> Path:
             _check_judges([config.judge], config)
             return mine_responses(config)
         from dpo_mm.mining.mine_images import mine_images, parse_judges
-        from dpo_mm.mining.own_images import mine_own_images
 
-        if config.chosen == "own":
-            return mine_own_images(config)
-        if config.chosen is not None:
-            raise ValueError(f"chosen is {config.chosen!r}. Expected own, or leave it out for judges to choose")
         _check_judges([*parse_judges(config.judges), *parse_judges(config.guards)], config)
         return mine_images(config)
 

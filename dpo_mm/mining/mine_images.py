@@ -52,6 +52,10 @@ def mine_images(config: MineConfig) -> Path:
         ValueError: if the folder was mined with other settings or has other files, a setting does not fit, or no pair reaches
             the gap.
     """
+    if config.chosen is not None:
+        from dpo_mm.mining.own_images import mine_own_images
+
+        return mine_own_images(config)
     if not parse_judges(config.judges):
         raise ValueError("judges missing. Give them in the file or as --judges, or set chosen to own")
     if config.images_per_prompt < 2:

@@ -48,6 +48,8 @@ def mine_own_images(config: MineConfig) -> Path:
     Raises:
         ValueError: if the dataset has no captioned images, a setting needs judges, or the folder was mined with other settings.
     """
+    if config.chosen != "own":
+        raise ValueError(f"chosen is {config.chosen!r}. Expected own, or leave it out for judges to choose")
     given = [name for name in BY_JUDGES if getattr(config, name) != getattr(MineConfig, name)]
     if given:
         raise ValueError(f"{given[0]} has no effect with chosen own, because no judge ranks the images. Remove it")
