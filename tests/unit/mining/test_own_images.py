@@ -48,7 +48,7 @@ def test_captioned_folder_against_samples(tiny_model: str, tmp_path: Path, monke
     samples = {row["image_b" if row["preference"] == "a" else "image_a"]["bytes"] for row in rows}
     assert len(samples) == 6
     for change, message in (
-        ({"judges": ("clip",)}, "judges has no effect with chosen own"),
+        ({"judges": ("faithfulness",)}, "judges has no effect with chosen own"),
         ({"chosen": None}, "judges missing. Give them in the file or as --judges, or set chosen to own"),
         ({"chosen": "judge"}, "chosen is 'judge'. Expected own"),
     ):
