@@ -38,6 +38,7 @@ RECORDS = {
     "import.json": "an imported dataset",
     "samples.json": "images to label",
     "scoring.json": "scores of judges",
+    "export.json": "an exported run",
 }
 """Record of each kind of output folder, and what the folder is called in errors."""
 LOCK = ".lock"

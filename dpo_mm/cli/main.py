@@ -20,6 +20,7 @@ from dpo_mm.cli.command_settings import (
     train_config,
     train_settings,
 )
+from dpo_mm.cli.export import export
 from dpo_mm.cli.label import Overwrite
 from dpo_mm.cli.settings_help import SettingsCommand, commented_config
 from dpo_mm.cli.terminal import report_command, run_as_command, say, suppress_library_output
@@ -387,3 +388,6 @@ def compare(context: typer.Context, config: ConfigFile = None) -> None:
         from dpo_mm.recipe import compare, print_result
 
         print_result(compare(settings, command=report_command()))
+
+
+app.command()(export)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +97,14 @@ class SavedLora(NamedTuple):
     weights: dict[str, torch.Tensor]
     config: Any
     alphas: dict[str, float]
+
+    def renamed(self, rename: Callable[[str], str]) -> SavedLora:
+        """Return the LoRA with other names of its modules."""
+        weights = {}
+        for name, weight in self.weights.items():
+            module, part, kind = name.rsplit(".", 2)
+            weights[f"{rename(module)}.{part}.{kind}"] = weight
+        return SavedLora(weights, self.config, {rename(name): alpha for name, alpha in self.alphas.items()})
 
 
 def saved_lora(model: Any, weights: Weights = None) -> SavedLora:

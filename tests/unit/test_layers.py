@@ -35,7 +35,7 @@ LAYERS = (
     {"data"},
     {"policies", "judges", "sources", "doctor"},
     {"training", "mining", "evaluation", "labels"},
-    {"recipe", "rounds"},
+    {"recipe", "rounds", "export"},
     {"cli", "demo_guard", "demo_server", "__main__", "__init__"},
 )
 

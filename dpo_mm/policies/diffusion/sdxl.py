@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
+from dpo_mm.policies.kohya_names import sdxl_module
 
 
 class StableDiffusionXL(DiffusionPolicy):
@@ -24,6 +25,10 @@ class StableDiffusionXL(DiffusionPolicy):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     kohya_prefix = "lora_unet"
     conditioning_columns = ("frame",)
+
+    def kohya_module(self, name: str) -> str:
+        """Return a UNet module's name in kohya's files, which number the blocks as the original model does."""
+        return sdxl_module(name, self.model.config)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:

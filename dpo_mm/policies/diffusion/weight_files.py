@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from dpo_mm.model_loading import load_module
 from dpo_mm.policies.adapter_sources import START_FOLDER
 from dpo_mm.policies.adapters import (
     LORA_FILE,
+    SavedLora,
     Weights,
     has_lora,
     read_lora,
@@ -36,14 +38,30 @@ def save(policy: DiffusionPolicy, folder: Path, weights: Weights) -> None:
         return
     save_lora(policy.pipe, policy.denoiser, folder, weights, policy.encoder_loras)
     if policy.config.lora_format == "kohya":
-        assert policy.kohya_prefix is not None
-        loras = {policy.kohya_prefix: saved_lora(policy.model, weights)}
-        for name, lora in policy.encoder_loras.items():
-            number = name[-1] if name[-1].isdigit() else "1" if hasattr(policy.pipe, "text_encoder_2") else ""
-            part = "" if next(iter(lora.alphas)).startswith("text_model.") else "_text_model"
-            loras[f"lora_te{number}{part}"] = lora
-        save_kohya(loras, folder)
+        save_kohya(kohya_loras(policy, policy.encoder_loras, weights), folder)
     save_start(policy.config, folder)
+
+
+def kohya_loras(
+    policy: DiffusionPolicy, encoders: Mapping[str, SavedLora], weights: Weights = None
+) -> dict[str, SavedLora]:
+    """Return the LoRAs of a policy by the prefix of their names in kohya's file, with kohya's names of the modules.
+
+    Args:
+        policy: a policy with a LoRA, of a family with a `kohya_prefix`.
+        encoders: LoRAs of text encoders by name.
+        weights: as in `save`.
+    """
+    assert policy.kohya_prefix is not None
+    lora = saved_lora(policy.model, weights)
+    if hasattr(policy, "kohya_module"):
+        lora = lora.renamed(policy.kohya_module)
+    loras = {policy.kohya_prefix: lora}
+    for name, lora in encoders.items():
+        number = name[-1] if name[-1].isdigit() else "1" if hasattr(policy.pipe, "text_encoder_2") else ""
+        part = "" if next(iter(lora.alphas)).startswith("text_model.") else "_text_model"
+        loras[f"lora_te{number}{part}"] = lora
+    return loras
 
 
 def load_weights(policy: DiffusionPolicy, folder: Path) -> None:

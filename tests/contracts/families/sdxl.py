@@ -47,4 +47,11 @@ def sdxl(folder: Path) -> Path:
     return folder
 
 
-FAMILIES = {"sdxl": Family(sdxl)}
+BLOCKS = {
+    "down_blocks_1_attentions_0": "input_blocks_3_1",
+    "mid_block_attentions_0": "middle_block_1",
+    "up_blocks_0_attentions_0": "output_blocks_0_1",
+    "up_blocks_0_attentions_1": "output_blocks_1_1",
+}
+"""Parts of names in kohya's files: one convolution, one block without and one with attention, which have two or one layer each."""
+FAMILIES = {"sdxl": Family(sdxl, kohya_blocks=BLOCKS)}
