@@ -20,7 +20,7 @@ from dpo_mm.cli.command_settings import (
     train_config,
     train_settings,
 )
-from dpo_mm.cli.export import export
+from dpo_mm.cli.export_run import export
 from dpo_mm.cli.label import Overwrite
 from dpo_mm.cli.settings_help import SettingsCommand, commented_config
 from dpo_mm.cli.terminal import report_command, run_as_command, say, suppress_library_output

@@ -22,6 +22,7 @@ USE = "## How to use it"
 USE_SECTION = re.compile(rf"{USE}\n.*?\n```\n", re.DOTALL)
 RESULT_ROW = re.compile(r"^\| (?!measure)([^|]+) \| ([^|]+) \| ([^|]+) \| [^|]+ \| [^|]+ \|$", re.MULTILINE)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}
 LIBRARIES = {"diffusers": "diffusers", "kohya": "diffusers", "vllm": "peft"}
 
 
@@ -115,11 +116,12 @@ def _licence_section(licences: dict[str, int]) -> str:
 def _use_section(run: FinishedRun, to: str, place: str, *, hub: bool, is_text: bool, card: str) -> str:
     """Section with the code that loads the exported files."""
     base = run.model if hub else resolve_asset(run.model)
+    dtype = DTYPES.get(str(run.settings.get("precision")), "torch.float32")  # weights on disk may be in half precision
     bundled = f" `{run.model}` is bundled with dpo-mm." if run.model in BUNDLED else ""
     if to == "kohya":
         return (
             f"{USE}\n\nCopy `{KOHYA_FILE}` to the LoRA folder of ComfyUI or A1111.{bundled} With diffusers:\n\n```python\n"
-            f"{_image_code(base, place, file=KOHYA_FILE)}\n```\n"
+            f"{_image_code(base, place, dtype=dtype, file=KOHYA_FILE)}\n```\n"
         )
     if to == "vllm":
         rank = json.loads((run.folder / ADAPTER_FILE).read_text(encoding="utf-8"))["r"]
@@ -132,12 +134,13 @@ def _use_section(run: FinishedRun, to: str, place: str, *, hub: bool, is_text: b
             code = code.replace("AutoProcessor", "AutoTokenizer").replace("processor =", "tokenizer =")
         code = "\n".join([*sorted(line for name, line in IMPORTS.items() if name in code), "", code])
     else:
-        code = _image_code(place if to == "merged" else base, None if to == "merged" else place)
+        code = _image_code(place if to == "merged" else base, None if to == "merged" else place, dtype=dtype)
     return f"{USE}\n\n{bundled.strip()}\n\n```python\n{code}\n```\n".replace("\n\n\n\n", "\n\n")
 
 
-def _image_code(base: str, place: str | None, *, file: str | None = None) -> str:
+def _image_code(base: str, place: str | None, *, dtype: str, file: str | None = None) -> str:
     weight = f', weight_name="{file}"' if file else ""
-    lines = [IMPORTS["DiffusionPipeline"], "", f'pipe = DiffusionPipeline.from_pretrained("{base}")']
+    load = f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype={dtype})'
+    lines = ["import torch", IMPORTS["DiffusionPipeline"], "", load]
     lines += [f'pipe.load_lora_weights("{place}"{weight})'] if place else []
     return "\n".join([*lines, 'image = pipe("a red star").images[0]', 'image.save("image.png")'])

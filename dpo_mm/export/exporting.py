@@ -1,4 +1,4 @@
-"""Export a finished run into a folder of its own."""
+"""Export a finished run into a new folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def export(
     Args:
         run: output folder of `train`, or the name of a bundled adapter.
         to: diffusers, kohya, merged or vllm.
-        output: folder for the files. A finished export of the same run stays as it is.
+        output: folder for the files. A finished export of the same run is not repeated.
         published_as: hub id that the card's code loads. None: the folder.
         overwrite: replace an earlier export into the folder.
 

@@ -1,4 +1,4 @@
-"""What vLLM's LoRA loader accepts.
+"""Limits of vLLM's LoRA loader.
 
 Source: vLLM's `vllm/lora/peft_helper.py` and `vllm/config/lora.py`. vLLM itself does not run in the tests.
 """

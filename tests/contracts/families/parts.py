@@ -50,6 +50,8 @@ class Family:
     """Fraction of noise of a flow model at a noise level in [0, 1), by the paper's formula."""
     kohya: bool = True
     """True if diffusers reads kohya's format for this family."""
+    kohya_blocks: Mapping[str, str] = field(default_factory=dict)
+    """Parts of names in kohya's file that differ from those of diffusers, by diffusers' name."""
     left_out: tuple[str, ...] = ()
     """Optional components that the pipeline is built without."""
     reason: str | None = None

@@ -85,10 +85,12 @@ def pixels(pipe: Any) -> np.ndarray:
 def test_exported_image_files_give_the_runs_pixels(tmp_path: Path) -> None:
     base = resolve_asset("shapes-sd")
     expected = pixels(load_policy(base, adapter=resolve_asset(IMAGE_RUN), device="cpu").pipe)  # type: ignore[union-attr]
-    assert np.abs(expected - pixels(DiffusionPipeline.from_pretrained(base))).max() > 10
+    assert np.abs(expected - pixels(DiffusionPipeline.from_pretrained(base, dtype=torch.float32))).max() > 10
     for to in ("diffusers", "kohya", "merged"):
         export(IMAGE_RUN, to, str(tmp_path / to))
-        pipe: Any = DiffusionPipeline.from_pretrained(str(tmp_path / to) if to == "merged" else base)
+        pipe: Any = DiffusionPipeline.from_pretrained(
+            str(tmp_path / to) if to == "merged" else base, dtype=torch.float32
+        )
         if to != "merged":
             pipe.load_lora_weights(str(tmp_path / to))
         assert np.abs(pixels(pipe) - expected).max() <= (to == "merged"), to
@@ -112,7 +114,8 @@ def test_exported_text_files_give_the_runs_logits(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = policy.model(input_ids=ids).logits
         export(TEXT_RUN, "vllm", str(tmp_path / "vllm"))
-        adapted = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), str(tmp_path / "vllm"))
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+        adapted = PeftModel.from_pretrained(model, str(tmp_path / "vllm"))
         assert torch.equal(adapted(input_ids=ids).logits, expected)
         export(TEXT_RUN, "merged", str(tmp_path / "merged"))
         merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
@@ -153,7 +156,7 @@ def test_unfinished_runs_stacked_runs_and_other_folders_are_refused(tmp_path: Pa
     with pytest.raises(ValueError, match="has files that dpo-mm did not make"):
         export(str(run), "diffusers", str(tmp_path / "mine"))
     (run / "start_adapter").mkdir()
-    with pytest.raises(ValueError, match="is stacked on another adapter, and one file has one. Use merged"):
+    with pytest.raises(ValueError, match=r"is stacked on another adapter, and one file has one. Use merged"):
         export(str(run), "diffusers", str(tmp_path / "out"))
     (run / "pytorch_lora_weights.safetensors").unlink()
     (run / "complete.json").write_text(json.dumps({}))
