@@ -71,9 +71,6 @@ class MineConfig(Settings):
     judges: tuple[str, ...] | str = ()
     """Judges that rank the images of a prompt. Several (a list, or names with commas) rank by the mean of their z-scores
     within the prompt. Required, except with chosen own."""
-    chosen: str | None = None
-    """own: prompts is a folder of captioned images, which are chosen. The rejected images are generated for their captions,
-    pairs_per_prompt for each, and no judge is used. null: the judges choose."""
     adapter: str | None = None
     """LoRA (a folder, a safetensors file, a hub id) or folder of a tuned pipeline to generate with. null: the base model."""
     revision: str | None = None
@@ -87,6 +84,9 @@ class MineConfig(Settings):
     """Chosen and rejected must differ by more than this: in the judge's score, or in the mean z-score of several judges."""
     pairs_per_prompt: int = 1
     """Largest number of pairs per prompt: best with worst, then second best with second worst, and so on."""
+    chosen: str | None = None
+    """own: prompts is a folder of captioned images, which are chosen. The rejected images are generated for their captions,
+    pairs_per_prompt for each, and no judge is used. null: the judges choose."""
     max_prompts: int | None = None
     """Largest number of prompts, spread over the categories. null: all."""
     num_inference_steps: int = 50
