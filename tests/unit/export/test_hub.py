@@ -85,6 +85,7 @@ def run(folder: Path, *flags: str) -> Any:
     return CliRunner().invoke(app, ["export", "shapes-sd-faithful", "--to", "diffusers", *output, *flags])
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_without_the_flag(fake_hub: type[FakeHub], tmp_path: Path) -> None:
     assert run(tmp_path).exit_code == 0
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file() and not fake_hub.requests
