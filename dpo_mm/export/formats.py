@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.errors import did_you_mean
@@ -14,8 +13,11 @@ from dpo_mm.export.finished_run import FinishedRun
 from dpo_mm.export.vllm_limits import why_not_served
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE, ADAPTER_WEIGHTS
 from dpo_mm.policies.adapters import LORA_FILE, has_lora, lora_models, merge_pipeline, save_kohya, saved_lora
+from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy
 from dpo_mm.policies.families import load_policy, policy_class
 from dpo_mm.policies.lora_layers import merge_peft
+from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
+from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 
 
 def check_format(run: FinishedRun, to: str) -> None:
@@ -67,7 +69,8 @@ def export_kohya(run: FinishedRun, folder: Path) -> dict[str, str]:
     """
     from dpo_mm.policies.diffusion.weight_files import kohya_loras
 
-    policy: Any = load_run(run, precision="fp32")
+    policy = load_run(run, precision="fp32")
+    assert isinstance(policy, DiffusionPolicy)
     parts = {name: part for name, part in policy.pipe.components.items() if has_lora(part)}
     encoders = {name: saved_lora(part) for name, part in parts.items() if part is not policy.model}
     loras = kohya_loras(policy, encoders)
@@ -95,19 +98,20 @@ def export_merged(run: FinishedRun, folder: Path) -> dict[str, str]:
     The sum is computed in float32 and saved in the precision of the training.
     """
     precision = run.settings.get("precision")
-    policy: Any = load_run(run, precision=precision if precision in ("bf16", "fp16") else "fp32")
+    policy = load_run(run, precision=precision if precision in ("bf16", "fp16") else "fp32")
     if policy.modality == "image":
         if lora_models(policy.pipe):
             merge_pipeline(policy.pipe)
         policy.pipe.save_pretrained(folder)
     else:
+        assert isinstance(policy, VisionLanguage)
         model = merge_peft(policy.model) if has_lora(policy.model) else policy.model
         model.save_pretrained(folder)
         policy.processor.save_pretrained(folder)
     return {"precision": precision if precision in ("bf16", "fp16") else "fp32"}
 
 
-def load_run(run: FinishedRun, *, precision: str) -> Any:
+def load_run(run: FinishedRun, *, precision: str) -> ImagePolicy | TextPolicy:
     """Load the base of a run with its result attached, on the CPU."""
     return load_policy(
         resolve_asset(run.model),

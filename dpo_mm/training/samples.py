@@ -55,7 +55,7 @@ def validate_samples(config: TrainConfig, *, modality: Modality) -> None:
     source = config.sample_prompts if modality == "image" else config.sample_questions
     setting = "sample_prompts" if modality == "image" else "sample_questions"
     for name in ("sample_steps", "sample_judges"):
-        if getattr(config, name) != getattr(TrainConfig, name) and source is None:
+        if getattr(config, name) and source is None:
             raise ValueError(f"{name} has no effect without {setting}. Remove one of the two settings")
     if source is None:
         return
@@ -158,7 +158,7 @@ def sample_callback(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Sa
     return SampleCallback(config, lambda: _responses(policy, config, questions), titles)
 
 
-def _image_generator(policy: Any, config: TrainConfig, prompts: list[str]) -> Callable[[], Samples]:
+def _image_generator(policy: ImagePolicy, config: TrainConfig, prompts: list[str]) -> Callable[[], Samples]:
     """Return a function that generates images with the trained denoiser and the pipeline's other modules.
 
     The other modules are on the device only while images are generated.
@@ -166,18 +166,19 @@ def _image_generator(policy: Any, config: TrainConfig, prompts: list[str]) -> Ca
     if policy.is_image_editing:
         raise ValueError(f"sample_prompts: {config.model} edits images, and prompts have none. Remove sample_prompts")
     whole = copy.copy(policy.pipe)  # shares the modules, and keeps those that the policy releases
+    denoiser = next(name for name, part in whole.components.items() if part is policy.model)
     seeds = [seeds_of(prompt, 1, seed=config.seed)[0] for prompt in prompts]
 
     def generate() -> Samples:
         others = {
             name: part
             for name, part in whole.components.items()
-            if isinstance(part, torch.nn.Module) and name != policy.denoiser
+            if isinstance(part, torch.nn.Module) and name != denoiser
         }
-        device, training = policy.model.device, policy.pipe
+        device, training = policy.device, policy.pipe
         sampling = copy.copy(whole)
         sampling.scheduler = copy.deepcopy(whole.scheduler)
-        setattr(sampling, policy.denoiser, policy.model)
+        setattr(sampling, denoiser, policy.model)
         policy.pipe = sampling
         move(others, device)
         try:

@@ -54,7 +54,7 @@ def mine_and_stop(at: int) -> None:
     score_checks.load_judge = lambda name: judge
     score_checks.better_of = lambda name: "higher"
     mine_images.judge_digests = lambda names: dict.fromkeys(names, "hash of the judge")
-    recipe._check_judges = lambda names: None
+    recipe._check_judges = lambda *_: None
     forked.command()
 
 
