@@ -40,6 +40,7 @@ def test_command_prints_pass_and_leaves_no_files(tiny_model: str, pairs: str, tm
     assert done.stdout.count("pass  ") == 5 and [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+@pytest.mark.slow
 def test_run_with_random_losses_fails_the_checks(
     tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

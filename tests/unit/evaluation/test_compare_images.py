@@ -219,6 +219,7 @@ def test_compare_images_writes_report_and_metrics(tiny_model: str, tmp_path: Pat
     assert "&lt;b&gt;t&lt;/b&gt;" in outcome.report.read_text()
 
 
+@pytest.mark.slow
 def test_base_with_an_adapter_is_compared_with_it(tiny_model: str, tmp_path: Path) -> None:
     """It catches images of the base that are drawn without its adapter."""
     policy = load_policy(tiny_model)

@@ -223,6 +223,7 @@ def test_missing_adapter_and_unreachable_hub_id_are_named() -> None:
         find_adapter("owner/name")
 
 
+@pytest.mark.slow
 def test_dry_run_names_the_adapter(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     start = kohya_file(tiny_model, tmp_path)
     for result, how in (

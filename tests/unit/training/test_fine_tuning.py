@@ -70,6 +70,7 @@ def image_pairs(folder: Path, *, one_sided: bool = False) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_sft_of_images_takes_one_forward_pass_per_step_of_the_chosen_image_only(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +131,7 @@ def test_sft_of_text_is_the_mean_over_responses_of_their_means_per_token(text_mo
     assert any("logps/chosen" in entry for entry in history)
 
 
+@pytest.mark.slow
 def test_sft_of_text_runs_the_model_once_per_forward_pass_and_needs_no_rejected_response(
     text_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,7 @@ def test_loss_on_liked_and_disliked_rows_equals_the_formula(
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and abs(swapped - expected) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modality", ["text", "image"])
 def test_run_on_liked_and_disliked_rows(modality: str, models: dict[str, str], tmp_path: Path) -> None:
     """KTO starts at 1, as chosen_weight and rejected_weight are 1. sft trains on the liked rows and says so."""
