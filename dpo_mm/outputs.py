@@ -283,7 +283,7 @@ def _has_no_work(folder: Path, kind: OutputKind) -> bool:
 
 @contextlib.contextmanager
 def write_results(folder: Path) -> Iterator[Path]:
-    """Context manager that gives a temporary folder. At its end, the files in it become the finished result of `folder`.
+    """Context manager that gives a temporary folder. At its end, the files and folders in it become the result of `folder`.
 
     COMPLETE is written first, so that an interruption leaves no file that it does not list.
     """
@@ -291,9 +291,9 @@ def write_results(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        if paths := sorted(temporary.iterdir()):
-            write_complete(folder, {path.name: file_hash(path) for path in paths})
-        for path in paths:
+        if files := sorted(path for path in temporary.rglob("*") if path.is_file()):
+            write_complete(folder, {path.relative_to(temporary).as_posix(): file_hash(path) for path in files})
+        for path in sorted(temporary.iterdir()):
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -90,7 +90,7 @@ def run_rounds(recipe: Recipe, *, command: str) -> CompareResult:
     with output_folder(folder, ROUNDS, settings, overwrite=recipe.compare.overwrite) as finished:
         with stop_on_signal(lambda: _saved_rounds(folder)):
             rounds, end = walk_rounds(recipe, command=command)
-            passed = [each for each in rounds if each.point.keeps]
+            passed = [each for each in rounds if each.point.passed]
             last = _compare_last(recipe, passed[-1], command) if passed else rounds[0].result
         report = _report(recipe, rounds, end, last, command)
         if not finished:
@@ -161,7 +161,7 @@ def walk_rounds(recipe: Recipe, *, command: str) -> tuple[list[Round], str]:
                 raise
             return rounds, f"Round {number} mined no pair, so there is nothing to train on. {error}".rstrip(".")
         print_rows({f"round {number}": rounds[-1].point.decision})
-        if not rounds[-1].point.keeps:
+        if not rounds[-1].point.passed:
             return rounds, f"Round {number} did not pass"
         adapter = rounds[-1].adapter
     return rounds, f"All {recipe.rounds} rounds passed. More of them may help"
@@ -257,7 +257,7 @@ def _compare_last(recipe: Recipe, best: Round, command: str) -> CompareResult:
 def _report(recipe: Recipe, rounds: list[Round], end: str, last: CompareResult, command: str) -> Report:
     """Put the rounds and the last comparison into one report."""
     is_text = isinstance(recipe.compare, CompareResponsesConfig)
-    passed = [each.point.number for each in rounds if each.point.keeps]
+    passed = [each.point.number for each in rounds if each.point.passed]
     if passed:
         best = rounds[passed[-1] - 1].adapter
         keep = f"Keep round {passed[-1]}. {end}."
@@ -301,7 +301,7 @@ def _point(
         number=number,
         headline=_headline(result),
         decision=decision.reason,
-        keeps=decision.passes,
+        passed=decision.passes,
         level=level,
         pairs=pairs,
         log_probs=log_prob_change(training.history, training.beta),

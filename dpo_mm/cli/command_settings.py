@@ -61,9 +61,12 @@ def train_config(context: typer.Context, config: str | None, **defaults: Any) ->
     """Settings of a training run. `defaults` apply if neither file nor flags set them."""
     from dpo_mm.config import TrainConfig
     from dpo_mm.config_parsing import config_from_mapping
+    from dpo_mm.judges.working_folder import import_from_working_folder
 
     file, _ = file_and_flags(context, config)
-    return config_from_mapping(TrainConfig, defaults | train_settings(context, config), source=file or "flags")
+    settings = config_from_mapping(TrainConfig, defaults | train_settings(context, config), source=file or "flags")
+    import_from_working_folder(settings)
+    return settings
 
 
 def image_or_vlm_config(

@@ -26,12 +26,8 @@ COMPARISON = OutputKind(
     "comparison.json",
     "made",
     results=("report.html", "metrics.json", "contact_sheet.png"),
-    free=(
-        "output_dir",
-        "overwrite",
-        "server",
-        "server_timeout",
-    ),  # a batch's size changes the rounding of what it generates
+    # not batch_size, which changes the rounding of what is generated
+    free=("output_dir", "overwrite", "server", "server_timeout"),
 )
 
 

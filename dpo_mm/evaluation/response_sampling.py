@@ -15,7 +15,7 @@ from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions, lora_scales
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
-from dpo_mm.evaluation.image_store import append_lines, read_lines
+from dpo_mm.json_lines import append_lines, read_lines
 from dpo_mm.judges import is_pairwise, takes_questions
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.policies.protocol import TextPolicy
@@ -146,9 +146,8 @@ def _keys(settings: dict[str, Any], part: Sequence[Question]) -> list[str]:
     """Hash each response's settings and its whole batch, on which padding and sampling depend."""
     if not settings:
         return [""] * len(part)
-    batch = content_hash(
-        [[question.prompt, question.content["images"]] for question in part]
-    )  # each image is read once
+    # Each image is read once, not once per response.
+    batch = content_hash([[question.prompt, question.content["images"]] for question in part])
     decisive = {name: value for name, value in settings.items() if name not in ("model", "revision", "adapter")}
     ingredients = [{**decisive, "batch": [number, batch]} for number in range(len(part))]
     return [content_key("response of a comparison", parts) for parts in ingredients]

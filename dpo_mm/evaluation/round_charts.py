@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_mm.evaluation.charts import INK, Chart, empty_figure, to_svg
-from dpo_mm.evaluation.image_store import read_lines
 from dpo_mm.evaluation.response_sampling import RESPONSES_FILE
 from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.tables import is_rate
+from dpo_mm.json_lines import read_lines
 
 
 class BeforeAfter(NamedTuple):
@@ -41,7 +41,7 @@ class RoundPoint:
         number: of the round, from 1.
         headline: primary metric of the round before (as base) and of this round (as tuned).
         decision: why the rounds went further or stopped, a sentence without its full stop.
-        keeps: whether the round passed the test.
+        passed: whether the round passed the test.
         level: significance level of its test.
         pairs: number of mined pairs.
         log_probs: change in training. None if the log has none.
@@ -54,7 +54,7 @@ class RoundPoint:
     number: int
     headline: Comparison
     decision: str
-    keeps: bool
+    passed: bool
     level: float
     pairs: int
     log_probs: LogProbChange | None = None
@@ -65,7 +65,7 @@ class RoundPoint:
         """Return the values for JSON."""
         changes = {name: getattr(self, name) for name in ("log_probs", "diversity", "tokens")}
         plain = {name: value._asdict() if value else None for name, value in changes.items()}
-        rest = {name: getattr(self, name) for name in ("number", "decision", "keeps", "level", "pairs")}
+        rest = {name: getattr(self, name) for name in ("number", "decision", "passed", "level", "pairs")}
         return {**rest, **plain, "headline": self.headline.as_dict()}
 
 

@@ -14,14 +14,14 @@ from dpo_mm.assets import BUNDLED, resolve_asset
 from dpo_mm.export.finished_run import FinishedRun
 from dpo_mm.export.vllm_limits import served_rank
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE
+from dpo_mm.policies.adapter_sources import HUB_ID
 from dpo_mm.policies.adapters import KOHYA_FILE
 from dpo_mm.policies.families import policy_class
-from dpo_mm.training.model_card import IMPORTS, LOADING, RESULTS
+from dpo_mm.training.model_card import CARD, IMPORTS, LOADING, RESULTS
 
 USE = "## How to use it"
 USE_SECTION = re.compile(rf"{USE}\n.*?\n```\n", re.DOTALL)
 RESULT_ROW = re.compile(r"^\| (?!measure)([^|]+) \| ([^|]+) \| ([^|]+) \| [^|]+ \| [^|]+ \|$", re.MULTILINE)
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}
 LIBRARIES = {"diffusers": "diffusers", "kohya": "diffusers", "vllm": "peft"}
 
@@ -39,7 +39,7 @@ def export_card(run: FinishedRun, to: str, place: str, *, hub: bool) -> str:
         A card in the hub's format: base_model, datasets, tags and the metrics of a comparison in the front matter, and in the
         text the rows' licences by number.
     """
-    path = run.folder / "README.md"
+    path = run.folder / CARD
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     card = ModelCard(before if before.startswith("---") else f"---\n{{}}\n---\n{before}", ignore_metadata_errors=True)
     front: dict[str, Any] = card.data.to_dict()

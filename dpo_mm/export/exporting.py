@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from dpo_mm.checksums import complete_files, write_complete
-from dpo_mm.content_key import file_hash, model_files_hash
+from dpo_mm.checksums import complete_files
+from dpo_mm.content_key import model_files_hash
 from dpo_mm.export.cards import export_card
 from dpo_mm.export.finished_run import read_run
 from dpo_mm.export.formats import FORMATS, check_format
-from dpo_mm.outputs import OutputKind, output_folder
-from dpo_mm.resumable import temporary_path
+from dpo_mm.outputs import OutputKind, output_folder, write_results
+from dpo_mm.training.model_card import CARD
 
-RECORD_FILE, CARD = "export.json", "README.md"
+RECORD_FILE = "export.json"
 EXPORT = OutputKind(RECORD_FILE, "exported", flag="output")
 
 
@@ -42,19 +41,10 @@ def export(
     with output_folder(folder, EXPORT, settings, inputs=[run, finished.model], overwrite=overwrite) as is_done:
         if is_done:
             return {"files": _describe(folder)}
-        temporary = temporary_path(folder / "result")
-        temporary.mkdir()
-        try:
+        with write_results(folder) as temporary:
             lines = FORMATS[to](finished, temporary)
-            (temporary / CARD).write_text(
-                export_card(finished, to, published_as or output, hub=bool(published_as)), encoding="utf-8"
-            )
-            paths = sorted(path for path in temporary.rglob("*") if path.is_file())
-            write_complete(folder, {path.relative_to(temporary).as_posix(): file_hash(path) for path in paths})
-            for path in sorted(temporary.iterdir()):
-                path.replace(folder / path.name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            card = export_card(finished, to, published_as or output, hub=bool(published_as))
+            (temporary / CARD).write_text(card, encoding="utf-8")
         return {"files": _describe(folder), **lines}
 
 

@@ -12,8 +12,7 @@ from dpo_mm.checksums import COMPLETE, check_trained_files
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE
 from dpo_mm.policies.adapter_sources import START_FOLDER
 from dpo_mm.policies.adapters import LORA_FILE
-
-RECORD = "dpo_mm.json"
+from dpo_mm.training.checkpoints import CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,15 @@ def read_run(name: str) -> FinishedRun:
     folder = Path(resolve_asset(name))
     if not folder.is_dir():
         raise ValueError(f"run {name!r} is not a folder. Give the output_dir of a training run")
-    if not (folder / RECORD).is_file() and (folder / "adapter" / RECORD).is_file():
+    if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
         folder = folder / "adapter"  # of a recipe
     try:
-        settings = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         is_run = isinstance(settings["model"], str)
     except (OSError, ValueError, KeyError, TypeError):
         is_run = False
     if not is_run:
-        raise ValueError(f"run {name!r} has no readable {RECORD}. Give the output_dir of a training run")
+        raise ValueError(f"run {name!r} has no readable {CONFIG_FILE}. Give the output_dir of a training run")
     if name not in BUNDLED and not (folder / COMPLETE).is_file():
         raise ValueError(f"run {name!r} is not finished: {COMPLETE} is missing. Run the same train command again")
     check_trained_files(folder)

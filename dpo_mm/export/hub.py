@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from dpo_mm.checksums import COMPLETE
 from dpo_mm.errors import one_line
+from dpo_mm.policies.adapter_sources import HUB_ID
 
-NAME = re.compile(r"[\w.-]+/[\w.-]+")
 NOT_UPLOADED = ["export.json", COMPLETE, ".*"]
 """Records of this machine."""
 
@@ -21,7 +20,7 @@ def check_name(name: str) -> None:
     """
     from huggingface_hub import get_token
 
-    if not NAME.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise ValueError(f"push_to_hub {name!r} is not a hub id. Expected NAMESPACE/NAME, for example me/my-adapter")
     if not get_token():
         raise ValueError("push_to_hub: there is no token for the hub. Run hf auth login, or set HF_TOKEN")

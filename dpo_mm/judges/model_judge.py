@@ -216,10 +216,12 @@ def _conversations(
 ) -> tuple[list[list[dict[str, Any]]], list[str]]:
     """Messages to the judge, and their labels in errors."""
     conversations = []
+    urls: dict[int, list[str]] = {}  # the images of a question with several responses are encoded once
     for question, text in zip(questions, texts, strict=True):
         message = f"{_introduction(question)}\n{text}"
-        images = question.images if model.sends_images else ()
-        parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+        if id(question) not in urls:
+            urls[id(question)] = [data_url(image) for image in question.images] if model.sends_images else []
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls[id(question)]]
         content: Any = [*parts, {"type": "text", "text": message}] if parts else message
         conversations.append([{"role": "user", "content": content}])
     return conversations, [f"question {question.id}" for question in questions]

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_mm.judges import parse_judge_name
 
-FIELDS_WITH_JUDGES = ("judge", "judges", "guards", "side_sets", "mine", "train", "compare")
+FIELDS_WITH_JUDGES = ("judge", "judges", "guards", "sample_judges", "side_sets", "mine", "train", "compare")
 """Fields of a config or a recipe that name judges, or that contain configs which do."""
 
 

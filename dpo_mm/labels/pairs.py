@@ -21,11 +21,10 @@ from dpo_mm.data.row_paths import MARK, is_regular
 from dpo_mm.data.schema import image_preference
 from dpo_mm.data.text_files import read_lines, table_suffix
 from dpo_mm.sources.local_pairs import load_image_pairs
+from dpo_mm.sources.raw_rows import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def open_pairs(path: str) -> Dataset:

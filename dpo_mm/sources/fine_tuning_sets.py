@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dpo_mm.data.row_sides import one_image_sides
+from dpo_mm.data import row_sides
 from dpo_mm.errors import RowError
 from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
 
 CAPTIONS = ("text", "caption", "prompt")
 """Names of the column with an image's caption. The first is that of diffusers' training scripts."""
 ASSISTANT = ("assistant", "gpt", "model", "bot")
-LIKED = ("liked", "label", "kto_tag")
+LIKED = (*row_sides.LIKED, "kto_tag")
 """Names of the column that is true for a liked row: ours, TRL's, LLaMA-Factory's."""
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -43,7 +43,9 @@ def captioned_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
             yield LeftOut("it has no caption")
             continue
         name = str(row.get("id") or row.get("file_name") or row["_number"])
-        sides = one_image_sides(row.get("image") or row.get("file_name"), liked=liked_of(row, ("liked",)) is not False)
+        sides = row_sides.one_image_sides(
+            row.get("image") or row.get("file_name"), liked=liked_of(row, ("liked",)) is not False
+        )
         yield {"id": name, "prompt": caption.strip(), **sides}
 
 

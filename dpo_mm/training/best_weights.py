@@ -18,9 +18,9 @@ from dpo_mm.policies.protocol import Modality, Policy
 from dpo_mm.process_rank import process_rank
 from dpo_mm.resumable import explain_unwritten
 from dpo_mm.training.objective_settings import is_fine_tuning
+from dpo_mm.training.samples import METRIC
 
 BEST_FOLDER, STEP_FILE = "best", "step.json"
-SAMPLES = "samples/"
 EVAL_METRICS = {
     "eval_loss": "lower",
     "eval_rewards/accuracies": "higher",
@@ -37,16 +37,16 @@ def validate_best_weights(config: TrainConfig, *, modality: Modality) -> None:
         if config.early_stopping_patience:
             raise ValueError("early_stopping_patience has no effect without metric_for_best_model. Remove one of them")
         return
-    if name.startswith(SAMPLES):
-        if name.removeprefix(SAMPLES) not in config.sample_judges or not config.sample_steps:
+    if name.startswith(METRIC):
+        if name.removeprefix(METRIC) not in config.sample_judges or not config.sample_steps:
             raise ValueError(
-                f"metric_for_best_model {name!r} needs sample_steps, and the judge {name.removeprefix(SAMPLES)} in sample_judges"
+                f"metric_for_best_model {name!r} needs sample_steps, and the judge {name.removeprefix(METRIC)} in sample_judges"
             )
         return
     known = ["eval_loss"] if is_fine_tuning(config) else [*EVAL_METRICS][: 3 if modality == "text" else 4]
     if name not in known:
         raise ValueError(
-            f"metric_for_best_model {name!r} is unknown; {did_you_mean(name, known)} Or {SAMPLES}JUDGE, a judge of the samples"
+            f"metric_for_best_model {name!r} is unknown; {did_you_mean(name, known)} Or {METRIC}JUDGE, a judge of the samples"
         )
     if not config.eval_every:
         raise ValueError(f"metric_for_best_model {name!r} needs eval_every, the steps between two evaluations")
@@ -65,7 +65,7 @@ class BestWeightsCallback(TrainerCallback):
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         self.policy, self.config = policy, config
         self.name = str(config.metric_for_best_model)
-        judge = self.name.removeprefix(SAMPLES)
+        judge = self.name.removeprefix(METRIC)
         self.is_lower_better = EVAL_METRICS.get(self.name, judge != self.name and better_of(judge)) == "lower"
         self.folder = Path(config.output_dir) / BEST_FOLDER
         self.best: dict[str, float] | None = None
@@ -81,7 +81,7 @@ class BestWeightsCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size > 1 and self.name.startswith(SAMPLES):
+        if args.world_size > 1 and self.name.startswith(METRIC):
             raise ValueError(
                 f"metric_for_best_model {self.name!r} needs a run of one process. Use a metric of the evaluation"
             )

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from dpo_mm.checksums import COMPLETE, complete_files, remove_unchanged_files, what_is_wrong
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.resumable import explain_unwritten, set_aside
-from dpo_mm.training.samples import SAMPLE_SETTINGS
+from dpo_mm.training.samples import free_sample_settings
 from dpo_mm.training.tracking import TRACKING_SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ FREE_TO_CHANGE = {
     "save_total_limit",
     "workers",
     *TRACKING_SETTINGS,
-    *SAMPLE_SETTINGS,
     "batch_size",
     "accumulate",
 }
@@ -140,7 +139,7 @@ def check_same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_per_step: 
     changed = [
         f"{k}: {before.get(k)!r} -> {v!r}"
         for k, v in {**settings, "pairs_per_step": pairs_per_step}.items()
-        if k not in FREE_TO_CHANGE and before.get(k) != v
+        if k not in FREE_TO_CHANGE | set(free_sample_settings(config)) and before.get(k) != v
     ]
     if changed:
         raise ValueError(

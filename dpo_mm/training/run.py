@@ -62,7 +62,7 @@ from dpo_mm.training.objective_settings import is_fine_tuning, objective_names, 
 from dpo_mm.training.pair_stream import PairStream, eval_stream, training_stream
 from dpo_mm.training.reference import precompute_reference_log_probs, resolve_reference_name
 from dpo_mm.training.response_rows import describe_lengths, stream_rows
-from dpo_mm.training.samples import SAMPLE_SETTINGS, SAMPLES_FOLDER, sample_callback
+from dpo_mm.training.samples import SAMPLES_FOLDER, free_sample_settings, sample_callback
 from dpo_mm.training.tracking import TRACKING_SETTINGS
 from dpo_mm.training.trainer import PreferenceTrainer
 from dpo_mm.training.training_rows import TrainingRows, load_training_rows
@@ -72,7 +72,7 @@ TRAINING = OutputKind(
     CONFIG_FILE,
     "trained",
     parts=("checkpoint-*", BEST_FOLDER, SAMPLES_FOLDER),
-    free=("output_dir", "resume", "overwrite", "workers", *TRACKING_SETTINGS, *SAMPLE_SETTINGS),
+    free=("output_dir", "resume", "overwrite", "workers", *TRACKING_SETTINGS),
 )
 
 
@@ -110,8 +110,9 @@ def train(config: TrainConfig, *, show_plan: ShowPlan | None = None) -> TrainRes
     if config.resume and config.overwrite:
         raise ValueError("resume and overwrite exclude each other: resume continues what overwrite removes")
     folder = Path(config.output_dir)
-    kind, settings = TRAINING, json.loads(json.dumps(as_dict(config)))
-    changed = bool(differences(folder, TRAINING, settings))
+    kind = dataclasses.replace(TRAINING, free=(*TRAINING.free, *free_sample_settings(config)))
+    settings = json.loads(json.dumps(as_dict(config)))
+    changed = bool(differences(folder, kind, settings))
     if config.resume:  # `check_same_recipe` compares the settings
         kind = dataclasses.replace(kind, free=tuple(settings))
     with output_folder(
@@ -180,6 +181,8 @@ def _train(config: TrainConfig, checkpoint: Path | None, show_plan: ShowPlan | N
     content = _content(config)
     if checkpoint:  # before the pairs are encoded, which takes long
         check_same_content(checkpoint, saved_state["content"], content, config)
+        if config.num_train_epochs is None:
+            check_steps(checkpoint, config)
     loaded = _load_rows(config)  # before the model, because its rows may not fit the objective
     policy = build_policy(config)
     splits = _encode_once(policy, config, saved_state.get("dropped_rows") or [], loaded)
@@ -218,7 +221,7 @@ def _train_on(
     run_state = {**run_state, "beta": config.beta, "steps": config.steps, "measured_beta": measured}
     config = config if measured is None else dataclasses.replace(config, beta=measured)
     config = steps_of_epochs(config, len(train_rows), training_arguments(config).world_size)
-    if checkpoint:
+    if checkpoint and config.num_train_epochs is not None:
         check_steps(checkpoint, config)
     summary = run_summary(policy, config, loaded, len(train_rows))
     if cut := getattr(splits.rows, "truncated_prompts", ""):
@@ -344,7 +347,7 @@ def run_summary(
         of_policy.pop("layout", None)
     if is_fine_tuning(config):
         text = policy.modality == "text"
-        of_policy["reduction"] = "mean per token of a step's chosen responses" if text else "mean over latent elements"
+        of_policy["reduction"] = "mean per token of each chosen response" if text else "mean over latent elements"
     unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
     return {
         **({"revision": commit} if commit else {}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,9 @@ SAMPLES_FOLDER = "samples"
 SAMPLE_SETTINGS = (
     "sample_prompts", "sample_questions", "sample_steps", "sample_judges", "num_inference_steps", "guidance_scale", "max_new_tokens"
 )  # fmt: skip
-"""Settings of the samples, which do not change what a run computes."""
+"""Settings of the samples."""
+METRIC = "samples/"
+"""Beginning of the log keys of the samples' scores. The name of the judge follows."""
 NUM_SAMPLES = 8
 """Largest number of prompts or questions."""
 COLUMNS = 10
@@ -44,10 +46,15 @@ STRIP_FILE, RESPONSES_FILE, RECORD_FILE = "strip.png", "responses.md", "samples.
 
 
 class Samples(NamedTuple):
-    """Outputs at one step and their scores by judge, one number per output."""
+    """Outputs at one step and their scores by judge, one number per output, or None if the judge skips it."""
 
     outputs: Sequence[Image.Image] | Sequence[Response]
-    scores: dict[str, list[float]]
+    scores: Mapping[str, Sequence[float | None]]
+
+
+def free_sample_settings(config: TrainConfig) -> tuple[str, ...]:
+    """Return the settings of the samples if they do not change what a run computes: unless a sample chooses the best weights."""
+    return () if str(config.metric_for_best_model).startswith(METRIC) else SAMPLE_SETTINGS
 
 
 def validate_samples(config: TrainConfig, *, modality: Modality) -> None:
@@ -106,7 +113,13 @@ class SampleCallback(TrainerCallback):
         else:
             with write_with_checksum(self.folder / RESPONSES_FILE) as temporary:
                 temporary.write_text(_responses_page(self.titles, steps), encoding="utf-8")
-        self.log({f"samples/{judge}": float(np.mean(values)) for judge, values in samples.scores.items()})
+        self.log(
+            {
+                f"{METRIC}{judge}": mean
+                for judge, values in samples.scores.items()
+                if (mean := _mean(values)) is not None
+            }
+        )
         for callback in self.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 self._show_in_tensorboard(callback.tb_writer, step, samples)
@@ -196,7 +209,7 @@ def _image_generator(policy: ImagePolicy, config: TrainConfig, prompts: list[str
 
 
 def _responses(policy: TextPolicy, config: TrainConfig, questions: Sequence[Question]) -> Samples:
-    """Generate greedy responses to the questions and score them. A score is hits divided by the total, nan without total."""
+    """Generate greedy responses to the questions and score them. A score is hits divided by the total, None without a total."""
     responses = policy.generate(
         [question.images for question in questions],
         [question.prompt for question in questions],
@@ -204,11 +217,17 @@ def _responses(policy: TextPolicy, config: TrainConfig, questions: Sequence[Ques
         do_sample=False,
         batch_size=config.batch_size,
     )
-    scores = {}
+    scores: dict[str, list[float | None]] = {}
     for name in config.sample_judges:
-        hits, totals = response_ratios(name, responses, [question.ground_truths for question in questions]).T
-        scores[name] = np.divide(hits, totals, out=np.full(len(hits), np.nan), where=totals > 0).tolist()
+        ratios = response_ratios(name, responses, [question.ground_truths for question in questions]).tolist()
+        scores[name] = [hits / total if total else None for hits, total in ratios]
     return Samples(responses, scores)
+
+
+def _mean(scores: Sequence[float | None]) -> float | None:
+    """Mean of the scores that there are, None if there is none."""
+    values = [score for score in scores if score is not None]
+    return float(np.mean(values)) if values else None
 
 
 def _without_side_effects(generate: Callable[[], Samples]) -> Samples:
@@ -249,7 +268,8 @@ def _responses_page(titles: Sequence[str], steps: dict[int, dict[str, Any]]) -> 
     for number, title in enumerate(titles):
         lines += [f"## {number + 1}. {' '.join(title.split())[:200]}", ""]
         for step in _spread(sorted(steps)):
-            scores = [f"{name} {values[number]:.3g}" for name, values in steps[step]["scores"].items()]
+            by_judge = {name: values[number] for name, values in steps[step]["scores"].items()}
+            scores = [f"{name} {score:.3g}" for name, score in by_judge.items() if score is not None]
             text = steps[step]["responses"][number]["text"]
             fence = "~" * max(3, text.count("~") + 1)
             lines += [f"**{'start' if step == 0 else f'step {step}'}** {', '.join(scores)}", "", fence, text, fence, ""]

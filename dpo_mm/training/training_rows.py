@@ -26,13 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PAIRS_ONLY = {
-    "ld_alpha": 1.0,
-    "edited_token_weight": 1.0,
-}
-"""Settings of two responses to one prompt, and their defaults."""
-NOT_FOR_LIKED = PAIRS_ONLY | {"buckets": False}
-"""Settings that liked and disliked rows do not support, and their defaults."""
+PAIRS_ONLY = ("ld_alpha", "edited_token_weight")
+"""Settings of two responses to one prompt."""
+NOT_FOR_LIKED = (*PAIRS_ONLY, "buckets")
+"""Settings that liked and disliked rows do not support."""
 REJECTED_COLUMNS = ("rejected", "rejected_truncated", "rejected_model")
 
 
@@ -164,8 +161,8 @@ def _check_one_sided(rows: Dataset, has_chosen: np.ndarray, has_rejected: np.nda
         raise ValueError(
             f"{config.pairs}: every row is {have}, and objective {objective_names(config)[0]} needs {lack} rows too. {fix}"
         )
-    for name, default in NOT_FOR_LIKED.items():
-        if getattr(config, name) != default:
+    for name in NOT_FOR_LIKED:
+        if getattr(config, name) != getattr(TrainConfig, name):
             raise ValueError(f"{config.pairs}: {name} needs pairs, and its rows are liked or disliked. Remove {name}")
     if config.pair_layout == "shared_prefix":
         raise ValueError(

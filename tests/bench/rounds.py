@@ -110,7 +110,7 @@ def measure(task: str, seed: int, work: Path) -> dict[str, Any]:
 
 def summary(point: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers of one round."""
-    names = ("number", "keeps", "level", "pairs", "log_probs", "diversity", "tokens", "decision")
+    names = ("number", "passed", "level", "pairs", "log_probs", "diversity", "tokens", "decision")
     return {**{name: point[name] for name in names}, "primary": numbers(point["headline"])}
 
 

@@ -134,7 +134,7 @@ def test_rounds_stop_at_the_first_that_is_not_better(monkeypatch: pytest.MonkeyP
     assert result.verdict == "better" and result.notes[0] == "Keep round 1. Round 2 did not pass."
     assert "on a part of the questions that no decision saw" in result.notes[1] and "adapter-1" in result.notes[1]
     written = metrics(tmp_path / "run")
-    assert written["best_round"] == 1 and [point["keeps"] for point in written["rounds"]] == [True, False]
+    assert written["best_round"] == 1 and [point["passed"] for point in written["rounds"]] == [True, False]
     point = written["rounds"][0]
     assert point["log_probs"] == {"chosen": 2.0, "rejected": -4.0} and point["level"] == pytest.approx(0.05 / 3)
     assert "round 2" in (tmp_path / "run" / "report.html").read_text()

@@ -25,8 +25,8 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]
 
     Returns:
         A dict with `id`, `ids` and `mask` (pairs, columns of prompt, chosen and rejected), `layout`, `types`, `images`,
-        `num_tokens_chosen` and `num_tokens_rejected` (pairs,). Optional columns of the rows are added under their names. A batch of one-sided rows has no column of rejected. A batch of couples has the liked
-        rows, then the disliked ones.
+        `num_tokens_chosen` and `num_tokens_rejected` (pairs,). Optional columns of the rows are added under their names. A
+        batch of one-sided rows has no column of rejected. A batch of couples has the liked rows, then the disliked ones.
     """
     if "disliked" in rows[0]:
         return _collate_couples(rows, pad_token_id)

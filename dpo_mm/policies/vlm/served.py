@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -128,10 +129,14 @@ def served_responses(
     missing = [place for place, key in keys.items() if key not in saved]
     advance(len(keys) - len(missing))
 
+    @functools.lru_cache(maxsize=config.batch_size)  # the responses to a question are requested one after the other
+    def messages(number: int) -> list[dict[str, Any]]:
+        return chat_messages(questions[number])
+
     def request(place: tuple[int, Decoding]) -> dict[str, Any]:
         question, decoding = questions[place[0]], place[1]
         options = {**decoding._asdict(), "top_p": 1.0, "max_tokens": config.max_new_tokens}
-        reply = server.complete(served, chat_messages(question), label=f"question {question.id}", **options)
+        reply = server.complete(served, messages(place[0]), label=f"question {question.id}", **options)
         return Response(reply.text, reply.tokens, reply.hit_limit)._asdict()
 
     def save(place: tuple[int, Decoding], response: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dpo_mm.config import CompareConfig, RelabelConfig, SidePrompts
+from dpo_mm.config import CompareConfig, RelabelConfig, SidePrompts, TrainConfig
 from dpo_mm.judges import load_judge
 from dpo_mm.judges.working_folder import _judge_names, import_from_working_folder
 from tests import forked
@@ -75,4 +75,5 @@ def test_folder_comes_last_and_only_for_modules_in_it(folder: Path, monkeypatch:
 def test_judges_of_all_parts_of_a_config() -> None:
     config = CompareConfig("m", "out", judges=("a:b", "c"), side_sets=(SidePrompts("p", judges=("d:e",)),))
     assert list(_judge_names(config)) == ["a:b", "c", "d:e"]
+    assert list(_judge_names(TrainConfig("m", "p", "out", sample_judges=("i:j",)))) == ["i:j"]
     assert list(_judge_names(RelabelConfig("p", ("f:g", "h"), "out"))) == ["f:g", "h"]

@@ -118,7 +118,9 @@ def test_sft_of_text_is_the_mean_over_responses_of_their_means_per_token(text_mo
     """
     settings = config(text_model, text_pairs(tmp_path, 8), tmp_path, accumulate=2, steps=1, learning_rate=0.0)
     settings = dataclasses.replace(settings, eval_fraction=0.5)
-    history = train(settings).history
+    result = train(settings)
+    history = result.history
+    assert result.settings["reduction"] == "mean per token of each chosen response"
     policy = build_policy(settings)
     splits = encode_splits(policy, settings)
     with torch.no_grad():

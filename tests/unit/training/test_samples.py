@@ -18,6 +18,7 @@ from dpo_mm.data.schema import make_response_rows
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.builders import validate_config
 from dpo_mm.training.run import train
+from dpo_mm.training.samples import _mean, free_sample_settings
 from tests.contracts.tiny_vlms import save
 from tests.unit.training.test_trainer import config, first_difference, weights
 
@@ -100,6 +101,16 @@ def test_responses_of_each_step(tmp_path: Path) -> None:
     assert record["0"]["responses"][0]["text"] == base.text and record["0"]["responses"][0]["tokens"] == base.tokens
     page = (tmp_path / "out" / "samples" / "responses.md").read_text()
     assert page.index("**start** cer") < page.index("**step 2** cer") and base.text in page
+
+
+@pytest.mark.parametrize(("metric", "free"), [(None, True), ("eval_loss", True), ("samples/aesthetic", False)])
+def test_settings_of_samples_are_free_unless_a_sample_chooses_the_weights(metric: str | None, free: bool) -> None:
+    config = TrainConfig("m", "p", "out", metric_for_best_model=metric)
+    assert ("sample_prompts" in free_sample_settings(config)) is free
+
+
+def test_mean_leaves_out_samples_without_a_score() -> None:
+    assert _mean([1.0, None, 0.0]) == 0.5 and _mean([None]) is None
 
 
 @pytest.mark.parametrize(
