@@ -15,6 +15,7 @@ from PIL import Image
 from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response
+from dpo_mm.demo_address import LOCAL, Serving
 from dpo_mm.demo_server import QUIET, DemoPage, escape, image_html, serve
 from dpo_mm.evaluation.report import text_spans
 from dpo_mm.judges import explain
@@ -320,8 +321,7 @@ def run(
     *,
     max_new_tokens: int = 256,
     precision: str = "fp32",
-    port: int | None = None,
-    allow_host: Sequence[str] = (),
+    serving: Serving = LOCAL,
 ) -> None:
     """Serve the page, with the bundled captioner and OCR model if no model is given.
 
@@ -334,7 +334,7 @@ def run(
         raise ValueError(f"model {model!r} has no tuned adapter to compare with. Pass it as --adapter FOLDER")
     else:
         models = {model: load(model, adapter, questions, judge, max_new_tokens, precision=precision)}
-    serve(lambda: build(models), port=port, allow_host=allow_host)
+    serve(lambda: build(models), serving)
 
 
 if __name__ == "__main__":

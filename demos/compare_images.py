@@ -13,6 +13,7 @@ from PIL import Image
 
 from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.row_paths import read_regular_file
+from dpo_mm.demo_address import LOCAL, Serving
 from dpo_mm.demo_server import QUIET, SMALL_IMAGE, DemoPage, escape, image_html, serve
 from dpo_mm.evaluation.saved_comparison import OUTCOMES, ImagePair, SavedComparison, bundled_models, load_comparison
 from dpo_mm.judges import JUDGES, load_judge, metric_of
@@ -356,8 +357,7 @@ def run(
     comparison: str | None = None,
     *,
     precision: str = "fp32",
-    port: int | None = None,
-    allow_host: Sequence[str] = (),
+    serving: Serving = LOCAL,
 ) -> None:
     """Serve the page.
 
@@ -377,7 +377,7 @@ def run(
     if names is None:
         names = ["faithfulness", "aesthetic"] if model == BUNDLED_MODEL else []
     demo_model = load(model, adapter, [name for name in names if name], precision=precision)
-    serve(lambda: build(demo_model, saved), port=port, allow_host=allow_host)
+    serve(lambda: build(demo_model, saved), serving)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,34 @@ Votes are saved to SQLite as they are cast. `dpo-mm label export` writes them as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import gradio as gr
 
-from dpo_mm.data.image_files import decode_image, image_bytes
+from dpo_mm.demo_access import person_of
+from dpo_mm.demo_address import LOCAL, Serving
 from dpo_mm.demo_guard import session_of
-from dpo_mm.demo_server import QUIET, DemoPage, escape, image_html, serve
+from dpo_mm.demo_label import (
+    ANNOUNCE,
+    CSS,
+    FORGET_NAME,
+    HEAD,
+    LOAD_NAME,
+    READ_NAME,
+    READ_PAGE,
+    SAVE_NAME,
+    finished_html,
+    message_of,
+    pair_html,
+    progress_html,
+    ratings_html,
+)
+from dpo_mm.demo_server import QUIET, DemoPage, serve
 from dpo_mm.labels.annotators import MAX_NAME_LENGTH, annotator_name
-from dpo_mm.labels.export import absolute_source, model_ratings, summary, train_command
+from dpo_mm.labels.export import absolute_source, model_ratings, train_command
 from dpo_mm.labels.pairs import open_pairs, pair_digest
-from dpo_mm.labels.ratings import Rating
 from dpo_mm.labels.store import VoteStore
 
 BUTTONS = {
@@ -28,158 +43,21 @@ BUTTONS = {
     "skip": ("Skip", "S"),
     "undo": ("Undo", "U"),
 }
-CSS = """
-.pair .prompt { font-size: 1.2rem; font-weight: 600; margin: 0 0 .7rem; text-align: center; }
-.pair .images { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
-.pair .frame { overflow: hidden; border-radius: 10px; border: 1px solid var(--border-color-primary);
-  background: var(--background-fill-secondary); cursor: zoom-in; aspect-ratio: 1; max-height: 62vh; width: 100%; display: grid; }
-.pair .frame img { width: 100%; height: 100%; object-fit: contain; min-width: 0; min-height: 0; }
-.pair.zoomed .frame { cursor: zoom-out; }
-.pair.zoomed .frame img { transform: scale(3); transform-origin: var(--x, 50%) var(--y, 50%); }
-.pair .unreadable { align-self: center; padding: 1.5rem; text-align: center; color: var(--quiet); }
-.finished { text-align: center; padding: 2.5rem 1rem; }
-.finished h2 { margin: 0 0 .6rem; }
-.finished dl { display: inline-grid; grid-template-columns: auto auto; gap: .3rem 1.2rem; text-align: left; margin: 0; }
-.finished dt { color: var(--quiet); }
-.finished dd { margin: 0; overflow-wrap: anywhere; }
-.progress-line { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem 1rem; font-size: .9rem;
-  color: var(--quiet); }
-.progress-line progress { flex: 1 1 120px; height: 8px; appearance: none; border: 0; border-radius: 4px; overflow: hidden; }
-.progress-line progress::-webkit-progress-bar { background: var(--border-color-primary); }
-.progress-line progress::-webkit-progress-value { background: var(--color-accent); }
-.progress-line progress::-moz-progress-bar { background: var(--color-accent); }
-.progress-line b { color: var(--body-text-color); overflow-wrap: anywhere; }
-.choices { display: grid !important; grid-template-columns: repeat(3, 1fr); gap: 10px !important; }
-.choices button { min-width: 0 !important; white-space: nowrap; }
-.quiet { color: var(--quiet); font-size: .9rem; }
-.ratings, .ratings tr { border: 0 !important; }
-.ratings { width: 100%; border-collapse: collapse; font-size: .95rem; }
-.gradio-container table.ratings th, .gradio-container table.ratings td { padding: .35rem .5rem !important; text-align: left; border: 0 !important;
-  border-bottom: 1px solid var(--border-color-primary) !important; }
-.ratings tbody th { font-weight: 600; overflow-wrap: anywhere; }
-.ratings .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.ratings td.span { position: relative; width: 30%; min-width: 70px; }
-.ratings .bar, .ratings .dot { position: absolute; top: 50%; height: 6px; margin-top: -3px; border-radius: 3px; background: var(--color-accent); opacity: .35; }
-.ratings .dot { width: 10px; height: 10px; margin: -5px 0 0 -5px; border-radius: 50%; opacity: 1; }
-.visually-hidden { position: absolute; clip-path: inset(50%); }
-.notice, .alert { border: 1px solid var(--border-color-primary); border-left: 4px solid var(--color-accent); border-radius: 6px;
-  padding: .5rem .8rem; margin: 0 0 .6rem; font-size: .92rem; color: var(--body-text-color); overflow-wrap: anywhere; }
-.alert { margin: 1.5rem 0; font-size: 1rem; }
-#refresh { display: none !important; }
-.hint { text-align: center; font-size: .85rem; color: var(--quiet); }
-@media (max-width: 600px) { .ratings { font-size: .8rem; } .ratings .span { display: none; } .ratings .number { white-space: normal; } .hint { display: none; } .pair .images { gap: 8px; }
-  .choices { gap: 8px !important; } .choices button { padding: .7rem .2rem !important; font-size: .9rem !important; } }
-"""
-HEAD = """
-<script>
-(() => {
-  const keys = {ArrowLeft: "left", ArrowRight: "right", ArrowDown: "tie", b: "both_bad", s: "skip", u: "undo"};
-  const pair = () => document.querySelector(".pair");
-  const zoom = (event) => {
-    if (!event || !event.target.closest) return;
-    const frame = event.target.closest(".frame");
-    if (!frame) return;
-    const box = frame.getBoundingClientRect();
-    pair().style.setProperty("--x", 100 * (event.clientX - box.left) / box.width + "%");
-    pair().style.setProperty("--y", 100 * (event.clientY - box.top) / box.height + "%");
-  };
-  const fields = "input, textarea, select, [contenteditable], [role=textbox], [role=tab], [role=slider], .cm-editor, pre, code";
-  const within = (node) => (node instanceof Element ? node : node?.parentElement)?.closest?.(fields);
-  const isTyping = (event) => event.isComposing || event.composedPath().some((node) => node instanceof Element && node.matches(fields))
-    || (!getSelection().isCollapsed && within(getSelection().anchorNode)) || lastClick?.isConnected && lastClick.closest(".cm-editor, pre, code");
-  let lastClick = null, sent = null;
-  const shown = () => document.querySelector("[data-annotator]")?.dataset.presentation;
-  const remember = (event) => { const node = event.composedPath()[0]; lastClick = node instanceof Element ? node : null; };
-  document.addEventListener("pointerdown", remember, true);
-  document.addEventListener("focusin", remember);
-  document.addEventListener("keydown", (event) => {
-    if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey || isTyping(event)) return;
-    if (!document.querySelector("[data-annotator]")?.offsetParent) return;
-    const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-    if (key === "z" && pair()) pair().classList.toggle("zoomed");
-    if (!(key in keys)) return;
-    event.preventDefault();
-    if (sent && sent.pair === shown() && Date.now() - sent.time < 1000) return;  // its vote is on the way
-    sent = {pair: shown(), time: Date.now()};
-    document.getElementById("choose-" + keys[key])?.click();
-  });
-  window.dpoChannel = new BroadcastChannel("dpo-mm");
-  dpoChannel.onmessage = (event) => {
-    const data = document.querySelector("[data-annotator]")?.dataset;
-    if (data?.annotator === event.data.annotator && data.presentation !== event.data.presentation)
-      document.getElementById("refresh")?.click();
-  };
-  document.addEventListener("mousemove", (event) => { if (pair()) zoom(event); });
-  document.addEventListener("click", (event) => {
-    if (event.target.closest(".pair .frame")) { zoom(event); pair().classList.toggle("zoomed"); }
-  });
-})();
-</script>
-"""
-NAME_KEY = "dpo-mm-annotator"
-LOAD_NAME = f"() => [localStorage.getItem('{NAME_KEY}') || '']"
-SAVE_NAME = f"(name) => {{ localStorage.setItem('{NAME_KEY}', name); return [name]; }}"
-FORGET_NAME = f"() => {{ localStorage.removeItem('{NAME_KEY}'); }}"
-READ_PAGE = """() => {
-  const data = document.querySelector("[data-annotator]")?.dataset ?? {};
-  return [data.annotator ?? "", data.presentation ?? ""];
-}"""
-"""JavaScript that reads annotator and presentation from the page, so that a vote is for the pair on the screen."""
-READ_NAME = f"() => ({READ_PAGE})().slice(0, 1)"
-ANNOUNCE = """() => {
-  const data = document.querySelector("[data-annotator]")?.dataset;
-  if (data) dpoChannel.postMessage({annotator: data.annotator, presentation: data.presentation});
-}"""
-"""JavaScript that tells the browser's other tabs which pair is open now."""
 
 
-def pair_html(row: dict[str, Any], presentation: int, annotator: str, *, swapped: bool) -> str:
-    """Return the prompt and both images. The HTML does not reveal which model made an image."""
-    columns = ("image_b", "image_a") if swapped else ("image_a", "image_b")
-    images = [_image_html(row[column], position) for column, position in zip(columns, ("left", "right"), strict=True)]
-    frames = "".join(f'<div class="frame">{image}</div>' for image in images)
-    return (
-        f'<div class="pair" data-annotator="{escape(annotator)}" data-presentation="{presentation}">'
-        f'<p class="prompt" dir="auto">{escape(row["prompt"])}</p><div class="images">{frames}</div></div>'
-    )
+@dataclass(frozen=True)
+class Voter:
+    """Who sent a request: the name, the browser's session, and True if a secret link gave the name."""
 
+    name: str
+    session: str | None
+    is_known: bool
 
-def _image_html(cell: dict[str, Any], position: str) -> str:
-    try:
-        return image_html(decode_image(image_bytes(cell)), alt=f"{position} image")
-    except (ValueError, OSError):
-        return '<div class="unreadable">This image can’t be decoded. Skip the pair.</div>'
-
-
-def finished_html(store: VoteStore, annotator: str) -> str:
-    """Return the summary that is shown when all pairs are labelled, without counts that tell the models apart."""
-    shown = {name: fact for name, fact in summary(store.votes()).items() if name != "choices"}
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in shown.items())
-    return (
-        f'<div class="finished" data-annotator="{escape(annotator)}" data-presentation="">'
-        f"<h2>All pairs are labelled. Thank you!</h2><dl>{facts}</dl></div>"
-    )
-
-
-def progress_html(store: VoteStore, annotator: str, *, is_taken: bool) -> str:
-    """Return the progress of this annotator and of all annotators, and a notice if another browser uses the name."""
-    progress = store.progress(annotator)
-    people = f"{progress.annotators} {'person' if progress.annotators == 1 else 'people'}"
-    notice = (
-        f'<p class="notice" role="status">Another browser votes or has voted as <b dir="auto">{escape(annotator)}</b>. The '
-        "votes of both count as one person’s. If that is not you, choose another name below.</p>"
-    )
-    return (
-        f'{notice if is_taken else ""}<div class="progress-line"><span><b dir="auto">{escape(annotator)}</b>: '
-        f"{progress.own_pairs} of {progress.num_pairs} pairs</span>"
-        f'<progress value="{progress.own_pairs}" max="{progress.num_pairs}" aria-label="pairs labelled"></progress>'
-        f"<span>{progress.votes} votes by {people} on {progress.covered_pairs} pairs</span></div>"
-    )
-
-
-def message_of(error: Exception, store: VoteStore) -> str:
-    """Return an error as HTML text, without the folders of this machine."""
-    return escape(str(error).replace(str(store.path), store.path.name))
+    @classmethod
+    def of(cls, request: gr.Request, name: str) -> Voter:
+        """Return who sent a request. A name that the browser sends counts only if the page has no people."""
+        person = person_of(request.headers)
+        return cls(person or name.strip(), session_of(request.headers.get("cookie", "")), person is not None)
 
 
 class Labelling:
@@ -189,30 +67,30 @@ class Labelling:
         self.rows, self.store = rows, store
         self.row_numbers = {pair: number for number, pair in enumerate(rows["id"])}
 
-    def updates(self, annotator: str, session: str | None) -> list[Any]:
+    def updates(self, voter: Voter) -> list[Any]:
         """Return updates of the page: visibility of the name form and of the labelling form, the pair, the progress.
 
         Raises:
             ValueError, OSError: if the name, the pair or the vote store is not valid.
         """
-        if not annotator.strip():
+        if not voter.name:
             return [gr.update(visible=True), gr.update(visible=False), "", ""]
-        annotator = annotator_name(annotator)
-        is_taken = self.store.is_taken(annotator, session)
-        presented = self.store.next_pair(annotator, session)
+        annotator = annotator_name(voter.name)
+        is_taken = self.store.is_taken(annotator, voter.session)
+        presented = self.store.next_pair(annotator, voter.session)
         if presented is None:
             body = finished_html(self.store, annotator)
         else:
             row = self.rows[self.row_numbers[presented.pair]]
             self.store.record_digest(row["id"], pair_digest(row))
             body = pair_html(row, presented.id, annotator, swapped=presented.swapped)
-        progress = progress_html(self.store, annotator, is_taken=is_taken)
+        progress = progress_html(self.store, annotator, is_taken=is_taken, is_known=voter.is_known)
         return [gr.update(visible=False), gr.update(visible=True), body, progress]
 
     def begin(self, annotator: str, request: gr.Request) -> list[Any]:
         """Start with a name. If that fails, the page stays, with the reason in a notice."""
         try:
-            return self.updates(annotator, session_of(request.headers.get("cookie", "")))
+            return self.updates(Voter.of(request, annotator))
         except (ValueError, OSError) as error:
             gr.Warning(message_of(error, self.store), duration=None)
             return [gr.skip()] * 4
@@ -220,21 +98,25 @@ class Labelling:
     def load(self, annotator: str, request: gr.Request) -> list[Any]:
         """Open the page with the name that the browser remembers. An error is shown in place of the pair."""
         try:
-            return self.updates(annotator, session_of(request.headers.get("cookie", "")))
+            return self.updates(Voter.of(request, annotator))
         except (ValueError, OSError) as error:
             alert = f'<div class="alert" role="alert">{message_of(error, self.store)}. Then reload this page.</div>'
             return [gr.update(visible=False), gr.update(visible=True), alert, ""]
 
+    def leave(self, request: gr.Request) -> list[Any]:
+        """Forget the name, unless a secret link gave it."""
+        return self.begin("", request)
+
     def choose(self, choice: str, annotator: str, presentation: str, request: gr.Request) -> list[Any]:
         """Save a vote or undo the last one, and show the next pair. If that fails, the pair stays on the page."""
-        session = session_of(request.headers.get("cookie", ""))
+        voter = Voter.of(request, annotator)
         try:
-            if annotator.strip() and choice == "undo":
-                undone = self.store.undo(annotator, session)
+            if voter.name and choice == "undo":
+                undone = self.store.undo(voter.name, voter.session)
                 note = "" if undone else "There is no vote of this browser to undo."
             else:
-                can_vote = annotator.strip() and presentation.isdecimal()
-                counted = not can_vote or self.store.cast(annotator, int(presentation), choice)
+                can_vote = voter.name and presentation.isdecimal()
+                counted = not can_vote or self.store.cast(voter.name, int(presentation), choice)
                 note = "" if counted else "This pair already had your vote, so the second one was not counted."
             if note:
                 gr.Info(note, duration=5)
@@ -242,27 +124,6 @@ class Labelling:
             gr.Warning(message_of(error, self.store), duration=None)
             return [gr.skip()] * 4
         return self.begin(annotator, request)
-
-
-def ratings_html(ratings: Sequence[Rating]) -> str:
-    """Return a table of the models' ratings."""
-    low, high = min(rating.low for rating in ratings), max(rating.high for rating in ratings)
-    percent = lambda value: 100 * (value - low) / ((high - low) or 1)
-    lines = "".join(
-        f'<tr><th scope="row" dir="auto">{escape(r.model)}{f" (group {r.group + 1})" if ratings[-1].group else ""}</th><td class="number">{r.rating:.0f}</td><td class="span">'
-        f'<span class="bar" style="left:{percent(r.low):.1f}%;width:{percent(r.high) - percent(r.low):.1f}%"></span>'
-        f'<span class="dot" style="left:{percent(r.rating):.1f}%"></span></td>'
-        f'<td class="number">{r.low:.0f} to {r.high:.0f}</td><td class="number">{r.wins} / {r.ties} / {r.losses}</td></tr>'
-        for r in ratings
-    )
-    alone = " Groups were never compared with each other: each has a separate scale." if ratings[-1].group else ""
-    return (
-        '<table class="ratings"><thead><tr><th>Model</th><th>Rating</th>'
-        '<th class="span"><span class="visually-hidden">95 % interval</span></th><th>95 % interval</th>'
-        f"<th>won / tied / lost</th></tr></thead><tbody>{lines}</tbody></table>"
-        '<p class="quiet">A difference of 400 points means odds of ten to one. If two intervals overlap widely, more votes '
-        f"are needed to tell the models apart.{alone}</p>"
-    )
 
 
 def build(rows: Any, store: VoteStore, command: str) -> DemoPage:
@@ -319,7 +180,7 @@ def build(rows: Any, store: VoteStore, command: str) -> DemoPage:
             vote = button.click(choose(choice), [name, presentation], outputs, js=READ_PAGE, **QUIET)
             vote.success(None, None, None, js=ANNOUNCE)
         refresh.click(page.begin, name, outputs, js=READ_NAME, **QUIET)
-        leave.click(lambda: page.updates("", None), None, outputs, js=FORGET_NAME, **QUIET)
+        leave.click(page.leave, None, outputs, js=FORGET_NAME, **QUIET)
         blocks.load(page.load, name, outputs, js=LOAD_NAME, **QUIET)
         blocks.queue(default_concurrency_limit=8)
     return DemoPage(blocks, css=CSS, head=HEAD)
@@ -335,9 +196,10 @@ def add_ratings(store: VoteStore, rows: Any, name: Any) -> None:
     def ratings_at(time: float) -> str:
         return ratings_html(model_ratings(store, rows, at=time))
 
-    def show(annotator: str) -> str:
+    def show(annotator: str, request: gr.Request) -> str:
+        name = Voter.of(request, annotator).name
         try:
-            time = store.reveal_ratings(annotator) if annotator.strip() else None
+            time = store.reveal_ratings(name) if name else None
             if time is not None:
                 return ratings_at(time)
             return '<p class="quiet">The ratings are shown when you have labelled all pairs.</p>'
@@ -373,8 +235,7 @@ def run(
     pairs: str = "shapes-faithfulness",
     votes: str = "labels.sqlite",
     *,
-    port: int | None = None,
-    allow_host: Sequence[str] = (),
+    serving: Serving = LOCAL,
 ) -> None:
     """Serve the page.
 
@@ -388,7 +249,7 @@ def run(
     rows = open_pairs(pairs)
     store = VoteStore(votes, rows["id"], source=absolute_source(pairs), stays_open=True)
     command = train_command(votes, list(rows["prompt"]))
-    serve(lambda: build(rows, store, command), port=port, allow_host=allow_host)
+    serve(lambda: build(rows, store, command), serving)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A page on this machine has no password, so every site that the user's browser opens could use it. The guard therefore
 refuses requests under other host names (DNS rebinding) and from other origins, and forbids frames of other sites. It
-limits the size of requests and the number of uploaded files. It also gives each browser a random session.
+limits the size of requests and the number of uploaded files. It also gives each browser a random session. A page that
+other machines can reach has keys, see `dpo_mm.demo_access`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from dpo_mm.demo_access import HOST_HEADER, PERSON_HEADER, Access, Denied
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -53,6 +56,7 @@ class Guard:
         folder: folder of uploaded and generated files.
         frames: hosts of other sites that may show the page in a frame.
         is_hosted: the page is a hosted Space. Its proxy may use any Host, and every site may frame it, by https.
+        access: keys of the page. None: everybody who reaches the page may use it.
     """
 
     def __init__(
@@ -64,12 +68,15 @@ class Guard:
         folder: Path,
         frames: Sequence[str] = (),
         is_hosted: bool = False,
+        access: Access | None = None,
     ) -> None:
         self.app, self.hosts, self.upload_limit, self.folder = app, hosts, upload_limit, folder
-        self.is_hosted = is_hosted
+        self.is_hosted, self.access = is_hosted, access
         ancestors = " ".join(f"http://{host} https://{host}" for host in frames) or "'none'"
         self.policy = [] if is_hosted else [(b"content-security-policy", f"frame-ancestors {ancestors}".encode())]
+        self.policy += [(b"referrer-policy", b"no-referrer")] if access is not None else []
         self.cookie = "SameSite=None; Secure; Partitioned" if is_hosted else "SameSite=Strict"
+        self.cookie = "SameSite=Lax" if access is not None else self.cookie  # a link in a message is of another site
         self.built_files = frozenset(_files(folder))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,7 +85,11 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             self._check(scope, headers)
-        except Refusal as refusal:
+            key = self._opened_key(scope)
+            if key is not None:
+                return await self._store_key(send, key)
+            scope = self._identify(scope, headers)
+        except (Refusal, Denied) as refusal:
             return await self._refuse(scope, send, refusal)
         boundary = _boundary(headers) if scope["path"] == UPLOAD_PATH else b""
         request = _Request(self._limit(scope["path"]), boundary)
@@ -114,7 +125,7 @@ class Guard:
         """
         hosts = [value for name, value in scope["headers"] if name.lower() == b"host"]
         host = headers.get("host", "").lower()
-        if len(hosts) != 1 or not (self.is_hosted or host in self.hosts):
+        if len(hosts) != 1 or not (self.is_hosted or host in self.hosts or self._is_own_address(scope, host)):
             raise Refusal(421, f"This page is not served as {host!r}. Open the address that the command printed")
         origin = headers.get("origin")
         is_foreign = origin is not None and _host_of(origin) not in {host, *(self.hosts if self.is_hosted else ())}
@@ -133,6 +144,36 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._limit(path):
             raise Refusal(413, "The request is too large")
+
+    def _is_own_address(self, scope: Scope, host: str) -> bool:
+        """Return True if a page with keys is opened by the address of the connection. No other name leads there."""
+        address, port = scope.get("server") or ("", None)
+        return self.access is not None and host in (f"{address}:{port}", f"[{address}]:{port}")
+
+    def _opened_key(self, scope: Scope) -> str | None:
+        """Return the key of an opened link, or None for other requests."""
+        if self.access is None or scope["path"] != "/" or scope["method"] != "GET":
+            return None
+        return self.access.enter(scope.get("query_string", b""), _address(scope))
+
+    def _identify(self, scope: Scope, headers: dict[str, str]) -> Scope:
+        """Return the request as the page gets it: with its sender, and without the key and headers that claim one."""
+        claims = {PERSON_HEADER.encode(), HOST_HEADER.encode()}
+        rest = [(name, value) for name, value in scope["headers"] if name.lower() not in claims]
+        if self.access is not None:
+            visitor = self.access.admit(headers.get("cookie", ""), _address(scope))
+            cookies = self.access.without_key(headers.get("cookie", "")).encode("latin-1")
+            rest = [(name, cookies if name.lower() == b"cookie" else value) for name, value in rest]
+            rest += visitor.headers() if visitor is not None else []
+        return {**scope, "headers": rest}
+
+    async def _store_key(self, send: Send, key: str) -> None:
+        """Store the key of an opened link in the browser, and open the page without it."""
+        assert self.access is not None
+        cookie = f"{self.access.cookie}={key}; Path=/; Max-Age=31536000; HttpOnly; SameSite=Lax"
+        added = [(b"location", b"/"), (b"set-cookie", cookie.encode()), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": 303, "headers": [*added, *self.policy]})
+        await send({"type": "http.response.body", "body": b""})
 
     def _limit(self, path: str) -> int:
         """Return the largest size of a request's body, in bytes."""
@@ -156,7 +197,7 @@ class Guard:
             added.append((b"set-cookie", value.encode()))
         return added
 
-    async def _refuse(self, scope: Scope, send: Send, refusal: Refusal) -> None:
+    async def _refuse(self, scope: Scope, send: Send, refusal: Refusal | Denied) -> None:
         """Answer with the status and the reason, and close the connection."""
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
@@ -213,6 +254,11 @@ def remove_old_files(folder: Path, built_files: frozenset[Path]) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if not path.is_dir()]
+
+
+def _address(scope: Scope) -> str:
+    """Return the address from which a request comes."""
+    return str((scope.get("client") or ("",))[0])
 
 
 def _host_of(origin: str) -> str:

@@ -1,4 +1,4 @@
-"""Local server for the pages of demos/: only this machine, no sharing, no analytics, and no access to other files.
+"""Server for the pages of demos/: this machine, or people with a link, no analytics, and no access to other files.
 
 This is the only module of the package that needs Gradio, which the extra `demo` installs.
 """
@@ -6,6 +6,7 @@ This is the only module of the package that needs Gradio, which the extra `demo`
 from __future__ import annotations
 
 import base64
+import errno
 import html
 import importlib.util
 import io
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,10 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageCms
 
 from dpo_mm.assets import demos_folder
+from dpo_mm.demo_address import LOCAL, Serving, hosts_of, open_access
 from dpo_mm.demo_guard import Guard, remove_old_files
 
 FIRST_PORT = 7860
-LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 FOLDER_PREFIX, FOLDER_SECONDS = "dpo-mm-demo-", 60
 """Start of the names of temporary folders, and the age in seconds from which an unused one is removed."""
 SWEEP_SECONDS = 60
@@ -85,42 +86,45 @@ def load_page(name: str) -> Any:
     return module
 
 
-def serve(build: Callable[[], DemoPage], *, port: int | None = None, allow_host: Sequence[str] = ()) -> None:
+def serve(build: Callable[[], DemoPage], serving: Serving = LOCAL) -> None:
     """Serve a page from a temporary empty folder until it is interrupted.
 
     The empty folder keeps your files out of reach of the server. `Guard` refuses requests of other sites.
 
     Args:
         build: builds the page. It is called in the empty folder, so it must refer to other files by absolute path.
-        port: None: the first free port from 7860.
-        allow_host: other hosts (NAME or NAME:PORT) under which the page may be opened or shown in a frame.
+        serving: where and to whom.
 
     Raises:
-        OSError: if the port is in use.
+        ValueError: as in `Serving.check` and `make_keys`.
+        OSError: if the port is in use, or the host is not of this machine.
     """
+    serving.check()
     for name in REMOVED_VARIABLES:
         os.environ.pop(name, None)
     os.environ.update(ENVIRONMENT)
     original, is_hosted = Path.cwd(), bool(os.environ.get("SPACE_ID") or os.environ.get("SPACE_HOST"))
-    with page_folder() as folder, bind(port, "0.0.0.0" if is_hosted else "127.0.0.1") as listener:
+    with page_folder() as folder, bind(serving.port, "0.0.0.0" if is_hosted else serving.host) as listener:
         empty, files = folder / "empty", folder / "files"
+        number = listener.getsockname()[1]
+        access, messages = open_access(serving, number)
         empty.mkdir()
         files.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(files)
         os.chdir(empty)
         try:
-            page, number = build(), listener.getsockname()[1]
-            names = {f"{name}:{number}" for name in LOCAL_NAMES} | {host.lower() for host in allow_host}
+            page = build()
             guard = Guard(
                 application(page),
-                hosts=frozenset(names | {os.environ.get("SPACE_HOST", "").lower()} - {""}),
+                hosts=frozenset(hosts_of(serving, number) | {os.environ.get("SPACE_HOST", "").lower()} - {""}),
                 upload_limit=page.upload_limit,
                 folder=files,
-                frames=allow_host,
+                frames=serving.allow_host,
                 is_hosted=is_hosted,
+                access=access,
             )
             with running(guard, listener) as thread:
-                print(f"Open http://127.0.0.1:{number} (stop with Ctrl-C)", flush=True)
+                print("\n".join(messages), flush=True)
                 while thread.is_alive():
                     thread.join(SWEEP_SECONDS)
                     remove_old_files(files, guard.built_files)
@@ -192,16 +196,21 @@ def bind(port: int | None, host: str) -> socket.socket:
     """Return a socket bound to a port, or to the first free port from FIRST_PORT.
 
     Raises:
+        ValueError: if the host is not of this machine.
         OSError: if the port is in use, or no port is free.
     """
     for number in range(FIRST_PORT, FIRST_PORT + 100) if port is None else (port,):
-        listener = socket.socket()
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, number))
             listener.listen()
         except OSError as error:
             listener.close()
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(
+                    f"--host {host} is not an address of this machine. Choose another, or 0.0.0.0"
+                ) from error
             if port is not None:
                 reason = f"port {port} cannot be used ({error.strerror}). Choose another --port"
                 raise OSError(error.errno, reason) from error

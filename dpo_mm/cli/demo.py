@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dpo_mm.cli.label import Overwrite
 from dpo_mm.cli.terminal import suppress_library_output
+from dpo_mm.demo_address import Serving
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.setting_limits import resolve_precision
 
 demo = typer.Typer(no_args_is_help=True, help="Serve a page: label pairs, or compare models.")
-Port = Annotated[int | None, typer.Option(help="Port on 127.0.0.1. Default: the first free one from 7860.")]
+Port = Annotated[int | None, typer.Option(help="Port. Default: the first free one from 7860.")]
+Host = Annotated[
+    str, typer.Option(help="Address on which the page is served. 0.0.0.0: all of this machine. Others need --people.")
+]
+People = Annotated[
+    str | None,
+    typer.Option(
+        help="File with one name per line. Each person gets a secret link, and nobody else can open the page."
+    ),
+]
 AllowHost = Annotated[
     list[str] | None,
     typer.Option(help="Another host (NAME:PORT) under which the page may be opened or shown in a frame. Repeatable."),
@@ -30,6 +41,13 @@ def _end_quietly() -> Iterator[None]:
         yield
     except TrainingInterrupted as stop:
         raise SystemExit(stop.code) from None
+
+
+def _serving(host: str, port: int | None, people: str | None, allow_host: list[str] | None) -> Serving:
+    """Return where and to whom a page is served. A page that other machines can reach needs a file of people."""
+    serving = Serving(host, port, allow_host or (), str(Path(people).absolute()) if people else None)
+    serving.check()
+    return serving
 
 
 @demo.command("label")
@@ -52,14 +70,17 @@ def demo_label(
     num_inference_steps: Annotated[int, typer.Option(help="Denoising steps per fresh image.")] = 15,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance of the fresh images.")] = 1.5,
     overwrite: Overwrite = False,
+    host: Host = "127.0.0.1",
     port: Port = None,
+    people: People = None,
     allow_host: AllowHost = None,
 ) -> None:
     """Label pairs of images in a blind test.
 
-    The page hides which model made an image. Several people can vote at once, by keyboard. It is served to this machine
-    only.
+    The page hides which model made an image. Several people can vote at once, by keyboard. It is served to this machine,
+    or with --people to those who have a link.
     """
+    serving = _serving(host, port, people, allow_host)
     from dpo_mm.demo_server import load_page
 
     if models:
@@ -79,7 +100,7 @@ def demo_label(
                 overwrite=overwrite,
             )
     with _end_quietly():
-        load_page("label").run(pairs, votes, port=port, allow_host=allow_host or ())
+        load_page("label").run(pairs, votes, serving=serving)
 
 
 @demo.command("images")
@@ -95,13 +116,16 @@ def demo_images(
         str | None, typer.Option(help="Folder of a saved comparison. Its images are shown too, with filters.")
     ] = None,
     precision: Precision = "auto",
+    host: Host = "127.0.0.1",
     port: Port = None,
+    people: People = None,
     allow_host: AllowHost = None,
 ) -> None:
     """Generate images with base and tuned model.
 
-    Both use the same prompt and seed. The page is served to this machine only.
+    Both use the same prompt and seed. The page is served to this machine, or with --people to those who have a link.
     """
+    serving = _serving(host, port, people, allow_host)
     from dpo_mm.demo_server import load_page
     from dpo_mm.judges.working_folder import import_from_working_folder
 
@@ -113,8 +137,7 @@ def demo_images(
             judges,
             comparison,
             precision=resolve_precision(precision),
-            port=port,
-            allow_host=allow_host or (),
+            serving=serving,
         )
 
 
@@ -132,13 +155,16 @@ def demo_captions(
     ] = "degeneration",
     max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens per response.")] = 256,
     precision: Precision = "auto",
+    host: Host = "127.0.0.1",
     port: Port = None,
+    people: People = None,
     allow_host: AllowHost = None,
 ) -> None:
     """Respond to a question with base and tuned model.
 
-    Both responses are shown next to the image. The page is served to this machine only.
+    Both responses are shown next to the image. The page is served to this machine, or with --people to those who have a link.
     """
+    serving = _serving(host, port, people, allow_host)
     from dpo_mm.demo_server import load_page
     from dpo_mm.judges.working_folder import import_from_working_folder
 
@@ -151,6 +177,5 @@ def demo_captions(
             judge,
             max_new_tokens=max_new_tokens,
             precision=resolve_precision(precision),
-            port=port,
-            allow_host=allow_host or (),
+            serving=serving,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,3 +316,28 @@ def test_vote_that_cannot_be_saved_stays_on_the_page(serve: Callable[..., Any], 
     page.locator(".pair").wait_for()
     assert presentation_of(page) == shown
     press(page, "ArrowLeft")
+
+
+def test_people_vote_by_their_link_under_their_name(
+    serve: Callable[..., Any], browser: Any, page: Any, tmp_path: Path
+) -> None:
+    """It catches a name that the browser sends and that counts, and a key in the vote file or in the output."""
+    pairs = folder_of_pairs(tmp_path / "set", ["one", "two", "three"])
+    (tmp_path / "people.txt").write_text("Ada\nGrace\n")
+    server = serve("label", "--pairs", str(pairs), "--host", "0.0.0.0", "--people", "people.txt")
+    keys = dict(re.findall(r"^(\w+): http://\S+\?key=(\S+)$", server.process.stdout, re.M))
+    assert set(keys) == {"Ada", "Grace"}
+    assert page.request.get(server.address).status == 401
+    page.add_init_script("localStorage.setItem('dpo-mm-annotator', 'Grace')")
+    page.goto(f"{server.address.replace('127.0.0.1', '127.0.0.2')}/?key={keys['Ada']}")
+    page.locator(".pair").wait_for()
+    assert "key" not in page.url and page.locator(".progress-line").inner_text().startswith("Ada")
+    page.evaluate("document.querySelector('[data-annotator]').dataset.annotator = 'Grace'")
+    press(page, "ArrowLeft")
+    page.get_by_text("From votes to a trained adapter").click()
+    assert not page.locator("#leave").is_visible()
+    votes = VoteStore(tmp_path / "labels.sqlite", ["000", "001", "002"], source=str(pairs)).votes()
+    assert [vote.annotator for vote in votes] == ["Ada"]
+    written = b"".join(file.read_bytes() for file in tmp_path.glob("labels.sqlite*")) + server.process.stderr.encode()
+    assert not any(key.encode() in written for key in keys.values())
+    assert all(server.process.stdout.count(key) == 1 for key in keys.values())

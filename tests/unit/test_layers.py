@@ -36,7 +36,7 @@ LAYERS = (
     {"policies", "judges", "sources", "doctor"},
     {"training", "mining", "evaluation", "labels"},
     {"recipe", "rounds", "export"},
-    {"cli", "demo_guard", "demo_server", "__main__", "__init__"},
+    {"cli", "demo_access", "demo_address", "demo_guard", "demo_label", "demo_server", "__main__", "__init__"},
 )
 
 

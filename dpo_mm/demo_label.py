@@ -1,0 +1,191 @@
+"""HTML, style and JavaScript of the label page. `demos/label.py` answers its events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_mm.data.image_files import decode_image, image_bytes
+from dpo_mm.demo_server import escape, image_html
+from dpo_mm.labels.export import summary
+from dpo_mm.labels.ratings import Rating
+from dpo_mm.labels.store import VoteStore
+
+CSS = """
+.pair .prompt { font-size: 1.2rem; font-weight: 600; margin: 0 0 .7rem; text-align: center; }
+.pair .images { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
+.pair .frame { overflow: hidden; border-radius: 10px; border: 1px solid var(--border-color-primary);
+  background: var(--background-fill-secondary); cursor: zoom-in; aspect-ratio: 1; max-height: 62vh; width: 100%; display: grid; }
+.pair .frame img { width: 100%; height: 100%; object-fit: contain; min-width: 0; min-height: 0; }
+.pair.zoomed .frame { cursor: zoom-out; }
+.pair.zoomed .frame img { transform: scale(3); transform-origin: var(--x, 50%) var(--y, 50%); }
+.pair .unreadable { align-self: center; padding: 1.5rem; text-align: center; color: var(--quiet); }
+.finished { text-align: center; padding: 2.5rem 1rem; }
+.finished h2 { margin: 0 0 .6rem; }
+.finished dl { display: inline-grid; grid-template-columns: auto auto; gap: .3rem 1.2rem; text-align: left; margin: 0; }
+.finished dt { color: var(--quiet); }
+.finished dd { margin: 0; overflow-wrap: anywhere; }
+.progress-line { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem 1rem; font-size: .9rem;
+  color: var(--quiet); }
+.progress-line progress { flex: 1 1 120px; height: 8px; appearance: none; border: 0; border-radius: 4px; overflow: hidden; }
+.progress-line progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.progress-line progress::-webkit-progress-value { background: var(--color-accent); }
+.progress-line progress::-moz-progress-bar { background: var(--color-accent); }
+.progress-line b { color: var(--body-text-color); overflow-wrap: anywhere; }
+.choices { display: grid !important; grid-template-columns: repeat(3, 1fr); gap: 10px !important; }
+.choices button { min-width: 0 !important; white-space: nowrap; }
+.quiet { color: var(--quiet); font-size: .9rem; }
+.ratings, .ratings tr { border: 0 !important; }
+.ratings { width: 100%; border-collapse: collapse; font-size: .95rem; }
+.gradio-container table.ratings th, .gradio-container table.ratings td { padding: .35rem .5rem !important; text-align: left; border: 0 !important;
+  border-bottom: 1px solid var(--border-color-primary) !important; }
+.ratings tbody th { font-weight: 600; overflow-wrap: anywhere; }
+.ratings .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.ratings td.span { position: relative; width: 30%; min-width: 70px; }
+.ratings .bar, .ratings .dot { position: absolute; top: 50%; height: 6px; margin-top: -3px; border-radius: 3px; background: var(--color-accent); opacity: .35; }
+.ratings .dot { width: 10px; height: 10px; margin: -5px 0 0 -5px; border-radius: 50%; opacity: 1; }
+.visually-hidden { position: absolute; clip-path: inset(50%); }
+.notice, .alert { border: 1px solid var(--border-color-primary); border-left: 4px solid var(--color-accent); border-radius: 6px;
+  padding: .5rem .8rem; margin: 0 0 .6rem; font-size: .92rem; color: var(--body-text-color); overflow-wrap: anywhere; }
+.alert { margin: 1.5rem 0; font-size: 1rem; }
+#refresh, body:has(.progress-line.known) #leave { display: none !important; }
+.hint { text-align: center; font-size: .85rem; color: var(--quiet); }
+@media (max-width: 600px) { .ratings { font-size: .8rem; } .ratings .span { display: none; } .ratings .number { white-space: normal; } .hint { display: none; } .pair .images { gap: 8px; }
+  .choices { gap: 8px !important; } .choices button { padding: .7rem .2rem !important; font-size: .9rem !important; } }
+"""
+HEAD = """
+<script>
+(() => {
+  const keys = {ArrowLeft: "left", ArrowRight: "right", ArrowDown: "tie", b: "both_bad", s: "skip", u: "undo"};
+  const pair = () => document.querySelector(".pair");
+  const zoom = (event) => {
+    if (!event || !event.target.closest) return;
+    const frame = event.target.closest(".frame");
+    if (!frame) return;
+    const box = frame.getBoundingClientRect();
+    pair().style.setProperty("--x", 100 * (event.clientX - box.left) / box.width + "%");
+    pair().style.setProperty("--y", 100 * (event.clientY - box.top) / box.height + "%");
+  };
+  const fields = "input, textarea, select, [contenteditable], [role=textbox], [role=tab], [role=slider], .cm-editor, pre, code";
+  const within = (node) => (node instanceof Element ? node : node?.parentElement)?.closest?.(fields);
+  const isTyping = (event) => event.isComposing || event.composedPath().some((node) => node instanceof Element && node.matches(fields))
+    || (!getSelection().isCollapsed && within(getSelection().anchorNode)) || lastClick?.isConnected && lastClick.closest(".cm-editor, pre, code");
+  let lastClick = null, sent = null;
+  const shown = () => document.querySelector("[data-annotator]")?.dataset.presentation;
+  const remember = (event) => { const node = event.composedPath()[0]; lastClick = node instanceof Element ? node : null; };
+  document.addEventListener("pointerdown", remember, true);
+  document.addEventListener("focusin", remember);
+  document.addEventListener("keydown", (event) => {
+    if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey || isTyping(event)) return;
+    if (!document.querySelector("[data-annotator]")?.offsetParent) return;
+    const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+    if (key === "z" && pair()) pair().classList.toggle("zoomed");
+    if (!(key in keys)) return;
+    event.preventDefault();
+    if (sent && sent.pair === shown() && Date.now() - sent.time < 1000) return;  // its vote is on the way
+    sent = {pair: shown(), time: Date.now()};
+    document.getElementById("choose-" + keys[key])?.click();
+  });
+  window.dpoChannel = new BroadcastChannel("dpo-mm");
+  dpoChannel.onmessage = (event) => {
+    const data = document.querySelector("[data-annotator]")?.dataset;
+    if (data?.annotator === event.data.annotator && data.presentation !== event.data.presentation)
+      document.getElementById("refresh")?.click();
+  };
+  document.addEventListener("mousemove", (event) => { if (pair()) zoom(event); });
+  document.addEventListener("click", (event) => {
+    if (event.target.closest(".pair .frame")) { zoom(event); pair().classList.toggle("zoomed"); }
+  });
+})();
+</script>
+"""
+NAME_KEY = "dpo-mm-annotator"
+LOAD_NAME = f"() => [localStorage.getItem('{NAME_KEY}') || '']"
+SAVE_NAME = f"(name) => {{ localStorage.setItem('{NAME_KEY}', name); return [name]; }}"
+FORGET_NAME = f"() => {{ localStorage.removeItem('{NAME_KEY}'); }}"
+READ_PAGE = """() => {
+  const data = document.querySelector("[data-annotator]")?.dataset ?? {};
+  return [data.annotator ?? "", data.presentation ?? ""];
+}"""
+"""JavaScript that reads annotator and presentation from the page, so that a vote is for the pair on the screen."""
+READ_NAME = f"() => ({READ_PAGE})().slice(0, 1)"
+ANNOUNCE = """() => {
+  const data = document.querySelector("[data-annotator]")?.dataset;
+  if (data) dpoChannel.postMessage({annotator: data.annotator, presentation: data.presentation});
+}"""
+"""JavaScript that tells the browser's other tabs which pair is open now."""
+
+
+def pair_html(row: dict[str, Any], presentation: int, annotator: str, *, swapped: bool) -> str:
+    """Return the prompt and both images. The HTML does not reveal which model made an image."""
+    columns = ("image_b", "image_a") if swapped else ("image_a", "image_b")
+    images = [_image_html(row[column], position) for column, position in zip(columns, ("left", "right"), strict=True)]
+    frames = "".join(f'<div class="frame">{image}</div>' for image in images)
+    return (
+        f'<div class="pair" data-annotator="{escape(annotator)}" data-presentation="{presentation}">'
+        f'<p class="prompt" dir="auto">{escape(row["prompt"])}</p><div class="images">{frames}</div></div>'
+    )
+
+
+def _image_html(cell: dict[str, Any], position: str) -> str:
+    try:
+        return image_html(decode_image(image_bytes(cell)), alt=f"{position} image")
+    except (ValueError, OSError):
+        return '<div class="unreadable">This image can’t be decoded. Skip the pair.</div>'
+
+
+def finished_html(store: VoteStore, annotator: str) -> str:
+    """Return the summary that is shown when all pairs are labelled, without counts that tell the models apart."""
+    shown = {name: fact for name, fact in summary(store.votes()).items() if name != "choices"}
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in shown.items())
+    return (
+        f'<div class="finished" data-annotator="{escape(annotator)}" data-presentation="">'
+        f"<h2>All pairs are labelled. Thank you!</h2><dl>{facts}</dl></div>"
+    )
+
+
+def progress_html(store: VoteStore, annotator: str, *, is_taken: bool, is_known: bool = False) -> str:
+    """Return the progress of this annotator and of all annotators, and a notice if another browser uses the name.
+
+    Args:
+        is_known: a secret link gave the name, so the annotator cannot choose another.
+    """
+    progress = store.progress(annotator)
+    people = f"{progress.annotators} {'person' if progress.annotators == 1 else 'people'}"
+    advice = "tell the host of this page" if is_known else "choose another name below"
+    notice = (
+        f'<p class="notice" role="status">Another browser votes or has voted as <b dir="auto">{escape(annotator)}</b>. The '
+        f"votes of both count as one person’s. If that is not you, {advice}.</p>"
+    )
+    return (
+        f'{notice if is_taken else ""}<div class="progress-line{" known" * is_known}"><span><b dir="auto">{escape(annotator)}</b>: '
+        f"{progress.own_pairs} of {progress.num_pairs} pairs</span>"
+        f'<progress value="{progress.own_pairs}" max="{progress.num_pairs}" aria-label="pairs labelled"></progress>'
+        f"<span>{progress.votes} votes by {people} on {progress.covered_pairs} pairs</span></div>"
+    )
+
+
+def message_of(error: Exception, store: VoteStore) -> str:
+    """Return an error as HTML text, without the folders of this machine."""
+    return escape(str(error).replace(str(store.path), store.path.name))
+
+
+def ratings_html(ratings: Sequence[Rating]) -> str:
+    """Return a table of the models' ratings."""
+    low, high = min(rating.low for rating in ratings), max(rating.high for rating in ratings)
+    percent = lambda value: 100 * (value - low) / ((high - low) or 1)
+    lines = "".join(
+        f'<tr><th scope="row" dir="auto">{escape(r.model)}{f" (group {r.group + 1})" if ratings[-1].group else ""}</th><td class="number">{r.rating:.0f}</td><td class="span">'
+        f'<span class="bar" style="left:{percent(r.low):.1f}%;width:{percent(r.high) - percent(r.low):.1f}%"></span>'
+        f'<span class="dot" style="left:{percent(r.rating):.1f}%"></span></td>'
+        f'<td class="number">{r.low:.0f} to {r.high:.0f}</td><td class="number">{r.wins} / {r.ties} / {r.losses}</td></tr>'
+        for r in ratings
+    )
+    alone = " Groups were never compared with each other: each has a separate scale." if ratings[-1].group else ""
+    return (
+        '<table class="ratings"><thead><tr><th>Model</th><th>Rating</th>'
+        '<th class="span"><span class="visually-hidden">95 % interval</span></th><th>95 % interval</th>'
+        f"<th>won / tied / lost</th></tr></thead><tbody>{lines}</tbody></table>"
+        '<p class="quiet">A difference of 400 points means odds of ten to one. If two intervals overlap widely, more votes '
+        f"are needed to tell the models apart.{alone}</p>"
+    )
