@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RelabelConfig,
         TrainConfig,
     )
+    from dpo_mm.config.dpo_config import DPOConfig
     from dpo_mm.data.schema import load_pairs, load_responses
     from dpo_mm.errors import TrainingInterrupted
     from dpo_mm.evaluation.statistics import Comparison
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from dpo_mm.objectives import OBJECTIVES, LogProbs
     from dpo_mm.policies.families import load_policy
     from dpo_mm.recipe import compare, mine
+    from dpo_mm.training.dpo_trainer import DPOTrainer
     from dpo_mm.training.run import TrainResult, train
 
 __version__ = "0.1.0"
@@ -37,6 +39,8 @@ __all__ = [
     "CompareResponsesConfig",
     "CompareResult",
     "Comparison",
+    "DPOConfig",
+    "DPOTrainer",
     "JudgeConfig",
     "LogProbs",
     "MineConfig",
@@ -64,6 +68,8 @@ _MODULES = {
     "CompareResponsesConfig": "dpo_mm.config",
     "CompareResult": "dpo_mm.evaluation.verdict",
     "Comparison": "dpo_mm.evaluation.statistics",
+    "DPOConfig": "dpo_mm.config.dpo_config",
+    "DPOTrainer": "dpo_mm.training.dpo_trainer",
     "JudgeConfig": "dpo_mm.config",
     "LogProbs": "dpo_mm.objectives",
     "MineConfig": "dpo_mm.config",

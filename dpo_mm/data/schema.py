@@ -143,7 +143,20 @@ def load_pairs(path: str, *, dataset_name: str | None = None) -> Dataset:
     """
     from dpo_mm.assets import resolve_asset
 
-    return validate(image_sides(open_rows(resolve_asset(path)), path), dataset_name=dataset_name or path)
+    return check_pairs(open_rows(resolve_asset(path)), dataset_name or path)
+
+
+def check_pairs(rows: Dataset, dataset_name: str) -> Dataset:
+    """Return image preference rows as `load_pairs` does.
+
+    Args:
+        rows: rows of pairs or of one image each.
+        dataset_name: name of the dataset in errors.
+
+    Raises:
+        ValueError: if they are not valid.
+    """
+    return validate(image_sides(rows, dataset_name), dataset_name=dataset_name)
 
 
 def load_responses(path: str, *, dataset_name: str | None = None) -> Dataset:
@@ -159,11 +172,23 @@ def load_responses(path: str, *, dataset_name: str | None = None) -> Dataset:
     """
     from dpo_mm.assets import resolve_asset
 
-    name = dataset_name or path
-    rows = response_sides(open_rows(resolve_asset(path)), name)
-    _require_columns(rows, ("prompt", "chosen", "rejected"), name)
-    check_columns_are_read(rows, name)
-    return _with_ids(_check_numbers(rows, name))
+    return check_responses(open_rows(resolve_asset(path)), dataset_name or path)
+
+
+def check_responses(rows: Dataset, dataset_name: str) -> Dataset:
+    """Return response preference rows as `load_responses` does.
+
+    Args:
+        rows: rows of pairs or of one response each.
+        dataset_name: name of the dataset in errors.
+
+    Raises:
+        ValueError: if they are not valid.
+    """
+    rows = response_sides(rows, dataset_name)
+    _require_columns(rows, ("prompt", "chosen", "rejected"), dataset_name)
+    check_columns_are_read(rows, dataset_name)
+    return _with_ids(_check_numbers(rows, dataset_name))
 
 
 def make_response_rows(rows: list[dict[str, Any]]) -> Dataset:

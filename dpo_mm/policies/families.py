@@ -108,15 +108,19 @@ def policy_path_for(model: str, *, revision: str | None = None) -> str:
         raise ValueError(
             f"{index}: _class_name is {name!r:.120}. Expected the name of a class of diffusers, because code of models is not run"
         )
-    if name not in FAMILIES:
-        code = sorted(file.name for file in index.parent.glob("*.py"))
-        if code:
-            raise ValueError(f"model {model!r} is a {name} with custom code ({code[0]}), and code of models is not run")
+    if name not in FAMILIES and (code := sorted(file.name for file in index.parent.glob("*.py"))):
+        raise ValueError(f"model {model!r} is a {name} with custom code ({code[0]}), and code of models is not run")
+    return _family_path(name, model)
+
+
+def _family_path(pipeline: str, model: str) -> str:
+    """Policy class of a pipeline class, as module:class. Raises ValueError if no family supports it."""
+    if pipeline not in FAMILIES:
         raise ValueError(
-            f"model {model!r} is a {name}, which no family supports yet. Known: {', '.join(FAMILIES)}. "
+            f"model {model!r} is a {pipeline}, which no family supports yet. Known: {', '.join(FAMILIES)}. "
             "A new family is one file: see 'Add an image family' in the documentation"
         )
-    return FAMILIES[name]
+    return FAMILIES[pipeline]
 
 
 def policy_class(model: str, *, revision: str | None = None) -> Any:
@@ -129,7 +133,22 @@ def policy_class(model: str, *, revision: str | None = None) -> Any:
     Raises:
         ValueError: if the model has no index file or its family is unknown.
     """
-    module, _, name = policy_path_for(resolve_asset(model), revision=revision).partition(":")
+    return _import_class(policy_path_for(resolve_asset(model), revision=revision))
+
+
+def pipeline_family(pipe: object) -> Any:
+    """Import the policy class of a pipeline of diffusers. Raises ValueError if no family supports it."""
+    name = type(pipe).__name__
+    return _import_class(_family_path(name, name))
+
+
+def text_family() -> Any:
+    """Import the policy class of transformers models."""
+    return _import_class(VLM_POLICY)
+
+
+def _import_class(path: str) -> Any:
+    module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
@@ -164,16 +183,29 @@ def load_policy(
         policy: ImagePolicy | TextPolicy = cls.load(
             source, revision=revision, precision=precision, device=device, **options
         )
-        check_finite(_modules(policy), f"model {model!r}")
-        if policy.modality == "image":
-            _try_tokenizers(policy, model)
-            _check_resolution(policy, model)
+        check_policy(policy, model)
     if adapter:
         folder = find_adapter(adapter)
         check_trained_files(folder)
         with name_model(f"adapter {str(adapter)!r}"):
             policy.load_adapter(folder)
     return policy
+
+
+def check_policy(policy: ImagePolicy | TextPolicy, model: str) -> None:
+    """Check the weights of a policy and, for an image generator, its tokenizers and its resolution.
+
+    Args:
+        policy: the policy.
+        model: name of its model, for errors.
+
+    Raises:
+        ValueError: if a weight is not finite, or a tokenizer or the resolution is damaged.
+    """
+    check_finite(_modules(policy), f"model {model!r}")
+    if policy.modality == "image":
+        _try_tokenizers(policy, model)
+        _check_resolution(policy, model)
 
 
 def _try_tokenizers(policy: ImagePolicy, model: str) -> None:

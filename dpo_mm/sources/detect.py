@@ -5,7 +5,7 @@ A dataset is not guessed: if several sources fit, or none, the error names what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +37,11 @@ EXPECTED = {
     "llama-factory": "conversations or instruction, chosen, rejected",
     "ms-swift": "messages, rejected_response",
     "chat": "messages",
+    "pickapic": "caption, jpg_0, jpg_1, label_0, label_1",
 }
 """Columns of each format, for errors."""
 NAMES = {
+    "pickapic": "rows as Pick-a-Pic's",
     "custom-images": "table of images",
     "custom-responses": "table of responses",
     "trl": "rows as TRL's",
@@ -138,10 +140,10 @@ def _has_own_rows(folder: Path, columns: Mapping[str, str] | None) -> bool:
     """Return True if the loader reads the Parquet files of a folder."""
     files = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
     names = _columns(files[0]) if files and not columns else None
-    return names is not None and (not names or _is_own(names))  # the loader reports a file that is not readable
+    return names is not None and (not names or has_own_columns(names))  # the loader reports a file that is not readable
 
 
-def _is_own(columns: list[str]) -> bool:
+def has_own_columns(columns: Sequence[str]) -> bool:
     """Return True for the columns of the row schema."""
     names = set(row_with_sides(dict.fromkeys(columns)))
     return names.issuperset(REQUIRED) or names.issuperset(("prompt", "chosen", "rejected"))
@@ -165,7 +167,7 @@ def _source_of_table(path: str, columns: Mapping[str, str] | None) -> Detected |
     is_parquet = origin.files[0].suffix == ".parquet"
     if is_parquet and not columns:
         names = _columns(origin.files[0])
-        if not names or _is_own(names):  # the loader reads it, or reports that it is damaged
+        if not names or has_own_columns(names):  # the loader reads it, or reports that it is damaged
             return None
     rows = first_rows(origin)
     source = _source_of_rows(path, rows, columns, loader=is_parquet, form=FORMS[table_suffix(origin.files[0])])
@@ -183,7 +185,7 @@ def _source_on_hub(path: str, columns: Mapping[str, str] | None) -> Detected | N
         rows = first_rows(Origin(Path(path), (), path, SPLIT))
     except Exception:  # not reachable: the loader may have it in its cache, or reports it
         return None
-    if not columns and _is_own(list(dict.fromkeys(name for row in rows for name in row))):
+    if not columns and has_own_columns(list(dict.fromkeys(name for row in rows for name in row))):
         return None
     source = _source_of_rows(path, rows, columns, loader=True, form="")
     return None if source is None else Detected(source, f"{NAMES[source]}, of the hub")
@@ -235,6 +237,7 @@ def _fitting_sources(names: set[str], rows: list[Row]) -> list[str]:
     )
     single_turn = any(isinstance(row.get("chosen"), str | dict) for row in rows)
     fits = {
+        "pickapic": {"caption", "jpg_0", "jpg_1", "label_0", "label_1"} <= names,
         "custom-images": names.issuperset(REQUIRED) or ("prompt" in names and has_one_image(list(names)) and not chat),
         "captioned-images": "file_name" in names and bool({"text", "caption"} & names) and not (sides or chat),
         "llama-factory": sides

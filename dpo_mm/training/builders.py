@@ -23,6 +23,7 @@ from dpo_mm.policies.diffusion.random_draws import TIMESTEP_DISTRIBUTIONS
 from dpo_mm.policies.families import load_policy, policy_class
 from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
 from dpo_mm.policies.start_adapter import check_start, start_from
+from dpo_mm.policies.vlm.model_files import PIXEL_LIMITS
 from dpo_mm.quantization import check_quantize
 from dpo_mm.training.auto_beta import AUTO
 from dpo_mm.training.best_weights import validate_best_weights
@@ -112,9 +113,18 @@ def _number(beta: float | str) -> float:
     return beta
 
 
-def validate_config(config: TrainConfig) -> None:
-    """Refuse every invalid setting that can be found before a model is loaded. Raises ValueError."""
-    family = policy_class(config.model, revision=config.revision)
+def validate_config(config: TrainConfig, family: Any = None, *, has_eval_rows: bool = False) -> None:
+    """Refuse every invalid setting that can be found before a model is loaded.
+
+    Args:
+        config: settings of the run.
+        family: policy class of the model. None: that of the model that the config names.
+        has_eval_rows: rows to evaluate on are given, so that none are split off.
+
+    Raises:
+        ValueError: with the setting and the fix.
+    """
+    family = family or policy_class(config.model, revision=config.revision)
     modality: Modality = family.modality
     check_lora_format(config, getattr(family, "kohya_prefix", None), family=family.__name__)
     check_start(config)
@@ -145,11 +155,11 @@ def validate_config(config: TrainConfig) -> None:
     validate_trackers(config)
     validate_samples(config, modality=modality)
     validate_best_weights(config, modality=modality)
-    _refuse_ignored_settings(config, modality=modality)
+    _refuse_ignored_settings(config, modality=modality, has_eval_rows=has_eval_rows)
     training_arguments(config)
 
 
-def _refuse_ignored_settings(config: TrainConfig, *, modality: Modality) -> None:
+def _refuse_ignored_settings(config: TrainConfig, *, modality: Modality, has_eval_rows: bool) -> None:
     """Refuse settings that another setting makes ineffective, and a default that suits images only."""
     changed = {name for name, value in vars(config).items() if value != getattr(UNCHANGED, name)}
     named, fine_tuning = objective_names(config), is_fine_tuning(config)
@@ -173,7 +183,8 @@ def _refuse_ignored_settings(config: TrainConfig, *, modality: Modality) -> None
         ),
         (("steps",), config.num_train_epochs is None, f"num_train_epochs is {config.num_train_epochs}"),
         (("warmup_steps",), config.schedule != "constant", "schedule is constant. Take constant_with_warmup"),
-        (("eval_every",), config.eval_fraction > 0, "eval_fraction is 0"),
+        (("eval_every",), has_eval_rows or config.eval_fraction > 0, "eval_fraction is 0"),
+        (("eval_fraction",), not (has_eval_rows and config.eval_fraction), "eval_dataset has the rows to evaluate on"),
         (("ld_alpha",), config.edited_token_weight == 1, "edited_token_weight replaces the sum that it changes"),
         (
             ("fixed_draws_per_row",),
@@ -253,12 +264,11 @@ def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | 
     Raises:
         ValueError: as `load_policy`, and if the config's adapter cannot be the start of the run.
     """
-    options: dict[str, Any] = {}
-    if policy_class(config.model, revision=config.revision).modality == "text":
-        options = {name: getattr(config, name) for name in TEXT_ONLY_SETTINGS if name not in TEXT_RUN_SETTINGS}
-        options["corrupt"] = "corrupted_ratio" in required_inputs(config)
+    options = policy_options(config, policy_class(config.model, revision=config.revision).modality)
+    if "resolution" in options:
+        options |= {"weights": weights, "one_at_a_time": True}
     else:
-        options = {"resolution": config.resolution, "weights": weights, "one_at_a_time": True}
+        options |= {name: getattr(config, name) for name in PIXEL_LIMITS}
     precision = config.precision if config.tuning == "lora" else "fp32"
     if config.quantize:
         options["quantize"] = config.quantize
@@ -266,6 +276,14 @@ def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | 
     if config.adapter:
         start_from(policy, config)
     return policy
+
+
+def policy_options(config: TrainConfig, modality: Modality) -> dict[str, Any]:
+    """Return the settings that a policy gets when it is made, by name."""
+    if modality == "image":
+        return {"resolution": config.resolution}
+    names = [name for name in TEXT_ONLY_SETTINGS if name not in (*TEXT_RUN_SETTINGS, *PIXEL_LIMITS)]
+    return {name: getattr(config, name) for name in names} | {"corrupt": "corrupted_ratio" in required_inputs(config)}
 
 
 def refuse_fsdp_on_cpu(config: TrainConfig) -> None:

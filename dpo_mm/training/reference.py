@@ -42,14 +42,15 @@ def adapter_off(policy: Policy, shard: Shard = None) -> Reference:
     return reference
 
 
-def frozen_copy(policy: Policy, shard: Shard = None) -> Reference:
+def frozen_copy(policy: Policy, shard: Shard = None, model: nn.Module | None = None) -> Reference:
     """Make a reference of a copy of the current weights, for full fine-tuning.
 
     Args:
         policy: the prepared policy.
         shard: function that spreads the copy over the processes, in place.
+        model: another model of the same kind, to use in place of a copy.
     """
-    copied = policy.frozen_copy()
+    copied = policy.frozen_copy() if model is None else model
     if shard is not None:
         shard(copied)
 
@@ -175,8 +176,19 @@ def resolve_reference_name(config: TrainConfig) -> str:
     return name
 
 
-def build_reference(policy: Policy, config: TrainConfig, shard: Shard = None) -> Reference:
-    """Build the reference that the config names. shard: function that spreads a second model over the processes."""
+def build_reference(
+    policy: Policy, config: TrainConfig, shard: Shard = None, model: nn.Module | None = None
+) -> Reference:
+    """Build the reference that the config names, or that of another model.
+
+    Args:
+        policy: the prepared policy.
+        config: settings of the run.
+        shard: function that spreads a second model over the processes.
+        model: frozen model that is the reference. None: the config's.
+    """
+    if model is not None:
+        return frozen_copy(policy, shard, model)
     return REFERENCES[resolve_reference_name(config)](policy, config, shard)
 
 

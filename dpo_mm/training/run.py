@@ -11,27 +11,23 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PrinterCallback
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.cache_folder import cache_folder
 from dpo_mm.config import TrainConfig, as_dict
-from dpo_mm.content_key import check_ingredients, content_hash, library_versions
+from dpo_mm.content_key import check_ingredients, content_hash
 from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.data.row_digest import digest, row_digests
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.interruption import StopRequest, complete_part, stop_on_signal
 from dpo_mm.outputs import OutputKind, differences, output_folder, refuse_foreign_folder
-from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
-from dpo_mm.policies.families import model_content, policy_class, resolve_commit
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
-from dpo_mm.policies.start_adapter import continues, describe_start
 from dpo_mm.process_rank import process_rank
 from dpo_mm.progress import progress_bar
-from dpo_mm.quantization import stored_size
 from dpo_mm.training.auto_beta import AUTO, measure_beta
 from dpo_mm.training.best_weights import BEST_FOLDER
 from dpo_mm.training.builders import (
@@ -58,14 +54,15 @@ from dpo_mm.training.evaluation_split import split_digests
 from dpo_mm.training.feature_cache import cache_vision_features
 from dpo_mm.training.memory_plan import image_lines, response_lines
 from dpo_mm.training.model_card import write_card
-from dpo_mm.training.objective_settings import is_fine_tuning, objective_names, required_inputs, takes_beta
 from dpo_mm.training.pair_stream import PairStream, eval_stream, training_stream
-from dpo_mm.training.reference import precompute_reference_log_probs, resolve_reference_name
+from dpo_mm.training.reference import precompute_reference_log_probs
 from dpo_mm.training.response_rows import describe_lengths, stream_rows
+from dpo_mm.training.run_inputs import FileInputs, RunInputs, run_content
+from dpo_mm.training.run_plan import run_summary
 from dpo_mm.training.samples import SAMPLES_FOLDER, free_sample_settings, sample_callback
 from dpo_mm.training.tracking import TRACKING_SETTINGS
 from dpo_mm.training.trainer import PreferenceTrainer
-from dpo_mm.training.training_rows import TrainingRows, load_training_rows
+from dpo_mm.training.training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
 TRAINING = OutputKind(
@@ -105,7 +102,28 @@ def train(config: TrainConfig, *, show_plan: ShowPlan | None = None) -> TrainRes
         FloatingPointError: if no step, or twenty steps in a row, had a finite gradient.
         TrainingInterrupted: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
-    validate_config(config)
+    return run_training(config, FileInputs(config), show_plan=show_plan).result
+
+
+class FinishedRun(NamedTuple):
+    """A run's result and, if its steps were made just now, its trainer."""
+
+    result: TrainResult
+    trainer: PreferenceTrainer | None
+
+
+def run_training(config: TrainConfig, inputs: RunInputs, *, show_plan: ShowPlan | None = None) -> FinishedRun:
+    """Train a model on rows as the config says, see `train`.
+
+    Args:
+        config: settings of the run.
+        inputs: model and rows.
+        show_plan: as in `train`.
+
+    Raises:
+        ValueError, FloatingPointError, TrainingInterrupted: as `train`.
+    """
+    validate_config(config, inputs.family, has_eval_rows=inputs.has_eval_rows)
     refuse_fsdp_on_cpu(config)
     if config.resume and config.overwrite:
         raise ValueError("resume and overwrite exclude each other: resume continues what overwrite removes")
@@ -119,7 +137,7 @@ def train(config: TrainConfig, *, show_plan: ShowPlan | None = None) -> TrainRes
         folder,
         kind,
         settings,
-        inputs=[config.model, config.pairs, config.adapter],
+        inputs=inputs.paths,
         overwrite=config.overwrite,
         continues=config.resume and changed,
     ) as finished:
@@ -132,11 +150,11 @@ def train(config: TrainConfig, *, show_plan: ShowPlan | None = None) -> TrainRes
             )
         with stop_on_signal(lambda: _saved_so_far(config, None)):
             if finished:
-                return _finished_result(config, show_plan)
-            return _train(config, checkpoint, show_plan)
+                return FinishedRun(_finished_result(config, inputs, show_plan), None)
+            return _train(config, inputs, checkpoint, show_plan)
 
 
-def _finished_result(config: TrainConfig, show_plan: ShowPlan | None) -> TrainResult:
+def _finished_result(config: TrainConfig, inputs: RunInputs, show_plan: ShowPlan | None) -> TrainResult:
     """Read the result of an earlier run with the same settings.
 
     Raises:
@@ -144,7 +162,7 @@ def _finished_result(config: TrainConfig, show_plan: ShowPlan | None) -> TrainRe
     """
     folder = Path(config.output_dir)
     record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    content = _content(config) | {"pairs": _pairs_digest(config, record.get("dropped_rows") or [])}
+    content = run_content(inputs, config) | {"pairs": _pairs_digest(inputs, record.get("dropped_rows") or [])}
     check_same_content(folder, record["content"], content, config)
     log = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))
     beta = float(record["measured_beta"] or record["beta"])
@@ -153,38 +171,25 @@ def _finished_result(config: TrainConfig, show_plan: ShowPlan | None) -> TrainRe
     return TrainResult(folder, tuple(log["history"]), log["summary"], beta)
 
 
-def _content(config: TrainConfig) -> dict[str, Any]:
-    """Contents that decide a run in addition to its pairs and settings, for `check_same_content`."""
-    return {
-        "model": model_content(config.model, revision=config.revision),
-        "adapter": adapter_content(config.adapter),
-        "libraries": library_versions(),
-    }
-
-
-def _pairs_digest(config: TrainConfig, recorded: Sequence[Mapping[str, Any]]) -> str:
+def _pairs_digest(inputs: RunInputs, recorded: Sequence[Mapping[str, Any]]) -> str:
     """Digest of the pairs as `encode_splits` returns it, without encoding them."""
-    loaded = _load_rows(config)
+    loaded = inputs.load_rows()
     if "chosen" in loaded.every.column_names:
         return content_hash(row_digests(loaded.every, recorded))
     return content_hash(split_digests([loaded.train, loaded.evaluation]))
 
 
-def _load_rows(config: TrainConfig) -> TrainingRows:
-    return load_training_rows(config, modality=policy_class(config.model, revision=config.revision).modality)
-
-
-def _train(config: TrainConfig, checkpoint: Path | None, show_plan: ShowPlan | None) -> TrainResult:
+def _train(config: TrainConfig, inputs: RunInputs, checkpoint: Path | None, show_plan: ShowPlan | None) -> FinishedRun:
     """Train from the beginning, or from a checkpoint of the same recipe, and write the result."""
     pairs_per_step = config.batch_size * config.accumulate * training_arguments(config).world_size
     saved_state = check_same_recipe(checkpoint, config, pairs_per_step=pairs_per_step) if checkpoint else {}
-    content = _content(config)
+    content = run_content(inputs, config)
     if checkpoint:  # before the pairs are encoded, which takes long
         check_same_content(checkpoint, saved_state["content"], content, config)
         if config.num_train_epochs is None:
             check_steps(checkpoint, config)
-    loaded = _load_rows(config)  # before the model, because its rows may not fit the objective
-    policy = build_policy(config)
+    loaded = inputs.load_rows()  # before the model, because its rows may not fit the objective
+    policy = inputs.load_policy()
     splits = _encode_once(policy, config, saved_state.get("dropped_rows") or [], loaded)
     content |= {"pairs": splits.digest, "encoded rows": splits.encoded_digest}
     check_ingredients("training run", {"settings": config, **content})
@@ -196,7 +201,7 @@ def _train(config: TrainConfig, checkpoint: Path | None, show_plan: ShowPlan | N
         "measured_beta": saved_state.get("measured_beta"),
     }
     with stop_on_signal(lambda: _saved_so_far(config, splits)):
-        return _train_on(splits, loaded, policy, config, run_state, checkpoint, show_plan)
+        return _train_on(splits, loaded, policy, config, inputs, run_state, checkpoint, show_plan)
 
 
 def _train_on(
@@ -204,10 +209,11 @@ def _train_on(
     loaded: TrainingRows,
     policy: ImagePolicy | TextPolicy,
     config: TrainConfig,
+    inputs: RunInputs,
     run_state: dict[str, Any],
     checkpoint: Path | None,
     show_plan: ShowPlan | None,
-) -> TrainResult:
+) -> FinishedRun:
     """Train on encoded pairs, from a checkpoint if there is one, and save the result."""
     samples = sample_callback(policy, config)
     policy.free_encoders()
@@ -223,11 +229,12 @@ def _train_on(
     config = steps_of_epochs(config, len(train_rows), training_arguments(config).world_size)
     if checkpoint and config.num_train_epochs is not None:
         check_steps(checkpoint, config)
-    summary = run_summary(policy, config, loaded, len(train_rows))
+    summary = run_summary(policy, config, loaded, len(train_rows), commit=inputs.commit)
     if cut := getattr(splits.rows, "truncated_prompts", ""):
         logger.warning("prompts: %s", cut)
         summary |= {"truncated prompts": cut}
-    trainer = PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state, samples=samples)
+    given: dict[str, Any] = {"callbacks": inputs.callbacks, "reference_model": inputs.reference_model}
+    trainer = PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state, samples=samples, **given)
     name, text = Path(config.output_dir).name, policy.modality == "text"
     image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
     if show_plan is not None and process_rank().is_first:
@@ -238,7 +245,8 @@ def _train_on(
         if trainer.best_weights is not None:
             summary |= trainer.best_weights.restore()
         trainer.save_result(summary, card)
-    return TrainResult(Path(config.output_dir), tuple(trainer.history()), summary, float(config.beta))
+    result = TrainResult(Path(config.output_dir), tuple(trainer.history()), summary, float(config.beta))
+    return FinishedRun(result, trainer)
 
 
 def _saved_so_far(config: TrainConfig, splits: EncodedSplits | None) -> str:
@@ -317,55 +325,6 @@ def _fit(trainer: PreferenceTrainer, checkpoint: Path | None, stop: StopRequest)
         )
 
 
-def run_summary(
-    policy: ImagePolicy | TextPolicy, config: TrainConfig, loaded: TrainingRows, count: int
-) -> dict[str, str]:
-    """Summarise a run before it starts: pairs, steps, objective, reference, memory, and the policy's own lines.
-
-    Args:
-        policy: prepared.
-        config: settings of the run.
-        loaded: the rows of the run.
-        count: number of rows or couples to train on.
-    """
-    num_trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
-    num_bytes = stored_size(policy.model)
-    reference = resolve_reference_name(config) if "reference_logps" in required_inputs(config) else "none"
-    epochs = f" ({config.num_train_epochs:g} epochs)" if config.num_train_epochs else ""
-    copies = 2 if reference == "frozen_copy" else 1
-    commit = resolve_commit(resolve_asset(config.model), revision=config.revision)
-    of_policy = policy.describe(config)
-    if not takes_beta(config):
-        of_policy.pop("effective beta", None)
-        unused = ["beta"] if config.beta != TrainConfig.beta else []
-        unused += ["pair_layout"] if is_fine_tuning(config) and config.pair_layout == "shared_prefix" else []
-        if unused:
-            of_policy["no effect"] = (
-                f"{' and '.join(unused)}, because objective {', '.join(objective_names(config))} has none"
-            )
-    if loaded.one_sided:
-        of_policy.pop("layout", None)
-    if is_fine_tuning(config):
-        text = policy.modality == "text"
-        of_policy["reduction"] = "mean per token of each chosen response" if text else "mean over latent elements"
-    unknown = {"effective beta": "measured on the first pairs before the first step"} if config.beta == AUTO else {}
-    return {
-        **({"revision": commit} if commit else {}),
-        **describe_start(policy, config),
-        "pairs": f"{config.pairs}{f' ({loaded.about})' if loaded.about else ''}, {loaded.describe(count)}",
-        "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} {'rows' if is_fine_tuning(config) else 'pairs'} per process{epochs}",
-        "objective": f"{config.objective}{f' + {config.sft_weight:g} sft' if config.sft_weight else ''}",
-        "reference": f"{reference}, which is the adapter"
-        if continues(config) and reference == "adapter_off"
-        else reference,
-        "tuning": f"{config.tuning}, {num_trained:,} trained parameters",
-        "precision": f"{config.precision}{f', frozen linear layers in {config.quantize}' if config.quantize else ''}",
-        "memory": f"about {(copies * num_bytes + 12 * num_trained) / 2**20:,.0f} MiB for weights, gradients and Adam, plus activations",
-        **of_policy,
-        **unknown,
-    }
-
-
 def dry_run(config: TrainConfig, *, vram: float | None = None) -> dict[str, str]:
     """Return the summary of a run without training it, with estimates of memory and disk.
 
@@ -377,14 +336,15 @@ def dry_run(config: TrainConfig, *, vram: float | None = None) -> dict[str, str]
         ValueError: as `train`, except for images that do not decode.
     """
     planned = config if vram is None else dataclasses.replace(config, quantize=None)  # this machine may not have it
-    validate_config(planned)
-    refuse_foreign_folder(Path(config.output_dir), TRAINING, inputs=[config.model, config.pairs, config.adapter])
-    loaded = _load_rows(config)
+    inputs = FileInputs(config)
+    validate_config(planned, inputs.family)
+    refuse_foreign_folder(Path(config.output_dir), TRAINING, inputs=inputs.paths)
+    loaded = inputs.load_rows()
     policy = build_policy(planned, weights=False)
     pairs, train_rows = loaded.every, loaded.train
     policy.prepare(config)
     config = steps_of_epochs(config, loaded.items, training_arguments(config).world_size)
-    summary = run_summary(policy, config, loaded, loaded.items)
+    summary = run_summary(policy, config, loaded, loaded.items, commit=inputs.commit)
     if policy.modality == "image":
         if cut := truncated_prompts(policy, pairs["prompt"]):
             summary |= {"truncated prompts": cut}

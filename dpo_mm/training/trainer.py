@@ -92,6 +92,7 @@ class PreferenceTrainer(Trainer):
         eval_rows: encoded pairs to evaluate on, at fixed noise and timesteps. None runs no evaluation.
         run_state: entries of `checkpoints.STATE` that each checkpoint stores next to the config.
         samples: generates samples while the model trains, or None.
+        reference_model: the model of a frozen reference. None: a copy of the policy's.
         **kwargs: further arguments of `transformers.Trainer`, such as callbacks.
 
     Raises:
@@ -107,6 +108,7 @@ class PreferenceTrainer(Trainer):
         *,
         run_state: Mapping[str, Any] | None = None,
         samples: SampleCallback | None = None,
+        reference_model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         self.policy, self.config = policy, config
@@ -128,7 +130,8 @@ class PreferenceTrainer(Trainer):
             **kwargs,
         )
         shard = self._shard if self.is_fsdp_enabled else None
-        self.reference = build_reference(policy, config, shard) if "reference_logps" in self.required_inputs else None
+        needed = "reference_logps" in self.required_inputs
+        self.reference = build_reference(policy, config, shard, reference_model) if needed else None
         self.model_accepts_loss_kwargs = False
         self.skip_callback = SkipNonFiniteStepsCallback()
         self.add_callback(self.skip_callback)

@@ -87,18 +87,23 @@ def load_training_rows(config: TrainConfig, *, modality: Modality) -> TrainingRo
         ValueError: if the dataset is not valid, or does not have the sides that the objective needs.
     """
     local = local_pairs(config.pairs, columns=config.columns, media_dir=config.media_dir)
-    loaded = _with_sides(_open_rows(local, config, modality), config, modality)
+    loaded = rows_with_sides(open_local(local, config.pairs, modality), config, modality)
     return dataclasses.replace(loaded, about=local.about)
 
 
-def _open_rows(local: LocalPairs, config: TrainConfig, modality: Modality) -> Dataset:
+def open_local(local: LocalPairs, name: str, modality: Modality) -> Dataset:
+    """Load the rows of a dataset that `local_pairs` returned, with its name for errors."""
     if modality == "text":
-        return load_responses(local.require("responses", config.pairs), dataset_name=config.pairs)
-    return load_pairs(local.require("images", config.pairs), dataset_name=config.pairs)
+        return load_responses(local.require("responses", name), dataset_name=name)
+    return load_pairs(local.require("images", name), dataset_name=name)
 
 
-def _with_sides(rows: Dataset, config: TrainConfig, modality: Modality) -> TrainingRows:
-    """Rows with the sides that the objective needs."""
+def rows_with_sides(rows: Dataset, config: TrainConfig, modality: Modality) -> TrainingRows:
+    """Return rows with the sides that the objective needs, without ties, and split off the evaluation rows.
+
+    Raises:
+        ValueError: if they do not have these sides.
+    """
     has_chosen, has_rejected = _sides(rows, modality)
     if modality == "image":
         decided = np.isin(rows["preference"], ("a", "b"))

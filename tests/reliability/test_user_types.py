@@ -20,7 +20,8 @@ SCRIPT = """
 from pathlib import Path
 
 import dpo_mm
-from dpo_mm import CompareConfig, CompareResponsesConfig, MineConfig, MineResponsesConfig, TrainConfig
+from datasets import Dataset
+from dpo_mm import CompareConfig, CompareResponsesConfig, DPOConfig, DPOTrainer, MineConfig, MineResponsesConfig, TrainConfig
 
 config = TrainConfig(model="shapes-sd", pairs="shapes-faithfulness", output_dir="runs/user", steps=4)
 result: dpo_mm.TrainResult = dpo_mm.train(config)
@@ -32,6 +33,10 @@ dpo_mm.compare(CompareResponsesConfig("page-reader", "runs/ocr", "pages-held-out
 dpo_mm.mine(MineResponsesConfig("page-reader", "pages-train", "runs/own", judges="cer"))
 policy = dpo_mm.load_policy("shapes-sd")
 if policy.modality == "image":
+    rows: Dataset = dpo_mm.load_pairs("shapes-faithfulness")
+    trainer = DPOTrainer(policy.pipe, args=DPOConfig("runs/class", max_steps=4, loss_type="ipo"), train_dataset=rows)
+    losses: list[float] = [entry["loss"] for entry in trainer.train().history]
+    copied: Path = trainer.save_model("runs/copy")
     policy.sample(["a red circle"], [0], steps=4, guidance=2.0, batch_size=1)
 """
 MISTAKES = """
@@ -41,6 +46,7 @@ dpo_mm.train(dpo_mm.CompareConfig("a", "b"))
 dpo_mm.TrainConfig(model="a", pairs="b", output_dir="c", steps="many")
 dpo_mm.load_policy("a").generate([], [], max_new_tokens=1, do_sample=False)
 dpo_mm.nothing
+dpo_mm.DPOTrainer(None, args=dpo_mm.TrainConfig("a", "b", "c"), train_dataset=None)
 """
 
 SETTINGS = """[mypy]
@@ -86,4 +92,4 @@ def test_mypy_accepts_a_user_script_and_reports_mistakes(python: Path, tmp_path:
     assert accepted.returncode == 0, accepted.stdout + accepted.stderr
     rejected = check(python, tmp_path, MISTAKES)
     lines = [line for line in rejected.stdout.splitlines() if ": error:" in line]
-    assert [line.split(":")[1] for line in lines] == ["4", "5", "6", "7"], rejected.stdout
+    assert [line.split(":")[1] for line in lines] == ["4", "5", "6", "7", "8"], rejected.stdout

@@ -17,6 +17,8 @@ PUBLIC = [
     "CompareResponsesConfig",
     "CompareResult",
     "Comparison",
+    "DPOConfig",
+    "DPOTrainer",
     "JudgeConfig",
     "LogProbs",
     "MineConfig",

@@ -32,7 +32,7 @@ from dpo_mm.content_key import content_hash, plain_settings
 from dpo_mm.data.image_files import to_rgb
 from dpo_mm.model_loading import load_pipeline
 from dpo_mm.objectives import LogProbs, sdpo_lambda_image
-from dpo_mm.policies.adapters import SavedLora, Weights, add_lora, has_lora, pipeline_modules
+from dpo_mm.policies.adapters import SavedLora, Weights, add_lora, has_lora
 from dpo_mm.policies.diffusion import run_summary, sampling, weight_files
 from dpo_mm.policies.diffusion.buckets import Crop, Size, cover
 from dpo_mm.policies.diffusion.collate import collate
@@ -40,7 +40,8 @@ from dpo_mm.policies.diffusion.denoising_errors import DenoisingErrors, surrogat
 from dpo_mm.policies.diffusion.latents import latent_scale, posterior
 from dpo_mm.policies.diffusion.meta_pipeline import load_on_meta_device
 from dpo_mm.policies.diffusion.noise_process import noise_process_for
-from dpo_mm.policies.diffusion.pipeline_checks import check_components, check_resolution, check_unet
+from dpo_mm.policies.diffusion.of_pipeline import policy_of_pipeline
+from dpo_mm.policies.diffusion.pipeline_checks import check_components
 from dpo_mm.policies.diffusion.placement import Encoders, move, on_device
 from dpo_mm.policies.lora_layers import reference_weights
 from dpo_mm.policies.protocol import Batch
@@ -175,17 +176,8 @@ class DiffusionPolicy:
         if weights and quantize:
             options |= {"quantize": quantize, "device": device}
         pipe = cls.open(source, **options) if weights else load_on_meta_device(source, **options)
-        pipe.set_progress_bar_config(disable=True)
-        home = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if weights:
-            move(pipeline_modules(pipe), torch.device("cpu") if one_at_a_time else home)
-        check_unet(pipe, source)
-        policy = cls(pipe, source)
-        policy.home = home if weights and one_at_a_time else None
-        if resolution is not None:
-            check_resolution(resolution, multiple=pipe.vae_scale_factor * cls.patch, source=source)
-            policy.resolution = resolution
-        return policy
+        how: dict[str, Any] = {"weights": weights, "one_at_a_time": one_at_a_time}
+        return policy_of_pipeline(cls, pipe, source, device=device, resolution=resolution, **how)
 
     @property
     def model(self) -> nn.Module:
