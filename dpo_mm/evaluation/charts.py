@@ -30,41 +30,57 @@ class Panel:
 
     Args:
         title: heading.
+        unit: title of the vertical axis.
         lines: (name in the log, label) of each line.
         guide: value of the dotted line.
         meaning: label of the dotted line.
     """
 
     title: str
+    unit: str
     lines: tuple[tuple[str, str], ...]
     guide: float
     meaning: str
 
 
 PANELS = (
-    Panel("Loss", (("loss", "training"), ("eval_loss", "evaluation")), math.log(2), "ln 2, the initial loss"),
+    Panel("Loss", "nats", (("loss", "training"), ("eval_loss", "evaluation")), math.log(2), "ln 2, the initial loss"),
     Panel(
         "Implicit accuracy",
+        "fraction of pairs",
         (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "evaluation")),
         0.5,
         "chance",
     ),
     Panel(
         "Reward margin, chosen minus rejected",
+        "nats",
         (("rewards/margins", "training"), ("eval_rewards/margins", "evaluation")),
         0.0,
         "no margin",
     ),
-    Panel("Implicit reward", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), 0.0, "the reference"),
-    Panel("Denoising error", (("errors/chosen", "chosen"), ("errors/rejected", "rejected")), 1.0, "the reference"),
+    Panel(
+        "Implicit reward",
+        "nats",
+        (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")),
+        0.0,
+        "the reference",
+    ),
+    Panel(
+        "Denoising error",
+        "times the reference's",
+        (("errors/chosen", "chosen"), ("errors/rejected", "rejected")),
+        1.0,
+        "the reference",
+    ),
 )
 
 
 BY_NOISE = (
-    ("eval_rewards/accuracies", "Implicit accuracy by noise", 0.5),
-    ("eval_rewards/margins", "Reward margin by noise", 0.0),
+    ("eval_rewards/accuracies", "Implicit accuracy by noise", "fraction of pairs", 0.5),
+    ("eval_rewards/margins", "Reward margin by noise", "nats", 0.0),
 )
-"""Metrics that the log splits by noise quartile: name in the log, title, value of an untrained model."""
+"""Metrics that the log splits by noise quartile: name in the log, title, unit, value of an untrained model."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,7 @@ def scale_chart(scales: Sequence[tuple[float, Comparison]], percent: bool) -> st
     """Draw the tuned score and its interval at each LoRA scale. Empty below two scales."""
     if len(scales) < 2:
         return ""
-    figure, axes = empty_figure(width=4.8)
+    figure, axes = empty_figure(width=4.8, x="LoRA scale", y="primary metric")
     factor = 100 if percent else 1
     ordered = sorted(scales, key=lambda pair: pair[0])
     x = [scale for scale, _ in ordered]
@@ -113,8 +129,11 @@ def pareto_chart(points: Sequence[SweepPoint], percent: bool) -> str:
     guarded = [(point, point.headline, point.guard) for point in points if point.guard is not None]
     if len(guarded) < 2:
         return ""
-    figure, axes = empty_figure(width=4.8, height=3.4)
     x_factor, y_factor = 100 if percent else 1, 100 if all(is_rate(guard) for *_, guard in guarded) else 1
+    unit = lambda factor: ", %" if factor == 100 else ""
+    figure, axes = empty_figure(
+        width=4.8, height=3.4, x=f"primary metric{unit(x_factor)}", y=f"guardrail metric{unit(y_factor)}"
+    )
     positions = [(x_factor * primary.tuned, y_factor * guard.tuned) for _, primary, guard in guarded]
     front = sorted(position for position, (point, *_) in zip(positions, guarded, strict=True) if point.on_front)
     axes.plot(*zip(*front, strict=True), color=INK["tuned"], linewidth=1.2, alpha=0.5, label="Pareto front")
@@ -127,8 +146,6 @@ def pareto_chart(points: Sequence[SweepPoint], percent: bool) -> str:
         axes.annotate(name, (x, y), (8, 5), textcoords="offset points", fontsize=8.5, color=INK["quiet"])
     axes.margins(0.16)
     axes.grid(axis="x", color=INK["line"], linewidth=0.7)
-    axes.set_xlabel(f"primary metric{', %' if x_factor == 100 else ''}", fontsize=8.5, color=INK["quiet"])
-    axes.set_ylabel(f"guardrail{', %' if y_factor == 100 else ''}", fontsize=8.5, color=INK["quiet"])
     return to_svg(figure, "Primary metric and guardrail at each strength of the adapter")
 
 
@@ -138,7 +155,7 @@ def _panel_charts(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
         lines = [line for line in lines if len(line[1]) > 1]
         if not lines:
             continue
-        figure, axes = empty_figure()
+        figure, axes = empty_figure(x="optimizer step", y=panel.unit)
         axes.axhline(panel.guide, color=INK["quiet"], linewidth=0.9, linestyle=(0, (1.5, 2.5)), label=panel.meaning)
         for (label, x, y), ink in zip(lines, ("tuned", "base"), strict=False):
             _plot_line(axes, x, y, INK[ink], label)
@@ -148,12 +165,12 @@ def _panel_charts(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
 
 def _noise_charts(history: Sequence[dict[str, float]]) -> Iterator[Chart]:
     """Draw accuracy and margin of the last evaluation, one bar per noise quartile."""
-    for name, title, guide in BY_NOISE:
+    for name, title, unit, guide in BY_NOISE:
         keys = [f"{name}_quartile{n}" for n in range(1, 5)]
         last = next((entry for entry in reversed(history) if all(key in entry for key in keys)), None)
         if last is None or not all(math.isfinite(last[key]) for key in keys):
             continue
-        figure, axes = empty_figure()
+        figure, axes = empty_figure(x="noise of the timestep, by quartile", y=unit)
         axes.axhline(guide, color=INK["quiet"], linewidth=0.9, linestyle=(0, (1.5, 2.5)), label="untrained")
         axes.bar(
             range(4),
@@ -186,8 +203,13 @@ def _plot_line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str
     axes.plot(x[width // 2 :][: len(mean)], mean, color=colour, linewidth=1.7, label=label)
 
 
-def empty_figure(width: float = 4.2, height: float = 2.6) -> tuple[Figure, Axes]:
-    """Create a figure with empty axes in the report's style. width, height: inches."""
+def empty_figure(*, x: str, y: str, width: float = 4.2, height: float = 2.6) -> tuple[Figure, Axes]:
+    """Create a figure with empty axes in the report's style.
+
+    Args:
+        x, y: titles of the axes, with units. Empty: none.
+        width, height: inches.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -202,6 +224,8 @@ def empty_figure(width: float = 4.2, height: float = 2.6) -> tuple[Figure, Axes]
     axes.margins(x=0.02, y=0.12)
     axes.locator_params(axis="y", nbins=5)
     axes.ticklabel_format(axis="y", useOffset=False)
+    axes.set_xlabel(x, fontsize=8.5, color=INK["quiet"])
+    axes.set_ylabel(y, fontsize=8.5, color=INK["quiet"])
     return figure, axes
 
 

@@ -7,17 +7,18 @@ of it and writes the report.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dpo_mm.config import CompareConfig
+from dpo_mm.evaluation.answer import provenance_line
+from dpo_mm.evaluation.image_examples import examples, most_changed
 from dpo_mm.evaluation.image_sampling import ImageSampler, SamplingPlan, ScoredImages, sampling_plan
 from dpo_mm.evaluation.image_statistics import IMAGE_STATISTICS, METRICS, pairwise_distance
 from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, ImageStore
-from dpo_mm.evaluation.report import Example, Report, write_report
+from dpo_mm.evaluation.report import Report, write_report
 from dpo_mm.evaluation.side_sets import name_side_sets, note_side_sets, read_sets, with_side_sets
 from dpo_mm.evaluation.statistics import BASE_AND_TUNED, Comparison, holm_corrected, paired
 from dpo_mm.evaluation.sweep import SweepPoint, advice, correct_points, mark_recommended
@@ -175,27 +176,6 @@ def verdict(results: Sequence[Comparison]) -> str:
     return run_verdict(primary, guards, sides)
 
 
-def examples(base: ScoredImages, tuned: ScoredImages, judge: str, *, count: int) -> list[Example]:
-    """Choose example images by the plan's order, one of each category in turn, never the best ones."""
-    rows_by_category: dict[str, list[int]] = {}
-    for row in range(0, len(base.images), base.plan.samples):
-        rows_by_category.setdefault(str(base.plan.category_per_image[row]), []).append(row)
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*rows_by_category.values()))
-    rows = [row for row in turns if row is not None][:count]
-    return [
-        Example(
-            prompt=base.plan.prompts[row],
-            category=str(base.plan.category_per_image[row]),
-            base=base.images[row],
-            tuned=tuned.images[row],
-            base_score=float(base.scores[judge][row]),
-            tuned_score=float(tuned.scores[judge][row]),
-            seed=base.plan.seeds[row],
-        )
-        for row in rows
-    ]
-
-
 def compare_images(
     config: CompareConfig,
     *,
@@ -257,8 +237,10 @@ def compare_images(
         control=aa_control(base, judge),
         history=tuple(history),
         examples=tuple(examples(base, tuned, judge, count=24)),
+        most_changed=most_changed(base, tuned, judge, count=4),
         settings={**(settings or {}), **_settings(config, plan, sampler)},
         notes=tuple(notes),
+        provenance=provenance_line(),
     )
     folder = Path(config.output_dir)
     with write_results(folder) as temporary:

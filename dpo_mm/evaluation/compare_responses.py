@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.data.questions import Question, read_questions
+from dpo_mm.evaluation.answer import provenance_line
 from dpo_mm.evaluation.paired_scores import note_agreement, paired_scores, scored_rows
 from dpo_mm.evaluation.report import Report, TextExample, write_report
 from dpo_mm.evaluation.response_sampling import (
@@ -41,6 +42,8 @@ __all__ = ["ScoredResponses", "compare_responses", "generate_responses", "score_
 
 MAX_EXAMPLES = 18
 """Example responses in the report, one of each category in turn."""
+TRANSCRIPTION_JUDGES = {"cer", "wer", "levenshtein_bleu"}
+"""Judges for which the ground truth is a text that the responses should repeat."""
 
 
 def comparisons(
@@ -104,7 +107,13 @@ def by_category(
 
 
 def examples(
-    base: ScoredResponses, tuned: ScoredResponses, questions: Sequence[Question], judge: str, *, count: int
+    base: ScoredResponses,
+    tuned: ScoredResponses,
+    questions: Sequence[Question],
+    judge: str,
+    *,
+    count: int,
+    is_transcription: bool = False,
 ) -> list[TextExample]:
     """Choose example responses for the report, one of each category in turn.
 
@@ -127,6 +136,7 @@ def examples(
             base_marks=explanations[0].marks if hits[0] else (),
             tuned_marks=explanations[1].marks if hits[1] else (),
             note=note if hits[0] or hits[1] else "",
+            is_transcription=is_transcription,
         )
         (notable if hits[0] != hits[1] or hits[1] else others).append((question, example))
     chosen = (_interleaved(notable) + _interleaved(others))[:count]
@@ -266,10 +276,20 @@ def compare_responses(
         comparisons=tuple(results),
         categories=tuple(by_category(base, tuned, questions, primary)),
         history=tuple(history),
-        text_examples=tuple(examples(base, tuned, questions, primary, count=MAX_EXAMPLES)),
+        text_examples=tuple(
+            examples(
+                base,
+                tuned,
+                questions,
+                primary,
+                count=MAX_EXAMPLES,
+                is_transcription=not TRANSCRIPTION_JUDGES.isdisjoint(config.judges),
+            )
+        ),
         settings={**(settings or {}), **_settings(config, len(questions))},
         notes=tuple(note for note in notes if note),
         unit="questions",
+        provenance=provenance_line(),
     )
     with write_results(folder) as temporary:
         write_report(temporary, report)

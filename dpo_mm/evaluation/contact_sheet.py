@@ -33,6 +33,23 @@ class Example:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class MostChanged:
+    """Examples whose score changed most, the largest change first.
+
+    Args:
+        improved, worsened: examples that got better and worse.
+    """
+
+    improved: tuple[Example, ...] = ()
+    worsened: tuple[Example, ...] = ()
+
+    @property
+    def all(self) -> tuple[Example, ...]:
+        """All of them."""
+        return self.improved + self.worsened
+
+
 def contact_sheet(examples: Sequence[Example], *, tile: int = 176, columns: int = 8) -> Image.Image:
     """Draw the examples next to each other, base above tuned, each with its score and prompt.
 
@@ -141,7 +158,7 @@ def _stamp(draw: ImageDraw.ImageDraw, mark: str, corner: tuple[int, int], tile: 
         draw.text((right, bottom), mark, "#1c1c1f", _font(13), anchor="rd", stroke_width=3, stroke_fill="#ffffff")
         return
     x, y = right - 11, bottom - 11
-    draw.ellipse((x - 12, y - 12, x + 12, y + 12), "#1a7f4b" if mark == "right" else "#b3382c", "#ffffff", 2)
+    draw.ellipse((x - 12, y - 12, x + 12, y + 12), "#00705a" if mark == "right" else "#b34000", "#ffffff", 2)
     if mark == "right":
         draw.line((x - 5, y + 1, x - 1, y + 5, x + 6, y - 5), "#ffffff", 3)
     else:

@@ -19,9 +19,18 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from dpo_mm.evaluation.answer import answer
 from dpo_mm.evaluation.charts import Chart, history_charts, pareto_chart, scale_chart
-from dpo_mm.evaluation.contact_sheet import PIXELATED, Example, contact_sheet, has_exact_scores, mark_of, rgb
-from dpo_mm.evaluation.marked_text import TextExample, text_spans
+from dpo_mm.evaluation.contact_sheet import (
+    PIXELATED,
+    Example,
+    MostChanged,
+    contact_sheet,
+    has_exact_scores,
+    mark_of,
+    rgb,
+)
+from dpo_mm.evaluation.marked_text import TextExample, text_spans, transcription_spans
 from dpo_mm.evaluation.round_charts import RoundPoint, round_charts, rounds_json
 from dpo_mm.evaluation.significance import LEVEL
 from dpo_mm.evaluation.statistics import Comparison
@@ -41,7 +50,11 @@ __all__ = [
     "write_report",
 ]
 
-MAX_EDGE = 384  # pixels; larger images are shrunk to this edge for the page
+MAX_EDGE = 768  # pixels; larger images are shrunk to this edge for the page
+WEBP_QUALITY = 90  # of photographs: a fifth of the bytes of PNG
+
+
+NO_CHANGES = MostChanged()
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,8 @@ class Report:
         control: comparison of the base with itself under other seeds.
         history: the trainer's log entries, each with "step" and any of the names in `charts.PANELS`.
         examples, text_examples: images and responses to show.
+        most_changed: images that the first screen shows.
+        provenance: date, versions and hardware, for report.html alone.
         settings: name and value of each setting of the run.
         notes: caveats, a sentence or two each.
         unit: the random sample, in the plural: prompts or questions.
@@ -78,11 +93,13 @@ class Report:
     history: tuple[dict[str, float], ...] = ()
     examples: tuple[Example, ...] = ()
     text_examples: tuple[TextExample, ...] = ()
+    most_changed: MostChanged = NO_CHANGES
     settings: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unit: str = "prompts"
     rounds: tuple[RoundPoint, ...] = ()
     best_round: int = 0
+    provenance: str = ""
 
     def __post_init__(self) -> None:
         primary = [comparison.metric for comparison in self.comparisons if comparison.headline]
@@ -134,15 +151,19 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(img_attributes=_img_attributes, text_spans=text_spans, mark_of=mark_of)
+    environment.globals.update(
+        img_attributes=_img_attributes, text_spans=text_spans, transcription_spans=transcription_spans, mark_of=mark_of
+    )
     template = environment.from_string(resources.files("dpo_mm.evaluation").joinpath("report.html").read_text("utf-8"))
     percent = is_rate(report.headline)
     rows = rows_of(report.comparisons)
     return template.render(
         report=report,
         tone=TONES.get(report.verdict, "none"),
+        answer=answer(report.comparisons, report.verdict, unit=report.unit, history=report.history),
         rows=rows,
         unit=report.unit,
+        headings=_headings(report),
         win_rate=f"{100 * report.headline.win_rate:.0f} %",
         primary=next(row for row in rows if row.headline),
         categories=rows_of(report.categories, percent),
@@ -157,8 +178,16 @@ def render(report: Report) -> str:
         charts=[(chart.title, Markup(chart.svg)) for chart in history_charts(report.history)],
         rounds=list(zip(report.rounds, rows_of([point.headline for point in report.rounds], percent), strict=True)),
         round_charts=[(chart.title, Markup(chart.svg)) for chart in _round_charts(report)],
-        exact=has_exact_scores(report.examples),
+        exact=has_exact_scores((*report.examples, *report.most_changed.all)),
     )
+
+
+def _headings(report: Report) -> list[tuple[str, Sequence[Example]]]:
+    """Return headings and images of the first screen."""
+    names = (
+        ("Rose most", "Fell most") if report.headline.direction == "neutral" else ("Improved most", "Got worse most")
+    )
+    return list(zip(names, (report.most_changed.improved, report.most_changed.worsened), strict=True))
 
 
 def _round_charts(report: Report) -> list[Chart]:
@@ -215,10 +244,15 @@ def _write(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
 
 
 def _img_attributes(image: Image.Image) -> dict[str, Any]:
-    """Return src (a PNG data URI), width, height and whether to enlarge without smoothing, for an <img>."""
+    """Return src (a data URI), width, height and whether to enlarge without smoothing, for an <img>.
+
+    Small images are PNG. Photographs are WebP.
+    """
     small = rgb(image)
     small.thumbnail((MAX_EDGE, MAX_EDGE))
+    pixelated = max(small.size) < PIXELATED
+    form, options = ("PNG", {"optimize": True}) if pixelated else ("WEBP", {"quality": WEBP_QUALITY})
     buffer = io.BytesIO()
-    small.save(buffer, format="PNG", optimize=True)
-    source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return {"src": source, "width": small.width, "height": small.height, "pixelated": max(small.size) < PIXELATED}
+    small.save(buffer, format=form, **options)
+    source = f"data:image/{form.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"src": source, "width": small.width, "height": small.height, "pixelated": pixelated}

@@ -120,7 +120,7 @@ def _charts(points: Sequence[RoundPoint], last: Comparison | None, best_round: i
     yield _metric_chart(points, last, best_round)
     changes = [(point.number, point.log_probs) for point in points if point.log_probs]
     if changes:
-        figure, axes = empty_figure()
+        figure, axes = empty_figure(x="", y="change, nats")
         axes.axhline(0, color=INK["quiet"], linewidth=0.9, linestyle=(0, (1.5, 2.5)), label="start of the round")
         for side, ink, shift in (("chosen", "tuned", -0.08), ("rejected", "base", 0.08)):
             x, y = [n + shift for n, _ in changes], [getattr(change, side) for _, change in changes]
@@ -129,10 +129,13 @@ def _charts(points: Sequence[RoundPoint], last: Comparison | None, best_round: i
         axes.set_xlim(0.5, points[-1].number + 0.5)
         _label_rounds(axes, [point.number for point in points])
         yield Chart("Log-prob of the round's pairs", to_svg(figure, "Change of log-probs in training, by round"))
-    for name, title in (("diversity", "Diversity"), ("tokens", "Tokens per response")):
+    for name, title, unit in (
+        ("diversity", "Diversity", "distance or fraction"),
+        ("tokens", "Tokens per response", "tokens"),
+    ):
         values = [(point.number, getattr(point, name)) for point in points if getattr(point, name)]
         if values:
-            figure, axes = empty_figure()
+            figure, axes = empty_figure(x="", y=unit)
             for number, value in values:
                 _plot_step(axes, number, value.before, value.after, labels=number == values[0][0])
             _label_rounds(axes, range(points[-1].number + 1))
@@ -141,8 +144,8 @@ def _charts(points: Sequence[RoundPoint], last: Comparison | None, best_round: i
 
 def _metric_chart(points: Sequence[RoundPoint], last: Comparison | None, best_round: int) -> Chart:
     """Draw the primary metric of each round next to that of the round before, with the interval of the difference."""
-    figure, axes = empty_figure()
     factor = 100 if all(is_rate(point.headline) for point in points) else 1
+    figure, axes = empty_figure(x="", y="primary metric")
     for point in points:
         one = point.headline
         _plot_step(axes, point.number, factor * one.base, factor * one.tuned, labels=point is points[0])

@@ -14,7 +14,10 @@ from PIL import Image
 from rich.console import Console
 
 from dpo_mm.evaluation import report as module
+from dpo_mm.evaluation.answer import answer, provenance_line
 from dpo_mm.evaluation.charts import INK, PANELS, history_charts, scale_chart
+from dpo_mm.evaluation.contact_sheet import MostChanged
+from dpo_mm.evaluation.marked_text import transcription_spans
 from dpo_mm.evaluation.report import (
     Example,
     Report,
@@ -165,7 +168,8 @@ def test_other_scores_are_numbers_and_large_images_are_smooth_and_shrunk():
     )
     assert "0.25" in page.words and not [a for a in page.all("span") if a.get("aria-label") == "right"]
     first, *_, last = page.all("img")
-    assert (first["width"], first["height"], first.get("class")) == ("384", "192", None)
+    assert (first["width"], first["height"], first.get("class")) == ("768", "384", None)
+    assert first["src"].startswith("data:image/webp;base64,") and last["src"].startswith("data:image/png;base64,")
     assert last["class"] == "pixelated"
 
 
@@ -191,6 +195,59 @@ def test_only_long_loops_are_folded_with_their_length():
     assert "27 more repeats, 270 characters" in page
 
 
+def test_transcription_shows_extra_and_missing_words():
+    """Mutation that it catches: differences of the ground truth from the text, missing words at another place."""
+    spans = transcription_spans("Total 5.2O\nThank you", "Total 5.20\nThank you for your visit")
+    assert [(span.text, "extra" if span.marked else "missing" if span.missing else "") for span in spans] == [
+        ("Total 5.", ""),
+        ("2O", "extra"),
+        ("20", "missing"),
+        ("\nThank you", ""),
+        (" for your visit", "missing"),
+    ]
+    looped = transcription_spans("thank you " * 30, "thank you")
+    assert "".join(span.text for span in looped if not span.missing) == "thank you " * 30
+    assert [span.marked for span in looped if span.repeats] == [True]
+    example = TextExample(None, "Read.", "a <b>", "a b", "a b", is_transcription=True)
+    page = render(report(text_examples=(example,)))
+    assert "<del>b</del>" not in page and "<mark>&lt;</mark>" in page and 'class="both mono"' in page
+
+
+def test_page_starts_with_answer_and_folds_the_rest():
+    worse = comparison("diversity", 0.21, 0.2, -0.02, -0.001, verdict="worse")
+    log = ({"step": 1.0, "loss": 0.7}, {"step": 300.0, "loss": 0.6})
+    example = Example("a red circle", "colours", RED, BLUE, 0.0, 1.0)
+    changed = MostChanged((example,), ())
+    made = report(
+        comparisons=(comparison(headline=True), worse), history=log, examples=(example,), most_changed=changed
+    )
+    page = Page(render(made))
+    start = page.words[: page.words.index("What was measured")].replace("\N{NO-BREAK SPACE}", " ")
+    assert "Yes, the tuned model is better." in start
+    assert "Fully correct rate rose from 50.0 % to 62.5 %: +12.5 pts. 95 % interval +6.2 to +18.8." in start
+    assert "12 improved, 3 got worse and 5 did not change (sign test p = 0.035)" in start
+    assert "Significantly worse: diversity (0.210 to 0.200). Training took 300 steps." in start
+    assert start.index("Improved most") < start.index("a red circle") < start.index("Got worse most")
+    folds = [attributes for attributes in page.all("details") if attributes.get("class") == "part"]
+    assert len(folds) == 3 and not any("open" in attributes for attributes in folds)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [("no evidence", "no evidence that the tuned model is better"), ("worse", "No, the tuned model is worse")],
+)
+def test_answer_without_interval_or_change(verdict, words):
+    none = comparison(tuned=0.5, low=None, high=None, verdict=verdict, headline=True, p_holm=0.0001)
+    given = answer((none, comparison("CLIP")), verdict, unit="prompts")
+    assert words in given.short
+    assert given.change == "Fully correct rate did not change from 50.0\N{NO-BREAK SPACE}%."
+    assert (
+        given.certainty.startswith("Too few items differ for an interval.")
+        and "correction p < 0.001" in given.certainty
+    )
+    assert given.price == "No other metric got significantly worse."
+
+
 def test_metrics_json_has_the_documented_keys(tmp_path):
     history = ({"step": 1, "loss": math.nan}, {"step": 2, "loss": 0.5})
     scales = ((0.5, comparison("scale 0.5")),)
@@ -214,6 +271,13 @@ def test_metrics_json_has_the_documented_keys(tmp_path):
     assert metrics["scales"][0]["scale"] == 0.5 and metrics["scales"][0]["metric"] == "scale 0.5"
     assert metrics["history"] == [{"step": 1.0, "loss": None}, {"step": 2.0, "loss": 0.5}]
     assert (metrics["categories"], metrics["control"], metrics["settings"]) == ([], None, {"beta": "2500"})
+
+
+def test_date_and_hardware_are_on_the_page_alone(tmp_path):
+    line = provenance_line()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC, dpo-mm \S+, torch \S+, .+", line)
+    path = write_report(tmp_path, report(provenance=line))
+    assert line in Page(path.read_text()).words and "UTC" not in (tmp_path / "metrics.json").read_text()
 
 
 def test_contact_sheet_is_written_only_with_image_examples(tmp_path):
