@@ -65,7 +65,7 @@ class Labelling:
 
     def __init__(self, rows: Any, store: VoteStore) -> None:
         self.rows, self.store = rows, store
-        self.row_numbers = {pair: number for number, pair in enumerate(rows["id"])}
+        self.row_numbers = {pair: number for number, pair in enumerate(rows["id"][:])}
 
     def updates(self, voter: Voter) -> list[Any]:
         """Return updates of the page: visibility of the name form and of the labelling form, the pair, the progress.
@@ -247,8 +247,8 @@ def run(
         ValueError: as in `open_pairs` and `VoteStore`.
     """
     rows = open_pairs(pairs)
-    store = VoteStore(votes, rows["id"], source=absolute_source(pairs), stays_open=True)
-    command = train_command(votes, list(rows["prompt"]))
+    store = VoteStore(votes, rows["id"][:], source=absolute_source(pairs), stays_open=True)
+    command = train_command(votes, rows["prompt"][:])
     serve(lambda: build(rows, store, command), serving)
 
 

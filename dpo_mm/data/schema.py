@@ -233,7 +233,7 @@ def validate(rows: Dataset, *, dataset_name: str) -> Dataset:
     from datasets import Image
 
     _require_columns(rows, REQUIRED, dataset_name)
-    for number, (preference, prompt) in enumerate(zip(rows["preference"], rows["prompt"], strict=True)):
+    for number, (preference, prompt) in enumerate(zip(rows["preference"][:], rows["prompt"][:], strict=True)):
         if preference not in PREFERENCES:
             raise ValueError(
                 f"{dataset_name}, row {number}: preference is {preference!r}. Expected one of {', '.join(PREFERENCES)}"
@@ -309,7 +309,7 @@ def _complete(rows: Dataset) -> Dataset:
 
 def _with_ids(rows: Dataset) -> Dataset:
     """Add the row number as id for rows without one."""
-    ids = list(rows["id"]) if "id" in rows.column_names else [None] * len(rows)
+    ids = rows["id"][:] if "id" in rows.column_names else [None] * len(rows)
     if all(isinstance(value, str) for value in ids):
         return rows
     names = [str(number) if value is None else str(value) for number, value in enumerate(ids)]

@@ -197,7 +197,7 @@ def open_votes(votes: str, pairs: str | None = None) -> tuple[VoteReader, Datase
     """
     source = pairs or source_of(votes)
     rows = open_pairs(source)
-    return VoteReader(votes, rows["id"], source=source), rows
+    return VoteReader(votes, rows["id"][:], source=source), rows
 
 
 def model_ratings(store: VoteReader, rows: Dataset, *, at: float | None = None) -> list[Rating]:
@@ -209,8 +209,8 @@ def model_ratings(store: VoteReader, rows: Dataset, *, at: float | None = None) 
     Raises:
         ValueError: if no vote compares two named models.
     """
-    models = zip(rows["model_a"], rows["model_b"], strict=True)
-    return rate_models(store.votes(at=at), dict(zip(rows["id"], models, strict=True)))
+    models = zip(rows["model_a"][:], rows["model_b"][:], strict=True)
+    return rate_models(store.votes(at=at), dict(zip(rows["id"][:], models, strict=True)))
 
 
 def summary(votes: Sequence[Vote]) -> dict[str, str]:
