@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dpo_mm.evaluation.verdict import CompareResult
     from dpo_mm.judges.relabel import RelabelResult, relabel
     from dpo_mm.judges.scoring import ScoreResult, score
+    from dpo_mm.mining.mine_result import MineResult
     from dpo_mm.objectives import OBJECTIVES, LogProbs
     from dpo_mm.policies.families import load_policy
     from dpo_mm.recipe import compare, mine
@@ -45,6 +46,7 @@ __all__ = [
     "LogProbs",
     "MineConfig",
     "MineResponsesConfig",
+    "MineResult",
     "RelabelConfig",
     "RelabelResult",
     "ScoreResult",
@@ -74,6 +76,7 @@ _MODULES = {
     "LogProbs": "dpo_mm.objectives",
     "MineConfig": "dpo_mm.config",
     "MineResponsesConfig": "dpo_mm.config",
+    "MineResult": "dpo_mm.mining.mine_result",
     "RelabelConfig": "dpo_mm.config",
     "RelabelResult": "dpo_mm.judges.relabel",
     "ScoreResult": "dpo_mm.judges.scoring",

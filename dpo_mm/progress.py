@@ -1,4 +1,4 @@
-"""A progress bar with the remaining time, on standard error, for work that takes longer than a second."""
+"""A progress bar with the remaining time, on standard error or in a notebook, for work that takes longer than a second."""
 
 from __future__ import annotations
 
@@ -36,6 +36,18 @@ def progress_bar(title: str, total: int | None) -> Iterator[Advance]:
 
     if not process_rank().is_first:
         yield lambda count, title=None: None
+        return
+    if Console().is_jupyter:  # rich needs ipywidgets there
+        from tqdm.auto import tqdm
+
+        with tqdm(desc=title, total=total) as notebook_bar:
+
+            def advance_in_notebook(count: int, title: str | None = None) -> None:
+                if title:
+                    notebook_bar.set_description(title, refresh=False)
+                notebook_bar.update(count)
+
+            yield advance_in_notebook
         return
     columns = (
         TextColumn("{task.description:<28}"),

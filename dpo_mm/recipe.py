@@ -21,6 +21,7 @@ from dpo_mm.config import (
 from dpo_mm.config_parsing import config_from_mapping, known_names, overridden, read_yaml, with_field_names
 from dpo_mm.errors import did_you_mean
 from dpo_mm.interruption import stop_on_signal
+from dpo_mm.mining.mine_result import MineResult
 from dpo_mm.printed_text import print_rows, printable
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
         if isinstance(config, MineResponsesConfig | CompareResponsesConfig):
             check_server_settings(config, sft_adapter=recipe.baseline if config is recipe.compare else None)
     with stop_on_signal(lambda: _completed_steps(recipe)):
-        if recipe.mine and not mine(recipe.mine).exists():
+        if recipe.mine and not mine(recipe.mine).path.exists():
             raise ValueError(f"{recipe.mine.output_dir}: shards of other processes are missing. Run it in one process")
         train_result = train(recipe.train, show_plan=print_rows)
         sft_result = train(sft_baseline_config(recipe.train)) if recipe.baseline else None
@@ -262,31 +263,29 @@ def _training_judges(recipe: Recipe) -> tuple[str, ...]:
     return (*parse_judges(recipe.mine.judges), *parse_judges(getattr(recipe.mine, "guards", None)))
 
 
-def mine(config: MineConfig | MineResponsesConfig) -> Path:
+def mine(config: MineConfig | MineResponsesConfig) -> MineResult:
     """Make preference pairs from a model's own images or responses.
-
-    Interrupted mining resumes.
 
     Args:
         config: what to mine. Its type decides the modality.
 
     Returns:
-        Path of the Parquet file with the pairs.
+        The Parquet file with the pairs.
 
     Raises:
         ValueError: if a judge, the model, the prompts or a setting is unknown or does not fit, or if no pair results.
-        TrainingInterrupted: after SIGTERM or Ctrl-C. Completed shards are saved.
+        TrainingInterrupted: after SIGTERM or Ctrl-C. Completed shards are saved, and the same call continues.
     """
     with stop_on_signal(lambda: saved_shards(config.output_dir)):
         if isinstance(config, MineResponsesConfig):
             from dpo_mm.mining.mine_responses import mine_responses
 
             _check_judges([config.judge], config)
-            return mine_responses(config)
+            return MineResult(mine_responses(config))
         from dpo_mm.mining.mine_images import mine_images, parse_judges
 
         _check_judges([*parse_judges(config.judges), *parse_judges(config.guards)], config)
-        return mine_images(config)
+        return MineResult(mine_images(config))
 
 
 def compare(

@@ -171,11 +171,11 @@ def _run_round(recipe: Recipe, number: int, adapter: str | None, command: str) -
     """Mine from an adapter, train it further and compare the result with it. Steps that are finished are read."""
     steps = round_recipe(recipe, number, adapter)
     assert steps.mine is not None
-    pairs = mine(steps.mine)
+    mined = mine(steps.mine)
     training = train(steps.train, show_plan=print_rows)
     result = compare(steps.compare, title=f"{recipe.title}: round {number}", command=command, training=training)
     decision = decide(result, rounds=recipe.rounds)
-    point = _point(number, result, training, decision, pairs=_rows(pairs), level=LEVEL / recipe.rounds)
+    point = _point(number, result, training, decision, pairs=mined.pairs, level=LEVEL / recipe.rounds)
     return Round(point, steps.train.output_dir, result)
 
 
@@ -311,12 +311,6 @@ def _point(
 
 def _headline(result: CompareResult) -> Comparison:
     return next(one for one in result.comparisons if one.headline)
-
-
-def _rows(path: Path) -> int:
-    import pyarrow.parquet as pq
-
-    return int(pq.read_metadata(path).num_rows)
 
 
 def _seed(number: int) -> int:

@@ -302,9 +302,9 @@ def mine(context: typer.Context, config: ConfigFile = None) -> None:
     with suppress_library_output():
         from dpo_mm.recipe import mine
 
-        path = mine(settings)
+        mined = mine(settings)
     if Path(settings.output_dir, "pairs.parquet").exists():  # else another process writes it
-        say(f"Mined: {path}\nNext: dpo-mm train CONFIG.yaml --pairs {quoted(path)}")
+        say(f"Mined: {mined.path}\nNext: dpo-mm train CONFIG.yaml --pairs {quoted(mined.path)}")
 
 
 @app.command()

@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from dpo_mm.evaluation.clusters import checked_scores, sign_votes, standard_error
 from dpo_mm.evaluation.significance import LEVEL, holm, rate_interval, sign_test
+from dpo_mm.notebook_html import table_with_head
 
 Direction = Literal["higher", "lower", "neutral"]
 Verdict = Literal["better", "no evidence", "worse", "differs"]
@@ -30,6 +32,10 @@ MIN_EVENTS = 5
 MIN_YES_NO_ITEMS = 2 * MIN_EVENTS
 """Yes-or-no items for an interval. With fewer, equal models are not expected to differ in five."""
 MDE_STANDARD_ERRORS = 2.8  # 1.96 for the level and 0.84 for 80 % power
+
+
+SHOWN_COLUMNS = ("metric", "models", "first", "second", "difference", "95 % interval", "p of the sign test", "verdict")
+"""Columns of a comparison in a notebook."""
 
 
 @dataclass(frozen=True)
@@ -92,28 +98,20 @@ class Comparison:
         fields = {name: getattr(value, "item", lambda v=value: v)() for name, value in dataclasses.asdict(self).items()}
         return {**fields, "models": list(self.models), "win_rate": self.win_rate}
 
+    def __repr__(self) -> str:
+        return f"Comparison({self.name!r}, {self.difference:+.4g}, {self._interval}, {self.verdict!r})"
 
-@dataclass(frozen=True)
-class _Clusters:
-    """Sum of the differences and number of items of each cluster, (clusters,) each."""
-
-    sums: NDArray[np.float64]
-    sizes: NDArray[np.float64]
+    def _repr_html_(self) -> str:
+        return table_with_head(self.name, SHOWN_COLUMNS, [self.cells()])
 
     @property
-    def mean(self) -> float:
-        """Mean difference over items."""
-        return float(self.sums.sum() / self.sizes.sum())
+    def _interval(self) -> str:
+        return "no interval" if self.low is None or self.high is None else f"[{self.low:+.4g}, {self.high:+.4g}]"
 
-    @property
-    def influence(self) -> NDArray[np.float64]:
-        """Influence of each cluster on the mean over items, with mean 0, (clusters,)."""
-        return (self.sums - self.mean * self.sizes) / self.sizes.mean()
-
-    @property
-    def error(self) -> float:
-        """Standard error of the mean over items if clusters are a random sample (a ratio estimator)."""
-        return _standard_error(self.influence)
+    def cells(self) -> list[str]:
+        """Return the values of SHOWN_COLUMNS as text."""
+        numbers = f"{self.base:.4g}", f"{self.tuned:.4g}", f"{self.difference:+.4g}"
+        return [self.name, " and ".join(self.models), *numbers, self._interval, f"{self.p:.2g}", self.verdict]
 
 
 def paired(
@@ -154,13 +152,13 @@ def paired(
     Source: Cameron & Miller 2015, A practitioner's guide to cluster-robust inference, Journal of Human Resources 50.
     """
     _check_direction(direction)
-    before, after, groups = _checked_scores(base, tuned, clusters, weights)
+    before, after, groups = checked_scores(base, tuned, clusters, weights)
     means = [
         float(np.average(scores, weights=None if weights is None else np.asarray(weights)))
         for scores in (before, after)
     ]
     scale = max(np.abs(before).max(), np.abs(after).max())
-    votes = _votes(groups, scale) * (-1 if direction == "lower" else 1)
+    votes = sign_votes(groups, scale) * (-1 if direction == "lower" else 1)
     events = int((np.abs(after - before) > 1e-12 * scale).sum())
     low, high = _interval(groups.mean, groups.influence, scale, enough=_enough(events, before, after))
     in_unit_range = min(before.min(), after.min()) >= 0 and max(before.max(), after.max()) <= 1
@@ -230,7 +228,7 @@ def paired_ratios(
     low, high = _interval(rates[1] - rates[0], influence, max(map(abs, rates)), enough=enough)
     return _comparison(
         votes=-gain if direction == "lower" else gain,
-        error=_standard_error(influence),
+        error=standard_error(influence),
         metric=metric,
         judge=judge,
         headline=headline,
@@ -278,11 +276,6 @@ def _item_rates(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     return counts[:, 0] / np.where(counts[:, 1] > 0, counts[:, 1], 1e-9)
 
 
-def _standard_error(influence: NDArray[np.float64]) -> float:
-    """Return the standard error of a mean from the influences on it, (clusters,)."""
-    return float(np.sqrt((influence**2).sum() / (len(influence) * (len(influence) - 1))))
-
-
 def _enough(events: int, *scores: NDArray[np.float64]) -> bool:
     """Return whether there are enough items that differ (events) for an interval. scores: (items,) of each model."""
     yes_or_no = all(np.isin(values, (0, 1)).all() for values in scores)
@@ -303,7 +296,7 @@ def minimum_detectable_effect(base: ArrayLike, tuned: ArrayLike, clusters: Seque
     Raises:
         ValueError: as in `paired`.
     """
-    *_, groups = _checked_scores(base, tuned, clusters)
+    *_, groups = checked_scores(base, tuned, clusters)
     return MDE_STANDARD_ERRORS * groups.error
 
 
@@ -343,45 +336,13 @@ def verdict_of(comparison: Comparison) -> Verdict:
     return verdict if agrees and p <= LEVEL else "no evidence"
 
 
-def _checked_scores(
-    base: ArrayLike, tuned: ArrayLike, clusters: Sequence[Any] | NDArray[Any], weights: ArrayLike | None = None
-) -> tuple[NDArray[np.float64], NDArray[np.float64], _Clusters]:
-    """Return both models' scores as floats and the differences by cluster. Raise ValueError as `paired` does."""
-    before, after = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
-    ids = np.asarray(clusters)
-    if not before.shape == after.shape == ids.shape or before.ndim != 1:
-        raise ValueError(
-            f"base is {before.shape}, tuned {after.shape}, clusters {ids.shape}: expected one value per item, (items,), "
-            "in all three"
-        )
-    for name, scores in (("base", before), ("tuned", after)):
-        if not np.isfinite(scores).all():
-            item = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise ValueError(
-                f"{name} score of item {item} is {scores[item]}. "
-                "Drop the item from both models and report how many were dropped."
-            )
-    names, inverse = np.unique(ids, return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(f"{len(names)} prompt(s): an interval over prompts needs 2 or more. Compare on more prompts.")
-    weight = np.ones(len(ids)) if weights is None else np.asarray(weights, dtype=np.float64)
-    sums, sizes = np.bincount(inverse, weights=weight * (after - before)), np.bincount(inverse, weights=weight)
-    return before, after, _Clusters(sums.astype(np.float64), sizes.astype(np.float64))
-
-
-def _votes(groups: _Clusters, scale: float) -> NDArray[np.int64]:
-    """Return the sign of each cluster's mean difference, (clusters,). A mean within rounding of 0 is a tie."""
-    means = groups.sums / groups.sizes
-    return np.where(np.abs(means) <= 1e-12 * scale, 0, np.sign(means)).astype(np.int64)
-
-
 def _interval(
     centre: float, influence: NDArray[np.float64], scale: float, *, enough: bool
 ) -> tuple[float, float] | tuple[None, None]:
     """Return the 95 % interval of a mean from the influences of the clusters on it. None without enough events."""
     if not enough:
         return None, None
-    k, error = len(influence), _standard_error(influence)
+    k, error = len(influence), standard_error(influence)
     if error <= 1e-12 * scale:
         half_width = 2 * abs(centre) * rate_interval(0, k)[1]
     else:

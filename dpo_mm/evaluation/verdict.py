@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dpo_mm.evaluation.statistics import BASE_AND_TUNED, LEVEL, Comparison, interval_verdict
+from dpo_mm.evaluation.statistics import BASE_AND_TUNED, LEVEL, SHOWN_COLUMNS, Comparison, interval_verdict
+from dpo_mm.notebook_html import escaped, table_with_head
 
 Overall = Literal["better", "no evidence", "worse", "differs", "over-optimised", "better here, worse elsewhere"]
 
@@ -27,6 +28,16 @@ class CompareResult:
     comparisons: tuple[Comparison, ...]
     notes: tuple[str, ...]
     report: Path
+
+    def __repr__(self) -> str:
+        primary = next((f", {one!r}" for one in self.comparisons if one.headline), "")
+        return f"CompareResult({self.verdict!r}{primary}, {str(self.report)!r})"
+
+    def _repr_html_(self) -> str:
+        title = f"Verdict: {self.verdict}"
+        notes = "".join(f"<p>{escaped(note)}</p>" for note in self.notes)
+        table = table_with_head(title, SHOWN_COLUMNS, [one.cells() for one in self.comparisons])
+        return f"{table}{notes}<p>{escaped(self.report)}</p>"
 
 
 def run_verdict(headline: Comparison, guards: Sequence[Comparison], sides: Sequence[Comparison] = ()) -> Overall:

@@ -23,6 +23,7 @@ from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.data.row_digest import digest, row_digests
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.interruption import StopRequest, complete_part, stop_on_signal
+from dpo_mm.notebook_html import table_of_values
 from dpo_mm.outputs import OutputKind, differences, output_folder, refuse_foreign_folder
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
@@ -85,6 +86,19 @@ class TrainResult:
     history: tuple[dict[str, float], ...]
     settings: dict[str, str]
     beta: float
+
+    def __repr__(self) -> str:
+        last = "".join(f", {name}={value:.4g}" for name, value in self._last_values().items())
+        return f"TrainResult({str(self.folder)!r}{last}, beta={self.beta:g})"
+
+    def _repr_html_(self) -> str:
+        last = {name: f"{value:.4g}" for name, value in self._last_values().items()}
+        return table_of_values("Trained", {"result": self.folder, **last, **self.settings})
+
+    def _last_values(self) -> dict[str, float]:
+        """Last value in the log of the step, the losses and the accuracy."""
+        newest = {name: value for entry in self.history for name, value in entry.items()}
+        return {name: newest[name] for name in ("step", "loss", "eval_loss", "rewards/accuracies") if name in newest}
 
 
 def train(config: TrainConfig, *, show_plan: ShowPlan | None = None) -> TrainResult:

@@ -14,6 +14,7 @@ import pytest
 
 from dpo_mm import rounds
 from dpo_mm.config import MineConfig
+from dpo_mm.mining.mine_result import MineResult
 from dpo_mm.recipe import Recipe, read_recipe, run_recipe
 from dpo_mm.training.trainer import PreferenceTrainer
 from tests import forked
@@ -105,7 +106,7 @@ def test_rounds_of_images_continue_between_rounds(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(rounds, "decide", always_pass)
     mine = rounds.mine
 
-    def interrupt(config: Any) -> Path:
+    def interrupt(config: Any) -> MineResult:
         if config.output_dir.endswith("mined-2"):
             raise KeyboardInterrupt
         return mine(config)

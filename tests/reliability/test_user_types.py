@@ -28,7 +28,7 @@ result: dpo_mm.TrainResult = dpo_mm.train(config)
 folder: Path = result.folder
 compared: dpo_mm.CompareResult = dpo_mm.compare(CompareConfig("shapes-sd", "runs/compare", adapter=str(folder)))
 differences: list[float] = [comparison.difference for comparison in compared.comparisons]
-mined: Path = dpo_mm.mine(MineConfig("shapes-sd", "shapes-train", "runs/mined", judges="faithfulness"))
+mined: Path = dpo_mm.mine(MineConfig("shapes-sd", "shapes-train", "runs/mined", judges="faithfulness")).path
 dpo_mm.compare(CompareResponsesConfig("page-reader", "runs/ocr", "pages-held-out"))
 dpo_mm.mine(MineResponsesConfig("page-reader", "pages-train", "runs/own", judges="cer"))
 policy = dpo_mm.load_policy("shapes-sd")

@@ -16,6 +16,7 @@ LAYERS = (
         "errors",
         "interruption",
         "printed_text",
+        "notebook_html",
         "process_rank",
         "progress",
         "resumable",

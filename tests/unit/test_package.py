@@ -23,6 +23,7 @@ PUBLIC = [
     "LogProbs",
     "MineConfig",
     "MineResponsesConfig",
+    "MineResult",
     "RelabelConfig",
     "RelabelResult",
     "ScoreResult",

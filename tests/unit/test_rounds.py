@@ -18,6 +18,7 @@ from dpo_mm.errors import NoPairsError
 from dpo_mm.evaluation.round_charts import LogProbChange, distinct_bigrams, log_prob_change, round_charts
 from dpo_mm.evaluation.statistics import holm_corrected, paired
 from dpo_mm.evaluation.verdict import CompareResult, run_verdict
+from dpo_mm.mining.mine_result import MineResult
 from dpo_mm.recipe import Recipe, read_recipe, read_recipe_file, run_recipe
 from dpo_mm.training.run import TrainResult
 from tests.bench.round_alarms import rounds_passed
@@ -74,12 +75,12 @@ class Steps:
             return TrainResult(Path(config.output_dir), log, {}, 0.1)
         if isinstance(config, CompareConfig | CompareResponsesConfig):
             return result_of(config, self.gains.get(name, SAME))
-        return Path(config.output_dir) / "pairs.parquet"
+        return MineResult(Path(config.output_dir) / "pairs.parquet")
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         for name in ("mine", "train", "compare"):
             patch.setattr(rounds, name, self)
-        patch.setattr(rounds, "_rows", lambda _: 7)
+        patch.setattr(MineResult, "pairs", 7)
         patch.setattr(rounds, "validate_config", lambda _: None)
 
 

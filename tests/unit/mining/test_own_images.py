@@ -38,7 +38,7 @@ def test_captioned_folder_against_samples(tiny_model: str, tmp_path: Path, monke
     monkeypatch.setattr(own_images, "_pair_with_samples", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mine(config)
-    rows = load_pairs(str(mine(config))).with_format("arrow")[:].to_pylist()
+    rows = load_pairs(str(mine(config).path)).with_format("arrow")[:].to_pylist()
     assert len(calls) == 1 + 1 + 2 and len(rows) == 6 and {row["preference"] for row in rows} == {"a", "b"}
     for row in rows:
         winner, loser = ("a", "b") if row["preference"] == "a" else ("b", "a")
