@@ -24,6 +24,7 @@ from dpo_mm.demo_label import (
     READ_PAGE,
     SAVE_NAME,
     finished_html,
+    head_html,
     message_of,
     pair_html,
     progress_html,
@@ -31,7 +32,7 @@ from dpo_mm.demo_label import (
 )
 from dpo_mm.demo_server import QUIET, DemoPage, serve
 from dpo_mm.labels.annotators import MAX_NAME_LENGTH, annotator_name
-from dpo_mm.labels.export import absolute_source, model_ratings, train_command
+from dpo_mm.labels.export import absolute_source, model_ratings, preset_for, train_command
 from dpo_mm.labels.pairs import open_pairs, pair_digest
 from dpo_mm.labels.store import VoteStore
 
@@ -143,10 +144,7 @@ def build(rows: Any, store: VoteStore, command: str) -> DemoPage:
         return answer
 
     with gr.Blocks(title="Label pairs", analytics_enabled=False) as blocks:
-        gr.HTML(
-            '<div class="head"><h1>Which image is better?</h1>'
-            "<p>Both images were made for the same prompt. The models are hidden, and left and right are random.</p></div>"
-        )
+        gr.HTML(head_html(of_responses="chosen" in rows.column_names))
         with gr.Column(visible=False) as name_form:
             name = gr.Textbox(
                 label="Your name",
@@ -248,7 +246,7 @@ def run(
     """
     rows = open_pairs(pairs)
     store = VoteStore(votes, rows["id"][:], source=absolute_source(pairs), stays_open=True)
-    command = train_command(votes, rows["prompt"][:])
+    command = train_command(votes, preset_for(rows))
     serve(lambda: build(rows, store, command), serving)
 
 

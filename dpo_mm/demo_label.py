@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from dpo_mm.data.image_files import decode_image, image_bytes
+from dpo_mm.data.schema import prompt_images
 from dpo_mm.demo_server import escape, image_html
+from dpo_mm.evaluation.marked_text import differences, text_spans
 from dpo_mm.labels.export import summary
 from dpo_mm.labels.ratings import Rating
+from dpo_mm.labels.response_pairs import is_response, response_texts
 from dpo_mm.labels.store import VoteStore
+
+LAYOUT = re.compile(r"\n.*\n|\S {2,}\S|[|{}<>]", re.DOTALL)
+"""Text whose layout matters, such as a page that was read: three lines, columns, or markup. It is shown in monospace."""
 
 CSS = """
 .pair .prompt { font-size: 1.2rem; font-weight: 600; margin: 0 0 .7rem; text-align: center; }
@@ -19,6 +26,21 @@ CSS = """
 .pair .frame img { width: 100%; height: 100%; object-fit: contain; min-width: 0; min-height: 0; }
 .pair.zoomed .frame { cursor: zoom-out; }
 .pair.zoomed .frame img { transform: scale(3); transform-origin: var(--x, 50%) var(--y, 50%); }
+.pair .reading { display: grid; gap: 14px; }
+.pair .sources { display: grid; gap: 8px; align-content: start; }
+.pair .sources .frame { aspect-ratio: auto; }
+.pair .sources .frame img { max-height: 34vh; }
+.pair .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; min-width: 0; }
+.pair .side { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: .5rem .8rem; min-width: 0;
+  background: var(--background-fill-primary); }
+.pair .side h2 { margin: 0 0 .2rem; font-size: .95rem; }
+.pair .side .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; max-height: 42vh; overflow: auto; }
+.pair .side .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .88rem; }
+.pair .side mark { background: color-mix(in srgb, var(--color-accent) 20%, transparent); color: inherit;
+  text-decoration: underline; text-underline-offset: 3px; }
+.pair .side .fold { border-radius: 6px; padding: 0 .45em; background: color-mix(in srgb, #d97706 25%, transparent);
+  font-family: system-ui, sans-serif; font-size: .82rem; }
+@media (min-width: 900px) { .pair .reading.with-image { grid-template-columns: minmax(0, 2fr) minmax(0, 5fr); } }
 .pair .unreadable { align-self: center; padding: 1.5rem; text-align: center; color: var(--quiet); }
 .finished { text-align: center; padding: 2.5rem 1rem; }
 .finished h2 { margin: 0 0 .6rem; }
@@ -116,20 +138,65 @@ ANNOUNCE = """() => {
 """JavaScript that tells the browser's other tabs which pair is open now."""
 
 
-def pair_html(row: dict[str, Any], presentation: int, annotator: str, *, swapped: bool) -> str:
-    """Return the prompt and both images. The HTML does not reveal which model made an image."""
-    columns = ("image_b", "image_a") if swapped else ("image_a", "image_b")
-    images = [_image_html(row[column], position) for column, position in zip(columns, ("left", "right"), strict=True)]
-    frames = "".join(f'<div class="frame">{image}</div>' for image in images)
+def head_html(*, of_responses: bool) -> str:
+    """Return the heading of the page."""
+    what, about = ("response", " Differences are marked.") if of_responses else ("image", "")
     return (
-        f'<div class="pair" data-annotator="{escape(annotator)}" data-presentation="{presentation}">'
-        f'<p class="prompt" dir="auto">{escape(row["prompt"])}</p><div class="images">{frames}</div></div>'
+        f'<div class="head"><h1>Which {what} is better?</h1><p>Both {what}s were made for the same prompt. The models are '
+        f"hidden, and left and right are random.{about}</p></div>"
     )
 
 
-def _image_html(cell: dict[str, Any], position: str) -> str:
+def pair_html(row: dict[str, Any], presentation: int, annotator: str, *, swapped: bool) -> str:
+    """Return the prompt and both sides. The HTML does not reveal which model made a side."""
+    body = _responses_html(row, swapped=swapped) if is_response(row) else _images_html(row, swapped=swapped)
+    return f'<div class="pair" data-annotator="{escape(annotator)}" data-presentation="{presentation}">{body}</div>'
+
+
+def _images_html(row: dict[str, Any], *, swapped: bool) -> str:
+    columns = ("image_b", "image_a") if swapped else ("image_a", "image_b")
+    names = ("left image", "right image")
+    images = [_image_html(row[column], name) for column, name in zip(columns, names, strict=True)]
+    frames = "".join(f'<div class="frame">{image}</div>' for image in images)
+    return f'<p class="prompt" dir="auto">{escape(row["prompt"])}</p><div class="images">{frames}</div>'
+
+
+def _responses_html(row: dict[str, Any], *, swapped: bool) -> str:
+    """Return the prompt with its images, and both responses with their differences marked."""
     try:
-        return image_html(decode_image(image_bytes(cell)), alt=f"{position} image")
+        texts = response_texts(row)
+    except ValueError:
+        return '<div class="unreadable">This pair can’t be read. Skip it.</div>'
+    a, b = (texts.b, texts.a) if swapped else (texts.a, texts.b)
+    style = " mono" if any(LAYOUT.search(text) for text in (a, b)) else ""
+    sides = "".join(
+        f'<section class="side"><h2>{name}</h2><div class="text{style}" dir="auto" tabindex="0" aria-label="{name} response">'
+        f"{_marked_html(text, other)}</div></section>"
+        for name, text, other in (("Left", a, b), ("Right", b, a))
+    )
+    frames = "".join(
+        f'<div class="frame">{_image_html(cell, f"image {number} of the prompt")}</div>'
+        for number, cell in enumerate(prompt_images(row), start=1)
+    )
+    prompt = f'<p class="prompt" dir="auto">{escape(texts.prompt)}</p>'
+    sources = f'<div class="sources">{frames}</div>' if frames else ""
+    return f'{prompt}<div class="reading{" with-image" * bool(frames)}">{sources}<div class="sides">{sides}</div></div>'
+
+
+def _marked_html(text: str, other: str) -> str:
+    """Return a response with the words that the other one does not have, and with long loops folded."""
+    parts = []
+    for span in text_spans(text, differences(text, other).extra):
+        if span.repeats:
+            parts.append(f'<span class="fold">… {span.repeats} more repeats</span>')
+        else:
+            parts.append(f"<mark>{escape(span.text)}</mark>" if span.marked else escape(span.text))
+    return "".join(parts) or '<span class="quiet">(empty)</span>'
+
+
+def _image_html(cell: dict[str, Any], name: str) -> str:
+    try:
+        return image_html(decode_image(image_bytes(cell)), alt=name)
     except (ValueError, OSError):
         return '<div class="unreadable">This image can’t be decoded. Skip the pair.</div>'
 

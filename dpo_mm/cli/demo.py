@@ -55,8 +55,8 @@ def demo_label(
     pairs: Annotated[
         str,
         typer.Option(
-            help="Pairs to label: a Parquet file, a dataset on the hub, a bundled dataset, or a folder with one subfolder of "
-            "images per model."
+            help="Pairs of images or responses to label: a Parquet file, a dataset on the hub, a bundled dataset, or a folder "
+            "with one subfolder of images per model."
         ),
     ] = BUNDLED_PAIRS,
     votes: Annotated[str, typer.Option(help="SQLite file. Each vote is saved at once.")] = "labels.sqlite",
@@ -75,9 +75,9 @@ def demo_label(
     people: People = None,
     allow_host: AllowHost = None,
 ) -> None:
-    """Label pairs of images in a blind test.
+    """Label pairs of images or responses in a blind test.
 
-    The page hides which model made an image. Several people can vote at once, by keyboard. It is served to this machine,
+    The page hides which model made what. Several people can vote at once, by keyboard. It is served to this machine,
     or with --people to those who have a link.
     """
     serving = _serving(host, port, people, allow_host)

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_mm.assets import presets_folder
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
-from dpo_mm.data.schema import image_preference, make_image_rows
+from dpo_mm.data.schema import image_preference, make_image_rows, make_response_rows, response_preference
 from dpo_mm.errors import did_you_mean, name_row
-from dpo_mm.labels.pairs import file_bytes, open_pairs, pair_digest
+from dpo_mm.labels.pairs import file_bytes, models_of, open_pairs, pair_digest
 from dpo_mm.labels.ratings import Rating, rate_models
+from dpo_mm.labels.response_pairs import is_response, labelled_response
 from dpo_mm.labels.store import Vote, VoteReader, source_of
 from dpo_mm.labels.vote_formats import FORMATS
 from dpo_mm.output_files import output_files, write_file
@@ -93,7 +94,9 @@ def _preference(counts: Counter[str]) -> dict[str, Any]:
 
 
 def preference_rows(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield the pairs with votes as `ImagePreference` rows, in the dataset's order.
+    """Yield the pairs with votes as preference rows of images or of responses, in the dataset's order.
+
+    Rows of responses have a chosen one, so pairs without a winner are left out.
 
     Args:
         votes: active votes.
@@ -101,9 +104,11 @@ def preference_rows(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str
         digests: `pair_digest` of each pair when it was voted on, by pair id.
 
     Raises:
-        ValueError: if there are no votes, or the images or the prompt of a pair have changed since it was voted on.
+        ValueError: if there are no votes or no winners, or a pair has changed since it was voted on.
     """
     preferences = tally(votes)
+    if not preferences:
+        raise ValueError("there are no votes except skips, so there is nothing to export")
     people = len({vote.annotator for vote in votes})
     count = 0
     for row in rows:
@@ -111,24 +116,34 @@ def preference_rows(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str
             continue
         digest = pair_digest(row)
         if digests.get(row["id"], digest) != digest:
-            raise ValueError(f"the images or the prompt of pair {row['id']!r} have changed since it was voted on")
+            raise ValueError(f"pair {row['id']!r} has changed since it was voted on")
         with name_row(f"pair {row['id']!r}", "Fix the dataset, or vote again without this pair"):
-            images = {column: {"bytes": file_bytes(row[column]), "path": None} for column in ("image_a", "image_b")}
-        origin = {"axis": "people", "source": f"labelled by {people} {'person' if people == 1 else 'people'}"}
+            labelled = _labelled(row, preferences[row["id"]])
+        if labelled is None:
+            continue
         count += 1
-        yield {**row, **images, **origin, **preferences[row["id"]]}
+        yield {**labelled, "axis": "people", "source": f"labelled by {people} {'person' if people == 1 else 'people'}"}
     if not count:
-        raise ValueError("there are no votes except skips, so there is nothing to export")
+        raise ValueError("no pair of responses has a winner, so there is nothing to export. Training needs winners")
 
 
-def _write_rows(labelled: Iterable[dict[str, Any]], path: Path) -> int:
+def _labelled(row: dict[str, Any], preference: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a row with the label of the votes, or None if it is of responses and none of them won."""
+    if is_response(row):
+        return labelled_response(row, preference)
+    images = {column: {"bytes": file_bytes(row[column]), "path": None} for column in ("image_a", "image_b")}
+    return {**row, **images, **preference}
+
+
+def _write_rows(labelled: Iterable[dict[str, Any]], path: Path, *, of_responses: bool = False) -> int:
     """Write rows as Parquet, a row group at a time, so that the images of one are in memory. Return their number."""
     import pyarrow.parquet as pq
 
-    count, schema = 0, image_preference().arrow_schema
+    make = make_response_rows if of_responses else make_image_rows
+    count, schema = 0, (response_preference() if of_responses else image_preference()).arrow_schema
     with pq.ParquetWriter(path, schema, **PAGE_CHECKSUMS) as writer:
         for group in _row_groups(labelled):
-            writer.write_table(make_image_rows(group).data.table.cast(schema))
+            writer.write_table(make(group).data.table.cast(schema))
             count += len(group)
     return count
 
@@ -139,7 +154,8 @@ def _row_groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
     size = 0
     for row in rows:
         group.append(row)
-        size += len(row["image_a"]["bytes"]) + len(row["image_b"]["bytes"])
+        cells = row["images"] if is_response(row) else (row["image_a"], row["image_b"])
+        size += sum(len(cell["bytes"]) for cell in cells)
         if len(group) >= GROUP_ROWS or size >= GROUP_BYTES:
             yield group
             group, size = [], 0
@@ -165,7 +181,7 @@ def export(
         votes: SQLite file of votes.
         output: file to write.
         pairs: the dataset, if it has moved since the votes.
-        format: rows (`ImagePreference`, Parquet), or one of FORMATS (JSON).
+        format: rows (`ImagePreference` or `ResponsePreference`, Parquet), or one of FORMATS (JSON).
         overwrite: replace an earlier export.
 
     Raises:
@@ -181,7 +197,7 @@ def export(
         labelled = preference_rows(active_votes, rows, store.digests())
         with write_file(Path(output), overwrite=overwrite) as temporary:
             if format == "rows":
-                count = _write_rows(labelled, temporary)
+                count = _write_rows(labelled, temporary, of_responses="chosen" in rows.column_names)
             else:
                 count = sum(1 for _ in labelled)
                 _write_json(FORMATS[format](active_votes, rows), temporary)
@@ -209,8 +225,7 @@ def model_ratings(store: VoteReader, rows: Dataset, *, at: float | None = None) 
     Raises:
         ValueError: if no vote compares two named models.
     """
-    models = zip(rows["model_a"][:], rows["model_b"][:], strict=True)
-    return rate_models(store.votes(at=at), dict(zip(rows["id"][:], models, strict=True)))
+    return rate_models(store.votes(at=at), models_of(rows))
 
 
 def summary(votes: Sequence[Vote]) -> dict[str, str]:
@@ -220,7 +235,7 @@ def summary(votes: Sequence[Vote]) -> dict[str, str]:
     return {
         "votes": f"{len(votes)} by {len({vote.annotator for vote in votes})} people",
         "choices": ", ".join(f"{choice} {counts[choice]}" for choice in ("a", "b", "tie", "both_bad", "skip")),
-        "left image won": f"{sum(left_won)} of {len(left_won)} votes with a winner",
+        "left won": f"{sum(left_won)} of {len(left_won)} votes with a winner",
         "same choice on a repeat": f"{agreed.same_annotator} of {agreed.repeats}",
         "same choice of two people": f"{agreed.two_annotators} of {agreed.comparisons}",
     }
@@ -231,12 +246,19 @@ def absolute_source(source: str) -> str:
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
-def train_command(votes: str, prompts: Sequence[str]) -> str:
-    """Return a command line that exports the votes and trains an adapter, relative to the current folder."""
+def preset_for(rows: Dataset) -> Path:
+    """Return a preset that trains on the votes on a dataset. It names a model of the dataset's kind."""
     from dpo_mm.data.prompts import category
 
-    preset = "sd15" if any(category(prompt) == "all" for prompt in prompts) else "shapes"
-    config, output = presets_folder() / f"faithfulness-{preset}.yaml", Path(votes).with_suffix(".parquet")
+    if "chosen" in rows.column_names:
+        return presets_folder() / "captioner-smolvlm.yaml"
+    preset = "sd15" if any(category(prompt) == "all" for prompt in rows["prompt"][:]) else "shapes"
+    return presets_folder() / f"faithfulness-{preset}.yaml"
+
+
+def train_command(votes: str, config: Path) -> str:
+    """Return a command line that exports the votes and trains an adapter, relative to the current folder."""
+    output = Path(votes).with_suffix(".parquet")
     votes_argument, config_argument, output_argument = (
         quoted(_relative_path(path)) for path in (Path(votes), config, output)
     )

@@ -226,8 +226,7 @@ class VoteStore(VoteReader):
         (stored,) = self._read(lambda c: c.execute(query, (pair,)).fetchone())
         if stored not in ("", digest):
             raise ValueError(
-                f"{self.path}: the images or the prompt of pair {pair!r} have changed since it was voted on. "
-                "Choose another file for --votes"
+                f"{self.path}: pair {pair!r} has changed since it was voted on. Choose another file for --votes"
             )
         if not stored:
             with self._transaction() as connection:

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from dpo_mm.data.schema import prompt_images
 from dpo_mm.labels.pairs import file_bytes
+from dpo_mm.labels.response_pairs import is_response, response_texts
 from dpo_mm.labels.store import Vote
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+METADATA = ("model_a", "model_b", "chosen_model", "rejected_model", "source", "license")
 USER_ID_NAMESPACE = uuid.UUID("5b1d0b39-9a0e-5d0c-8f7b-6c1d6a8f2f11")
 """Namespace of the user ids that Argilla requires. A name always gives the same id."""
 
@@ -32,12 +35,7 @@ def label_studio_tasks(votes: Sequence[Vote], rows: Dataset) -> Iterator[dict[st
     """
     return (
         {
-            "data": {
-                "id": row["id"],
-                "prompt": row["prompt"],
-                "image_a": data_uri(row["image_a"]),
-                "image_b": data_uri(row["image_b"]),
-            },
+            "data": {"id": row["id"], **pair_fields(row)},
             "annotations": [
                 {
                     "completed_by": {"email": vote.annotator},
@@ -68,12 +66,8 @@ def argilla_records(votes: Sequence[Vote], rows: Dataset) -> Iterator[dict[str, 
     return (
         {
             "id": row["id"],
-            "fields": {
-                "prompt": row["prompt"],
-                "image_a": data_uri(row["image_a"]),
-                "image_b": data_uri(row["image_b"]),
-            },
-            "metadata": {name: row[name] for name in ("model_a", "model_b", "source", "license") if row[name]},
+            "fields": pair_fields(row),
+            "metadata": {name: row[name] for name in METADATA if row.get(name)},
             "suggestions": {},
             "responses": {
                 "preference": [
@@ -86,6 +80,16 @@ def argilla_records(votes: Sequence[Vote], rows: Dataset) -> Iterator[dict[str, 
         }
         for row, row_votes in _rows_with_votes(votes, rows)
     )
+
+
+def pair_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the prompt and both sides of a pair: images as data URIs, or responses with the images of their prompt."""
+    if not is_response(row):
+        images = {column: data_uri(row[column]) for column in ("image_a", "image_b")}
+        return {"prompt": row["prompt"], **images}
+    texts = response_texts(row)
+    images = {f"image_{number}": data_uri(cell) for number, cell in enumerate(prompt_images(row), start=1)}
+    return {"prompt": texts.prompt, **images, "response_a": texts.a, "response_b": texts.b}
 
 
 def data_uri(cell: dict[str, Any]) -> str:

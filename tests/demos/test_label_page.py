@@ -14,6 +14,7 @@ from PIL import Image
 from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.store import VoteStore
 from tests.conftest import noise_image
+from tests.unit.labels.test_response_pairs import TEXTS, response_rows
 
 pytestmark = pytest.mark.slow
 
@@ -341,3 +342,22 @@ def test_people_vote_by_their_link_under_their_name(
     written = b"".join(file.read_bytes() for file in tmp_path.glob("labels.sqlite*")) + server.process.stderr.encode()
     assert not any(key.encode() in written for key in keys.values())
     assert all(server.process.stdout.count(key) == 1 for key in keys.values())
+
+
+def test_responses_are_labelled_and_trained_on(
+    serve: Callable[..., Any], page: Any, tmp_path: Path, run_command: Callable[..., str]
+) -> None:
+    """Keys vote on pairs of responses, and `train` takes the exported rows unchanged."""
+    pairs = response_rows(tmp_path / "set")
+    server = serve("label", "--pairs", pairs)
+    begin(page, server.address, "Ada")
+    assert page.locator("h1").inner_text() == "Which response is better?"
+    assert page.locator(".side mark").count() >= 2 and page.locator(".sources img").count() == 1
+    for _ in range(len(TEXTS)):
+        press(page, "ArrowLeft")
+    page.locator(".finished").wait_for()
+    run_command("label", "export", "labels.sqlite", "--output", "rows.parquet")
+    assert pd.read_parquet(tmp_path / "rows.parquet")["probability"].tolist() == [1.0] * len(TEXTS)
+    (tmp_path / "train.yaml").write_text("model: page-reader\nbeta: 0.1\nsteps: 1\nbatch_size: 2\nlora_rank: 2\n")
+    run_command("train", "train.yaml", "--pairs", "rows.parquet", "--output-dir", "run")
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()

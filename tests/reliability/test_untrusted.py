@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpo_mm.assets import presets_folder
 from dpo_mm.cli.terminal import run_as_command, say
 from dpo_mm.config import JudgeConfig
 from dpo_mm.data.image_files import FORMATS, decode_image, encode_png, image_bytes
@@ -322,7 +323,7 @@ def test_doctor_and_ratings_print_no_control_characters(tmp_path: Path, capsys: 
 )
 def test_commands_to_copy_quote_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(train_command(name, ["three red stars"]))
+    words = shlex.split(train_command(name, presets_folder() / "faithfulness-shapes.yaml"))
     assert Path(words[3]) == Path(name) and not words[3].startswith("-") and not words[5].startswith("-")
 
 

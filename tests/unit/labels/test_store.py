@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_mm.data.schema import load_pairs
-from dpo_mm.labels.export import Agreement, agreement, export, tally, train_command
+from dpo_mm.data.schema import load_pairs, make_image_rows
+from dpo_mm.labels.export import Agreement, agreement, export, preset_for, tally, train_command
 from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.presenting import BLOCK
 from dpo_mm.labels.store import Vote, VoteStore, source_of
@@ -142,7 +142,7 @@ def test_vote_store_other_dataset_or_file_raises(store: VoteStore, tmp_path: Pat
     assert source_of(store.path) == "a set", "a refused dataset is not stored"
     store.record_digest(shown.pair, "one")
     store.record_digest(shown.pair, "one")
-    with pytest.raises(ValueError, match=r"images or the prompt of pair .* have changed"):
+    with pytest.raises(ValueError, match=r"pair .* has changed"):
         store.record_digest(shown.pair, "two")
     broken = tmp_path / "notes.txt"
     broken.write_text("not a database, but long enough to be taken for one" * 20)
@@ -286,7 +286,7 @@ def test_export_changed_pair_raises(write_pairs: Callable[..., str], tmp_path: P
         store.record_digest(row["id"], pair_digest(row))
     changed = rows(3)
     changed[1]["prompt"] = "something else"
-    with pytest.raises(ValueError, match="prompt of pair 'row-1' have changed"):
+    with pytest.raises(ValueError, match="pair 'row-1' has changed"):
         export(str(path), str(tmp_path / "labels.parquet"), pairs=write_pairs(changed))
     assert not (tmp_path / "labels.parquet").exists()
 
@@ -328,8 +328,10 @@ def test_train_command_quotes_paths_and_names_an_existing_preset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = train_command("my votes.sqlite", ["a red star"])
+    command = train_command("my votes.sqlite", preset_for(make_image_rows([{**rows(1)[0], "prompt": "a red star"}])))
     assert "label export 'my votes.sqlite' --output 'my votes.parquet' && dpo-mm train " in command
-    assert "faithfulness-sd15.yaml" in train_command("v.sqlite", ["a photo of a dog"])
+    assert "/faithfulness-shapes.yaml" in command
+    photos = make_image_rows([{**rows(1)[0], "prompt": "a photo of a dog"}])
+    assert preset_for(photos).name == "faithfulness-sd15.yaml"
     recipe = command.split("dpo-mm train ")[1].split(" --pairs")[0]
     assert Path(recipe).is_file()
