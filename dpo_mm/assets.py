@@ -16,10 +16,14 @@ BUNDLED = {
     "page-reader-tuned": "models/page-reader-tuned",
     "sums-writer": "models/sums-writer",
     "shapes-sd-faithful": "models/shapes-sd-faithful",
+    "drawings-sd": "models/drawings-sd",
     "shapes-faithfulness": "shapes/faithfulness.parquet",
     "shapes-aesthetic": "shapes/aesthetic.parquet",
     "shapes-train": "shapes/prompts-train.txt",
     "shapes-held-out": "shapes/prompts-held-out.txt",
+    "drawings-faithfulness": "drawings/faithfulness.parquet",
+    "drawings-train": "drawings/prompts-train.csv",
+    "drawings-held-out": "drawings/prompts-held-out.csv",
 }
 """Path of each bundled asset in the data folder, by name."""
 

@@ -200,8 +200,7 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
         command: how to repeat them, printed in the report.
 
     Raises:
-        ValueError: before anything runs, if the output folder has other files, a judge is unknown or none may be the primary
-            metric.
+        ValueError: before anything runs, if the output folder has other files, or a judge or prompt does not fit.
     """
     from dpo_mm.evaluation.finished_comparison import COMPARISON
     from dpo_mm.outputs import refuse_foreign_folder
@@ -245,7 +244,7 @@ def _completed_steps(recipe: Recipe) -> str:
 
 
 def check_recipe_judges(recipe: Recipe) -> None:
-    """Raise ValueError if a judge of the comparison is unknown, or none may be the primary metric."""
+    """Raise ValueError if a judge of the comparison is unknown or cannot score a prompt, or none may be the primary metric."""
     from dpo_mm.evaluation.side_sets import judges_of
     from dpo_mm.judges.provenance import order_judges
 
@@ -298,8 +297,8 @@ def compare(
 ) -> CompareResult:
     """Compare the base model with its tuned adapter, in images or in responses, and write a report.
 
-    The results are added to the adapter's model card too. An interrupted comparison resumes: images, responses and
-    scores on disk are not made again. The result of a finished one is returned.
+    The results are added to the adapter's model card too. An interrupted comparison resumes, and the result of a finished
+    one is returned.
 
     Args:
         config: what to compare. Its type decides the modality.
@@ -357,16 +356,18 @@ def _compare(
 
 
 def _check_judges(names: Iterable[str], config: Any) -> None:
-    """Raise ValueError for a judge that is unknown or does not fit, before time is spent on what it would score."""
+    """Raise ValueError for a judge that is unknown or does not fit, or for images' prompts, before time is spent on them."""
     from dpo_mm.judges import load_judge, load_response_judge, takes_questions
 
     is_text = isinstance(config, CompareResponsesConfig | MineResponsesConfig)
     for name in names:
         load_response_judge(name) if is_text else load_judge(name)
     if is_text and config.rubric and not any(takes_questions(name) for name in names):
-        raise ValueError(
-            "rubric: none of the judges reads it. Add rubric_score:SERVED@SERVER to judges, or remove rubric"
-        )
+        raise ValueError("rubric: none of the judges reads it. Add rubric_score:SERVED@SERVER, or remove rubric")
+    if isinstance(config, CompareConfig):
+        from dpo_mm.evaluation.compare_images import read_plans
+
+        read_plans(config)
 
 
 def sft_baseline_config(config: TrainConfig) -> TrainConfig:

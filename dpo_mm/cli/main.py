@@ -83,8 +83,8 @@ def quickstart(
     task: Annotated[
         str,
         typer.Option(
-            help="images: an image generator learns to follow its prompt. captioner: a captioner stops hallucinating "
-            "objects. ocr: an OCR model stops repeating itself."
+            help="images: an image generator learns to follow its prompt. drawings: the same with drawings that people "
+            "recognise. captioner: a captioner stops hallucinating objects. ocr: an OCR model stops repeating itself."
         ),
     ] = "images",
     output_dir: Annotated[str, typer.Option(help="Folder for the adapter and the report.")] = "runs/quickstart",
@@ -101,6 +101,7 @@ def quickstart(
 
     tasks = {
         "images": ("faithfulness", "quickstart"),
+        "drawings": ("faithfulness", "drawings"),
         "captioner": ("captioner", "quickstart"),
         "ocr": ("ocr", "quickstart"),
     }

@@ -30,7 +30,7 @@ from dpo_mm.evaluation.verdict import (
     run_summary,
     run_verdict,
 )
-from dpo_mm.judges import better_of, metric_of
+from dpo_mm.judges import better_of, check_prompts, metric_of
 from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
 from dpo_mm.outputs import write_results
 from dpo_mm.policies.adapter_sources import name_base
@@ -251,8 +251,15 @@ def compare_images(
 
 
 def read_plans(config: CompareConfig) -> list[tuple[CompareConfig, SamplingPlan]]:
-    """Return settings and plan of the comparison, then of each side set. Raise ValueError as `read_sets`."""
-    return read_sets(config, sampling_plan, lambda plan: len(set(plan.prompts)))
+    """Return settings and plan of the comparison, then of each side set.
+
+    Raises:
+        ValueError: as `read_sets`, or if a judge cannot score a prompt.
+    """
+    sets = read_sets(config, sampling_plan, lambda plan: len(set(plan.prompts)))
+    for own, plan in sets:
+        check_prompts(own.judges, plan.prompts[:: plan.samples])
+    return sets
 
 
 def _generate(

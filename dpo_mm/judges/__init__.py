@@ -94,6 +94,7 @@ class Judge:
         uses_prompt: False if the score does not depend on the prompt.
         takes_questions: True if it scores responses to questions: (responses, questions) -> list[Ratio]. If it is pairwise, it takes
             two lists of responses and counts for the first. A row with a total of 0 has no score.
+        check_prompts: path of a function (prompts) that raises ValueError for one that the judge cannot score, or None.
     """
 
     metric: str
@@ -105,13 +106,17 @@ class Judge:
     pairwise: bool = False
     uses_prompt: bool = True
     takes_questions: bool = False
+    check_prompts: str | None = None
 
 
 _TEXT, _CAPTION = "dpo_mm.judges.text", "dpo_mm.judges.captions"
 _CLIP, _VQA, _TIFA = "dpo_mm.judges.clip", "dpo_mm.judges.vqa", "dpo_mm.judges.soft_tifa"
 _POPE, _MODEL = "dpo_mm.judges.pope", "dpo_mm.judges.model_judge"
+_DRAWINGS, _DRAWN = "dpo_mm.judges.drawing_judge", "dpo_mm.worlds.drawing_prompts:check_prompts"
 JUDGES: dict[str, Judge] = {
-    "faithfulness": Judge("fully correct rate", "dpo_mm.judges.scene:faithfulness"),
+    "faithfulness": Judge("fully correct rate", "dpo_mm.judges.scene:faithfulness", check_prompts="dpo_mm.worlds.shapes:check_prompts"),
+    "drawings_faithfulness": Judge("fully correct rate", f"{_DRAWINGS}:drawings_faithfulness", check_prompts=_DRAWN),
+    "drawings_agreement": Judge("agreement with the prompt", f"{_DRAWINGS}:drawings_agreement", check_prompts=_DRAWN),
     "aesthetic": Judge("aesthetic score", "dpo_mm.judges.aesthetic:aesthetic", uses_prompt=False),
     "clip_score": Judge("CLIPScore, 2.5 max(cos, 0)", f"{_CLIP}:clip_score", needs_model=True),
     "laion_aesthetic": Judge("LAION aesthetic v2, 1 to 10", f"{_CLIP}:laion_aesthetic", needs_model=True, uses_prompt=False),
@@ -198,6 +203,14 @@ def _refuse_questions(name: str) -> None:
 def load_response_judge(name: str) -> Any:
     """Load the function of a judge of responses, also of one that takes questions. Raise ValueError as `load_judge`."""
     return _judge_function(name) if takes_questions(name) else load_judge(name)
+
+
+def check_prompts(names: Sequence[str], prompts: Sequence[str]) -> None:
+    """Raise ValueError for a prompt that one of the judges cannot score, before images are generated for it."""
+    for name in names:
+        path = JUDGES[name].check_prompts if name in JUDGES else None
+        if path:
+            _import_function(name, path)(prompts)
 
 
 def take_judge_notes(names: Sequence[str]) -> list[str]:

@@ -22,9 +22,10 @@ import numpy as np
 from PIL import Image
 
 from dpo_mm.judges import JUDGES, is_pairwise, judge_card, load_judge, load_pairwise, parse_judge_name
-from dpo_mm.worlds import shapes
+from dpo_mm.worlds import drawing_prompts, drawings, shapes
 
 CAPTIONS = ("a red circle", "a blue square", "a green triangle", "a yellow star")
+DRAWING_CAPTIONS = ("a penguin", "two red apples", "a cat left of a train", "a banana, an owl and a crab on white")
 CLIP_PNG_SHA256 = "308a3ca4503f1c7a07803916c369d78c4ef501e5ab7fc727da9b5e1d2f9ec85b"
 CLIP_LABELS = ("a diagram", "a dog", "a cat")
 CLIP_PROBABILITIES = (0.9927937, 0.00421068, 0.00299572)
@@ -63,7 +64,7 @@ def self_test(name: str, reference_image: str | None = None) -> Iterator[CheckRe
     """
     card, parsed = judge_card(name), parse_judge_name(name)
     yield from check_weights(card)
-    images, prompts = captioned_images(parsed.location if parsed and "questions" in card else None)
+    images, prompts = captioned_images(name, parsed.location if parsed and "questions" in card else None)
     if is_pairwise(name):
         yield from check_pairwise(name, images, prompts)
         return
@@ -93,8 +94,12 @@ def check_weights(card: dict[str, Any]) -> Iterator[CheckResult]:
         yield CheckResult(f"weights {file}", published, f"sha256 {weights['sha256']}, {text[published]}")
 
 
-def captioned_images(questions: str | None) -> tuple[list[Image.Image], list[str]]:
-    """Images of the synthetic shapes with their captions, or with the first prompts of a file of questions."""
+def captioned_images(name: str, questions: str | None) -> tuple[list[Image.Image], list[str]]:
+    """Images of the synthetic shapes, or of the drawings for their judges, with captions or the first prompts of a file of questions."""
+    if name.startswith("drawings_"):
+        requests = [drawing_prompts.parse(text) for text in DRAWING_CAPTIONS]
+        drawing_scenes = [drawings.scene_of(request, np.random.default_rng(n)) for n, request in enumerate(requests)]
+        return [drawings.render(scene) for scene in drawing_scenes], list(DRAWING_CAPTIONS)
     scenes = [shapes.sample_scene(shapes.parse(text), np.random.default_rng(n)) for n, text in enumerate(CAPTIONS)]
     images = [shapes.render(scene) for scene in scenes]
     if questions is None:

@@ -24,7 +24,7 @@ from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.data.schema import image_preference, make_image_rows
-from dpo_mm.judges import judge_digests
+from dpo_mm.judges import check_prompts, judge_digests
 from dpo_mm.judges.score_checks import higher_is_better_scores
 from dpo_mm.outputs import OutputKind, output_folder, refuse_foreign_folder, settings_of, write_results
 from dpo_mm.policies.adapter_sources import adapter_content
@@ -63,6 +63,7 @@ def mine_images(config: MineConfig) -> Path:
     folder, inputs = Path(config.output_dir), [config.prompts, config.model, config.adapter]
     refuse_foreign_folder(folder, MINING, inputs=inputs)
     prompts = read_prompts(config.prompts, limit=config.max_prompts)
+    check_prompts([*parse_judges(config.judges), *parse_judges(config.guards)], prompts)
     settings = settings_of("mined image pairs", ingredients(config, prompts))
     with output_folder(folder, MINING, settings, inputs=inputs, overwrite=config.overwrite) as finished:
         if not finished:

@@ -25,7 +25,7 @@ from dpo_mm.data.prompts import read_prompts, seeds_of
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response
 from dpo_mm.evaluation.contact_sheet import mark_of, strips
-from dpo_mm.judges import load_judge
+from dpo_mm.judges import check_prompts, load_judge
 from dpo_mm.judges.score_checks import image_scores, response_ratios
 from dpo_mm.policies.diffusion.placement import move
 from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
@@ -66,9 +66,12 @@ def validate_samples(config: TrainConfig, *, modality: Modality) -> None:
             raise ValueError(f"{name} has no effect without {setting}. Remove one of the two settings")
     if source is None:
         return
-    read_prompts(source, limit=1) if modality == "image" else read_questions(source, limit=1)
     for judge in config.sample_judges:
         load_judge(judge)
+    if modality == "image":
+        check_prompts(config.sample_judges, read_prompts(source, limit=NUM_SAMPLES))
+    else:
+        read_questions(source, limit=1)
 
 
 class SampleCallback(TrainerCallback):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -133,6 +134,12 @@ def parse(prompt: str) -> SceneSpec:
         shape = next(s for s in SHAPES if match["shape"] in (s, plural(s)))
         objects.append(ObjectSpec(shape, COUNTS.get(match["number"], 1), match["colour"], match["size"]))
     return SceneSpec(_category(objects, relation), tuple(objects), relation)
+
+
+def check_prompts(prompts: Iterable[str]) -> None:
+    """Raise ValueError for the first prompt that is not a prompt of the synthetic shapes."""
+    for prompt in prompts:
+        parse(prompt)
 
 
 def _category(objects: list[ObjectSpec], relation: str | None) -> str:

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TEXT = {
     r"\bpictures?\b": 10,
-    r"\bbeside\b": 0,
+    r"\bbeside\b": 1,
     r"\bRaises \w+ where\b": 0,
     r"\bunless told otherwise\b": 0,
     r"\b(pair|token|step|prompt|row|image|question|response|answer|process)s? an? (step|prompt|page|pair|row|token|image|question|process|batch)\b": 0,
