@@ -22,6 +22,7 @@ from dpo_mm.cli.command_settings import (
 )
 from dpo_mm.cli.export_run import export
 from dpo_mm.cli.label import Overwrite
+from dpo_mm.cli.runs import runs
 from dpo_mm.cli.settings_help import SettingsCommand, commented_config
 from dpo_mm.cli.terminal import report_command, run_as_command, say, suppress_library_output
 from dpo_mm.errors import TrainingInterrupted, did_you_mean
@@ -392,3 +393,4 @@ def compare(context: typer.Context, config: ConfigFile = None) -> None:
 
 
 app.command()(export)
+app.command()(runs)

@@ -36,7 +36,7 @@ LAYERS = (
     {"data"},
     {"policies", "judges", "sources", "doctor"},
     {"training", "mining", "evaluation", "labels"},
-    {"recipe", "rounds", "export"},
+    {"recipe", "rounds", "run_list", "export"},
     {"cli", "demo_access", "demo_address", "demo_guard", "demo_label", "demo_server", "__main__", "__init__"},
 )
 
