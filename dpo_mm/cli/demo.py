@@ -75,7 +75,7 @@ def demo_label(
     people: People = None,
     allow_host: AllowHost = None,
 ) -> None:
-    """Label pairs of images or responses in a blind test.
+    """Label pairs of images or responses blindly.
 
     The page hides which model made what. Several people can vote at once, by keyboard. It is served to this machine,
     or with --people to those who have a link.
