@@ -31,6 +31,7 @@ from dpo_mm.demo_label import (
     ratings_html,
 )
 from dpo_mm.demo_server import QUIET, DemoPage, serve
+from dpo_mm.labels.agreement import krippendorff_alpha
 from dpo_mm.labels.annotators import MAX_NAME_LENGTH, annotator_name
 from dpo_mm.labels.export import absolute_source, model_ratings, preset_for, train_command
 from dpo_mm.labels.pairs import open_pairs, pair_digest
@@ -192,7 +193,7 @@ def add_ratings(store: VoteStore, rows: Any, name: Any) -> None:
 
     @lru_cache(maxsize=16)
     def ratings_at(time: float) -> str:
-        return ratings_html(model_ratings(store, rows, at=time))
+        return ratings_html(model_ratings(store, rows, at=time), krippendorff_alpha(store.votes(at=time)))
 
     def show(annotator: str, request: gr.Request) -> str:
         name = Voter.of(request, annotator).name

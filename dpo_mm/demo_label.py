@@ -10,10 +10,12 @@ from dpo_mm.data.image_files import decode_image, image_bytes
 from dpo_mm.data.schema import prompt_images
 from dpo_mm.demo_server import escape, image_html
 from dpo_mm.evaluation.marked_text import differences, text_spans
+from dpo_mm.labels.agreement import Alpha
 from dpo_mm.labels.export import summary
 from dpo_mm.labels.ratings import Rating
 from dpo_mm.labels.response_pairs import is_response, response_texts
 from dpo_mm.labels.store import VoteStore
+from dpo_mm.printed_text import counted
 
 LAYOUT = re.compile(r"\n.*\n|\S {2,}\S|[|{}<>]", re.DOTALL)
 """Text whose layout matters, such as a page that was read: three lines, columns, or markup. It is shown in monospace."""
@@ -218,7 +220,7 @@ def progress_html(store: VoteStore, annotator: str, *, is_taken: bool, is_known:
         is_known: a secret link gave the name, so the annotator cannot choose another.
     """
     progress = store.progress(annotator)
-    people = f"{progress.annotators} {'person' if progress.annotators == 1 else 'people'}"
+    people = counted(progress.annotators, "person", "people")
     advice = "tell the host of this page" if is_known else "choose another name below"
     notice = (
         f'<p class="notice" role="status">Another browser votes or has voted as <b dir="auto">{escape(annotator)}</b>. The '
@@ -226,9 +228,9 @@ def progress_html(store: VoteStore, annotator: str, *, is_taken: bool, is_known:
     )
     return (
         f'{notice if is_taken else ""}<div class="progress-line{" known" * is_known}"><span><b dir="auto">{escape(annotator)}</b>: '
-        f"{progress.own_pairs} of {progress.num_pairs} pairs</span>"
+        f"{progress.own_pairs:,} of {counted(progress.num_pairs, 'pair')}</span>"
         f'<progress value="{progress.own_pairs}" max="{progress.num_pairs}" aria-label="pairs labelled"></progress>'
-        f"<span>{progress.votes} votes by {people} on {progress.covered_pairs} pairs</span></div>"
+        f"<span>{counted(progress.votes, 'vote')} by {people} on {counted(progress.covered_pairs, 'pair')}</span></div>"
     )
 
 
@@ -237,8 +239,8 @@ def message_of(error: Exception, store: VoteStore) -> str:
     return escape(str(error).replace(str(store.path), store.path.name))
 
 
-def ratings_html(ratings: Sequence[Rating]) -> str:
-    """Return a table of the models' ratings."""
+def ratings_html(ratings: Sequence[Rating], alpha: Alpha) -> str:
+    """Return a table of the models' ratings, and the agreement of people on the choice."""
     low, high = min(rating.low for rating in ratings), max(rating.high for rating in ratings)
     percent = lambda value: 100 * (value - low) / ((high - low) or 1)
     lines = "".join(
@@ -255,4 +257,6 @@ def ratings_html(ratings: Sequence[Rating]) -> str:
         f"<th>won / tied / lost</th></tr></thead><tbody>{lines}</tbody></table>"
         '<p class="quiet">A difference of 400 points means odds of ten to one. If two intervals overlap widely, more votes '
         f"are needed to tell the models apart.{alone}</p>"
+        f'<p class="quiet agreement">Agreement of people (Krippendorff’s alpha): {escape(alpha.text())}. 1 is full agreement, and '
+        "0 is that of chance.</p>"
     )

@@ -28,6 +28,11 @@ def print_rows(rows: dict[str, str]) -> None:
     Console().print(table, highlight=False, markup=False)
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun in singular or plural: 1 vote, 2 votes."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def quoted(path: Any) -> str:
     """Quote a path for a command to copy. A name that begins with a dash is not read as an option."""
     text = str(path)

@@ -50,9 +50,11 @@ def label_ratings(votes: Votes, pairs: Pairs = None) -> None:
 
     The ratings are those of the Bradley-Terry model, with 95 % intervals.
     """
+    from dpo_mm.labels.agreement import krippendorff_alpha
     from dpo_mm.labels.export import model_ratings, open_votes
 
-    ratings = model_ratings(*open_votes(votes, pairs))
+    store, rows = open_votes(votes, pairs)
+    ratings = model_ratings(store, rows)
     for previous, rating in zip([None, *ratings], ratings, strict=False):
         if ratings[-1].group and (previous is None or previous.group != rating.group):
             say(f"Group {rating.group + 1}, never compared with the other models, so on a separate scale:")
@@ -60,3 +62,4 @@ def label_ratings(votes: Votes, pairs: Pairs = None) -> None:
             f"{rating.rating:6.0f}  ({rating.low:.0f} to {rating.high:.0f})  {rating.wins} won, {rating.ties} tied, "
             f"{rating.losses} lost  {rating.model}"
         )
+    say(f"Agreement of people (Krippendorff's alpha): {krippendorff_alpha(store.votes()).text()}")

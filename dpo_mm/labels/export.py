@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,54 +17,20 @@ from dpo_mm.assets import presets_folder
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.data.schema import image_preference, make_image_rows, make_response_rows, response_preference
 from dpo_mm.errors import did_you_mean, name_row
+from dpo_mm.labels.agreement import agreement, krippendorff_alpha
 from dpo_mm.labels.pairs import file_bytes, models_of, open_pairs, pair_digest
 from dpo_mm.labels.ratings import Rating, rate_models
 from dpo_mm.labels.response_pairs import is_response, labelled_response
 from dpo_mm.labels.store import Vote, VoteReader, source_of
 from dpo_mm.labels.vote_formats import FORMATS
 from dpo_mm.output_files import output_files, write_file
-from dpo_mm.printed_text import quoted
+from dpo_mm.printed_text import counted, quoted
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 GROUP_ROWS, GROUP_BYTES = 1000, 2**25
 """Largest number of rows, and of bytes of images, in memory before a row group is written."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Number of equal choices: of one person on a pair and its repeat, and of two people on the same pair.
-
-    Args:
-        same_annotator: number of repeats with the same choice, of repeats.
-        repeats: number of repeats.
-        two_annotators: number of comparisons with the same choice, of comparisons.
-        comparisons: number of pairs of people who voted on the same pair, summed over the pairs.
-    """
-
-    same_annotator: int
-    repeats: int
-    two_annotators: int
-    comparisons: int
-
-
-def agreement(votes: Sequence[Vote]) -> Agreement:
-    """Count how often annotators agree with themselves and with each other. Skips are ignored."""
-    choices = {(vote.annotator, vote.pair, vote.is_repeat): vote.choice for vote in votes if vote.choice != "skip"}
-    same_annotator = [
-        choices[annotator, pair, False] == choice
-        for (annotator, pair, is_repeat), choice in choices.items()
-        if is_repeat and (annotator, pair, False) in choices
-    ]
-    by_pair: dict[str, list[str]] = defaultdict(list)
-    for (_, pair, is_repeat), choice in choices.items():
-        if not is_repeat:
-            by_pair[pair].append(choice)
-    two_annotators = [
-        first == second for pair_choices in by_pair.values() for first, second in combinations(pair_choices, 2)
-    ]
-    return Agreement(sum(same_annotator), len(same_annotator), sum(two_annotators), len(two_annotators))
 
 
 def tally(votes: Sequence[Vote]) -> dict[str, dict[str, Any]]:
@@ -122,7 +86,7 @@ def preference_rows(votes: Sequence[Vote], rows: Dataset, digests: dict[str, str
         if labelled is None:
             continue
         count += 1
-        yield {**labelled, "axis": "people", "source": f"labelled by {people} {'person' if people == 1 else 'people'}"}
+        yield {**labelled, "axis": "people", "source": f"labelled by {counted(people, 'person', 'people')}"}
     if not count:
         raise ValueError("no pair of responses has a winner, so there is nothing to export. Training needs winners")
 
@@ -233,11 +197,12 @@ def summary(votes: Sequence[Vote]) -> dict[str, str]:
     counts, agreed = Counter(vote.choice for vote in votes), agreement(votes)
     left_won = [vote.choice == "ab"[vote.swapped] for vote in votes if vote.choice in ("a", "b")]
     return {
-        "votes": f"{len(votes)} by {len({vote.annotator for vote in votes})} people",
+        "votes": f"{len(votes)} by {counted(len({vote.annotator for vote in votes}), 'person', 'people')}",
         "choices": ", ".join(f"{choice} {counts[choice]}" for choice in ("a", "b", "tie", "both_bad", "skip")),
-        "left won": f"{sum(left_won)} of {len(left_won)} votes with a winner",
+        "left won": f"{sum(left_won)} of {counted(len(left_won), 'vote')} with a winner",
         "same choice on a repeat": f"{agreed.same_annotator} of {agreed.repeats}",
         "same choice of two people": f"{agreed.two_annotators} of {agreed.comparisons}",
+        "agreement (Krippendorff's alpha)": krippendorff_alpha(votes).text(),
     }
 
 

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_mm.data.schema import load_pairs, make_image_rows
-from dpo_mm.labels.export import Agreement, agreement, export, preset_for, tally, train_command
+from dpo_mm.labels.agreement import Agreement, agreement
+from dpo_mm.labels.export import export, preset_for, tally, train_command
 from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.presenting import BLOCK
 from dpo_mm.labels.store import Vote, VoteStore, source_of
