@@ -44,7 +44,7 @@ DRAWINGS: dict[str, dict[str, Drawing]] = {
         "zebra": Drawing("zebra"), "lion": Drawing("lion"), "tiger": Drawing("tiger-face"),
         "monkey": Drawing("monkey"), "panda": Drawing("panda"), "fox": Drawing("fox"), "penguin": Drawing("penguin"),
         "duck": Drawing("duck"), "owl": Drawing("owl"), "parrot": Drawing("parrot"), "flamingo": Drawing("flamingo"),
-        "peacock": Drawing("peacock"), "frog": Drawing("frog", "green", True), "crocodile": Drawing("crocodile"),
+        "peacock": Drawing("peacock"), "frog": Drawing("frog", "green"), "crocodile": Drawing("crocodile"),
         "turtle": Drawing("turtle"), "snake": Drawing("snake"), "fish": Drawing("fish", "blue", True),
         "shark": Drawing("shark"), "whale": Drawing("spouting-whale", "blue", False),
         "octopus": Drawing("octopus", "orange", True), "crab": Drawing("crab", "red", True),

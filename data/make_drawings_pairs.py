@@ -3,8 +3,8 @@
     python data/make_drawings_pairs.py                      # the prompt lists, seconds
     python data/make_drawings_pairs.py --mine runs/mined    # also pairs, about 30 minutes on one CPU core
 
-`data/drawings/faithfulness.parquet` was mined with these settings from 780 other training prompts, so a new run gives other
-pairs. It is not overwritten.
+`data/drawings/faithfulness.parquet` was mined with these settings from 780 other training prompts (data/drawings/README.md), so
+a new run gives other pairs. It is not overwritten.
 """
 
 from __future__ import annotations

@@ -61,12 +61,12 @@ class HasKindAndCentre(Protocol):
 
 
 class HasThings(Protocol):
-    """Protocol of a scene, rendered or detected."""
+    """Protocol of a scene, rendered or detected. It has several backgrounds if their colours cannot be told apart."""
 
     @property
     def things(self) -> Sequence[HasKindAndCentre]: ...
     @property
-    def background(self) -> str: ...
+    def backgrounds(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,11 @@ class Scene:
     things: tuple[Thing, ...]
     background: str
     shade: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def backgrounds(self) -> tuple[str, ...]:
+        """Return the background, as `HasThings` has it."""
+        return (self.background,)
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,7 @@ def satisfies(scene: HasThings, request: SceneRequest) -> bool:
             return False
         unmatched = [thing for thing in unmatched if not any(thing is match for match in fitting)]
         first_matches.append(fitting[0])
-    if unmatched or request.background not in (None, scene.background):
+    if unmatched or request.background not in (None, *scene.backgrounds):
         return False
     return request.relation is None or holds(request.relation, *first_matches[:2])
 

@@ -9,10 +9,11 @@ from PIL import Image, ImageFilter
 from dpo_mm.config import CompareConfig, MineConfig
 from dpo_mm.evaluation.compare_images import read_plans
 from dpo_mm.judges import check_prompts
-from dpo_mm.judges.drawing_judge import agreement, detect_scenes, drawings_agreement, drawings_faithfulness
+from dpo_mm.judges.drawing_judge import UNCLEAR, agreement, detect_scenes, drawings_agreement, drawings_faithfulness
 from dpo_mm.judges.self_test import self_test
 from dpo_mm.mining.mine_images import mine_images
 from dpo_mm.worlds import drawing_prompts, drawings
+from dpo_mm.worlds.drawing_sprites import BACKGROUNDS
 from dpo_mm.worlds.drawings import Scene, Thing
 
 COUNT = 48
@@ -53,7 +54,7 @@ def test_judge_rejects_the_images_of_other_prompts(held_out: tuple[list[str], li
 def test_detect_scenes_returns_kinds_positions_and_the_background() -> None:
     things = (Thing("snail", None, 0.27, 0.5, 0.42), Thing("apple", "purple", 0.74, 0.45, 0.42))
     (scene,) = detect_scenes([drawings.render(Scene(things, "yellow", (3, -3, 2)))])
-    assert scene.background == "yellow"
+    assert scene.backgrounds == ("yellow",)
     assert [(one.name, one.colour) for one in scene.things] == [("snail", None), ("apple", "purple")]
     for one, thing in zip(scene.things, things, strict=True):
         assert (one.x, one.y, one.side) == pytest.approx((thing.x, thing.y, thing.side), abs=0.03)
@@ -67,6 +68,20 @@ def test_detect_scenes_gives_no_name_to_a_fused_thing_and_nothing_to_an_empty_im
     scenes = detect_scenes([fused, empty, Image.fromarray(noise.astype(np.uint8))])
     assert all(thing.name is None for thing in scenes[0].things) and scenes[0].things
     assert scenes[1].things == () and all(thing.name is None for thing in scenes[2].things)
+
+
+def test_detect_scenes_names_a_distorted_thing_that_no_other_drawing_explains() -> None:
+    pixels = np.asarray(drawings.render(Scene((Thing("bicycle", None, 0.5, 0.5, 0.75),), "purple")))
+    zigzag = np.stack([np.roll(row, 1 if y // 2 % 2 else -1, axis=0) for y, row in enumerate(pixels)])
+    ((thing,),) = (scene.things for scene in detect_scenes([Image.fromarray(zigzag)]))
+    assert thing.name == "bicycle" and thing.unexplained > UNCLEAR
+
+
+def test_a_background_between_two_colours_satisfies_both() -> None:
+    pixels = np.asarray(drawings.render(Scene((Thing("cow", None, 0.5, 0.5, 0.7),), "pink"))).copy()
+    pixels[(pixels == BACKGROUNDS["pink"]).all(-1)] = (np.array(BACKGROUNDS["pink"]) + BACKGROUNDS["purple"]) // 2
+    prompts = ["a cow on pink", "a cow on purple", "a cow on white"]
+    assert drawings_faithfulness([Image.fromarray(pixels)] * 3, prompts) == [1.0, 1.0, 0.0]
 
 
 def test_agreement_is_the_fraction_of_the_request() -> None:
