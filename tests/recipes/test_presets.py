@@ -32,8 +32,17 @@ TINY = {
     "flux2_klein": "flux2-klein",
 }
 """The tiny pipeline that replaces a preset's model."""
+TINY_VLMS = {"nanonets_ocr2": "qwen2_5_vl", "olmocr2": "qwen2_5_vl", "qwen2_5_vl_json": "qwen2_5_vl"}
+"""The tiny model of presets that are not named after their family."""
 CUSTOM_JUDGE = re.compile(r"[a-z_]+(\.[a-z_]+)*:[a-z_]+")
 HUB_MODEL = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def tiny_vlm_of(preset: str) -> str:
+    """The tiny model that replaces the vision-language model of a preset."""
+    kind = TINY_VLMS.get(preset, preset)
+    assert kind in tiny_vlms.BUILDERS
+    return kind
 
 
 def recipe(name: str) -> Recipe:
@@ -86,7 +95,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Recipe]
             if model in BUNDLED:
                 loaded[model] = load_policy(model)
             elif isinstance(settings.compare, CompareResponsesConfig):
-                kind = preset if preset in tiny_vlms.BUILDERS else "llava"
+                kind = tiny_vlm_of(preset)
                 loaded[model] = VisionLanguage(*tiny_vlms.build(kind), kind)
             else:
                 family = BUILDERS[TINY[preset]]
