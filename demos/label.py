@@ -168,9 +168,10 @@ def build(rows: Any, store: VoteStore, command: str) -> DemoPage:
                     for choice, (text, key) in BUTTONS.items()
                 }
             refresh = gr.Button("Refresh", elem_id="refresh")
-            gr.HTML('<div class="hint">The buttons show their keys. Click an image or press Z to zoom into both.</div>')
-            add_ratings(store, rows, name)
-            leave = add_command(command)
+            gr.HTML('<div class="hint">The buttons show their keys. Click an image or press Z to enlarge.</div>')
+            with gr.Row(elem_classes="more"):
+                add_ratings(store, rows, name)
+                leave = add_command(command)
         presentation = gr.Textbox(visible=False)
         outputs = [name_form, label_form, pair, progress]
         for event in (start.click, name.submit):

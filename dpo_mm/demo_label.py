@@ -21,22 +21,26 @@ LAYOUT = re.compile(r"\n.*\n|\S {2,}\S|[|{}<>]", re.DOTALL)
 """Text whose layout matters, such as a page that was read: three lines, columns, or markup. It is shown in monospace."""
 
 CSS = """
-.pair .prompt { font-size: 1.2rem; font-weight: 600; margin: 0 0 .7rem; text-align: center; }
+.pair { --room: max(180px, calc(100vh - 274px)); }  /* what the rest of the page leaves */
+.pair .prompt { font-size: 1.1rem; font-weight: 600; margin: 0 0 .4rem; text-align: center; max-height: 4.6em; overflow: auto; }
+body:has(.pair) .head p { display: none; } body:has(.pair) .head h1 { font-size: 1.1rem; }
+body:has(.pair) main { padding-top: 0 !important; padding-bottom: 0 !important; }
+body:has(.pair) main .column { gap: 10px; }
 .pair .images { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
 .pair .frame { overflow: hidden; border-radius: 10px; border: 1px solid var(--border-color-primary);
-  background: var(--background-fill-secondary); cursor: zoom-in; aspect-ratio: 1; max-height: 62vh; width: 100%; display: grid; }
+  background: var(--background-fill-secondary); cursor: zoom-in; aspect-ratio: 1; max-height: var(--room); width: 100%; display: grid; }
 .pair .frame img { width: 100%; height: 100%; object-fit: contain; min-width: 0; min-height: 0; }
 .pair.zoomed .frame { cursor: zoom-out; }
 .pair.zoomed .frame img { transform: scale(3); transform-origin: var(--x, 50%) var(--y, 50%); }
 .pair .reading { display: grid; gap: 14px; }
 .pair .sources { display: grid; gap: 8px; align-content: start; }
 .pair .sources .frame { aspect-ratio: auto; }
-.pair .sources .frame img { max-height: 34vh; }
+.pair .sources .frame img { max-height: var(--room); }
 .pair .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; min-width: 0; }
 .pair .side { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: .5rem .8rem; min-width: 0;
   background: var(--background-fill-primary); }
 .pair .side h2 { margin: 0 0 .2rem; font-size: .95rem; }
-.pair .side .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; max-height: 42vh; overflow: auto; }
+.pair .side .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; max-height: calc(var(--room) - 50px); overflow: auto; }
 .pair .side .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .88rem; }
 .pair .side mark { background: color-mix(in srgb, var(--color-accent) 20%, transparent); color: inherit;
   text-decoration: underline; text-underline-offset: 3px; }
@@ -56,7 +60,8 @@ CSS = """
 .progress-line progress::-webkit-progress-value { background: var(--color-accent); }
 .progress-line progress::-moz-progress-bar { background: var(--color-accent); }
 .progress-line b { color: var(--body-text-color); overflow-wrap: anywhere; }
-.choices { display: grid !important; grid-template-columns: repeat(3, 1fr); gap: 10px !important; }
+.choices { display: grid !important; grid-template-columns: repeat(6, 1fr); gap: 10px !important; }
+@media (max-width: 900px) { .choices { grid-template-columns: repeat(3, 1fr); } }
 .choices button { min-width: 0 !important; white-space: nowrap; }
 .quiet { color: var(--quiet); font-size: .9rem; }
 .ratings, .ratings tr { border: 0 !important; }
@@ -72,12 +77,34 @@ CSS = """
 .notice, .alert { border: 1px solid var(--border-color-primary); border-left: 4px solid var(--color-accent); border-radius: 6px;
   padding: .5rem .8rem; margin: 0 0 .6rem; font-size: .92rem; color: var(--body-text-color); overflow-wrap: anywhere; }
 .alert { margin: 1.5rem 0; font-size: 1rem; }
+.more { flex-wrap: wrap; } .more > :has(.label-wrap.open) { flex-basis: 100%; }
 #refresh, body:has(.progress-line.known) #leave { display: none !important; }
 .hint { text-align: center; font-size: .85rem; color: var(--quiet); }
-@media (max-width: 600px) { .ratings { font-size: .8rem; } .ratings .span { display: none; } .ratings .number { white-space: normal; } .hint { display: none; } .pair .images { gap: 8px; }
-  .choices { gap: 8px !important; } .choices button { padding: .7rem .2rem !important; font-size: .9rem !important; } }
 """
 HEAD = """
+<style>
+@media (max-width: 600px) {
+  .ratings { font-size: .8rem !important; }
+  .ratings .span, .hint, .progress-line span:last-child { display: none !important; }
+  .ratings .number { white-space: normal !important; }
+  body:has(.pair) .head { position: absolute !important; clip-path: inset(50%) !important; }
+  body:has(.pair) main { padding-top: 10px !important; }
+  .pair { --room: max(120px, 25dvh) !important; }
+  .pair .images, .pair .reading, .pair .sides, .choices { gap: 6px !important; }
+  .pair .images .frame, .pair.zoomed .frame { max-height: none !important; position: relative !important; }
+  .pair .sides, .pair.zoomed .images { grid-template-columns: 1fr !important; }
+  .pair.zoomed .frame img { transform: none !important; max-height: none !important; }
+  .pair.zoomed .images .frame::before { content: attr(data-side); position: absolute; top: 6px; left: 6px; padding: 0 .5em;
+    border-radius: 6px; background: var(--background-fill-primary); font-size: .85rem; }
+  .pair .side { padding: .3rem .6rem !important; }
+  .pair .side .text { max-height: calc(25dvh - 36px) !important; }
+  body:has(.pair.zoomed) .choices { position: fixed !important; inset: auto 0 0 0; z-index: 2; padding: 6px 10px !important;
+    background: var(--body-background-fill); }
+  body:has(.pair.zoomed) main { padding-bottom: 120px !important; }
+  .choices button { padding: .7rem .2rem !important; font-size: .9rem !important; }
+  .more > * { flex-basis: 100% !important; }
+}
+</style>
 <script>
 (() => {
   const keys = {ArrowLeft: "left", ArrowRight: "right", ArrowDown: "tie", b: "both_bad", s: "skip", u: "undo"};
@@ -159,7 +186,10 @@ def _images_html(row: dict[str, Any], *, swapped: bool) -> str:
     columns = ("image_b", "image_a") if swapped else ("image_a", "image_b")
     names = ("left image", "right image")
     images = [_image_html(row[column], name) for column, name in zip(columns, names, strict=True)]
-    frames = "".join(f'<div class="frame">{image}</div>' for image in images)
+    frames = "".join(
+        f'<div class="frame" data-side="{side}">{image}</div>'
+        for side, image in zip(("Left", "Right"), images, strict=True)
+    )
     return f'<p class="prompt" dir="auto">{escape(row["prompt"])}</p><div class="images">{frames}</div>'
 
 

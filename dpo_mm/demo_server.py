@@ -39,6 +39,11 @@ MAX_SESSIONS, MAX_WAITING = 200, 100
 """Numbers of visitors whose state is stored, and of waiting events."""
 SMALL_IMAGE = 256
 """Pixels of the longer edge up to which an image is enlarged without smoothing."""
+PHONE_STYLE = """<style>@media (max-width: 600px) {
+.gradio-container > .main { padding: 0 !important; } .gradio-container main { padding: 10px !important; }
+}</style>
+"""
+"""Style in the head of all pages. Gradio limits media queries of its argument `css` to what is inside its container."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Arguments of an event that shows no progress and is not in the API."""
 ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -159,7 +164,7 @@ def application(page: DemoPage) -> Any:
         enable_monitoring=False,
         theme=theme(),
         css=STYLE + page.css,
-        head=page.head,
+        head=PHONE_STYLE + page.head,
     )
     blocks.is_running = True  # without it, Gradio stops the heartbeats of a page
     return app

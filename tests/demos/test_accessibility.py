@@ -19,6 +19,7 @@ from dpo_mm.evaluation.report import render
 from tests.conftest import rows
 from tests.demos.test_label_page import begin, folder_of_pairs, press
 from tests.unit.evaluation.test_report import full
+from tests.unit.labels.test_response_pairs import response_rows
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +81,16 @@ def test_label_page_is_accessible(serve: Callable[..., Any], page: Any, tmp_path
     page.get_by_text("Ratings of the models").click()
     page.locator(".ratings tbody tr").first.wait_for()
     check_looks(page, OWN)
+
+
+def test_pairs_of_responses_are_accessible(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+    server = serve(
+        "label", "--pairs", response_rows(tmp_path / "set", [("a b\n1\n2", "a c\n1\n2"), ("go " * 60, "go")])
+    )
+    begin(page, server.address, "Ada")
+    for _ in range(2):
+        check_looks(page, OWN)
+        press(page, "ArrowLeft")
 
 
 def test_comparison_report_is_accessible(page: Any, tmp_path: Path) -> None:

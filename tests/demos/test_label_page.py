@@ -361,3 +361,37 @@ def test_responses_are_labelled_and_trained_on(
     (tmp_path / "train.yaml").write_text("model: page-reader\nbeta: 0.1\nsteps: 1\nbatch_size: 2\nlora_rank: 2\n")
     run_command("train", "train.yaml", "--pairs", "rows.parquet", "--output-dir", "run")
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+LOOKS = {"wide": {"width": 1280, "height": 720}, "phone": {"width": 390, "height": 844}}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("kind", ["images", "responses"])
+def test_label_page_fits_the_screen(
+    kind: str, look: str, serve_once: Callable[..., Any], browser: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """It catches a page that scrolls, and a tap on a phone that does not enlarge an image to the width of the screen."""
+    folder = tmp_path_factory.getbasetemp() / "looks"
+    if not folder.exists():
+        folder_of_pairs(folder / "images", ["one", "two"])
+        response_rows(folder / "responses")
+    server = serve_once("label", "--pairs", str(folder / kind), "--votes", str(folder / f"{kind}.sqlite"))
+    context = browser.new_context(viewport=LOOKS[look], has_touch=look == "phone", is_mobile=look == "phone")
+    page = context.new_page()
+    begin(page, server.address, look)
+    assert page.evaluate(
+        "[document.documentElement.scrollHeight <= innerHeight, document.documentElement.scrollWidth <= innerWidth]"
+    ) == [True, True]
+    assert "0 votes by 0 people" in page.locator(".progress-line").text_content()
+    size = lambda: page.locator(".pair .frame img").first.bounding_box()["width"]
+    if look == "wide":
+        assert kind == "responses" or size() > 440
+    else:
+        assert size() > 170
+        page.locator(".pair .frame").first.tap()
+        assert size() > 350 and page.locator("#choose-left").bounding_box()["y"] < LOOKS[look]["height"] - 60
+        page.locator("#choose-left").tap()
+        page.get_by_text(f"{look}: 1 of").wait_for()
+        assert "1 vote by 1 person on 1 pair" in page.locator(".progress-line").text_content()
+    context.close()
