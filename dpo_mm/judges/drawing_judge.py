@@ -27,8 +27,6 @@ from dpo_mm.worlds.drawing_sprites import BACKGROUNDS, kinds, sprite, usual_colo
 SIZE, HALF = drawings.SIZE, drawings.SIZE // 2
 SINGLE_SIDES, SEVERAL_SIDES = (20, 22, 24, 26), (13, 14, 15)
 """Edges of a drawing that are searched, in pixels at half resolution, if it is alone and if there are several."""
-CLEAR = 0.12
-"""Fraction left unexplained below which one thing is taken to be all there is."""
 UNCLEAR = 0.25
 """Fraction of a thing left unexplained above which it has no name: at full resolution, or at a quarter if it is distinct."""
 DISTINCT = 0.55
@@ -125,11 +123,13 @@ def detect_scenes(images: Sequence[Image.Image]) -> list[DetectedScene]:
         backgrounds = [_background(one) for one in pixels]
         single = _searches(pixels, backgrounds)
         _detect(single, SINGLE_SIDES, turns=1)
+        named = [bool(one.things) and one.things[0].name is not None for one in single]
+        _detect([one for one, is_named in zip(single, named, strict=True) if is_named], SEVERAL_SIDES, turns=3)
         several = _searches(pixels, backgrounds)
-        unclear = [n for n, one in enumerate(single) if not one.things or one.things[0].unexplained > CLEAR]
+        unclear = [n for n, one in enumerate(single) if not named[n] or len(one.things) > 1]
         _detect([several[n] for n in unclear], SEVERAL_SIDES, turns=4)
         for one, other, background in zip(single, several, backgrounds, strict=True):
-            best = other if other.things and (not one.things or other.gain > one.gain) else one
+            best = other if other.things and other.gain > one.gain else one
             scenes.append(DetectedScene(tuple(sorted(best.things, key=lambda thing: thing.x)), background.names))
     return scenes
 

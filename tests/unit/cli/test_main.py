@@ -176,3 +176,14 @@ def test_run_as_command_sets_variables_that_are_not_set(monkeypatch: pytest.Monk
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     with run_as_command():
         assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+@pytest.mark.parametrize("task", ["images", "drawings", "captioner", "ocr"])
+def test_quickstart_runs_the_recipe_of_each_task(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes: list[Any] = []
+    monkeypatch.setattr("dpo_mm.recipe.run_recipe", lambda recipe, command: recipes.append(recipe))
+    result = CliRunner().invoke(app, ["quickstart", "--task", task, "--output-dir", "out", "--seed", "3"])
+    assert result.exit_code == 0 and "Next, " in result.output
+    (recipe,) = recipes
+    models = {"images": "shapes-sd", "drawings": "drawings-sd", "captioner": "shapes-captioner", "ocr": "page-reader"}
+    assert (recipe.train.model, recipe.train.seed, recipe.train.output_dir) == (models[task], 3, "out/adapter")

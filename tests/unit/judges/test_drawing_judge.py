@@ -77,6 +77,12 @@ def test_detect_scenes_names_a_distorted_thing_that_no_other_drawing_explains() 
     assert thing.name == "bicycle" and thing.unexplained > UNCLEAR
 
 
+def test_a_large_thing_is_not_read_as_several_and_a_small_one_next_to_it_counts() -> None:
+    large, small = Thing("dinosaur", "orange", 0.4, 0.4, 0.62), Thing("bee", None, 0.83, 0.83, 0.3)
+    images = [distorted(drawings.render(Scene(things, "pink")), 3) for things in ((large,), (large, small))]
+    assert drawings_faithfulness(images, ["an orange dinosaur"] * 2) == [1.0, 0.0]
+
+
 def test_a_background_between_two_colours_satisfies_both() -> None:
     pixels = np.asarray(drawings.render(Scene((Thing("cow", None, 0.5, 0.5, 0.7),), "pink"))).copy()
     pixels[(pixels == BACKGROUNDS["pink"]).all(-1)] = (np.array(BACKGROUNDS["pink"]) + BACKGROUNDS["purple"]) // 2
