@@ -13,7 +13,8 @@ class TrainConfig(Settings):
 
     # Model and data
     model: str
-    """Folder or hub id of a pipeline or model, or the name of a bundled one."""
+    """Folder or hub id of a pipeline or model, the name of a bundled one, or a .safetensors file of Stable Diffusion 1.5 or SDXL
+    with its configs in the folder of the same name, see the page Models."""
     pairs: str
     """Preference pairs: Parquet, two folders better/ and worse/, kohya's w/ and l/, CSV, JSON lines as TRL, LLaMA-Factory and
     ms-swift write them, a dataset on the hub, or the name of a bundled dataset. Some objectives also take rows with one image or

@@ -17,6 +17,7 @@ from dpo_mm.policies.adapter_checks import ADAPTER_FILE
 from dpo_mm.policies.adapter_sources import HUB_ID
 from dpo_mm.policies.adapters import KOHYA_FILE
 from dpo_mm.policies.families import policy_class
+from dpo_mm.policies.single_file import load_line
 from dpo_mm.training.model_card import CARD, IMPORTS, LOADING, RESULTS
 
 USE = "## How to use it"
@@ -140,7 +141,7 @@ def _use_section(run: FinishedRun, to: str, place: str, *, hub: bool, is_text: b
 
 def _image_code(base: str, place: str | None, *, dtype: str, file: str | None = None) -> str:
     weight = f', weight_name="{file}"' if file else ""
-    load = f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype={dtype})'
-    lines = ["import torch", IMPORTS["DiffusionPipeline"], "", load]
+    load = load_line(base, dtype)
+    lines = ["import torch", IMPORTS[load.split()[2].partition(".")[0]], "", load]
     lines += [f'pipe.load_lora_weights("{place}"{weight})'] if place else []
     return "\n".join([*lines, 'image = pipe("a red star").images[0]', 'image.save("image.png")'])

@@ -15,6 +15,7 @@ from dpo_mm.model_checks import SAVE_AGAIN, check_finite, check_folder, name_mod
 from dpo_mm.policies.adapter_sources import find_adapter
 from dpo_mm.policies.adapters import pipeline_modules
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
+from dpo_mm.policies.single_file import config_folder, converted_folder, is_single_file, single_file_content
 from dpo_mm.quantization import check_quantize
 
 FAMILIES: dict[str, str] = {
@@ -82,6 +83,8 @@ def model_content(model: str, *, revision: str | None = None) -> str:
         ValueError: if it is neither a folder nor reachable on the hub.
     """
     folder = Path(resolve_asset(model))
+    if is_single_file(str(folder)):
+        return single_file_content(str(folder))
     return model_files_hash(folder) if folder.is_dir() else resolve_commit(model, revision=revision) or ""
 
 
@@ -95,8 +98,13 @@ def policy_path_for(model: str, *, revision: str | None = None) -> str:
     Raises:
         ValueError: if the model has no index file or its family is unknown.
     """
-    index = _index(model, "model_index.json", revision)
+    if is_single_file(model):
+        index: Path | None = config_folder(model) / "model_index.json"
+    else:
+        index = _index(model, "model_index.json", revision)
     if index is None:
+        if Path(model).suffix == ".ckpt":
+            raise ValueError(f"model {model!r} is a pickle, which is not read. Take its .safetensors file")
         if _index(model, "config.json", revision):
             return VLM_POLICY
         raise ValueError(
@@ -175,6 +183,8 @@ def load_policy(
         ValueError: if the model is missing, incomplete or of an unknown family, or the adapter does not fit.
     """
     cls, source = policy_class(model, revision=revision), resolve_asset(model)
+    if is_single_file(source):
+        source = converted_folder(source)
     check_quantize(options.get("quantize"), device=device)
     if Path(source).is_dir():
         check_folder(Path(source))

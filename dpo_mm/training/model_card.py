@@ -44,6 +44,8 @@ IMPORTS = {
     "AutoModelForImageTextToText": "from transformers import AutoModelForImageTextToText, AutoProcessor",
     "AutoModelForCausalLM": "from transformers import AutoModelForCausalLM, AutoTokenizer",
     "DiffusionPipeline": "from diffusers import DiffusionPipeline",
+    "StableDiffusionPipeline": "from diffusers import StableDiffusionPipeline",
+    "StableDiffusionXLPipeline": "from diffusers import StableDiffusionXLPipeline",
     "load_image": "from diffusers.utils import load_image",
 }
 
@@ -71,7 +73,7 @@ def usage_code(config: TrainConfig, *, family: str = "", image_lines: Sequence[s
         if "ForCausalLM" in family:
             lines = lines.replace("AutoModelForImageTextToText", "AutoModelForCausalLM")
             lines = lines.replace("AutoProcessor", "AutoTokenizer").replace("processor =", "tokenizer =")
-    imports = [line for name, line in IMPORTS.items() if name in lines]
+    imports = [line for name, line in IMPORTS.items() if re.search(rf"\b{name}\b", lines)]
     return "\n".join(["import torch", *sorted(imports), "", lines])
 
 

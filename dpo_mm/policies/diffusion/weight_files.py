@@ -19,6 +19,7 @@ from dpo_mm.policies.adapters import (
     save_whole,
     saved_lora,
 )
+from dpo_mm.policies.single_file import load_line
 from dpo_mm.policies.start_adapter import save_start, start_file
 
 if TYPE_CHECKING:
@@ -79,15 +80,15 @@ def load_weights(policy: DiffusionPolicy, folder: Path) -> None:
 
 def usage_snippet(policy: DiffusionPolicy, base: str, folder: str) -> list[str]:
     """Return lines of Python that load the base pipeline and the weights that `save` wrote with diffusers."""
-    load_line = f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype={policy.dtype})'
+    load = load_line(base, policy.dtype)
     if policy.config.tuning == "lora":
         if (start := start_file(policy.config)) is None:
-            return [load_line, f'pipe.load_lora_weights("{folder}")']
+            return [load, f'pipe.load_lora_weights("{folder}")']
         return [
-            load_line,
+            load,
             f'pipe.load_lora_weights("{folder}/{START_FOLDER}", weight_name="{start.name}", adapter_name="start")',
             f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}", adapter_name="tuned")',
             'pipe.set_adapters(["start", "tuned"])',
         ]
     denoiser = f"pipe.{policy.denoiser}"
-    return [load_line, f'{denoiser} = type({denoiser}).from_pretrained("{folder}", subfolder="{policy.denoiser}")']
+    return [load, f'{denoiser} = type({denoiser}).from_pretrained("{folder}", subfolder="{policy.denoiser}")']
