@@ -128,6 +128,14 @@ def _folder(path: Path) -> PromptSet:
     return PromptSet(tuple(prompts), "DPG-Bench")
 
 
+def is_prompt_list(path: Path) -> bool:
+    """Tell if a file holds only prompts by its name, or for a CSV file by its columns prompt and category."""
+    if path.suffix != ".csv" or not path.is_file():
+        return path.suffix == ".txt"
+    header = next(csv.reader(_text(path).split("\n")[:1]), [])
+    return "prompt" in header and set(header) <= {"prompt", "category"}
+
+
 def _json_list(text: str) -> list[Any] | None:
     """Parse a JSON list, or return None if the text is not one: a line of prompts may begin with a bracket."""
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_mm.assets import resolve_asset
-from dpo_mm.data.prompts import read_prompts
+from dpo_mm.data.prompts import is_prompt_list, read_prompts
 from dpo_mm.data.schema import prompt_images
 from dpo_mm.doctor import image_checks, response_checks
 from dpo_mm.doctor.checks import CHECKS, PAIR_CHECKS, Finding, sort_by_severity
@@ -97,13 +97,13 @@ def held_out_digests(name: str) -> tuple[set[int], set[int]]:
     """Return the digests of the prompts and of the images of a held-out dataset.
 
     Args:
-        name: a dataset, or a text file with one prompt per line.
+        name: a dataset, or a list of prompts: a text file with one per line, or a table with the columns prompt and category.
 
     Raises:
         ValueError: if it is neither.
     """
     path = Path(resolve_asset(name))
-    if path.suffix == ".txt":
+    if is_prompt_list(path):
         return {digest(plain_text(prompt)) for prompt in read_prompts(name)}, set()
     dataset = load_dataset(name, path=local_pairs(name).path)
     prompts: set[int] = set()

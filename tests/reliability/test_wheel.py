@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+MAX_BYTES = 60e6
+"""Size of a wheel with its models and datasets, at most. Package indexes refuse files above 100 MB."""
 CHECK = """
 import sys
 from pathlib import Path
@@ -44,6 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(build, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.glob("*.whl")
+    assert path.stat().st_size < MAX_BYTES
     return path
 
 

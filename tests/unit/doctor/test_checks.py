@@ -434,6 +434,9 @@ def test_examine_held_out_text_file_is_checked(tmp_path: Path, clean: dict[str, 
     (tmp_path / "held.txt").write_text("something else\nprompt 3 of some kind\n")
     (finding,) = examine(path, held_out=str(tmp_path / "held.txt")).findings
     assert (finding.check, finding.rows, finding.examples[0][0]) == ("held-out-prompts", 2, "pair 6")
+    prompts = (tmp_path / "held.txt").read_text().splitlines()
+    (tmp_path / "held.csv").write_text("\n".join(["prompt,category", *(f'"{prompt}",all' for prompt in prompts)]))
+    assert examine(path, held_out=str(tmp_path / "held.csv")).findings == (finding,)
 
 
 def test_examine_folder_and_bundled_dataset(tmp_path: Path, clean: dict[str, Rows]) -> None:
