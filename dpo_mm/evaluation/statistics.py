@@ -29,8 +29,9 @@ Verdict = Literal["better", "no evidence", "worse", "differs"]
 BASE_AND_TUNED: tuple[str, str] = ("base", "tuned")
 MIN_EVENTS = 5
 """Items that must differ between the models for an interval."""
-MIN_YES_NO_ITEMS = 2 * MIN_EVENTS
-"""Yes-or-no items for an interval. With fewer, equal models are not expected to differ in five."""
+MIN_YES_NO_ITEMS, MIN_YES_NO_CLUSTERS = 16, 12
+"""Yes-or-no items, and clusters of them, for an interval. With fewer, those that have one contain the true difference
+less often than 93 % (`python -m tests.bench.coverage`)."""
 MDE_STANDARD_ERRORS = 2.8  # 1.96 for the level and 0.84 for 80 % power
 
 
@@ -142,8 +143,8 @@ def paired(
         weights: weight of each item in both means, (items,), > 0, equal within a cluster. None: equal weights.
 
     Returns:
-        The comparison. It has no interval if fewer than five items differ, or if there are fewer than ten and all
-        scores are 0 or 1. Its verdict is that of `verdict_of`.
+        The comparison. It has no interval if fewer than five items differ, or if all scores are 0 or 1 and there are
+        fewer than 16 items or 12 clusters. Its verdict is that of `verdict_of`.
 
     Raises:
         ValueError: if there are fewer than 2 clusters, the lengths differ, a score is not finite, or the direction is
@@ -160,7 +161,7 @@ def paired(
     scale = max(np.abs(before).max(), np.abs(after).max())
     votes = sign_votes(groups, scale) * (-1 if direction == "lower" else 1)
     events = int((np.abs(after - before) > 1e-12 * scale).sum())
-    low, high = _interval(groups.mean, groups.influence, scale, enough=_enough(events, before, after))
+    low, high = _interval(groups.mean, groups.influence, scale, enough=_enough(events, len(votes), before, after))
     in_unit_range = min(before.min(), after.min()) >= 0 and max(before.max(), after.max()) <= 1
     if in_unit_range and low is not None and high is not None:
         low, high = max(low, -1.0), min(high, 1.0)
@@ -224,7 +225,7 @@ def paired_ratios(
     item_rates = _item_rates(before), _item_rates(after)
     gain = np.sign(item_rates[1] - item_rates[0]).astype(np.int64)
     influence = _rate_influence(after, rates[1]) - _rate_influence(before, rates[0])
-    enough = _enough(int((gain != 0).sum()), *item_rates)
+    enough = _enough(int((gain != 0).sum()), len(gain), *item_rates)
     low, high = _interval(rates[1] - rates[0], influence, max(map(abs, rates)), enough=enough)
     return _comparison(
         votes=-gain if direction == "lower" else gain,
@@ -276,10 +277,11 @@ def _item_rates(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     return counts[:, 0] / np.where(counts[:, 1] > 0, counts[:, 1], 1e-9)
 
 
-def _enough(events: int, *scores: NDArray[np.float64]) -> bool:
+def _enough(events: int, clusters: int, *scores: NDArray[np.float64]) -> bool:
     """Return whether there are enough items that differ (events) for an interval. scores: (items,) of each model."""
     yes_or_no = all(np.isin(values, (0, 1)).all() for values in scores)
-    return events >= MIN_EVENTS and (not yes_or_no or len(scores[0]) >= MIN_YES_NO_ITEMS)
+    many = len(scores[0]) >= MIN_YES_NO_ITEMS and clusters >= MIN_YES_NO_CLUSTERS
+    return events >= MIN_EVENTS and (many or not yes_or_no)
 
 
 def minimum_detectable_effect(base: ArrayLike, tuned: ArrayLike, clusters: Sequence[Any] | NDArray[Any]) -> float:

@@ -103,7 +103,7 @@ def test_interval_covers_true_difference_in_95_percent(prompts, seeds):
 
 @pytest.mark.parametrize(
     ("groups", "rate", "samples", "ratios"),
-    [(6, 0.5, 4, False), (24, 0.5, 1, False), (24, 0.1, 4, False), (72, 0.1, 1, True), (400, 0.02, 1, True)],
+    [(12, 0.5, 4, False), (24, 0.5, 1, False), (24, 0.1, 4, False), (72, 0.1, 1, True), (400, 0.02, 1, True)],
 )
 def test_printed_interval_of_rates_covers_93_to_97_percent(groups, rate, samples, ratios):
     """It catches a normal quantile, k instead of k - 1, items instead of clusters, and a percentile bootstrap.
@@ -158,14 +158,14 @@ def test_equal_differences_need_six_prompts():
     few, enough = compare(np.zeros(5), np.full(5, 0.3)), compare(np.zeros(6), np.full(6, 0.3))
     assert few.low <= 0 < few.high and few.verdict == "no evidence"
     assert 0 < enough.low < 0.3 < enough.high and enough.verdict == "better"
-    assert compare(np.zeros(12), np.ones(12)).high == 1.0
+    assert compare(np.zeros(16), np.ones(16)).high == 1.0
 
 
 def test_interval_needs_five_items_that_differ():
-    """It catches an interval from four events, or from yes-or-no items of which five are not expected to differ."""
+    """It catches an interval from four events, from 15 yes-or-no items, or from yes-or-no items of 11 prompts."""
 
-    def interval(base, tuned):
-        one = compare(base, tuned)
+    def interval(base, tuned, clusters=None):
+        one = compare(base, tuned, clusters)
         assert (one.low is None) == (one.high is None)
         return one.low is not None
 
@@ -177,7 +177,10 @@ def test_interval_needs_five_items_that_differ():
     tuned[:9] = 1.0
     assert compare(np.zeros(200), tuned).verdict == "better"
     assert not interval(np.ones(30), np.ones(30)) and not interval([0.0, 0.0], [1.0, 1.2])
-    assert not interval(np.zeros(9), np.ones(9)) and interval(np.zeros(10), np.ones(10))
+    assert not interval(np.zeros(15), np.ones(15)) and interval(np.zeros(16), np.ones(16))
+    few, enough = np.arange(11).repeat(4), np.arange(12).repeat(4)
+    assert not interval(np.zeros(44), np.ones(44), few) and interval(np.zeros(48), np.ones(48), enough)
+    assert interval(np.zeros(9), np.full(9, 0.5))
 
 
 def test_interval_equals_scipy_t_interval_with_one_item_per_prompt():
@@ -351,13 +354,13 @@ def test_item_with_rate_zero_on_one_side_votes():
 
 
 def test_weights_give_the_mean_over_categories():
-    base, tuned = np.zeros(12), np.array([1.0] * 9 + [0.0] * 3)
-    weights = np.array([1 / 9] * 9 + [1 / 3] * 3)
+    base, tuned = np.zeros(16), np.array([1.0] * 12 + [0.0] * 4)
+    weights = np.array([1 / 12] * 12 + [1 / 4] * 4)
     plain, balanced = compare(base, tuned), compare(base, tuned, weights=weights)
     assert (plain.tuned, balanced.tuned) == pytest.approx((0.75, 0.5))
     assert balanced.difference == pytest.approx(0.5) and balanced.low < 0.5 < balanced.high
     assert (balanced.wins, balanced.ties) == (plain.wins, plain.ties)
-    assert compare(base, tuned, weights=np.full(12, 7.0)).high == pytest.approx(plain.high)
+    assert compare(base, tuned, weights=np.full(16, 7.0)).high == pytest.approx(plain.high)
 
 
 def test_neutral_direction_gives_differs():
