@@ -52,10 +52,10 @@ def given_training_rows(
     Raises:
         ValueError: if a dataset is not valid, or does not have the sides that the objective needs.
     """
-    loaded = _with_sides(train, TRAIN, config, modality)
     if evaluation is None:
-        return loaded
+        return _with_sides(train, TRAIN, config, modality)
     whole = dataclasses.replace(config, eval_fraction=0.0, eval_every=0)
+    loaded = _with_sides(train, TRAIN, whole, modality)
     apart = _with_sides(evaluation, EVALUATION, whole, modality)
     if apart.kind != loaded.kind:
         raise ValueError(

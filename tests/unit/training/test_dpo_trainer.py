@@ -81,7 +81,9 @@ def test_vlm_and_rows_of_trl_give_the_run_of_the_command(text_model: str, tmp_pa
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             seen.append(state.global_step)
 
-    args = DPOConfig(tmp_path / "by-class", **STEPS, loss_type=["sigmoid"], per_device_train_batch_size=2, bf16=False)
+    args = DPOConfig(
+        tmp_path / "by-class", **STEPS, loss_type=["sigmoid"], per_device_train_batch_size=2, bf16=False, eval_steps=2
+    )
     given: dict[str, Any] = {"train_dataset": dataset, "eval_dataset": evaluation, "peft_config": lora}
     trainer = DPOTrainer(**vlm(text_model), args=args, **given, callbacks=[Callback()])
     result = trainer.train()
@@ -91,8 +93,10 @@ def test_vlm_and_rows_of_trl_give_the_run_of_the_command(text_model: str, tmp_pa
             steps=3, log_every=1, seed=3, batch_size=2, eval_fraction=0.0, lora_rank=4, lora_alpha=8, lora_targets=("q_proj", "v_proj"),
         )
     )  # fmt: skip
-    *steps, evaluated = result.history
-    assert_same_run(dataclasses.replace(result, history=tuple(steps)), expected)
+    *earlier, evaluated = [entry for entry in result.history if "eval_loss" in entry]
+    assert [entry["step"] for entry in earlier] == [2]  # eval_steps does not split off rows
+    steps = tuple(entry for entry in result.history if "eval_loss" not in entry)
+    assert_same_run(dataclasses.replace(result, history=steps), expected)
     assert seen == [1, 2, 3]
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == evaluated["eval_loss"] and metrics.items() - {("epoch", 1.0)} <= evaluated.items()
