@@ -3,8 +3,8 @@
 It has no weights. The border gives the background. Then the drawing, position and size that explain most of the rest are
 taken: those with the largest drop in squared error when this drawing is laid on the background. What they cover is removed,
 and so on until nothing of a drawing's size is left. The search runs at half resolution, the decision among the best kinds at
-full resolution. A thing that no drawing explains well has no name, so it never satisfies a prompt. Nor has one that another
-drawing explains almost as well, unless little is left unexplained.
+full resolution. A thing that no drawing explains well has no name, so it never satisfies a prompt. Nor has a blob that two
+drawings explain almost equally well, unless little is left unexplained.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from dpo_mm.worlds.drawing_sprites import BACKGROUNDS, kinds, sprite, usual_colo
 SIZE, HALF = drawings.SIZE, drawings.SIZE // 2
 SINGLE_SIDES, SEVERAL_SIDES = (20, 22, 24, 26), (13, 14, 15)
 """Edges of a drawing that are searched, in pixels at half resolution, if it is alone and if there are several."""
-UNCLEAR = 0.25
-"""Fraction of a thing left unexplained above which it has no name: at full resolution, or at a quarter if it is distinct."""
-DISTINCT = 0.55
-"""Largest gain of a drawing with another name, as a fraction of the best one's, for a thing to be distinct."""
+SURE, UNCLEAR = 0.16, 0.25
+"""Fraction of a thing left unexplained up to which it always has a name, and above which it has none."""
+DISTINCT, CONTESTED = 0.55, 0.92
+"""Gain of the best drawing with another name, as a fraction of the best gain. Up to the first a thing is distinct, so that
+`UNCLEAR` is the limit at a quarter of the resolution. Above the second only `SURE` gives a name."""
 AMBIGUOUS = 2
 """Largest distance of another background that also counts, as a multiple of the nearest one's."""
 MIN_AREA = 26
@@ -258,9 +259,9 @@ def _decide(search: Search, gains: Tensor, places: Tensor, sides: Sequence[int])
     best = max(placements)
     coverage = _coverage(best)
     near = F.max_pool2d(coverage, 5, 1, 2)
-    unexplained = _unexplained(search, best, near, pool=1)
-    is_clear = unexplained <= UNCLEAR
-    if not is_clear and _rival(best.kind, gains.amax(0)) <= DISTINCT:
+    unexplained, rival = _unexplained(search, best, near, pool=1), _rival(best.kind, gains.amax(0))
+    is_clear = unexplained <= (UNCLEAR if rival <= CONTESTED else SURE)
+    if rival <= DISTINCT and not is_clear:
         is_clear = _unexplained(search, best, near, pool=4) <= UNCLEAR
     name, colour = kinds()[best.kind] if is_clear else (None, None)
     centre_x, centre_y = (best.left + best.side / 2) / SIZE, (best.top + best.side / 2) / SIZE

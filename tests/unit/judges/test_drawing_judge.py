@@ -77,6 +77,15 @@ def test_detect_scenes_names_a_distorted_thing_that_no_other_drawing_explains() 
     assert thing.name == "bicycle" and thing.unexplained > UNCLEAR
 
 
+def test_a_blob_that_two_drawings_explain_has_no_name() -> None:
+    pixels = np.full((64, 64, 3), BACKGROUNDS["yellow"])
+    y, x = np.mgrid[:64, :64]
+    pixels[((x - 32) / 12) ** 2 + ((y - 32) / 10) ** 2 < 1] = (40, 190, 60)
+    blob = Image.fromarray(pixels.astype(np.uint8)).filter(ImageFilter.GaussianBlur(2))
+    (scene,) = detect_scenes([blob])
+    assert [thing.name for thing in scene.things] == [None]
+
+
 def test_a_large_thing_is_not_read_as_several_and_a_small_one_next_to_it_counts() -> None:
     large, small = Thing("dinosaur", "orange", 0.4, 0.4, 0.62), Thing("bee", None, 0.83, 0.83, 0.3)
     images = [distorted(drawings.render(Scene(things, "pink")), 3) for things in ((large,), (large, small))]
