@@ -35,6 +35,7 @@ from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
 from dpo_mm.outputs import write_results
 from dpo_mm.policies.adapter_sources import name_base
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
+from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources
 from dpo_mm.policies.families import load_image_policy
 from dpo_mm.policies.protocol import ImagePolicy
 
@@ -90,7 +91,7 @@ def compare_scores(
     return paired(
         base.scores[judge],
         tuned.scores[judge],
-        clusters=np.array(base.plan.prompts),
+        clusters=base.plan.items,
         metric=metric,
         judge=judge,
         direction=better_of(judge),
@@ -105,7 +106,7 @@ def compare_diversity(
     """Compare the diversity of each prompt's images. Empty with one image per prompt."""
     if base.plan.samples < 2:
         return []
-    prompts = np.array(base.plan.prompts[:: base.plan.samples])
+    prompts = base.plan.items[:: base.plan.samples]
     values = diversity(base), diversity(tuned)
     return [paired(*values, clusters=prompts, metric="diversity", judge=PIXELS, models=models)]
 
@@ -117,7 +118,7 @@ def diversity(scored: ScoredImages) -> np.ndarray:
 
 def compare_image_statistics(base: ScoredImages, tuned: ScoredImages) -> list[Comparison]:
     """Compare saturation, sharpness and file size, which have no better direction, with p corrected for their number."""
-    prompts = np.array(base.plan.prompts)
+    prompts = base.plan.items
     results = [
         paired(
             getattr(base.image_statistics, name),
@@ -134,7 +135,7 @@ def compare_image_statistics(base: ScoredImages, tuned: ScoredImages) -> list[Co
 
 def by_category(base: ScoredImages, tuned: ScoredImages, judge: str) -> list[Comparison]:
     """Compare by one judge within each category of at least two prompts, with p corrected for their number."""
-    categories, prompts = base.plan.category_per_image, np.array(base.plan.prompts)
+    categories, prompts = base.plan.category_per_image, base.plan.items
     results = []
     for name in sorted(set(categories)):
         inside = categories == name
@@ -153,7 +154,7 @@ def aa_control(base: ScoredImages, judge: str) -> Comparison | None:
     if half == 0:
         return None
     scores = base.scores[judge].reshape(-1, base.plan.samples)
-    prompts = np.repeat(np.array(base.plan.prompts[:: base.plan.samples]), half)
+    prompts = np.repeat(base.plan.items[:: base.plan.samples], half)
     first, second = scores[:, :half].ravel(), scores[:, half : 2 * half].ravel()
     name = f"A/A control: {metric_of(judge)}"
     return paired(first, second, clusters=prompts, metric=name, judge=judge, direction=better_of(judge))
@@ -204,6 +205,8 @@ def compare_images(
     sets, store = read_plans(config), ImageStore(Path(config.output_dir) / FOLDER)
     plan = sets[0][1]
     sampler = ImageSampler(_load(config, config.adapter), config, store, config.adapter)
+    for own, each in sets:
+        check_prompt_sources(sampler.policy, own.prompts, each.prompts, each.sources)
     bases = _generate(_base_sampler(sampler), sets, scale=float(config.base_adapter is not None), label="base")
     tuneds = _generate(sampler, sets, scale=1.0, label="tuned") if config.adapter else bases
     base, tuned = bases[0], tuneds[0]
@@ -256,7 +259,7 @@ def read_plans(config: CompareConfig) -> list[tuple[CompareConfig, SamplingPlan]
     Raises:
         ValueError: as `read_sets`, or if a judge cannot score a prompt.
     """
-    sets = read_sets(config, sampling_plan, lambda plan: len(set(plan.prompts)))
+    sets = read_sets(config, sampling_plan, lambda plan: len(set(plan.items)))
     for own, plan in sets:
         check_prompts(own.judges, plan.prompts[:: plan.samples])
     return sets

@@ -22,6 +22,7 @@ class Example:
         base, tuned: the images.
         base_score, tuned_score: the primary judge's scores. If all scores of a page are 0 or 1, they are shown as wrong
             and right.
+        sources: images to edit, which both models got.
     """
 
     prompt: str
@@ -31,6 +32,7 @@ class Example:
     base_score: float | None = None
     tuned_score: float | None = None
     seed: int = 0
+    sources: tuple[Image.Image, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class MostChanged:
 def contact_sheet(examples: Sequence[Example], *, tile: int = 176, columns: int = 8) -> Image.Image:
     """Draw the examples next to each other, base above tuned, each with its score and prompt.
 
+    The images to edit are above the base's, if there are any.
+
     Args:
         examples: at least one.
         tile: edge of an image, pixels.
@@ -63,22 +67,25 @@ def contact_sheet(examples: Sequence[Example], *, tile: int = 176, columns: int 
     """
     gap, caption, margin = 10, 58, 64
     columns = min(columns, len(examples))
-    height = 2 * (tile + gap) + caption
+    sources = any(example.sources for example in examples)
+    rows = 3 if sources else 2
+    height = rows * (tile + gap) + caption
     bands = math.ceil(len(examples) / columns)
     sheet = Image.new("RGB", (margin + columns * (tile + gap) + gap, bands * height + 2 * gap), "#ffffff")
     draw, exact = ImageDraw.Draw(sheet), has_exact_scores(examples)
     for index, example in enumerate(examples):
-        left, top = margin + (index % columns) * (tile + gap), gap + index // columns * height
-        scored = ((example.base, example.base_score), (example.tuned, example.tuned_score))
-        for row, (image, score) in enumerate(scored):
-            corner = (left, top + row * (tile + gap))
+        left, y = margin + (index % columns) * (tile + gap), gap + index // columns * height
+        shown = [("base", example.base, example.base_score), ("tuned", example.tuned, example.tuned_score)]
+        if sources:
+            shown.insert(0, ("source", _side_by_side(example.sources, tile), None))
+        for row, (name, image, score) in enumerate(shown):
+            corner = (left, y + row * (tile + gap))
             sheet.paste(_fit(image, tile), corner)
             _stamp(draw, mark_of(score, exact), corner, tile)
             if index % columns == 0:
-                name = ("base", "tuned")[row]
                 draw.text((margin - 12, corner[1] + tile // 2), name, "#55555c", _font(15), anchor="rm")
         prompt = "\n".join(textwrap.wrap(example.prompt, tile // 8, max_lines=3, placeholder=" …"))
-        draw.multiline_text((left, top + 2 * (tile + gap) - 4), prompt, "#1c1c1f", _font(13), spacing=3)
+        draw.multiline_text((left, y + rows * (tile + gap) - 4), prompt, "#1c1c1f", _font(13), spacing=3)
     return sheet
 
 
@@ -146,6 +153,17 @@ def _fit(image: Image.Image, edge: int) -> Image.Image:
     resampling = Image.Resampling.NEAREST if max(image.size) < PIXELATED else Image.Resampling.LANCZOS
     square = Image.new("RGB", (edge, edge), "#f0efec")
     square.paste(image.resize(size, resampling), ((edge - size[0]) // 2, (edge - size[1]) // 2))
+    return square
+
+
+def _side_by_side(images: Sequence[Image.Image], edge: int) -> Image.Image:
+    """Return the images next to each other in a square, each fitted without distortion. Empty without images."""
+    if len(images) == 1:
+        return images[0]
+    part = edge // max(1, len(images))
+    square = Image.new("RGB", (edge, edge), "#f0efec")
+    for number, image in enumerate(images):
+        square.paste(_fit(image, part), (number * part, (edge - part) // 2))
     return square
 
 

@@ -57,7 +57,8 @@ def _read_content(config: CompareConfig | CompareResponsesConfig) -> list[tuple[
     """Return settings and content of what is compared, then of each side set."""
     if isinstance(config, CompareConfig):
         read_prompts = lambda own: read_prompt_set(own.prompts, limit=own.max_prompts)
-        return [*read_sets(config, read_prompts, lambda prompt_set: len(prompt_set.prompts))]
+        sets = read_sets(config, read_prompts, lambda prompt_set: len(prompt_set.prompts))
+        return [(own, prompt_set.content) for own, prompt_set in sets]
     return [*read_sets(config, _questions_content, len)]
 
 

@@ -35,7 +35,7 @@ def most_changed(base: ScoredImages, tuned: ScoredImages, judge: str, *, count: 
     """
     sign = -1.0 if better_of(judge) == "lower" else 1.0
     change = sign * (np.asarray(tuned.scores[judge], float) - np.asarray(base.scores[judge], float))
-    rows = [_largest_per_prompt(way * change, base.plan.prompts)[:count] for way in (1, -1)]
+    rows = [_largest_per_prompt(way * change, base.plan.items.tolist())[:count] for way in (1, -1)]
     improved, worsened = ([_example(base, tuned, judge, row) for row in chosen] for chosen in rows)
     return MostChanged(tuple(improved), tuple(worsened))
 
@@ -59,4 +59,5 @@ def _example(base: ScoredImages, tuned: ScoredImages, judge: str, row: int) -> E
         base_score=float(base.scores[judge][row]),
         tuned_score=float(tuned.scores[judge][row]),
         seed=base.plan.seeds[row],
+        sources=tuple(base.plan.sources[row]) if base.plan.sources else (),
     )

@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,16 +16,36 @@ from PIL import Image
 
 from dpo_mm.config import CompareConfig
 from dpo_mm.content_key import check_ingredients, content_hash, library_versions, lora_scales, plain_settings
-from dpo_mm.data.prompts import category, read_prompt_set, seeds_of
+from dpo_mm.data.lazy_images import LazyImages
+from dpo_mm.data.prompts import NO_SOURCES, category, item_name, read_prompt_set, seeds_of
 from dpo_mm.evaluation.image_statistics import ImageStatistics, image_statistics
 from dpo_mm.evaluation.image_store import NAMES, ImageFiles, ImageStore
 from dpo_mm.judges import judge_digests
 from dpo_mm.judges.score_checks import image_scores
+from dpo_mm.policies.diffusion.prompt_sources import images_to_edit
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
 
 JUDGE_BATCH_SIZE = 64
 """Images per call of a judge. Its scores are saved before the next call."""
+
+
+class ImageRequest(NamedTuple):
+    """An image to generate: prompt, seed, and the images to edit."""
+
+    prompt: str
+    seed: int
+    sources: LazyImages = NO_SOURCES
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """Fields for cache keys: images to edit are their hashes."""
+        return (self.prompt, self.seed, *self.sources.file_hashes)
+
+    @property
+    def recorded(self) -> dict[str, list[str]]:
+        """Entry of the image's row in the manifest that names the images to edit."""
+        return {"sources": list(self.sources.file_hashes)} if self.sources else {}
 
 
 @dataclass(frozen=True)
@@ -36,6 +57,7 @@ class SamplingPlan:
         samples: images per prompt.
         categories: of each image. Empty: derived from the prompts of the synthetic shapes.
         balanced: whether scores are means over the categories' means, as GenEval's are.
+        sources: images to edit, of each image. Empty: the prompts have none.
     """
 
     prompts: tuple[str, ...]
@@ -43,6 +65,18 @@ class SamplingPlan:
     samples: int
     categories: tuple[str, ...] = ()
     balanced: bool = False
+    sources: tuple[LazyImages, ...] = ()
+
+    @property
+    def requests(self) -> list[ImageRequest]:
+        """The images to generate."""
+        each = zip(self.prompts, self.seeds, self.sources or repeat(NO_SOURCES, len(self.prompts)), strict=True)
+        return [ImageRequest(*request) for request in each]
+
+    @cached_property
+    def items(self) -> np.ndarray:
+        """Name of each image's prompt together with its images to edit, (images,): what an interval is clustered by."""
+        return np.array([item_name(request.prompt, request.sources) for request in self.requests])
 
     @cached_property
     def category_per_image(self) -> np.ndarray:
@@ -66,6 +100,7 @@ class SamplingPlan:
             min(samples, self.samples),
             tuple(self.categories[n] for n in indices) if self.categories else (),
             self.balanced,
+            tuple(self.sources[n] for n in indices) if self.sources else (),
         )
 
     def first_indices(self, samples: int) -> list[int]:
@@ -116,10 +151,13 @@ def sampling_plan(config: CompareConfig) -> SamplingPlan:
     seeds = [
         seed
         for prompt in prompt_set.prompts
-        for seed in seeds_of(prompt.text, config.images_per_prompt, seed=config.seed)
+        for seed in seeds_of(
+            prompt.text, config.images_per_prompt, seed=config.seed, sources=prompt.sources.file_hashes
+        )
     ]
-    texts, categories = zip(*prompts, strict=True)
-    return SamplingPlan(texts, tuple(seeds), config.images_per_prompt, categories, prompt_set.balanced)
+    texts, categories, sources = zip(*prompts, strict=True)
+    samples, own = config.images_per_prompt, sources if any(sources) else ()
+    return SamplingPlan(texts, tuple(seeds), samples, categories, prompt_set.balanced, own)
 
 
 @dataclass(frozen=True)
@@ -150,41 +188,43 @@ class ImageSampler:
             judges: names of the judges. None: those of the config.
         """
         settings, store, size = self.settings(scale), self.store, self.config.batch_size
-        pairs = list(zip(plan.prompts, plan.seeds, strict=True))
-        distinct = list(dict.fromkeys(pairs))
-        keys: dict[tuple[str, int], str] = {}
+        distinct = list({request.content: request for request in plan.requests}.values())
+        keys: dict[tuple[Any, ...], str] = {}
         with progress_bar(f"generating images: {label}", len(distinct)) as advance:
             for batch in (distinct[start : start + size] for start in range(0, len(distinct), size)):
-                batch_settings = {**settings, "batch": content_hash(batch)}
+                batch_settings = {**settings, "batch": content_hash([request.content for request in batch])}
                 check_ingredients("image of a comparison", {k: v for k, v in batch_settings.items() if k not in NAMES})
-                missing = {pair for pair in batch if store.find(batch_settings, *pair) is None}
-                if missing:
-                    images = self._generate_batch(batch, scale)
-                    store.add(batch_settings, [image for image in images if image[:2] in missing], label=label)
-                keys |= {pair: store.key(batch_settings, *pair) for pair in batch}
+                named = [({**batch_settings, **request.recorded}, request.prompt, request.seed) for request in batch]
+                missing = [store.find(*name) is None for name in named]
+                images = self._generate_batch(batch, scale) if any(missing) else []
+                for (own, *name), image, is_missing in zip(named, images, missing, strict=False):
+                    if is_missing:
+                        store.add(own, [(*name, image)], label=label)
+                keys |= {request.content: store.key(*name) for request, name in zip(batch, named, strict=True)}
                 advance(len(batch))
-        rows = [store.rows[keys[pair]] for pair in pairs]
+        rows = [store.rows[keys[request.content]] for request in plan.requests]
         files = ImageFiles([store.folder / row["file"] for row in rows])
         digests = [row["sha256"] for row in rows]
         names = self.config.judges if judges is None else judges
-        scores = {name: score_images(name, files, digests, plan.prompts, store) for name in names}
+        scores = {name: score_images(name, files, digests, plan.requests, store) for name in names}
         return ScoredImages(plan, files, scores)
 
-    def _generate_batch(self, batch: Sequence[tuple[str, int]], scale: float) -> list[tuple[str, int, Image.Image]]:
-        """Generate the images of one batch, each with its prompt and seed.
+    def _generate_batch(self, batch: Sequence[ImageRequest], scale: float) -> list[Image.Image]:
+        """Generate the images of one batch.
 
         A batch is generated as a whole even if only one image is missing: its size changes the rounding of the pixels.
         """
         config = self.config
         (images,) = self.policy.sample(
-            [prompt for prompt, _ in batch],
-            [seed for _, seed in batch],
+            [request.prompt for request in batch],
+            [request.seed for request in batch],
             steps=config.num_inference_steps,
             guidance=config.guidance_scale,
             batch_size=config.batch_size,
             scale=scale,
+            **images_to_edit([request.sources for request in batch]),
         )
-        return [(*pair, image) for pair, image in zip(batch, images, strict=True)]
+        return images
 
     def settings(self, scale: float) -> dict[str, Any]:
         """Return everything but prompt, seed and batch that determines an image at a LoRA scale, as plain values."""
@@ -238,13 +278,13 @@ def weights_digest(pipe: Any, *, adapter: bool = True) -> str:
 
 
 def score_images(
-    name: str, files: ImageFiles, digests: Sequence[str], prompts: Sequence[str], store: ImageStore
+    name: str, files: ImageFiles, digests: Sequence[str], requests: Sequence[ImageRequest], store: ImageStore
 ) -> np.ndarray:
     """Score images with a judge, except those that the store has its scores of.
 
     Args:
         name: the judge.
-        files, digests, prompts: image, hash and prompt, (images,) each.
+        files, digests, requests: image, hash and what was generated, (images,) each.
         store: scores on disk. New ones are added.
 
     Returns:
@@ -254,11 +294,15 @@ def score_images(
         ValueError: if the judge returns another number of scores, or a score that is not finite.
     """
     card = judge_card_digest(name)
-    keys = list(zip(digests, prompts, strict=True))
+    keys = [
+        (digest, request.prompt, *request.sources.file_hashes)
+        for digest, request in zip(digests, requests, strict=True)
+    ]
     missing = [n for n, key in enumerate(keys) if store.score(card, *key) is None]
     for start in range(0, len(missing), JUDGE_BATCH_SIZE):
         part = missing[start : start + JUDGE_BATCH_SIZE]
-        scores = image_scores(name, [files[n] for n in part], [prompts[n] for n in part]).tolist()
+        prompts, sources = [requests[n].prompt for n in part], [requests[n].sources for n in part]
+        scores = image_scores(name, [files[n] for n in part], prompts, sources).tolist()
         store.add_scores(name, card, [(*keys[n], score) for n, score in zip(part, scores, strict=True)])
     return np.array([store.score(card, *key) for key in keys], dtype=np.float64)
 

@@ -72,7 +72,10 @@ class ImageStore:
         folder.mkdir(parents=True, exist_ok=True)
         remove_stale_files(folder.rglob(".*"))
         self.rows = {self.key(row, row["prompt"], row["seed"]): row for row in read_manifest(folder)}
-        self.scores = {(row["card"], row["sha256"], row["prompt"]): row["score"] for row in read_scores(folder)}
+        self.scores = {
+            (row["card"], row["sha256"], row["prompt"], *row.get("sources", ())): row["score"]
+            for row in read_scores(folder)
+        }
 
     @staticmethod
     def key(settings: Mapping[str, Any], prompt: str, seed: int) -> str:
@@ -119,29 +122,30 @@ class ImageStore:
             self.rows[key] = rows[-1]
         append_lines(self.folder / MANIFEST, rows)
 
-    def score(self, card: str, digest: str, prompt: str) -> float | None:
+    def score(self, card: str, digest: str, prompt: str, *sources: str) -> float | None:
         """Return a judge's score of an image, None if it has not scored it.
 
         Args:
             card: hash of the judge's card.
             digest: hash of the image.
             prompt: the image's prompt.
+            sources: hashes of the images to edit.
         """
-        return self.scores.get((card, digest, prompt))
+        return self.scores.get((card, digest, prompt, *sources))
 
-    def add_scores(self, judge: str, card: str, scores: Sequence[tuple[str, str, float]]) -> None:
+    def add_scores(self, judge: str, card: str, scores: Sequence[tuple[Any, ...]]) -> None:
         """Save a judge's scores.
 
         Args:
             judge: its name.
             card: hash of its card.
-            scores: (hash of the image, prompt, score) each.
+            scores: (hash of the image, prompt, hash of each image to edit, score) each.
         """
-        rows = [
-            {"judge": judge, "card": card, "sha256": digest, "prompt": prompt, "score": score}
-            for digest, prompt, score in scores
-        ]
-        self.scores |= {(card, row["sha256"], row["prompt"]): row["score"] for row in rows}
+        rows = []
+        for digest, prompt, *sources, score in scores:
+            row = {"judge": judge, "card": card, "sha256": digest, "prompt": prompt, "score": score}
+            rows.append({**row, "sources": sources} if sources else row)
+            self.scores[(card, digest, prompt, *sources)] = score
         append_lines(self.folder / SCORES, rows)
 
 
@@ -182,6 +186,9 @@ def _check_texts(row: dict[str, Any], *names: str) -> None:
         if not isinstance(row[name], str):
             raise ValueError(f"{name} is {row[name]!r:.80}. Expected text")
         row[name].encode()  # refuses surrogates
+    sources = row.get("sources", [])
+    if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
+        raise ValueError(f"sources is {sources!r:.80}. Expected a list of hashes")
 
 
 def _save(image: Image.Image, path: Path) -> str:

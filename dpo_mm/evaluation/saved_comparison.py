@@ -98,12 +98,15 @@ def load_comparison(folder: str | Path, *, judges: Sequence[str] | None = None) 
             f"{folder}: no images of a finished comparison. Expected metrics.json and {FOLDER}/{MANIFEST}, which "
             "`dpo-mm compare` writes with --save-images true."
         )
-    scores = {(row["sha256"], row["prompt"], row["judge"]): row["score"] for row in read_scores(images)}
+    scores = {
+        (row["sha256"], row["prompt"], row["judge"], *row.get("sources", ())): row["score"]
+        for row in read_scores(images)
+    }
     with name_row(str(metrics), "Run the comparison again"):
         report = json.loads(read_regular_file(metrics))
         primary = [str(row["judge"]) for row in report["comparisons"] if row["headline"]]
         settings = {str(name): str(value) for name, value in report.get("settings", {}).items()}
-    names = tuple(dict.fromkeys([*primary, *(judge for _, _, judge in scores)]))
+    names = tuple(dict.fromkeys([*primary, *(judge for _, _, judge, *_ in scores)]))
     unknown = [name for name in names if parse_judge_name(name) is None and name not in (judges or ())]
     if unknown and judges is None:
         raise ValueError(
@@ -111,11 +114,11 @@ def load_comparison(folder: str | Path, *, judges: Sequence[str] | None = None) 
             f"pass --judges {unknown[0]}. If not, pass the names of other judges, for example --judges aesthetic"
         )
     names = tuple(name for name in names if name not in unknown)
-    rows: dict[str, dict[tuple[str, int], dict[str, Any]]] = {"base": {}, "tuned": {}}
+    rows: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {"base": {}, "tuned": {}}
     for row in read_manifest(images):
         model = row["file"].partition("/")[0]
         if model in rows:
-            rows[model][row["prompt"], row["seed"]] = row
+            rows[model][row["prompt"], row["seed"], *row.get("sources", ())] = row
     pairs = [(row, rows["tuned"][key]) for key, row in rows["base"].items() if key in rows["tuned"]]
     if not pairs:
         raise ValueError(
@@ -133,7 +136,7 @@ def _image_pair(
     prompt = base["prompt"]
     pair_scores: dict[str, tuple[float, float]] = {}
     for judge in judges:
-        before, after = (scores.get((row["sha256"], prompt, judge)) for row in (base, tuned))
+        before, after = (scores.get((row["sha256"], prompt, judge, *row.get("sources", ()))) for row in (base, tuned))
         if before is not None and after is not None:
             pair_scores[judge] = (before, after)
     files = resolve_inside(base["file"], folder), resolve_inside(tuned["file"], folder)

@@ -3,7 +3,8 @@
 An image judge is `score(images, prompts) -> list[float]`, one number per image. A response judge is
 `score(responses, ground_truths) -> list[Ratio]`, one ratio per response. A rate is the sum of the hits divided by the
 sum of the totals, as for CHAIR and character error rates. A pairwise judge returns, for each pair of images, the
-probability that image a is better. No judge receives a policy.
+probability that image a is better. A judge of edits is `score(images, prompts, sources)`: `sources` has a list of the images
+to edit per image. No judge receives a policy.
 
 To add a judge, write the function and list it in JUDGES. Or pass your own function as "module:function" to any setting
 that expects a judge. The name of a judge that needs a model contains the model after a colon and the location of its
@@ -94,6 +95,7 @@ class Judge:
         uses_prompt: False if the score does not depend on the prompt.
         takes_questions: True if it scores responses to questions: (responses, questions) -> list[Ratio]. If it is pairwise, it takes
             two lists of responses and counts for the first. A row with a total of 0 has no score.
+        takes_sources: True if it scores edits: (images, prompts, images to edit) -> one number per image.
         check_prompts: path of a function (prompts) that raises ValueError for one that the judge cannot score, or None.
     """
 
@@ -106,6 +108,7 @@ class Judge:
     pairwise: bool = False
     uses_prompt: bool = True
     takes_questions: bool = False
+    takes_sources: bool = False
     check_prompts: str | None = None
 
 
@@ -289,6 +292,14 @@ def takes_questions(name: str) -> bool:
     """Check if a judge scores responses to questions, not images and not against ground truths alone."""
     parsed = parse_judge_name(name)
     return parsed is not None and JUDGES[parsed.judge].takes_questions
+
+
+def takes_sources(name: str) -> bool:
+    """Check if a judge scores edits, so that it needs the images to edit. A custom judge declares it with this attribute."""
+    parsed = parse_judge_name(name)
+    return (
+        JUDGES[parsed.judge].takes_sources if parsed else bool(getattr(_judge_function(name), "takes_sources", False))
+    )
 
 
 def judge_card(name: str) -> dict[str, Any]:

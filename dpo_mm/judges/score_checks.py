@@ -14,30 +14,50 @@ from PIL import Image
 
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
-from dpo_mm.judges import better_of, load_judge, load_pairwise, load_response_judge, takes_questions
+from dpo_mm.judges import better_of, load_judge, load_pairwise, load_response_judge, takes_questions, takes_sources
 
 
-def image_scores(name: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+def image_scores(
+    name: str,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    sources: Sequence[Sequence[Image.Image]] = (),
+) -> np.ndarray:
     """Score images with a judge.
 
     Args:
         name: name of the judge.
         images: the images.
         prompts: prompt of each image.
+        sources: images to edit of each image, for judges that take them. Empty: the prompts have none.
 
     Returns:
         One finite score per image, (images,), float64.
 
     Raises:
-        ValueError: if the judge returns anything else.
+        ValueError: if the judge returns anything else, or takes images to edit and there are none.
     """
-    values = _numbers(name, load_judge(name)(images, prompts), [f"prompt {prompt!r}" for prompt in prompts])
+    judge, rows = load_judge(name), [f"prompt {prompt!r}" for prompt in prompts]
+    if takes_sources(name):
+        if len(sources) != len(images) or not all(sources):
+            raise ValueError(
+                f"judge {name!r} scores edits, so it needs the image to edit of every prompt. Use it with compare or mine, and "
+                "prompts with images"
+            )
+        values = _numbers(name, judge(images, prompts, [list(each) for each in sources]), rows)
+    else:
+        values = _numbers(name, judge(images, prompts), rows)
     return _column(name, values, len(prompts), "image")
 
 
-def higher_is_better_scores(name: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+def higher_is_better_scores(
+    name: str,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    sources: Sequence[Sequence[Image.Image]] = (),
+) -> np.ndarray:
     """Score images as `image_scores`, with the sign flipped if lower is better."""
-    scores = image_scores(name, images, prompts)
+    scores = image_scores(name, images, prompts, sources)
     return -scores if better_of(name) == "lower" else scores
 
 

@@ -22,13 +22,14 @@ from dpo_mm.config import MineConfig, as_dict
 from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import combine_shards, write_rows
-from dpo_mm.data.prompts import read_prompts, seeds_of
+from dpo_mm.data.prompts import PromptSpec, read_prompt_set, seeds_of
 from dpo_mm.data.schema import image_preference, make_image_rows
 from dpo_mm.judges import check_prompts, judge_digests
 from dpo_mm.judges.score_checks import higher_is_better_scores
 from dpo_mm.outputs import OutputKind, output_folder, refuse_foreign_folder, settings_of, write_results
 from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
+from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources, images_to_edit
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
@@ -62,8 +63,8 @@ def mine_images(config: MineConfig) -> Path:
         raise ValueError(f"images_per_prompt is {config.images_per_prompt}. A pair needs at least 2 images per prompt.")
     folder, inputs = Path(config.output_dir), [config.prompts, config.model, config.adapter]
     refuse_foreign_folder(folder, MINING, inputs=inputs)
-    prompts = read_prompts(config.prompts, limit=config.max_prompts)
-    check_prompts([*parse_judges(config.judges), *parse_judges(config.guards)], prompts)
+    prompts = read_prompt_set(config.prompts, limit=config.max_prompts).prompts
+    check_prompts([*parse_judges(config.judges), *parse_judges(config.guards)], [prompt.text for prompt in prompts])
     settings = settings_of("mined image pairs", ingredients(config, prompts))
     with output_folder(folder, MINING, settings, inputs=inputs, overwrite=config.overwrite) as finished:
         if not finished:
@@ -71,7 +72,7 @@ def mine_images(config: MineConfig) -> Path:
     return folder / "pairs.parquet"
 
 
-def _mine(config: MineConfig, prompts: Sequence[str]) -> None:
+def _mine(config: MineConfig, prompts: Sequence[PromptSpec]) -> None:
     """Write this process's shards that do not exist yet, and combine them when all exist."""
     folder = Path(config.output_dir)
     shards = [prompts[i : i + config.shard_size] for i in range(0, len(prompts), config.shard_size)]
@@ -87,14 +88,16 @@ def _mine(config: MineConfig, prompts: Sequence[str]) -> None:
             combine_shards(paths, temporary / "pairs.parquet", empty_message=empty_message)
 
 
-def _mine_shards(shards: Sequence[Sequence[str]], paths: Sequence[Path], config: MineConfig) -> None:
+def _mine_shards(shards: Sequence[Sequence[PromptSpec]], paths: Sequence[Path], config: MineConfig) -> None:
     """Write this process's shards that do not exist yet."""
     missing = missing_shards(paths)
     if not missing:
         return
     options = {"precision": config.precision, "quantize": config.quantize}
     policy = load_image_policy(config.model, revision=config.revision, adapter=config.adapter, **options)
-    if cut := truncated_prompts(policy, [prompt for shard in shards for prompt in shard]):
+    texts, sources = zip(*((prompt.text, prompt.sources) for shard in shards for prompt in shard), strict=True)
+    check_prompt_sources(policy, config.prompts, texts, sources)
+    if cut := truncated_prompts(policy, texts):
         logger.warning("prompts: %s", cut)
     total = sum(len(shards[number]) for number in missing) * config.images_per_prompt
     with progress_bar("generating and scoring images", total) as advance:
@@ -103,13 +106,13 @@ def _mine_shards(shards: Sequence[Sequence[str]], paths: Sequence[Path], config:
             write_rows(rows, paths[number], make=make_image_rows, features=image_preference())
 
 
-def ingredients(config: MineConfig, prompts: Sequence[str]) -> dict[str, Any]:
+def ingredients(config: MineConfig, prompts: Sequence[PromptSpec]) -> dict[str, Any]:
     """Return what decides the mined pairs, see `dpo_mm.content_key`."""
     return {
         "settings": as_dict(config),
         "model": model_content(config.model, revision=config.revision),
         "adapter": adapter_content(config.adapter),
-        "prompts": content_hash(prompts),
+        "prompts": content_hash([prompt.item for prompt in prompts]),
         "judges": judge_digests([*parse_judges(config.judges), *parse_judges(config.guards)]),
         "libraries": library_versions(),
     }
@@ -120,24 +123,35 @@ def parse_judges(judges: tuple[str, ...] | str | None) -> tuple[str, ...]:
     return tuple(judges.split(",")) if isinstance(judges, str) else judges or ()
 
 
-def _mine_shard(policy: ImagePolicy, prompts: Sequence[str], config: MineConfig, advance: Any) -> list[dict[str, Any]]:
+def _mine_shard(
+    policy: ImagePolicy, prompts: Sequence[PromptSpec], config: MineConfig, advance: Any
+) -> list[dict[str, Any]]:
     """Generate and score the images of some prompts and return the rows of their pairs."""
     judges, guards = parse_judges(config.judges), parse_judges(config.guards)
-    repeated = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
-    seeds = [seed for prompt in prompts for seed in seeds_of(prompt, config.images_per_prompt, seed=config.seed)]
+    count = config.images_per_prompt
+    repeated = [prompt.text for prompt in prompts for _ in range(count)]
+    sources = [prompt.sources for prompt in prompts for _ in range(count)]
+    seeds = [
+        seed
+        for prompt in prompts
+        for seed in seeds_of(prompt.text, count, seed=config.seed, sources=prompt.sources.file_hashes)
+    ]
     images: list[Image.Image] = []
     for batch in policy.sample(
-        repeated, seeds, steps=config.num_inference_steps, guidance=config.guidance_scale, batch_size=config.batch_size
+        repeated,
+        seeds,
+        steps=config.num_inference_steps,
+        guidance=config.guidance_scale,
+        batch_size=config.batch_size,
+        **images_to_edit(sources),
     ):
         images += batch
         advance(len(batch))
-    ranking = mean_z_score(
-        [higher_is_better_scores(name, images, repeated) for name in judges], config.images_per_prompt
-    )
-    scores = np.array([ranking, *(higher_is_better_scores(name, images, repeated) for name in guards)])
+    scores_of = lambda names: [higher_is_better_scores(name, images, repeated, sources) for name in names]
+    scores = np.array([mean_z_score(scores_of(judges), count), *scores_of(guards)])
     rows = []
     for number, prompt in enumerate(prompts):
-        part = slice(number * config.images_per_prompt, (number + 1) * config.images_per_prompt)
+        part = slice(number * count, (number + 1) * count)
         for best, worst in choose_pairs(scores[:, part], config.min_score_gap, config.pairs_per_prompt):
             rows.append(_row(prompt, images[part], seeds[part], scores[0, part], best, worst, config))
     return rows
@@ -188,7 +202,7 @@ def choose_pairs(scores: np.ndarray, min_score_gap: float, count: int) -> list[t
 
 
 def _row(
-    prompt: str,
+    prompt: PromptSpec,
     images: list[Image.Image],
     seeds: list[int],
     scores: np.ndarray,
@@ -200,8 +214,9 @@ def _row(
     first, second, preference = (best, worst, "a") if seeds[best] % 2 else (worst, best, "b")
     guards = "+".join(parse_judges(config.guards))
     return {
-        "id": f"{prompt}/{seeds[best]}-{seeds[worst]}",
-        "prompt": prompt,
+        "id": f"{prompt.item}/{seeds[best]}-{seeds[worst]}",
+        "prompt": prompt.text,
+        **({"image_source": {"bytes": encode_png(prompt.sources[0]), "path": None}} if prompt.sources else {}),
         "image_a": {"bytes": encode_png(images[first]), "path": None},
         "image_b": {"bytes": encode_png(images[second]), "path": None},
         "preference": preference,
@@ -212,6 +227,6 @@ def _row(
         "axis": "+".join(parse_judges(config.judges)),
         "model_a": config.model,
         "model_b": config.model,
-        "group_id": prompt,
+        "group_id": prompt.item,
         "source": f"mined with {'+'.join(parse_judges(config.judges))}" + (f", guarded by {guards}" if guards else ""),
     }

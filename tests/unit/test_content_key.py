@@ -26,6 +26,7 @@ from dpo_mm.config import (
     TrainConfig,
 )
 from dpo_mm.content_key import INGREDIENTS, content_hash, library_versions
+from dpo_mm.data.prompts import PromptSpec
 from dpo_mm.data.questions import Question
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import load_pairs, make_image_rows, make_response_rows
@@ -153,7 +154,7 @@ def mined_images(w: SimpleNamespace) -> Any:
         precision=w.precision,
         num_inference_steps=w.steps,
     )
-    return mine_images.ingredients(config, w.prompts)
+    return mine_images.ingredients(config, [PromptSpec(text, "all") for text in w.prompts])
 
 
 def mined_responses(w: SimpleNamespace) -> Any:

@@ -14,7 +14,7 @@ from PIL import Image
 from dpo_mm.data import parquet
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import combine_shards, write_rows
-from dpo_mm.data.prompts import read_prompt_set, read_prompts
+from dpo_mm.data.prompts import PromptSpec, read_prompt_set, read_prompts
 from dpo_mm.data.questions import read_questions
 from dpo_mm.data.schema import (
     image_preference,
@@ -56,7 +56,7 @@ def test_read_prompts_splits_lines_at_newlines_only(tmp_path: Path) -> None:
 
 def test_read_prompt_set_csv_has_categories_and_a_table_without_prompts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text('category,prompt\nanimals,"a cat, a dog"\n')
-    assert read_prompt_set(str(tmp_path / "p.csv")).prompts == (("a cat, a dog", "animals"),)
+    assert read_prompt_set(str(tmp_path / "p.csv")).prompts == (PromptSpec("a cat, a dog", "animals"),)
     (tmp_path / "q.csv").write_text("text,label\na cat,1\n")
     with pytest.raises(ValueError, match=r"columns text, label\. Expected a column prompt"):
         read_prompts(str(tmp_path / "q.csv"))
