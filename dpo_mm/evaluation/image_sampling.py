@@ -197,9 +197,9 @@ class ImageSampler:
                 named = [({**batch_settings, **request.recorded}, request.prompt, request.seed) for request in batch]
                 missing = [store.find(*name) is None for name in named]
                 images = self._generate_batch(batch, scale) if any(missing) else []
-                for (own, *name), image, is_missing in zip(named, images, missing, strict=False):
+                for (own, prompt, seed), image, is_missing in zip(named, images, missing, strict=False):
                     if is_missing:
-                        store.add(own, [(*name, image)], label=label)
+                        store.add(own, [(prompt, seed, image)], label=label)
                 keys |= {request.content: store.key(*name) for request, name in zip(batch, named, strict=True)}
                 advance(len(batch))
         rows = [store.rows[keys[request.content]] for request in plan.requests]

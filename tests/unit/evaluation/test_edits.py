@@ -1,0 +1,174 @@
+"""Edits through comparing and mining: the same text with another image to edit is another prompt everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpo_mm.config import CompareConfig, MineConfig
+from dpo_mm.data.image_files import encode_png, rgb_image
+from dpo_mm.data.load_pairs import check_source_images
+from dpo_mm.data.prompts import read_prompt_set
+from dpo_mm.data.schema import load_pairs
+from dpo_mm.evaluation import compare_images as comparing
+from dpo_mm.evaluation.contact_sheet import Example, contact_sheet
+from dpo_mm.evaluation.image_sampling import ImageSampler, SamplingPlan, sampling_plan
+from dpo_mm.evaluation.image_store import ImageStore
+from dpo_mm.evaluation.saved_comparison import load_comparison
+from dpo_mm.judges.score_checks import image_scores
+from dpo_mm.mining import mine_images as mining
+from dpo_mm.policies.families import load_policy
+from tests.conftest import noise_image
+from tests.contracts.families import BUILDERS, WORDS
+
+JUDGE = "tests.unit.evaluation.test_edits:closeness"
+judged: list[tuple[str, float]] = []
+
+
+def closeness(
+    images: Sequence[Image.Image], prompts: Sequence[str], sources: Sequence[Sequence[Image.Image]]
+) -> list[float]:
+    mean = lambda image: float(np.asarray(image).mean())
+    judged.extend((prompt, mean(source)) for prompt, (source,) in zip(prompts, sources, strict=True))
+    return [-abs(mean(image) - mean(source)) for image, (source,) in zip(images, sources, strict=True)]
+
+
+closeness.takes_sources = True  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_policy(str(BUILDERS["flux-kontext"].build(tmp_path_factory.mktemp("kontext"))), resolution=32)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path, editor: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A list of one text with two images, and another text. Commands get the tiny editor."""
+    rows = []
+    for number, text in enumerate((WORDS[0], WORDS[0], WORDS[1])):
+        noise_image(number).save(tmp_path / f"{number}.png")
+        rows.append(json.dumps({"prompt": text, "image": f"{number}.png"}))
+    (tmp_path / "edits.jsonl").write_text("\n".join(rows))
+    for module in (comparing, mining):
+        monkeypatch.setattr(module, "load_image_policy", lambda *_, **__: editor)
+    judged.clear()
+    return str(tmp_path / "edits.jsonl")
+
+
+def config(editor: Any, prompts: str, folder: Path, **changes: Any) -> CompareConfig:
+    values: dict[str, Any] = {"judges": (JUDGE,), "num_inference_steps": 1, "images_per_prompt": 2, **changes}
+    return CompareConfig(editor.source, str(folder / "out"), prompts=prompts, **values)
+
+
+def test_same_text_and_seed_with_another_image_is_another_image_and_score(
+    editor: Any, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutation that it catches: an image's key, or a score's, without the image to edit."""
+    one, other, _ = (prompt.sources for prompt in read_prompt_set(prompts).prompts)
+    settings, store = config(editor, prompts, tmp_path, batch_size=1), ImageStore(tmp_path / "images")
+    plan = lambda *sources: SamplingPlan((WORDS[0],) * 2, (5, 5), 1, ("all",) * 2, sources=sources)
+    both = ImageSampler(editor, settings, store).generate(plan(one, other), scale=0.0, label="base")
+    assert both.plan.items[0] != both.plan.items[1]
+    assert not np.array_equal(both.images[0], both.images[1])
+    assert judged == [(WORDS[0], float(np.asarray(noise_image(n)).mean())) for n in (0, 1)]
+    rows = [json.loads(line) for line in (tmp_path / "images" / "manifest.jsonl").read_text().splitlines()]
+    assert [row["sources"] for row in rows] == [list(one.file_hashes), list(other.file_hashes)]
+    again = ImageStore(tmp_path / "images")
+    monkeypatch.setattr(ImageSampler, "_generate_batch", lambda *_: pytest.fail("generated again"))
+    swapped = ImageSampler(editor, settings, again).generate(plan(other, one), scale=0.0, label="base")
+    assert np.array_equal(swapped.images[0], both.images[1]) and len(judged) == 2
+    assert swapped.scores[JUDGE].tolist() == both.scores[JUDGE][::-1].tolist()
+
+
+def test_score_of_the_same_pixels_depends_on_the_image_to_edit(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path)
+    store.add_scores(JUDGE, "card", [("hash", "text", "one", 0.25), ("hash", "text", "other", 0.5)])
+    for each in (store, ImageStore(tmp_path)):
+        assert [each.score("card", "hash", "text", name) for name in ("one", "other")] == [0.25, 0.5]
+        assert each.score("card", "hash", "text") is None
+
+
+def test_compare_counts_text_and_image_as_one_item_and_shows_the_source(
+    editor: Any, prompts: str, tmp_path: Path
+) -> None:
+    """Mutation that it catches: clusters by text, which would be two."""
+    result = comparing.compare_images(config(editor, prompts, tmp_path), title="t", command="c")
+    assert result.comparisons[0].clusters == 3 and len(judged) == 6
+    page = result.report.read_text()
+    assert page.count('<figure class="source"><figcaption>source</figcaption>') == 3
+
+
+def test_saved_comparison_pairs_base_and_tuned_of_the_same_image_to_edit(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path / "pictures")
+    for number, (side, source) in enumerate((s, h) for s in ("base", "tuned") for h in ("one", "other")):
+        store.add({"side": side, "sources": [source]}, [("p", 1, noise_image(number))], label=side)
+        digest = list(store.rows.values())[-1]["sha256"]
+        store.add_scores("aesthetic", "card", [(digest, "p", source, number / 10)])
+    (tmp_path / "metrics.json").write_text('{"comparisons": [{"judge": "aesthetic", "headline": true}]}')
+    pairs = load_comparison(tmp_path).pairs
+    assert [pair.scores["aesthetic"] for pair in pairs] == [(0.0, 0.2), (0.1, 0.3)]
+
+
+def test_contact_sheet_has_a_row_of_sources() -> None:
+    image, source = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
+    plain = contact_sheet([Example("p", "c", image, image)], tile=64)
+    sheet = contact_sheet([Example("p", "c", image, image, sources=(source,))], tile=64)
+    assert sheet.height == plain.height + 74
+    pixels = np.asarray(sheet)
+    assert [tuple(pixels[10 + 74 * row + 32, 64 + 32]) for row in range(3)] == [(0, 0, 255), (255, 0, 0), (255, 0, 0)]
+
+
+def test_mined_rows_have_the_image_that_their_pair_edits(editor: Any, prompts: str, tmp_path: Path) -> None:
+    settings = MineConfig(editor.source, prompts, str(tmp_path / "mined"), JUDGE, images_per_prompt=3, num_inference_steps=1)  # fmt: skip
+    rows = load_pairs(str(mining.mine_images(settings)))
+    assert rows["prompt"] == [WORDS[0], WORDS[0], WORDS[1]] and len(set(rows["id"])) == len(set(rows["group_id"])) == 3
+    for number, row in enumerate(rows):
+        assert np.array_equal(rgb_image(row["image_source"]), noise_image(number))
+    check_source_images(rows, "mined", pipeline="FluxKontextPipeline", is_image_editing=True)
+    before = mining.ingredients(settings, read_prompt_set(prompts).prompts)["prompts"]
+    noise_image(9).save(tmp_path / "1.png")
+    assert mining.ingredients(settings, read_prompt_set(prompts).prompts)["prompts"] != before
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, r"edits.jsonl', prompt 'x': no image\. FluxKontextPipeline edits an image"),
+        ({"images": ["0.png", "1.png"]}, r"prompt 'x': 2 images to edit, but FluxKontextPipeline takes 1"),
+        ({"image": "half.png"}, r"edits.jsonl, line 4: image half.png cannot be read"),
+    ],
+)
+def test_prompt_that_does_not_fit_is_refused_before_anything_is_generated(
+    row: dict[str, Any], message: str, editor: Any, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode_png(noise_image(0))
+    (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
+    with Path(prompts).open("a") as file:
+        file.write("\n" + json.dumps({"prompt": "x", **row}))
+    monkeypatch.setattr(type(editor), "sample", lambda *_, **__: pytest.fail("generated"))
+    with pytest.raises(ValueError, match=message):
+        comparing.compare_images(config(editor, prompts, tmp_path), title="t", command="c")
+    settings = MineConfig(editor.source, prompts, str(tmp_path / "mined"), JUDGE)
+    with pytest.raises(ValueError, match=message):
+        mining.mine_images(settings)
+
+
+def test_list_with_images_is_refused_by_a_model_that_takes_none(prompts: str, tiny_model: str, tmp_path: Path) -> None:
+    from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources
+
+    plan, plain = sampling_plan(CompareConfig(tiny_model, "o", prompts=prompts)), load_policy(tiny_model)
+    with pytest.raises(ValueError, match="has an image to edit, which StableDiffusionPipeline does not take"):
+        check_prompt_sources(plain, prompts, plan.prompts, plan.sources)
+    check_prompt_sources(plain, prompts, plan.prompts, ())
+
+
+def test_judge_of_edits_needs_the_images_to_edit() -> None:
+    with pytest.raises(ValueError, match="scores edits, so it needs the image to edit of every prompt"):
+        image_scores(JUDGE, [noise_image(0)], ["x"])
+    assert image_scores(JUDGE, [noise_image(0)], ["x"], [[noise_image(0)]]).tolist() == [0.0]
