@@ -38,6 +38,7 @@ LIMITS = {
     "server_timeout": Limits(0.1),
     "eval_fraction": Limits(0, 1, includes_high=False),
     "reference_ema_decay": Limits(0, 1, includes_high=False),
+    "proportion_empty_prompts": Limits(0, 1, includes_high=False),
     "num_train_epochs": Limits(0),
 }
 """Range of each numeric setting, by name."""

@@ -115,6 +115,9 @@ class TrainConfig(Settings):
     stratified_timesteps: bool = False
     """Take the timesteps of a step's pairs from equal parts of the schedule, one pair per part. With fixed draws: the K
     timesteps of each row. It lowers the variance of the gradient."""
+    proportion_empty_prompts: float = 0.0
+    """Fraction of the draws with the empty prompt, in [0, 1). The published code of Diffusion-DPO uses 0.2 under this name. It trains
+    what classifier-free guidance subtracts. Both images, policy and reference get the same prompt. Evaluation rows keep theirs."""
     antithetic_noise: bool = False
     """Use each pair twice in succession, the second time with negated noise. batch_size counts both, so it must be even."""
 

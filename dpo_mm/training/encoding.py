@@ -56,6 +56,8 @@ PIXELS, TOKENS = 32 * 256**2, SHARD * 77
 class EncodedPairs:
     """Encoded rows: id, mean and std of the chosen and rejected latents, prompt embeddings, columns of DATASET_INPUTS.
 
+    With `empty_prompt`, rows also have the embeddings of the empty prompt.
+
     One-sided rows have the latents of their only image under the names of the chosen side.
 
     `buckets` has the row numbers of each size (width x height) that images were fitted to.
@@ -70,6 +72,7 @@ class EncodedPairs:
         pairs = sorted((Part(*part) for part in complete["pairs"]), key=lambda part: part.size)
         self.pairs, self.prompts = Shards(folder, pairs), Shards(folder, [Part(*part) for part in complete["prompts"]])
         self.sizes = list(dict.fromkeys(part.size for part in pairs))
+        self.empty_prompt = self.prompts[0] if complete.get("empty_prompt") else None
         ends = np.cumsum([0, *(sum(part.rows for part in pairs if part.size == size) for size in self.sizes)])
         self.buckets = [range(int(start), int(end)) for start, end in pairwise(ends)]
 
@@ -83,7 +86,7 @@ class EncodedPairs:
     def __getitem__(self, number: int) -> dict[str, Any]:
         row = self.pairs[number]
         row["prompt"] = self.prompts[int(row.pop("prompt_row"))]
-        return row
+        return row if self.empty_prompt is None else {**row, "empty_prompt": self.empty_prompt}
 
 
 class EncodingJob(NamedTuple):
@@ -95,6 +98,11 @@ class EncodingJob(NamedTuple):
     sizes: tuple[tuple[int, int], ...]
     precision: str
     rank: ProcessRank
+    empty_prompt: bool
+
+    def names(self) -> list[str]:
+        """Return the prompts to encode, sorted. The empty one is the first."""
+        return sorted({*self.pairs.rows["prompt"], *([""] if self.empty_prompt else [])})
 
 
 def encode(
@@ -108,6 +116,7 @@ def encode(
     precision: str = "fp32",
     rows_digest: str | None = None,
     one_sided: bool = False,
+    empty_prompt: bool = False,
 ) -> EncodedPairs:
     """Encode decided pairs for a policy, or open them from the cache.
 
@@ -121,6 +130,7 @@ def encode(
         precision: of the cached tensors, fp32, bf16 or fp16.
         rows_digest: `digest(rows)`, if it is known already.
         one_sided: encode one image per row, see `Pairs`.
+        empty_prompt: also encode the empty prompt.
 
     Raises:
         ValueError: if an image does not decode, latents are not finite, or the disk is too small. It names dataset, row and fix.
@@ -133,10 +143,11 @@ def encode(
         )
     unit = policy.patch * policy.pipe.vae_scale_factor
     sizes = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
-    key = _key(policy, rows_digest or digest(rows), sizes, precision, one_sided=one_sided)
+    variants = [name for name, wanted in (("one side", one_sided), ("empty prompt", empty_prompt)) if wanted]
+    key = _key(policy, rows_digest or digest(rows), sizes, precision, variants)
     folder = (cache or cache_folder()) / "encoded" / key
     pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, policy.is_image_editing, one_sided)
-    task = EncodingJob(policy, pairs, folder, sizes, precision, process_rank())
+    task = EncodingJob(policy, pairs, folder, sizes, precision, process_rank(), empty_prompt)
     if _read_complete(folder) is None:
         if task.rank.is_first:
             (folder / COMPLETE).unlink(missing_ok=True)
@@ -149,16 +160,20 @@ def encode(
 
 
 def _key(
-    policy: ImagePolicy, rows_digest: str, sizes: Sequence[tuple[int, int]], precision: str, *, one_sided: bool = False
+    policy: ImagePolicy,
+    rows_digest: str,
+    sizes: Sequence[tuple[int, int]],
+    precision: str,
+    variants: Sequence[str] = (),
 ) -> str:
-    content = [rows_digest, "one side"] if one_sided else rows_digest
+    content = [rows_digest, *variants] if variants else rows_digest
     parts = {"encoders": policy.fingerprint(), "rows": content, "sizes": sizes, "precision": precision}
     return content_key("encoded pairs", {**parts, "libraries": library_versions()})
 
 
 def _encode(task: EncodingJob) -> None:
     """Encode the shards of this process. The first process then marks the cache complete."""
-    names = sorted(set(task.pairs.rows["prompt"]))
+    names = task.names()
     expected = [task.folder / f"prompts-{number:05}" for number in range(len(_shards(len(names))))]
     expected += [task.folder / f"pairs-{number:05}" for number in range(len(_shards(len(task.pairs.rows))))]
     missing = sum(not path.exists() for path in expected) / len(expected)
@@ -205,7 +220,11 @@ def _complete(task: EncodingJob) -> None:
         "precision": task.precision,
     }
     prompts = task.pairs.rows["prompt"]
-    about |= {"rows": len(prompts), "truncated_prompts": truncated_prompts(task.policy, prompts)}
+    about |= {
+        "rows": len(prompts),
+        "empty_prompt": task.empty_prompt,
+        "truncated_prompts": truncated_prompts(task.policy, prompts),
+    }
     with atomic_write(task.folder / COMPLETE) as temporary:
         temporary.write_text(json.dumps(with_checksum({**about, **complete})), encoding="utf-8")
 
@@ -339,6 +358,7 @@ def encode_splits(
         "buckets": config.buckets,
         "precision": config.cache_precision,
         "one_sided": loaded.one_sided,
+        "empty_prompt": config.proportion_empty_prompts > 0,
     }
     splits = [part for part in (loaded.train, loaded.evaluation) if part is not None]
     digests = split_digests(splits)

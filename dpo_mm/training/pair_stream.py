@@ -71,6 +71,8 @@ class PairStream(Dataset[dict[str, Any]]):
     def row_at_epoch(self, row: int, visit: int, *, number: int = 0, sign: int = 1) -> dict[str, Any]:
         """Return a row in one of its epochs (`visit`). number: its index in the stream, which selects the stratum."""
         encoded = self.rows[row]
+        if not self.shuffle:  # evaluation rows keep their prompts
+            encoded = {name: value for name, value in encoded.items() if name != "empty_prompt"}
         stratum = {"stratum": self._stratum(encoded["id"], visit, number)} if self.num_strata else {}
         return {**encoded, "visit": visit, "sign": sign, **stratum}
 

@@ -19,6 +19,11 @@ def describe(policy: DiffusionPolicy, config: TrainConfig) -> dict[str, str]:
         "target": f"{process.name} ({type(process).__name__}), error in float32",
         "reduction": f"mean over {elements:,} latent elements, 1/2 inside the log-ratio",
         "weighting": _describe_weighting(process.name, config),
+        **(
+            {"empty prompts": f"{config.proportion_empty_prompts:.0%} of the draws"}
+            if config.proportion_empty_prompts
+            else {}
+        ),
         **({} if isinstance(config.beta, str) else {"effective beta": _describe_beta(config.beta, elements)}),
     }
 

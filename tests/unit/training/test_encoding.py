@@ -16,6 +16,7 @@ from dpo_mm.data.schema import drop_ties, load_pairs
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training import arrow_shards, encoding, shared_work
 from dpo_mm.training.encoding import encode
+from dpo_mm.training.pair_stream import eval_stream
 from tests.conftest import noise_image, rows
 
 
@@ -300,3 +301,24 @@ def test_concurrent_runs_encode_the_same_dataset(
     monkeypatch.setattr(Path, "rename", second)
     ours = encode(load_policy(tiny_model), drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path / "two")
     assert len(ours) == len(whole) and not list((tmp_path / "two").rglob(".*.[0-9]*"))
+
+
+def test_empty_prompts_are_a_function_of_the_draw(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    """Catches a draw that depends on the batch, on global random numbers or on the order, and emptied evaluation rows."""
+    policy = load_policy(tiny_model)
+    assert policy.modality == "image"
+    found = encode(policy, drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path, empty_prompt=True)
+    plain = encode(policy, drop_ties(load_pairs(pairs)), where="pairs", cache=tmp_path)
+    assert "empty_prompt" not in plain[0] and torch.equal(plain[3]["prompt"]["embeds"], found[3]["prompt"]["embeds"])
+    torch.testing.assert_close(found[0]["empty_prompt"]["embeds"], policy.encode_prompts([""])["embeds"][0])
+    policy.prepare(TrainConfig("m", "p", "o", proportion_empty_prompts=0.25, seed=4))
+    draws = [{**found[n], "visit": visit} for visit in range(20) for n in range(12)]
+    together = policy.collate(draws)["prompt"]["embeds"]
+    backwards = torch.cat([policy.collate([draw])["prompt"]["embeds"] for draw in reversed(draws)]).flip(0)
+    assert torch.equal(together, backwards)
+    is_empty = (together == found[0]["empty_prompt"]["embeds"]).flatten(1).all(1)
+    assert 0.15 < is_empty.float().mean() < 0.35 and len({tuple(part.tolist()) for part in is_empty.split(12)}) > 5
+    stream = eval_stream(found, policy.config, modality="image")
+    assert len(stream) == 48 and "empty_prompt" not in stream.row_at_epoch(0, 1)
+    evaluated = policy.collate([stream[n] for n in range(48)])["prompt"]["embeds"]
+    assert not (evaluated == found[0]["empty_prompt"]["embeds"]).flatten(1).all(1).any()
