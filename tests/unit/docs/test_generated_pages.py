@@ -93,3 +93,22 @@ def test_figures_are_rendered_to_identical_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "concepts" / "preference-loss.svg").read_bytes() == first
     assert draw.optimal_policy(draw.REFERENCE, draw.REWARDS, 0.5).sum() == pytest.approx(1)
     assert draw.optimal_policy(draw.REFERENCE, draw.REWARDS, 1e9) == pytest.approx(draw.REFERENCE)
+
+
+def test_tables_of_drawings_equal_the_measurements() -> None:
+    write = script("write_drawings_table")
+    by_arm = write.runs()
+    assert {"base", "sft", "dpo"} <= set(by_arm)
+    page = write.PAGE.read_text(encoding="utf-8")
+    assert write.written(page, by_arm) == page
+
+
+def test_arms_are_compared_by_seed_and_prompt() -> None:
+    write = script("write_drawings_table")
+    prompts = [str(number) for number in range(20)]
+    base = [{"seed": 0, "prompts": prompts, "right": "10" * 20}]
+    tuned = [{"seed": seed, "prompts": prompts, "right": right} for seed, right in ((0, "11" * 20), (1, "10" * 20))]
+    result = write.compare(base, tuned, "right")
+    assert (result.base, result.tuned, result.n, result.clusters) == (0.5, 0.75, 80, 20)
+    result = write.compare(tuned, tuned[1:], "right")
+    assert result.difference == 0 and result.n == 40
