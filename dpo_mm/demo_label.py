@@ -15,6 +15,7 @@ from dpo_mm.labels.export import summary
 from dpo_mm.labels.ratings import Rating
 from dpo_mm.labels.response_pairs import is_response, response_texts
 from dpo_mm.labels.store import VoteStore
+from dpo_mm.labels.vote_training import TrainingStatus
 from dpo_mm.printed_text import counted
 
 LAYOUT = re.compile(r"\n.*\n|\S {2,}\S|[|{}<>]", re.DOTALL)
@@ -59,7 +60,7 @@ body:has(.pair) main .column { gap: 10px; }
 .progress-line progress::-webkit-progress-bar { background: var(--border-color-primary); }
 .progress-line progress::-webkit-progress-value { background: var(--color-accent); }
 .progress-line progress::-moz-progress-bar { background: var(--color-accent); }
-.progress-line b { color: var(--body-text-color); overflow-wrap: anywhere; }
+.progress-line p { margin: 0; } .progress-line b { color: var(--body-text-color); overflow-wrap: anywhere; }
 .choices { display: grid !important; grid-template-columns: repeat(6, 1fr); gap: 10px !important; }
 @media (max-width: 900px) { .choices { grid-template-columns: repeat(3, 1fr); } }
 .choices button { min-width: 0 !important; white-space: nowrap; }
@@ -77,7 +78,7 @@ body:has(.pair) main .column { gap: 10px; }
 .notice, .alert { border: 1px solid var(--border-color-primary); border-left: 4px solid var(--color-accent); border-radius: 6px;
   padding: .5rem .8rem; margin: 0 0 .6rem; font-size: .92rem; color: var(--body-text-color); overflow-wrap: anywhere; }
 .alert { margin: 1.5rem 0; font-size: 1rem; }
-.more { flex-wrap: wrap; } .more > :has(.label-wrap.open) { flex-basis: 100%; }
+.more { flex-wrap: wrap; } .more > * { min-width: 220px !important; flex: 1 1 220px !important; } .more > :has(.label-wrap.open) { flex-basis: 100% !important; }
 #refresh, body:has(.progress-line.known) #leave { display: none !important; }
 .hint { text-align: center; font-size: .85rem; color: var(--quiet); }
 """
@@ -176,7 +177,7 @@ def head_html(*, of_responses: bool) -> str:
     )
 
 
-def pair_html(row: dict[str, Any], presentation: int, annotator: str, *, swapped: bool) -> str:
+def pair_html(row: dict[str, Any], presentation: int | str, annotator: str, *, swapped: bool) -> str:
     """Return the prompt and both sides. The HTML does not reveal which model made a side."""
     body = _responses_html(row, swapped=swapped) if is_response(row) else _images_html(row, swapped=swapped)
     return f'<div class="pair" data-annotator="{escape(annotator)}" data-presentation="{presentation}">{body}</div>'
@@ -267,6 +268,30 @@ def progress_html(store: VoteStore, annotator: str, *, is_taken: bool, is_known:
 def message_of(error: Exception, store: VoteStore) -> str:
     """Return an error as HTML text, without the folders of this machine."""
     return escape(str(error).replace(str(store.path), store.path.name))
+
+
+def training_html(status: TrainingStatus) -> str:
+    """Return how far the training on the votes is."""
+    places = {"export": "the start", "train": "the start of the training", "sample": "the fresh pairs"}
+    at = f"step {status.step:,} of {status.steps:,}" if status.steps else places.get(status.stage, "")
+    loss = "" if status.loss is None else f", loss {status.loss:.3f}"
+    working = {
+        "export": "Exporting the votes.",
+        "train": f"Training: {at}{loss}." if status.steps else "Training: the model loads, and the pairs are encoded.",
+        "sample": "Trained. Base and tuned model generate fresh pairs.",
+    }
+    texts = {
+        "idle": "Nothing is trained yet. A training takes the votes of all people until then.",
+        "running": working.get(status.stage, ""),
+        "stopping": "Stopping after the step at hand.",
+        "stopped": f"Stopped at {at}{loss}. It can be resumed.",
+        "interrupted": f"Interrupted at {at}{loss}. It can be resumed.",
+        "failed": f"Failed: {status.message}",
+        "ready": "Trained. Fresh pairs of base and tuned are ready to be labelled. Their models are hidden too.",
+    }
+    bar = f'<progress value="{status.step}" max="{status.steps}" aria-label="steps of training"></progress>'
+    text = f'<p class="quiet" role="status">{escape(texts[status.state])}</p>'
+    return f'<div class="progress-line">{text}{bar if status.steps else ""}</div>'
 
 
 def ratings_html(ratings: Sequence[Rating], alpha: Alpha) -> str:

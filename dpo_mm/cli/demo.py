@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,9 @@ AllowHost = Annotated[
     typer.Option(help="Another host (NAME:PORT) under which the page may be opened or shown in a frame. Repeatable."),
 ]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16. auto: fp32 on a CPU, else what the GPU has.")]
-BUNDLED_PAIRS = "shapes-faithfulness"
+SETTINGS_OF_PAIRS = ("pairs", "columns", "media_dir", "output_dir", "overwrite", "resume")
+"""Settings of a training run that the page chooses."""
+BUNDLED_PAIRS, HELD_OUT = "shapes-faithfulness", "shapes-held-out"
 
 
 @contextlib.contextmanager
@@ -43,9 +45,11 @@ def _end_quietly() -> Iterator[None]:
         raise SystemExit(stop.code) from None
 
 
-def _serving(host: str, port: int | None, people: str | None, allow_host: list[str] | None) -> Serving:
+def _serving(
+    host: str, port: int | None, people: str | None, allow_host: list[str] | None, *, host_key: bool = False
+) -> Serving:
     """Return where and to whom a page is served. A page that other machines can reach needs a file of people."""
-    serving = Serving(host, port, allow_host or (), str(Path(people).absolute()) if people else None)
+    serving = Serving(host, port, allow_host or (), str(Path(people).absolute()) if people else None, host_key)
     serving.check()
     return serving
 
@@ -65,7 +69,21 @@ def demo_label(
         typer.Option(help="MODEL,MODEL+ADAPTER,...: generate fresh images with these models and label them."),
     ] = None,
     samples_dir: Annotated[str, typer.Option(help="Folder for the fresh images.")] = "samples",
-    prompts: Annotated[str, typer.Option(help="Prompts of the fresh images.")] = "shapes-held-out",
+    train: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings of a training run: a file or a preset. The host can then train on the votes on the page."
+        ),
+    ] = None,
+    train_dir: Annotated[
+        str | None, typer.Option(help="Folder of the trainings. Default: that of the votes, with -training at its end.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompts of the fresh images. Default: shapes-held-out, or with --train those of your pairs."
+        ),
+    ] = None,
     max_prompts: Annotated[int, typer.Option(help="Largest number of prompts, spread over the categories.")] = 50,
     num_inference_steps: Annotated[int, typer.Option(help="Denoising steps per fresh image.")] = 15,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance of the fresh images.")] = 1.5,
@@ -80,7 +98,7 @@ def demo_label(
     The page hides which model made what. Several people can vote at once, by keyboard. It is served to this machine,
     or with --people to those who have a link.
     """
-    serving = _serving(host, port, people, allow_host)
+    serving = _serving(host, port, people, allow_host, host_key=train is not None)
     from dpo_mm.demo_server import load_page
 
     if models:
@@ -92,15 +110,46 @@ def demo_label(
         with suppress_library_output():
             generate_samples(
                 models.split(","),
-                prompts,
+                prompts or HELD_OUT,
                 samples_dir,
                 max_prompts=max_prompts,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 overwrite=overwrite,
             )
+    plan = None
+    if train:
+        from dpo_mm.labels.export import absolute_source
+        from dpo_mm.labels.vote_training import TrainingPlan
+
+        own = HELD_OUT if pairs == BUNDLED_PAIRS else None
+        plan = TrainingPlan(
+            votes=str(Path(votes).absolute()),
+            pairs=absolute_source(pairs),
+            settings=_settings_of_training(train),
+            working_folder=str(Path.cwd()),
+            prompts=absolute_source(prompts) if prompts else own,
+            max_prompts=max_prompts,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
     with _end_quietly():
-        load_page("label").run(pairs, votes, serving=serving)
+        load_page("label").run(pairs, votes, plan=plan, train_dir=train_dir, serving=serving)
+
+
+def _settings_of_training(file: str) -> dict[str, Any]:
+    """Return the settings of a training run on votes. Raise ValueError if one is not valid or has no effect."""
+    from dpo_mm.cli.command_settings import command_settings
+    from dpo_mm.config import TrainConfig
+    from dpo_mm.config_parsing import config_from_mapping
+
+    values = command_settings(TrainConfig, file, "train", [])
+    config = config_from_mapping(TrainConfig, {"pairs": BUNDLED_PAIRS, **values, "output_dir": "run"}, source=file)
+    if config.adapter_result == "stacked":
+        raise ValueError(
+            f"{file}: adapter_result is stacked, and the page compares one adapter with its base. Set continued"
+        )
+    return {name: value for name, value in values.items() if name not in SETTINGS_OF_PAIRS}
 
 
 @demo.command("images")

@@ -1,0 +1,92 @@
+"""From votes to the next vote in a browser: train, kill page and process, resume, and label base and tuned."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_mm.labels.pairs import open_pairs
+from dpo_mm.labels.store import VoteStore
+from dpo_mm.labels.vote_training import MIN_WINNERS, STAGE, read_record
+from tests.demos.test_accessibility import OWN, check_looks
+from tests.demos.test_label_page import begin, press
+
+pytestmark = pytest.mark.slow
+
+PAIRS = "shapes-faithfulness"
+
+
+def test_page_trains_on_votes_survives_a_kill_and_offers_the_next_pairs(
+    serve: Callable[..., Any], page: Any, browser: Any, tmp_path: Path
+) -> None:
+    """It catches a training that others can start, a lost run, and votes on fresh pairs that reach the first file."""
+    ids = open_pairs(PAIRS)["id"][:]
+    store = VoteStore(tmp_path / "labels.sqlite", ids, source=PAIRS)
+    for _ in range(MIN_WINNERS + 4):
+        shown = store.next_pair("Eve")
+        assert shown is not None
+        store.cast("Eve", shown.id, "left")
+    (tmp_path / "train.yaml").write_text(
+        "model: shapes-sd\nsteps: 12\nbatch_size: 2\nlora_rank: 2\nsave_steps: 1\nlogging_steps: 1\n"
+    )
+    command = ("label", "--train", "train.yaml", "--max-prompts", "2", "--num-inference-steps", "2")
+    server = serve(*command)
+    address = lambda: re.search(r"Open (http://\S+)", server.process.stdout)[1]  # type: ignore[index]
+    folder = tmp_path / "labels-training" / "1"
+
+    other = browser.new_context().new_page()
+    begin(other, server.address, "Mallory")
+    config = other.request.get(server.address + "/config").json()
+    number = {c["props"].get("elem_id"): c["id"] for c in config["components"]}["train"]
+    start = next(d["id"] for d in config["dependencies"] if [number, "click"] in d["targets"])
+    body = json.dumps({"data": [], "fn_index": start, "session_hash": "other"})
+    headers = {"content-type": "application/json", "x-dpo-mm-host": "1"}
+    assert other.request.post(server.address + "/gradio_api/queue/join", data=body, headers=headers).ok
+    other.wait_for_timeout(1000)
+    assert not other.get_by_text("Train on the votes").is_visible() and not folder.exists()
+    other.context.close()
+
+    page.goto(address())
+    begin(page, address(), "Ada")
+    page.get_by_text("Train on the votes").click()
+    page.locator("#train").wait_for()
+    check_looks(page, OWN)
+    page.set_viewport_size({"width": 1280, "height": 1000})
+    page.locator("#train").click()
+    page.get_by_text(re.compile("Training: step [1-9]")).wait_for()
+    server.kill()
+    worker = int(read_record(folder / STAGE)["process"])
+    os.kill(worker, signal.SIGKILL)
+    before = {path.name for path in (folder / "tuned").glob("checkpoint-*")}
+    assert before and not (folder / "tuned" / "training_log.json").exists()
+
+    server = serve(*command)
+    page.goto(address())
+    page.locator(".pair").wait_for()
+    deadline = time.monotonic() + 120
+    while read_record(folder / STAGE).get("stage") != "ready" and time.monotonic() < deadline:
+        assert read_record(folder / STAGE).get("stage") != "failed", (folder / "output.txt").read_text()[-2000:]
+        time.sleep(0.5)
+    log = json.loads((folder / "tuned" / "training_log.json").read_text())
+    assert [entry["step"] for entry in log["history"] if "loss" in entry] == list(range(1, 13))
+
+    page.get_by_text("Train on the votes").click()
+    page.get_by_text("Fresh pairs of base and tuned are ready").wait_for()
+    page.locator("#offer").click()
+    page.wait_for_function("() => document.querySelector('.pair')?.dataset.presentation.startsWith('1-')")
+    page.locator("h1").click()
+    for _ in range(2):
+        press(page, "ArrowLeft")
+    page.locator(".finished").wait_for()
+    page.get_by_text("Ratings of the models").click()
+    page.locator(".ratings tbody tr").first.wait_for()
+    assert {row.split("\t")[0] for row in page.locator(".ratings tbody tr").all_inner_texts()} == {"shapes-sd", "tuned"}
+    assert {vote.annotator for vote in store.votes()} == {"Eve"}
