@@ -56,6 +56,7 @@ from dpo_mm.training.feature_cache import cache_vision_features
 from dpo_mm.training.memory_plan import image_lines, response_lines
 from dpo_mm.training.model_card import write_card
 from dpo_mm.training.pair_stream import PairStream, eval_stream, training_stream
+from dpo_mm.training.progress_page import ProgressPageCallback
 from dpo_mm.training.reference import precompute_reference_log_probs
 from dpo_mm.training.response_rows import describe_lengths, stream_rows
 from dpo_mm.training.run_inputs import FileInputs, RunInputs, run_content
@@ -247,7 +248,8 @@ def _train_on(
     if cut := getattr(splits.rows, "truncated_prompts", ""):
         logger.warning("prompts: %s", cut)
         summary |= {"truncated prompts": cut}
-    given: dict[str, Any] = {"callbacks": inputs.callbacks, "reference_model": inputs.reference_model}
+    callbacks = [*inputs.callbacks, ProgressPageCallback(config, summary)]
+    given: dict[str, Any] = {"callbacks": callbacks, "reference_model": inputs.reference_model}
     trainer = PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state, samples=samples, **given)
     name, text = Path(config.output_dir).name, policy.modality == "text"
     image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
