@@ -116,10 +116,13 @@ _TEXT, _CAPTION = "dpo_mm.judges.text", "dpo_mm.judges.captions"
 _CLIP, _VQA, _TIFA = "dpo_mm.judges.clip", "dpo_mm.judges.vqa", "dpo_mm.judges.soft_tifa"
 _POPE, _MODEL = "dpo_mm.judges.pope", "dpo_mm.judges.model_judge"
 _DRAWINGS, _DRAWN = "dpo_mm.judges.drawing_judge", "dpo_mm.worlds.drawing_prompts:check_prompts"
+_EDIT, _EDITED = "dpo_mm.judges.edit_judge", "dpo_mm.worlds.shape_edits:check_prompts"
 JUDGES: dict[str, Judge] = {
     "faithfulness": Judge("fully correct rate", "dpo_mm.judges.scene:faithfulness", check_prompts="dpo_mm.worlds.shapes:check_prompts"),
     "drawings_faithfulness": Judge("fully correct rate", f"{_DRAWINGS}:drawings_faithfulness", check_prompts=_DRAWN),
     "drawings_agreement": Judge("agreement with the prompt", f"{_DRAWINGS}:drawings_agreement", check_prompts=_DRAWN),
+    "edit_followed": Judge("edits followed, rate", f"{_EDIT}:edit_followed", takes_sources=True, check_prompts=_EDITED),
+    "edit_preserved": Judge("rest preserved, rate", f"{_EDIT}:edit_preserved", takes_sources=True, check_prompts=_EDITED),
     "aesthetic": Judge("aesthetic score", "dpo_mm.judges.aesthetic:aesthetic", uses_prompt=False),
     "clip_score": Judge("CLIPScore, 2.5 max(cos, 0)", f"{_CLIP}:clip_score", needs_model=True),
     "laion_aesthetic": Judge("LAION aesthetic v2, 1 to 10", f"{_CLIP}:laion_aesthetic", needs_model=True, uses_prompt=False),

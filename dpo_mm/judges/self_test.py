@@ -21,8 +21,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dpo_mm.judges import JUDGES, is_pairwise, judge_card, load_judge, load_pairwise, parse_judge_name
-from dpo_mm.worlds import drawing_prompts, drawings, shapes
+from dpo_mm.judges import (
+    JUDGES,
+    is_pairwise,
+    judge_card,
+    load_judge,
+    load_pairwise,
+    parse_judge_name,
+    takes_sources,
+)
+from dpo_mm.worlds import drawing_prompts, drawings, shape_edits, shapes
 
 CAPTIONS = ("a red circle", "a blue square", "a green triangle", "a yellow star")
 DRAWING_CAPTIONS = ("a penguin", "two red apples", "a cat left of a train", "a banana, an owl and a crab on white")
@@ -69,6 +77,8 @@ def self_test(name: str, reference_image: str | None = None) -> Iterator[CheckRe
         yield from check_pairwise(name, images, prompts)
         return
     judge = load_judge(name)
+    if takes_sources(name):
+        images, prompts, judge = edited_images(judge)
     batched = np.array(judge(images, prompts), dtype=float)
     repeated = np.array(judge(images, prompts))
     yield CheckResult("same scores twice", bool((batched == repeated).all()), "the same images, scored twice")
@@ -79,11 +89,21 @@ def self_test(name: str, reference_image: str | None = None) -> Iterator[CheckRe
         difference <= tolerance(card, batched),
         f"largest difference between one by one and batched: {difference:.2g}",
     )
-    if (not parsed or JUDGES[parsed.judge].uses_prompt) and "questions" not in card:
+    uses_prompt = not parsed or JUDGES[parsed.judge].uses_prompt
+    if uses_prompt and "questions" not in card and not takes_sources(name):
         yield check_captions(judge, images, prompts, min_difference=tolerance(card, batched))
     else:
         yield CAPTIONS_NOT_APPLICABLE
     yield check_golden_values(name, judge, card, reference_image)
+
+
+def edited_images(judge: Any) -> tuple[list[Image.Image], list[str], Any]:
+    """Edits of the synthetic shapes, half of them done: images, instructions, and the judge with the images to edit."""
+    tasks = list(shape_edits.tasks(4, seed=0))
+    images = [shapes.render(task.source if n % 2 else task.target) for n, task in enumerate(tasks)]
+    sources = {task.instruction: [shapes.render(task.source)] for task in tasks}
+    score = lambda images, prompts: judge(images, prompts, [sources[prompt] for prompt in prompts])
+    return images, [task.instruction for task in tasks], score
 
 
 def check_weights(card: dict[str, Any]) -> Iterator[CheckResult]:

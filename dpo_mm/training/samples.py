@@ -159,7 +159,7 @@ def sample_callback(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Sa
     """Make the callback of a run, or None if it has no samples. Call it before the policy releases its encoders.
 
     Raises:
-        ValueError: if the model edits images, which prompts do not contain.
+        ValueError: if the model edits images, which samples do not pass to it.
     """
     if policy.modality == "image":
         if config.sample_prompts is None:
@@ -180,7 +180,9 @@ def _image_generator(policy: ImagePolicy, config: TrainConfig, prompts: list[str
     The other modules are on the device only while images are generated.
     """
     if policy.is_image_editing:
-        raise ValueError(f"sample_prompts: {config.model} edits images, and prompts have none. Remove sample_prompts")
+        raise ValueError(
+            f"sample_prompts: {config.model} edits images, and samples in training pass none. Remove sample_prompts"
+        )
     whole = copy.copy(policy.pipe)  # shares the modules, and keeps those that the policy releases
     denoiser = next(name for name, part in whole.components.items() if part is policy.model)
     seeds = [seeds_of(prompt, 1, seed=config.seed)[0] for prompt in prompts]
