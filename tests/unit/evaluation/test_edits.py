@@ -101,6 +101,7 @@ def test_compare_counts_text_and_image_as_one_item_and_shows_the_source(
     result = comparing.compare_images(config(editor, prompts, tmp_path), title="t", command="c")
     assert result.comparisons[0].clusters == 3 and len(judged) == 6
     page = result.report.read_text()
+    assert "The image to edit on the left, then base and tuned, from the same seed." in page
     assert page.count('<figure class="source"><figcaption>source</figcaption>') == 3
 
 
