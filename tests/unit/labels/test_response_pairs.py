@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from dpo_mm.data.schema import load_responses, make_response_rows
+from dpo_mm.data.schema import Response, load_responses, make_response_rows
 from dpo_mm.demo_label import pair_html
+from dpo_mm.labels import fresh_responses
 from dpo_mm.labels.export import export, model_ratings, open_votes, preset_for
+from dpo_mm.labels.fresh_responses import generate_response_pairs
 from dpo_mm.labels.pairs import open_pairs, pair_digest
 from dpo_mm.labels.response_pairs import response_texts
 from dpo_mm.labels.store import VoteStore
@@ -116,3 +118,37 @@ def test_responses_that_cannot_be_labelled_are_named(tmp_path: Path) -> None:
     vote(store, "Ada", {"0": "tie"})
     with pytest.raises(ValueError, match="no pair of responses has a winner"):
         export(str(store.path), str(tmp_path / "labels.parquet"))
+
+
+class Writer:
+    """A text policy that writes the prompt's number of stars, or as many as its adapter says."""
+
+    calls: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, adapter: str | None) -> None:
+        self.adapter = adapter
+
+    def generate(self, images: Any, messages: Any, **limits: Any) -> list[Response]:
+        self.calls.append(limits)
+        words = [f"{len(images[n])} image" for n in range(len(messages))]
+        return [Response(f"{self.adapter or 'base'}, {word}"[-limits["max_new_tokens"] :], 3, False) for word in words]
+
+
+def test_fresh_pairs_of_responses_are_those_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It catches sides that are exchanged, prompts that are used twice, seeds that differ, and equal responses."""
+    rows = open_pairs(response_rows(tmp_path, [*TEXTS, *TEXTS]))
+    twice = rows.select([0, 0, 1, 2])
+    monkeypatch.setattr(fresh_responses, "load_text_policy", lambda model, *, adapter, precision: Writer(adapter))
+    monkeypatch.setattr(fresh_responses, "BATCH", 2)
+    limits = {"max_new_tokens": 99, "seed": 7, "precision": "fp32"}
+    file = tmp_path / "samples" / "pairs.parquet"
+    generate_response_pairs(twice, [("m", None), ("m", "run")], file, max_pairs=2, **limits)
+    pairs = open_pairs(str(file.parent))
+    assert pairs["id"][:] == ["r0", "r1"]
+    texts = response_texts(pairs[0])
+    assert (texts.prompt, texts.a, texts.b) == ("Question 0?", "base, 1 image", "run, 1 image")
+    assert (pairs[0]["chosen_model"], pairs[0]["rejected_model"]) == ("base", "tuned")
+    assert pairs[0]["images"][0]["bytes"] == rows[0]["images"][0]["bytes"]
+    assert [call["seed"] for call in Writer.calls] == [7, 7] and all(call["do_sample"] for call in Writer.calls)
+    with pytest.raises(ValueError, match="the same response to all of 3 prompts"):
+        generate_response_pairs(twice, [("m", "x"), ("m", "x")], file, max_pairs=9, **limits)
