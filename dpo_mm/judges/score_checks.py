@@ -42,7 +42,7 @@ def image_scores(
         if len(sources) != len(images) or not all(sources):
             raise ValueError(
                 f"judge {name!r} scores edits, so it needs the image to edit of every prompt. Use it with compare or mine, and "
-                "prompts with images"
+                "prompts with images, or judge rows with image_source"
             )
         values = _numbers(name, judge(images, prompts, [list(each) for each in sources]), rows)
     else:

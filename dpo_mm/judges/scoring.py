@@ -19,14 +19,14 @@ from PIL import Image
 from dpo_mm.checksums import all_intact, missing_shards, saved_shards, write_with_checksum
 from dpo_mm.config import JudgeConfig
 from dpo_mm.content_key import content_hash, file_hash, library_versions
-from dpo_mm.data.image_files import decode_image, image_bytes
+from dpo_mm.data.image_files import decode_image, image_bytes, rgb_image
 from dpo_mm.data.parquet import combine_shards
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.row_paths import MARK, is_regular
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.data.text_files import read_lines
 from dpo_mm.interruption import stop_on_signal
-from dpo_mm.judges import judge_card, judge_digests, load_judge
+from dpo_mm.judges import judge_card, judge_digests, load_judge, takes_sources
 from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.output_files import output_files, write_file
 from dpo_mm.outputs import OutputKind, output_folder, settings_of
@@ -110,7 +110,8 @@ def _score(config: JudgeConfig, images: Sequence[ImageToScore], rows: Dataset | 
 def ingredients(config: JudgeConfig, images: Sequence[ImageToScore], rows: Dataset | None) -> dict[str, Any]:
     """Return what decides the scores of images, see `dpo_mm.content_key`."""
     if rows is not None:
-        content = digest(rows.select_columns(["id", "prompt", "image_a", "image_b"]))
+        used = ["id", "prompt", "image_a", "image_b"]
+        content = digest(rows.select_columns([*used, "image_source"] if takes_sources(config.judge) else used))
     else:
         files = [(image, image.file) for image in images if image.file]
         content = content_hash(
@@ -201,17 +202,30 @@ def _score_shard(images: Sequence[ImageToScore], rows: Dataset | None, judge: st
     records: list[dict[str, Any]] = [
         {"id": image.id, "prompt": image.prompt, "judge": judge, "score": None, "error": None} for image in images
     ]
-    decoded: list[tuple[int, Image.Image]] = []
+    decoded: list[tuple[int, Image.Image, list[Image.Image]]] = []
+    edits = takes_sources(judge)
     for index, image in enumerate(images):
         try:
-            decoded.append((index, decode_image(_encoded(image, rows))))
+            decoded.append((index, decode_image(_encoded(image, rows)), _sources(image, rows) if edits else []))
         except (ValueError, OSError) as error:
             records[index]["error"] = str(error)
     if decoded:
-        scores = image_scores(judge, [image for _, image in decoded], [images[index].prompt for index, _ in decoded])
-        for (index, _), value in zip(decoded, scores, strict=True):
+        prompts = [images[index].prompt for index, _, _ in decoded]
+        scores = image_scores(judge, [image for _, image, _ in decoded], prompts, [each for _, _, each in decoded])
+        for (index, _, _), value in zip(decoded, scores, strict=True):
             records[index]["score"] = float(value)
     return records
+
+
+def _sources(image: ImageToScore, rows: Dataset | None) -> list[Image.Image]:
+    """Return the image to edit of a row, empty without one. Raises ValueError if it does not decode."""
+    if rows is None:
+        return []
+    cell = rows.with_format("arrow")[image.row : image.row + 1].column("image_source")[0].as_py()
+    try:
+        return [rgb_image(cell)] if cell else []
+    except ValueError as error:
+        raise ValueError(f"image_source: {error}") from error
 
 
 def _encoded(image: ImageToScore, rows: Dataset | None) -> bytes:

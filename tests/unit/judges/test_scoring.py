@@ -4,9 +4,10 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,17 +17,27 @@ from typer.testing import CliRunner
 
 from dpo_mm.cli.main import app
 from dpo_mm.config import JudgeConfig
+from dpo_mm.data.image_files import encode_png
 from dpo_mm.judges import scoring as module
 from dpo_mm.judges.scoring import score
 from dpo_mm.judges.self_test import CLIP_PROBABILITIES, CheckResult, compare_clip_probabilities, self_test
 from tests import forked
-from tests.conftest import noise_image
+from tests.conftest import noise_image, rows
 
 HERE = "tests.unit.judges.test_scoring"
 
 
 def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
     return [float(np.asarray(image).mean()) for image in images]
+
+
+def source_brightness(
+    images: Sequence[Image.Image], prompts: Sequence[str], sources: Sequence[Sequence[Image.Image]]
+) -> list[float]:
+    return brightness([source for (source,) in sources], prompts)
+
+
+source_brightness.takes_sources = True  # type: ignore[attr-defined]
 
 
 def slow(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
@@ -189,3 +200,22 @@ def test_relabel_command_prints_counts(pairs: str, tmp_path: Path) -> None:
     assert done.exit_code == 0 and "ties that became wins" in done.stdout and f"--pairs {out}" in done.stdout
     done = CliRunner().invoke(app, ["relabel", pairs, "--judge", "x", "--output", out])
     assert "did you mean 'judges'" in str(done.exception)
+
+
+def test_judge_of_edits_gets_the_image_to_edit_of_its_row(write_pairs: Callable[..., str], tmp_path: Path) -> None:
+    """Also: a source that does not decode has no score, and another source is another result."""
+    cell = lambda number: {"bytes": encode_png(noise_image(number)), "path": None}
+    some: list[dict[str, Any]] = [{**row, "image_source": cell(50 + n)} for n, row in enumerate(rows(3))]
+    some[1]["image_source"] = {"bytes": b"<html>", "path": None}
+    config = JudgeConfig(f"{HERE}:source_brightness", write_pairs(some), str(tmp_path / "s.parquet"))
+    assert score(config) is not None
+    records = pq.read_table(config.output).to_pylist()
+    means = [float(np.asarray(noise_image(50 + n)).mean()) for n in (0, 2)]
+    assert [record["score"] for record in records] == [means[0]] * 2 + [None] * 2 + [means[1]] * 2
+    assert [record["error"] for record in records[2:4]] == ["image_source: it is text (SVG or HTML), not an image"] * 2
+    before = module.ingredients(config, *module.read_images(config.images, None))["images"]
+    some[0]["image_source"] = cell(60)
+    assert module.ingredients(config, *module.read_images(write_pairs(some), None))["images"] != before
+    some[0]["image_source"] = None
+    with pytest.raises(ValueError, match="needs the image to edit of every prompt"):
+        score(dataclasses.replace(config, images=write_pairs(some), output=str(tmp_path / "t.parquet")))
