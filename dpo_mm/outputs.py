@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class OutputKind:
         results: files that the command writes into the folder at its end, see `write_results`.
         parts: patterns of subfolders with files of the command.
         free: settings that may differ from the recorded ones.
+        defaults: values of settings that a record lacks because an earlier version wrote it.
     """
 
     record: str
@@ -70,6 +71,7 @@ class OutputKind:
     results: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     free: tuple[str, ...] = FREE_TO_CHANGE
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -260,7 +262,8 @@ def _is_finished(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) ->
 
 def differences(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) -> list[str]:
     """Settings that decide the result and differ from those of the folder's record, as text."""
-    before = read_record(folder / kind.record) or {}
+    record = read_record(folder / kind.record)
+    before = {**kind.defaults, **record} if record else {}
     return [
         f"{name}: {before.get(name)!r:.200} -> {value!r:.200}"
         for name, value in settings.items()

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.config import CompareConfig, CompareResponsesConfig, as_dict
+from dpo_mm.config import CompareConfig, CompareResponsesConfig, as_dict, default_settings
 from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.prompts import read_prompt_set
 from dpo_mm.data.questions import WORLDS, read_questions
@@ -28,6 +28,7 @@ COMPARISON = OutputKind(
     results=("report.html", "metrics.json", "contact_sheet.png"),
     # not batch_size, which changes the rounding of what is generated
     free=("output_dir", "overwrite", "server", "server_timeout"),
+    defaults=default_settings(CompareConfig, CompareResponsesConfig),
 )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from dpo_mm.checksums import all_intact, missing_shards
-from dpo_mm.config import MineConfig, as_dict
+from dpo_mm.config import MineConfig, MineResponsesConfig, as_dict, default_settings
 from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import combine_shards, write_rows
@@ -37,7 +37,12 @@ from dpo_mm.progress import progress_bar
 logger = logging.getLogger(__name__)
 
 
-MINING = OutputKind("mining.json", "mined", results=("pairs.parquet",))
+MINING = OutputKind(
+    "mining.json",
+    "mined",
+    results=("pairs.parquet",),
+    defaults=default_settings(MineConfig, MineResponsesConfig),
+)
 
 
 def mine_images(config: MineConfig) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from dpo_mm.checksums import COMPLETE, complete_files, remove_unchanged_files, what_is_wrong
-from dpo_mm.config import TrainConfig, as_dict
+from dpo_mm.config import TrainConfig, as_dict, default_settings
 from dpo_mm.resumable import explain_unwritten, set_aside
 from dpo_mm.training.samples import free_sample_settings
 from dpo_mm.training.tracking import TRACKING_SETTINGS
@@ -132,10 +132,9 @@ def check_same_recipe(checkpoint: Path, config: TrainConfig, *, pairs_per_step: 
     Raises:
         ValueError: if a setting outside FREE_TO_CHANGE, or the number of pairs per step, has changed. It names the change.
     """
-    before, settings = (
-        json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8")),
-        json.loads(json.dumps(as_dict(config))),
-    )
+    saved = json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+    before = {**default_settings(TrainConfig), **saved}
+    settings = json.loads(json.dumps(as_dict(config)))
     changed = [
         f"{k}: {before.get(k)!r} -> {v!r}"
         for k, v in {**settings, "pairs_per_step": pairs_per_step}.items()

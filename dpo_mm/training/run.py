@@ -17,7 +17,7 @@ from transformers import PrinterCallback
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.cache_folder import cache_folder
-from dpo_mm.config import TrainConfig, as_dict
+from dpo_mm.config import TrainConfig, as_dict, default_settings
 from dpo_mm.content_key import check_ingredients, content_hash
 from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.data.row_digest import digest, row_digests
@@ -72,6 +72,7 @@ TRAINING = OutputKind(
     "trained",
     parts=("checkpoint-*", BEST_FOLDER, SAMPLES_FOLDER),
     free=("output_dir", "resume", "overwrite", "workers", *TRACKING_SETTINGS),
+    defaults=default_settings(TrainConfig),
 )
 
 

@@ -23,16 +23,16 @@ from dpo_mm.checksums import (
     write_checksums,
     write_with_checksum,
 )
-from dpo_mm.config import CompareConfig, TrainConfig
+from dpo_mm.config import CompareConfig, TrainConfig, as_dict
 from dpo_mm.content_key import file_hash, model_files_hash
 from dpo_mm.output_files import output_files, write_file
-from dpo_mm.outputs import LOCK, OutputKind, output_folder, write_results
+from dpo_mm.outputs import LOCK, RECORDS, OutputKind, differences, output_folder, write_results
 from dpo_mm.recipe import compare
 from dpo_mm.resumable import TEMPORARY, atomic_write, temporary_path
 from dpo_mm.training import run as training
 from dpo_mm.training.checkpoints import remove_old_checkpoints
 from dpo_mm.training.model_card import MADE, add_results
-from dpo_mm.training.run import dry_run, train
+from dpo_mm.training.run import TRAINING, dry_run, train
 
 HERE = "tests.reliability.test_outputs"
 MINING = OutputKind("mining.json", "mined", results=("pairs.parquet",))
@@ -296,6 +296,19 @@ def test_finished_run_is_printed_and_never_replaced(trained: Path) -> None:
         with pytest.raises(ValueError, match="was trained with other settings"):
             train(settings_of(trained, **changes))
     assert contents(trained) == before
+
+
+def test_setting_that_a_record_lacks_had_its_default(tmp_path: Path) -> None:
+    """An earlier version wrote the record. It catches a run that cannot be finished after an update, and a changed setting."""
+    settings = json.loads(json.dumps(as_dict(TrainConfig(model="m", pairs="p", output_dir="o"))))
+    record = {name: value for name, value in settings.items() if name != "proportion_empty_prompts"}
+    (tmp_path / TRAINING.record).write_text(json.dumps({"kind": RECORDS[TRAINING.record], **record}))
+    assert differences(tmp_path, TRAINING, settings) == []
+    assert differences(tmp_path, TRAINING, settings | {"proportion_empty_prompts": 0.2}) == [
+        "proportion_empty_prompts: 0.0 -> 0.2"
+    ]
+    (tmp_path / TRAINING.record).unlink()
+    assert differences(tmp_path, TRAINING, settings)
 
 
 @pytest.mark.slow

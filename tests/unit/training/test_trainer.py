@@ -20,6 +20,7 @@ from dpo_mm.policies.adapters import LORA_FILE
 from dpo_mm.policies.diffusion.denoising_errors import DenoisingErrors
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.builders import build_loss
+from dpo_mm.training.checkpoints import check_same_recipe
 from dpo_mm.training.encoding import encode_splits
 from dpo_mm.training.metrics import reward_metrics, split_by_noise_quartile
 from dpo_mm.training.pair_stream import PairStream, eval_stream, training_stream
@@ -182,6 +183,11 @@ def test_resume_with_a_changed_recipe_names_the_changes(tiny_model: str, pairs: 
         train(config(tiny_model, pairs, out, beta=100, seed=1, resume=True))
     with pytest.raises(ValueError, match=r"another recipe \(pairs_per_step: 2 -> 4\)"):
         train(config(tiny_model, pairs, out, batch_size=4, resume=True))
+    record = min(Path(out).glob("checkpoint-*/dpo_mm.json"))
+    saved = json.loads(record.read_text())
+    del saved["proportion_empty_prompts"]  # as if an earlier version wrote it
+    record.write_text(json.dumps(saved))
+    check_same_recipe(record.parent, config(tiny_model, pairs, out), pairs_per_step=2)
 
 
 def test_resume_with_changed_pairs_is_refused(tiny_model: str, write_pairs: Callable[..., str], out: str) -> None:
