@@ -18,8 +18,8 @@ from dpo_mm.data.prompts import read_prompt_set
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.evaluation import compare_images as comparing
 from dpo_mm.evaluation.contact_sheet import Example, contact_sheet
-from dpo_mm.evaluation.image_sampling import ImageSampler, SamplingPlan, sampling_plan
-from dpo_mm.evaluation.image_store import ImageStore
+from dpo_mm.evaluation.image_sampling import ImageRequest, ImageSampler, SamplingPlan, sampling_plan, score_images
+from dpo_mm.evaluation.image_store import ImageFiles, ImageStore
 from dpo_mm.evaluation.saved_comparison import load_comparison
 from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.mining import mine_images as mining
@@ -86,12 +86,18 @@ def test_same_text_and_seed_with_another_image_is_another_image_and_score(
     assert swapped.scores[JUDGE].tolist() == both.scores[JUDGE][::-1].tolist()
 
 
-def test_score_of_the_same_pixels_depends_on_the_image_to_edit(tmp_path: Path) -> None:
-    store = ImageStore(tmp_path)
-    store.add_scores(JUDGE, "card", [("hash", "text", "one", 0.25), ("hash", "text", "other", 0.5)])
-    for each in (store, ImageStore(tmp_path)):
-        assert [each.score("card", "hash", "text", name) for name in ("one", "other")] == [0.25, 0.5]
-        assert each.score("card", "hash", "text") is None
+def test_score_of_the_same_pixels_depends_on_the_image_to_edit(prompts: str, tmp_path: Path) -> None:
+    """Mutation that it catches: a score's key without the image to edit."""
+    one, other, _ = (prompt.sources for prompt in read_prompt_set(prompts).prompts)
+    requests = [ImageRequest("text", 1, sources) for sources in (one, other)]
+    files, store = ImageFiles([tmp_path / "2.png"] * 2), ImageStore(tmp_path / "images")
+    scores = score_images(JUDGE, files, ["same"] * 2, requests, store)
+    means = [float(np.asarray(noise_image(n)).mean()) for n in range(3)]
+    assert scores.tolist() == [-abs(means[2] - means[0]), -abs(means[2] - means[1])]
+    assert (
+        score_images(JUDGE, files, ["same"] * 2, requests, ImageStore(tmp_path / "images")).tolist() == scores.tolist()
+    )
+    assert len(judged) == 2
 
 
 def test_compare_counts_text_and_image_as_one_item_and_shows_the_source(
