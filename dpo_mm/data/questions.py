@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,17 @@ def _read_part(name: str, limit: int | None, part: str) -> list[Question]:
     return chosen
 
 
+@lru_cache(maxsize=1024)
+def _rendering(render: Callable[[Any], Image.Image], content: Any) -> Image.Image:
+    """Render an image of a synthetic task. A render takes 6 ms, and a question's images are used several times."""
+    return render(content)
+
+
+def _rendered(render: Callable[[Any], Image.Image], content: Any) -> Image.Image:
+    """Return a copy of a rendered image, which the caller may change."""
+    return _rendering(render, content).copy()
+
+
 def _pages(count: int, *, held_out: bool) -> Iterator[Question]:
     from dpo_mm.worlds import documents
 
@@ -130,7 +141,9 @@ def _pages(count: int, *, held_out: bool) -> Iterator[Question]:
     for number, page in enumerate(documents.pages(count, seed, held_out=held_out)):
         prompt, ground_truth = documents.PROMPTS[page.form], documents.transcription(page)
         kind = page.kind if page.form == "text" else f"{page.kind}, json"
-        yield Question(f"page-{number}", LazyImages([partial(documents.render, page)]), prompt, ground_truth, kind)
+        yield Question(
+            f"page-{number}", LazyImages([partial(_rendered, documents.render, page)]), prompt, ground_truth, kind
+        )
 
 
 def _scenes(count: int, *, held_out: bool) -> Iterator[Question]:
@@ -139,7 +152,7 @@ def _scenes(count: int, *, held_out: bool) -> Iterator[Question]:
     seed = HELD_OUT_SEED if held_out else TRAIN_SEED
     for number, scene in enumerate(caption_scenes.scenes(count, seed, held_out=held_out)):
         things = f"{len(scene.objects)} thing{'s' * (len(scene.objects) > 1)}"
-        images, truth = LazyImages([partial(shapes.render, scene)]), caption_scenes.caption(scene)
+        images, truth = LazyImages([partial(_rendered, shapes.render, scene)]), caption_scenes.caption(scene)
         yield Question(f"scene-{number}", images, caption_scenes.PROMPT, truth, things)
 
 

@@ -124,3 +124,12 @@ def test_ground_truth_of_another_type_is_refused(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"prompt": "when?", "ground_truth": ["one", null]}')
     with pytest.raises(ValueError, match=r"q.jsonl, row 0: ground_truth is \['one', None\]. Expected a text"):
         read_questions(str(tmp_path / "q.jsonl"))
+
+
+def test_rendered_image_that_a_caller_changes_is_rendered_again() -> None:
+    """It catches a changed image that the next use would get."""
+    (question, *_) = read_questions("pages-train", limit=2)
+    first = question.images[0]
+    before = first.tobytes()
+    first.paste((0, 0, 0), (0, 0, *first.size))
+    assert question.images[0].tobytes() == before != first.tobytes()
