@@ -53,6 +53,7 @@ def mine_and_stop(at: int) -> None:
 
     score_checks.load_judge = lambda name: judge
     score_checks.better_of = lambda name: "higher"
+    score_checks.takes_sources = lambda name: False
     mine_images.judge_digests = lambda names: dict.fromkeys(names, "hash of the judge")
     recipe._check_judges = lambda *_: None
     forked.command()
