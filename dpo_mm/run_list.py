@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_mm.checksums import COMPLETE
-from dpo_mm.config import TrainConfig, as_dict
+from dpo_mm.config import TrainConfig, as_dict, default_settings
 from dpo_mm.content_key import RECORDS_OF_TRAINING
 from dpo_mm.outputs import KIND, RECORDS
 
 _, RUN_FILE, LOG_FILE = RECORDS_OF_TRAINING
 COMPARISON_FILE, METRICS_FILE = "comparison.json", "metrics.json"
-INSIDE_RUN = ("checkpoint-", "best", "samples", "logs", ".")
-"""Beginnings of the names of folders that belong to a run."""
+INSIDE_RUN = re.compile(r"checkpoint-\d+|\..*")
+"""Names of folders that belong to a run and have a record like it."""
 NOT_COMPARED = ("output_dir", "run_name", "logging_dir", "report_to", "resume", "overwrite", "workers")
 """Settings that do not tell runs apart."""
 ALWAYS_NAMED = ("model", "objective")
@@ -137,7 +138,7 @@ def list_runs(folder: str | Path) -> RunList:
 
 def _folders(root: Path) -> Iterator[Path]:
     for parent, folders, _ in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(INSIDE_RUN))
+        folders[:] = sorted(name for name in folders if not INSIDE_RUN.fullmatch(name))
         yield Path(parent)
 
 
@@ -172,8 +173,8 @@ def _run(place: Path, root: Path) -> ListedRun | None:
     record = _json(place / RUN_FILE)
     if record.get(KIND) != RECORDS[RUN_FILE]:
         return None
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    settings = {name: record[name] for name in names if name in record}
+    known = default_settings(TrainConfig) | record
+    settings = {field.name: known[field.name] for field in dataclasses.fields(TrainConfig) if field.name in known}
     finished = (place / COMPLETE).is_file()
     step = _last_step(_json(place / LOG_FILE)) if finished else _newest_checkpoint(place)
     written = place / (COMPLETE if finished else RUN_FILE)

@@ -85,7 +85,7 @@ def quickstart(
         str,
         typer.Option(
             help="images: an image generator learns to follow its prompt. drawings: the same with drawings that people "
-            "recognise, about 4 CPU minutes. captioner: a captioner stops hallucinating objects. ocr: an OCR model stops repeating itself."
+            "recognise. captioner: a captioner stops hallucinating objects. ocr: an OCR model stops repeating itself."
         ),
     ] = "images",
     output_dir: Annotated[str, typer.Option(help="Folder for the adapter and the report.")] = "runs/quickstart",

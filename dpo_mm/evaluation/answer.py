@@ -81,13 +81,8 @@ def _price(comparisons: Sequence[Comparison], history: Sequence[dict[str, float]
     rows = zip(worse, rows_of(worse), strict=True)
     if worse:
         text = "Significantly worse: " + ", ".join(f"{one.name} ({row.base} to {row.tuned})" for one, row in rows) + "."
-    elif judged:
-        metrics = "other metric" if len(judged) == 1 else f"of the {len(judged)} other metrics"
-        text = (
-            f"No {metrics} got significantly worse." if len(judged) == 1 else f"None {metrics} got significantly worse."
-        )
     else:
-        text = "No other metric was measured."
+        text = "No other metric got significantly worse." if judged else "No other metric was measured."
     steps = max((int(entry["step"]) for entry in history if "step" in entry), default=0)
     return f"{text} Training took {steps:,} {'step' if steps == 1 else 'steps'}." if steps else text
 

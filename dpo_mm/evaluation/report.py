@@ -62,7 +62,8 @@ class Report:
     """Contents of a report.
 
     Args:
-        title, verdict, summary, command: heading, verdict in a word, result in a sentence, and how to repeat it.
+        title, verdict, command: heading, verdict in a word, and how to repeat it.
+        summary: result in a sentence, for metrics.json alone.
         comparisons: one per judge and pair of models. Exactly one is the primary metric (`headline`).
         categories: comparisons by the primary judge within each category. `metric` is the category's name.
         scales: LoRA scale and the comparison of the base with the adapter at that scale.

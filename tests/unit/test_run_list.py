@@ -112,3 +112,20 @@ def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         list_runs(tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
         list_runs(tmp_path / "missing")
+
+
+def test_run_in_a_folder_named_like_a_part_of_a_run_is_listed(tmp_path: Path) -> None:
+    """It catches runs that are left out because their folder's name begins like one inside a run."""
+    names = ["best-of-three", "logs", "samples-of-cats"]
+    for name in names:
+        write_run(tmp_path / name)
+    assert [run.folder for run in list_runs(tmp_path).runs] == names
+
+
+def test_setting_that_an_earlier_version_did_not_have_is_its_default(tmp_path: Path) -> None:
+    write_run(tmp_path / "new")
+    record = write_run(tmp_path / "old") / "dpo_mm.json"
+    settings = json.loads(record.read_text())
+    del settings["proportion_empty_prompts"]
+    record.write_text(json.dumps(settings))
+    assert list_runs(tmp_path).differing() == []
