@@ -196,10 +196,11 @@ class ImageSampler:
                 check_ingredients("image of a comparison", {k: v for k, v in batch_settings.items() if k not in NAMES})
                 named = [({**batch_settings, **request.recorded}, request.prompt, request.seed) for request in batch]
                 missing = [store.find(*name) is None for name in named]
-                images = self._generate_batch(batch, scale) if any(missing) else []
-                for (own, prompt, seed), image, is_missing in zip(named, images, missing, strict=False):
-                    if is_missing:
-                        store.add(own, [(prompt, seed, image)], label=label)
+                if any(missing):
+                    images = self._generate_batch(batch, scale)
+                    for (own, prompt, seed), image, is_missing in zip(named, images, missing, strict=True):
+                        if is_missing:
+                            store.add(own, [(prompt, seed, image)], label=label)
                 keys |= {request.content: store.key(*name) for request, name in zip(batch, named, strict=True)}
                 advance(len(batch))
         rows = [store.rows[keys[request.content]] for request in plan.requests]
