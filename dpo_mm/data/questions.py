@@ -2,7 +2,8 @@
 
 Images are decoded or rendered when a question is used. A name selects a synthetic dataset. A file is Parquet or JSON lines with the columns
 `images` (or `image`), `prompt` and, optionally, `ground_truth`, `id`, `category` and `rubric`. `ground_truth` may be a list, of which any
-is right. In JSON lines an image is a path relative to the file.
+is right. In JSON lines an image is a path relative to the file. The files of published benchmarks (`dpo_mm.data.benchmarks`) are
+read in their own formats.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dpo_mm.data.benchmarks import question_rows
 from dpo_mm.data.conversation import as_messages
 from dpo_mm.data.lazy_images import LazyImages, image_cells, lazy_images
 from dpo_mm.data.row_files import open_rows
@@ -176,7 +178,7 @@ WORLDS: dict[str, Callable[[int], Iterator[Question]]] = {
 
 
 def _json_questions(path: Path, limit: int | None) -> Iterator[Question]:
-    for number, row in enumerate(islice(_json_rows(path), limit)):
+    for number, row in enumerate(islice(question_rows(_json_rows(path), path), limit)):
         name = f"{path}, row {number}"
         _check_prompt(row, name)
         cells = confine(image_cells(row), path.parent, is_path=True)

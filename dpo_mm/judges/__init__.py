@@ -6,7 +6,7 @@ sum of the totals, as for CHAIR and character error rates. A pairwise judge retu
 probability that image a is better. A judge of edits is `score(images, prompts, sources)`: `sources` has a list of the images
 to edit per image. No judge receives a policy.
 
-To add a judge, write the function and list it in JUDGES. Or pass your own function as "module:function" to any setting
+To add a judge, write the function and list it in JUDGES in `table.py`. Or pass your own function as "module:function" to any setting
 that expects a judge. The name of a judge that needs a model contains the model after a colon and the location of its
 files after an @: `clip_score:ViT-B-32/openai@weights.safetensors`. Such a judge is opened once per process. Its weights
 load when it scores for the first time.
@@ -24,10 +24,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -35,8 +34,7 @@ from dpo_mm.assets import recipes_folder
 from dpo_mm.content_key import content_hash
 from dpo_mm.data.schema import Response
 from dpo_mm.errors import did_you_mean
-
-Better = Literal["higher", "lower", "neutral"]
+from dpo_mm.judges.table import JUDGES, Better
 
 
 class Ratio(NamedTuple):
@@ -78,86 +76,6 @@ class LazyJudge(NamedTuple):
     function: Callable[..., Any]
     card: Callable[[], dict[str, Any]]
     take_notes: Callable[[], list[str]] = list
-
-
-@dataclass(frozen=True)
-class Judge:
-    """An entry of JUDGES.
-
-    Attributes:
-        metric: name of the metric in reports.
-        function: path of the judge's function, `module:function`.
-        better: direction in which the score improves.
-        explain: path of a function (response, ground truth) -> Explanation, or None.
-        correct: path of a function (response, ground truth) -> response in which only the faults are corrected, or None.
-        needs_model: True if `function` takes a JudgeName and returns a LazyJudge.
-        pairwise: True if the judge is a Prefer, not a Score.
-        uses_prompt: False if the score does not depend on the prompt.
-        takes_questions: True if it scores responses to questions: (responses, questions) -> list[Ratio]. If it is pairwise, it takes
-            two lists of responses and counts for the first. A row with a total of 0 has no score.
-        takes_sources: True if it scores edits: (images, prompts, images to edit) -> one number per image.
-        check_prompts: path of a function (prompts) that raises ValueError for one that the judge cannot score, or None.
-    """
-
-    metric: str
-    function: str
-    better: Better = "higher"
-    explain: str | None = None
-    correct: str | None = None
-    needs_model: bool = False
-    pairwise: bool = False
-    uses_prompt: bool = True
-    takes_questions: bool = False
-    takes_sources: bool = False
-    check_prompts: str | None = None
-
-
-_TEXT, _CAPTION = "dpo_mm.judges.text", "dpo_mm.judges.captions"
-_CLIP, _VQA, _TIFA = "dpo_mm.judges.clip", "dpo_mm.judges.vqa", "dpo_mm.judges.soft_tifa"
-_POPE, _MODEL = "dpo_mm.judges.pope", "dpo_mm.judges.model_judge"
-_DRAWINGS, _DRAWN = "dpo_mm.judges.drawing_judge", "dpo_mm.worlds.drawing_prompts:check_prompts"
-_EDIT, _EDITED = "dpo_mm.judges.edit_judge", "dpo_mm.worlds.shape_edits:check_prompts"
-JUDGES: dict[str, Judge] = {
-    "faithfulness": Judge("fully correct rate", "dpo_mm.judges.scene:faithfulness", check_prompts="dpo_mm.worlds.shapes:check_prompts"),
-    "drawings_faithfulness": Judge("fully correct rate", f"{_DRAWINGS}:drawings_faithfulness", check_prompts=_DRAWN),
-    "drawings_agreement": Judge("agreement with the prompt", f"{_DRAWINGS}:drawings_agreement", check_prompts=_DRAWN),
-    "edit_followed": Judge("edits followed, rate", f"{_EDIT}:edit_followed", takes_sources=True, check_prompts=_EDITED),
-    "edit_preserved": Judge("rest preserved, rate", f"{_EDIT}:edit_preserved", takes_sources=True, check_prompts=_EDITED),
-    "aesthetic": Judge("aesthetic score", "dpo_mm.judges.aesthetic:aesthetic", uses_prompt=False),
-    "clip_score": Judge("CLIPScore, 2.5 max(cos, 0)", f"{_CLIP}:clip_score", needs_model=True),
-    "laion_aesthetic": Judge("LAION aesthetic v2, 1 to 10", f"{_CLIP}:laion_aesthetic", needs_model=True, uses_prompt=False),
-    "hps_v2": Judge("HPS v2, cos", f"{_CLIP}:hps_v2", needs_model=True),
-    "hps_v2.1": Judge("HPS v2.1, cos", f"{_CLIP}:hps_v21", needs_model=True),
-    "pick_score": Judge("PickScore v1, exp(s) cos", f"{_CLIP}:pick_score", needs_model=True),
-    "vqa_score": Judge("VQAScore, P(Yes)", f"{_VQA}:vqa_score", needs_model=True),
-    "vlm_prefers": Judge("VLM preference (both orders)", f"{_VQA}:vlm_prefers", needs_model=True, pairwise=True),
-    "soft_tifa_gm": Judge("Soft-TIFA GM", f"{_TIFA}:soft_tifa_gm", needs_model=True),
-    "soft_tifa_am": Judge("Soft-TIFA AM", f"{_TIFA}:soft_tifa_am", needs_model=True),
-    "degeneration": Judge("degeneration rate", f"{_TEXT}:degeneration", "lower", f"{_TEXT}:explain_repetition", f"{_TEXT}:correct_repetition"),
-    "trailing_repetition": Judge("trailing repetition rate", f"{_TEXT}:trailing_repetition", "lower", f"{_TEXT}:explain_repetition", f"{_TEXT}:correct_repetition"),
-    "repetition": Judge("excess repetition (rep-10)", f"{_TEXT}:repetition", "lower", f"{_TEXT}:explain_repetition", f"{_TEXT}:correct_repetition"),
-    "cer": Judge("character error rate", f"{_TEXT}:cer", "lower"),
-    "wer": Judge("word error rate", f"{_TEXT}:wer", "lower"),
-    "anls": Judge("ANLS", f"{_TEXT}:anls"),
-    "levenshtein_bleu": Judge("Levenshtein ratio and BLEU-4, mean", "dpo_mm.judges.transcription_quality:levenshtein_bleu"),
-    "valid_json": Judge("valid JSON rate", f"{_TEXT}:valid_json"),
-    "truncated": Judge("truncation rate", f"{_TEXT}:truncated", "lower"),
-    "num_tokens": Judge("tokens per response", f"{_TEXT}:num_tokens", "lower"),
-    "num_words": Judge("words per response", f"{_TEXT}:num_words", "neutral"),
-    "chair_i": Judge("CHAIR_i", f"{_CAPTION}:chair_i", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
-    "chair_s": Judge("CHAIR_s", f"{_CAPTION}:chair_s", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
-    "hallucination_f1_error": Judge("hallucination F1 error", f"{_CAPTION}:hallucination_f1_error", "lower", f"{_CAPTION}:explain", f"{_CAPTION}:correct"),
-    "recall": Judge("object recall", f"{_CAPTION}:recall"),
-    "pope_accuracy": Judge("POPE accuracy", f"{_POPE}:accuracy"),
-    "pope_precision": Judge("POPE precision", f"{_POPE}:precision"),
-    "pope_recall": Judge("POPE recall", f"{_POPE}:recall"),
-    "pope_f1": Judge("POPE F1", f"{_POPE}:f1"),
-    "yes_ratio": Judge("yes ratio", f"{_POPE}:yes_ratio", "neutral"),
-    "rubric_score": Judge("rubric score, 0 to 10", f"{_MODEL}:rubric_score", needs_model=True, takes_questions=True),
-    "rubric_score_text": Judge("rubric score, 0 to 10", f"{_MODEL}:rubric_score", needs_model=True, takes_questions=True),
-    "rubric_prefers": Judge("rubric preference (both orders)", f"{_MODEL}:rubric_prefers", needs_model=True, pairwise=True, takes_questions=True),
-    "rubric_prefers_text": Judge("rubric preference (both orders)", f"{_MODEL}:rubric_prefers", needs_model=True, pairwise=True, takes_questions=True),
-}  # fmt: skip
 
 
 LIBRARIES = ("dpo-mm", "torch", "torchvision", "transformers", "open_clip_torch", "pillow", "numpy")
