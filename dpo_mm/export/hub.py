@@ -50,7 +50,8 @@ def push(folder: str | Path, name: str, *, public: bool = False) -> str:
             commit_message="Upload files exported by dpo-mm",
         )
     except Exception as error:  # of the hub, or of the network library of its release
+        reason = one_line(error.__cause__ if type(error) is RuntimeError and error.__cause__ else error)  # of one file
         raise ValueError(
-            f"push_to_hub {name!r}: {one_line(error)}. The files are in {folder}. Run the same command again"
+            f"push_to_hub {name!r}: {reason}. The files are in {folder}. Run the same command again"
         ) from error
     return str(address)

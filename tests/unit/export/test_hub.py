@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import random
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,10 +21,15 @@ from dpo_mm.export import hub
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """Answers the requests of an upload, and records them."""
+    """Answers the requests of an upload, and records them. Safetensors files go by LFS if `lfs` is true."""
 
     requests: list[tuple[str, bytes]]
     status = 200
+    put_status = 200
+    """Status of the answers to the bytes of an LFS upload."""
+    lfs = False
+    chunk_size: int | None = None
+    """Bytes of one part of an LFS upload. None: a file is one part."""
 
     def do_GET(self) -> None:
         self._answer({"id": "me/stars", "sha": "0" * 40, "siblings": []})
@@ -32,14 +39,30 @@ class FakeHub(BaseHTTPRequestHandler):
         body = self.rfile.read(size) if size else self._chunks()
         self.requests.append((self.path, body))
         if self.path.endswith("/preupload/main"):
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = ["lfs" if self.lfs and name.endswith(".safetensors") else "regular" for name in names]
+            files = [{"path": n, "uploadMode": m, "shouldIgnore": False} for n, m in zip(names, modes, strict=True)]
             self._answer({"files": files})
+        elif self.path.endswith(".git/info/lfs/objects/batch"):
+            self._answer({"transfer": "basic", "objects": [self._lfs_object(o) for o in json.loads(body)["objects"]]})
         elif "/commit/" in self.path:
             self._answer({"commitUrl": f"{self.url}/me/stars/commit/{'0' * 40}", "commitOid": "0" * 40})
         else:
             self._answer({"url": f"{self.url}/me/stars", "name": "me/stars"})
+
+    def do_PUT(self) -> None:
+        size = int(self.headers.get("Content-Length") or 0)
+        self.requests.append((self.path, self.rfile.read(size) if size else self._chunks()))
+        self._answer({}, self.put_status)
+
+    def _lfs_object(self, file: dict[str, Any]) -> dict[str, Any]:
+        """Answer to the LFS batch request of a file: one address to put it to, or one per part and one to complete it."""
+        address, header = f"{self.url}/lfs/{file['oid']}", {}
+        if self.chunk_size:
+            parts = range(1, -(-file["size"] // self.chunk_size) + 1)
+            header = {"chunk_size": str(self.chunk_size), **{str(n): f"{address}/{n}" for n in parts}}
+        upload, verify = {"href": address, "header": header}, {"href": f"{address}/verify"}
+        return {**file, "actions": {"upload": upload, "verify": verify}}
 
     def _chunks(self) -> bytes:
         body = b""
@@ -52,11 +75,13 @@ class FakeHub(BaseHTTPRequestHandler):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server.server_port}"  # type: ignore[attr-defined]
 
-    def _answer(self, content: Any) -> None:
-        text = json.dumps(content if self.status == 200 else {"error": "Forbidden"}).encode()
-        self.send_response(self.status)
+    def _answer(self, content: Any, status: int | None = None) -> None:
+        status = status or self.status
+        text = json.dumps(content if status == 200 else {"error": "Forbidden"}).encode()
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
+        self.send_header("ETag", hashlib.sha256(self.path.encode()).hexdigest())
         self.end_headers()
         self.wfile.write(text)
 
@@ -105,6 +130,35 @@ def test_files_and_card_are_uploaded_to_a_private_repository(fake_hub: type[Fake
     assert files.keys() == {"README.md", "pytorch_lora_weights.safetensors"}
     assert all(content == (tmp_path / "out" / name).read_bytes() for name, content in files.items())
     assert b'load_lora_weights("me/stars")' in files["README.md"]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 65536])
+def test_large_files_are_uploaded_by_lfs(
+    chunk_size: int | None, fake_hub: type[FakeHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole or in parts, the bytes that arrive are those of the file, and the commit names their hash and size."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    fake_hub.lfs, fake_hub.chunk_size = True, chunk_size
+    weights = random.Random(0).randbytes(150_000)
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(weights)
+    (tmp_path / "README.md").write_text("a card")
+    hub.push(tmp_path, "me/stars")
+    oid = hashlib.sha256(weights).hexdigest()
+    sent = [(path, body) for path, body in fake_hub.requests if path.startswith(f"/lfs/{oid}")]
+    parts = [body for path, body in sent if path.removeprefix(f"/lfs/{oid}") in ("", "/1", "/2", "/3")]
+    if chunk_size:
+        completed = json.loads(parts.pop())
+        assert completed["oid"] == oid and [part["partNumber"] for part in completed["parts"]] == [1, 2, 3]
+    assert [len(part) for part in parts] == ([65536, 65536, 18928] if chunk_size else [150_000])
+    assert b"".join(parts) == weights
+    assert json.loads(sent[-1][1]) == {"oid": oid, "size": 150_000} and sent[-1][0].endswith("/verify")
+    commit = next(body for path, body in fake_hub.requests if "/commit/" in path)
+    entries = {entry["key"]: entry["value"] for entry in map(json.loads, commit.splitlines())}
+    assert entries["lfsFile"]["path"] == "pytorch_lora_weights.safetensors" and entries["lfsFile"]["oid"] == oid
+    assert base64.b64decode(entries["file"]["content"]) == b"a card"
+    fake_hub.put_status = 403
+    with pytest.raises(ValueError, match=r"push_to_hub 'me/stars': .*403.* The files are in"):
+        hub.push(tmp_path, "me/stars")
 
 
 def test_upload_that_fails_is_one_line(
