@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.errors import did_you_mean
+from dpo_mm.errors import did_you_mean, one_line
 
 TRACKING_SETTINGS = ("report_to", "run_name", "logging_dir")
 """Settings that do not change what a run computes."""
@@ -36,19 +36,34 @@ def validate_trackers(config: TrainConfig) -> None:
 
 
 def prepare_trackers(callbacks: Sequence[TrainerCallback], config: TrainConfig) -> None:
-    """Set the folder of TensorBoard's callback, and hide the model from all trackers.
+    """Set the folder of TensorBoard's callback, hide the model from all trackers, and name one that does not start.
 
     They would write its config, which they expect to be one of transformers.
     """
     start = time.strftime("%Y-%m-%d_%H-%M-%S")
-    kinds = tuple(INTEGRATION_TO_CALLBACK[name] for name in config.report_to)
+    names = {INTEGRATION_TO_CALLBACK[name]: name for name in config.report_to}
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = config.logging_dir or str(Path(config.output_dir) / "logs" / start)
-        if isinstance(callback, kinds):
+        if type(callback) in names:
             for event in (name for name in dir(callback) if name.startswith("on_")):
                 setattr(callback, event, _without_model(getattr(callback, event)))
+            callback.on_train_begin = _explain_start(callback.on_train_begin, names[type(callback)])  # type: ignore[method-assign]
 
 
 def _without_model(event: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments, model=None, **keywords: event(*arguments, **keywords)
+
+
+def _explain_start(event: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Turn the error of a tracker without an account or a server into one line."""
+
+    def start(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return event(*arguments, **keywords)
+        except Exception as error:
+            raise ValueError(
+                f"report_to: {name} does not start ({one_line(error)}). Fix it, or leave {name} out of report_to"
+            ) from error
+
+    return start

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import sqlite3
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.integrations import TensorBoardCallback
 
-from dpo_mm.config import TrainConfig
+from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.training.builders import validate_config
 from dpo_mm.training.callbacks import bar_title
 from dpo_mm.training.run import train
@@ -50,6 +59,85 @@ def test_tensorboard_has_the_log_and_training_is_unchanged(tiny_model: str, pair
     assert {"train/loss", "train/rewards/accuracies", "eval/loss"} <= set(scalars)
     again = train(config(tiny_model, pairs, str(tmp_path / "tracked"), steps=2), show_plan=plans.append)
     assert again.history == tracked.history and len(plans) == 2  # finished: without a tracker too
+
+
+def wandb_log(folder: Path) -> list[dict[str, float]]:
+    """Numbers that an offline run of W&B has on disk, by step of the log."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    entries = []
+    for data in leveldb_records(file.read_bytes()[7:]):
+        record = Record()
+        record.ParseFromString(data)
+        entries.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+    return [entry for entry in entries if entry]
+
+
+def leveldb_records(log: bytes, start: int = 7, block: int = 32768) -> Iterator[bytes]:
+    """Records of a log in LevelDB's format: checksum, length and kind of each piece, in blocks. `start`: where the log starts."""
+    at, record = 0, b""
+    while at + 7 <= len(log):
+        if block - (at + start) % block < 7:
+            at += block - (at + start) % block
+            continue
+        size, kind = struct.unpack_from("<HB", log, at + 4)
+        record += log[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
+
+
+def trackio_log(folder: Path) -> list[dict[str, float]]:
+    (file,) = folder.glob("*.db")
+    with sqlite3.connect(file) as database:
+        return [json.loads(line) for (line,) in database.execute("select metrics from metrics order by id")]
+
+
+def mlflow_log(folder: Path) -> list[dict[str, float]]:
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        rows = database.execute("select step, key, value from metrics order by step").fetchall()
+    return [{f"train/{key}": value for at, key, value in rows if at == step} for step in (1, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tracker", "read"), [("wandb", wandb_log), ("trackio", trackio_log), ("mlflow", mlflow_log)])
+def test_other_trackers_have_the_log_on_this_machine(
+    tracker: str, read: Callable[[Path], list[dict[str, float]]], tiny_model: str, pairs: str, tmp_path: Path,
+) -> None:  # fmt: skip
+    pytest.importorskip(tracker)
+    plain = config(tiny_model, pairs, str(tmp_path / "plain"), steps=2, eval_fraction=0.0)
+    history = train(plain).history
+    places = {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "TRACKIO_DIR": tmp_path}
+    places |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    tracked = {"output_dir": str(tmp_path / "run"), "report_to": tracker, "run_name": "mine"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(as_dict(plain) | tracked))))
+    command = [sys.executable, "-m", "dpo_mm", "train", str(tmp_path / "run.yaml")]
+    environment = {**os.environ, **{name: str(place) for name, place in places.items()}}
+    subprocess.run(
+        command, check=True, env=environment, cwd=tmp_path
+    )  # trackers read their settings when they are imported
+    assert first_difference(weights(tmp_path / "plain"), weights(tmp_path / "run")) is None
+    logged = [entry for entry in read(tmp_path) if "train/loss" in entry]
+    assert len(history) == len(logged) == 2
+    for entry, found in zip(history, logged, strict=True):
+        numbers = {f"train/{name}": value for name, value in entry.items() if name != "step"}
+        assert {name: found.get(name) for name in numbers} == numbers
+
+
+def test_tracker_that_does_not_start_is_one_line(
+    tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as W&B without an account."""
+
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(TensorBoardCallback, "on_train_begin", refuse)
+    message = "report_to: tensorboard does not start (No API key configured. Use `wandb login` to log in.). Fix it, or"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(config(tiny_model, pairs, str(tmp_path / "run"), steps=1, report_to=("tensorboard",)))
 
 
 @pytest.mark.parametrize(
