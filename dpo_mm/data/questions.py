@@ -181,8 +181,11 @@ def _json_questions(path: Path, limit: int | None) -> Iterator[Question]:
     for number, row in enumerate(islice(question_rows(_json_rows(path), path), limit)):
         name = f"{path}, row {number}"
         _check_prompt(row, name)
-        cells = confine(image_cells(row), path.parent, is_path=True)
-        yield _question(row, name, number, lazy_images(cells, name) if cells else ())
+        images = row.get("images")
+        if not isinstance(images, LazyImages):  # a benchmark's question may have part of an image
+            cells = confine(image_cells(row), path.parent, is_path=True)
+            images = lazy_images(cells, name) if cells else ()
+        yield _question(row, name, number, images)
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
