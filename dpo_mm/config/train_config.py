@@ -118,6 +118,9 @@ class TrainConfig(Settings):
     proportion_empty_prompts: float = 0.0
     """Fraction of the draws with the empty prompt, in [0, 1). The published code of Diffusion-DPO uses 0.2 under this name. It trains
     what classifier-free guidance subtracts. Both images, policy and reference get the same prompt. Evaluation rows keep theirs."""
+    random_flip: bool = False
+    """Mirror the images of a row in half of its epochs, both of a pair and the image to edit alike. Leave it off if prompts name
+    left or right, or if images have text. Both variants are encoded, which takes twice the disk. Evaluation rows stay unchanged."""
     antithetic_noise: bool = False
     """Use each pair twice in succession, the second time with negated noise. batch_size counts both, so it must be even."""
 

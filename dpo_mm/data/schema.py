@@ -17,6 +17,7 @@ from dpo_mm.data.response_columns import check_columns_are_read
 from dpo_mm.data.row_digest import image_content
 from dpo_mm.data.row_files import open_rows
 from dpo_mm.data.row_sides import image_sides, response_sides
+from dpo_mm.data.several_captions import first_captions
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -156,7 +157,7 @@ def check_pairs(rows: Dataset, dataset_name: str) -> Dataset:
     Raises:
         ValueError: if they are not valid.
     """
-    return validate(image_sides(rows, dataset_name), dataset_name=dataset_name)
+    return validate(first_captions(image_sides(rows, dataset_name), dataset_name), dataset_name=dataset_name)
 
 
 def load_responses(path: str, *, dataset_name: str | None = None) -> Dataset:

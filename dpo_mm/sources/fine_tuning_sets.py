@@ -35,10 +35,10 @@ def liked_of(row: Row, names: tuple[str, ...] = LIKED) -> bool | None:
 def captioned_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     """Convert images with captions.
 
-    Columns: `file_name` or `image`, `text` (or `caption`, `prompt`), and `liked` if there are disliked images.
+    Columns: `file_name` or `image`, `text` (or `caption`, `prompt`) with a caption or a list of them, and `liked` if there are disliked images.
     """
     for row in rows:
-        caption = next((row[name] for name in CAPTIONS if isinstance(row.get(name), str) and row[name].strip()), None)
+        caption = next((row[name] for name in CAPTIONS if _is_caption(row.get(name))), None)
         if caption is None:
             yield LeftOut("it has no caption")
             continue
@@ -46,7 +46,12 @@ def captioned_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
         sides = row_sides.one_image_sides(
             row.get("image") or row.get("file_name"), liked=liked_of(row, ("liked",)) is not False
         )
-        yield {"id": name, "prompt": caption.strip(), **sides}
+        yield {"id": name, "prompt": caption.strip() if isinstance(caption, str) else caption, **sides}
+
+
+def _is_caption(cell: Any) -> bool:
+    """Return True for a text with words, or a list of captions."""
+    return bool(cell.strip()) if isinstance(cell, str) else isinstance(cell, list) and bool(cell)
 
 
 def last_response(turns: Any) -> tuple[list[Any], list[Any]] | None:

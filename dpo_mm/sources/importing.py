@@ -15,10 +15,11 @@ from typing import Any
 
 from dpo_mm.data.image_files import has_image_signature
 from dpo_mm.data.schema import image_preference, response_preference
+from dpo_mm.data.several_captions import CAPTIONS, split_captions
 from dpo_mm.errors import did_you_mean, name_row
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.progress import progress_bar
-from dpo_mm.sources import SOURCES, Source
+from dpo_mm.sources import SOURCES, Source, fine_tuning_sets
 from dpo_mm.sources.archives import ImageFiles
 from dpo_mm.sources.parquet_writer import ORIGIN, ImportState, Item, LeftOut, Row, open_import, row_name, write_shards
 from dpo_mm.sources.raw_rows import (
@@ -35,6 +36,8 @@ from dpo_mm.sources.raw_rows import (
 FIX = "Fix the row, or remove it"
 SHORTEST_BASE64 = 40
 """Shorter texts are paths and not images in base64."""
+WITH_CAPTIONS = ("custom-images", "captioned-images")
+"""Sources whose prompts may be lists of captions."""
 SCRATCH = ".unpacked"
 """Subfolder of the output for unpacked archives. It is removed after the import."""
 
@@ -144,16 +147,27 @@ def media_folder(origin: Origin, media_dir: str | None) -> Path:
 
 def _write_rows(entry: Source, origin: Origin, state: ImportState, folder: Path) -> None:
     """Write the remaining rows of an import, and update its state."""
+    from datasets import List, Value
+
     limit, source = state.settings["limit"], state.settings["source"]
-    finish = _row_finisher(entry, origin, state.settings, folder)
+    with_captions = source in WITH_CAPTIONS and _have_captions(origin, state.settings.get("columns") or {})
+    finish = _row_finisher(entry, origin, state.settings, folder, with_captions=with_captions)
     total = limit if limit is not None else None if entry.grouped else count_rows(origin)
     features = image_preference() if entry.kind == "images" else response_preference()
+    if with_captions:
+        features[CAPTIONS] = List(Value("string"))
     saved = lambda: f"{state.rows:,} rows are in {folder}" if state.rows else ""
     with stop_on_signal(saved), progress_bar(f"importing {source}", total) as advance:
         advance(state.units)
         units = _convert(entry, origin, state.settings, state.units)
         write_shards(units, folder, features, state, limit=limit, finish=finish, advance=advance)
     shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+
+
+def _have_captions(origin: Origin, columns: Mapping[str, str]) -> bool:
+    """Return True if one of the first rows has a list of captions."""
+    rows = rename_columns(first_rows(origin), columns)
+    return any(isinstance(row.get(name), list) for row in rows for name in fine_tuning_sets.CAPTIONS)
 
 
 def _entry(source: str, axis: str | None) -> Source:
@@ -181,7 +195,9 @@ def _convert(entry: Source, origin: Origin, settings: Mapping[str, Any], done: i
         ]
 
 
-def _row_finisher(entry: Source, origin: Origin, settings: Mapping[str, Any], folder: Path) -> Callable[[Row], Item]:
+def _row_finisher(
+    entry: Source, origin: Origin, settings: Mapping[str, Any], folder: Path, *, with_captions: bool
+) -> Callable[[Row], Item]:
     """Build the function that completes a converted row with images, source, licence and id."""
     files, split = ImageFiles(media_folder(origin, settings.get("media_dir")), folder / SCRATCH), origin.split
     source, license, min_score_gap = (settings[name] for name in ("source", "license", "min_score_gap"))
@@ -189,6 +205,8 @@ def _row_finisher(entry: Source, origin: Origin, settings: Mapping[str, Any], fo
     def finish(row: Row) -> Item:
         with name_row(row_name(row), FIX):
             gap = score_gap_of(row)
+            if with_captions and isinstance(row.get("prompt"), list):
+                row = {**row, **split_captions(row["prompt"])}
             if entry.kind == "images" and not isinstance(row.get("prompt"), str):
                 raise ValueError(f"prompt is {row.get('prompt')!r:.80}. Expected text")
         if min_score_gap is not None and (gap is None or gap < min_score_gap):

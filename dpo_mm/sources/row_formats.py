@@ -139,7 +139,7 @@ def _response(turns: Any, prompt: list[Message]) -> list[Message]:
 def custom_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     """Convert a custom table of image pairs.
 
-    Columns: `prompt, image_a, image_b` (paths relative to the table), `preference` (a | b | tie | both_bad), and any other
+    Columns: `prompt` (a text or a list of captions), `image_a, image_b` (paths relative to the table), `preference` (a | b | tie | both_bad), and any other
     column of `ImagePreference`. Or one image per row: `prompt, image`, and `liked` if there are disliked ones.
 
     Raises:
@@ -147,9 +147,11 @@ def custom_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     """
     known = _other_columns("images")
     for row in rows:
+        captions = {"prompt": row["prompt"]} if isinstance(row.get("prompt"), list) else {}
+        others = {**_typed_columns({**row, **dict.fromkeys(captions)}, known), **captions}
         if has_one_image(_columns(row)):
             sides = one_image_sides(row["image"], liked=liked_of(row, ("liked",)) is not False)
-            yield {"id": str(row.get("id") or row["_number"]), **sides, **_typed_columns(row, known)}
+            yield {"id": str(row.get("id") or row["_number"]), **sides, **others}
             continue
         if row["preference"] not in PREFERENCES:
             raise RowError(
@@ -157,7 +159,7 @@ def custom_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
                 f"Expected one of {', '.join(PREFERENCES)}"
             )
         name = str(row.get("id") or row["_number"])
-        yield {"id": name, "image_a": row["image_a"], "image_b": row["image_b"], **_typed_columns(row, known)}
+        yield {"id": name, "image_a": row["image_a"], "image_b": row["image_b"], **others}
 
 
 def custom_responses(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:

@@ -36,7 +36,7 @@ from dpo_mm.training.training_rows import PAIRS_ONLY
 DEFAULT_SLACK = 0.9
 """Default slack of `sdpo`: Diffusion-SDPO's for SD1.5. For SDXL the paper uses 0.6."""
 IMAGE_ONLY_SETTINGS = (
-    "resolution", "sample_prompts", "num_inference_steps", "guidance_scale", "buckets", "cache_precision", "timestep_sampling", "timestep_range", "stratified_timesteps", "antithetic_noise", "loss_weighting", "proportion_empty_prompts"
+    "resolution", "sample_prompts", "num_inference_steps", "guidance_scale", "buckets", "cache_precision", "timestep_sampling", "timestep_range", "stratified_timesteps", "antithetic_noise", "loss_weighting", "proportion_empty_prompts", "random_flip"
 )  # fmt: skip
 """Settings for image generators only."""
 TEXT_ONLY_SETTINGS = (

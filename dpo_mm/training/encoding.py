@@ -16,21 +16,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dpo_mm.cache_folder import cache_folder, create_cache
 from dpo_mm.checksums import COMPLETE, saved_shards, with_checksum, without_checksum
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions
-from dpo_mm.data.load_pairs import (
-    Pairs,
-    check_source_images,
-    data_columns,
-)
+from dpo_mm.data.load_pairs import Pairs, check_source_images, data_columns
 from dpo_mm.data.row_digest import digest
+from dpo_mm.data.several_captions import CAPTIONS, has_captions, texts_of
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
+from dpo_mm.policies.diffusion.row_variants import ALL_CAPTIONS, EMPTY_PROMPT, FLIPPED
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 from dpo_mm.process_rank import ProcessRank, process_rank
 from dpo_mm.progress import progress_bar
@@ -56,7 +54,7 @@ PIXELS, TOKENS = 32 * 256**2, SHARD * 77
 class EncodedPairs:
     """Encoded rows: id, mean and std of the chosen and rejected latents, prompt embeddings, columns of DATASET_INPUTS.
 
-    With `empty_prompt`, rows also have the embeddings of the empty prompt.
+    Rows may also have variants for training: the encoded empty prompt, all captions, the mirrored images. See `row_variants`.
 
     One-sided rows have the latents of their only image under the names of the chosen side.
 
@@ -86,7 +84,22 @@ class EncodedPairs:
     def __getitem__(self, number: int) -> dict[str, Any]:
         row = self.pairs[number]
         row["prompt"] = self.prompts[int(row.pop("prompt_row"))]
-        return row if self.empty_prompt is None else {**row, "empty_prompt": self.empty_prompt}
+        if "caption_rows" in row:
+            row[ALL_CAPTIONS] = StoredPrompts(self.prompts, json.loads(row.pop("caption_rows")))
+        return row if self.empty_prompt is None else {**row, EMPTY_PROMPT: self.empty_prompt}
+
+
+class StoredPrompts:
+    """Some of the encoded prompts, each read when it is needed."""
+
+    def __init__(self, prompts: Shards, numbers: Sequence[int]) -> None:
+        self.prompts, self.numbers = prompts, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.prompts[self.numbers[number]]
 
 
 class EncodingJob(NamedTuple):
@@ -99,10 +112,11 @@ class EncodingJob(NamedTuple):
     precision: str
     rank: ProcessRank
     empty_prompt: bool
+    flipped: bool
 
     def names(self) -> list[str]:
         """Return the prompts to encode, sorted. The empty one is the first."""
-        return sorted({*self.pairs.rows["prompt"], *([""] if self.empty_prompt else [])})
+        return sorted({*texts_of(self.pairs.rows), *([""] if self.empty_prompt else [])})
 
 
 def encode(
@@ -117,6 +131,7 @@ def encode(
     rows_digest: str | None = None,
     one_sided: bool = False,
     empty_prompt: bool = False,
+    flipped: bool = False,
 ) -> EncodedPairs:
     """Encode decided pairs for a policy, or open them from the cache.
 
@@ -131,6 +146,7 @@ def encode(
         rows_digest: `digest(rows)`, if it is known already.
         one_sided: encode one image per row, see `Pairs`.
         empty_prompt: also encode the empty prompt.
+        flipped: also encode the mirrored images.
 
     Raises:
         ValueError: if an image does not decode, latents are not finite, or the disk is too small. It names dataset, row and fix.
@@ -143,11 +159,12 @@ def encode(
         )
     unit = policy.patch * policy.pipe.vae_scale_factor
     sizes = tuple(buckets_of(policy.resolution, unit)) if buckets else ((policy.resolution, policy.resolution),)
-    variants = [name for name, wanted in (("one side", one_sided), ("empty prompt", empty_prompt)) if wanted]
+    kinds = {"one side": one_sided, "empty prompt": empty_prompt, "flipped": flipped}
+    variants = [name for name, wanted in kinds.items() if wanted]
     key = _key(policy, rows_digest or digest(rows), sizes, precision, variants)
     folder = (cache or cache_folder()) / "encoded" / key
     pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, policy.is_image_editing, one_sided)
-    task = EncodingJob(policy, pairs, folder, sizes, precision, process_rank(), empty_prompt)
+    task = EncodingJob(policy, pairs, folder, sizes, precision, process_rank(), empty_prompt, flipped)
     if _read_complete(folder) is None:
         if task.rank.is_first:
             (folder / COMPLETE).unlink(missing_ok=True)
@@ -178,7 +195,7 @@ def _encode(task: EncodingJob) -> None:
     expected += [task.folder / f"pairs-{number:05}" for number in range(len(_shards(len(task.pairs.rows))))]
     missing = sum(not path.exists() for path in expected) / len(expected)
     sides = 1 if task.pairs.one_sided else 2
-    bytes_per_prompt, bytes_per_pair = sample_bytes(task.policy, task.precision, sides=sides)
+    bytes_per_prompt, bytes_per_pair = sample_bytes(task.policy, task.precision, sides=sides, flipped=task.flipped)
     cache_bytes = bytes_per_prompt * len(names) + bytes_per_pair * len(task.pairs.rows)
     arrow_shards.check_disk(task.folder, int(cache_bytes * missing))
     title = f"encoding prompts, {arrow_shards.gib(bytes_per_prompt * len(names))}"
@@ -194,16 +211,18 @@ def _encode(task: EncodingJob) -> None:
     wait_for_files([task.folder / COMPLETE], task.folder)
 
 
-def sample_bytes(policy: ImagePolicy, precision: str, *, sides: int = 2) -> tuple[int, int]:
-    """Bytes on disk of one prompt and of one row with this number of sides, measured by encoding one of each."""
+def sample_bytes(policy: ImagePolicy, precision: str, *, sides: int = 2, flipped: bool = False) -> tuple[int, int]:
+    """Bytes on disk of one prompt and of one row with this number of sides, measured by encoding one of each.
+
+    If `flipped`, a row has its images twice.
+    """
     with policy.on_device("text encoders"):
         prompt = policy.encode_prompts(["a picture"])
     with policy.on_device("autoencoder"):
         mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
     source = policy.is_image_editing * arrow_shards.row_bytes({"mean": mean}, precision)
-    return arrow_shards.row_bytes(prompt, precision), source + sides * arrow_shards.row_bytes(
-        {"mean": mean, "std": std}, precision
-    )
+    row = source + sides * arrow_shards.row_bytes({"mean": mean, "std": std}, precision)
+    return arrow_shards.row_bytes(prompt, precision), row * (1 + flipped)
 
 
 def _complete(task: EncodingJob) -> None:
@@ -219,11 +238,10 @@ def _complete(task: EncodingJob) -> None:
         "model": task.policy.source,
         "precision": task.precision,
     }
-    prompts = task.pairs.rows["prompt"]
     about |= {
-        "rows": len(prompts),
+        "rows": len(task.pairs.rows),
         "empty_prompt": task.empty_prompt,
-        "truncated_prompts": truncated_prompts(task.policy, prompts),
+        "truncated_prompts": truncated_prompts(task.policy, texts_of(task.pairs.rows)),
     }
     with atomic_write(task.folder / COMPLETE) as temporary:
         temporary.write_text(json.dumps(with_checksum({**about, **complete})), encoding="utf-8")
@@ -280,7 +298,7 @@ def _encode_pairs(task: EncodingJob, names: Sequence[str], advance: Any) -> None
             )
         sets = {}
         for size, group in sorted(groups.items()):
-            columns = _columns(task.policy, group, size, index, optional, sides)
+            columns = _columns(task, group, size, index, optional, sides)
             sets[f"{size[0]}x{size[1]}"] = arrow_shards.cast_columns(
                 columns, task.precision, where=task.pairs.dataset_name
             )
@@ -294,7 +312,7 @@ def images_per_batch(size: tuple[int, int]) -> int:
 
 
 def _columns(
-    policy: ImagePolicy,
+    task: EncodingJob,
     rows: Sequence[dict[str, Any]],
     size: tuple[int, int],
     index: dict[str, int],
@@ -302,16 +320,22 @@ def _columns(
     sides: tuple[str, ...],
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"id": [row["id"] for row in rows], "prompt_row": [index[row["prompt"]] for row in rows]}
+    if has_captions(task.pairs.rows):
+        texts = [row[CAPTIONS] or [row["prompt"]] for row in rows]
+        columns["caption_rows"] = [json.dumps([index[text] for text in each]) for each in texts]
     count = images_per_batch(size)
     for position, side in enumerate((*sides, "source")[: len(rows[0]["images"])]):
         images = [row["images"][position] for row in rows]
-        with policy.at_size(size):
-            parts = [policy.encode_images(images[i : i + count]) for i in range(0, len(rows), count)]
-            conditions = policy.size_conditioning(images)
-        columns[f"{side}_mean"] = torch.cat([mean for mean, _ in parts])
-        _refuse_non_finite(columns[f"{side}_mean"], rows, side)
+        with task.policy.at_size(size):
+            conditions = task.policy.size_conditioning(images)
+            for end in ("", FLIPPED)[: 1 + task.flipped]:
+                variant = [ImageOps.mirror(image) for image in images] if end else images
+                parts = [task.policy.encode_images(variant[i : i + count]) for i in range(0, len(rows), count)]
+                columns[f"{side}_mean{end}"] = torch.cat([mean for mean, _ in parts])
+                _refuse_non_finite(columns[f"{side}_mean{end}"], rows, side)
+                if side != "source":
+                    columns[f"{side}_std{end}"] = torch.cat([std for _, std in parts])
         if side != "source":
-            columns[f"{side}_std"] = torch.cat([std for _, std in parts])
             columns |= {f"{side}_{name}": value for name, value in conditions.items()}
     for name, values in optional.items():
         columns[name] = [values[row["number"]] for row in rows]
@@ -359,6 +383,7 @@ def encode_splits(
         "precision": config.cache_precision,
         "one_sided": loaded.one_sided,
         "empty_prompt": config.proportion_empty_prompts > 0,
+        "flipped": config.random_flip,
     }
     splits = [part for part in (loaded.train, loaded.evaluation) if part is not None]
     digests = split_digests(splits)

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion import random_draws
+from dpo_mm.policies.diffusion.row_variants import without_variants
 from dpo_mm.policies.protocol import Modality
 
 EVAL_DRAWS = 4
@@ -71,8 +72,8 @@ class PairStream(Dataset[dict[str, Any]]):
     def row_at_epoch(self, row: int, visit: int, *, number: int = 0, sign: int = 1) -> dict[str, Any]:
         """Return a row in one of its epochs (`visit`). number: its index in the stream, which selects the stratum."""
         encoded = self.rows[row]
-        if not self.shuffle:  # evaluation rows keep their prompts
-            encoded = {name: value for name, value in encoded.items() if name != "empty_prompt"}
+        if not self.shuffle:  # evaluation
+            encoded = without_variants(encoded)
         stratum = {"stratum": self._stratum(encoded["id"], visit, number)} if self.num_strata else {}
         return {**encoded, "visit": visit, "sign": sign, **stratum}
 

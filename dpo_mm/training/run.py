@@ -21,6 +21,7 @@ from dpo_mm.config import TrainConfig, as_dict, default_settings
 from dpo_mm.content_key import check_ingredients, content_hash
 from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.data.row_digest import digest, row_digests
+from dpo_mm.data.several_captions import texts_of
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.interruption import StopRequest, complete_part, stop_on_signal
 from dpo_mm.notebook_html import table_of_values
@@ -363,10 +364,11 @@ def dry_run(config: TrainConfig, *, vram: float | None = None) -> dict[str, str]
     config = steps_of_epochs(config, loaded.items, training_arguments(config).world_size)
     summary = run_summary(policy, config, loaded, loaded.items, commit=inputs.commit)
     if policy.modality == "image":
-        if cut := truncated_prompts(policy, pairs["prompt"]):
+        texts = texts_of(pairs)
+        if cut := truncated_prompts(policy, texts):
             summary |= {"truncated prompts": cut}
         encoded_pairs = -(-len(pairs) // 2) if loaded.kind == "liked" else len(pairs)
-        summary |= image_lines(config, len(set(pairs["prompt"])), encoded_pairs, vram=vram)
+        summary |= image_lines(config, len(set(texts)), encoded_pairs, vram=vram)
     else:
         rows = stream_rows(policy, train_rows, config, cache_folder(), content=[digest(pairs), 0], dropped=[])
         summary |= {"tokens": describe_lengths(rows.lengths)}

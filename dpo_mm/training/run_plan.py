@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.data.several_captions import describe_captions
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 from dpo_mm.policies.start_adapter import continues, describe_start
 from dpo_mm.quantization import stored_size
@@ -57,5 +58,6 @@ def run_summary(
         "precision": f"{config.precision}{f', frozen linear layers in {config.quantize}' if config.quantize else ''}",
         "memory": f"about {(copies * num_bytes + 12 * num_trained) / 2**20:,.0f} MiB for weights, gradients and Adam, plus activations",
         **of_policy,
+        **(describe_captions(loaded.train) if policy.modality == "image" else {}),
         **unknown,
     }

@@ -6,7 +6,7 @@ have:
 
 - the columns of DATASET_INPUTS,
 - `reference_chosen` and `reference_rejected`, (epochs,),
-- `empty_prompt`, the embeddings of the empty prompt, for `proportion_empty_prompts`,
+- variants of its prompt and its images, see `row_variants`,
 - `source_mean` of the image to edit, (channels, height, width),
 - `rejected_prompt` and `rejected_source_mean` of a disliked image that has another prompt, see `CoupledRows`,
 - `chosen_x` and `rejected_x` for each x of the policy's `conditioning_columns`,
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dpo_mm.objectives import DATASET_INPUTS
 from dpo_mm.policies.diffusion import random_draws
+from dpo_mm.policies.diffusion.row_variants import draw_variants
 from dpo_mm.policies.protocol import Batch
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 def collate(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> Batch:
     """Make a batch from encoded rows.
 
-    Noise, noise level, posterior sample and an empty prompt of a row depend only on (seed, id, visit). They are the same for chosen and
+    Noise, noise level, posterior sample and variant of a row depend only on (seed, id, visit). They are the same for chosen and
     rejected.
 
     Args:
@@ -45,6 +46,7 @@ def collate(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> Batch:
         (pairs,), and `prompt`. Optional columns of the rows are added under their names.
     """
     keys = [(policy.config.seed, row["id"], row["visit"]) for row in rows]
+    rows = draw_variants(policy.config, rows, keys)
     shape = tuple(rows[0]["chosen_mean"].shape)
     sides = [side for side in ("chosen", "rejected") if f"{side}_mean" in rows[0]]
     posterior_noise = _stack_arrays([random_draws.sample_noise(*key, shape, purpose="posterior") for key in keys])
@@ -56,7 +58,7 @@ def collate(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> Batch:
         "noise": _stack_arrays(noise),
         "level": levels,
         "timestep": policy.noise_process.timesteps(levels, tokens=policy.num_tokens(shape)),
-        **_prompts(policy, _with_empty_prompts(policy, rows, keys)),
+        **_prompts(policy, rows),
     }
     for name in (f"{side}_{column}" for column in policy.conditioning_columns for side in sides):
         if name in rows[0]:
@@ -70,21 +72,6 @@ def collate(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> Batch:
         if name in rows[0]:
             batch[name] = torch.stack([row[name][row["visit"]] for row in rows])
     return batch
-
-
-def _with_empty_prompts(
-    policy: DiffusionPolicy, rows: list[dict[str, Any]], keys: list[tuple[int, str, int]]
-) -> list[dict[str, Any]]:
-    """Rows of which a fraction `proportion_empty_prompts` has the empty prompt. Evaluation rows have no `empty_prompt`."""
-    share = policy.config.proportion_empty_prompts
-    if not share or "empty_prompt" not in rows[0]:
-        return rows
-    emptied = []
-    for key, row in zip(keys, rows, strict=True):
-        is_empty = random_draws.row_generator(*key, "prompt").uniform() < share
-        names = [name for name in ("prompt", "rejected_prompt") if name in row] if is_empty else []
-        emptied.append({**row, **dict.fromkeys(names, row["empty_prompt"])})
-    return emptied
 
 
 def _prompts(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
