@@ -22,7 +22,8 @@ from dpo_mm.config_parsing import config_from_mapping, known_names, overridden, 
 from dpo_mm.errors import did_you_mean
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.mining.mine_result import MineResult
-from dpo_mm.printed_text import print_rows, printable
+from dpo_mm.printed_text import print_rows
+from dpo_mm.process_rank import process_rank
 
 if TYPE_CHECKING:
     from dpo_mm.evaluation.verdict import CompareResult
@@ -203,9 +204,11 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
         ValueError: before anything runs, if the output folder has other files, or a judge or prompt does not fit.
     """
     from dpo_mm.evaluation.finished_comparison import COMPARISON
+    from dpo_mm.evaluation.tables import print_result
     from dpo_mm.outputs import refuse_foreign_folder
     from dpo_mm.policies.vlm.served import check_server_settings
     from dpo_mm.training.run import train
+    from dpo_mm.training.shared_work import wait_for_files
 
     if recipe.rounds > 1:
         from dpo_mm.rounds import run_rounds
@@ -217,8 +220,8 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
         if isinstance(config, MineResponsesConfig | CompareResponsesConfig):
             check_server_settings(config, sft_adapter=recipe.baseline if config is recipe.compare else None)
     with stop_on_signal(lambda: _completed_steps(recipe)):
-        if recipe.mine and not mine(recipe.mine).path.exists():
-            raise ValueError(f"{recipe.mine.output_dir}: shards of other processes are missing. Run it in one process")
+        if recipe.mine:
+            wait_for_files([mine(recipe.mine).path], Path(recipe.mine.output_dir))
         train_result = train(recipe.train, show_plan=print_rows)
         sft_result = train(sft_baseline_config(recipe.train)) if recipe.baseline else None
         result = compare(
@@ -298,7 +301,7 @@ def compare(
     """Compare the base model with its tuned adapter, in images or in responses, and write a report.
 
     The results are added to the adapter's model card too. An interrupted comparison resumes, and the result of a finished
-    one is returned.
+    one is returned. Several processes (RANK of WORLD_SIZE) share generating and scoring, and the first writes the report.
 
     Args:
         config: what to compare. Its type decides the modality.
@@ -350,7 +353,7 @@ def _compare(
         from dpo_mm.evaluation.compare_images import compare_images
 
         result = compare_images(config, **options)
-    if config.adapter:
+    if config.adapter and process_rank().is_first:
         add_results(config.adapter, result.comparisons, verdict=result.verdict, command=options["command"])
     return result
 
@@ -385,16 +388,3 @@ def sft_baseline_config(config: TrainConfig) -> TrainConfig:
         fixed_draws_per_row=0,
         output_dir=f"{config.output_dir}-sft",
     )
-
-
-def print_result(result: CompareResult) -> None:
-    """Print a comparison's table, notes, verdict and path of the report."""
-    from rich.console import Console
-
-    from dpo_mm.evaluation.report import terminal_table
-
-    console = Console()
-    console.print(terminal_table(result.comparisons))
-    for note in result.notes:
-        console.print(printable(note), markup=False, highlight=False)
-    print(printable(f"Verdict: {result.verdict}\nReport: {result.report}"))

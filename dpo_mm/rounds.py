@@ -28,12 +28,13 @@ from dpo_mm.evaluation.report import Report, write_report
 from dpo_mm.evaluation.round_charts import BeforeAfter, RoundPoint, log_prob_change, measure_responses
 from dpo_mm.evaluation.significance import LEVEL
 from dpo_mm.evaluation.statistics import Comparison
+from dpo_mm.evaluation.tables import print_result
 from dpo_mm.evaluation.verdict import CompareResult, interval_text, run_summary
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.outputs import OutputKind, output_folder, write_results
 from dpo_mm.printed_text import print_rows
 from dpo_mm.process_rank import process_rank
-from dpo_mm.recipe import Recipe, check_recipe_judges, compare, mine, print_result
+from dpo_mm.recipe import Recipe, check_recipe_judges, compare, mine
 from dpo_mm.training.builders import validate_config
 from dpo_mm.training.run import TrainResult, train
 

@@ -387,7 +387,8 @@ def compare(context: typer.Context, config: ConfigFile = None) -> None:
 
     settings = image_or_vlm_config(context, config, "compare", CompareConfig, CompareResponsesConfig)
     with suppress_library_output():
-        from dpo_mm.recipe import compare, print_result
+        from dpo_mm.evaluation.tables import print_result
+        from dpo_mm.recipe import compare
 
         print_result(compare(settings, command=report_command()))
 

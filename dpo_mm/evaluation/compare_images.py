@@ -38,6 +38,7 @@ from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources
 from dpo_mm.policies.families import load_image_policy
 from dpo_mm.policies.protocol import ImagePolicy
+from dpo_mm.process_rank import process_rank
 
 __all__ = ["CompareResult", "SamplingPlan", "ScoredImages", "compare_images", "sampling_plan"]
 
@@ -200,6 +201,10 @@ def compare_images(
     Raises:
         ValueError: if a judge, the model, the adapter, the prompts or a setting is unknown or does not fit.
     """
+    if process_rank().count > 1 and not config.save_images:
+        raise ValueError(
+            "save_images false needs one process: others may still read the images. Leave it out, or run in one"
+        )
     training_judges = training_judges_of_adapter(config.adapter)
     config = dataclasses.replace(config, judges=order_judges(config.judges, training_judges))
     sets, store = read_plans(config), ImageStore(Path(config.output_dir) / FOLDER)
@@ -246,10 +251,12 @@ def compare_images(
         provenance=provenance_line(),
     )
     folder = Path(config.output_dir)
-    with write_results(folder) as temporary:
-        write_report(temporary, report)
-    if not config.save_images:
-        store.remove()
+    if process_rank().is_first:
+        store.combine()
+        with write_results(folder) as temporary:
+            write_report(temporary, report)
+        if not config.save_images:
+            store.remove()
     return CompareResult(run, tuple(results), tuple(notes), folder / "report.html")
 
 

@@ -31,12 +31,14 @@ from dpo_mm.evaluation.verdict import (
     run_summary,
     run_verdict,
 )
-from dpo_mm.judges import better_of, explain, metric_of, take_judge_notes
+from dpo_mm.json_lines import combine_parts
+from dpo_mm.judges import better_of, explain, metric_of, take_judge_notes, takes_questions
 from dpo_mm.judges.provenance import built_pairs, order_judges, training_judges_of_adapter
 from dpo_mm.outputs import write_results
 from dpo_mm.policies.adapter_sources import name_base
 from dpo_mm.policies.families import load_text_policy
 from dpo_mm.policies.protocol import TextPolicy
+from dpo_mm.process_rank import process_rank
 
 __all__ = ["ScoredResponses", "compare_responses", "generate_responses", "score_responses"]
 
@@ -232,6 +234,8 @@ def compare_responses(
         raise ValueError(
             f"guards: {unknown[0]!r} is not among the judges {', '.join(config.judges)}. Add it to judges."
         )
+    if process_rank().count > 1 and (config.server or any(map(takes_questions, judges_of(config)))):
+        raise ValueError("A comparison that asks a server runs in one process, which sends several requests at a time")
     training_judges = training_judges_of_adapter(config.adapter)
     config = dataclasses.replace(config, judges=order_judges(config.judges, training_judges))
     sets, folder = read_question_sets(config), Path(config.output_dir)
@@ -291,8 +295,10 @@ def compare_responses(
         unit="questions",
         provenance=provenance_line(),
     )
-    with write_results(folder) as temporary:
-        write_report(temporary, report)
+    if process_rank().is_first:
+        combine_parts(folder / RESPONSES_FILE)
+        with write_results(folder) as temporary:
+            write_report(temporary, report)
     return CompareResult(run, tuple(results), report.notes, folder / "report.html")
 
 

@@ -24,6 +24,7 @@ from dpo_mm.judges import judge_digests
 from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.policies.diffusion.prompt_sources import images_to_edit
 from dpo_mm.policies.protocol import ImagePolicy
+from dpo_mm.process_rank import process_rank
 from dpo_mm.progress import progress_bar
 
 JUDGE_BATCH_SIZE = 64
@@ -181,34 +182,51 @@ class ImageSampler:
     ) -> ScoredImages:
         """Generate and score the plan's images. Images that are in the store are not generated again.
 
+        Several processes share batches and scores, and each returns all of them.
+
         Args:
             plan: prompts and seeds.
             scale: LoRA scale. 0 is the base.
             label: subfolder of the store.
             judges: names of the judges. None: those of the config.
         """
-        settings, store, size = self.settings(scale), self.store, self.config.batch_size
+        store, size = self.store, self.config.batch_size
         distinct = list({request.content: request for request in plan.requests}.values())
-        keys: dict[tuple[Any, ...], str] = {}
-        with progress_bar(f"generating images: {label}", len(distinct)) as advance:
-            for batch in (distinct[start : start + size] for start in range(0, len(distinct), size)):
-                batch_settings = {**settings, "batch": content_hash([request.content for request in batch])}
-                check_ingredients("image of a comparison", {k: v for k, v in batch_settings.items() if k not in NAMES})
-                named = [({**batch_settings, **request.recorded}, request.prompt, request.seed) for request in batch]
-                missing = [store.find(*name) is None for name in named]
+        batches = [distinct[start : start + size] for start in range(0, len(distinct), size)]
+        identities = self._identities(batches, scale)
+        share = process_rank().share(len(batches))
+        with progress_bar(f"generating images: {label}", sum(len(batches[number]) for number in share)) as advance:
+            for number in share:
+                missing = [store.find(*identity) is None for identity in identities[number]]
                 if any(missing):
-                    images = self._generate_batch(batch, scale)
-                    for (own, prompt, seed), image, is_missing in zip(named, images, missing, strict=True):
+                    images = self._generate_batch(batches[number], scale)
+                    for (own, prompt, seed), image, is_missing in zip(identities[number], images, missing, strict=True):
                         if is_missing:
                             store.add(own, [(prompt, seed, image)], label=label)
-                keys |= {request.content: store.key(*name) for request, name in zip(batch, named, strict=True)}
-                advance(len(batch))
+                advance(len(batches[number]))
+        keys = {
+            request.content: store.key(*identity)
+            for batch, own_identities in zip(batches, identities, strict=True)
+            for request, identity in zip(batch, own_identities, strict=True)
+        }
+        store.wait_for(lambda: next((f"an image of {label}" for key in keys.values() if key not in store.rows), None))
         rows = [store.rows[keys[request.content]] for request in plan.requests]
         files = ImageFiles([store.folder / row["file"] for row in rows])
         digests = [row["sha256"] for row in rows]
         names = self.config.judges if judges is None else judges
         scores = {name: score_images(name, files, digests, plan.requests, store) for name in names}
         return ScoredImages(plan, files, scores)
+
+    def _identities(
+        self, batches: Sequence[Sequence[ImageRequest]], scale: float
+    ) -> list[list[tuple[dict[str, Any], str, int]]]:
+        """Return settings, prompt and seed of each image of each batch, by which the store knows it."""
+        settings, identities = self.settings(scale), []
+        for batch in batches:
+            own = {**settings, "batch": content_hash([request.content for request in batch])}
+            check_ingredients("image of a comparison", {k: v for k, v in own.items() if k not in NAMES})
+            identities.append([({**own, **request.recorded}, request.prompt, request.seed) for request in batch])
+        return identities
 
     def _generate_batch(self, batch: Sequence[ImageRequest], scale: float) -> list[Image.Image]:
         """Generate the images of one batch.
@@ -281,7 +299,7 @@ def weights_digest(pipe: Any, *, adapter: bool = True) -> str:
 def score_images(
     name: str, files: ImageFiles, digests: Sequence[str], requests: Sequence[ImageRequest], store: ImageStore
 ) -> np.ndarray:
-    """Score images with a judge, except those that the store has its scores of.
+    """Score images with a judge, except those that the store has its scores of. Several processes share the work.
 
     Args:
         name: the judge.
@@ -299,12 +317,14 @@ def score_images(
         (digest, request.prompt, *request.sources.file_hashes)
         for digest, request in zip(digests, requests, strict=True)
     ]
-    missing = [n for n, key in enumerate(keys) if store.score(card, *key) is None]
+    share = process_rank().share(-(-len(keys) // JUDGE_BATCH_SIZE))
+    missing = [n for n, key in enumerate(keys) if n // JUDGE_BATCH_SIZE in share and store.score(card, *key) is None]
     for start in range(0, len(missing), JUDGE_BATCH_SIZE):
         part = missing[start : start + JUDGE_BATCH_SIZE]
         prompts, sources = [requests[n].prompt for n in part], [requests[n].sources for n in part]
         scores = image_scores(name, [files[n] for n in part], prompts, sources).tolist()
         store.add_scores(name, card, [(*keys[n], score) for n, score in zip(part, scores, strict=True)])
+    store.wait_for(lambda: next((f"a score of {name}" for key in keys if store.score(card, *key) is None), None))
     return np.array([store.score(card, *key) for key in keys], dtype=np.float64)
 
 

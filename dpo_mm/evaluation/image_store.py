@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -25,8 +25,9 @@ from PIL import Image
 from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.row_paths import is_regular, read_regular_file, resolve_inside
 from dpo_mm.errors import name_row
-from dpo_mm.json_lines import append_lines, read_lines
+from dpo_mm.json_lines import append_lines, combine_parts, list_parts, own_part, read_lines, read_parts
 from dpo_mm.outputs import remove_stale_files
+from dpo_mm.process_rank import process_rank, wait_for_others
 from dpo_mm.resumable import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 FOLDER, MANIFEST, SCORES = "pictures", "manifest.jsonl", "scores.jsonl"
 NAMES = ("model", "revision", "adapter")
 """Names that do not identify an image. The hash of the weights does."""
+POLL_S = 1.0
+"""Seconds between two looks for the rows of other processes."""
 COMPRESS_LEVEL = 1
 """PNG compression level: a twentieth of the best level's time, for files a tenth larger."""
 
@@ -71,11 +74,36 @@ class ImageStore:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         remove_stale_files(folder.rglob(".*"))
-        self.rows = {self.key(row, row["prompt"], row["seed"]): row for row in read_manifest(folder)}
-        self.scores = {
-            (row["card"], row["sha256"], row["prompt"], *row.get("sources", ())): row["score"]
-            for row in read_scores(folder)
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.scores: dict[tuple[str, ...], float] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the rows that are on disk, those of other processes included."""
+        manifest, scores = self.folder / MANIFEST, self.folder / SCORES
+        self.rows |= {
+            self.key(row, row["prompt"], row["seed"]): row for row in _checked_images(manifest, read_parts(manifest))
         }
+        self.scores |= {
+            (row["card"], row["sha256"], row["prompt"], *row.get("sources", ())): row["score"]
+            for row in _checked_scores(scores, read_parts(scores))
+        }
+
+    def wait_for(self, missing: Callable[[], str | None]) -> None:
+        """Wait until the other processes have made their images or scores. missing: name of one that is not in the store."""
+        if process_rank().count == 1:
+            return
+
+        def look() -> str | None:
+            self.refresh()
+            return missing()
+
+        wait_for_others(look, lambda: len(self.rows) + len(self.scores), poll_s=POLL_S)
+
+    def combine(self) -> None:
+        """Move the rows of all processes into one manifest and one file of scores."""
+        for name in (MANIFEST, SCORES):
+            combine_parts(self.folder / name)
 
     @staticmethod
     def key(settings: Mapping[str, Any], prompt: str, seed: int) -> str:
@@ -97,7 +125,8 @@ class ImageStore:
     def remove(self) -> None:
         """Remove the files of the store. Files of others in its folder stay."""
         files = [self.folder / row["file"] for row in self.rows.values()]
-        for path in (*files, self.folder / MANIFEST, self.folder / SCORES):
+        tables = [self.folder / MANIFEST, self.folder / SCORES]
+        for path in (*files, *tables, *(part for table in tables for part in list_parts(table))):
             path.unlink(missing_ok=True)
         for folder in (*{path.parent for path in files}, self.folder):
             with contextlib.suppress(OSError):  # it has files of others
@@ -120,7 +149,7 @@ class ImageStore:
             row = {"file": f"{label}/{key[:16]}.png", "prompt": prompt, "seed": seed, **settings}
             rows.append({**row, "sha256": _save(image, self.folder / row["file"])})
             self.rows[key] = rows[-1]
-        append_lines(self.folder / MANIFEST, rows)
+        append_lines(own_part(self.folder / MANIFEST), rows)
 
     def score(self, card: str, digest: str, prompt: str, *sources: str) -> float | None:
         """Return a judge's score of an image, None if it has not scored it.
@@ -146,7 +175,7 @@ class ImageStore:
             row = {"judge": judge, "card": card, "sha256": digest, "prompt": prompt, "score": score}
             rows.append({**row, "sources": sources} if sources else row)
             self.scores[(card, digest, prompt, *sources)] = score
-        append_lines(self.folder / SCORES, rows)
+        append_lines(own_part(self.folder / SCORES), rows)
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
@@ -155,9 +184,13 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: if a row is damaged, or names a file outside the folder.
     """
-    rows = read_lines(folder / MANIFEST)
+    return _checked_images(folder / MANIFEST, read_lines(folder / MANIFEST))
+
+
+def _checked_images(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    folder = file.parent
     for number, row in enumerate(rows):
-        with name_row(f"{folder / MANIFEST}, row {number}", f"Remove the folder {folder} and run again"):
+        with name_row(f"{file}, row {number}", f"Remove the folder {folder} and run again"):
             _check_texts(row, "file", "prompt", "sha256")
             if not isinstance(row["seed"], int):
                 raise ValueError(f"seed is {row['seed']!r:.80}. Expected a whole number")
@@ -171,9 +204,12 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: if a row is damaged, or a score is not a finite number.
     """
-    rows = read_lines(folder / SCORES)
+    return _checked_scores(folder / SCORES, read_lines(folder / SCORES))
+
+
+def _checked_scores(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
-        with name_row(f"{folder / SCORES}, row {number}", f"Remove the folder {folder} and run again"):
+        with name_row(f"{file}, row {number}", f"Remove the folder {file.parent} and run again"):
             _check_texts(row, "judge", "prompt", "sha256")
             row.setdefault("card", None)
             if not isinstance(row["score"], int | float) or not math.isfinite(row["score"]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from dpo_mm.config import CompareResponsesConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions, lora_scales
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
-from dpo_mm.json_lines import append_lines, read_lines
+from dpo_mm.json_lines import append_lines, own_part, read_parts
 from dpo_mm.judges import is_pairwise, takes_questions
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.policies.vlm.served import Decoding, served_responses
+from dpo_mm.process_rank import process_rank, wait_for_others
 from dpo_mm.progress import progress_bar
 
 RESPONSES_FILE = "answers.jsonl"
@@ -56,35 +57,61 @@ def generate_responses(
         base: whether the model responds without its adapter.
         title: name of the model, in the progress bar and in answers.jsonl.
         output_dir: folder of answers.jsonl. Each response is saved there with its settings. A batch that is in the file with
-            the same settings is not generated again. None: nothing is saved.
+            the same settings is not generated again, and several processes share the batches. None: nothing is saved.
     """
     if policy is None:
         responses = _request_responses(questions, config, base=base, title=title)
         return score_responses(responses, questions, config)
-    responses = []
-    saved = {row.get("key"): row for row in read_lines(output_dir / RESPONSES_FILE)} if output_dir else {}
+    starts = range(0, len(questions), config.batch_size)
+    parts = [questions[start : start + config.batch_size] for start in starts]
+    share = process_rank().share(len(parts)) if output_dir else range(len(parts))
+    saved = _saved(output_dir) if output_dir else {}
     with (
-        progress_bar(f"generating responses: {title}", len(questions)) as advance,
+        progress_bar(f"generating responses: {title}", sum(len(parts[number]) for number in share)) as advance,
         policy.base_weights() if base else contextlib.nullcontext(),
     ):
         settings = generation_settings(policy, config, base=base) if output_dir else {}
-        for start in range(0, len(questions), config.batch_size):
-            part = questions[start : start + config.batch_size]
-            keys = _keys(settings, part)
-            if output_dir and all(_is_response(saved.get(key)) for key in keys):
-                batch = [Response(*(saved[key][name] for name in Response._fields)) for key in keys]
+        batches: dict[int, list[Response]] = {}
+        for number in share:
+            part, keys = parts[number], _keys(settings, parts[number])
+            if output_dir and all(key in saved for key in keys):
+                batches[number] = [saved[key] for key in keys]
             else:
-                batch = _generate_batch(policy, part, config, seed=config.seed + start)
+                batches[number] = _generate_batch(policy, part, config, seed=config.seed + starts[number])
                 if output_dir:
                     rows = [
                         {"key": key, "question": question.id, "by": title, **response._asdict(), **settings}
-                        for key, question, response in zip(keys, part, batch, strict=True)
+                        for key, question, response in zip(keys, part, batches[number], strict=True)
                     ]
                     output_dir.mkdir(parents=True, exist_ok=True)
-                    append_lines(output_dir / RESPONSES_FILE, rows)
-            responses += batch
+                    append_lines(own_part(output_dir / RESPONSES_FILE), rows)
             advance(len(part))
+    if output_dir and len(batches) < len(parts):
+        others = {number: _keys(settings, part) for number, part in enumerate(parts) if number not in batches}
+        batches |= _wait_for(others, output_dir, title)
+    responses = [response for number in range(len(parts)) for response in batches[number]]
     return score_responses(responses, questions, config)
+
+
+def _wait_for(batches: Mapping[int, Sequence[str]], folder: Path, title: str) -> dict[int, list[Response]]:
+    """Wait until the other processes have made these batches, given as keys, and return them."""
+    saved: dict[str, Response] = {}
+
+    def look() -> str | None:
+        saved.update(_saved(folder))
+        return next((f"a response of {title}" for keys in batches.values() for key in keys if key not in saved), None)
+
+    wait_for_others(look, lambda: len(saved))
+    return {number: [saved[key] for key in keys] for number, keys in batches.items()}
+
+
+def _saved(folder: Path) -> dict[str, Response]:
+    """Return the responses on disk by their keys, those of other processes included."""
+    return {
+        row.get("key", ""): Response(*(row[name] for name in Response._fields))
+        for row in read_parts(folder / RESPONSES_FILE)
+        if _is_response(row)
+    }
 
 
 def _request_responses(
@@ -98,10 +125,10 @@ def _request_responses(
     return [responses[0] for responses in each]
 
 
-def _is_response(row: dict[str, Any] | None) -> bool:
+def _is_response(row: dict[str, Any]) -> bool:
     """Return True if a saved row contains a response."""
     kinds = {"text": str, "tokens": int, "hit_limit": bool}
-    return row is not None and all(isinstance(row.get(name), kind) for name, kind in kinds.items())
+    return all(isinstance(row.get(name), kind) for name, kind in kinds.items())
 
 
 def _generate_batch(

@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING
 
 from dpo_mm.evaluation.image_statistics import IMAGE_STATISTICS
 from dpo_mm.evaluation.statistics import BASE_AND_TUNED, Comparison
+from dpo_mm.printed_text import printable
+from dpo_mm.process_rank import process_rank
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from dpo_mm.evaluation.verdict import CompareResult
 
 RATES = re.compile(
     r"\b(rates?|right|share|fraction|ratio|repetition|accuracy|precision|recall|F1|CHAIR_[is])\b", re.IGNORECASE
@@ -178,3 +182,16 @@ def _plain(value: float, percent: bool, digits: int) -> str:
 def _signed(value: float, percent: bool, digits: int) -> str:
     rounded = round((100 if percent else 1) * value, digits)
     return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
+
+
+def print_result(result: CompareResult) -> None:
+    """Print a comparison's table, notes, verdict and path of the report, in the first process."""
+    from rich.console import Console
+
+    if not process_rank().is_first:
+        return
+    console = Console()
+    console.print(terminal_table(result.comparisons))
+    for note in result.notes:
+        console.print(printable(note), markup=False, highlight=False)
+    print(printable(f"Verdict: {result.verdict}\nReport: {result.report}"))

@@ -1,4 +1,4 @@
-"""Two processes train on the pairs and noise of one process and give the same losses."""
+"""Two processes train on the pairs and noise of one process and give the same losses, and compare what one compares."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from dpo_mm.data.image_files import encode_png
 from dpo_mm.training.run import train
 from tests import forked
 from tests.conftest import noise_image, rows
+from tests.reliability import commands
 
 pytestmark = pytest.mark.slow
 
@@ -106,3 +107,32 @@ def test_sigterm_to_one_of_two_processes_stops_both_and_one_process_resumes(
     resumed = train(dataclasses.replace(longer, output_dir=str(out), resume=True))
     losses = [[e["loss"] for e in run.history if "loss" in e] for run in (train(longer), resumed)]
     assert len(losses[0]) == step + 2 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_two_processes_compare_what_one_compares(tmp_path: Path) -> None:
+    """Each makes its share, also after one of them was killed.
+
+    Mutation that it catches: every process generates all of it, or a result has a row twice.
+    """
+    inputs = tmp_path / "inputs"
+    commands.write_inputs(inputs)
+    made = {
+        "compare images": ("compared", "pictures/manifest.jsonl"),
+        "compare responses": ("answers", "answers.jsonl"),
+    }
+    for name, (folder, table) in made.items():
+        one, two = (commands.commands(inputs, tmp_path / count)[name] for count in ("one", "two"))
+        env = commands.environment(tmp_path / "cache")
+        forked.run(*one, env=env, check=True)
+        killed, other = forked.start_together(*two, env=env)
+        other.kill()
+        part = Path(tmp_path / "two" / folder / table)
+        while not part.is_file() and killed.poll() is None:
+            time.sleep(0.01)
+        killed.kill()
+        done = forked.run_together(*two, env=env)
+        assert "Verdict" in done[0].stdout and "Verdict" not in done[1].stdout
+        results = [json.loads((tmp_path / count / folder / "metrics.json").read_text()) for count in ("one", "two")]
+        assert results[0]["comparisons"] == results[1]["comparisons"] and results[0]["control"] == results[1]["control"]
+        lines = [(tmp_path / count / folder / table).read_text().splitlines() for count in ("one", "two")]
+        assert len(lines[0]) == len(lines[1]) and not list((tmp_path / "two" / folder).rglob("*-part*"))

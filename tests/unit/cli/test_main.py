@@ -74,7 +74,7 @@ def test_mine_and_compare_read_the_file_and_the_flags(
     file.write_text(f"{name}: {{model: in file, prompts: in file, judges: j, output_dir: o, seed: 1}}\n")
     configs: list[Any] = []
     monkeypatch.setattr(f"dpo_mm.recipe.{name}", lambda config, **_: configs.append(config))
-    monkeypatch.setattr("dpo_mm.recipe.print_result", lambda result: None)
+    monkeypatch.setattr("dpo_mm.evaluation.tables.print_result", lambda result: None)
     first = [] if arguments[:1] == ["--model"] else [str(file)]
     flags = [*arguments, "--judges", "j", "--output-dir", "o"] if not first else arguments
     result = CliRunner().invoke(app, [name, *first, *flags])

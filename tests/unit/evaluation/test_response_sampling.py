@@ -14,6 +14,7 @@ from dpo_mm.data.lazy_images import LazyImages
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
 from dpo_mm.evaluation import response_sampling
+from dpo_mm.json_lines import read_lines
 
 
 def test_each_image_is_read_once_for_the_keys_of_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,5 +42,5 @@ def test_each_image_is_read_once_for_the_keys_of_its_batch(tmp_path: Path, monke
         )
         assert len(scored.responses) == 20
     assert sorted(reads) == sorted(list(range(20)) * 2)
-    keys = [row["key"] for row in response_sampling.read_lines(tmp_path / response_sampling.RESPONSES_FILE)]
+    keys = [row["key"] for row in read_lines(tmp_path / response_sampling.RESPONSES_FILE)]
     assert len(set(keys)) == 20

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_mm import process_rank
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import drop_ties, load_pairs
 from dpo_mm.policies.families import load_policy
-from dpo_mm.training import arrow_shards, encoding, shared_work
+from dpo_mm.training import arrow_shards, encoding
 from dpo_mm.training.encoding import encode
 from dpo_mm.training.pair_stream import eval_stream
 from tests.conftest import noise_image, rows
@@ -261,7 +262,7 @@ def test_two_processes_divide_the_shards(
     monkeypatch.setattr(encoding, "SHARD", 2)
     policy, given = load_policy(tiny_model), drop_ties(load_pairs(pairs))
     whole = encode(policy, given, where="pairs", cache=tmp_path / "whole")
-    monkeypatch.setattr(shared_work, "SHARD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(process_rank, "WAIT_TIMEOUT_S", 0.3)
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")

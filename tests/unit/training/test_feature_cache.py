@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_mm import process_rank
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash
 from dpo_mm.policies.families import load_policy
-from dpo_mm.training import feature_cache, shared_work
+from dpo_mm.training import feature_cache
 from dpo_mm.training.dropped_rows import DroppedRows
 from dpo_mm.training.feature_cache import FeatureRows, cache_vision_features
 from dpo_mm.training.tensor_shards import read_value, write_values
@@ -21,7 +22,7 @@ from tests.contracts.tiny_vlms import rows, save
 @pytest.fixture
 def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 2)
-    monkeypatch.setattr(shared_work, "SHARD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(process_rank, "WAIT_TIMEOUT_S", 0.3)
     policy: Any = load_policy(save("llava", tmp_path / "model"))
     policy.vision_trains = False
     return policy
