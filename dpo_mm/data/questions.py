@@ -23,7 +23,7 @@ from dpo_mm.data.benchmarks import question_rows
 from dpo_mm.data.conversation import as_messages
 from dpo_mm.data.lazy_images import LazyImages, image_cells, lazy_images
 from dpo_mm.data.row_files import open_rows
-from dpo_mm.data.row_paths import confine
+from dpo_mm.data.row_paths import confine, regular_files
 from dpo_mm.data.text_files import read_text, table_suffix
 from dpo_mm.errors import did_you_mean, name_row, one_line
 
@@ -77,7 +77,8 @@ def read_questions(
     """Read the questions of a synthetic dataset or of a file.
 
     Args:
-        name: name of a synthetic dataset (a key of WORLDS), or path of a Parquet or JSON-lines file.
+        name: name of a synthetic dataset (a key of WORLDS), or path of a Parquet or JSON-lines file, or of a folder of JSON-lines
+            files.
         limit: largest number of questions. None: all of a file, DEFAULT_COUNT of a synthetic dataset.
         part: "k/n" for the k-th of n random parts that have no question in common. `limit` is that of the part.
         rubric: rubric of the questions that have none. None: no rubric.
@@ -96,6 +97,9 @@ def _read_questions(name: str, limit: int | None) -> list[Question]:
     if name in WORLDS:
         return list(WORLDS[name](DEFAULT_COUNT if limit is None else limit))
     path = Path(name)
+    if path.is_dir() and (files := regular_files(path, "*.jsonl")):
+        read_all = (question for file in files for question in _json_questions(file, limit))
+        return list(islice(read_all, limit))
     if not path.is_file():
         raise ValueError(
             f"questions {name!r}: no such file; {did_you_mean(name, WORLDS)}. Or give Parquet or JSON lines with columns "

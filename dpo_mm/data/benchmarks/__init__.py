@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_mm.data.benchmarks import ocrbench_questions, omnidocbench_questions, pope_questions
+from dpo_mm.data.benchmarks import ocrbench_questions, olmocr_questions, omnidocbench_questions, pope_questions
 
 Rows = Iterable[dict[str, Any]]
 
@@ -32,6 +32,7 @@ class Benchmark(NamedTuple):
 
 BENCHMARKS = (
     Benchmark("OCRBench", ocrbench_questions.KEYS, ocrbench_questions.questions),
+    Benchmark("olmOCR-bench", olmocr_questions.KEYS, olmocr_questions.questions),
     Benchmark("OmniDocBench", omnidocbench_questions.KEYS, omnidocbench_questions.questions),
     Benchmark("POPE", pope_questions.KEYS, pope_questions.questions),
 )
