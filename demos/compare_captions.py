@@ -12,11 +12,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response
 from dpo_mm.demo_address import LOCAL, Serving
-from dpo_mm.demo_server import QUIET, DemoPage, escape, image_html, serve
+from dpo_mm.demo_server import QUIET, UPLOAD_LIMIT, DemoPage, escape, image_html, serve, uploaded_image
 from dpo_mm.evaluation.report import text_spans
 from dpo_mm.judges import explain
 from dpo_mm.policies.families import load_text_policy
@@ -24,13 +23,9 @@ from dpo_mm.policies.vlm.generation import response_token_log_probs, stream_resp
 
 EXAMPLES = 12
 """Number of examples per model."""
-UPLOAD_LIMIT = 20_000_000
-"""Bytes."""
 MAX_PROMPT_LENGTH = 1000
 FULL_SHADE = 3.0
 """Absolute log-ratio of a token, in nats, from which its shade is full."""
-MAX_EDGE = 1024
-"""Pixels to which the longer edge of an uploaded image is reduced."""
 CSS = """
 .responses { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); gap: 14px; }
 .response { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: .7rem .9rem; min-width: 0;
@@ -222,11 +217,9 @@ def decode_upload(data: bytes) -> ShownImage:
         gr.Error: if the file is not an image or is too large. The page shows the message.
     """
     try:
-        image = decode_image(data)
+        return ShownImage(uploaded_image(data))
     except ValueError as error:
         raise gr.Error(f"This file can’t be used: {escape(str(error))}.", print_exception=False) from error
-    image.thumbnail((MAX_EDGE, MAX_EDGE))
-    return ShownImage(image)
 
 
 def shown_image_html(shown: ShownImage) -> str:

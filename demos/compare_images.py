@@ -11,16 +11,27 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from dpo_mm.data.image_files import decode_image
+from dpo_mm.data.image_files import decode_image, encode_png
 from dpo_mm.data.row_paths import read_regular_file
 from dpo_mm.demo_address import LOCAL, Serving
-from dpo_mm.demo_server import QUIET, SMALL_IMAGE, DemoPage, escape, image_html, serve
+from dpo_mm.demo_server import (
+    QUIET,
+    SMALL_IMAGE,
+    UPLOAD_LIMIT,
+    DemoPage,
+    escape,
+    image_html,
+    serve,
+    uploaded_image,
+)
 from dpo_mm.evaluation.saved_comparison import OUTCOMES, ImagePair, SavedComparison, bundled_models, load_comparison
 from dpo_mm.judges import JUDGES, load_judge, metric_of
 from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.policies.families import load_image_policy
 
 BUNDLED_MODEL, BUNDLED_ADAPTER = "shapes-sd", "shapes-sd-faithful"
+SAMPLERS = {BUNDLED_MODEL: (15, 1.5), "shapes-editor": (15, 1.0)}
+"""Steps and guidance of bundled models."""
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 SEEDS = 4
 """Number of seeds in a strip."""
@@ -31,8 +42,14 @@ ENLARGED_EDGE = 512
 MAX_PROMPT_LENGTH = 1000
 PAGE_SIZE_SMALL, PAGE_SIZE_LARGE = 12, 4
 """Number of pairs of a saved comparison that are added at a time, for small images and for others."""
-SCORE_LABELS = {"faithfulness": ("does not match the prompt", "matches the prompt")}
+SCORE_LABELS = {
+    "faithfulness": ("does not match the prompt", "matches the prompt"),
+    "edit_followed": ("does not follow the instruction", "follows the instruction"),
+    "edit_preserved": ("changes the rest", "preserves the rest"),
+}
 """Text for the scores 0 and 1 of a judge."""
+JUDGES_OF = {BUNDLED_MODEL: ["faithfulness", "aesthetic"], "shapes-editor": ["edit_followed", "edit_preserved"]}
+"""Judges of bundled models."""
 EXAMPLES = (
     "three red stars",
     "a green cross above a purple circle",
@@ -67,21 +84,23 @@ class DemoModel:
     """A model with its tuned adapter, and the settings of the page.
 
     Args:
-        generate: function of (prompt, seed, steps, guidance, adapter scale) that returns an image.
+        generate: function of (prompt, seed, steps, guidance, adapter scale, image to edit) that returns an image.
         judges: names of the judges that score the images.
         scales: adapter scales of the strip.
         title: name shown on the page.
         steps, guidance: initial values of the controls.
         generate_on_load: generate an example when the page opens.
+        edits: the model edits an uploaded image.
     """
 
-    generate: Callable[[str, int, int, float, float], Image.Image]
+    generate: Callable[[str, int, int, float, float, bytes | None], Image.Image]
     judges: tuple[str, ...]
     scales: tuple[float, ...]
     title: str
     steps: int
     guidance: float
     generate_on_load: bool
+    edits: bool = False
 
 
 def load(model: str, adapter: str | None, judges: Sequence[str], *, precision: str) -> DemoModel:
@@ -97,33 +116,41 @@ def load(model: str, adapter: str | None, judges: Sequence[str], *, precision: s
         load_judge(judge)
 
     @functools.lru_cache(maxsize=CACHED_IMAGES)
-    def generate(prompt: str, seed: int, steps: int, guidance: float, scale: float) -> Image.Image:
-        return next(policy.sample([prompt], [seed], steps=steps, guidance=guidance, batch_size=1, scale=scale))[0]
+    def generate(
+        prompt: str, seed: int, steps: int, guidance: float, scale: float, source: bytes | None
+    ) -> Image.Image:
+        settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "batch_size": 1, "scale": scale}
+        sources = [decode_image(source)] if source else None
+        return next(policy.sample([prompt], [seed], **settings, sources=sources))[0]
 
-    is_bundled = model == BUNDLED_MODEL
+    steps, guidance = SAMPLERS.get(model, (30, 7.5))
     return DemoModel(
         generate=generate,
         judges=tuple(judges),
         scales=SCALES if policy.base_pipe is None else (0.0, 1.0),
         title=f"{model} and {adapter or BUNDLED_ADAPTER}",
-        steps=15 if is_bundled else 30,
-        guidance=1.5 if is_bundled else 7.5,
-        generate_on_load=is_bundled,
+        steps=steps,
+        guidance=guidance,
+        generate_on_load=model == BUNDLED_MODEL,
+        edits=policy.is_image_editing,
     )
 
 
-def figure_html(title: str, image: Image.Image | None, prompt: str, judges: Sequence[str]) -> str:
+def figure_html(
+    title: str, image: Image.Image | None, prompt: str, judges: Sequence[str], source: bytes | None = None
+) -> str:
     """Return an image with its title and the judges' scores, or a placeholder if there is no image yet."""
     if image is None:
         return f'<figure><div class="blank">generating …</div><figcaption><b>{escape(title)}</b></figcaption></figure>'
-    scores = "".join(judge_score_html(judge, image, prompt) for judge in judges)
+    scores = "".join(judge_score_html(judge, image, prompt, source) for judge in judges)
     return f"<figure>{image_html(image, alt=title)}<figcaption><b>{escape(title)}</b>{scores}</figcaption></figure>"
 
 
-def judge_score_html(judge: str, image: Image.Image, prompt: str) -> str:
+def judge_score_html(judge: str, image: Image.Image, prompt: str, source: bytes | None) -> str:
     """Score an image with a judge. Return the score, or a note if the judge cannot score this prompt."""
+    sources = [[decode_image(source)]] if source else ()
     try:
-        return score_html(judge, float(image_scores(judge, [image], [prompt])[0]))
+        return score_html(judge, float(image_scores(judge, [image], [prompt], sources)[0]))
     except ValueError as error:
         return f'<span class="score" title="{escape(str(error))}">{escape(metric_of(judge))}: no score</span>'
 
@@ -150,7 +177,9 @@ def enlarge_small(image: Image.Image) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def check_controls(prompt: str, seed: float | None, steps: float, guidance: float, scale: float) -> tuple[Any, ...]:
+def check_controls(
+    model: DemoModel, prompt: str, seed: float | None, steps: float, guidance: float, scale: float, source: bytes | None
+) -> tuple[Any, ...]:
     """Convert the values of the controls to the arguments of `DemoModel.generate`.
 
     Raises:
@@ -162,32 +191,35 @@ def check_controls(prompt: str, seed: float | None, steps: float, guidance: floa
         raise gr.Error(f"The prompt is longer than {MAX_PROMPT_LENGTH} characters.", print_exception=False)
     if seed is None or not 0 <= seed < 2**31:
         raise gr.Error("The seed must be a whole number from 0 to 2147483647.", print_exception=False)
-    return prompt.strip(), int(seed), int(steps), float(guidance), float(scale)
+    if model.edits and not source:
+        raise gr.Error("Upload an image first.", print_exception=False)
+    return prompt.strip(), int(seed), int(steps), float(guidance), float(scale), source
 
 
 def compare(model: DemoModel, *controls: Any) -> Iterator[list[Any]]:
     """Yield (status, both images, slider) while the images are generated."""
-    prompt, seed, steps, guidance, scale = check_controls(*controls)
+    prompt, seed, steps, guidance, scale, source = check_controls(model, *controls)
     titles = ("base", f"tuned, LoRA scale {scale:g}")
     show = lambda *images: figures_html(
-        [figure_html(title, image, prompt, model.judges) for title, image in zip(titles, images, strict=True)]
+        [figure_html(title, image, prompt, model.judges, source) for title, image in zip(titles, images, strict=True)]
     )
     yield ["Generating with the base model …", show(None, None), gr.skip()]
-    base = model.generate(prompt, seed, steps, guidance, 0.0)
+    base = model.generate(prompt, seed, steps, guidance, 0.0, source)
     yield ["Generating with the tuned model …", show(base, None), gr.skip()]
-    tuned = model.generate(prompt, seed, steps, guidance, scale)
+    tuned = model.generate(prompt, seed, steps, guidance, scale, source)
     note = " Both images are identical." if base.tobytes() == tuned.tobytes() else ""
     yield [f"Both from seed {seed}.{note}", show(base, tuned), (enlarge_small(base), enlarge_small(tuned))]
 
 
 def strip_over_scales(model: DemoModel, *controls: Any) -> Iterator[list[str]]:
     """Yield (status, strip) while the images of one seed at several LoRA scales are generated."""
-    prompt, seed, steps, guidance, _ = check_controls(*controls)
+    prompt, seed, steps, guidance, _, source = check_controls(model, *controls)
     titles = ["base" if not scale else f"scale {scale:g}" for scale in model.scales]
     images: list[Image.Image | None] = [None] * len(titles)
     for n, scale in enumerate(model.scales):
-        images[n] = model.generate(prompt, seed, steps, guidance, scale)
-        figures = [figure_html(title, image, prompt, model.judges) for title, image in zip(titles, images, strict=True)]
+        images[n] = model.generate(prompt, seed, steps, guidance, scale, source)
+        each = zip(titles, images, strict=True)
+        figures = [figure_html(title, image, prompt, model.judges, source) for title, image in each]
         status = f"{n + 1} of {len(titles)} LoRA scales generated, seed {seed}."
         yield [
             status,
@@ -197,15 +229,18 @@ def strip_over_scales(model: DemoModel, *controls: Any) -> Iterator[list[str]]:
 
 def strip_over_seeds(model: DemoModel, *controls: Any) -> Iterator[list[str]]:
     """Yield (status, strip) while images of base (above) and tuned (below) are generated from the next seeds."""
-    prompt, seed, steps, guidance, scale = check_controls(*controls)
+    prompt, seed, steps, guidance, scale, source = check_controls(model, *controls)
     seeds = [(seed + n) % 2**31 for n in range(SEEDS)]
     images: dict[tuple[int, float], Image.Image] = {}
     for n, next_seed in enumerate(seeds):
         for row_scale in (0.0, scale):
-            images[next_seed, row_scale] = model.generate(prompt, next_seed, steps, guidance, row_scale)
+            images[next_seed, row_scale] = model.generate(prompt, next_seed, steps, guidance, row_scale, source)
         rows = [
             figures_html(
-                [figure_html(f"{name}, seed {s}", images.get((s, row_scale)), prompt, model.judges) for s in seeds],
+                [
+                    figure_html(f"{name}, seed {s}", images.get((s, row_scale)), prompt, model.judges, source)
+                    for s in seeds
+                ],
                 scrolls=f"{name}, several seeds",
             )
             for name, row_scale in (("base", 0.0), ("tuned", scale))
@@ -271,14 +306,19 @@ def add_gallery(comparison: SavedComparison) -> None:
 
 
 def add_controls(model: DemoModel) -> list[Any]:
-    """Add the controls to the page: prompt, seed, steps, guidance scale and LoRA scale."""
+    """Add the controls to the page: prompt, seed, steps, guidance scale, LoRA scale and the image to edit."""
+    source = gr.State()
+    if model.edits:
+        shown = gr.HTML(elem_id="source")
+        upload = gr.UploadButton("Upload an image to edit", type="binary", file_types=["image"], elem_id="upload")
+        upload.upload(use_upload, upload, [source, shown], **QUIET)
     prompt = gr.Textbox(
         EXAMPLES[0] if model.generate_on_load else "",
         label="Prompt",
         max_length=MAX_PROMPT_LENGTH,
         max_lines=4,
         elem_id="prompt",
-        placeholder="Describe an image",
+        placeholder="Describe the edit" if model.edits else "Describe an image",
     )
     with gr.Row():
         return [
@@ -295,7 +335,21 @@ def add_controls(model: DemoModel) -> list[Any]:
                 min_width=140,
                 elem_id="scale",
             ),
+            source,
         ]
+
+
+def use_upload(data: bytes) -> list[Any]:
+    """Return an uploaded image as PNG, and its HTML.
+
+    Raises:
+        gr.Error: if the file is not an image or is too large. The page shows the message.
+    """
+    try:
+        image = uploaded_image(data)
+    except ValueError as error:
+        raise gr.Error(f"This file can’t be used: {escape(str(error))}.", print_exception=False) from error
+    return [encode_png(image), figures_html([f"<figure>{image_html(image, alt='image to edit')}</figure>"])]
 
 
 def build(model: DemoModel, comparison: SavedComparison | None = None) -> DemoPage:
@@ -304,10 +358,11 @@ def build(model: DemoModel, comparison: SavedComparison | None = None) -> DemoPa
     Args:
         comparison: a saved comparison whose images the page also shows.
     """
+    same = "image, prompt and seed" if model.edits else "prompt and seed"
     with gr.Blocks(title="Images of base and tuned model", analytics_enabled=False) as blocks:
         gr.HTML(
             '<div class="head"><h1>Images of base and tuned model</h1>'
-            f"<p>{escape(model.title)}. Both get the same prompt and seed, so only the adapter makes a difference.</p>"
+            f"<p>{escape(model.title)}. Both get the same {same}, so only the adapter makes a difference.</p>"
             "</div>"
         )
         controls = add_controls(model)
@@ -347,7 +402,7 @@ def build(model: DemoModel, comparison: SavedComparison | None = None) -> DemoPa
             blocks.load(show, controls, pair, **quiet).then(
                 functools.partial(strip_over_scales, model), controls, [status, strip], **quiet
             )
-    return DemoPage(blocks, css=CSS)
+    return DemoPage(blocks, css=CSS, upload_limit=UPLOAD_LIMIT if model.edits else 0)
 
 
 def run(
@@ -375,7 +430,7 @@ def run(
         model, adapter = bundled_models(saved, str(comparison), default=BUNDLED_MODEL)
         names = names if names is not None else [judge for judge in saved.judges if judge in JUDGES]
     if names is None:
-        names = ["faithfulness", "aesthetic"] if model == BUNDLED_MODEL else []
+        names = JUDGES_OF.get(model, [])
     demo_model = load(model, adapter, [name for name in names if name], precision=precision)
     serve(lambda: build(demo_model, saved), serving)
 

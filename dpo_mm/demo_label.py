@@ -191,7 +191,13 @@ def _images_html(row: dict[str, Any], *, swapped: bool) -> str:
         f'<div class="frame" data-side="{side}">{image}</div>'
         for side, image in zip(("Left", "Right"), images, strict=True)
     )
-    return f'<p class="prompt" dir="auto">{escape(row["prompt"])}</p><div class="images">{frames}</div>'
+    both = f'<div class="images">{frames}</div>'
+    if row["image_source"] is not None:
+        source = (
+            f'<div class="sources"><div class="frame">{_image_html(row["image_source"], "image to edit")}</div></div>'
+        )
+        both = f'<div class="reading with-image">{source}{both}</div>'
+    return f'<p class="prompt" dir="auto">{escape(row["prompt"])}</p>{both}'
 
 
 def _responses_html(row: dict[str, Any], *, swapped: bool) -> str:

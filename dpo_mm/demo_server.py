@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageCms
 
 from dpo_mm.assets import demos_folder
+from dpo_mm.data.image_files import decode_image
 from dpo_mm.demo_address import LOCAL, Serving, hosts_of, open_access
 from dpo_mm.demo_guard import Guard, remove_old_files
 
@@ -37,6 +38,10 @@ SWEEP_SECONDS = 60
 """Seconds between deletions of old files."""
 MAX_SESSIONS, MAX_WAITING = 200, 100
 """Numbers of visitors whose state is stored, and of waiting events."""
+UPLOAD_LIMIT = 20_000_000
+"""Largest uploaded file, in bytes."""
+MAX_EDGE = 1024
+"""Pixels to which the longer edge of an uploaded image is reduced."""
 SMALL_IMAGE = 256
 """Pixels of the longer edge up to which an image is enlarged without smoothing."""
 PHONE_STYLE = """<style>@media (max-width: 600px) {
@@ -282,6 +287,13 @@ def image_html(image: Image.Image, *, alt: str) -> str:
     small = ' class="small"' if max(image.size) <= SMALL_IMAGE else ""
     size = f'width="{image.width}" height="{image.height}"'
     return f'<img{small} {size} alt="{escape(alt)}" draggable="false" src="data:image/png;base64,{data}">'
+
+
+def uploaded_image(data: bytes) -> Image.Image:
+    """Decode an uploaded image and reduce its size. Raises ValueError if the file is not an image or is too large."""
+    image = decode_image(data)
+    image.thumbnail((MAX_EDGE, MAX_EDGE))
+    return image
 
 
 def plain_srgb(image: Image.Image) -> Image.Image:

@@ -162,6 +162,12 @@ def with_file(reason: Exception, cell: Any) -> Exception:
     return reason if not path or str(path) in str(reason) else ValueError(f"{path}: {reason}")
 
 
+def has_source_images(rows: Dataset) -> list[bool]:
+    """Return for each row of `image_preference` if it has an image to edit."""
+    tables = rows.select_columns("image_source").with_format("arrow").iter(1000)
+    return [valid for table in tables for valid in table["image_source"].is_valid().to_pylist()]
+
+
 def check_source_images(rows: Dataset, dataset_name: str, *, pipeline: str, is_image_editing: bool) -> None:
     """Check that rows have a source image if, and only if, the model edits images.
 
@@ -174,8 +180,7 @@ def check_source_images(rows: Dataset, dataset_name: str, *, pipeline: str, is_i
     Raises:
         ValueError: if a model that edits gets a row without `image_source`, or another model gets one with it.
     """
-    tables = rows.select_columns("image_source").with_format("arrow").iter(1000)
-    has_source = [valid for table in tables for valid in table["image_source"].is_valid().to_pylist()]
+    has_source = has_source_images(rows)
     if is_image_editing and not all(has_source):
         raise ValueError(
             f"row {rows['id'][has_source.index(False)]} of {dataset_name}: image_source is missing. {pipeline} edits an image, "

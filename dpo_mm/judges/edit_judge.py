@@ -1,8 +1,9 @@
 """Exact judges of edits of the synthetic shapes, in two readings: the instruction is followed, and the rest is preserved.
 
 `edit_followed` looks only at the object that the instruction names. A recoloured object has its shape, its place and the new colour.
-A removed object leaves the background, and no other object of its name appears. `edit_preserved` looks only at the rest: every other
-object has its shape, colour, place and size, nothing is added, and pixels outside of the named object's box differ little.
+A removed object leaves the background, and no other object of its name appears. An added object has its shape and colour, in any free
+place. `edit_preserved` looks only at the rest: every other object has its shape, colour, place and size, nothing else is added, and
+pixels outside of the named object's box differ little.
 An unchanged image is preserved and not followed. An image in which everything turned red is followed and not preserved.
 """
 
@@ -30,11 +31,14 @@ CHANGED, MAX_CHANGED = 48.0, 0.01
 
 
 class _Reading(NamedTuple):
-    """The image to edit and the edited one: pixels, the named object, the others, and what the edited image shows."""
+    """The image to edit and the edited one: pixels, the named object, the others, and what the edited image shows.
+
+    The named object is that of the image to edit. One to add is that of the edited image, None if nothing is added.
+    """
 
     before: np.ndarray
     after: np.ndarray
-    named: DetectedObject
+    named: DetectedObject | None
     others: list[DetectedObject]
     shown: list[DetectedObject]
 
@@ -56,27 +60,33 @@ def edit_preserved(
 def _is_followed(image: Image.Image, prompt: str, sources: Sequence[Image.Image]) -> bool:
     edit = parse(prompt)
     reading = _read(image, prompt, edit, sources)
+    named = reading.named
+    if named is None:
+        return False
+    if edit.is_added:
+        return edit.names(named.shape, named.colour)
     if edit.new_colour:
-        return any(_is_same(one, reading.named, edit.new_colour) for one in reading.shown)
+        return any(_is_same(one, named, edit.new_colour) for one in reading.shown)
     if any(edit.names(one.shape, one.colour) for one in reading.shown):
         return False
-    box = _box(reading.named, reading.before.shape)
+    box = _box(named, reading.before.shape)
     return float(np.abs(reading.after - _background(reading.before, reading))[box].mean()) <= MAX_DIFFERENCE
 
 
 def _is_preserved(image: Image.Image, prompt: str, sources: Sequence[Image.Image]) -> bool:
     reading = _read(image, prompt, parse(prompt), sources)
-    remaining = list(reading.shown)
+    remaining, named = list(reading.shown), reading.named
     for other in reading.others:
         match = next((one for one in remaining if _is_same(one, other, other.colour)), None)
         if match is None:
             return False
         remaining.remove(match)
-    if any(_distance(one, reading.named) > max(reading.named.width, reading.named.height) / 2 for one in remaining):
+    if named and any(_distance(one, named) > max(named.width, named.height) / 2 for one in remaining):
         return False
     difference = np.abs(reading.after - reading.before).max(-1)
     outside = np.ones(difference.shape, bool)
-    outside[_box(reading.named, reading.before.shape)] = False
+    if named:
+        outside[_box(named, reading.before.shape)] = False
     rest = difference[outside]
     return float(rest.mean()) <= MAX_DIFFERENCE and float((rest > CHANGED).mean()) <= MAX_CHANGED
 
@@ -85,16 +95,20 @@ def _read(image: Image.Image, prompt: str, edit: ShapeEdit, sources: Sequence[Im
     """Detect the objects before and after the edit.
 
     Raises:
-        ValueError: unless there is one image to edit, and the instruction names exactly one of its objects.
+        ValueError: unless there is one image to edit, and the instruction adds an object or names exactly one of the image's.
     """
     if len(sources) != 1:
         raise ValueError(f"prompt {prompt!r} has {len(sources)} images to edit. Edits of shapes have one")
-    objects = detect_objects(sources[0])
+    objects, shown = detect_objects(sources[0]), detect_objects(image)
+    before, after = (np.asarray(to_rgb(each), dtype=np.float32) for each in (sources[0], image))
+    if edit.is_added:
+        added = [one for one in shown if not any(_is_same(one, other, other.colour) for other in objects)]
+        wanted = next((one for one in added if edit.names(one.shape, one.colour)), next(iter(added), None))
+        return _Reading(before, after, wanted, objects, shown)
     named = [one for one in objects if edit.names(one.shape, one.colour)]
     if len(named) != 1:
         raise ValueError(f"prompt {prompt!r} names {len(named)} objects of its image. Name one")
-    before, after = (np.asarray(to_rgb(each), dtype=np.float32) for each in (sources[0], image))
-    return _Reading(before, after, named[0], [one for one in objects if one is not named[0]], detect_objects(image))
+    return _Reading(before, after, named[0], [one for one in objects if one is not named[0]], shown)
 
 
 def _is_same(one: DetectedObject, other: DetectedObject, colour: str | None) -> bool:
@@ -124,7 +138,7 @@ def _background(pixels: np.ndarray, reading: _Reading) -> np.ndarray:
     A row without such pixels has the colour of the nearest row that has some.
     """
     free = np.ones(pixels.shape[:2], bool)
-    for one in (reading.named, *reading.others):
+    for one in filter(None, (reading.named, *reading.others)):
         free[_box(one, pixels.shape)] = False
     rows = np.flatnonzero(free.any(1))
     if not len(rows):

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 
@@ -34,9 +33,9 @@ from dpo_mm.data.image_files import rgb_image
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.data.row_digest import digest
 from dpo_mm.interruption import stop_on_signal
-from dpo_mm.judges import is_pairwise, judge_card, judge_digests, load_judge, load_pairwise
-from dpo_mm.judges.score_checks import higher_is_better_scores, pair_probabilities
-from dpo_mm.judges.scoring import SCORING
+from dpo_mm.judges import is_pairwise, judge_card, judge_digests, load_judge, load_pairwise, takes_sources
+from dpo_mm.judges.score_checks import score_pairs
+from dpo_mm.judges.scoring import SCORING, check_sources, scored_columns
 from dpo_mm.output_files import output_files, write_file
 from dpo_mm.outputs import output_folder, settings_of
 from dpo_mm.progress import progress_bar
@@ -102,6 +101,7 @@ def relabel(config: RelabelConfig) -> RelabelResult | None:
     files = output_files([output, output.with_suffix(".json")], inputs=[config.pairs])
     with stop_on_signal(lambda: saved_shards(parts)), files:
         rows = load_image_pairs(config.pairs, columns=config.columns, media_dir=config.media_dir)
+        check_sources(rows, config.judges, name=config.pairs)
         settings = settings_of("relabelled pairs", ingredients(config, rows))
         with output_folder(parts, SCORING, settings, overwrite=config.overwrite):
             scores = _score_shards(rows, config, parts)
@@ -130,7 +130,7 @@ def ingredients(config: RelabelConfig, rows: Dataset) -> dict[str, Any]:
     """Return what decides the scores of a dataset, see `dpo_mm.content_key`. The rule for labels does not."""
     return {
         "settings": {name: getattr(config, name) for name in ("pairs", "shard_size")},
-        "images": digest(rows.select_columns(["id", "prompt", "image_a", "image_b"])),
+        "images": digest(rows.select_columns(scored_columns(config.judges))),
         "judges": judge_digests(config.judges),
         "libraries": library_versions(),
     }
@@ -267,9 +267,10 @@ def _length(rows: Dataset, start: int, config: RelabelConfig) -> int:
 
 def _score_shard(part: Dataset, config: RelabelConfig, *, first: int) -> np.ndarray:
     images, decoded = [], []
+    edits = ["source"] if any(map(takes_sources, config.judges)) else []
     for number, row in enumerate(_stored_rows(part)):
         try:
-            images.append([rgb_image(row[f"image_{side}"]) for side in "ab"])
+            images.append([rgb_image(row[f"image_{side}"]) for side in ("a", "b", *edits)])
             decoded.append(number)
         except ValueError as error:
             if config.undecodable_images == "raise":
@@ -281,20 +282,9 @@ def _score_shard(part: Dataset, config: RelabelConfig, *, first: int) -> np.ndar
     if decoded:
         prompts = [part["prompt"][number] for number in decoded]
         for index, name in enumerate(config.judges):
-            scores[index, decoded] = score_pairs(name, [a for a, _ in images], [b for _, b in images], prompts)
+            a, b = ([each[side] for each in images] for side in (0, 1))
+            scores[index, decoded] = score_pairs(name, a, b, prompts, [each[2:] for each in images])
     return scores
-
-
-def score_pairs(name: str, a: list[Image.Image], b: list[Image.Image], prompts: list[str]) -> np.ndarray:
-    """Score pairs with a judge, (pairs, 2), higher is better. A pairwise judge gives the probabilities of a and of b.
-
-    Raises:
-        ValueError: if a score is not a finite number.
-    """
-    if is_pairwise(name):
-        p_a = pair_probabilities(name, a, b, prompts)
-        return np.stack([p_a, 1 - p_a], axis=1)
-    return higher_is_better_scores(name, [*a, *b], [*prompts, *prompts]).reshape(2, -1).T
 
 
 def _stored_rows(rows: Dataset) -> Iterator[dict[str, Any]]:

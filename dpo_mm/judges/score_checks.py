@@ -14,7 +14,15 @@ from PIL import Image
 
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
-from dpo_mm.judges import better_of, load_judge, load_pairwise, load_response_judge, takes_questions, takes_sources
+from dpo_mm.judges import (
+    better_of,
+    is_pairwise,
+    load_judge,
+    load_pairwise,
+    load_response_judge,
+    takes_questions,
+    takes_sources,
+)
 
 
 def image_scores(
@@ -81,6 +89,30 @@ def pair_probabilities(
             f"judge {name!r} returned {values[first]:g} for {rows[first]}. Expected a probability from 0 to 1."
         )
     return values
+
+
+def score_pairs(
+    name: str,
+    a: Sequence[Image.Image],
+    b: Sequence[Image.Image],
+    prompts: Sequence[str],
+    sources: Sequence[Sequence[Image.Image]],
+) -> np.ndarray:
+    """Score pairs with a judge, (pairs, 2), higher is better. A pairwise judge gives the probabilities of a and of b.
+
+    Args:
+        name: the judge.
+        a, b: both images of each pair.
+        prompts: prompt of each pair.
+        sources: images to edit of each pair, for judges that take them.
+
+    Raises:
+        ValueError: if a score is not a finite number.
+    """
+    if is_pairwise(name):
+        p_a = pair_probabilities(name, a, b, prompts)
+        return np.stack([p_a, 1 - p_a], axis=1)
+    return higher_is_better_scores(name, [*a, *b], [*prompts, *prompts], [*sources, *sources]).reshape(2, -1).T
 
 
 def response_ratios(

@@ -20,6 +20,7 @@ from dpo_mm.checksums import all_intact, missing_shards, saved_shards, write_wit
 from dpo_mm.config import JudgeConfig
 from dpo_mm.content_key import content_hash, file_hash, library_versions
 from dpo_mm.data.image_files import decode_image, image_bytes, rgb_image
+from dpo_mm.data.load_pairs import has_source_images
 from dpo_mm.data.parquet import combine_shards
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.row_paths import MARK, is_regular
@@ -110,8 +111,7 @@ def _score(config: JudgeConfig, images: Sequence[ImageToScore], rows: Dataset | 
 def ingredients(config: JudgeConfig, images: Sequence[ImageToScore], rows: Dataset | None) -> dict[str, Any]:
     """Return what decides the scores of images, see `dpo_mm.content_key`."""
     if rows is not None:
-        used = ["id", "prompt", "image_a", "image_b"]
-        content = digest(rows.select_columns([*used, "image_source"] if takes_sources(config.judge) else used))
+        content = digest(rows.select_columns(scored_columns([config.judge])))
     else:
         files = [(image, image.file) for image in images if image.file]
         content = content_hash(
@@ -126,6 +126,32 @@ def ingredients(config: JudgeConfig, images: Sequence[ImageToScore], rows: Datas
         "judges": judge_digests([config.judge]),
         "libraries": library_versions(),
     }
+
+
+def scored_columns(judges: Sequence[str]) -> list[str]:
+    """Return the columns of a preference dataset that decide the scores of these judges."""
+    edits = ["image_source"] if any(map(takes_sources, judges)) else []
+    return ["id", "prompt", "image_a", "image_b", *edits]
+
+
+def check_sources(rows: Dataset, judges: Sequence[str], *, name: str) -> None:
+    """Check that every row has an image to edit if a judge takes one.
+
+    Args:
+        rows: rows of `image_preference`.
+        judges: names of judges.
+        name: name of the dataset, for the error.
+
+    Raises:
+        ValueError: if a row has none.
+    """
+    edits = next((judge for judge in judges if takes_sources(judge)), None)
+    has_source = has_source_images(rows) if edits else []
+    if False in has_source:
+        raise ValueError(
+            f"{name}, row {has_source.index(False)}: no image_source. Judge {edits!r} scores edits, so every row needs the image to edit. "
+            "Add it, or leave this judge out"
+        )
 
 
 def read_images(images: str, prompts: str | None) -> tuple[list[ImageToScore], Dataset | None]:

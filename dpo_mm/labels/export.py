@@ -95,7 +95,8 @@ def _labelled(row: dict[str, Any], preference: dict[str, Any]) -> dict[str, Any]
     """Return a row with the label of the votes, or None if it is of responses and none of them won."""
     if is_response(row):
         return labelled_response(row, preference)
-    images = {column: {"bytes": file_bytes(row[column]), "path": None} for column in ("image_a", "image_b")}
+    columns = [column for column in ("image_source", "image_a", "image_b") if row[column] is not None]
+    images = {column: {"bytes": file_bytes(row[column]), "path": None} for column in columns}
     return {**row, **images, **preference}
 
 

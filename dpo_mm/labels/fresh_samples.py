@@ -2,7 +2,7 @@
 
     samples/shapes-sd/0001.png    samples/shapes-sd-faithful/0001.png    samples/0001.txt
 
-`open_pairs` reads such a folder. Images that exist are not generated again, so an interrupted run resumes.
+A prompt's image to edit is `samples/0001.png`. `open_pairs` reads such a folder. Images that exist are not generated again, so an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 from dpo_mm.checksums import is_intact, write_complete, write_with_checksum
 from dpo_mm.content_key import file_hash, library_versions
 from dpo_mm.data.image_files import encode_png
-from dpo_mm.data.prompts import read_prompts, seeds_of
+from dpo_mm.data.prompts import PromptSpec, read_prompt_set, seeds_of
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.outputs import OutputKind, output_folder, settings_of
+from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources, images_to_edit
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.progress import progress_bar
 
@@ -32,54 +33,62 @@ def generate_samples(
 
     Args:
         models: two or more models, each as MODEL or MODEL+ADAPTER.
-        prompts: a prompt file or a bundled list, as `read_prompts` takes it.
+        prompts: a prompt file or a bundled list, as `read_prompt_set` takes it.
         folder: output folder.
         max_prompts: largest number of prompts. None: all.
         overwrite: remove images of other settings first, if they are unchanged.
 
     Raises:
-        ValueError: if there are fewer than two models, two have the same name, or the folder has other files or was generated
-            with other settings.
+        ValueError: if there are fewer than two models, two have the same name, a prompt lacks an image that a model edits or has
+            one that it does not take, or the folder has other files or was generated with other settings.
     """
     folder, names = Path(folder), [model_name(model) for model in models]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise ValueError(
             f"models {', '.join(models)}: expected two or more with different names, as MODEL,MODEL+ADAPTER"
         )
-    texts = read_prompts(prompts, limit=max_prompts)
+    specs = read_prompt_set(prompts, limit=max_prompts).prompts
     settings = {"steps": num_inference_steps, "guidance": guidance_scale, "seed": seed, "precision": precision}
-    recorded = settings_of("images to label", ingredients(models, texts, settings))
+    recorded = settings_of("images to label", ingredients(models, [spec.item for spec in specs], settings))
     inputs = [prompts, *(part for model in models for part in model.split("+"))]
     with output_folder(folder, SAMPLES, recorded, inputs=inputs, overwrite=overwrite) as finished:
         if not finished:
-            _generate_missing(models, texts, folder, settings)
+            _generate_missing(models, specs, folder, settings, prompts)
     return folder
 
 
-def _generate_missing(models: Sequence[str], texts: Sequence[str], folder: Path, settings: dict[str, Any]) -> None:
-    """Write the prompts and the images that do not exist yet."""
-    prompt_files = [folder / f"{number:04}.txt" for number in range(1, len(texts) + 1)]
-    for path, prompt in zip(prompt_files, texts, strict=True):
-        if not is_intact(path):
-            with write_with_checksum(path) as temporary:
-                temporary.write_text(prompt, encoding="utf-8")
-    seeds = [seeds_of(prompt, 1, seed=settings["seed"])[0] for prompt in texts]
+def _generate_missing(
+    models: Sequence[str], specs: Sequence[PromptSpec], folder: Path, settings: dict[str, Any], name: str
+) -> None:
+    """Write the prompts, their images to edit and the images that do not exist yet."""
+    prompt_files = [folder / f"{number:04}.txt" for number in range(1, len(specs) + 1)]
+    source_files = [path.with_suffix(".png") for path, spec in zip(prompt_files, specs, strict=True) if spec.sources]
+    for path, spec in zip(prompt_files, specs, strict=True):
+        _write(path, spec.text.encode())
+        if spec.sources:
+            _write(path.with_suffix(".png"), encode_png(spec.sources[0]))
     saved = lambda: f"{len(list(folder.glob('*/*.png')))} images are in {folder}" if any(folder.glob("*/*.png")) else ""
     image_files = {
         model: [folder / model_name(model) / f"{path.stem}.png" for path in prompt_files] for model in models
     }
-    with stop_on_signal(saved), progress_bar("generating images", len(models) * len(texts)) as advance:
+    with stop_on_signal(saved), progress_bar("generating images", len(models) * len(specs)) as advance:
         for model, paths in image_files.items():
-            paths[0].parent.mkdir(exist_ok=True)
             missing = [n for n, path in enumerate(paths) if not is_intact(path)]
-            advance(len(texts) - len(missing))
-            images = _generate(model, [texts[n] for n in missing], [seeds[n] for n in missing], settings)
+            advance(len(specs) - len(missing))
+            images = _generate(model, [specs[n] for n in missing], settings, name)
             for n, image in zip(missing, images, strict=True):
-                with write_with_checksum(paths[n]) as temporary:
-                    temporary.write_bytes(encode_png(image))
+                paths[n].parent.mkdir(exist_ok=True)
+                _write(paths[n], encode_png(image))
                 advance(1)
-    paths = [*prompt_files, *(path for paths in image_files.values() for path in paths)]
+    paths = [*prompt_files, *source_files, *(path for paths in image_files.values() for path in paths)]
     write_complete(folder, {str(path.relative_to(folder)): file_hash(path) for path in paths})
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file, unless it exists and is intact."""
+    if not is_intact(path):
+        with write_with_checksum(path) as temporary:
+            temporary.write_bytes(content)
 
 
 def ingredients(models: Sequence[str], prompts: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
@@ -93,12 +102,20 @@ def model_name(model: str) -> str:
     return Path(model.partition("+")[2] or model).name
 
 
-def _generate(model: str, prompts: list[str], seeds: list[int], settings: dict[str, Any]) -> Iterator[Any]:
-    if not prompts:
+def _generate(model: str, specs: Sequence[PromptSpec], settings: dict[str, Any], name: str) -> Iterator[Any]:
+    """Yield an image of a model for each prompt of the list of this name."""
+    if not specs:
         return
     base, _, adapter = model.partition("+")
     policy = load_image_policy(base, precision=settings["precision"], adapter=adapter or None)
+    prompts, sources = [spec.text for spec in specs], [spec.sources for spec in specs]
+    check_prompt_sources(policy, name, prompts, sources)
     for images in policy.sample(
-        prompts, seeds, steps=settings["steps"], guidance=settings["guidance"], batch_size=BATCH
+        prompts,
+        [seeds_of(spec.text, 1, seed=settings["seed"], sources=spec.sources.file_hashes)[0] for spec in specs],
+        steps=settings["steps"],
+        guidance=settings["guidance"],
+        batch_size=BATCH,
+        **images_to_edit(sources),
     ):
         yield from images

@@ -1,8 +1,8 @@
 """Pairs of images from a folder with two or more subfolders, one per model. The images have the same names.
 
-    samples/base/0001.png    samples/tuned/0001.png    samples/0001.txt
+    samples/base/0001.png    samples/tuned/0001.png    samples/0001.txt    samples/0001.png
 
-The id of a pair is the name of its images, followed by the names of the two subfolders if there are more than two. The
+An image of that name in the folder itself is the image to edit. The id of a pair is the name of its images, followed by the names of the two subfolders if there are more than two. The
 prompt is in a text file of that name, in the folder or in one of the subfolders. Without a text file the name itself is
 the prompt, with dashes and underscores replaced by spaces. Each folder is listed once.
 """
@@ -53,11 +53,15 @@ def rows_of_folder(folder: Path) -> Dataset:
             reason = f"{unmatched[0]!r} is only in one of them" if unmatched else "there are no images"
             raise ValueError(f"{folder}: {first}/ and {other.name}/ do not have the same images ({reason})")
     prompts = _prompts(files[first], (folder, *subfolders))
+    sources = _stems(name for name in os.listdir(folder) if _is_image(name) and is_regular(folder / name, folder))
     pairs = [(name, a, b) for name in files[first] for a, b in combinations(files, 2)]
     marked = f"{folder.absolute()}{MARK}"
     columns = {
         "id": [name if len(subfolders) == 2 else f"{name}--{a}--{b}" for name, a, b in pairs],
         "prompt": [prompts[name] for name, _, _ in pairs],
+        "image_source": [
+            {"bytes": None, "path": f"{marked}{sources[name]}"} if name in sources else None for name, _, _ in pairs
+        ],
         "image_a": [{"bytes": None, "path": f"{marked}{a}/{files[a][name]}"} for name, a, _ in pairs],
         "image_b": [{"bytes": None, "path": f"{marked}{b}/{files[b][name]}"} for name, _, b in pairs],
         "model_a": [a for _, a, _ in pairs],

@@ -41,7 +41,7 @@ def open_pairs(path: str) -> Dataset:
         raise ValueError(
             f"{path}: several rows have the id {repeated!r}. Votes are stored by id, so ids must be unique"
         )
-    for column in ("image_a", "image_b") if "image_a" in rows.column_names else ():
+    for column in ("image_source", "image_a", "image_b") if "image_a" in rows.column_names else ():
         rows = rows.cast_column(column, Image(decode=False))
     return rows
 
@@ -92,11 +92,12 @@ def _bytes_or_empty(cell: dict[str, Any]) -> bytes:
 
 
 def pair_digest(row: dict[str, Any]) -> str:
-    """Return a hash of the prompt and of both sides, which detects a pair that changed after a vote.
+    """Return a hash of the prompt, of an image to edit and of both sides, which detects a pair that changed after a vote.
 
     An image that cannot be read counts as empty: the page shows that, and the pair can be skipped.
     """
     if is_response(row):
         return response_digest(row)
-    parts = (row["prompt"].encode(), _bytes_or_empty(row["image_a"]), _bytes_or_empty(row["image_b"]))
+    cells = [row[column] for column in ("image_a", "image_b", "image_source") if row[column] is not None]
+    parts = (row["prompt"].encode(), *map(_bytes_or_empty, cells))
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

@@ -30,6 +30,8 @@ from dpo_mm.labels.vote_training import (
 )
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from dpo_mm.config import TrainConfig
 
 LOCK_SECONDS = 30.0
@@ -109,7 +111,7 @@ def _sample(plan: TrainingPlan, folder: Path) -> None:
         return
     generate_samples(
         [f"{config.model}+{config.adapter}" if config.adapter else config.model, f"{config.model}+{run}"],
-        plan.prompts or _prompts_of(rows["prompt"][:], folder),
+        plan.prompts or _prompts_of(rows, folder),
         folder / SAMPLES,
         max_prompts=plan.max_prompts,
         num_inference_steps=plan.num_inference_steps,
@@ -118,10 +120,22 @@ def _sample(plan: TrainingPlan, folder: Path) -> None:
     )
 
 
-def _prompts_of(prompts: list[str], folder: Path) -> str:
-    """Write the prompts of the labelled pairs, each once, and return the file."""
-    file = folder / "prompts.txt"
-    file.write_text("\n".join(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts)) + "\n", encoding="utf-8")
+def _prompts_of(rows: Dataset, folder: Path) -> str:
+    """Write the prompts of the labelled pairs with their images to edit, each once, and return the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from dpo_mm.labels.pairs import file_bytes
+
+    sources = rows["image_source"][:]
+    images = [{"bytes": file_bytes(cell), "path": None} if cell else None for cell in sources]
+    prompts = [" ".join(prompt.split()) for prompt in rows["prompt"][:]]
+    each = {(prompt, image and image["bytes"]): image for prompt, image in zip(prompts, images, strict=True)}
+    table = pa.table({"prompt": [prompt for prompt, _ in each]})
+    if any(each.values()):
+        table = table.append_column("image", pa.array(each.values()))
+    file = folder / "prompts.parquet"
+    pq.write_table(table, file)
     return str(file)
 
 

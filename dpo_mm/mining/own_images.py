@@ -14,6 +14,7 @@ from dpo_mm.checksums import all_intact, missing_shards
 from dpo_mm.config import MineConfig, as_dict
 from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import encode_png, image_bytes, rgb_image
+from dpo_mm.data.lazy_images import LazyImages, lazy_images
 from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.prompts import seeds_of
 from dpo_mm.data.row_digest import digest
@@ -22,6 +23,7 @@ from dpo_mm.mining.mine_images import MINING
 from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of, write_results
 from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
+from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources, images_to_edit
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.policies.protocol import ImagePolicy
 from dpo_mm.progress import progress_bar
@@ -98,6 +100,8 @@ def _mine(config: MineConfig, rows: Dataset) -> None:
         with progress_bar("generating images", total) as advance:
             for number in missing:
                 own = rows.select(shards[number]).with_format("arrow")[:].to_pylist()
+                sources = [_source(row, config.prompts) for row in own]
+                check_prompt_sources(policy, config.prompts, [row["prompt"] for row in own], sources)
                 pairs = _pair_with_samples(policy, own, config, advance)
                 write_rows(pairs, paths[number], make=make_image_rows, features=image_preference())
     if all_intact(paths, folder / "pairs.parquet"):
@@ -124,6 +128,7 @@ def _pair_with_samples(
         steps=config.num_inference_steps,
         guidance=config.guidance_scale,
         batch_size=config.batch_size,
+        **images_to_edit([_source(row, config.prompts) for row in repeated]),
     )
     images = []
     for batch in samples:
@@ -138,6 +143,7 @@ def _pair_with_samples(
             {
                 "id": f"{row['id']}/{seed}",
                 "prompt": row["prompt"],
+                "image_source": row["image_source"] and {"bytes": image_bytes(row["image_source"]), "path": None},
                 "preference": "a" if first is own else "b",
                 **{f"{name}_a": value for name, value in first.items()},
                 **{f"{name}_b": value for name, value in second.items()},
@@ -146,6 +152,12 @@ def _pair_with_samples(
             }
         )
     return pairs
+
+
+def _source(row: dict[str, Any], dataset: str) -> LazyImages:
+    """Return the image to edit of a row, empty without one."""
+    cells = [row["image_source"]] if row["image_source"] else []
+    return lazy_images(cells, f"{dataset}, row {row['id']}")
 
 
 def _own_image(row: dict[str, Any]) -> Any:

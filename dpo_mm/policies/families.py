@@ -20,6 +20,7 @@ from dpo_mm.quantization import check_quantize
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpo_mm.policies.diffusion.stable_diffusion:StableDiffusion",
+    "StableDiffusionInstructPix2PixPipeline": "dpo_mm.policies.diffusion.instruct_pix2pix:InstructPix2Pix",
     "StableDiffusionXLPipeline": "dpo_mm.policies.diffusion.sdxl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "dpo_mm.policies.diffusion.sd3:StableDiffusion3",
     "FluxPipeline": "dpo_mm.policies.diffusion.flux:Flux",

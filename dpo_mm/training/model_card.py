@@ -39,6 +39,8 @@ LOADING = {
 }
 """Python that loads a tuned text model, by tuning method, or on top of the adapter from which it started."""
 GENERATING = 'image = pipe({arguments}"a red star", generator=torch.Generator().manual_seed(0)).images[0]\nimage.save("image.png")'
+EDITORS = ("FluxKontext", "InstructPix2Pix")
+"""Families that edit an image."""
 IMPORTS = {
     "PeftModel": "from peft import PeftModel",
     "AutoModelForImageTextToText": "from transformers import AutoModelForImageTextToText, AutoProcessor",
@@ -63,7 +65,7 @@ def usage_code(config: TrainConfig, *, family: str = "", image_lines: Sequence[s
     """
     base, folder = resolve_asset(config.model), Path(config.output_dir).name
     if image_lines is not None:
-        source = 'image=load_image("source.png"), prompt=' if "Kontext" in family else ""
+        source = 'image=load_image("source.png"), prompt=' if family.startswith(EDITORS) else ""
         lines = "\n".join([*image_lines, GENERATING.format(arguments=source)])
     else:
         dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}.get(config.precision, "torch.float32")

@@ -21,13 +21,15 @@ from transformers.integrations import TensorBoardCallback
 from dpo_mm.checksums import write_with_checksum
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import open_image
-from dpo_mm.data.prompts import read_prompts, seeds_of
+from dpo_mm.data.lazy_images import LazyImages
+from dpo_mm.data.prompts import PromptSpec, read_prompt_set, seeds_of
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response
 from dpo_mm.evaluation.contact_sheet import mark_of, strips
 from dpo_mm.judges import check_prompts, load_judge
 from dpo_mm.judges.score_checks import image_scores, response_ratios
 from dpo_mm.policies.diffusion.placement import move
+from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources, images_to_edit
 from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
 from dpo_mm.process_rank import process_rank
 
@@ -69,7 +71,7 @@ def validate_samples(config: TrainConfig, *, modality: Modality) -> None:
     for judge in config.sample_judges:
         load_judge(judge)
     if modality == "image":
-        check_prompts(config.sample_judges, read_prompts(source, limit=NUM_SAMPLES))
+        check_prompts(config.sample_judges, [prompt.text for prompt in _sample_prompts(source)])
     else:
         read_questions(source, limit=1)
 
@@ -81,10 +83,17 @@ class SampleCallback(TrainerCallback):
         config: settings of the run.
         generate: function that generates and scores the samples of the current weights.
         titles: prompt of each sample.
+        sources: images to edit of each sample. Empty: the prompts have none.
     """
 
-    def __init__(self, config: TrainConfig, generate: Callable[[], Samples], titles: Sequence[str]) -> None:
-        self.config, self.generate, self.titles = config, generate, titles
+    def __init__(
+        self,
+        config: TrainConfig,
+        generate: Callable[[], Samples],
+        titles: Sequence[str],
+        sources: Sequence[LazyImages] = (),
+    ) -> None:
+        self.config, self.generate, self.titles, self.sources = config, generate, titles, sources
         self.folder = Path(config.output_dir) / SAMPLES_FOLDER
         self.log: Callable[[dict[str, float]], None] = lambda logs: None
         self.callbacks: Sequence[TrainerCallback] = ()
@@ -131,7 +140,7 @@ class SampleCallback(TrainerCallback):
         return self.folder / f"step-{step:06d}-{number + 1}.png"
 
     def _write_strip(self, steps: dict[int, dict[str, Any]]) -> None:
-        """Draw the images of all steps as one strip per prompt, those of the start first."""
+        """Draw the images of all steps as one strip per prompt, the image to edit and those of the start first."""
         shown = [step for step in _spread(sorted(steps)) if self._image_file(step, 0).is_file()]
         rows = [
             [open_image(self._image_file(step, number).read_bytes()) for step in shown]
@@ -141,6 +150,9 @@ class SampleCallback(TrainerCallback):
         exact = all(score in (None, 0, 1) for column in scores for score in column)
         marks = [[mark_of(column[number], exact) for column in scores] for number in range(len(self.titles))]
         heads = ["start" if step == 0 else f"step {step}" for step in shown]
+        if any(self.sources):
+            rows = [[sources[0], *row] for sources, row in zip(self.sources, rows, strict=True)]
+            heads, marks = ["source", *heads], [["", *row] for row in marks]
         with write_with_checksum(self.folder / STRIP_FILE) as temporary:
             strips(rows, heads, self.titles, marks).save(temporary, format="PNG")
 
@@ -159,14 +171,15 @@ def sample_callback(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Sa
     """Make the callback of a run, or None if it has no samples. Call it before the policy releases its encoders.
 
     Raises:
-        ValueError: if the model edits images, which samples do not pass to it.
+        ValueError: as `check_prompt_sources`.
     """
     if policy.modality == "image":
         if config.sample_prompts is None:
             return None
-        used = set(read_prompts(config.sample_prompts, limit=NUM_SAMPLES))  # from all categories
-        prompts = [prompt for prompt in read_prompts(config.sample_prompts) if prompt in used]
-        return SampleCallback(config, _image_generator(policy, config, prompts), prompts)
+        prompts = _sample_prompts(config.sample_prompts)
+        titles, sources = [prompt.text for prompt in prompts], [prompt.sources for prompt in prompts]
+        check_prompt_sources(policy, config.sample_prompts, titles, sources)
+        return SampleCallback(config, _image_generator(policy, config, prompts), titles, sources)
     if config.sample_questions is None:
         return None
     questions = read_questions(config.sample_questions, limit=NUM_SAMPLES)
@@ -174,18 +187,21 @@ def sample_callback(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> Sa
     return SampleCallback(config, lambda: _responses(policy, config, questions), titles)
 
 
-def _image_generator(policy: ImagePolicy, config: TrainConfig, prompts: list[str]) -> Callable[[], Samples]:
+def _sample_prompts(name: str) -> list[PromptSpec]:
+    """Read the first prompts of all categories, in the order of the list."""
+    used = {prompt.item for prompt in read_prompt_set(name, limit=NUM_SAMPLES).prompts}
+    return [prompt for prompt in read_prompt_set(name).prompts if prompt.item in used]
+
+
+def _image_generator(policy: ImagePolicy, config: TrainConfig, specs: Sequence[PromptSpec]) -> Callable[[], Samples]:
     """Return a function that generates images with the trained denoiser and the pipeline's other modules.
 
     The other modules are on the device only while images are generated.
     """
-    if policy.is_image_editing:
-        raise ValueError(
-            f"sample_prompts: {config.model} edits images, and samples in training pass none. Remove sample_prompts"
-        )
     whole = copy.copy(policy.pipe)  # shares the modules, and keeps those that the policy releases
     denoiser = next(name for name, part in whole.components.items() if part is policy.model)
-    seeds = [seeds_of(prompt, 1, seed=config.seed)[0] for prompt in prompts]
+    prompts, sources = [spec.text for spec in specs], [spec.sources for spec in specs]
+    seeds = [seeds_of(spec.text, 1, seed=config.seed, sources=spec.sources.file_hashes)[0] for spec in specs]
 
     def generate() -> Samples:
         others = {
@@ -201,14 +217,17 @@ def _image_generator(policy: ImagePolicy, config: TrainConfig, prompts: list[str
         move(others, device)
         try:
             batches = policy.sample(
-                prompts, seeds, steps=config.num_inference_steps, guidance=config.guidance_scale, batch_size=config.batch_size
+                prompts, seeds, steps=config.num_inference_steps, guidance=config.guidance_scale, batch_size=config.batch_size,
+                **images_to_edit(sources),
             )  # fmt: skip
             images = [image for batch in batches for image in batch]
         finally:
             policy.pipe = training
             if device.type != "cpu":
                 move(others, torch.device("cpu"))
-        return Samples(images, {name: image_scores(name, images, prompts).tolist() for name in config.sample_judges})
+        return Samples(
+            images, {name: image_scores(name, images, prompts, sources).tolist() for name in config.sample_judges}
+        )
 
     return generate
 

@@ -36,7 +36,7 @@ def policy_of_pipeline(
     home = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if weights:
         move(pipeline_modules(pipe), torch.device("cpu") if one_at_a_time else home)
-    check_unet(pipe, source)
+    check_unet(pipe, source, is_image_editing=family.is_image_editing)
     policy = family(pipe, source)
     policy.home = home if weights and one_at_a_time else None
     if resolution is not None:

@@ -22,16 +22,21 @@ def check_resolution(resolution: int, *, multiple: int, source: str) -> None:
         raise ValueError(f"resolution {resolution} is not supported: {source!r} takes multiples of {multiple}")
 
 
-def check_unet(pipe: Any, source: str) -> None:
-    """Raise ValueError for a UNet that needs more inputs than latents, timestep and prompt."""
+def check_unet(pipe: Any, source: str, *, is_image_editing: bool) -> None:
+    """Raise ValueError for a UNet that needs more inputs than latents, timestep, prompt, and the latents of an image to edit."""
     unet = getattr(pipe, "unet", None)
     if unet is None:
         return
     channels, latents = unet.config.in_channels, pipe.vae.config.latent_channels
-    if channels != latents:
+    if channels != latents * (1 + is_image_editing):
+        reason = (
+            "twice as many, with the image to edit"
+            if is_image_editing
+            else "as many. Inpainting UNets are not supported"
+        )
         raise ValueError(
             f"model {source!r}: its UNet takes {channels} input channels, but the autoencoder's latents have {latents}. "
-            "Inpainting and editing UNets are not supported"
+            f"{type(pipe).__name__} needs {reason}"
         )
     if unet.config.get("time_cond_proj_dim") is not None:
         raise ValueError(

@@ -81,7 +81,7 @@ def _load_pipeline(policy: DiffusionPolicy, folder: Path) -> Any:
             "Compare two pipelines of the same class"
         )
     pipe = type(policy).open(str(folder), revision=None, dtype=policy.dtype)
-    check_unet(pipe, str(folder))
+    check_unet(pipe, str(folder), is_image_editing=policy.is_image_editing)
     check_finite(pipeline_modules(pipe), f"adapter {str(folder)!r}")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(policy.device)

@@ -5,29 +5,39 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gradio
 import numpy as np
 import pytest
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from dpo_mm.config import CompareConfig, MineConfig
+from dpo_mm.config import CompareConfig, MineConfig, TrainConfig
 from dpo_mm.data.image_files import encode_png, rgb_image
 from dpo_mm.data.load_pairs import check_source_images
 from dpo_mm.data.prompts import read_prompt_set
 from dpo_mm.data.schema import load_pairs
+from dpo_mm.demo_server import load_page
 from dpo_mm.evaluation import compare_images as comparing
+from dpo_mm.evaluation import contact_sheet as contact_sheet_module
 from dpo_mm.evaluation.contact_sheet import Example, contact_sheet
 from dpo_mm.evaluation.image_sampling import ImageRequest, ImageSampler, SamplingPlan, sampling_plan, score_images
 from dpo_mm.evaluation.image_store import ImageFiles, ImageStore
 from dpo_mm.evaluation.saved_comparison import load_comparison
 from dpo_mm.judges.score_checks import image_scores
+from dpo_mm.labels import fresh_samples
+from dpo_mm.labels.pairs import open_pairs
+from dpo_mm.labels.training_worker import _prompts_of
 from dpo_mm.mining import mine_images as mining
 from dpo_mm.policies.families import load_policy
+from dpo_mm.training import samples
 from tests.conftest import noise_image
 from tests.contracts.families import BUILDERS, WORDS
 
 JUDGE = "tests.unit.evaluation.test_edits:closeness"
+PLAIN = object.__new__(StableDiffusionPipeline)
 judged: list[tuple[str, float]] = []
 
 
@@ -164,6 +174,63 @@ def test_prompt_that_does_not_fit_is_refused_before_anything_is_generated(
     settings = MineConfig(editor.source, prompts, str(tmp_path / "mined"), JUDGE)
     with pytest.raises(ValueError, match=message):
         mining.mine_images(settings)
+
+
+def test_fresh_images_to_label_have_their_images_to_edit(
+    editor: Any, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It catches the same source for all prompts, and seeds that ignore it."""
+    monkeypatch.setattr(fresh_samples, "load_image_policy", lambda *_, **__: editor)
+    (tmp_path / "other").symlink_to(editor.source)
+    models, settings = [editor.source, str(tmp_path / "other")], {"num_inference_steps": 1, "guidance_scale": 2.5}
+    folder = fresh_samples.generate_samples(models, prompts, tmp_path / "samples", max_prompts=None, **settings)
+    rows = open_pairs(str(folder))
+    specs = read_prompt_set(prompts).prompts
+    assert [Image.open(folder / f"000{n}.png").tobytes() for n in (1, 2, 3)] == [
+        spec.sources[0].tobytes() for spec in specs
+    ]
+    assert rows["prompt"] == [spec.text for spec in specs] and all(rows["image_source"])
+    again = read_prompt_set(_prompts_of(rows, tmp_path)).prompts
+    assert [(spec.text, spec.sources[0].tobytes()) for spec in again] == [
+        (s.text, s.sources[0].tobytes()) for s in specs
+    ]
+    with pytest.raises(ValueError, match="which StableDiffusionPipeline does not take"):
+        monkeypatch.setattr(
+            fresh_samples, "load_image_policy", lambda *_, **__: SimpleNamespace(pipe=PLAIN, is_image_editing=False)
+        )
+        fresh_samples.generate_samples(models, prompts, tmp_path / "refused", max_prompts=None, **settings)
+
+
+def test_samples_of_a_training_run_edit_their_images(editor: Any, prompts: str, tmp_path: Path) -> None:
+    """It catches samples that get another prompt's image to edit, and a strip without it."""
+    settings: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 2.5, "sample_judges": (JUDGE,)}
+    run = TrainConfig(editor.source, "-", str(tmp_path), sample_prompts=prompts, **settings)
+    callback = samples.sample_callback(editor, run)
+    assert callback is not None
+    callback._sample(0)
+    spec = read_prompt_set(prompts).prompts
+    assert judged == [(one.text, float(np.asarray(one.sources[0]).mean())) for one in spec]
+    strip = Image.open(tmp_path / "samples" / "strip.png")
+    expected = contact_sheet_module._fit(spec[1].sources[0], 176)
+    assert strip.crop((10, 34 + 212 + 20, 186, 34 + 212 + 196)).tobytes() == expected.tobytes()
+
+
+def test_page_edits_the_uploaded_image(editor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It catches a page that generates without the upload, or scores without it."""
+    page = load_page("compare_images")
+    monkeypatch.setattr(page, "load_image_policy", lambda *_, **__: editor)
+    model = page.load(editor.source, "tuned", [JUDGE], precision="fp32")
+    controls = (WORDS[0], 3, 1, 2.5, 1.0)
+    with pytest.raises(gradio.Error, match="Upload an image first"):
+        next(page.compare(model, *controls, None))
+    shown = []
+    for number in (0, 1):
+        source, html = page.use_upload(encode_png(noise_image(number)))
+        shown.append(list(page.compare(model, *controls, source))[-1][1])
+        assert "image to edit" in html and "no score" not in shown[-1]
+    assert shown[0] != shown[1] and model.edits
+    with pytest.raises(gradio.Error, match="can’t be used"):
+        page.use_upload(b"words")
 
 
 def test_list_with_images_is_refused_by_a_model_that_takes_none(prompts: str, tiny_model: str, tmp_path: Path) -> None:

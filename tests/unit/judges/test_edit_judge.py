@@ -20,6 +20,7 @@ STAR = SceneObject("star", "blue", 16, 16, 20, COLOURS["blue"])
 SQUARE = SceneObject("square", "green", 46, 46, 18, COLOURS["green"])
 SOURCE = Scene((STAR, SQUARE), *GREY)
 RED = dataclasses.replace(STAR, colour="red", rgb=COLOURS["red"])
+CROSS = SceneObject("cross", "red", 46, 16, 16, COLOURS["red"])
 
 
 def both(prompt: str, *objects: SceneObject, background: tuple[int, int, int] = (220, 220, 220)) -> tuple[float, float]:
@@ -29,8 +30,8 @@ def both(prompt: str, *objects: SceneObject, background: tuple[int, int, int] = 
     return edit_followed(*arguments)[0], edit_preserved(*arguments)[0]
 
 
-def moved(one: SceneObject, x: float) -> SceneObject:
-    return dataclasses.replace(one, x=one.x + x)
+def moved(one: SceneObject, x: float, y: float = 0) -> SceneObject:
+    return dataclasses.replace(one, x=one.x + x, y=one.y + y)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def moved(one: SceneObject, x: float) -> SceneObject:
         ("make the star red", (RED, dataclasses.replace(SQUARE, colour="red", rgb=COLOURS["red"])), (1, 0)),
         ("make the star red", (RED,), (1, 0)),  # the square is gone
         ("make the star red", (RED, moved(SQUARE, -8)), (1, 0)),
-        ("make the star red", (RED, SQUARE, SceneObject("cross", "red", 46, 16, 16, COLOURS["red"])), (1, 0)),
+        ("make the star red", (RED, SQUARE, CROSS), (1, 0)),
         ("make the star red", (moved(RED, 20), SQUARE), (0, 0)),  # another red star, elsewhere
         ("make the star red", (dataclasses.replace(RED, shape="circle"), SQUARE), (0, 1)),
         ("make the star red", (SQUARE,), (0, 1)),  # removed instead
@@ -53,6 +54,14 @@ def moved(one: SceneObject, x: float) -> SceneObject:
         ("remove the star", (moved(STAR, 24), SQUARE), (0, 0)),  # moved instead
         ("remove the star", (dataclasses.replace(STAR, shape="circle"), SQUARE), (0, 1)),
         ("remove the star", (dataclasses.replace(STAR, rgb=(120, 120, 120)), SQUARE), (0, 1)),  # painted grey
+        ("add a red cross", (STAR, SQUARE, CROSS), (1, 1)),
+        ("add a red cross", (STAR, SQUARE), (0, 1)),
+        ("add a red cross", (STAR, SQUARE, dataclasses.replace(CROSS, shape="circle")), (0, 1)),
+        ("add a red cross", (STAR, CROSS), (1, 0)),  # the square is gone
+        ("add a red cross", (STAR, SQUARE, CROSS, moved(RED, 30, 30)), (1, 0)),  # and another star
+        ("add a blue star", (STAR, SQUARE), (0, 1)),  # there was one already
+        ("add a blue star", (STAR, SQUARE, moved(STAR, 30)), (1, 1)),
+        ("add a blue star", (moved(STAR, 30), SQUARE), (1, 0)),  # the old one moved
     ],
 )
 def test_two_readings(prompt: str, objects: tuple[SceneObject, ...], expected: tuple[float, float]) -> None:
@@ -70,7 +79,7 @@ def test_every_task_is_right_when_done_and_unchanged_when_not() -> None:
     done, undone = [shapes.render(task.target) for task in tasks], [images[0] for images in sources]
     noise = [np.asarray(image) + rng.normal(0, 4, (64, 64, 3)) for image in done]
     noisy = [Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)) for pixels in noise]
-    removed = [n for n, prompt in enumerate(prompts) if parse(prompt).new_colour is None]
+    removed = [n for n, prompt in enumerate(prompts) if parse(prompt).kind == "remove"]
     for n in removed:  # what a judge by pixels alone would see of an object that is still there
         box, edited = _box(_read(undone[n], prompts[n], parse(prompts[n]), sources[n]).named, (64, 64)), undone[n]
         difference = np.abs(np.asarray(edited, dtype=float) - np.asarray(done[n], dtype=float))[box].mean()
@@ -80,13 +89,16 @@ def test_every_task_is_right_when_done_and_unchanged_when_not() -> None:
         assert edit_preserved(images, prompts, sources) == [1] * COUNT
     gone = [shapes.render(dataclasses.replace(task.target, objects=task.target.objects[:-1])) for task in tasks]
     assert edit_preserved(gone, prompts, sources) == [0] * COUNT
-    assert len({parse(prompt).new_colour is None for prompt in prompts}) == 2
-    assert sum(parse(prompt).colour is not None for prompt in prompts) == COUNT // 3
+    kinds = [parse(prompt).kind for prompt in prompts]
+    assert [kinds.count(kind) for kind in shape_edits.KINDS] == [COUNT // 3] * 3
+    assert 10 < sum(parse(prompt).colour is not None for prompt in prompts) - COUNT // 3 < 35
 
 
 def test_instructions_are_read_as_they_are_written() -> None:
     edits = [ShapeEdit(s, c, n) for s in shapes.SHAPES for c in (None, "red") for n in (None, "blue")]
-    assert [parse(shape_edits.describe(edit)) for edit in edits] == edits and len(edits) == 20
+    edits += [ShapeEdit("star", "orange", is_added=True), ShapeEdit("star", "red", is_added=True)]
+    assert [parse(shape_edits.describe(edit)) for edit in edits] == edits and len(edits) == 22
+    assert shape_edits.describe(edits[-2]) == "add an orange star"
     with pytest.raises(ValueError, match="'make it red' is not an edit of the synthetic shapes"):
         shape_edits.check_prompts(["remove the star", "make it red"])
 

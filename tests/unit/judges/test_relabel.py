@@ -186,6 +186,32 @@ def test_relabel_accepts_every_kind_of_judge(config: RelabelConfig) -> None:
     assert units[2] == pytest.approx(math.sqrt(4 / 5))
 
 
+def source_darkness(
+    images: Sequence[Image.Image], prompts: Sequence[str], sources: Sequence[Sequence[Image.Image]]
+) -> list[float]:
+    return [
+        -abs(brightness([image], [""])[0] - brightness([source], [""])[0])
+        for image, (source,) in zip(images, sources, strict=True)
+    ]
+
+
+source_darkness.takes_sources = True  # type: ignore[attr-defined]
+
+
+def test_judge_of_edits_relabels_by_each_rows_image_to_edit(
+    config: RelabelConfig, write_pairs: Callable[..., str]
+) -> None:
+    """It catches sources of another row, and one of side a that side b does not get."""
+    grey = lambda value: {"bytes": encode_png(Image.new("RGB", (8, 8), (value,) * 3)), "path": None}
+    near = [row("a", (10, 200), "tie", image_source=grey(20)), row("b", (10, 200), "tie", image_source=grey(190))]
+    edits = dataclasses.replace(config, judges=(f"{HERE}:source_darkness",), pairs=write_pairs(near))
+    done = relabel(edits)
+    assert done and load_pairs(str(done.path))["preference"] == ["a", "b"]
+    without = write_pairs([near[0], row("c", (1, 2), "a")])
+    with pytest.raises(ValueError, match=r"row 1: no image_source\. Judge '.*source_darkness' scores edits"):
+        relabel(dataclasses.replace(edits, pairs=without, overwrite=True))
+
+
 def test_relabel_interrupted_run_skips_finished_shards(config: RelabelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config, real, calls = dataclasses.replace(config, shard_size=2), module._score_shard, []
 

@@ -11,8 +11,11 @@ import pytest
 from datasets import Dataset
 from datasets.arrow_dataset import Column
 
+from dpo_mm.data.image_files import encode_png
+from dpo_mm.demo_label import pair_html
 from dpo_mm.labels import model_folders
-from dpo_mm.labels.pairs import open_pairs
+from dpo_mm.labels.export import _labelled
+from dpo_mm.labels.pairs import file_bytes, open_pairs, pair_digest
 from tests.conftest import noise_image, rows
 
 
@@ -40,6 +43,25 @@ def test_pairs_open_without_a_look_at_each_row(
     monkeypatch.setattr(model_folders, "image_preference", lambda: (schemas.append(None), schema_of())[1])
     assert open_pairs(path)["id"][:] == [f"row-{n}" for n in range(4)]
     assert open_pairs(folder)["id"][:] == ["one", "two"] and len(schemas) == 1, "the schema is built once"
+
+
+def test_image_to_edit_of_a_folder_is_shown_exported_and_part_of_the_digest(tmp_path: Path) -> None:
+    """It catches a source that the page, the export or the check for changed pairs leaves out."""
+    folder = model_images(tmp_path / "folder", ["one", "two"])
+    noise_image(7).save(folder / "one.png")
+    (tmp_path / "secret.png").write_bytes(encode_png(noise_image(8)))
+    (folder / "two.png").symlink_to(tmp_path / "secret.png")
+    edit, plain = open_pairs(str(folder))
+    assert plain["image_source"] is None and file_bytes(edit["image_source"]) == (folder / "one.png").read_bytes()
+    assert pair_html(edit, 1, "me", swapped=False).count("<img") == 3 and "image to edit" in pair_html(
+        edit, 1, "me", swapped=True
+    )
+    assert pair_html(plain, 1, "me", swapped=False).count("<img") == 2
+    exported = _labelled(edit, {"preference": "a"})
+    assert exported and exported["image_source"] == {"bytes": (folder / "one.png").read_bytes(), "path": None}
+    before = pair_digest(edit)
+    noise_image(9).save(folder / "one.png")
+    assert pair_digest(edit) != before and pair_digest(plain) == pair_digest({**plain, "image_source": None})
 
 
 def test_prompts_of_a_folder_are_its_own_files(tmp_path: Path) -> None:
