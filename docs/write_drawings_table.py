@@ -6,7 +6,7 @@ python docs/write_drawings_table.py
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dpo_mm.evaluation.statistics import Comparison, paired
 
 DOCS = Path(__file__).parent
 PAGE, RESULTS = DOCS / "concepts" / "when-pairs-pay.md", DOCS / "benchmarks" / "drawings"
+JUDGE = "drawings_faithfulness"
 NAMES = {
     "base": "base",
     "best of 8": "base, best of 8 images by the judge",
@@ -39,30 +40,41 @@ AGAINST = (
 Run = dict[str, Any]
 
 
-def runs(folder: Path = RESULTS) -> dict[str, list[Run]]:
-    """Runs of each arm, by seed."""
+def runs(folder: Path = RESULTS, order: Iterable[str] = NAMES) -> dict[str, list[Run]]:
+    """Runs of each arm, by seed. Arms are in this order, others follow."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    names = dict.fromkeys([*NAMES, *(file["arm"] for file in files)])
+    names = dict.fromkeys([*order, *(file["arm"] for file in files)])
     by_arm = {name: sorted((f for f in files if f["arm"] == name), key=lambda f: f["seed"]) for name in names}
     return {name: own for name, own in by_arm.items() if own}
 
 
-def compare(first: Sequence[Run], second: Sequence[Run], values: str) -> Comparison:
+def compare(
+    first: Sequence[Run], second: Sequence[Run], values: str, *, prompts: str = "prompts", judge: str = JUDGE
+) -> Comparison:
     """Compare two arms over the seeds that both have. A run without a seed of its own (the base) pairs with every seed.
 
     Prompts are the clusters: all runs of an arm saw the same ones.
 
     Args:
         first, second: runs.
-        values: "right" of each image, or "diversity" of each prompt.
+        values: name of a list of values, one or more per prompt, such as "right" of each image.
+        prompts: name of the list of their prompts.
+        judge: name of the judge of the values.
     """
     by_seed = {run["seed"]: run for run in first}
     pairs = [(by_seed.get(run["seed"], first[0]), run) for run in second if len(first) == 1 or run["seed"] in by_seed]
     numbers = [[float(value) for pair in pairs for value in pair[side][values]] for side in (0, 1)]
-    prompts = [
-        prompt for _, run in pairs for prompt in run["prompts"] for _ in range(len(run[values]) // len(run["prompts"]))
+    clusters = [
+        prompt for _, run in pairs for prompt in run[prompts] for _ in range(len(run[values]) // len(run[prompts]))
     ]
-    return paired(*numbers, clusters=prompts, metric=values, judge="drawings_faithfulness")
+    return paired(*numbers, clusters=clusters, metric=values, judge=judge)
+
+
+def on_shared_seeds(first: Sequence[Run], second: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Return the runs of two arms whose seeds both have."""
+    seeds = {run["seed"] for run in first} & {run["seed"] for run in second}
+    left, right = ([run for run in own if run["seed"] in seeds] for own in (first, second))
+    return left, right
 
 
 def points(comparison: Comparison) -> str:
@@ -103,16 +115,20 @@ def against_table(by_arm: dict[str, list[Run]]) -> str:
     lines = ["| | against | seeds | points |", "|---|---|---|---|"]
     for name, other in AGAINST:
         if name in by_arm and other in by_arm:
-            seeds = {run["seed"] for run in by_arm[name]} & {run["seed"] for run in by_arm[other]}
-            second = [run for run in by_arm[name] if run["seed"] in seeds]
-            result = compare([run for run in by_arm[other] if run["seed"] in seeds], second, "right")
-            lines.append(f"| {NAMES[name]} | {NAMES[other]} | {len(seeds)} | {points(result)} |")
+            first, second = on_shared_seeds(by_arm[other], by_arm[name])
+            result = compare(first, second, "right")
+            lines.append(f"| {NAMES[name]} | {NAMES[other]} | {len(second)} | {points(result)} |")
     return "\n".join(lines)
 
 
 def written(page: str, by_arm: dict[str, list[Run]]) -> str:
     """Return the page with both tables of these runs."""
-    for name, table in (("arms", arms_table(by_arm)), ("against", against_table(by_arm))):
+    return with_parts(page, {"arms": arms_table(by_arm), "against": against_table(by_arm)})
+
+
+def with_parts(page: str, parts: Mapping[str, str]) -> str:
+    """Return the page with each part between its marker and `<!-- end -->`."""
+    for name, table in parts.items():
         before, rest = page.split(f"<!-- {name} -->\n")
         page = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
     return page
