@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES_IN_MEMORY = 2**24
 """Parquet files up to this total size are read into memory."""
+MINING_SETTINGS, MINED_PAIRS = "mining.json", "pairs.parquet"
+"""Files of a folder with mined pairs. Its shards have the same rows as its pairs."""
 
 
 def open_rows(path: str) -> Dataset:
@@ -88,13 +90,28 @@ SPLIT = re.compile(r"^(train|training|test|validation|valid|val|dev|eval)(?=[-_.
 """Begin of a Parquet file's name that holds one split of a dataset."""
 
 
+def parquet_files(folder: Path) -> list[Path]:
+    """Return the Parquet files with the rows of a folder. In a folder of mined pairs, the shards are not among them.
+
+    Raises:
+        ValueError: if the mining of pairs in this folder was interrupted.
+    """
+    files = regular_files(folder, "*.parquet")
+    if not (folder / MINING_SETTINGS).is_file():
+        return files
+    mined = [file for file in files if file.name == MINED_PAIRS]
+    if files and not mined:
+        raise ValueError(f"{folder}: the mining of these pairs was interrupted. Run its command again to resume")
+    return mined
+
+
 def _split_files(folder: Path) -> list[Path]:
     """Parquet files of a folder: those of the split `train` if the names have splits, else all.
 
     Raises:
-        ValueError: if the names have several splits and none is `train`.
+        ValueError: if the names have several splits and none is `train`, or mining was interrupted.
     """
-    files = regular_files(folder, "*.parquet") or regular_files(folder, "data/*.parquet")
+    files = parquet_files(folder) or regular_files(folder, "data/*.parquet")
     splits = {file: match[1].lower() if (match := SPLIT.match(file.name)) else "" for file in files}
     training = [file for file in files if splits[file] in ("train", "training")]
     if not training and len(set(splits.values())) > 1:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from dpo_mm.assets import resolve_asset
 from dpo_mm.data.load_pairs import undecoded_rows
 from dpo_mm.data.parquet import open_parquet
-from dpo_mm.data.row_paths import confine_row, regular_files
+from dpo_mm.data.row_files import parquet_files
+from dpo_mm.data.row_paths import confine_row
 from dpo_mm.data.row_sides import row_with_sides
 from dpo_mm.data.schema import REQUIRED, load_pairs, load_responses
 from dpo_mm.errors import name_row
@@ -50,7 +51,7 @@ def load_dataset(name: str, *, path: str | None = None) -> LoadedDataset:
     import pyarrow as pa
 
     local = Path(path or resolve_asset(name))
-    files = (local,) if local.is_file() else tuple(regular_files(local, "*.parquet")) if local.is_dir() else ()
+    files = (local,) if local.is_file() else tuple(parquet_files(local)) if local.is_dir() else ()
     if not files:
         return _load_with_datasets(name)
     try:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from dpo_mm.errors import one_line
 from dpo_mm.judges import (
     JUDGES,
     is_pairwise,
@@ -68,7 +69,7 @@ def self_test(name: str, reference_image: str | None = None) -> Iterator[CheckRe
         reference_image: path of CLIP.png, for the golden values that need it.
 
     Raises:
-        ValueError: if the judge is unknown or its files are missing.
+        ValueError: if the judge is unknown, its files are missing, or a custom judge fails on images.
     """
     card, parsed = judge_card(name), parse_judge_name(name)
     yield from check_weights(card)
@@ -79,7 +80,15 @@ def self_test(name: str, reference_image: str | None = None) -> Iterator[CheckRe
     judge = load_judge(name)
     if takes_sources(name):
         images, prompts, judge = edited_images(judge)
-    batched = np.array(judge(images, prompts), dtype=float)
+    try:
+        batched = np.array(judge(images, prompts), dtype=float)
+    except Exception as error:
+        if parsed:
+            raise
+        raise ValueError(
+            f"judge {name!r} fails on images: {one_line(error)}. Correct it. If it is a judge of responses, call it on a few of them "
+            "instead: the self-test has only images"
+        ) from error
     repeated = np.array(judge(images, prompts))
     yield CheckResult("same scores twice", bool((batched == repeated).all()), "the same images, scored twice")
     single = np.array([judge([image], [prompt])[0] for image, prompt in zip(images, prompts, strict=True)])

@@ -11,6 +11,7 @@ import pytest
 from dpo_mm.data import row_files
 from dpo_mm.data.row_files import open_rows
 from dpo_mm.data.schema import load_pairs, make_image_rows
+from dpo_mm.doctor.loading import load_dataset
 from tests.conftest import rows
 
 
@@ -43,6 +44,18 @@ def test_files_whose_columns_differ_are_joined(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"], "n": [1]}), tmp_path / "folder" / "1.parquet")
     pq.write_table(pa.table({"n": [2], "more": ["x"]}), tmp_path / "folder" / "2.parquet")
     assert open_rows(str(tmp_path / "folder")).to_dict() == {"id": ["a", None], "n": [1, 2], "more": [None, "x"]}
+
+
+def test_rows_of_a_folder_with_mined_pairs_are_read_once(tmp_path: Path) -> None:
+    """Mutation: read the shards too."""
+    for name in ("shard-00000.parquet", "mining.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="was interrupted"):
+        open_rows(str(tmp_path))
+    write(tmp_path / "pairs.parquet", 3)
+    write(tmp_path / "shard-00000.parquet", 3)
+    assert len(open_rows(str(tmp_path))) == 3
+    assert load_dataset(str(tmp_path)).num_rows == 3
 
 
 def test_changed_file_is_copied_again_and_a_damaged_one_refused(tmp_path: Path) -> None:

@@ -157,6 +157,8 @@ def test_self_test_detects_random_and_batch_dependent_judges() -> None:
     assert not checks(f"{HERE}:restless")["same scores twice"].passed
     assert not checks(f"{HERE}:crowd")["same scores in batches"].passed
     assert not checks(f"{HERE}:brightness")["captions"].passed
+    with pytest.raises(ValueError, match=r"recipes.custom_judge:right' fails on images: .*judge of responses"):
+        checks("recipes.custom_judge:right")
 
 
 def test_self_test_swaps_pairs_for_a_pairwise_judge() -> None:
