@@ -82,10 +82,10 @@ def training_judges_of_adapter(adapter: str | None) -> tuple[str, ...]:
 
 
 def is_rule_based(name: str) -> bool:
-    """Check if no part of a judge is learned: a judge in JUDGES without a model, or a function with `by_rule = True`."""
+    """Check if no part of a judge is learned: a judge in JUDGES without a model or with `by_rule`, or a function with `by_rule = True`."""
     parsed = parse_judge_name(name)
     if parsed:
-        return not JUDGES[parsed.judge].needs_model
+        return not JUDGES[parsed.judge].needs_model or JUDGES[parsed.judge].by_rule
     return bool(getattr(load_judge(name), "by_rule", False))
 
 

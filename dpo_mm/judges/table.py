@@ -24,6 +24,7 @@ class Judge:
         takes_questions: True if it scores responses to questions: (responses, questions) -> list[Ratio]. If it is pairwise, it takes
             two lists of responses and counts for the first. A row with a total of 0 has no score.
         takes_sources: True if it scores edits: (images, prompts, images to edit) -> one number per image.
+        by_rule: True if no part of it is learned, although it has files (`needs_model`).
         check_prompts: path of a function (prompts) that raises ValueError for one that the judge cannot score, or None.
     """
 
@@ -38,6 +39,7 @@ class Judge:
     takes_questions: bool = False
     takes_sources: bool = False
     check_prompts: str | None = None
+    by_rule: bool = False
 
 
 _TEXT, _CAPTION = "dpo_mm.judges.text", "dpo_mm.judges.captions"
@@ -83,6 +85,10 @@ JUDGES: dict[str, Judge] = {
     "pope_f1": Judge("POPE F1", f"{_POPE}:f1"),
     "yes_ratio": Judge("yes ratio", f"{_POPE}:yes_ratio", "neutral"),
     "ocrbench": Judge("OCRBench score, rate", f"{_PUBLISHED}.ocrbench:ocrbench"),
+    "amber_chair": Judge("AMBER CHAIR, word lists", f"{_PUBLISHED}.amber:amber_chair", "lower", needs_model=True, by_rule=True),
+    "amber_cover": Judge("AMBER Cover, word lists", f"{_PUBLISHED}.amber:amber_cover", needs_model=True, by_rule=True),
+    "amber_hal": Judge("AMBER Hal, word lists", f"{_PUBLISHED}.amber:amber_hal", "lower", needs_model=True, by_rule=True),
+    "amber_cog": Judge("AMBER Cog, word lists", f"{_PUBLISHED}.amber:amber_cog", "lower", needs_model=True, by_rule=True),
     "olmocr_tests": Judge("olmOCR-bench tests passed", f"{_PUBLISHED}.olmocr_tests:olmocr_tests", explain=f"{_PUBLISHED}.olmocr_tests:explain_tests"),
     "olmocr_baseline": Judge("olmOCR-bench baseline tests passed", f"{_PUBLISHED}.olmocr_tests:olmocr_baseline", explain=f"{_PUBLISHED}.olmocr_tests:explain_tests"),
     "olmocr_math": Judge("olmOCR-bench equations with equal LaTeX", f"{_PUBLISHED}.olmocr_tests:olmocr_math"),

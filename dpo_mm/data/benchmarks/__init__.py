@@ -11,7 +11,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_mm.data.benchmarks import ocrbench_questions, olmocr_questions, omnidocbench_questions, pope_questions
+from dpo_mm.data.benchmarks import (
+    amber_questions,
+    ocrbench_questions,
+    olmocr_questions,
+    omnidocbench_questions,
+    pope_questions,
+)
 
 Rows = Iterable[dict[str, Any]]
 
@@ -31,6 +37,7 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = (
+    Benchmark("AMBER", amber_questions.KEYS, amber_questions.questions),
     Benchmark("OCRBench", ocrbench_questions.KEYS, ocrbench_questions.questions),
     Benchmark("olmOCR-bench", olmocr_questions.KEYS, olmocr_questions.questions),
     Benchmark("OmniDocBench", omnidocbench_questions.KEYS, omnidocbench_questions.questions),
