@@ -85,6 +85,7 @@ JUDGES: dict[str, Judge] = {
     "pope_f1": Judge("POPE F1", f"{_POPE}:f1"),
     "yes_ratio": Judge("yes ratio", f"{_POPE}:yes_ratio", "neutral"),
     "ocrbench": Judge("OCRBench score, rate", f"{_PUBLISHED}.ocrbench:ocrbench"),
+    "geneval": Judge("GenEval correct rate", f"{_PUBLISHED}.geneval:geneval", needs_model=True, by_rule=True),
     "amber_chair": Judge("AMBER CHAIR, word lists", f"{_PUBLISHED}.amber:amber_chair", "lower", needs_model=True, by_rule=True),
     "amber_cover": Judge("AMBER Cover, word lists", f"{_PUBLISHED}.amber:amber_cover", needs_model=True, by_rule=True),
     "amber_hal": Judge("AMBER Hal, word lists", f"{_PUBLISHED}.amber:amber_hal", "lower", needs_model=True, by_rule=True),
