@@ -59,6 +59,7 @@ JUDGES: dict[str, Judge] = {
     "laion_aesthetic": Judge("LAION aesthetic v2, 1 to 10", f"{_CLIP}:laion_aesthetic", needs_model=True, uses_prompt=False),
     "hps_v2": Judge("HPS v2, cos", f"{_CLIP}:hps_v2", needs_model=True),
     "hps_v2.1": Judge("HPS v2.1, cos", f"{_CLIP}:hps_v21", needs_model=True),
+    "hps_v3": Judge("HPSv3, mu", "dpo_mm.judges.hps_v3:hps_v3", needs_model=True),
     "pick_score": Judge("PickScore v1, exp(s) cos", f"{_CLIP}:pick_score", needs_model=True),
     "vqa_score": Judge("VQAScore, P(Yes)", f"{_VQA}:vqa_score", needs_model=True),
     "vlm_prefers": Judge("VLM preference (both orders)", f"{_VQA}:vlm_prefers", needs_model=True, pairwise=True),
