@@ -70,6 +70,9 @@ class TrainConfig(Settings):
     """Train the size of each weight row apart from its direction (DoRA, 2402.09353). It takes more memory and time per step."""
     lora_targets: tuple[str, ...] | None = None
     """Names of the modules that get a LoRA. null: the defaults of the model family."""
+    train_text_encoder: bool = False
+    """Also train a LoRA on the text encoders, with the rank and alpha of the denoiser's. Stable Diffusion and SDXL only. Prompts are
+    encoded in each step, and the text encoders stay in memory."""
     lora_format: str = "diffusers"
     """diffusers | kohya. kohya also writes kohya_lora_weights.safetensors, which ComfyUI and A1111 load."""
 

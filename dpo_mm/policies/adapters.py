@@ -83,12 +83,33 @@ def add_lora(model: Any, config: TrainConfig, targets: Sequence[str]) -> None:
             target_modules=list(config.lora_targets or targets),
         )
         try:
-            model.add_adapter(adapter)
+            inject_lora(model, adapter)
         except ValueError as error:
             raise ValueError(f"lora_targets: {error}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def inject_lora(model: Any, adapter: Any) -> None:
+    """Add the layers of a LoRA to a model of diffusers or transformers.
+
+    Args:
+        model: a denoiser or a text encoder.
+        adapter: PEFT's config.
+
+    Raises:
+        ValueError: if no module has a target's name.
+    """
+    from peft import inject_adapter_in_model
+
+    if not hasattr(
+        model, "load_adapter"
+    ):  # of transformers, whose add_adapter refuses releases of PEFT that this needs not
+        model.add_adapter(adapter)
+        return
+    inject_adapter_in_model(adapter, model, TRAINED)
+    model._hf_peft_config_loaded = True
 
 
 class SavedLora(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -171,6 +171,15 @@ class ImagePolicy(Policy, Protocol):
     """The base pipeline, if `load_adapter` loaded a whole denoiser or pipeline. None otherwise."""
     encoder_loras: dict[str, SavedLora]
     """LoRAs of text encoders by name, which a start adapter has and the result keeps."""
+
+    text_encoders: ClassVar[tuple[str, ...]]
+    """Text encoders that can be trained with the denoiser, by their names in the pipeline."""
+    trained_encoders: tuple[str, ...]
+    """Those of them that train. Set it before prompts are encoded, see `text_encoder_lora`."""
+
+    def stored_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode prompts for all steps of a run: as embeddings, or as tokens if the text encoders train."""
+        ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Compute the prompt embeddings: tensors by name, prompts first, on the CPU."""

@@ -20,6 +20,7 @@ from dpo_mm.errors import did_you_mean
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.adapters import check_lora_format
 from dpo_mm.policies.diffusion.random_draws import TIMESTEP_DISTRIBUTIONS
+from dpo_mm.policies.diffusion.text_encoder_lora import refuse_text_encoder, select_encoders
 from dpo_mm.policies.families import load_policy, policy_class
 from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
 from dpo_mm.policies.start_adapter import check_start, start_from
@@ -36,7 +37,7 @@ from dpo_mm.training.training_rows import PAIRS_ONLY
 DEFAULT_SLACK = 0.9
 """Default slack of `sdpo`: Diffusion-SDPO's for SD1.5. For SDXL the paper uses 0.6."""
 IMAGE_ONLY_SETTINGS = (
-    "resolution", "sample_prompts", "num_inference_steps", "guidance_scale", "buckets", "cache_precision", "timestep_sampling", "timestep_range", "stratified_timesteps", "antithetic_noise", "loss_weighting", "proportion_empty_prompts", "random_flip"
+    "resolution", "sample_prompts", "num_inference_steps", "guidance_scale", "buckets", "cache_precision", "timestep_sampling", "timestep_range", "stratified_timesteps", "antithetic_noise", "loss_weighting", "proportion_empty_prompts", "random_flip", "train_text_encoder"
 )  # fmt: skip
 """Settings for image generators only."""
 TEXT_ONLY_SETTINGS = (
@@ -128,6 +129,7 @@ def validate_config(config: TrainConfig, family: Any = None, *, has_eval_rows: b
     modality: Modality = family.modality
     check_lora_format(config, getattr(family, "kohya_prefix", None), family=family.__name__)
     check_start(config)
+    refuse_text_encoder(config, family, resolve_reference_name(config))
     build_loss(config, modality=modality)
     draws = 1 if modality == "text" else config.fixed_draws_per_row
     if resolve_reference_name(config) == "precomputed" and draws < 1:
@@ -167,7 +169,7 @@ def _refuse_ignored_settings(config: TrainConfig, *, modality: Modality, has_eva
         raise ValueError(f"beta is {config.beta}, the default for image generators. Set beta for text, for example 0.1")
     for names, is_used, reason in (
         (
-            ("lora_rank", "lora_alpha", "use_rslora", "use_dora", "lora_targets", "lora_format"),
+            ("lora_rank", "lora_alpha", "use_rslora", "use_dora", "lora_targets", "lora_format", "train_text_encoder"),
             config.tuning == "lora",
             f"tuning is {config.tuning}",
         ),
@@ -275,6 +277,8 @@ def build_policy(config: TrainConfig, *, weights: bool = True) -> ImagePolicy | 
     policy = load_policy(config.model, revision=config.revision, precision=precision, adapter=config.adapter, **options)
     if config.adapter:
         start_from(policy, config)
+    if policy.modality == "image":
+        select_encoders(policy, config)
     return policy
 
 

@@ -217,7 +217,7 @@ def sample_bytes(policy: ImagePolicy, precision: str, *, sides: int = 2, flipped
     If `flipped`, a row has its images twice.
     """
     with policy.on_device("text encoders"):
-        prompt = policy.encode_prompts(["a picture"])
+        prompt = policy.stored_prompts(["a picture"])
     with policy.on_device("autoencoder"):
         mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
     source = policy.is_image_editing * arrow_shards.row_bytes({"mean": mean}, precision)
@@ -272,11 +272,11 @@ def _encode_prompts(task: EncodingJob, names: Sequence[str], advance: Any) -> No
     from dpo_mm.policies.diffusion.collate import stack_padded
 
     for path, part in _own(task, "prompts", len(names)):
-        first = task.policy.encode_prompts([names[part.start]])
+        first = task.policy.stored_prompts([names[part.start]])
         tokens = max(value.shape[1] if value.ndim > 2 else 1 for value in first.values())
         images_per_batch = max(1, TOKENS // tokens)
         encoded = [
-            task.policy.encode_prompts([names[n] for n in part[start : start + images_per_batch]])
+            task.policy.stored_prompts([names[n] for n in part[start : start + images_per_batch]])
             for start in range(0, len(part), images_per_batch)
         ]
         columns = {name: stack_padded([row for each in encoded for row in each[name]]) for name in encoded[0]}

@@ -12,6 +12,7 @@ from torch import nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash
 from dpo_mm.policies.adapter_sources import find_adapter
+from dpo_mm.policies.diffusion.text_encoder_lora import select_encoders
 from dpo_mm.policies.families import pipeline_family, text_family
 from dpo_mm.policies.given_models import given_content, image_policy, is_pipeline, modules_of, text_policy
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
@@ -91,6 +92,7 @@ class GivenInputs:
             policy = text_policy(self.model, self.processing_class, policy_options(self.config, "text"))
         else:
             policy = image_policy(self.model, policy_options(self.config, "image"))
+            select_encoders(policy, self.config)
         if self.config.adapter:
             policy.load_adapter(find_adapter(self.config.adapter))
             start_from(policy, self.config)

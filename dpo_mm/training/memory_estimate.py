@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
 from dpo_mm.policies.adapters import pipeline_modules
+from dpo_mm.policies.diffusion.text_encoder_lora import trained_model
 from dpo_mm.policies.protocol import ImagePolicy, Policy
 from dpo_mm.policies.vlm.architecture import unquantized_modules
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
@@ -179,7 +180,8 @@ def count_responses(policy: VisionLanguage, config: TrainConfig, row: dict[str, 
 def _count_step(
     policy: Policy, config: TrainConfig, rows: list[dict[str, Any]], *, skip: Sequence[nn.Module]
 ) -> Counts:
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    model = trained_model(policy)
+    trained = [p for p in model.parameters() if p.requires_grad]
     with MixedMetaMode(), torch.random.fork_rng(devices=[]):
         batch = policy.collate(rows)
         with CudaRules() as rules, PeakMemoryMode() as step:
@@ -188,10 +190,10 @@ def _count_step(
                     parameter.grad = torch.empty_like(parameter)
             _step(policy, config, batch, rules)
     layers = _linear_shapes([policy.model], skip)
-    frozen = next((p for p in policy.model.parameters() if not p.requires_grad), None)
+    frozen = next((p for p in model.parameters() if not p.requires_grad), None)
     itemsize = 4 if frozen is None else frozen.element_size()
     shapes = tuple(parameter.shape for parameter in trained)
-    return Counts(_bytes(policy.model), layers, (), itemsize, shapes, step.peak)
+    return Counts(_bytes(model), layers, (), itemsize, shapes, step.peak)
 
 
 def _linear_shapes(models: Sequence[nn.Module], skip: Sequence[nn.Module] = ()) -> tuple[torch.Size, ...]:
@@ -219,7 +221,7 @@ def disk_bytes(policy: ImagePolicy, config: TrainConfig) -> tuple[int, int]:
 def _row(policy: ImagePolicy, sides: Sequence[str] = ("chosen", "rejected")) -> dict[str, Any]:
     """Make an encoded row with the policy's shapes."""
     blank = [Image.new("RGB", (policy.resolution, policy.resolution))]
-    prompt = {name: value[0] for name, value in policy.encode_prompts(["a picture"]).items()}
+    prompt = {name: value[0] for name, value in policy.stored_prompts(["a picture"]).items()}
     mean, std = policy.encode_images(blank)
     row: dict[str, Any] = {"id": "a row", "visit": 0, "prompt": prompt}
     for side in sides:

@@ -21,6 +21,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.errors import did_you_mean
 from dpo_mm.objectives import LogProbs
+from dpo_mm.policies.diffusion.text_encoder_lora import trained_model
 from dpo_mm.policies.protocol import Batch, ImagePolicy, Policy, TextPolicy
 from dpo_mm.progress import progress_bar
 from dpo_mm.training import reference_cache
@@ -99,7 +100,7 @@ class TrackingReference:
         if every < 1:
             raise ValueError(f"reference_sync_steps must be at least 1, got {every}; TR-DPO takes 512")
         self.policy, self.decay, self.every = policy, decay, every
-        self.trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+        self.trained = {name: p for name, p in trained_model(policy).named_parameters() if p.requires_grad}
         self.reference_params = {name: p.detach().clone() for name, p in self.trained.items()}
 
     def __call__(self, model: nn.Module, batch: Batch) -> LogProbs:

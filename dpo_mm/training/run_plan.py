@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.several_captions import describe_captions
+from dpo_mm.policies.diffusion.text_encoder_lora import trained_model
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 from dpo_mm.policies.start_adapter import continues, describe_start
 from dpo_mm.quantization import stored_size
@@ -25,8 +26,8 @@ def run_summary(
         count: number of rows or couples to train on.
         commit: of a model of the hub.
     """
-    num_trained = sum(tensor.numel() for tensor in policy.model.parameters() if tensor.requires_grad)
-    num_bytes = stored_size(policy.model)
+    num_trained = sum(tensor.numel() for tensor in trained_model(policy).parameters() if tensor.requires_grad)
+    num_bytes = stored_size(trained_model(policy))
     reference = resolve_reference_name(config) if "reference_logps" in required_inputs(config) else "none"
     epochs = f" ({config.num_train_epochs:g} epochs)" if config.num_train_epochs else ""
     copies = 2 if reference == "frozen_copy" else 1

@@ -207,7 +207,7 @@ def _image_generator(policy: ImagePolicy, config: TrainConfig, specs: Sequence[P
         others = {
             name: part
             for name, part in whole.components.items()
-            if isinstance(part, torch.nn.Module) and name != denoiser
+            if isinstance(part, torch.nn.Module) and name not in (denoiser, *policy.trained_encoders)
         }
         device, training = policy.device, policy.pipe
         sampling = copy.copy(whole)

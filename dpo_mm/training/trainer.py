@@ -28,6 +28,7 @@ from dpo_mm.checksums import write_checksums
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.objectives import LogProbs
 from dpo_mm.outputs import KIND, RECORDS
+from dpo_mm.policies.diffusion.text_encoder_lora import trained_model
 from dpo_mm.policies.protocol import Batch, Policy
 from dpo_mm.resumable import set_aside
 from dpo_mm.training.best_weights import BestWeightsCallback
@@ -122,13 +123,15 @@ class PreferenceTrainer(Trainer):
         if config.workers is None and streamed_rows(train_rows) is not None:
             arguments.dataloader_num_workers = min(MAX_WORKERS, os.cpu_count() or 1)
         super().__init__(
-            model=policy.model,
+            model=trained_model(policy),
             args=arguments,
             data_collator=policy.collate,
             train_dataset=training_stream(config, train_rows, arguments.world_size),
             eval_dataset=None if eval_rows is None else eval_stream(eval_rows, config, modality=policy.modality),
             **kwargs,
         )
+        if getattr(policy, "trained_encoders", ()) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("train_text_encoder does not go with FSDP or DeepSpeed. Use ddp.yaml, or remove it")
         shard = self._shard if self.is_fsdp_enabled else None
         needed = "reference_logps" in self.required_inputs
         self.reference = build_reference(policy, config, shard, reference_model) if needed else None
@@ -194,7 +197,7 @@ class PreferenceTrainer(Trainer):
         return losses.mean()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self.skip_callback.measure(self.policy.model)
+        self.skip_callback.measure(trained_model(self.policy))
         return super()._clip_grad_norm(model)
 
     def _reference_log_probs(self, model: nn.Module, inputs: Batch) -> LogProbs | None:
@@ -266,7 +269,7 @@ class PreferenceTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Compute loss and metrics on the evaluation pairs, at noise and timesteps that never change."""
-        model: nn.Module = self.policy.model
+        model = trained_model(self.policy)
         model.eval()
         for batch in self.get_eval_dataloader():
             self.compute_loss(model, self._prepare_inputs(batch))

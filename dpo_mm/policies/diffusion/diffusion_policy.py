@@ -32,7 +32,7 @@ from dpo_mm.content_key import content_hash, plain_settings
 from dpo_mm.data.image_files import to_rgb
 from dpo_mm.model_loading import load_pipeline
 from dpo_mm.objectives import LogProbs, sdpo_lambda_image
-from dpo_mm.policies.adapters import SavedLora, Weights, add_lora, has_lora
+from dpo_mm.policies.adapters import SavedLora, Weights, add_lora, pipeline_modules
 from dpo_mm.policies.diffusion import run_summary, sampling, weight_files
 from dpo_mm.policies.diffusion.buckets import Crop, Size, cover
 from dpo_mm.policies.diffusion.collate import collate
@@ -43,7 +43,7 @@ from dpo_mm.policies.diffusion.noise_process import noise_process_for
 from dpo_mm.policies.diffusion.of_pipeline import policy_of_pipeline
 from dpo_mm.policies.diffusion.pipeline_checks import check_components
 from dpo_mm.policies.diffusion.placement import Encoders, move, on_device
-from dpo_mm.policies.lora_layers import reference_weights
+from dpo_mm.policies.diffusion.text_encoder_lora import add_encoder_loras, batch_prompts, start_weights
 from dpo_mm.policies.protocol import Batch
 
 Prompt = dict[str, Tensor]
@@ -68,6 +68,8 @@ class DiffusionPolicy:
     """Columns per image, (images, ...), on which the denoiser is conditioned if the rows have them."""
     is_image_editing: ClassVar[bool] = False
     """True if the prompt contains an image to edit: `image_source` in rows, `source` (images, c, h, w) in prompts."""
+    text_encoders: ClassVar[tuple[str, ...]] = ()
+    """Text encoders that `train_text_encoder` trains with the denoiser, for families with `tokenize` and `embed`."""
     kohya_prefix: ClassVar[str | None] = None
     """Prefix of the denoiser's module names in kohya's and ComfyUI's files. None if no such format is known."""
 
@@ -84,6 +86,8 @@ class DiffusionPolicy:
         self.target_size: Size | None = None
         self.base_pipe: Any = None
         self.encoder_loras: dict[str, SavedLora] = {}
+        self.trained_encoders: tuple[str, ...] = ()
+        self.with_encoders: nn.Module | None = None
         self.home: torch.device | None = None
         """Device to which components are moved one at a time. None: all of them are on it."""
 
@@ -98,6 +102,14 @@ class DiffusionPolicy:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
         """Encode prompts as the tensors on which the denoiser is conditioned, prompts first, on the CPU."""
+        raise NotImplementedError
+
+    def tokenize(self, prompts: Sequence[str]) -> Prompt:
+        """Return the tokens of prompts, prompts first."""
+        raise NotImplementedError
+
+    def embed(self, tokens: Prompt) -> Prompt:
+        """Encode tokens as `encode_prompts` encodes texts, with gradient."""
         raise NotImplementedError
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
@@ -197,6 +209,7 @@ class DiffusionPolicy:
                 part.requires_grad_(False)
         if config.tuning == "lora":
             add_lora(self.model, config, self.lora_targets)
+            add_encoder_loras(self, config)
         elif config.tuning == "full":
             self.model.requires_grad_(True).to(torch.float32)
             self.dtype = torch.float32
@@ -217,8 +230,12 @@ class DiffusionPolicy:
             for name, part in self.pipe.components.items()
             if part is not None and part is not self.model and name != "scheduler"
         }
-        settings = plain_settings(dict(self.pipe.config))
-        return content_hash([type(self).__name__, self.resolution, str(self.vae.dtype), encoders, settings])
+        settings = [plain_settings(dict(self.pipe.config)), *(["tokens"] if self.trained_encoders else [])]
+        return content_hash([type(self).__name__, self.resolution, str(self.vae.dtype), encoders, *settings])
+
+    def stored_prompts(self, prompts: Sequence[str]) -> Prompt:
+        """Encode prompts for all steps of a run: as embeddings, or as tokens if the text encoders train."""
+        return self.tokenize(prompts) if self.trained_encoders else self.encode_prompts(prompts)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -263,13 +280,13 @@ class DiffusionPolicy:
         return on_device(self, encoders)
 
     def free_encoders(self) -> None:
-        """Release all modules except the denoiser, and move it to the device."""
-        self.vae = None
+        """Release all modules except those that train, and move these to the device."""
+        self.vae, trained = None, (self.denoiser, *self.trained_encoders)
         for name, part in self.pipe.components.items():
-            if name != self.denoiser and isinstance(part, nn.Module):
+            if name not in trained and isinstance(part, nn.Module):
                 setattr(self.pipe, name, None)
         if self.home is not None:
-            move({self.denoiser: self.model}, self.home)
+            move(pipeline_modules(self.pipe), self.home)
             self.home = None
 
     # Training
@@ -321,23 +338,16 @@ class DiffusionPolicy:
         sides = [side for side in ("chosen", "rejected") if side in batch]
         latents = torch.cat([batch[side] for side in sides])
         noise, timestep = batch["noise"].repeat(len(sides), 1, 1, 1), batch["timestep"].repeat(len(sides))
-        prompts = [batch["prompt"], batch.get("rejected_prompt", batch["prompt"])][: len(sides)]
-        prompt = {name: torch.cat([each[name] for each in prompts]) for name in batch["prompt"]}
+        prompts = batch_prompts(self, batch)[: len(sides)]
+        prompt = {name: torch.cat([each[name] for each in prompts]) for name in prompts[0]}
         for name in self.conditioning_columns:
             if f"chosen_{name}" in batch:
                 prompt[name] = torch.cat([batch[f"{side}_{name}"] for side in sides])
         return self.denoising_errors(model, latents, noise, timestep, prompt)
 
-    @contextlib.contextmanager
-    def adapter_off(self) -> Iterator[None]:
+    def adapter_off(self) -> AbstractContextManager[None]:
         """Context manager with the weights from before the first step. Raises ValueError if there is no LoRA."""
-        if not has_lora(self.model):
-            raise ValueError(
-                "reference 'adapter_off' needs a LoRA (tuning: lora). For full fine-tuning use 'frozen_copy'"
-            )
-        model: Any = self.model
-        with reference_weights(model, disable=model.disable_adapters, enable=model.enable_adapters):
-            yield
+        return start_weights(self)
 
     def frozen_copy(self) -> nn.Module:
         """Return a copy of the denoiser that is never trained."""

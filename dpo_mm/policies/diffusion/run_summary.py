@@ -24,6 +24,11 @@ def describe(policy: DiffusionPolicy, config: TrainConfig) -> dict[str, str]:
             if config.proportion_empty_prompts
             else {}
         ),
+        **(
+            {"text encoders": f"LoRA on {', '.join(policy.trained_encoders)}, prompts are encoded in each step"}
+            if policy.trained_encoders
+            else {}
+        ),
         **({"flips": "both images of a pair, in half of the epochs"} if config.random_flip else {}),
         **({} if isinstance(config.beta, str) else {"effective beta": _describe_beta(config.beta, elements)}),
     }

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
+from dpo_mm.policies.diffusion.text_encoder_lora import token_ids
 from dpo_mm.policies.kohya_names import sdxl_module
 
 
@@ -23,6 +24,7 @@ class StableDiffusionXL(DiffusionPolicy):
     required_components = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
     denoiser = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_encoders = ("text_encoder", "text_encoder_2")
     kohya_prefix = "lora_unet"
     conditioning_columns = ("frame",)
 
@@ -37,6 +39,16 @@ class StableDiffusionXL(DiffusionPolicy):
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"embeds": embeds.cpu(), "pooled": pooled.cpu()}
+
+    def tokenize(self, prompts: Sequence[str]) -> Prompt:
+        return {"ids": token_ids(self.pipe.tokenizer, prompts), "ids_2": token_ids(self.pipe.tokenizer_2, prompts)}
+
+    def embed(self, tokens: Prompt) -> Prompt:
+        first, second = (
+            encoder(tokens[name], output_hidden_states=True)
+            for encoder, name in ((self.pipe.text_encoder, "ids"), (self.pipe.text_encoder_2, "ids_2"))
+        )
+        return {"embeds": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), "pooled": second[0]}
 
     def size_conditioning(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Compute the column `frame`, (images, 6), in pixels.

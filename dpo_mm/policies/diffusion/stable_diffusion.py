@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dpo_mm.model_loading import load_pipeline
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
+from dpo_mm.policies.diffusion.text_encoder_lora import token_ids
 
 
 class StableDiffusion(DiffusionPolicy):
@@ -18,6 +19,7 @@ class StableDiffusion(DiffusionPolicy):
     required_components = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
     denoiser = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_encoders = ("text_encoder",)
     kohya_prefix = "lora_unet"
 
     @classmethod
@@ -35,6 +37,12 @@ class StableDiffusion(DiffusionPolicy):
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"embeds": embeds.cpu()}
+
+    def tokenize(self, prompts: Sequence[str]) -> Prompt:
+        return {"ids": token_ids(self.pipe.tokenizer, prompts)}
+
+    def embed(self, tokens: Prompt) -> Prompt:
+        return {"embeds": self.pipe.text_encoder(tokens["ids"])[0]}
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
         return denoiser(latents, timestep, encoder_hidden_states=prompt["embeds"], return_dict=False)[0]

@@ -19,6 +19,7 @@ from dpo_mm.policies.adapters import (
     save_whole,
     saved_lora,
 )
+from dpo_mm.policies.diffusion.text_encoder_lora import encoders_of, saved_encoders
 from dpo_mm.policies.single_file import load_line
 from dpo_mm.policies.start_adapter import save_start, start_file
 
@@ -37,9 +38,10 @@ def save(policy: DiffusionPolicy, folder: Path, weights: Weights) -> None:
     if not has_lora(policy.model):
         save_whole(policy.model, folder / policy.denoiser, weights)
         return
-    save_lora(policy.pipe, policy.denoiser, folder, weights, policy.encoder_loras)
+    encoders = saved_encoders(policy)
+    save_lora(policy.pipe, policy.denoiser, folder, weights, encoders)
     if policy.config.lora_format == "kohya":
-        save_kohya(kohya_loras(policy, policy.encoder_loras, weights), folder)
+        save_kohya(kohya_loras(policy, encoders, weights), folder)
     save_start(policy.config, folder)
 
 
@@ -72,7 +74,8 @@ def load_weights(policy: DiffusionPolicy, folder: Path) -> None:
         ValueError: if the weights do not fit the model.
     """
     if has_lora(policy.model):
-        read_lora(policy.model, policy.denoiser, folder / LORA_FILE)
+        for name, model in {policy.denoiser: policy.model, **encoders_of(policy)}.items():
+            read_lora(model, name, folder / LORA_FILE)
     else:
         stored = load_module(type(policy.model), str(folder / policy.denoiser))
         policy.model.load_state_dict(stored.state_dict())
