@@ -1,4 +1,4 @@
-"""Ten thousand damaged images, and damaged rows.
+"""Four thousand damaged images, and damaged rows.
 
 Each is decoded correctly or rejected with a reason. Nothing crashes or hangs.
 """
@@ -22,7 +22,7 @@ from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode
 from tests.conftest import rows
 
-NUM_IMAGES, NUM_DATASETS = 10_000, 300
+NUM_IMAGES, NUM_DATASETS = 4_000, 90
 MODES = {"PNG": ("RGB", "RGBA", "L", "P", "1", "I;16"), "JPEG": ("RGB", "CMYK", "L"), "GIF": ("P",), "BMP": ("RGB",),
          "TIFF": ("RGB", "CMYK", "F"), "PPM": ("RGB",), "ICO": ("RGBA",)}  # fmt: skip
 

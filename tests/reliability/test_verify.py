@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.training import trainer as module
 from dpo_mm.training.trainer import PreferenceTrainer
 from dpo_mm.training.verify import verify
+from tests import forked
 from tests.contracts.tiny_vlms import save
 
 
@@ -34,9 +33,7 @@ def test_sound_recipe_passes_every_check(more: dict[str, Any], tiny_model: str, 
 def test_command_prints_pass_and_leaves_no_files(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {tiny_model}\npairs: {pairs}\nbatch_size: 2\n")
-    command = [sys.executable, "-m", "dpo_mm", "verify", str(recipe), "--learning-rate", "1e-3"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = forked.run("verify", str(recipe), "--learning-rate", "1e-3", cwd=tmp_path, check=True)
     assert done.stdout.count("pass  ") == 5 and [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 

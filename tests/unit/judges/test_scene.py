@@ -12,7 +12,7 @@ from dpo_mm.judges.scene import detect_objects, faithfulness, satisfies
 from dpo_mm.worlds import shapes
 from dpo_mm.worlds.shapes import ObjectSpec, SceneSpec
 
-COUNT = 2000
+COUNT = 600
 
 
 def scenes(count: int) -> list[tuple[SceneSpec, Image.Image]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.training.model_card import add_results, write_card
 from dpo_mm.training.run import train
+from tests import forked
 
 
 def one(metric: str, tuned: float) -> Comparison:
@@ -64,9 +63,9 @@ def run_code_of(card: Path, folder: Path) -> str:
     """Run the Python of a card as its reader would: in the folder above, with dpo-mm out of reach."""
     (code,) = re.findall(r"```python\n(.*?)\n```", card.read_text(), re.DOTALL)
     assert "dpo_mm" not in code
-    blocked = "import sys; sys.modules['dpo_mm'] = None\n"
-    done = subprocess.run([sys.executable, "-c", blocked + code], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    script = folder / "card.py"
+    script.write_text("import sys; sys.modules['dpo_mm'] = None\n" + code)
+    forked.run(str(script), call=forked.script, cwd=folder, check=True)
     return code
 
 
