@@ -60,8 +60,8 @@ def test_images_page_generates_scores_and_compares(serve_once: Callable[..., Any
     assert page.locator("#strip figure").count() == 8
 
 
-def test_images_page_escapes_hostile_prompts(serve: Callable[..., Any], page: Any) -> None:
-    server = serve("images", "--judges", "faithfulness")
+def test_images_page_escapes_hostile_prompts(serve_once: Callable[..., Any], page: Any) -> None:
+    server = serve_once("images")
     page.goto(server.address)
     wait_for_status(page, "6 of 6")
     for seed, prompt in enumerate(HOSTILE.values(), start=11):
