@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+SAME_PROPORTIONS = 0.05
+"""Largest difference of the logarithms of two aspect ratios that counts as none."""
 ROWS_IN_MEMORY = 16
 """Rows whose image files are read at once."""
 
@@ -168,7 +171,9 @@ def has_source_images(rows: Dataset) -> list[bool]:
     return [valid for table in tables for valid in table["image_source"].is_valid().to_pylist()]
 
 
-def check_source_images(rows: Dataset, dataset_name: str, *, pipeline: str, is_image_editing: bool) -> None:
+def check_source_images(
+    rows: Dataset, dataset_name: str, *, pipeline: str, is_image_editing: bool, edits_optionally: bool = False
+) -> bool:
     """Check that rows have a source image if, and only if, the model edits images.
 
     Args:
@@ -176,20 +181,49 @@ def check_source_images(rows: Dataset, dataset_name: str, *, pipeline: str, is_i
         dataset_name: name of the dataset, for errors.
         pipeline: name of the model's pipeline, for errors.
         is_image_editing: True if the model edits an image.
+        edits_optionally: True if the model takes rows that all have a source image, or none of them.
+
+    Returns:
+        True if the source images are used.
 
     Raises:
         ValueError: if a model that edits gets a row without `image_source`, or another model gets one with it.
     """
     has_source = has_source_images(rows)
-    if is_image_editing and not all(has_source):
+    is_editing = any(has_source) if edits_optionally else is_image_editing
+    if is_editing and not all(has_source):
+        reason = "Other rows have an image to edit" if edits_optionally else f"{pipeline} edits an image"
         raise ValueError(
-            f"row {rows['id'][has_source.index(False)]} of {dataset_name}: image_source is missing. {pipeline} edits an image, "
-            "so every row needs the image to edit"
+            f"row {rows['id'][has_source.index(False)]} of {dataset_name}: image_source is missing. {reason}, so every row needs the "
+            "image to edit"
         )
-    if any(has_source) and not is_image_editing:
+    if any(has_source) and not is_editing:
         raise ValueError(
             f"{dataset_name}: rows have an image_source, which {pipeline} does not use. Drop the column, or train a model that edits"
         )
+    return is_editing
+
+
+def check_source_proportions(rows: Sequence[dict[str, Any]], size: tuple[int, int], dataset_name: str) -> None:
+    """Check that images to edit have the proportions of their chosen images, so that both are cropped alike.
+
+    A chosen image of the target size may be the model's own. It then edits the cropped source, whatever that was.
+
+    Args:
+        rows: rows of `Pairs.decode`, the image to edit last.
+        size: width and height to which the images are fitted.
+        dataset_name: name of the dataset, for the error.
+
+    Raises:
+        ValueError: if a source has other proportions.
+    """
+    for row in rows:
+        chosen, source = row["images"][0].size, row["images"][-1].size
+        if chosen != size and abs(math.log(source[0] * chosen[1] / (source[1] * chosen[0]))) > SAME_PROPORTIONS:
+            raise ValueError(
+                f"row {row['id']} of {dataset_name}: image_source is {source[0]}x{source[1]}, but the chosen image is "
+                f"{chosen[0]}x{chosen[1]}. Crop the source to the proportions of its edit"
+            )
 
 
 def data_columns(rows: Dataset) -> dict[str, list[float]]:

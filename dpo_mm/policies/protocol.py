@@ -167,6 +167,8 @@ class ImagePolicy(Policy, Protocol):
     """Latent pixels per edge of one token of the denoiser."""
     is_image_editing: bool
     """True if the prompt contains an image to edit."""
+    edits_optionally: bool
+    """True if the prompts of a dataset or list may have an image to edit: all of them, or none."""
     base_pipe: Any
     """The base pipeline, if `load_adapter` loaded a whole denoiser or pipeline. None otherwise."""
     encoder_loras: dict[str, SavedLora]

@@ -22,7 +22,7 @@ from dpo_mm.cache_folder import cache_folder, create_cache
 from dpo_mm.checksums import COMPLETE, saved_shards, with_checksum, without_checksum
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions
-from dpo_mm.data.load_pairs import Pairs, check_source_images, data_columns
+from dpo_mm.data.load_pairs import Pairs, check_source_images, check_source_proportions, data_columns
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.several_captions import CAPTIONS, has_captions, texts_of
 from dpo_mm.interruption import stop_on_signal
@@ -163,13 +163,13 @@ def encode(
     variants = [name for name, wanted in kinds.items() if wanted]
     key = _key(policy, rows_digest or digest(rows), sizes, precision, variants)
     folder = (cache or cache_folder()) / "encoded" / key
-    pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, policy.is_image_editing, one_sided)
+    editing = {"is_image_editing": policy.is_image_editing, "edits_optionally": policy.edits_optionally}
+    with_source = check_source_images(rows, where, pipeline=type(policy.pipe).__name__, **editing)
+    pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, with_source, one_sided)
     task = EncodingJob(policy, pairs, folder, sizes, precision, process_rank(), empty_prompt, flipped)
     if _read_complete(folder) is None:
         if task.rank.is_first:
             (folder / COMPLETE).unlink(missing_ok=True)
-        pipeline = type(policy.pipe).__name__
-        check_source_images(rows, where, pipeline=pipeline, is_image_editing=policy.is_image_editing)
         create_cache(folder)
         with stop_on_signal(lambda: saved_shards(folder)):
             _encode(task)
@@ -324,6 +324,8 @@ def _columns(
         texts = [row[CAPTIONS] or [row["prompt"]] for row in rows]
         columns["caption_rows"] = [json.dumps([index[text] for text in each]) for each in texts]
     count = images_per_batch(size)
+    if len(rows[0]["images"]) > len(sides):
+        check_source_proportions(rows, size, task.pairs.dataset_name)
     for position, side in enumerate((*sides, "source")[: len(rows[0]["images"])]):
         images = [row["images"][position] for row in rows]
         with task.policy.at_size(size):

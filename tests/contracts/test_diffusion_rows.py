@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,59 @@ def test_image_to_edit_reaches_the_denoiser(kontext: str, tmp_path: Path) -> Non
     torch.testing.assert_close(batch["prompt"]["source"], policy.latent_scale.normalise(mean), atol=1e-6, rtol=0)
     other = {**batch, "prompt": {**batch["prompt"], "source": batch["prompt"]["source"].flip(0)}}
     assert not torch.equal(policy.log_probs(policy.model, batch).chosen, policy.log_probs(policy.model, other).chosen)
+
+
+def test_flux2_klein_edits_as_upstream_and_each_prompt_its_image(tmp_path: Path) -> None:
+    """It catches tokens of the source at the time of the latents, one source for all prompts, and rows of which some have one."""
+    row = dataclasses.replace(BUILDERS["flux2-klein"], size=64)
+    policy = load_policy(str(row.build(tmp_path / "model")), resolution=64)
+    policy.prepare(config())
+    images = [noise_image(300 + n, 64) for n in range(2)]
+    arguments = {"prompt": WORDS[:1], "num_inference_steps": 3, "image": images[:1]}
+    expected, timestep, latents, _ = first_step(policy, row, arguments)
+    latents, expected = (row.unpack(policy.pipe, value, 64) for value in (latents, expected))
+    source = policy.latent_scale.normalise(policy.encode_images(images[:1])[0])
+    with torch.no_grad():
+        ours, unedited = (
+            policy.denoise(
+                policy.model, latents, torch.as_tensor(timestep)[None], policy.encode_prompts(WORDS[:1]) | more
+            )
+            for more in ({"source": source}, {})
+        )
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(unedited, expected, atol=1e-3)
+    both, one = (
+        [
+            np.asarray(i)
+            for part in policy.sample(WORDS[:n], [5, 6][:n], steps=2, guidance=2.0, batch_size=2, sources=images[:n])
+            for i in part
+        ]
+        for n in (2, 1)
+    )
+    assert len(both) == 2 and np.array_equal(both[0], one[0])
+    edits = [
+        {**each, "image_source": {"bytes": encode_png(image), "path": None}}
+        for each, image in zip(rows(2), images, strict=True)
+    ]
+    cached = encode(policy, make_image_rows(edits), where="pairs", cache=tmp_path)
+    torch.testing.assert_close(cached[0]["source_mean"], policy.encode_images(images[:1])[0][0], atol=1e-5, rtol=0)
+    assert "source_mean" not in encode(policy, make_image_rows(rows(2)), where="pairs", cache=tmp_path)[0]
+    with pytest.raises(
+        ValueError, match=r"row row-1 of pairs: image_source is missing\. Other rows have an image to edit"
+    ):
+        encode(policy, make_image_rows([edits[0], rows(2)[1]]), where="pairs", cache=tmp_path)
+
+
+def test_source_of_other_proportions_is_named_in_the_error(kontext: str, tmp_path: Path) -> None:
+    """A chosen image of the target size may be the model's own edit of a cropped source."""
+    wide = {"bytes": encode_png(noise_image(1, 96).crop((0, 0, 96, 48))), "path": None}
+    policy = load_policy(kontext, resolution=32)
+    made = [{**row, "image_source": wide} for row in rows(2)]
+    assert len(encode(policy, make_image_rows(made), where="pairs", cache=tmp_path)) == 2
+    large = {"bytes": encode_png(noise_image(2, 64)), "path": None}
+    given = [{**row, "image_source": wide, "image_a": large, "image_b": large} for row in rows(2)]
+    with pytest.raises(ValueError, match="row row-0 of pairs: image_source is 96x48, but the chosen image is 64x64"):
+        encode(policy, make_image_rows(given), where="pairs", cache=tmp_path)
 
 
 def test_missing_or_unused_source_images_are_named_in_the_error(kontext: str, tiny_model: str, tmp_path: Path) -> None:

@@ -4,13 +4,10 @@
 
 Noise and timestep come with the batch. They are the same for chosen and rejected, and for policy and reference. The
 noise process and the target are those of the pipeline's scheduler, see `noise_process`. Source: Wallace et al. 2023
-(2311.12908), eq. 14.
+(2311.12908), eq. 14. A family is a subclass, as `dpo_mm/policies/README.md` describes.
 
 Errors are computed in float32 after the network. At beta 5000, half-precision errors would add noise with a standard
 deviation of 0.2 to 0.9 to the logit.
-
-A family is a subclass. It defines the components of its pipeline, the encoding of prompts and the denoiser's call.
-`dpo_mm/policies/README.md` shows how to write one.
 """
 
 from __future__ import annotations
@@ -70,6 +67,8 @@ class DiffusionPolicy:
     """True if the prompt contains an image to edit: `image_source` in rows, `source` (images, c, h, w) in prompts."""
     text_encoders: ClassVar[tuple[str, ...]] = ()
     """Text encoders that `train_text_encoder` trains with the denoiser, for families with `tokenize` and `embed`."""
+    edits_optionally: ClassVar[bool] = False
+    """True if all prompts of a list may contain an image to edit, or none. Edits are made one prompt at a time."""
     kohya_prefix: ClassVar[str | None] = None
     """Prefix of the denoiser's module names in kohya's and ComfyUI's files. None if no such format is known."""
 

@@ -1,4 +1,7 @@
-"""FLUX.2 klein: three layers of a Qwen 3 text encoder, latents in 2x2 patches that are normalised together, flow."""
+"""FLUX.2 klein: three layers of a Qwen 3 text encoder, latents in 2x2 patches that are normalised together, flow.
+
+It generates from text alone, or edits an image. The tokens of the image to edit follow those of the latents, at another time.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,15 @@ from torch import Tensor, nn
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 from dpo_mm.policies.diffusion.latents import LatentScale
 
+SOURCE_TIME = 10
+"""Time coordinate of the tokens of the image to edit, as in the pipeline."""
+
 
 class Flux2Klein(DiffusionPolicy):
-    """Policy of `Flux2KleinPipeline`. Source: Black Forest Labs 2025, FLUX.2."""
+    """Policy of `Flux2KleinPipeline`. Source: Black Forest Labs 2025, FLUX.2.
+
+    If rows have the image to edit as `image_source`, it is resized and cropped in the same way as chosen and rejected.
+    """
 
     required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
@@ -22,6 +31,7 @@ class Flux2Klein(DiffusionPolicy):
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",
     )  # fmt: skip
     patch = 2
+    edits_optionally = True
 
     def __init__(self, pipe: Any, source: str) -> None:
         super().__init__(pipe, source)
@@ -52,10 +62,13 @@ class Flux2Klein(DiffusionPolicy):
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
         height, width = latents.shape[2:]
         zero, embeds = torch.arange(1), prompt["embeds"]
-        image_ids = torch.cartesian_prod(zero, torch.arange(height), torch.arange(width), zero).to(latents.device)
+        times = [0, SOURCE_TIME] if "source" in prompt else [0]
+        grid = (torch.arange(height), torch.arange(width), zero)
+        image_ids = torch.cat([torch.cartesian_prod(torch.tensor([time]), *grid) for time in times]).to(latents.device)
+        tokens = torch.cat([latents, prompt["source"]], 2) if "source" in prompt else latents
         text_ids = torch.cartesian_prod(zero, zero, zero, torch.arange(embeds.shape[1])).to(latents.device)
         velocity = denoiser(
-            hidden_states=latents.flatten(2).transpose(1, 2),
+            hidden_states=tokens.flatten(2).transpose(1, 2),
             timestep=timestep / 1000,
             guidance=None,
             encoder_hidden_states=embeds,
@@ -63,4 +76,11 @@ class Flux2Klein(DiffusionPolicy):
             img_ids=image_ids,
             return_dict=False,
         )[0]
-        return velocity.transpose(1, 2).unflatten(2, (height, width))
+        return velocity[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
+
+    def sampling_kwargs(
+        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+    ) -> dict[str, Any]:
+        """Resize the source here. The pipeline gives all images to each prompt, so it gets one prompt at a time."""
+        arguments = super().sampling_kwargs(prompts, guidance)
+        return {**arguments, "image": [self.resize_and_crop(source) for source in sources]} if sources else arguments

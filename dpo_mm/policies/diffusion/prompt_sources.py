@@ -27,6 +27,8 @@ def images_to_edit(sources: Sequence[LazyImages]) -> ImagesToEdit:
 def check_prompt_sources(policy: ImagePolicy, name: str, prompts: Sequence[str], sources: Sequence[LazyImages]) -> None:
     """Check that prompts have an image to edit if, and only if, the model edits images.
 
+    A model that edits optionally takes lists in which all prompts have one, or none.
+
     Args:
         policy: the image generator.
         name: name of the prompt list, for errors.
@@ -37,11 +39,13 @@ def check_prompt_sources(policy: ImagePolicy, name: str, prompts: Sequence[str],
         ValueError: if a prompt has too few or too many images, or one does not decode. It names the prompt or its row.
     """
     pipeline, decoded = type(policy.pipe).__name__, set()
+    is_editing = any(sources) if policy.edits_optionally else policy.is_image_editing
     for text, images in zip(prompts, sources or [LazyImages(())] * len(prompts), strict=True):
         prompt = f"prompts {name!r}, prompt {text[:LONGEST_SHOWN]!r}"
-        if policy.is_image_editing and not images:
-            raise ValueError(f"{prompt}: no image. {pipeline} edits an image, so every prompt needs one in image")
-        if images and not policy.is_image_editing:
+        if is_editing and not images:
+            reason = "another prompt has" if policy.edits_optionally else f"{pipeline} edits"
+            raise ValueError(f"{prompt}: no image. {reason} an image to edit, so every prompt needs one in image")
+        if images and not is_editing:
             raise ValueError(
                 f"{prompt}: it has an image to edit, which {pipeline} does not take. Use a model that edits, or prompts "
                 "without images"

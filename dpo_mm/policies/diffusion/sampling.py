@@ -104,9 +104,11 @@ def sample(
     Raises:
         ValueError: if sources are missing or not supported, or the scale is not supported.
     """
-    if policy.is_image_editing != (sources is not None):
+    if policy.is_image_editing != (sources is not None) and not policy.edits_optionally:
         reason = "needs an image to edit per prompt" if policy.is_image_editing else "takes no images to edit"
         raise ValueError(f"model {policy.source!r} is a {type(policy.pipe).__name__}, which {reason} (sources)")
+    if sources is not None and policy.edits_optionally:
+        batch_size = 1
     with policy.at_scale(scale):
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)

@@ -196,7 +196,9 @@ def test_fresh_images_to_label_have_their_images_to_edit(
     ]
     with pytest.raises(ValueError, match="which StableDiffusionPipeline does not take"):
         monkeypatch.setattr(
-            fresh_samples, "load_image_policy", lambda *_, **__: SimpleNamespace(pipe=PLAIN, is_image_editing=False)
+            fresh_samples,
+            "load_image_policy",
+            lambda *_, **__: SimpleNamespace(pipe=PLAIN, is_image_editing=False, edits_optionally=False),
         )
         fresh_samples.generate_samples(models, prompts, tmp_path / "refused", max_prompts=None, **settings)
 
