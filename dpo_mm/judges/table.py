@@ -46,6 +46,7 @@ _TEXT, _CAPTION = "dpo_mm.judges.text", "dpo_mm.judges.captions"
 _CLIP, _VQA, _TIFA = "dpo_mm.judges.clip", "dpo_mm.judges.vqa", "dpo_mm.judges.soft_tifa"
 _POPE, _MODEL = "dpo_mm.judges.pope", "dpo_mm.judges.model_judge"
 _DRAWINGS, _DRAWN = "dpo_mm.judges.drawing_judge", "dpo_mm.worlds.drawing_prompts:check_prompts"
+_UNIFIED = "dpo_mm.judges.unified_reward"
 _PUBLISHED = "dpo_mm.judges.benchmarks"
 _EDIT, _EDITED = "dpo_mm.judges.edit_judge", "dpo_mm.worlds.shape_edits:check_prompts"
 JUDGES: dict[str, Judge] = {
@@ -63,6 +64,9 @@ JUDGES: dict[str, Judge] = {
     "pick_score": Judge("PickScore v1, exp(s) cos", f"{_CLIP}:pick_score", needs_model=True),
     "vqa_score": Judge("VQAScore, P(Yes)", f"{_VQA}:vqa_score", needs_model=True),
     "vlm_prefers": Judge("VLM preference (both orders)", f"{_VQA}:vlm_prefers", needs_model=True, pairwise=True),
+    "unified_reward": Judge("UnifiedReward, mean of 3 scores", f"{_UNIFIED}:unified_reward", needs_model=True),
+    "unified_reward_final": Judge("UnifiedReward Final Score", f"{_UNIFIED}:unified_reward_final", needs_model=True),
+    "unified_reward_prefers": Judge("UnifiedReward preference (both orders)", f"{_UNIFIED}:unified_reward_prefers", needs_model=True, pairwise=True),
     "soft_tifa_gm": Judge("Soft-TIFA GM", f"{_TIFA}:soft_tifa_gm", needs_model=True),
     "soft_tifa_am": Judge("Soft-TIFA AM", f"{_TIFA}:soft_tifa_am", needs_model=True),
     "degeneration": Judge("degeneration rate", f"{_TEXT}:degeneration", "lower", f"{_TEXT}:explain_repetition", f"{_TEXT}:correct_repetition"),

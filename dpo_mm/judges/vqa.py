@@ -83,18 +83,29 @@ def vlm_prefers(judge_name: JudgeName) -> LazyJudge:
 
 
 def prefer_in_both_orders(
-    vlm: Vlm, a: Sequence[Image.Image], b: Sequence[Image.Image], prompts: Sequence[str]
+    vlm: Vlm,
+    a: Sequence[Image.Image],
+    b: Sequence[Image.Image],
+    prompts: Sequence[str],
+    *,
+    template: str = PREFERENCE_TEMPLATE,
+    named: Callable[[str], str] | None = None,
 ) -> list[float]:
-    """Preferences, one per pair: 1 if both orders name image a, 0 if both name b, else 1/2."""
-    triples = list(zip(a, b, prompts, strict=True))
-    template = PREFERENCE_TEMPLATE
-    forward = vlm.answer([VlmQuestion((x, y), template.format(prompt=prompt)) for x, y, prompt in triples])
-    backward = vlm.answer([VlmQuestion((y, x), template.format(prompt=prompt)) for x, y, prompt in triples])
+    """Preferences, one per pair: 1 if both orders name image a, 0 if both name b, else 1/2.
+
+    Args:
+        vlm: the model.
+        a, b: images of each pair.
+        prompts: prompt of each pair.
+        template: question about two images, with {prompt} for their prompt.
+        named: function from an answer to "first", "second" or "". None: `named_image`.
+    """
+    named = named or named_image
+    triples = [(x, y, template.replace("{prompt}", prompt)) for x, y, prompt in zip(a, b, prompts, strict=True)]
+    forward = vlm.answer([VlmQuestion((x, y), question) for x, y, question in triples])
+    backward = vlm.answer([VlmQuestion((y, x), question) for x, y, question in triples])
     preferences = {("first", "second"): 1.0, ("second", "first"): 0.0}
-    return [
-        preferences.get((named_image(one), named_image(other)), 0.5)
-        for one, other in zip(forward, backward, strict=True)
-    ]
+    return [preferences.get((named(one), named(other)), 0.5) for one, other in zip(forward, backward, strict=True)]
 
 
 def named_image(answer: str) -> str:
@@ -157,8 +168,8 @@ def _download_model(judge: str, model: str) -> Path:
 
 
 @functools.cache
-def open_vlm(folder: Path, device: torch.device) -> Vlm:
-    """Load a model and its processor from a folder, once per process.
+def open_vlm(folder: Path, device: torch.device, max_answer_tokens: int = MAX_ANSWER_TOKENS) -> Vlm:
+    """Load a model and its processor from a folder, once per process and length of answers.
 
     The model runs in its own precision on a GPU and in float32 on a CPU.
 
@@ -175,10 +186,10 @@ def open_vlm(folder: Path, device: torch.device) -> Vlm:
         raise ValueError(
             f"model {str(folder)!r} is not a vision-language model with safetensors weights ({shorten(error)})"
         ) from error
-    return wrap_vlm(model.to(device).eval(), processor, str(folder))
+    return wrap_vlm(model.to(device).eval(), processor, str(folder), max_answer_tokens)
 
 
-def wrap_vlm(model: Any, processor: Any, name: str) -> Vlm:
+def wrap_vlm(model: Any, processor: Any, name: str, max_answer_tokens: int = MAX_ANSWER_TOKENS) -> Vlm:
     """Wrap a transformers model and its processor for the judges. name: the model in errors."""
 
     def probabilities(batch: Sequence[VlmQuestion]) -> list[float]:
@@ -188,7 +199,7 @@ def wrap_vlm(model: Any, processor: Any, name: str) -> Vlm:
         return [float(p[i].sum()) for p, i in zip(distributions, ids, strict=True)]
 
     def answers(batch: Sequence[VlmQuestion]) -> list[str]:
-        tokens = _generate(model, processor, batch, max_new_tokens=MAX_ANSWER_TOKENS)
+        tokens = _generate(model, processor, batch, max_new_tokens=max_answer_tokens)
         return [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
 
     return Vlm(
