@@ -68,6 +68,8 @@ def given_training_rows(
 
 def _with_sides(rows: Dataset, name: str, config: TrainConfig, modality: Modality) -> TrainingRows:
     config = dataclasses.replace(config, pairs=name)
+    if rows._indices is not None:  # shuffle and filter only list numbers of rows, and whole columns are read below
+        rows = rows.flatten_indices()
     if has_own_columns(rows.column_names):
         checked = check_responses(rows, name) if modality == "text" else check_pairs(rows, name)
         return rows_with_sides(checked, config, modality)

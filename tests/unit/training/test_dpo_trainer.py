@@ -18,6 +18,7 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 
 from dpo_mm import DPOConfig, DPOTrainer, TrainConfig, train
+from dpo_mm.data.schema import make_image_rows
 from dpo_mm.training.given_rows import given_training_rows
 from tests.conftest import noise_image, rows
 from tests.contracts.tiny_vlms import save
@@ -241,6 +242,14 @@ def test_invalid_argument_is_named(
         trainer.evaluate()
     with pytest.raises(ValueError, match="save_model: nothing was trained yet"):
         trainer.save_model(tmp_path / "copy")
+
+
+def test_shuffled_rows_are_those_that_were_selected() -> None:
+    """Mutation: read the columns of the dataset before it was shuffled."""
+    shuffled = make_image_rows(rows(6)).shuffle(seed=1).select(range(3))
+    config = TrainConfig("m", "-", "-", eval_fraction=0.0)
+    loaded = given_training_rows(shuffled, None, config, modality="image")
+    assert loaded.train["id"][:] == shuffled["id"][:] and len(loaded.train) == 3
 
 
 @pytest.mark.slow
