@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from transformers import SchedulerType
@@ -19,6 +21,7 @@ from dpo_mm.recipe import Recipe, read_recipe
 from tests.contracts import tiny_vlms
 from tests.contracts.families import BUILDERS
 
+WHAT_FITS = Path(__file__).parents[2] / "docs" / "benchmarks" / "what-fits.json"
 PRESETS = sorted(path.stem for path in presets_folder().glob("*.yaml"))
 TINY = {
     "sd15": "stable-diffusion",
@@ -82,6 +85,21 @@ def test_preset_cites_the_source_of_its_numbers(name: str) -> None:
     assert comments
     if recipe(name).train.model not in BUNDLED:
         assert re.search(r"\d{4}\.\d{5}|\bours and not tuned\b|examples/", text, re.IGNORECASE)
+
+
+def test_presets_of_pretrained_models_say_what_to_change_and_what_they_cost() -> None:
+    computed = {
+        f"{columns['training']:.1f} GiB"
+        for model in json.loads(WHAT_FITS.read_text())["models"].values()
+        if (columns := model["columns"]["LoRA, checkpointing"])
+    }
+    names = [name for name in PRESETS if recipe(name).train.model not in BUNDLED]
+    assert len(names) > 15
+    for name in names:
+        head = (presets_folder() / f"{name}.yaml").read_text().partition("title:")[0]
+        assert "# Change first: " in head and "Time: not measured" in head, name
+        gib = re.search(r"# Memory with batch_size 1.*?: ([\d.]+ GiB)", head)
+        assert gib[1] in computed if gib else f"dpo-mm train {name} --dry-run" in head, name
 
 
 @pytest.fixture(scope="module")
