@@ -22,6 +22,7 @@ from dpo_mm.cli.command_settings import (
 )
 from dpo_mm.cli.export_run import export
 from dpo_mm.cli.label import Overwrite
+from dpo_mm.cli.next_command import after_quickstart, after_training
 from dpo_mm.cli.runs import runs
 from dpo_mm.cli.settings_help import SettingsCommand, commented_config
 from dpo_mm.cli.terminal import report_command, run_as_command, say, suppress_library_output
@@ -97,7 +98,6 @@ def quickstart(
 
     The tuned model is compared with its base on held-out prompts or questions.
     """
-    from dpo_mm.config import CompareResponsesConfig
     from dpo_mm.recipe import read_recipe, run_recipe
 
     tasks = {
@@ -113,16 +113,7 @@ def quickstart(
     with suppress_library_output():
         recipe = read_recipe(*tasks[task], flags)
         run_recipe(recipe, command=report_command())
-    config = recipe.compare
-    again = (
-        f"dpo-mm compare --model {quoted(config.model)} --adapter {quoted(config.adapter)} "
-        f"--output-dir {quoted(f'{output_dir}-again')}"
-    )
-    if isinstance(config, CompareResponsesConfig):
-        say(f"Next, sampled instead of greedy: {again} --questions {quoted(config.questions)} --temperature 1")
-    else:
-        sampling = f"--num-inference-steps {config.num_inference_steps} --guidance-scale {config.guidance_scale:g} --seed {seed + 1}"
-        say(f"Next, on other seeds: {again} {sampling}")
+    say(after_quickstart(recipe.compare, output_dir, seed))
 
 
 presets.add_commands(app)
@@ -252,11 +243,7 @@ def train(
     if not process_rank().is_first:
         return
     say(f"Trained: {result.folder}")
-    base = f"--base-adapter {quoted(settings.adapter)} " if settings.adapter else ""
-    say(
-        f"Next: dpo-mm compare --model {quoted(settings.model)} {base}--adapter {quoted(result.folder)} "
-        f"--output-dir {quoted(f'{result.folder}-compared')}{f' --quantize {settings.quantize}' if settings.quantize else ''}"
-    )
+    say(after_training(settings, result.folder))
 
 
 @app.command(cls=SettingsCommand, context_settings=SETTINGS_AS_FLAGS)
