@@ -40,14 +40,17 @@ from tests.bench.smollm2_tasks import side_questions, tasks
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RIGHT, ANSWERED = (f"{smollm2_tasks.__name__}:{name}" for name in ("right", "answered"))
-PROMPTS, TRAIN_PROMPTS, SAMPLES = 150, 256, 4
+PROMPTS, TRAIN_PROMPTS, SAMPLES = 150, 128, 4
 """Held-out prompts, training prompts, and responses to each of mining and of best-of-4: the greedy one and three sampled."""
 TEMPERATURE = 0.7
 MAX_NEW_TOKENS, SIDE_TOKENS = 64, 32
-STEPS, BATCH = 40, 4
+STEPS, BATCH = 32, 4
+EXAMPLES = 6
+"""Responses in an arm's file."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"objective": "sft"},
     "dpo, sft term": {"sft_weight": 1.0},
+    "sft, 64 steps": {"objective": "sft", "steps": 2 * STEPS},
     "dpo": {},
 }
 """Settings of the arms that train."""
@@ -203,8 +206,8 @@ def run(arm: str, seed: int, study: Study) -> dict[str, Any]:
     """Train and evaluate one arm.
 
     Returns:
-        Prompts with their categories, and for each a digit (1: right), for the held-out prompts and the side questions. Also the tokens
-        of each held-out response, some responses, and CPU seconds (those of training only if it was not resumed).
+        For the held-out prompts and the side questions: their names, and for each a digit (1: right). Also the mean number of tokens of the
+        held-out responses (of best of 4: of the greedy ones), some responses, and CPU seconds (those of training only if it was not resumed).
     """
     config = training_config(arm, seed, study, mine_pairs(study)) if arm in SETTINGS else None
     is_new, start = config is not None and not Path(config.output_dir).exists(), time.process_time()
@@ -215,20 +218,21 @@ def run(arm: str, seed: int, study: Study) -> dict[str, Any]:
     policy, samples = load_text_policy(study.base, adapter=adapter), range(SAMPLES if arm == "best of 4" else 1)
     held_out, side = ([respond(study, policy, name, adapter, sample=n) for n in samples] for name in SETS)
     questions, sides = (read_questions(study.questions(name)) for name in SETS)
-    first = held_out[0].responses
+    greedy = held_out[0].responses
     return {
         "arm": arm,
         "seed": seed,
         "command": "python -m tests.bench.smollm2 docs/benchmarks/smollm2",
         **({"steps": config.steps, "pairs": pq.read_metadata(config.pairs).num_rows} if config else {}),
-        "prompts": [question.prompt for question in questions],
-        "categories": [question.category for question in questions],
+        "prompts": [question.id for question in questions],
         "right": digits(held_out, RIGHT),
-        "side_prompts": [question.prompt for question in sides],
-        "side_categories": [question.category for question in sides],
+        "side_prompts": [question.id for question in sides],
         "side_right": digits(side, ANSWERED),
-        "tokens": [response.tokens for response in first],
-        "responses": [response.text for response in first[:6]],
+        "tokens": round(float(np.mean([response.tokens for response in greedy])), 1),
+        "examples": [
+            {"prompt": question.prompt, "response": response.text, "right": ratio[0] == 1}
+            for question, response, ratio in zip(questions, greedy, held_out[0].ratios[RIGHT].tolist(), strict=True)
+        ][:EXAMPLES],
         "train_cpu_seconds": round(trained - start, 1) if is_new else None,
         "sample_cpu_seconds": round(time.process_time() - trained, 1),
     }

@@ -112,3 +112,43 @@ def test_arms_are_compared_by_seed_and_prompt() -> None:
     assert (result.base, result.tuned, result.n, result.clusters) == (0.5, 0.75, 80, 20)
     result = write.compare(tuned, tuned[1:], "right")
     assert result.difference == 0 and result.n == 40
+
+
+def smollm2_table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))  # the script imports write_drawings_table
+    return script("write_smollm2_table")
+
+
+def test_tables_of_smollm2_equal_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = smollm2_table(monkeypatch)
+    by_arm = write.runs(write.RESULTS, write.NAMES)
+    assert {"base", "sft", "dpo, sft term"} <= set(by_arm) <= set(write.NAMES)
+    page = write.PAGE.read_text(encoding="utf-8")
+    assert write.written(page, by_arm) == page
+
+
+def test_tables_of_smollm2_have_shares_of_tasks_and_shared_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = smollm2_table(monkeypatch)
+
+    def run(arm: str, seed: int, right: str, side: str) -> dict[str, object]:
+        prompts = [f"{task}-{number}" for number in range(20) for task in ("json", "list")]
+        names = {"prompts": prompts, "side_prompts": [f"sum-{number}" for number in range(20)]}
+        return {
+            "arm": arm,
+            "seed": seed,
+            **names,
+            "right": right,
+            "side_right": side,
+            "tokens": 30.4,
+            "train_cpu_seconds": 90,
+        }
+
+    base = run("base", 0, "10" * 20, "1" * 20)
+    sft = [run("sft", seed, "11" * 20, "10" * 10) for seed in (0, 1)]
+    term = [run("dpo, sft term", 1, "01" * 20, "1" * 20)]
+    by_arm = {"base": [base], "sft": sft, "dpo, sft term": term}
+    lines = write.arms_table(by_arm).splitlines()[2:]
+    assert lines[0].startswith("| base |  | 50.0% |  | 100.0% | 0.0% | 30 | 100.0% |")
+    assert lines[1].startswith("| SFT on the chosen | 0, 1 | 100.0% | +50.0 (") and "| 50.0% | -50.0 (" in lines[1]
+    (against,) = write.against_table(by_arm).splitlines()[2:]
+    assert against.startswith("| DPO with the SFT term | SFT on the chosen | 1 | -50.0 (") and "| +50.0 (" in against
