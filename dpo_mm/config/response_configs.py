@@ -17,8 +17,8 @@ class CompareResponsesConfig(Settings):
     output_dir: str
     """Folder for the responses, their scores and the report."""
     questions: str
-    """Name of a synthetic dataset (pages-held-out, scenes-held-out, sums-held-out), or Parquet or JSON lines with images,
-    prompt and ground_truth. They must not be in the training data."""
+    """Name of a synthetic dataset (pages-held-out, scenes-held-out, sums-held-out), Parquet or JSON lines with images,
+    prompt and ground_truth, or a file of a published benchmark. They must not be in the training data."""
     adapter: str | None = None
     """Folder or hub id of a LoRA in PEFT's format, or folder of a fully tuned model. null: compare the base with itself."""
     base_adapter: str | None = None
@@ -78,8 +78,8 @@ class MineResponsesConfig(Settings):
     model: str
     """Folder or hub id of the model that responds, or the name of a bundled one."""
     questions: str
-    """Name of a synthetic dataset (pages-train, scenes-train, sums-train), or Parquet or JSON lines with images, prompt
-    and ground_truth."""
+    """Name of a synthetic dataset (pages-train, scenes-train, sums-train), Parquet or JSON lines with images, prompt
+    and ground_truth, or a file of a published benchmark."""
     output_dir: str
     """Folder for the pairs. They are in pairs.parquet."""
     judges: tuple[str, ...] | str

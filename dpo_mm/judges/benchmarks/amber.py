@@ -7,7 +7,7 @@ image or associated with one. Safe words (safe_words.txt) are never wrong. Every
 
 The published code finds nouns with NLTK's tagger and WordNet, and also accepts words whose spaCy vectors are similar to a right
 one. Here each word of the vocabulary counts, whatever part of speech it is, and similar words are not accepted. So CHAIR and
-Hal are higher here, and Cover and Cog lower. Compare only numbers of the same judge.
+Hal are usually higher here, and Cover and Cog lower. Compare only numbers of the same judge.
 
 Source: Wang et al. 2023 (2311.07397), github.com/junyangwang0410/AMBER (Apache-2.0), inference.py.
 """

@@ -19,8 +19,8 @@ bs4 = import_extra("bs4", "beautifulsoup4")
 SIDES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 """Steps in rows and columns to each side."""
 
-MOST_SPANNED = 1000
-"""Largest colspan and rowspan, as in HTML. A response cannot fill the memory with a larger one."""
+MOST_SPANNED = 200
+"""Largest colspan and rowspan that count. A response cannot fill the memory with larger ones."""
 
 
 class Cell(NamedTuple):

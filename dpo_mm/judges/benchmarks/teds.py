@@ -45,7 +45,9 @@ def teds_structure(responses: Sequence[Response], ground_truths: Sequence[str]) 
 
 
 def table_similarity(text: str, truth: str, *, structure_only: bool = False) -> float:
-    """TEDS of two tables, in [0, 1]. It is 0 if one of them is not a table, or a span is not a number.
+    """TEDS of two tables, at most 1. It is 0 if one of them is not a table, or a span is not a number.
+
+    Trees without a similar node can be farther apart than the larger one has nodes. The value is then negative, as published.
 
     Args:
         text, truth: documents or tables. Of several tables the first counts.
