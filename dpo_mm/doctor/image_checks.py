@@ -133,6 +133,8 @@ def _label_contradiction(row: Row) -> str:
     p, a, b = row.get("p_a"), row.get("votes_a"), row.get("votes_b")
     if p is not None and sign * (p - 0.5) <= 0:
         return f"{label} p_a is {p:g}"
+    if row.get("given_preference") is not None:  # relabelled: the votes are about the label before
+        return ""
     if a is not None and b is not None and a + b > 0 and sign * (a - b) <= 0:
         return f"{label} the votes are {a} to {b}"
     a, b = row.get("score_a"), row.get("score_b")

@@ -464,3 +464,11 @@ def test_examine_unreadable_dataset_raises_with_its_name(tmp_path: Path) -> None
     (tmp_path / "z.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="not readable as Parquet"):
         examine(str(tmp_path / "z.parquet"))
+
+
+def test_votes_of_a_relabelled_row_are_about_its_old_label() -> None:
+    """Mutation: compare the new label with them."""
+    row = {"preference": "a", "p_a": 0.7, "votes_a": 0, "votes_b": 1}
+    assert "votes are 0 to 1" in image_checks._label_contradiction(row)
+    assert not image_checks._label_contradiction({**row, "given_preference": "b"})
+    assert "p_a is 0.3" in image_checks._label_contradiction({**row, "given_preference": "b", "p_a": 0.3})
