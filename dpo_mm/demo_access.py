@@ -206,7 +206,7 @@ def people_links(address: str, hashes: Mapping[str, str], new: Mapping[str, str]
     """Return the lines that tell the host which link to send to whom."""
     lines = [f"{name}: {link(address, key)}" for name, key in new.items()]
     if new:
-        lines.insert(0, "Send each person this link. It is printed once, and votes under this name:")
+        lines.insert(0, "Send each person this link. It is printed once, and opens the page under this name:")
     if len(new) < len(hashes):
         old = ", ".join(name for name in hashes if name not in new)
         lines.append(f"Links printed earlier still open the page: {old}. For new links, remove {file}")

@@ -128,6 +128,21 @@ def test_comparison_pages_serve_no_file_of_the_machine(name: str, serve_once: Ca
             assert response.status >= 400 and b"root:" not in response.body()
 
 
+@pytest.mark.parametrize(("name", "button"), [("images", "#generate"), ("captions", ".generate:visible")])
+def test_people_open_comparison_pages_by_their_links(
+    name: str, button: str, serve: Callable[..., Any], page: Any, tmp_path: Path
+) -> None:
+    """It catches a page that takes --people and opens without a link, or an event that needs none."""
+    (tmp_path / "people.txt").write_text("Ada\n")
+    server = serve(name, "--host", "0.0.0.0", "--people", "people.txt")
+    (key,) = re.findall(r"^Ada: http://\S+\?key=(\S+)$", server.process.stdout, re.M)
+    assert page.request.get(server.address).status == 401
+    assert page.request.post(f"{server.address}/gradio_api/queue/join", data={}).status == 401
+    page.goto(f"{server.address.replace('127.0.0.1', '127.0.0.2')}/?key={key}")
+    page.locator(button).first.wait_for()
+    assert "key" not in page.url
+
+
 @pytest.mark.parametrize("name", ["images", "captions"])
 def test_visitors_read_no_address_of_an_object(name: str, serve_once: Callable[..., Any], page: Any) -> None:
     """It catches the value and the callback of a state, which Gradio prints into the configuration."""

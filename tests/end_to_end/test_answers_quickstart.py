@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dpo_mm.assets import resolve_asset
 from dpo_mm.data.questions import read_questions
 from dpo_mm.policies.families import load_policy
+from tests.end_to_end import beside_bars
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +31,7 @@ def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Pa
     command = [sys.executable, "-m", "dpo_mm", "quickstart", "--task", request.param]
     done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert beside_bars(done.stderr) == []
     assert "Verdict: better" in done.stdout and "Next" in done.stdout
     folder = empty / "runs" / "quickstart"
     metrics = json.loads((folder / "metrics.json").read_text())

@@ -17,6 +17,7 @@ from dpo_mm.assets import resolve_asset
 from dpo_mm.evaluation.compare_images import sampling_plan
 from dpo_mm.policies.families import load_policy
 from dpo_mm.recipe import read_recipe
+from tests.end_to_end import beside_bars
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +45,7 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "dpo_mm", "quickstart"], cwd=empty, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert beside_bars(done.stderr) == []
     assert "Verdict: better" in done.stdout and "runs/quickstart/report.html" in done.stdout
     assert "Next, on other seeds: dpo-mm compare" in done.stdout
     return empty / "runs" / "quickstart"
