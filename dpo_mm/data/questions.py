@@ -47,6 +47,7 @@ class Question:
         other_truths: further correct responses. A response counts against the one that suits it best.
         has_ground_truth: False if the correct response is unknown.
         rubric: what a judge that is a model grades by. "": its own rubric.
+        truth_is_response: False if the ground truth only describes correct responses, as the tests of a benchmark do.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Question:
     other_truths: tuple[str, ...] = ()
     has_ground_truth: bool = True
     rubric: str = ""
+    truth_is_response: bool = True
 
     @property
     def ground_truths(self) -> tuple[str, ...]:
@@ -68,7 +70,8 @@ class Question:
         """Fields for cache keys. Images of files are their hashes, so that they are not decoded."""
         hashes = self.images.file_hashes if isinstance(self.images, LazyImages) else ()
         content = {**vars(self), "images": hashes or self.images}
-        return content if self.rubric else {name: value for name, value in content.items() if name != "rubric"}
+        unneeded = ("truth_is_response",) if self.rubric else ("truth_is_response", "rubric")
+        return {name: value for name, value in content.items() if name not in unneeded}
 
 
 def read_questions(
@@ -260,6 +263,7 @@ def _question(row: dict[str, Any], name: str, number: int, images: Sequence[Imag
         other_truths=truths[1:],
         has_ground_truth=bool(truths),
         rubric=str(row.get("rubric") or ""),
+        truth_is_response=row.get("truth_is_response") is not False,
     )
 
 

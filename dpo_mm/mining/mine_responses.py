@@ -63,6 +63,11 @@ def mine_responses(config: MineResponsesConfig) -> Path:
     without = next((question.id for question in questions if not question.has_ground_truth), None)
     if without is not None:
         raise ValueError(f"{config.questions}: question {without} has no ground truth, and mining needs it. Add it.")
+    described = next((question.id for question in questions if not question.truth_is_response), None)
+    if described is not None and config.chosen == "ground_truth":
+        raise ValueError(
+            f"{config.questions}: the ground truth of question {described} describes correct responses and is not one. Set chosen: best"
+        )
     settings = settings_of("mined response pairs", ingredients(config, questions))
     with output_folder(folder, MINING, settings, inputs=inputs, overwrite=config.overwrite) as finished:
         if not finished:

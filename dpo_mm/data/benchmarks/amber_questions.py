@@ -38,6 +38,7 @@ def questions(rows: Iterable[dict[str, Any]], file: Path) -> Iterator[dict[str, 
             "ground_truth": {name: annotation[name] for name in ("truth", "hallu")}
             if is_description
             else annotation["truth"],
+            "truth_is_response": not is_description,
             "category": annotation["type"],
         }
 

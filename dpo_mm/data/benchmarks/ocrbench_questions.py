@@ -29,5 +29,6 @@ def questions(rows: Iterable[dict[str, Any]], file: Path) -> Iterator[dict[str, 
             "image": folders.find(row["image_path"]),
             "prompt": row["question"],
             "ground_truth": [{WITHOUT_SPACES: str(answer)} if is_formula else answer for answer in answers],
+            "truth_is_response": not is_formula,
             "category": row["type"],
         }

@@ -52,6 +52,7 @@ def questions(rows: Iterable[dict[str, Any]], file: Path) -> Iterator[dict[str, 
             "images": pdf_page(file.parent, f"{FOLDER}/{pdf}", page),
             "prompt": PROMPT,
             "ground_truth": {"tests": own},
+            "truth_is_response": False,
             "category": file.stem,
         }
 

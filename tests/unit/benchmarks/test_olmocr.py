@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dpo_mm.config import MineResponsesConfig
 from dpo_mm.data.questions import read_questions
 from dpo_mm.data.schema import Response
 from dpo_mm.judges import Ratio, explain, load_judge
 from dpo_mm.judges.benchmarks.olmocr_tests import final_repeats, passes, plain_text
+from dpo_mm.mining.mine_responses import mine_responses
 
 SPANS = """<table><thead><tr><th rowspan="2">Region</th><th colspan="2">Sales</th></tr><tr><th>Q1</th><th>Q2</th></tr></thead>
 <tr><td>North</td><td>10</td><td>20<br>n</td></tr><tr><td>South</td><td>30</td><td>40</td></tr></table>"""
@@ -89,6 +91,11 @@ def test_files_as_published(tmp_path: Path) -> None:
     save_pdf(tmp_path / "pdfs" / "blank.pdf", 1)
     blank, second, first = read_questions(str(tmp_path))
     assert [blank.category, second.category, second.images[0].size] == ["blanks", "old_scans", (967, 1288)]
+    assert not first.truth_is_response and "truth_is_response" not in first.content
+    with pytest.raises(ValueError, match="describes correct responses and is not one"):
+        mine_responses(
+            MineResponsesConfig("none", str(tmp_path / "blanks.jsonl"), str(tmp_path / "out"), judges="olmocr_tests")
+        )
     assert first.id == "old/notes.pdf-page-1" and second.content["images"] != first.content["images"]
     responses = [Response("Order by repo, Page 7", 1, hit_limit=False)]
     scores = {
