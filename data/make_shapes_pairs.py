@@ -45,6 +45,8 @@ Pictures that `shapes-sd` drew of its training prompts (16 a prompt for faithful
 - `prompts-train.txt`, `prompts-held-out.txt`: disjoint in their combinations (`dpo_mm.worlds.shapes.split`).
 - `faithfulness.parquet`: chosen shows exactly what the prompt asks for, rejected does not.
 - `aesthetic.parquet`: chosen is prettier by at least 0.1, and follows the prompt at least as well.
+- `edits-train.parquet`, `edits-held-out.parquet`: instructions with an image to edit, by `python data/make_shapes_editor.py`. The lists
+  have no combination of kind, shape and colour in common (`dpo_mm.worlds.shape_edits.held_out_combinations`).
 
 | file | rows | bytes | sha256 |
 |---|---|---|---|

@@ -143,14 +143,13 @@ def reconstruction_quality(vae: AutoencoderKL, images: torch.Tensor, prompts: li
     return float(right), float(10 * torch.log10(4 / F.mse_loss(y.clamp(-1, 1), x)))
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Build CLIP's byte-pair tokenizer with a vocabulary of the words in the prompts."""
-    train, held_out = shapes.split()
+def make_tokenizer(folder: Path, texts: list[str]) -> CLIPTokenizer:
+    """Build CLIP's byte-pair tokenizer with a vocabulary of the words in these prompts."""
     bpe = Tokenizer(BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = Lowercase(), WhitespaceSplit()
     alphabet = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789,.'!?-")
     trainer = BpeTrainer(vocab_size=400, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(train + held_out, trainer)
+    bpe.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     bpe.model.save(str(folder))
     vocabulary = json.loads((folder / "vocab.json").read_text())
@@ -316,7 +315,8 @@ def main() -> None:
     if pipe_path.exists():
         pipe = StableDiffusionPipeline.from_pretrained(pipe_path)
     else:
-        tokenizer = make_tokenizer(options.work / "tokenizer")
+        train, held_out = shapes.split()
+        tokenizer = make_tokenizer(options.work / "tokenizer", train + held_out)
         pipe = assemble(vae, *make_denoiser(tokenizer), tokenizer)
         train_denoiser(pipe, encode(vae, images), prompts, options.denoiser_steps, batch=64, work=options.work)
     pipe.to("cpu", torch.float16)

@@ -30,7 +30,7 @@ from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.policies.families import load_image_policy
 
 BUNDLED_MODEL, BUNDLED_ADAPTER = "shapes-sd", "shapes-sd-faithful"
-SAMPLERS = {BUNDLED_MODEL: (15, 1.5), "shapes-editor": (15, 1.0)}
+SAMPLERS = {BUNDLED_MODEL: (15, 1.5), "shapes-editor": (10, 1.0)}
 """Steps and guidance of bundled models."""
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 SEEDS = 4

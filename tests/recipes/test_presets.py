@@ -33,6 +33,8 @@ TINY = {
     "qwen_image": "qwen-image",
     "z_image": "z-image",
     "flux2_klein": "flux2-klein",
+    "flux_kontext": "flux-kontext",
+    "instruct_pix2pix": "instruct-pix2pix",
 }
 """The tiny pipeline that replaces a preset's model."""
 TINY_VLMS = {"nanonets_ocr2": "qwen2_5_vl", "olmocr2": "qwen2_5_vl", "qwen2_5_vl_json": "qwen2_5_vl"}

@@ -48,8 +48,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], tupl
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
-    """Five pairs of images, and five pairs of responses, by whether they are text."""
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Five pairs of images, of edited images and of responses."""
     folder = tmp_path_factory.mktemp("pairs")
     responses = make_response_rows(
         [
@@ -64,14 +64,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
     )
     responses.to_parquet(str(folder / "responses.parquet"))
     make_image_rows(rows(5)).to_parquet(str(folder / "images.parquet"))
-    return {True: str(folder / "responses.parquet"), False: str(folder / "images.parquet")}
+    make_image_rows([{**row, "image_source": row["image_a"]} for row in rows(5)]).to_parquet(
+        str(folder / "edits.parquet")
+    )
+    return {kind: str(folder / f"{kind}.parquet") for kind in ("responses", "images", "edits")}
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_trains(name: str, tiny: Any, files: dict[bool, str], tmp_path: Path) -> None:
+def test_preset_trains(name: str, tiny: Any, files: dict[str, str], tmp_path: Path) -> None:
     is_text = isinstance(read_recipe_file(name, {}).compare, CompareResponsesConfig)
     model, size = tiny(name.partition("-")[2], is_text)
-    given = {"model": model, "output_dir": str(tmp_path / "run"), "train.pairs": files[is_text], **SHORT}
+    kind = "responses" if is_text else "edits" if name.startswith("editing-") else "images"
+    given = {"model": model, "output_dir": str(tmp_path / "run"), "train.pairs": files[kind], **SHORT}
     given |= {} if is_text else EVALUATED
     if size:
         given["train.resolution"] = str(size)

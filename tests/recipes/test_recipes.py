@@ -26,6 +26,11 @@ SHORT_TEXT_RUN = [
 RECIPES = {
     "aesthetic": (SHORT_IMAGE_RUN, "aesthetic", "pytorch_lora_weights.safetensors"),
     "captioner": (SHORT_TEXT_RUN, "chair_i", "adapter_model.safetensors"),
+    "editing": (
+        [*SHORT_IMAGE_RUN, "--mine.judges", "aesthetic", "--mine.guards", "aesthetic"],
+        "edit_followed",
+        "pytorch_lora_weights.safetensors",
+    ),
     "faithfulness": (SHORT_IMAGE_RUN, "faithfulness", "pytorch_lora_weights.safetensors"),
     "ocr": ([*SHORT_TEXT_RUN, "--mine.judges", "cer"], "degeneration", "adapter_model.safetensors"),
     "custom_judge": (

@@ -199,10 +199,10 @@ def test_read_recipe_flag_reaches_each_section_that_has_it(tmp_path: Path) -> No
 def test_read_recipe_every_preset_loads() -> None:
     names = [
         (task, name)
-        for task in ("faithfulness", "aesthetic", "captioner", "ocr", "custom_judge")
+        for task in ("faithfulness", "aesthetic", "captioner", "ocr", "editing", "custom_judge")
         for name in presets(task)
     ]
-    assert len(names) == 30
+    assert len(names) == 33
     for task, name in names:
         assert read_recipe(task, name, {}).train.beta > 0
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpo_mm.data.prompts import read_prompt_set
 from dpo_mm.judges.edit_judge import MAX_DIFFERENCE, _box, _read, edit_followed, edit_preserved
 from dpo_mm.judges.self_test import self_test
 from dpo_mm.worlds import shape_edits, shapes
@@ -92,6 +93,17 @@ def test_every_task_is_right_when_done_and_unchanged_when_not() -> None:
     kinds = [parse(prompt).kind for prompt in prompts]
     assert [kinds.count(kind) for kind in shape_edits.KINDS] == [COUNT // 3] * 3
     assert 10 < sum(parse(prompt).colour is not None for prompt in prompts) - COUNT // 3 < 35
+
+
+def test_training_and_held_out_edits_have_no_combination_in_common() -> None:
+    """The bundled lists are among them. Mutation that it catches: a list with the other list's edits."""
+    held_out, train = (
+        {parse(one.text).combination for one in read_prompt_set(f"shapes-edits-{name}").prompts}
+        for name in ("held-out", "train")
+    )
+    assert held_out <= shape_edits.held_out_combinations() and not train & shape_edits.held_out_combinations()
+    assert {kind for kind, *_ in held_out} == {kind for kind, *_ in train} == set(shape_edits.KINDS)
+    assert len(shape_edits.held_out_combinations()) == 19
 
 
 def test_instructions_are_read_as_they_are_written() -> None:
