@@ -25,6 +25,7 @@ from dpo_mm.recipe import read_recipe_file
 from tests import forked
 
 TUTORIALS = Path(__file__).parents[3] / "docs" / "tutorials"
+IMAGES = (("--images-per-prompt 2", "--max-prompts 4 --images-per-prompt 1 --num-inference-steps 2"),)
 SMALLER: dict[str, tuple[tuple[str, str], ...]] = {
     "captioner": (
         ("--max-questions 300", "--max-questions 40"),
@@ -39,12 +40,31 @@ SMALLER: dict[str, tuple[tuple[str, str], ...]] = {
         ("responses_per_question: 9", "responses_per_question: 4"),
         ("max_questions: 400", "max_questions: 20"),
     ),
+    "first-lora": (
+        ("range(200)", "range(24)"),
+        ("--steps 120", "--steps 2 --warmup-steps 1"),
+        ("--max-prompts 36 ", ""),
+        *IMAGES,
+        ("num_inference_steps=15", "num_inference_steps=2"),
+    ),
     "ocr": (
         ("limit=400", "limit=24"),
         ("--steps 40", "--steps 2 --batch-size 4"),
         ("--max-questions 200", "--max-questions 8 --max-new-tokens 100"),
         ("--max-questions 400", "--max-questions 24 --max-new-tokens 100"),
         ("limit=24", "limit=2"),
+    ),
+    "public-dataset": (
+        ("range(320)", "range(48)"),
+        ("--steps 100", "--steps 2 --warmup-steps 1"),
+        *IMAGES,
+        ("num_inference_steps=15", "num_inference_steps=2"),
+    ),
+    "votes": (
+        ("[::12]", "[::40]"),
+        ("--steps 80", "--steps 2 --warmup-steps 1"),
+        *IMAGES,
+        ("num_inference_steps=15", "num_inference_steps=2"),
     ),
 }
 """Text of each tutorial and what the test runs instead."""
