@@ -360,11 +360,12 @@ def _compare(
 
 def _check_judges(names: Iterable[str], config: Any) -> None:
     """Raise ValueError for a judge that is unknown or does not fit, or for images' prompts, before time is spent on them."""
-    from dpo_mm.judges import load_judge, load_response_judge, takes_questions
+    from dpo_mm.judges import check_outputs, load_judge, load_response_judge, takes_questions
 
     is_text = isinstance(config, CompareResponsesConfig | MineResponsesConfig)
     for name in names:
         load_response_judge(name) if is_text else load_judge(name)
+        check_outputs(name, "responses" if is_text else "images")
     if is_text and config.rubric and not any(takes_questions(name) for name in names):
         raise ValueError("rubric: none of the judges reads it. Add rubric_score:SERVED@SERVER, or remove rubric")
     if isinstance(config, CompareConfig):

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -127,6 +127,15 @@ def _refuse_questions(name: str) -> None:
 def load_response_judge(name: str) -> Any:
     """Load the function of a judge of responses, also of one that takes questions. Raise ValueError as `load_judge`."""
     return _judge_function(name) if takes_questions(name) else load_judge(name)
+
+
+def check_outputs(name: str, outputs: Literal["images", "responses"]) -> None:
+    """Raise ValueError for a judge whose first parameter is named after the other kind of outputs."""
+    first = next(iter(inspect.signature(_judge_function(name)).parameters), "")
+    if first in ("images", "responses") and first != outputs:
+        raise ValueError(
+            f"judge {name!r} scores {first}, not {outputs}. Choose another judge, or the command for {first}"
+        )
 
 
 def check_prompts(names: Sequence[str], prompts: Sequence[str]) -> None:

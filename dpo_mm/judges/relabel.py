@@ -33,7 +33,15 @@ from dpo_mm.data.image_files import rgb_image
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.data.row_digest import digest
 from dpo_mm.interruption import stop_on_signal
-from dpo_mm.judges import is_pairwise, judge_card, judge_digests, load_judge, load_pairwise, takes_sources
+from dpo_mm.judges import (
+    check_outputs,
+    is_pairwise,
+    judge_card,
+    judge_digests,
+    load_judge,
+    load_pairwise,
+    takes_sources,
+)
 from dpo_mm.judges.score_checks import score_pairs
 from dpo_mm.judges.scoring import SCORING, check_sources, scored_columns
 from dpo_mm.output_files import output_files, write_file
@@ -153,6 +161,7 @@ def _check(config: RelabelConfig) -> None:
         raise ValueError(f"output {config.output!r}: expected a file name that ends in .parquet")
     for name in config.judges:
         load_pairwise(name) if is_pairwise(name) else load_judge(name)
+        check_outputs(name, "images")
 
 
 # Labels

@@ -27,7 +27,7 @@ from dpo_mm.data.row_paths import MARK, is_regular
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.data.text_files import read_lines
 from dpo_mm.interruption import stop_on_signal
-from dpo_mm.judges import judge_card, judge_digests, load_judge, takes_sources
+from dpo_mm.judges import check_outputs, judge_card, judge_digests, load_judge, takes_sources
 from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.output_files import output_files, write_file
 from dpo_mm.outputs import OutputKind, output_folder, settings_of
@@ -79,6 +79,7 @@ def score(config: JudgeConfig) -> ScoreResult | None:
     if not config.output.endswith(".parquet"):
         raise ValueError(f"output {config.output!r}: expected a file name that ends in .parquet")
     load_judge(config.judge)
+    check_outputs(config.judge, "images")
     parts, output = Path(f"{config.output}.parts"), Path(config.output)
     files = output_files([output, output.with_suffix(".json")], inputs=[config.images, config.prompts])
     with stop_on_signal(lambda: saved_shards(parts)), files:

@@ -26,7 +26,7 @@ from dpo_mm.data.prompts import PromptSpec, read_prompt_set, seeds_of
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response
 from dpo_mm.evaluation.contact_sheet import mark_of, strips
-from dpo_mm.judges import check_prompts, load_judge
+from dpo_mm.judges import check_outputs, check_prompts, load_judge
 from dpo_mm.judges.score_checks import image_scores, response_ratios
 from dpo_mm.policies.diffusion.placement import move
 from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources, images_to_edit
@@ -70,6 +70,7 @@ def validate_samples(config: TrainConfig, *, modality: Modality) -> None:
         return
     for judge in config.sample_judges:
         load_judge(judge)
+        check_outputs(judge, "images" if modality == "image" else "responses")
     if modality == "image":
         check_prompts(config.sample_judges, [prompt.text for prompt in _sample_prompts(source)])
     else:

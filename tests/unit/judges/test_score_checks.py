@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpo_mm.data.schema import Response
-from dpo_mm.judges import Ratio
+from dpo_mm.judges import Ratio, check_outputs
 from dpo_mm.judges.score_checks import higher_is_better_scores, image_scores, pair_probabilities, response_ratios
 from tests.conftest import noise_image
 
@@ -117,3 +117,10 @@ def test_response_ratios_takes_the_best_of_several_truths() -> None:
     truths = [["25th June", "June 25"]] * 2 + [["June", "Juli"]]
     assert response_ratios("anls", responses, truths).tolist() == [[1, 1], [1, 1], [0.75, 1]]
     assert response_ratios("cer", responses, truths).tolist() == [[0, 7], [0, 9], [1, 4]]
+
+
+@pytest.mark.parametrize(("judge", "outputs"), [("cer", "images"), ("aesthetic", "responses")])
+def test_judge_of_the_other_kind_of_outputs_is_refused(judge: str, outputs: Any) -> None:
+    with pytest.raises(ValueError, match=f"judge '{judge}' scores .*, not {outputs}"):
+        check_outputs(judge, outputs)
+    check_outputs(judge, "responses" if outputs == "images" else "images")
