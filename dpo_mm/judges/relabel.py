@@ -366,7 +366,7 @@ def _summary(
         "pairs": len(before),
         "kept": len(changes),
         "left out, judges disagree": int((decoded & ~accepted).sum()),
-        "left out, a picture does not decode": int((~decoded).sum()),
+        "left out, an image does not decode": int((~decoded).sum()),
         "labels as before": sum(old == new for old, new in changes),
         "wins turned to the other side": sum({old, new} == {"a", "b"} for old, new in changes),
         "wins that became ties": sum(old in ("a", "b") and new == "tie" for old, new in changes),

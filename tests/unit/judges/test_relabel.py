@@ -255,7 +255,7 @@ def test_relabel_undecodable_image_raises_or_is_left_out(
         relabel(config)
     done = relabel(dataclasses.replace(config, undecodable_images="drop"))
     assert done is not None and list(load_pairs(str(done.path))["id"]) == ["whole"]
-    assert done.summary["left out, a picture does not decode"] == 1
+    assert done.summary["left out, an image does not decode"] == 1
 
 
 @pytest.mark.parametrize(
