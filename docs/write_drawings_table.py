@@ -26,6 +26,9 @@ NAMES = {
     "sft, then dpo": "SFT, then DPO on its own failures",
     "sft, then dpo, sft term": "SFT, then DPO with the SFT term",
     "sft, then more sft": "SFT, then SFT on its own best",
+    "dpo, beta 100": "DPO, beta 100",
+    "dpo, rate 2e-3": "DPO, learning rate 2e-3",
+    "sft, rate 2e-3": "SFT, learning rate 2e-3",
 }
 """Arms in the order of the table, and their names in it. Other arms follow under their own names."""
 AGAINST = (
@@ -34,6 +37,7 @@ AGAINST = (
     ("sft, then dpo", "sft, then more sft"),
     ("sft, then dpo, sft term", "sft, then more sft"),
     ("sft, then dpo, sft term", "sft"),
+    ("dpo, rate 2e-3", "sft, rate 2e-3"),
 )
 """Arms that are compared with each other."""
 

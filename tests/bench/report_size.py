@@ -13,6 +13,7 @@ import csv
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +42,9 @@ class RandomSampler:
     def __init__(self, files: list[Path], config: CompareConfig) -> None:
         self.files, self.config = files, config
 
-    def generate(self, plan: SamplingPlan, *, scale: float, label: str) -> ScoredImages:
+    def generate(
+        self, plan: SamplingPlan, *, scale: float, label: str, judges: Sequence[str] | None = None
+    ) -> ScoredImages:
         """Return one file and one score per image of the plan."""
         rng, count = np.random.default_rng(int(scale)), len(plan.prompts)
         files = ImageFiles([self.files[n] for n in rng.integers(0, FILES, count)])
@@ -83,6 +86,7 @@ def compare_random_images(prompts: int, folder: Path) -> None:
     module._load = lambda *_: None
     module.ImageSampler = lambda *_: RandomSampler(files, config)
     module.truncated_prompts = lambda *_: ""
+    module.check_prompt_sources = lambda *_: None
     module.training_judges_of_adapter = lambda *_: ()
     compare_images.compare_images(config, title="Report of a large comparison", command="none")
 
