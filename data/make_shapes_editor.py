@@ -208,7 +208,7 @@ Rates on 300 held-out edits, one image each:
 |---|---|---|---|
 {table}
 
-Training stopped early on purpose: the edits are recognisable, and many can still be improved.
+Training stopped early: the edits are recognisable, but many change more than they should. Preference pairs can work on that.
 
 | file | bytes | sha256 |
 |---|---|---|

@@ -221,7 +221,7 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
             check_server_settings(config, sft_adapter=recipe.baseline if config is recipe.compare else None)
     with stop_on_signal(lambda: _completed_steps(recipe)):
         if recipe.mine:
-            wait_for_files([mine(recipe.mine).path], Path(recipe.mine.output_dir))
+            wait_for_files([mine(recipe.mine).path], Path(recipe.mine.output_dir), fix="or mine in one process first")
         train_result = train(recipe.train, show_plan=print_rows)
         sft_result = train(sft_baseline_config(recipe.train)) if recipe.baseline else None
         result = compare(

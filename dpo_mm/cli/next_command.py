@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 HELD_OUT = {
     "shapes-sd": "--prompts shapes-held-out --judges faithfulness",
     "drawings-sd": "--prompts drawings-held-out --judges drawings_faithfulness",
+    "shapes-editor": "--prompts shapes-edits-held-out --judges edit_followed,edit_preserved",
     "shapes-captioner": "--questions scenes-held-out --judges chair_i,recall,num_words",
     "page-reader": "--questions pages-held-out --judges degeneration,cer,num_tokens",
     "sums-writer": "--questions sums-held-out --judges cer,num_tokens",

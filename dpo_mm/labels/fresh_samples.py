@@ -2,7 +2,8 @@
 
     samples/shapes-sd/0001.png    samples/shapes-sd-faithful/0001.png    samples/0001.txt
 
-A prompt's image to edit is `samples/0001.png`. `open_pairs` reads such a folder. Images that exist are not generated again, so an interrupted run resumes.
+A prompt's image to edit is `samples/0001.png`. `open_pairs` reads such a folder. Images that exist are not generated again, so
+an interrupted run resumes.
 """
 
 from __future__ import annotations

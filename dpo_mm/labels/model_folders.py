@@ -2,9 +2,10 @@
 
     samples/base/0001.png    samples/tuned/0001.png    samples/0001.txt    samples/0001.png
 
-An image of that name in the folder itself is the image to edit. The id of a pair is the name of its images, followed by the names of the two subfolders if there are more than two. The
-prompt is in a text file of that name, in the folder or in one of the subfolders. Without a text file the name itself is
-the prompt, with dashes and underscores replaced by spaces. Each folder is listed once.
+An image of that name in the folder itself is the image to edit. The id of a pair is the name of its images, followed by the
+names of the two subfolders if there are more than two. The prompt is in a text file of that name, in the folder or in one of
+the subfolders. Without a text file the name itself is the prompt, with dashes and underscores replaced by spaces. Each folder
+is listed once.
 """
 
 from __future__ import annotations

@@ -103,13 +103,11 @@ def inject_lora(model: Any, adapter: Any) -> None:
     """
     from peft import inject_adapter_in_model
 
-    if not hasattr(
-        model, "load_adapter"
-    ):  # of transformers, whose add_adapter refuses releases of PEFT that this needs not
+    if hasattr(model, "load_adapter"):  # of transformers, whose add_adapter refuses releases of PEFT that suffice here
+        inject_adapter_in_model(adapter, model, TRAINED)
+        model._hf_peft_config_loaded = True
+    else:
         model.add_adapter(adapter)
-        return
-    inject_adapter_in_model(adapter, model, TRAINED)
-    model._hf_peft_config_loaded = True
 
 
 class SavedLora(NamedTuple):

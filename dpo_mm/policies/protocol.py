@@ -45,6 +45,11 @@ class Policy(Protocol):
         ...
 
     @property
+    def with_encoders(self) -> nn.Module | None:
+        """`model` together with the text encoders that train too. None if there are none."""
+        ...
+
+    @property
     def device(self) -> torch.device:
         """Device of the model's weights."""
         ...

@@ -194,8 +194,8 @@ def _encode(task: EncodingJob) -> None:
     expected = [task.folder / f"prompts-{number:05}" for number in range(len(_shards(len(names))))]
     expected += [task.folder / f"pairs-{number:05}" for number in range(len(_shards(len(task.pairs.rows))))]
     missing = sum(not path.exists() for path in expected) / len(expected)
-    sides = 1 if task.pairs.one_sided else 2
-    bytes_per_prompt, bytes_per_pair = sample_bytes(task.policy, task.precision, sides=sides, flipped=task.flipped)
+    images = (2 - task.pairs.one_sided, task.pairs.with_source, task.flipped)
+    bytes_per_prompt, bytes_per_pair = sample_bytes(task.policy, task.precision, *images)
     cache_bytes = bytes_per_prompt * len(names) + bytes_per_pair * len(task.pairs.rows)
     arrow_shards.check_disk(task.folder, int(cache_bytes * missing))
     title = f"encoding prompts, {arrow_shards.gib(bytes_per_prompt * len(names))}"
@@ -211,16 +211,15 @@ def _encode(task: EncodingJob) -> None:
     wait_for_files([task.folder / COMPLETE], task.folder)
 
 
-def sample_bytes(policy: ImagePolicy, precision: str, *, sides: int = 2, flipped: bool = False) -> tuple[int, int]:
-    """Bytes on disk of one prompt and of one row with this number of sides, measured by encoding one of each.
-
-    If `flipped`, a row has its images twice.
-    """
+def sample_bytes(
+    policy: ImagePolicy, precision: str, sides: int = 2, with_source: bool = False, flipped: bool = False
+) -> tuple[int, int]:
+    """Bytes on disk of one prompt and of one row (its sides, an image to edit, all mirrored too), measured by encoding one of each."""
     with policy.on_device("text encoders"):
         prompt = policy.stored_prompts(["a picture"])
     with policy.on_device("autoencoder"):
         mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
-    source = policy.is_image_editing * arrow_shards.row_bytes({"mean": mean}, precision)
+    source = with_source * arrow_shards.row_bytes({"mean": mean}, precision)
     row = source + sides * arrow_shards.row_bytes({"mean": mean, "std": std}, precision)
     return arrow_shards.row_bytes(prompt, precision), row * (1 + flipped)
 

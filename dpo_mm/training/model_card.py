@@ -39,8 +39,6 @@ LOADING = {
 }
 """Python that loads a tuned text model, by tuning method, or on top of the adapter from which it started."""
 GENERATING = 'image = pipe({arguments}"a red star", generator=torch.Generator().manual_seed(0)).images[0]\nimage.save("image.png")'
-EDITORS = ("FluxKontext", "InstructPix2Pix")
-"""Families that edit an image."""
 IMPORTS = {
     "PeftModel": "from peft import PeftModel",
     "AutoModelForImageTextToText": "from transformers import AutoModelForImageTextToText, AutoProcessor",
@@ -52,7 +50,9 @@ IMPORTS = {
 }
 
 
-def usage_code(config: TrainConfig, *, family: str = "", image_lines: Sequence[str] | None = None) -> str:
+def usage_code(
+    config: TrainConfig, *, family: str = "", image_lines: Sequence[str] | None = None, edits: bool = False
+) -> str:
     """Python that runs a tuned model with diffusers, transformers and peft only.
 
     It expects the folder above output_dir as the working folder. A bundled base is given by its path on this machine,
@@ -62,10 +62,11 @@ def usage_code(config: TrainConfig, *, family: str = "", image_lines: Sequence[s
         config: settings of the training.
         family: the family that the run's summary prints, which tells a text-only model from a VLM.
         image_lines: Python that loads an image pipeline as `pipe`. None for a text model.
+        edits: whether the pipeline edits an image.
     """
     base, folder = resolve_asset(config.model), Path(config.output_dir).name
     if image_lines is not None:
-        source = 'image=load_image("source.png"), prompt=' if family.startswith(EDITORS) else ""
+        source = 'image=load_image("source.png"), prompt=' if edits else ""
         lines = "\n".join([*image_lines, GENERATING.format(arguments=source)])
     else:
         dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}.get(config.precision, "torch.float32")
@@ -85,6 +86,7 @@ def write_card(
     *,
     text: bool,
     image_lines: Sequence[str] | None = None,
+    edits: bool = False,
     into: Path | None = None,
 ) -> Path:
     """Write the model card of a run.
@@ -93,6 +95,7 @@ def write_card(
         config, settings: settings of the training, and its summary as printed.
         text: whether the model generates text rather than images.
         image_lines: Python that loads the pipeline as `pipe`, for an image model.
+        edits: whether the pipeline edits an image.
         into: folder of the card. None: the run's output_dir.
     """
     folder = Path(config.output_dir)
@@ -106,7 +109,7 @@ def write_card(
     judges = (*training_judges_of_adapter(config.adapter), *training_judges_of(config.pairs))
     if made := list(dict.fromkeys(judges)):
         front[CARD_KEY] = made
-    code = usage_code(config, family=settings.get("family", ""), image_lines=image_lines)
+    code = usage_code(config, family=settings.get("family", ""), image_lines=image_lines, edits=edits)
     bundled = f" `{_cell(config.model)}` is bundled with dpo-mm. The path is the one at training time."
     where = f"Run this in the folder that contains `{_cell(folder.name)}`.{bundled if config.model in BUNDLED else ''}"
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items())

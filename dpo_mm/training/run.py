@@ -255,9 +255,10 @@ def _train_on(
     trainer = PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state, samples=samples, **given)
     name, text = Path(config.output_dir).name, policy.modality == "text"
     image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
+    edits = policy.modality == "image" and policy.is_image_editing
     if show_plan is not None and process_rank().is_first:
         show_plan(summary)
-    card = lambda folder: write_card(config, summary, text=text, image_lines=image_lines, into=folder)
+    card = lambda folder: write_card(config, summary, text=text, image_lines=image_lines, edits=edits, into=folder)
     with complete_part(lambda: f"The run is complete and its result is in {config.output_dir}") as stop:
         _fit(trainer, checkpoint, stop)
         if trainer.best_weights is not None:

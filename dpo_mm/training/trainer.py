@@ -130,7 +130,7 @@ class PreferenceTrainer(Trainer):
             eval_dataset=None if eval_rows is None else eval_stream(eval_rows, config, modality=policy.modality),
             **kwargs,
         )
-        if getattr(policy, "trained_encoders", ()) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if policy.with_encoders is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("train_text_encoder does not go with FSDP or DeepSpeed. Use ddp.yaml, or remove it")
         shard = self._shard if self.is_fsdp_enabled else None
         needed = "reference_logps" in self.required_inputs

@@ -9,6 +9,7 @@ from typing import Any
 import xxhash
 from PIL import Image
 
+from dpo_mm.data.benchmarks.extra_package import import_extra
 from dpo_mm.data.lazy_images import LazyImages
 from dpo_mm.data.row_paths import MARK, read_file
 
@@ -39,10 +40,7 @@ def pdf_page(folder: Path, name: str, page: int) -> LazyImages:
 
 
 def _document(data: bytes, path: str) -> Any:
-    try:
-        import pypdfium2
-    except ModuleNotFoundError:
-        raise ValueError("pages of PDF files need pypdfium2. Run pip install 'dpo-mm[measures]'") from None
+    pypdfium2 = import_extra("pypdfium2", "pypdfium2")
     try:
         return pypdfium2.PdfDocument(data)
     except pypdfium2.PdfiumError as error:

@@ -130,19 +130,15 @@ def _detection(value: Any) -> Detection:
 
 
 def _mark(line: DescribedImage, path: Path) -> bool:
-    wanted = [each for each in line.metadata["include"] if "color" in each]
-    counted = {
-        each["class"]: counted_objects(line)[each["class"]][: each["count"]]
-        for each in wanted
-        if each["class"] in line.objects
-    }
-    if any(not each.color for several in counted.values() for each in several):
+    objects = counted_objects(line)
+    named = [each for each in line.metadata["include"] if "color" in each]
+    if any(not one.color for each in named for one in objects.get(each["class"], [])[: each["count"]]):
         if not isinstance(line.mark, bool):
             raise ValueError(
                 f"{path}: {line.file} has objects without a color, and its prompt names one. Add their colors"
             )
         return line.mark
-    return is_correct(counted_objects(line), line.metadata)
+    return is_correct(objects, line.metadata)
 
 
 def counted_objects(line: DescribedImage) -> dict[str, list[Detection]]:
@@ -163,16 +159,14 @@ def is_correct(objects: Mapping[str, Sequence[Detection]], metadata: Mapping[str
     """
     right: list[Sequence[Detection] | None] = []
     for wanted in metadata["include"]:
-        several: Sequence[Detection] | None = objects.get(wanted["class"], [])[: wanted["count"]]
-        assert several is not None
-        if len(several) < wanted["count"] or any(each.color != wanted.get("color", each.color) for each in several):
-            several = None
-        elif "position" in wanted:
+        several = objects.get(wanted["class"], [])[: wanted["count"]]
+        fits = len(several) == wanted["count"]
+        fits &= all(each.color == wanted.get("color", each.color) for each in several)
+        if "position" in wanted:
             relation, other = wanted["position"]
             targets = right[other]
-            if targets is None or not all(relation in relations(a, b) for a in several for b in targets):
-                several = None
-        right.append(several)
+            fits &= targets is not None and all(relation in relations(a, b) for a in several for b in targets)
+        right.append(several if fits else None)
     too_many = any(len(objects.get(each["class"], ())) >= each["count"] for each in metadata.get("exclude", ()))
     return None not in right and not too_many
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from rapidfuzz import fuzz
 
+from dpo_mm.data.benchmarks.extra_package import import_extra
 from dpo_mm.data.schema import Response
 from dpo_mm.judges import Explanation, Ratio
-from dpo_mm.judges.benchmarks.extra_package import import_extra
 from dpo_mm.judges.benchmarks.table_cells import Table, find_tables
 
 fuzzysearch = import_extra("fuzzysearch", "fuzzysearch")

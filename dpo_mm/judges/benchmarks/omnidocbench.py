@@ -19,9 +19,9 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
+from dpo_mm.data.benchmarks.extra_package import import_extra
 from dpo_mm.data.schema import Response
 from dpo_mm.judges import Ratio
-from dpo_mm.judges.benchmarks.extra_package import import_extra
 from dpo_mm.judges.benchmarks.teds import table_similarity
 
 bs4 = import_extra("bs4", "beautifulsoup4")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dpo_mm.judges.benchmarks.extra_package import import_extra
+from dpo_mm.data.benchmarks.extra_package import import_extra
 
 bs4 = import_extra("bs4", "beautifulsoup4")
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
+from dpo_mm.data.benchmarks.extra_package import import_extra
 from dpo_mm.data.schema import Response
 from dpo_mm.judges import Ratio
-from dpo_mm.judges.benchmarks.extra_package import import_extra
 from dpo_mm.judges.benchmarks.tree_distance import Node, tree_distance
 
 html = import_extra("lxml.html", "lxml")

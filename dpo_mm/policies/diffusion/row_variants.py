@@ -52,7 +52,6 @@ def _caption(config: TrainConfig, row: Row, key: tuple[int, str, int]) -> Row:
 
 def _flip(config: TrainConfig, row: Row, key: tuple[int, str, int]) -> Row:
     """Mirror all images of a row, in half of its epochs."""
-    flipped = {name.removesuffix(FLIPPED): value for name, value in row.items() if name.endswith(FLIPPED)}
-    if not config.random_flip or not flipped or random_draws.row_generator(*key, "flip").uniform() < 0.5:
+    if not config.random_flip or random_draws.row_generator(*key, "flip").uniform() < 0.5:
         return row
-    return {**row, **flipped}
+    return row | {name.removesuffix(FLIPPED): value for name, value in row.items() if name.endswith(FLIPPED)}

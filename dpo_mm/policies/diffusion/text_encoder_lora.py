@@ -71,7 +71,7 @@ def encoders_of(policy: DiffusionPolicy) -> dict[str, Any]:
 
 def trained_model(policy: Policy) -> nn.Module:
     """Return the module with all weights that train: the policy's model, or with the text encoders that train."""
-    return getattr(policy, "with_encoders", None) or policy.model
+    return policy.with_encoders or policy.model
 
 
 def add_encoder_loras(policy: DiffusionPolicy, config: TrainConfig) -> None:

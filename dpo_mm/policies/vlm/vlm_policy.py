@@ -4,8 +4,7 @@
 
 It supports any `AutoModelForImageTextToText` with its `AutoProcessor`, with zero, one or several images per row, and any
 `AutoModelForCausalLM` with its tokenizer, without images. A LoRA adapts the language model. Vision tower and projector
-stay frozen unless `train_vision_tower` is set. Chosen and rejected are packed into one sequence if that is exact, see
-`dpo_mm.policies.vlm.shared_prefix`.
+stay frozen unless `train_vision_tower` is set. Chosen and rejected share one sequence if that is exact, see `shared_prefix`.
 """
 
 from __future__ import annotations
@@ -51,6 +50,7 @@ class VisionLanguage:
     """
 
     modality: ClassVar[Literal["text"]] = "text"
+    with_encoders: ClassVar[None] = None
     config: TrainConfig
 
     def __init__(

@@ -16,5 +16,5 @@ def import_extra(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError:
         raise ValueError(
-            f"this judge needs {package}, which is not installed. Run pip install 'dpo-mm[measures]'"
+            f"this published measure needs {package}, which is not installed. Run pip install 'dpo-mm[measures]'"
         ) from None
