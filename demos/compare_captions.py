@@ -210,18 +210,6 @@ def log_ratios_html(policy: Any, images: Sequence[Any], prompt: str, name: str, 
     return shaded_html(f"{name}: change of each token’s log-probability", tokens, (tuned - base).tolist())
 
 
-def decode_upload(data: bytes) -> ShownImage:
-    """Decode an uploaded image and reduce its size.
-
-    Raises:
-        gr.Error: if the file is not an image or is too large. The page shows the message.
-    """
-    try:
-        return ShownImage(uploaded_image(data))
-    except ValueError as error:
-        raise gr.Error(f"This file can’t be used: {escape(str(error))}.", print_exception=False) from error
-
-
 def shown_image_html(shown: ShownImage) -> str:
     return f'<div class="image">{image_html(shown.image, alt="the input image")}</div>' if shown.image else ""
 
@@ -255,7 +243,7 @@ def add_model(model: DemoModel, quiet: dict[str, Any]) -> list[Any]:
     prompt.submit(run, [state, prompt], outputs, **quiet)
 
     def use_upload(data: bytes) -> list[Any]:
-        shown = decode_upload(data)
+        shown = ShownImage(uploaded_image(data))
         return [shown, shown_image_html(shown), "", "", ""]
 
     upload.upload(use_upload, upload, [state, image, *outputs], **QUIET)

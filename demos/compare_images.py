@@ -340,15 +340,8 @@ def add_controls(model: DemoModel) -> list[Any]:
 
 
 def use_upload(data: bytes) -> list[Any]:
-    """Return an uploaded image as PNG, and its HTML.
-
-    Raises:
-        gr.Error: if the file is not an image or is too large. The page shows the message.
-    """
-    try:
-        image = uploaded_image(data)
-    except ValueError as error:
-        raise gr.Error(f"This file can’t be used: {escape(str(error))}.", print_exception=False) from error
+    """Return an uploaded image as PNG, and its HTML. Raises gr.Error as `uploaded_image`."""
+    image = uploaded_image(data)
     return [encode_png(image), figures_html([f"<figure>{image_html(image, alt='image to edit')}</figure>"])]
 
 

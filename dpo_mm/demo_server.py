@@ -290,8 +290,17 @@ def image_html(image: Image.Image, *, alt: str) -> str:
 
 
 def uploaded_image(data: bytes) -> Image.Image:
-    """Decode an uploaded image and reduce its size. Raises ValueError if the file is not an image or is too large."""
-    image = decode_image(data)
+    """Decode an uploaded image and reduce its size.
+
+    Raises:
+        gradio.Error: if the file is not an image or is too large. The page shows the message.
+    """
+    import gradio as gr
+
+    try:
+        image = decode_image(data)
+    except ValueError as error:
+        raise gr.Error(f"This file can’t be used: {escape(str(error))}.", print_exception=False) from error
     image.thumbnail((MAX_EDGE, MAX_EDGE))
     return image
 
