@@ -55,7 +55,9 @@ def output_files(paths: Sequence[Path], *, inputs: Iterable[str | None] = ()) ->
     with lock:
         for path in paths:
             _refuse_foreign_file(path, inputs=inputs)
-            remove_stale_files(path.parent.glob(f".{glob.escape(path.name)}.*"))
+            name = glob.escape(path.name)
+            remove_stale_files(path.parent.glob(f".{name}.*"))
+            remove_stale_files(path.parent.glob(f"..{name}.checksum.*"))  # killed while it wrote the checksum
         yield
 
 

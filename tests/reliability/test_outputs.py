@@ -247,6 +247,17 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path: Path, monkeyp
         assert (tmp_path / "x.0123456789abcdef.part").exists()
 
 
+def test_temporary_files_next_to_an_output_file_are_removed(tmp_path: Path) -> None:
+    """Also that of its checksum. Mutation: only names that start with the name of the output."""
+    output = tmp_path / "pairs.parquet"
+    stale = [temporary_path(output), temporary_path(tmp_path / ".pairs.parquet.checksum")]
+    other = temporary_path(tmp_path / ".others.parquet.checksum")
+    for path in (*stale, other):
+        path.write_text("half")
+    with output_files([output]):
+        assert not any(path.exists() for path in stale) and other.exists()
+
+
 # Training
 
 

@@ -36,6 +36,8 @@ def config(model: str, pairs: str, out: Path, **more: Any) -> TrainConfig:
 class Line:
     """A policy of two numbers, one of them frozen."""
 
+    with_encoders = None
+
     def __init__(self) -> None:
         self.model = torch.nn.Linear(1, 1)
         self.model.weight.data.fill_(1.0)
