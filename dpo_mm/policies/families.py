@@ -25,6 +25,7 @@ FAMILIES: dict[str, str] = {
     "StableDiffusion3Pipeline": "dpo_mm.policies.diffusion.sd3:StableDiffusion3",
     "FluxPipeline": "dpo_mm.policies.diffusion.flux:Flux",
     "FluxKontextPipeline": "dpo_mm.policies.diffusion.flux_kontext:FluxKontext",
+    "ChromaPipeline": "dpo_mm.policies.diffusion.chroma:Chroma",
     "PixArtSigmaPipeline": "dpo_mm.policies.diffusion.pixart_sigma:PixArtSigma",
     "SanaPipeline": "dpo_mm.policies.diffusion.sana:Sana",
     "QwenImagePipeline": "dpo_mm.policies.diffusion.qwen_image:QwenImage",

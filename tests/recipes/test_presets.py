@@ -28,6 +28,7 @@ TINY = {
     "sdxl": "sdxl",
     "sd3_5_medium": "sd3",
     "flux_dev": "flux-dev",
+    "chroma": "chroma",
     "pixart_sigma": "pixart-sigma",
     "sana": "sana",
     "qwen_image": "qwen-image",

@@ -1,4 +1,4 @@
-"""Functions that FLUX.1 and FLUX.1 Kontext share: prompt encoding, packing of latents, and the velocity."""
+"""Functions that FLUX.1, FLUX.1 Kontext and Chroma share: prompt encoding, packing of latents, and the velocity."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ def predict_velocity(
         img_ids=ids,
         return_dict=False,
     )[0]
-    factor = policy.pipe.vae_scale_factor
-    image_velocity = velocity[:, : height * width // 4]
-    return policy.pipe._unpack_latents(image_velocity, height * factor, width * factor, factor)
+    return unpack_latents(policy, velocity[:, : height * width // 4], latents.shape)
 
 
 def pack_latents(policy: DiffusionPolicy, latents: Tensor, *, kind: int) -> tuple[Tensor, Tensor]:
@@ -85,3 +83,9 @@ def pack_latents(policy: DiffusionPolicy, latents: Tensor, *, kind: int) -> tupl
     ids = policy.pipe._prepare_latent_image_ids(count, height // 2, width // 2, latents.device, latents.dtype)
     ids[..., 0] = kind
     return policy.pipe._pack_latents(latents.contiguous(), count, depth, height, width), ids
+
+
+def unpack_latents(policy: DiffusionPolicy, tokens: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Convert tokens, (images, h w / 4, 4 c), to latents of this shape, (images, c, h, w)."""
+    factor = policy.pipe.vae_scale_factor
+    return policy.pipe._unpack_latents(tokens, shape[-2] * factor, shape[-1] * factor, factor)
