@@ -7,18 +7,13 @@ diffusers has no LoRA files for this pipeline. The adapter is saved in PEFT's fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpo_mm.policies.adapter_checks import ADAPTER_WEIGHTS
-from dpo_mm.policies.adapter_sources import START_FOLDER
-from dpo_mm.policies.adapters import PEFT_PREFIX, Weights, has_lora, read_peft, saved_lora
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
-from dpo_mm.policies.start_adapter import save_start, start_file
 
 
 class PixArtSigma(DiffusionPolicy):
@@ -61,33 +56,3 @@ class PixArtSigma(DiffusionPolicy):
             return_dict=False,
         )[0]
         return prediction[:, : latents.shape[1]]
-
-    # Files
-
-    def save(self, folder: Path, weights: Weights = None) -> None:
-        """Write the LoRA in PEFT's format, or the whole denoiser."""
-        if not has_lora(self.model):
-            return super().save(folder, weights)
-        from safetensors.torch import save_file
-
-        adapter = saved_lora(self.model, weights)
-        folder.mkdir(parents=True, exist_ok=True)
-        adapter.config.save_pretrained(str(folder))
-        save_file({PEFT_PREFIX + name: value for name, value in adapter.weights.items()}, folder / ADAPTER_WEIGHTS)
-        save_start(self.config, folder)
-
-    def load_weights(self, folder: Path) -> None:
-        """Load what `save` wrote into the prepared model. Raises ValueError if it does not fit."""
-        if not has_lora(self.model):
-            return super().load_weights(folder)
-        read_peft(self.model, folder)
-
-    def usage_snippet(self, base: str, folder: str) -> list[str]:
-        """Return lines of Python that load the trained weights with diffusers and PEFT."""
-        if self.config.tuning != "lora":
-            return super().usage_snippet(base, folder)
-        load_line, *_ = super().usage_snippet(base, folder)
-        start = f"{folder}/{START_FOLDER}"
-        merge = f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{start}").merge_and_unload()'
-        below = [merge] if start_file(self.config) else []
-        return [load_line, *below, f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{folder}")']

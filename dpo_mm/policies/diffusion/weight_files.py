@@ -1,4 +1,4 @@
-"""Files of trained denoiser weights: a LoRA in diffusers' and kohya's formats, or a whole denoiser."""
+"""Files of trained denoiser weights: a LoRA in the formats of diffusers, kohya and PEFT, or a whole denoiser."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from dpo_mm.policies.adapters import (
     Weights,
     has_lora,
     read_lora,
+    read_peft,
     save_kohya,
     save_lora,
     save_whole,
     saved_lora,
 )
+from dpo_mm.policies.diffusion.peft_files import peft_usage, save_peft, takes_peft_only
 from dpo_mm.policies.diffusion.text_encoder_lora import encoders_of, saved_encoders
 from dpo_mm.policies.single_file import load_line
 from dpo_mm.policies.start_adapter import save_start, start_file
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 def save(policy: DiffusionPolicy, folder: Path, weights: Weights) -> None:
     """Write the LoRA in diffusers' format, and in kohya's if the config says so, or else the whole denoiser.
 
+    A pipeline without LoRA files in diffusers gets a LoRA in PEFT's format.
+
     Args:
         policy: a prepared policy.
         folder: an existing folder.
@@ -37,6 +41,10 @@ def save(policy: DiffusionPolicy, folder: Path, weights: Weights) -> None:
     """
     if not has_lora(policy.model):
         save_whole(policy.model, folder / policy.denoiser, weights)
+        return
+    if takes_peft_only(policy.pipe):
+        save_peft(policy, folder, weights)
+        save_start(policy.config, folder)
         return
     encoders = saved_encoders(policy)
     save_lora(policy.pipe, policy.denoiser, folder, weights, encoders)
@@ -73,7 +81,9 @@ def load_weights(policy: DiffusionPolicy, folder: Path) -> None:
     Raises:
         ValueError: if the weights do not fit the model.
     """
-    if has_lora(policy.model):
+    if has_lora(policy.model) and takes_peft_only(policy.pipe):
+        read_peft(policy.model, folder)
+    elif has_lora(policy.model):
         for name, model in {policy.denoiser: policy.model, **encoders_of(policy)}.items():
             read_lora(model, name, folder / LORA_FILE)
     else:
@@ -82,8 +92,10 @@ def load_weights(policy: DiffusionPolicy, folder: Path) -> None:
 
 
 def usage_snippet(policy: DiffusionPolicy, base: str, folder: str) -> list[str]:
-    """Return lines of Python that load the base pipeline and the weights that `save` wrote with diffusers."""
+    """Return lines of Python that load the base pipeline and the weights that `save` wrote with diffusers, or PEFT."""
     load = load_line(base, policy.dtype)
+    if policy.config.tuning == "lora" and takes_peft_only(policy.pipe):
+        return peft_usage(policy, load, folder)
     if policy.config.tuning == "lora":
         if (start := start_file(policy.config)) is None:
             return [load, f'pipe.load_lora_weights("{folder}")']
