@@ -30,7 +30,8 @@ FAMILIES: dict[str, str] = {
     "SanaPipeline": "dpo_mm.policies.diffusion.sana:Sana",
     "QwenImagePipeline": "dpo_mm.policies.diffusion.qwen_image:QwenImage",
     "ZImagePipeline": "dpo_mm.policies.diffusion.z_image:ZImage",
-    "Flux2KleinPipeline": "dpo_mm.policies.diffusion.flux2:Flux2Klein",
+    "Flux2Pipeline": "dpo_mm.policies.diffusion.flux2:Flux2",
+    "Flux2KleinPipeline": "dpo_mm.policies.diffusion.flux2:Flux2",
 }
 """Policy class of each pipeline class, as module:class. The key is `_class_name` of the pipeline's model_index.json."""
 

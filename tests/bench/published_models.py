@@ -17,7 +17,7 @@ import transformers as hf
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion.flux import Flux
-from dpo_mm.policies.diffusion.flux2 import Flux2Klein
+from dpo_mm.policies.diffusion.flux2 import Flux2
 from dpo_mm.policies.diffusion.meta_pipeline import fill_small_buffers
 from dpo_mm.policies.diffusion.qwen_image import QwenImage
 from dpo_mm.policies.diffusion.sd3 import StableDiffusion3
@@ -125,7 +125,7 @@ def _flux2_klein(precision: str) -> Any:
         qwen_tokenizer(),
         _on_meta(diffusers.Flux2Transformer2DModel, precision, **KLEIN_4B),
     )
-    return Flux2Klein(pipe, "FLUX.2 klein 4B")
+    return Flux2(pipe, "FLUX.2 klein 4B")
 
 
 def _qwen_image(precision: str) -> Any:

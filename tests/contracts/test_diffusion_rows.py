@@ -96,9 +96,10 @@ def test_image_to_edit_reaches_the_denoiser(kontext: str, tmp_path: Path) -> Non
     assert not torch.equal(policy.log_probs(policy.model, batch).chosen, policy.log_probs(policy.model, other).chosen)
 
 
-def test_flux2_klein_edits_as_upstream_and_each_prompt_its_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["flux2-dev", "flux2-klein"])
+def test_flux2_edits_as_upstream_and_each_prompt_its_image(family: str, tmp_path: Path) -> None:
     """It catches tokens of the source at the time of the latents, one source for all prompts, and rows of which some have one."""
-    row = dataclasses.replace(BUILDERS["flux2-klein"], size=64)
+    row = dataclasses.replace(BUILDERS[family], size=64)
     policy = load_policy(str(row.build(tmp_path / "model")), resolution=64)
     policy.prepare(config())
     images = [noise_image(300 + n, 64) for n in range(2)]

@@ -33,6 +33,7 @@ TINY = {
     "sana": "sana",
     "qwen_image": "qwen-image",
     "z_image": "z-image",
+    "flux2_dev": "flux2-dev",
     "flux2_klein": "flux2-klein",
     "flux_kontext": "flux-kontext",
     "instruct_pix2pix": "instruct-pix2pix",

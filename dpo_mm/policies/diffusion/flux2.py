@@ -1,28 +1,29 @@
-"""FLUX.2 klein: three layers of a Qwen 3 text encoder, latents in 2x2 patches that are normalised together, flow.
+"""FLUX.2 dev and klein: three layers of a Mistral 3 or Qwen 3 text encoder, latents in patches that are normalised together, flow.
 
-It generates from text alone, or edits an image. The tokens of the image to edit follow those of the latents, at another time.
+They generate from text alone, or edit an image. The tokens of the image to edit follow those of the latents, at another time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
-from dpo_mm.policies.diffusion.latents import LatentScale
+from dpo_mm.policies.diffusion.patched_latents import batch_norm_scale, patchify
 
 SOURCE_TIME = 10
 """Time coordinate of the tokens of the image to edit, as in the pipeline."""
 
 
-class Flux2Klein(DiffusionPolicy):
-    """Policy of `Flux2KleinPipeline`. Source: Black Forest Labs 2025, FLUX.2.
+class Flux2(DiffusionPolicy):
+    """Policy of `Flux2Pipeline`, whose denoiser is conditioned on a guidance scale, and of `Flux2KleinPipeline`, without it.
 
     If rows have the image to edit as `image_source`, it is resized and cropped in the same way as chosen and rejected.
+    Source: Black Forest Labs 2025, FLUX.2.
     """
 
     required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
@@ -32,13 +33,12 @@ class Flux2Klein(DiffusionPolicy):
     )  # fmt: skip
     patch = 2
     edits_optionally = True
+    guidance: ClassVar[float] = 4.0
+    """Guidance on which dev is conditioned in training, the pipeline's default."""
 
     def __init__(self, pipe: Any, source: str) -> None:
         super().__init__(pipe, source)
-        # Shift and scale of 2x2 patches of latents are the statistics of the autoencoder's batch norm.
-        norm = pipe.vae.bn
-        std = torch.sqrt(norm.running_var.float().cpu() + pipe.vae.config.batch_norm_eps)
-        self.latent_scale = LatentScale(norm.running_mean.float().cpu()[:, None, None], 1 / std[:, None, None])
+        self.latent_scale = batch_norm_scale(pipe.vae, eps=pipe.vae.config.batch_norm_eps)
 
     def latent_channels(self) -> int:
         """Return a quarter of the network's channels, because it packs 2x2 latent pixels into one token."""
@@ -50,8 +50,7 @@ class Flux2Klein(DiffusionPolicy):
 
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each 2x2 patch of latents, (images, 4c, h / 2, w / 2), float32, on the CPU."""
-        mean, std = super().encode_images(images)
-        return nn.functional.pixel_unshuffle(mean, 2), nn.functional.pixel_unshuffle(std, 2)
+        return patchify(super().encode_images(images))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
@@ -60,17 +59,18 @@ class Flux2Klein(DiffusionPolicy):
         return {"embeds": embeds.cpu()}
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
-        height, width = latents.shape[2:]
+        count, _, height, width = latents.shape
         zero, embeds = torch.arange(1), prompt["embeds"]
         times = [0, SOURCE_TIME] if "source" in prompt else [0]
         grid = (torch.arange(height), torch.arange(width), zero)
         image_ids = torch.cat([torch.cartesian_prod(torch.tensor([time]), *grid) for time in times]).to(latents.device)
         tokens = torch.cat([latents, prompt["source"]], 2) if "source" in prompt else latents
         text_ids = torch.cartesian_prod(zero, zero, zero, torch.arange(embeds.shape[1])).to(latents.device)
+        takes_guidance = self.pipe.transformer.config.guidance_embeds
         velocity = denoiser(
             hidden_states=tokens.flatten(2).transpose(1, 2),
             timestep=timestep / 1000,
-            guidance=None,
+            guidance=torch.full((count,), self.guidance, device=latents.device) if takes_guidance else None,
             encoder_hidden_states=embeds,
             txt_ids=text_ids,
             img_ids=image_ids,

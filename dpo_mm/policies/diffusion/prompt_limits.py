@@ -40,7 +40,8 @@ def _tokenizers(policy: ImagePolicy) -> Iterator[tuple[Any, int]]:
     """
     default = inspect.signature(type(policy.pipe).__call__).parameters.get("max_sequence_length")
     limit = policy.sampling_kwargs([], 1.0).get("max_sequence_length", default and default.default)
-    for component in policy.pipe.components.values():
+    for part in policy.pipe.components.values():
+        component = getattr(part, "tokenizer", part)  # of a processor
         if isinstance(component, PreTrainedTokenizerBase):
             is_clip = type(component).__name__.startswith("CLIP")
             yield component, component.model_max_length if is_clip or limit is None else limit

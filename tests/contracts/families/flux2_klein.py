@@ -37,6 +37,12 @@ def flux2_klein(folder: Path) -> Path:
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
     )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    Flux2KleinPipeline(scheduler, flux2_autoencoder(), text, tokenizer, transformer).save_pretrained(folder)
+    return folder
+
+
+def flux2_autoencoder() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(
         block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8, sample_size=32,
@@ -44,9 +50,7 @@ def flux2_klein(folder: Path) -> Path:
     )  # fmt: skip
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    Flux2KleinPipeline(scheduler, vae, text, tokenizer, transformer).save_pretrained(folder)
-    return folder
+    return vae
 
 
 def pack(pipe: Any, latents: Tensor, size: int) -> Tensor:
