@@ -29,6 +29,7 @@ FAMILIES: dict[str, str] = {
     "PixArtSigmaPipeline": "dpo_mm.policies.diffusion.pixart_sigma:PixArtSigma",
     "SanaPipeline": "dpo_mm.policies.diffusion.sana:Sana",
     "QwenImagePipeline": "dpo_mm.policies.diffusion.qwen_image:QwenImage",
+    "QwenImage21Pipeline": "dpo_mm.policies.diffusion.qwen_image21:QwenImage21",
     "ZImagePipeline": "dpo_mm.policies.diffusion.z_image:ZImage",
     "Flux2Pipeline": "dpo_mm.policies.diffusion.flux2:Flux2",
     "Flux2KleinPipeline": "dpo_mm.policies.diffusion.flux2:Flux2",

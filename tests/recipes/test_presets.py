@@ -32,6 +32,7 @@ TINY = {
     "pixart_sigma": "pixart-sigma",
     "sana": "sana",
     "qwen_image": "qwen-image",
+    "qwen_image21": "qwen-image-2.1",
     "z_image": "z-image",
     "flux2_dev": "flux2-dev",
     "flux2_klein": "flux2-klein",

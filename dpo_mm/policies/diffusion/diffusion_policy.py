@@ -69,9 +69,10 @@ class DiffusionPolicy:
     """Text encoders that `train_text_encoder` trains with the denoiser, for families with `tokenize` and `embed`."""
     edits_optionally: ClassVar[bool] = False
     """True if all prompts of a list may contain an image to edit, or none. Edits are made one prompt at a time."""
+    one_prompt_per_call: ClassVar[bool] = False
+    """True if the pipeline's image of a prompt depends on the lengths of the other prompts of a call."""
     kohya_prefix: ClassVar[str | None] = None
     """Prefix of the denoiser's module names in kohya's and ComfyUI's files. None if no such format is known."""
-
     modality: ClassVar[Literal["image"]] = "image"
     config: TrainConfig
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from dpo_mm.data.image_files import to_rgb
 from dpo_mm.model_checks import SAVE_AGAIN, check_finite, read_config
 from dpo_mm.model_loading import load_module
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE
@@ -107,14 +108,15 @@ def sample(
     if policy.is_image_editing != (sources is not None) and not policy.edits_optionally:
         reason = "needs an image to edit per prompt" if policy.is_image_editing else "takes no images to edit"
         raise ValueError(f"model {policy.source!r} is a {type(policy.pipe).__name__}, which {reason} (sources)")
-    if sources is not None and policy.edits_optionally:
+    if policy.one_prompt_per_call or (sources is not None and policy.edits_optionally):
         batch_size = 1
     with policy.at_scale(scale):
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part]]
             arguments = policy.sampling_kwargs(list(prompts[part]), guidance, (sources or ())[part])
-            yield policy.pipe(**arguments, num_inference_steps=steps, generator=generators).images
+            images = policy.pipe(**arguments, num_inference_steps=steps, generator=generators).images
+            yield [to_rgb(image) for image in images]
 
 
 @contextlib.contextmanager

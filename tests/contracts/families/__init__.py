@@ -5,7 +5,19 @@ To add a family, add its file, and its rows to BUILDERS.
 
 from __future__ import annotations
 
-from tests.contracts.families import chroma, flux, flux2_dev, flux2_klein, pixart_sigma, qwen_image, sana, sd3, sdxl, z_image
+from tests.contracts.families import (
+    chroma,
+    flux,
+    flux2_dev,
+    flux2_klein,
+    pixart_sigma,
+    qwen_image,
+    qwen_image21,
+    sana,
+    sd3,
+    sdxl,
+    z_image,
+)
 from tests.contracts.families import stable_diffusion as stable_diffusion_families
 from tests.contracts.families.parts import Family
 from tests.contracts.families.stable_diffusion import stable_diffusion
@@ -22,6 +34,7 @@ BUILDERS: dict[str, Family] = {
     **pixart_sigma.FAMILIES,
     **sana.FAMILIES,
     **qwen_image.FAMILIES,
+    **qwen_image21.FAMILIES,
     **z_image.FAMILIES,
     **flux2_dev.FAMILIES,
     **flux2_klein.FAMILIES,
