@@ -42,7 +42,7 @@ def test_thirty_labels_train_an_adapter_that_the_page_compares(
 
     assert shell_commands.startswith("dpo-mm label export labels.sqlite") and "&& dpo-mm train" in shell_commands
     command = shell_commands.replace("dpo-mm ", f"{shlex.quote(sys.executable)} -m dpo_mm ")
-    short = " --steps 20 --warmup-steps 2"
+    short = " --steps 4 --warmup-steps 1"
     done = subprocess.run(["bash", "-c", command + short], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     exported = pd.read_parquet(tmp_path / "labels.parquet")

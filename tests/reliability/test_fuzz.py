@@ -22,7 +22,7 @@ from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode
 from tests.conftest import rows
 
-NUM_IMAGES, NUM_DATASETS = 4_000, 90
+NUM_IMAGES, NUM_DATASETS = 4_000, 40
 MODES = {"PNG": ("RGB", "RGBA", "L", "P", "1", "I;16"), "JPEG": ("RGB", "CMYK", "L"), "GIF": ("P",), "BMP": ("RGB",),
          "TIFF": ("RGB", "CMYK", "F"), "PPM": ("RGB",), "ICO": ("RGBA",)}  # fmt: skip
 
