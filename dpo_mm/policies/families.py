@@ -30,6 +30,7 @@ FAMILIES: dict[str, str] = {
     "SanaPipeline": "dpo_mm.policies.diffusion.sana:Sana",
     "QwenImagePipeline": "dpo_mm.policies.diffusion.qwen_image:QwenImage",
     "QwenImage21Pipeline": "dpo_mm.policies.diffusion.qwen_image21:QwenImage21",
+    "LongCatImagePipeline": "dpo_mm.policies.diffusion.longcat_image:LongCatImage",
     "ZImagePipeline": "dpo_mm.policies.diffusion.z_image:ZImage",
     "Flux2Pipeline": "dpo_mm.policies.diffusion.flux2:Flux2",
     "Flux2KleinPipeline": "dpo_mm.policies.diffusion.flux2:Flux2",

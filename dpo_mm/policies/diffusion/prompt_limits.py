@@ -34,14 +34,17 @@ def truncated_prompts(policy: ImagePolicy, prompts: Sequence[str]) -> str:
 
 
 def _tokenizers(policy: ImagePolicy) -> Iterator[tuple[Any, int]]:
-    """Yield each tokenizer of the pipeline and the largest number of tokens that it passes on.
+    """Yield each tokenizer of the pipeline, or of its processor, and the largest number of tokens that it passes on.
 
-    CLIP's limit is its number of positions. The others have that of the pipeline's call.
+    CLIP's limit is its number of positions. The others have that of the pipeline's call, or of the pipeline.
     """
     default = inspect.signature(type(policy.pipe).__call__).parameters.get("max_sequence_length")
-    limit = policy.sampling_kwargs([], 1.0).get("max_sequence_length", default and default.default)
-    for part in policy.pipe.components.values():
-        component = getattr(part, "tokenizer", part)  # of a processor
+    otherwise = default.default if default else getattr(policy.pipe, "tokenizer_max_length", None)
+    limit = policy.sampling_kwargs([], 1.0).get("max_sequence_length", otherwise)
+    parts = list(policy.pipe.components.values())
+    if not any(isinstance(part, PreTrainedTokenizerBase) for part in parts):
+        parts = [getattr(part, "tokenizer", part) for part in parts]
+    for component in parts:
         if isinstance(component, PreTrainedTokenizerBase):
             is_clip = type(component).__name__.startswith("CLIP")
             yield component, component.model_max_length if is_clip or limit is None else limit

@@ -22,13 +22,12 @@ from tests.contracts.families.chat_words import qwen_tokenizer
 from tests.contracts.families.parts import Family, dynamic
 
 
-def qwen_image(folder: Path) -> Path:
-    torch.manual_seed(0)
-    tokenizer = qwen_tokenizer()
-    text = Qwen2_5_VLForConditionalGeneration(
+def qwen2_5_vl(words: Any) -> Qwen2_5_VLForConditionalGeneration:
+    """A text encoder for a tokenizer of Qwen."""
+    return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             text_config={
-                "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+                "vocab_size": len(words), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
                 "num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None,
                 "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
             },
@@ -38,6 +37,12 @@ def qwen_image(folder: Path) -> Path:
             },
         )
     )  # fmt: skip
+
+
+def qwen_image(folder: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    text = qwen2_5_vl(tokenizer)
     transformer = QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
