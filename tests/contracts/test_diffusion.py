@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -257,6 +257,12 @@ def conditioning_of(policy: Any, batch: dict[str, Any], side: str) -> dict[str, 
     return {**batch["prompt"], **columns}
 
 
+class StepResult(NamedTuple):
+    """What a scheduler returns, read by position or by name."""
+
+    prev_sample: torch.Tensor
+
+
 def first_step(policy: Any, family: Family, arguments: dict[str, Any], result: torch.Tensor | None = None) -> Any:
     """Run the upstream pipeline and record what it passes to its scheduler at the first step.
 
@@ -274,7 +280,7 @@ def first_step(policy: Any, family: Family, arguments: dict[str, Any], result: t
     def record_step(prediction: torch.Tensor, timestep: Any, latents: torch.Tensor, **more: Any) -> Any:
         scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
         calls.append((prediction.clone(), timestep, scaled.clone()))
-        return (result,) if result is not None else step(prediction, timestep, latents, **more)
+        return StepResult(result) if result is not None else step(prediction, timestep, latents, **more)
 
     scheduler.step = record_step
     try:

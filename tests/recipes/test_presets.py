@@ -34,6 +34,7 @@ TINY = {
     "qwen_image": "qwen-image",
     "qwen_image21": "qwen-image-2.1",
     "longcat_image": "longcat-image",
+    "ernie_image": "ernie-image",
     "z_image": "z-image",
     "flux2_dev": "flux2-dev",
     "flux2_klein": "flux2-klein",

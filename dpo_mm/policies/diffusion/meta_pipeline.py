@@ -15,7 +15,7 @@ from torch import nn
 
 from dpo_mm.model_loading import check_libraries, load_part
 
-UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
+UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder", "pe", "pe_tokenizer")
 """Components that training never needs."""
 MAX_REAL_BUFFER = 2**16
 """Largest number of elements of a buffer that gets real zeros."""

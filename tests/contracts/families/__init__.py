@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from tests.contracts.families import (
     chroma,
+    ernie_image,
     flux,
     flux2_dev,
     flux2_klein,
@@ -37,6 +38,7 @@ BUILDERS: dict[str, Family] = {
     **qwen_image.FAMILIES,
     **qwen_image21.FAMILIES,
     **longcat_image.FAMILIES,
+    **ernie_image.FAMILIES,
     **z_image.FAMILIES,
     **flux2_dev.FAMILIES,
     **flux2_klein.FAMILIES,

@@ -19,25 +19,28 @@ TEMPLATE = (
 )
 
 
+def mistral3(tokens: int, *, layers: int) -> Mistral3Config:
+    """A configuration of Mistral 3 whose last token is that of images."""
+    return Mistral3Config(
+        text_config={
+            "model_type": "mistral", "vocab_size": tokens, "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": layers, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8,
+        },
+        vision_config={
+            "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "head_dim": 8, "image_size": 28, "patch_size": 14,
+        },
+        image_token_index=tokens - 1,
+    )  # fmt: skip
+
+
 def flux2_dev(folder: Path) -> Path:
     torch.manual_seed(0)
     words = qwen_tokenizer()
     words.add_tokens(["[IMG]", "[IMG_BREAK]", "[IMG_END]"], special_tokens=True)
     processor = PixtralProcessor(PixtralImageProcessor(), words, patch_size=14, chat_template=TEMPLATE)
     # The pipeline reads the hidden states of layers 10, 20 and 30.
-    text = Mistral3ForConditionalGeneration(
-        Mistral3Config(
-            text_config={
-                "model_type": "mistral", "vocab_size": len(words), "hidden_size": 8, "intermediate_size": 8,
-                "num_hidden_layers": 31, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8,
-            },
-            vision_config={
-                "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-                "num_attention_heads": 1, "head_dim": 8, "image_size": 28, "patch_size": 14,
-            },
-            image_token_index=words.convert_tokens_to_ids("[IMG]"),
-        )
-    )  # fmt: skip
+    text = Mistral3ForConditionalGeneration(mistral3(len(words), layers=31))
     transformer = Flux2Transformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
