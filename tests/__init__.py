@@ -1,4 +1,4 @@
-"""The tests. One worker runs per core, so each worker and its child processes use one thread.
+"""The tests. The workers use all cores, so each worker and its child processes use one thread.
 
 numpy reads these variables when it is imported.
 """

@@ -26,6 +26,11 @@ else:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of workers for `-n logical`: one more than cores, because those of the pages wait for a browser."""
+    return min(4, len(os.sched_getaffinity(0)) + 1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest tests first, so that no core waits for them at the end."""
 

@@ -107,7 +107,7 @@ def test_label_page_two_people_store_every_vote_once(serve: Callable[..., Any], 
         people[name] = browser.new_context().new_page()
         begin(people[name], server.address, name)
     cast = dict.fromkeys(people, 0)
-    for number in range(100):
+    for number in range(40):
         for name, page in people.items():
             before = presentation_of(page)
             page.keyboard.press(("ArrowLeft", "ArrowRight")[number % 2])
