@@ -6,6 +6,7 @@ import functools
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -22,6 +23,7 @@ from dpo_mm.demo_server import (
     escape,
     image_html,
     serve,
+    source_titles,
     uploaded_image,
 )
 from dpo_mm.evaluation.saved_comparison import OUTCOMES, ImagePair, SavedComparison, bundled_models, load_comparison
@@ -57,6 +59,9 @@ EXAMPLES = (
     "a big orange triangle",
     "two purple squares",
 )
+MISSING = '<div class="blank">file is missing or broken</div>'
+Sources = tuple[bytes, ...]
+"""Image files to edit."""
 CSS = """
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(0, 1fr)); grid-auto-flow: column; gap: 12px; }
 .figures figure { margin: 0; min-width: 0; }
@@ -84,16 +89,18 @@ class DemoModel:
     """A model with its tuned adapter, and the settings of the page.
 
     Args:
-        generate: function of (prompt, seed, steps, guidance, adapter scale, image to edit) that returns an image.
+        generate: function of (prompt, seed, steps, guidance, adapter scale, images to edit) that returns an image.
         judges: names of the judges that score the images.
         scales: adapter scales of the strip.
         title: name shown on the page.
         steps, guidance: initial values of the controls.
         generate_on_load: generate an example when the page opens.
         edits: the model edits an uploaded image.
+        sources_needed: it does not generate from text alone.
+        several_sources: it takes several images.
     """
 
-    generate: Callable[[str, int, int, float, float, bytes | None], Image.Image]
+    generate: Callable[[str, int, int, float, float, Sources], Image.Image]
     judges: tuple[str, ...]
     scales: tuple[float, ...]
     title: str
@@ -101,6 +108,8 @@ class DemoModel:
     guidance: float
     generate_on_load: bool
     edits: bool = False
+    sources_needed: bool = False
+    several_sources: bool = False
 
 
 def load(model: str, adapter: str | None, judges: Sequence[str], *, precision: str) -> DemoModel:
@@ -116,12 +125,10 @@ def load(model: str, adapter: str | None, judges: Sequence[str], *, precision: s
         load_judge(judge)
 
     @functools.lru_cache(maxsize=CACHED_IMAGES)
-    def generate(
-        prompt: str, seed: int, steps: int, guidance: float, scale: float, source: bytes | None
-    ) -> Image.Image:
+    def generate(prompt: str, seed: int, steps: int, guidance: float, scale: float, sources: Sources) -> Image.Image:
         settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "batch_size": 1, "scale": scale}
-        sources = [decode_image(source)] if source else None
-        return next(policy.sample([prompt], [seed], **settings, sources=sources))[0]
+        images = [[decode_image(source) for source in sources]] if sources else None
+        return next(policy.sample([prompt], [seed], **settings, sources=images))[0]
 
     steps, guidance = SAMPLERS.get(model, (30, 7.5))
     return DemoModel(
@@ -132,25 +139,27 @@ def load(model: str, adapter: str | None, judges: Sequence[str], *, precision: s
         steps=steps,
         guidance=guidance,
         generate_on_load=model == BUNDLED_MODEL,
-        edits=policy.is_image_editing,
+        edits=policy.is_image_editing or policy.edits_optionally,
+        sources_needed=policy.is_image_editing,
+        several_sources=policy.takes_several_sources,
     )
 
 
 def figure_html(
-    title: str, image: Image.Image | None, prompt: str, judges: Sequence[str], source: bytes | None = None
+    title: str, image: Image.Image | None, prompt: str, judges: Sequence[str], sources: Sources = ()
 ) -> str:
     """Return an image with its title and the judges' scores, or a placeholder if there is no image yet."""
     if image is None:
         return f'<figure><div class="blank">generating …</div><figcaption><b>{escape(title)}</b></figcaption></figure>'
-    scores = "".join(judge_score_html(judge, image, prompt, source) for judge in judges)
+    scores = "".join(judge_score_html(judge, image, prompt, sources) for judge in judges)
     return f"<figure>{image_html(image, alt=title)}<figcaption><b>{escape(title)}</b>{scores}</figcaption></figure>"
 
 
-def judge_score_html(judge: str, image: Image.Image, prompt: str, source: bytes | None) -> str:
+def judge_score_html(judge: str, image: Image.Image, prompt: str, sources: Sources) -> str:
     """Score an image with a judge. Return the score, or a note if the judge cannot score this prompt."""
-    sources = [[decode_image(source)]] if source else ()
+    images = [[decode_image(source) for source in sources]] if sources else ()
     try:
-        return score_html(judge, float(image_scores(judge, [image], [prompt], sources)[0]))
+        return score_html(judge, float(image_scores(judge, [image], [prompt], images)[0]))
     except ValueError as error:
         return f'<span class="score" title="{escape(str(error))}">{escape(metric_of(judge))}: no score</span>'
 
@@ -178,7 +187,7 @@ def enlarge_small(image: Image.Image) -> Image.Image:
 
 
 def check_controls(
-    model: DemoModel, prompt: str, seed: float | None, steps: float, guidance: float, scale: float, source: bytes | None
+    model: DemoModel, prompt: str, seed: float | None, steps: float, guidance: float, scale: float, sources: Sources
 ) -> tuple[Any, ...]:
     """Convert the values of the controls to the arguments of `DemoModel.generate`.
 
@@ -191,35 +200,35 @@ def check_controls(
         raise gr.Error(f"The prompt is longer than {MAX_PROMPT_LENGTH} characters.", print_exception=False)
     if seed is None or not 0 <= seed < 2**31:
         raise gr.Error("The seed must be a whole number from 0 to 2147483647.", print_exception=False)
-    if model.edits and not source:
+    if model.sources_needed and not sources:
         raise gr.Error("Upload an image first.", print_exception=False)
-    return prompt.strip(), int(seed), int(steps), float(guidance), float(scale), source
+    return prompt.strip(), int(seed), int(steps), float(guidance), float(scale), tuple(sources)
 
 
 def compare(model: DemoModel, *controls: Any) -> Iterator[list[Any]]:
     """Yield (status, both images, slider) while the images are generated."""
-    prompt, seed, steps, guidance, scale, source = check_controls(model, *controls)
+    prompt, seed, steps, guidance, scale, sources = check_controls(model, *controls)
     titles = ("base", f"tuned, LoRA scale {scale:g}")
     show = lambda *images: figures_html(
-        [figure_html(title, image, prompt, model.judges, source) for title, image in zip(titles, images, strict=True)]
+        [figure_html(title, image, prompt, model.judges, sources) for title, image in zip(titles, images, strict=True)]
     )
     yield ["Generating with the base model …", show(None, None), gr.skip()]
-    base = model.generate(prompt, seed, steps, guidance, 0.0, source)
+    base = model.generate(prompt, seed, steps, guidance, 0.0, sources)
     yield ["Generating with the tuned model …", show(base, None), gr.skip()]
-    tuned = model.generate(prompt, seed, steps, guidance, scale, source)
+    tuned = model.generate(prompt, seed, steps, guidance, scale, sources)
     note = " Both images are identical." if base.tobytes() == tuned.tobytes() else ""
     yield [f"Both from seed {seed}.{note}", show(base, tuned), (enlarge_small(base), enlarge_small(tuned))]
 
 
 def strip_over_scales(model: DemoModel, *controls: Any) -> Iterator[list[str]]:
     """Yield (status, strip) while the images of one seed at several LoRA scales are generated."""
-    prompt, seed, steps, guidance, _, source = check_controls(model, *controls)
+    prompt, seed, steps, guidance, _, sources = check_controls(model, *controls)
     titles = ["base" if not scale else f"scale {scale:g}" for scale in model.scales]
     images: list[Image.Image | None] = [None] * len(titles)
     for n, scale in enumerate(model.scales):
-        images[n] = model.generate(prompt, seed, steps, guidance, scale, source)
+        images[n] = model.generate(prompt, seed, steps, guidance, scale, sources)
         each = zip(titles, images, strict=True)
-        figures = [figure_html(title, image, prompt, model.judges, source) for title, image in each]
+        figures = [figure_html(title, image, prompt, model.judges, sources) for title, image in each]
         status = f"{n + 1} of {len(titles)} LoRA scales generated, seed {seed}."
         yield [
             status,
@@ -229,16 +238,16 @@ def strip_over_scales(model: DemoModel, *controls: Any) -> Iterator[list[str]]:
 
 def strip_over_seeds(model: DemoModel, *controls: Any) -> Iterator[list[str]]:
     """Yield (status, strip) while images of base (above) and tuned (below) are generated from the next seeds."""
-    prompt, seed, steps, guidance, scale, source = check_controls(model, *controls)
+    prompt, seed, steps, guidance, scale, sources = check_controls(model, *controls)
     seeds = [(seed + n) % 2**31 for n in range(SEEDS)]
     images: dict[tuple[int, float], Image.Image] = {}
     for n, next_seed in enumerate(seeds):
         for row_scale in (0.0, scale):
-            images[next_seed, row_scale] = model.generate(prompt, next_seed, steps, guidance, row_scale, source)
+            images[next_seed, row_scale] = model.generate(prompt, next_seed, steps, guidance, row_scale, sources)
         rows = [
             figures_html(
                 [
-                    figure_html(f"{name}, seed {s}", images.get((s, row_scale)), prompt, model.judges, source)
+                    figure_html(f"{name}, seed {s}", images.get((s, row_scale)), prompt, model.judges, sources)
                     for s in seeds
                 ],
                 scrolls=f"{name}, several seeds",
@@ -249,16 +258,23 @@ def strip_over_seeds(model: DemoModel, *controls: Any) -> Iterator[list[str]]:
         yield [status, f'<div class="strip"><h3>Several seeds, LoRA scale {scale:g}</h3>{"".join(rows)}</div>']
 
 
+def file_html(title: str, file: Path | None, scores: str = "") -> str:
+    """Return an image of a saved comparison with its title and scores."""
+    try:
+        image = image_html(decode_image(read_regular_file(file)), alt=title) if file else MISSING
+    except (ValueError, OSError):
+        image = MISSING
+    return f"<figure>{image}<figcaption><b>{title}</b>{scores}</figcaption></figure>"
+
+
 def pair_html(pair: ImagePair) -> str:
     """Return the images of base and tuned for one prompt and seed, with the scores saved by the comparison."""
-    figures = []
+    figures = [
+        file_html(title, file) for title, file in zip(source_titles(len(pair.sources)), pair.sources, strict=True)
+    ]
     for n, (title, file) in enumerate((("base", pair.base), ("tuned", pair.tuned))):
         scores = "".join(score_html(judge, values[n]) for judge, values in pair.scores.items())
-        try:
-            image = image_html(decode_image(read_regular_file(file)), alt=title)
-        except (ValueError, OSError):
-            image = '<div class="blank">file is missing or broken</div>'
-        figures.append(f"<figure>{image}<figcaption><b>{title}</b>{scores}</figcaption></figure>")
+        figures.append(file_html(title, file, scores))
     return (
         f'<article><h3 dir="auto">{escape(pair.prompt)}</h3>{figures_html(figures)}'
         f'<div class="score">seed {pair.seed}</div></article>'
@@ -307,11 +323,17 @@ def add_gallery(comparison: SavedComparison) -> None:
 
 def add_controls(model: DemoModel) -> list[Any]:
     """Add the controls to the page: prompt, seed, steps, guidance scale, LoRA scale and the image to edit."""
-    source = gr.State()
+    sources = gr.State(())
     if model.edits:
         shown = gr.HTML(elem_id="source")
-        upload = gr.UploadButton("Upload an image to edit", type="binary", file_types=["image"], elem_id="upload")
-        upload.upload(use_upload, upload, [source, shown], **QUIET)
+        upload = gr.UploadButton(
+            "Upload images to edit" if model.several_sources else "Upload an image to edit",
+            type="binary",
+            file_types=["image"],
+            file_count="multiple" if model.several_sources else "single",
+            elem_id="upload",
+        )
+        upload.upload(use_upload, upload, [sources, shown], **QUIET)
     prompt = gr.Textbox(
         EXAMPLES[0] if model.generate_on_load else "",
         label="Prompt",
@@ -335,14 +357,18 @@ def add_controls(model: DemoModel) -> list[Any]:
                 min_width=140,
                 elem_id="scale",
             ),
-            source,
+            sources,
         ]
 
 
-def use_upload(data: bytes) -> list[Any]:
-    """Return an uploaded image as PNG, and its HTML. Raises gr.Error as `uploaded_image`."""
-    image = uploaded_image(data)
-    return [encode_png(image), figures_html([f"<figure>{image_html(image, alt='image to edit')}</figure>"])]
+def use_upload(files: bytes | list[bytes]) -> list[Any]:
+    """Return uploaded images as PNG, and their HTML. Raises gr.Error as `uploaded_image`."""
+    images = [uploaded_image(data) for data in (files if isinstance(files, list) else [files])]
+    figures = [
+        f"<figure>{image_html(image, alt=name)}</figure>"
+        for image, name in zip(images, source_titles(len(images)), strict=True)
+    ]
+    return [tuple(encode_png(image) for image in images), figures_html(figures)]
 
 
 def build(model: DemoModel, comparison: SavedComparison | None = None) -> DemoPage:

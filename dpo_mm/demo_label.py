@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_mm.data.image_files import decode_image, image_bytes
+from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.schema import prompt_images
-from dpo_mm.demo_server import escape, image_html
+from dpo_mm.demo_server import escape, image_html, source_titles
 from dpo_mm.evaluation.marked_text import differences, text_spans
 from dpo_mm.labels.agreement import Alpha
 from dpo_mm.labels.export import summary
@@ -192,11 +193,11 @@ def _images_html(row: dict[str, Any], *, swapped: bool) -> str:
         for side, image in zip(("Left", "Right"), images, strict=True)
     )
     both = f'<div class="images">{frames}</div>'
-    if row["image_source"] is not None:
-        source = (
-            f'<div class="sources"><div class="frame">{_image_html(row["image_source"], "image to edit")}</div></div>'
-        )
-        both = f'<div class="reading with-image">{source}{both}</div>'
+    cells = source_cells(row)
+    if cells:
+        shown = [_image_html(cell, name) for cell, name in zip(cells, source_titles(len(cells)), strict=True)]
+        sources = "".join(f'<div class="frame">{image}</div>' for image in shown)
+        both = f'<div class="reading with-image"><div class="sources">{sources}</div>{both}</div>'
     return f'<p class="prompt" dir="auto">{escape(row["prompt"])}</p>{both}'
 
 

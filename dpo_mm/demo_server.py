@@ -289,6 +289,11 @@ def image_html(image: Image.Image, *, alt: str) -> str:
     return f'<img{small} {size} alt="{escape(alt)}" draggable="false" src="data:image/png;base64,{data}">'
 
 
+def source_titles(count: int) -> list[str]:
+    """Return the titles of images to edit."""
+    return ["image to edit"] if count == 1 else [f"image {n} to edit" for n in range(1, count + 1)]
+
+
 def uploaded_image(data: bytes) -> Image.Image:
     """Decode an uploaded image and reduce its size.
 

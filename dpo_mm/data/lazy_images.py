@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import xxhash
@@ -67,9 +67,19 @@ def lazy_images(cells: Sequence[Any], name: str, *, rows: Dataset | None = None,
 
 
 def image_cells(row: dict[str, Any]) -> list[Any]:
-    """Return the images of a question as stored: the column `images`, or the one of the column `image`."""
-    cells = row.get("images") or ([row["image"]] if row.get("image") else [])
+    """Return the images of a question as stored: the column `images`, or `image` with one or a list of them."""
+    cells = row.get("images") or row.get("image") or []
     return cells if isinstance(cells, list) else [cells]
+
+
+def source_cells(row: Mapping[str, Any]) -> list[Any]:
+    """Return the images to edit of a preference row as stored: the column `image_source`, with one, a list of them, or null."""
+    return image_cells({"images": row.get("image_source")})
+
+
+def source_column(cells: Sequence[Any], *, several: bool) -> Any:
+    """Return images to edit as a value of the column `image_source`: a list if rows of its dataset have several."""
+    return list(cells) if several else next(iter(cells), None)
 
 
 def _decode_stored(rows: Dataset, number: int, n: int, name: str) -> Image.Image:

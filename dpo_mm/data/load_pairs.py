@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_mm.data import image_files
+from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.schema import prompt_images
 from dpo_mm.objectives import DATASET_INPUTS
 from dpo_mm.resumable import explain_unwritten
@@ -34,7 +35,7 @@ class Pairs:
         dataset_name: name of the dataset, for errors.
         undecodable_images: raise | drop. Dropped rows are listed in the file `dropped_rows_file`.
         dropped_rows_file: JSON-lines file for dropped rows.
-        with_source: True if the model edits an image. Then the image to edit is decoded too.
+        with_source: True if the model edits images. Then the images to edit are decoded too.
         one_sided: True to decode one image per row: the chosen one or, if there is none, the other one.
     """
 
@@ -48,7 +49,7 @@ class Pairs:
     def decode(self, part: range) -> Iterator[dict[str, Any]]:
         """Yield these rows with their `number` and their decoded images in `images`.
 
-        The images are the chosen one, the rejected one and, for a model that edits, the image to edit. `number` is the row's
+        The images are the chosen one, the rejected one and, for a model that edits, the images to edit. `number` is the row's
         position in `rows`.
 
         Raises:
@@ -58,20 +59,21 @@ class Pairs:
             columns = ["image_a", "image_b"] if row["preference"] == "a" else ["image_b", "image_a"]
             if self.one_sided:
                 columns = [column for column in columns if row[column] is not None][:1]
-            columns += ["image_source"] if self.with_source else []
+            cells = [(column, row[column]) for column in columns]
+            cells += [("image_source", cell) for cell in source_cells(row)] if self.with_source else []
             images: list[Any] = []
-            for column in columns:
+            for column, cell in cells:
                 try:
-                    images.append(image_files.rgb_image(row[column]))
+                    images.append(image_files.rgb_image(cell))
                 except ValueError as reason:
-                    error = UndecodableImageError(self.dataset_name, row["id"], column, with_file(reason, row[column]))
+                    error = UndecodableImageError(self.dataset_name, row["id"], column, with_file(reason, cell))
                     if self.undecodable_images == "raise":
                         raise error from None
                     listed = self.dropped_rows_file
                     with explain_unwritten(listed), listed.open("a", encoding="utf-8") as file:
                         file.write(error.as_json_line())
                     break
-            if len(images) == len(columns):
+            if len(images) == len(cells):
                 yield {**row, "number": number, "images": images}
 
 
@@ -165,16 +167,33 @@ def with_file(reason: Exception, cell: Any) -> Exception:
     return reason if not path or str(path) in str(reason) else ValueError(f"{path}: {reason}")
 
 
-def has_source_images(rows: Dataset) -> list[bool]:
-    """Return for each row of `image_preference` if it has an image to edit."""
+def has_source_lists(rows: Dataset) -> bool:
+    """Return True if the column `image_source` has a list of images per row."""
+    from datasets import List
+
+    return isinstance(rows.features["image_source"], List)
+
+
+def source_counts(rows: Dataset) -> list[int]:
+    """Return the number of images to edit of each row of `image_preference`."""
+    import pyarrow.compute as pc
+
     tables = rows.select_columns("image_source").with_format("arrow").iter(1000)
-    return [valid for table in tables for valid in table["image_source"].is_valid().to_pylist()]
+    lengths = lambda column: pc.fill_null(pc.list_value_length(column), 0)
+    count = lengths if has_source_lists(rows) else pc.is_valid
+    return [int(number) for table in tables for number in count(table["image_source"]).to_pylist()]
 
 
 def check_source_images(
-    rows: Dataset, dataset_name: str, *, pipeline: str, is_image_editing: bool, edits_optionally: bool = False
+    rows: Dataset,
+    dataset_name: str,
+    *,
+    pipeline: str,
+    is_image_editing: bool,
+    edits_optionally: bool = False,
+    takes_several_sources: bool = False,
 ) -> bool:
-    """Check that rows have a source image if, and only if, the model edits images.
+    """Check that rows have source images if, and only if, the model edits images, and not more than it takes.
 
     Args:
         rows: decided rows of `image_preference`.
@@ -182,43 +201,64 @@ def check_source_images(
         pipeline: name of the model's pipeline, for errors.
         is_image_editing: True if the model edits an image.
         edits_optionally: True if the model takes rows that all have a source image, or none of them.
+        takes_several_sources: True if the model takes several images to edit per row.
 
     Returns:
         True if the source images are used.
 
     Raises:
-        ValueError: if a model that edits gets a row without `image_source`, or another model gets one with it.
+        ValueError: if a model that edits gets a row without `image_source` or with too many, or another model gets one with it.
     """
-    has_source = has_source_images(rows)
-    is_editing = any(has_source) if edits_optionally else is_image_editing
-    if is_editing and not all(has_source):
+    counts = source_counts(rows)
+    is_editing = any(counts) if edits_optionally else is_image_editing
+    if is_editing and not all(counts):
         reason = "Other rows have an image to edit" if edits_optionally else f"{pipeline} edits an image"
         raise ValueError(
-            f"row {rows['id'][has_source.index(False)]} of {dataset_name}: image_source is missing. {reason}, so every row needs the "
+            f"row {rows['id'][counts.index(0)]} of {dataset_name}: image_source is missing. {reason}, so every row needs the "
             "image to edit"
         )
-    if any(has_source) and not is_editing:
+    if any(counts) and not is_editing:
         raise ValueError(
             f"{dataset_name}: rows have an image_source, which {pipeline} does not use. Drop the column, or train a model that edits"
+        )
+    if is_editing and not takes_several_sources and max(counts) > 1:
+        number = next(number for number, count in enumerate(counts) if count > 1)
+        raise ValueError(
+            f"row {rows['id'][number]} of {dataset_name}: image_source has {counts[number]} images, but {pipeline} takes 1. Remove the others"
         )
     return is_editing
 
 
-def check_source_proportions(rows: Sequence[dict[str, Any]], size: tuple[int, int], dataset_name: str) -> None:
+def check_equal_sources(rows: Dataset, dataset_name: str) -> None:
+    """Raise ValueError unless all rows of one image have equally many images to edit, because two kinds of them share a batch."""
+    counts = source_counts(rows)
+    number = next((number for number, count in enumerate(counts) if count != counts[0]), None)
+    if number is not None:
+        raise ValueError(
+            f"row {rows['id'][number]} of {dataset_name}: {counts[number]} images to edit, but others have {counts[0]}. Rows of one "
+            "image need equally many"
+        )
+
+
+def check_source_proportions(
+    rows: Sequence[dict[str, Any]], size: tuple[int, int], dataset_name: str, *, sides: int
+) -> None:
     """Check that images to edit have the proportions of their chosen images, so that both are cropped alike.
 
-    A chosen image of the target size may be the model's own. It then edits the cropped source, whatever that was.
+    A chosen image of the target size may be the model's own. It then edits the cropped source, whatever that was. Of several
+    images to edit, the first is the one that is edited. The others may have other proportions.
 
     Args:
-        rows: rows of `Pairs.decode`, the image to edit last.
+        rows: rows of `Pairs.decode`, whose images to edit follow the sides.
         size: width and height to which the images are fitted.
         dataset_name: name of the dataset, for the error.
+        sides: number of images before the images to edit.
 
     Raises:
         ValueError: if a source has other proportions.
     """
     for row in rows:
-        chosen, source = row["images"][0].size, row["images"][-1].size
+        chosen, source = row["images"][0].size, row["images"][sides].size
         if chosen != size and abs(math.log(source[0] * chosen[1] / (source[1] * chosen[0]))) > SAME_PROPORTIONS:
             raise ValueError(
                 f"row {row['id']} of {dataset_name}: image_source is {source[0]}x{source[1]}, but the chosen image is "

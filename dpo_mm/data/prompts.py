@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_mm.assets import resolve_asset
-from dpo_mm.data.lazy_images import LazyImages, image_cells, lazy_images
+from dpo_mm.data.lazy_images import LazyImages, image_cells, lazy_images, source_cells
 from dpo_mm.data.row_files import open_rows
 from dpo_mm.data.row_paths import check_regular, confine
 from dpo_mm.data.text_files import read_text
@@ -182,12 +182,13 @@ def is_prompt_list(path: Path) -> bool:
 
 
 def _image_folder(path: Path) -> PromptSet:
-    """Read the images to edit of a folder, whose metadata.jsonl has a file_name and a prompt per line."""
+    """Read the images to edit of a folder, whose metadata.jsonl has a prompt and a file_name, or a list file_names, per line."""
     rows = []
     for place, row in _json_rows(path, _text(path).split("\n")):
-        if not isinstance(row, dict) or not (row.get("file_name") or source_cells(row)):
+        files = (row.get("file_names") or row.get("file_name")) if isinstance(row, dict) else None
+        if not isinstance(row, dict) or not (files or image_cells(row) or source_cells(row)):
             raise ValueError(f"{path}, {place}: no file_name. Expected {{'file_name': ..., 'prompt': ...}}")
-        rows.append((place, {"image": row.get("file_name"), "prompt": row.get("text"), **row}))
+        rows.append((place, {"image": files, "prompt": row.get("text"), **row}))
     return _objects(path, rows)._replace(format="folder of images")
 
 
@@ -209,14 +210,9 @@ def _is_json_lines(lines: list[str]) -> bool:
         return False
 
 
-def source_cells(row: dict[str, Any]) -> list[Any]:
-    """Return the images to edit of a row as stored: the column `images`, `image` or, as in preference rows, `image_source`."""
-    return image_cells(row) or image_cells({"image": row.get("image_source")})
-
-
 def _sources(row: dict[str, Any], path: Path, place: str) -> LazyImages:
     """Return the images to edit of a row. Texts are paths relative to the file's folder."""
-    cells = source_cells(row)
+    cells = image_cells(row) or source_cells(row)
     return lazy_images(confine(cells, path.parent, is_path=True), f"{path}, {place}") if cells else NO_SOURCES
 
 
@@ -239,7 +235,7 @@ def _parquet(path: Path) -> PromptSet:
     if "prompt" not in rows.column_names:
         raise ValueError(f"{path}: columns {', '.join(rows.column_names)[:200]}. Expected prompt, and optionally image")
     if "image_source" in rows.column_names and not {"image", "images"} & set(rows.column_names):
-        rows = rows.rename_column("image_source", "image")
+        rows = rows.rename_column("image_source", "images")
     stored = rows.select_columns([name for name in ("images", "image") if name in rows.column_names])
     rows = rows.select_columns([*stored.column_names, *{"prompt", "category"} & set(rows.column_names)])
     batches = (batch.to_pylist() for batch in rows.with_format("arrow").iter(ROWS_IN_MEMORY))

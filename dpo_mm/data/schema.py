@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.response_columns import check_columns_are_read
 from dpo_mm.data.row_digest import image_content
 from dpo_mm.data.row_files import open_rows
@@ -44,13 +45,13 @@ class Response(NamedTuple):
     hit_limit: bool
 
 
-def image_preference() -> Features:
+def image_preference(*, several_sources: bool = False) -> Features:
     """Return the features of `ImagePreference`.
 
     `p_a` is the probability that a wins, in [0, 1]. Votes and scores are null if unknown. `image_source` is the image to
-    edit, for models that edit. It is null for models that generate from text.
+    edit, for models that edit, or a list of them with `several_sources`. It is null for models that generate from text.
     """
-    from datasets import Features, Image, Value
+    from datasets import Features, Image, List, Value
 
     text, number = Value("string"), Value("float64")
     return Features(
@@ -59,7 +60,7 @@ def image_preference() -> Features:
             "prompt": text,
             "image_a": Image(),
             "image_b": Image(),
-            "image_source": Image(),
+            "image_source": List(Image()) if several_sources else Image(),
             "preference": text,
             "p_a": number,
             "votes_a": Value("int64"),
@@ -124,8 +125,11 @@ def make_image_rows(rows: list[dict[str, Any]]) -> Dataset:
     """
     from datasets import Dataset
 
-    features = image_preference()
+    several = any(isinstance(row.get("image_source"), list) for row in rows)
+    features = image_preference(several_sources=several)
     full = [{name: row.get(name) for name in features} for row in rows]
+    if several:
+        full = [{**row, "image_source": source_cells(row)} for row in full]
     unknown = sorted({key for row in rows for key in row} - set(features))
     if unknown:
         raise ValueError(f"column {unknown[0]!r} is not part of ImagePreference. Known columns: {', '.join(features)}")
@@ -231,7 +235,7 @@ def validate(rows: Dataset, *, dataset_name: str) -> Dataset:
     Raises:
         ValueError: if a column is missing, there is no row, or a preference, prompt or image column is not valid.
     """
-    from datasets import Image
+    from datasets import Image, List
 
     _require_columns(rows, REQUIRED, dataset_name)
     for number, (preference, prompt) in enumerate(zip(rows["preference"][:], rows["prompt"][:], strict=True)):
@@ -244,7 +248,8 @@ def validate(rows: Dataset, *, dataset_name: str) -> Dataset:
     for column in ("image_a", "image_b", *(["image_source"] if "image_source" in rows.column_names else [])):
         feature = rows.features[column]
         try:
-            rows = rows.cast_column(column, Image())
+            is_list = column == "image_source" and isinstance(feature, List)
+            rows = rows.cast_column(column, List(Image()) if is_list else Image())
         except Exception as error:  # Arrow raises a different class for each pair of types
             raise ValueError(
                 f"{dataset_name}: column {column!r} contains {feature}. Expected images, as {{bytes, path}} or as paths"

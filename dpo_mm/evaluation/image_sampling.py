@@ -195,6 +195,8 @@ class ImageSampler:
         batches = [distinct[start : start + size] for start in range(0, len(distinct), size)]
         identities = self._identities(batches, scale)
         share = process_rank().share(len(batches))
+        for sources in {request.sources.file_hashes: request.sources for request in distinct}.values():
+            store.add_sources(sources)
         with progress_bar(f"generating images: {label}", sum(len(batches[number]) for number in share)) as advance:
             for number in share:
                 missing = [store.find(*identity) is None for identity in identities[number]]
@@ -234,7 +236,7 @@ class ImageSampler:
         A batch is generated as a whole even if only one image is missing: its size changes the rounding of the pixels.
         """
         config = self.config
-        (images,) = self.policy.sample(
+        parts = self.policy.sample(
             [request.prompt for request in batch],
             [request.seed for request in batch],
             steps=config.num_inference_steps,
@@ -243,7 +245,7 @@ class ImageSampler:
             scale=scale,
             **images_to_edit([request.sources for request in batch]),
         )
-        return images
+        return [image for part in parts for image in part]
 
     def settings(self, scale: float) -> dict[str, Any]:
         """Return everything but prompt, seed and batch that determines an image at a LoRA scale, as plain values."""

@@ -1,6 +1,6 @@
 """Images of a comparison on disk, with how each was generated and what each judge scored.
 
-The folder contains PNG files and two files of JSON lines. manifest.jsonl has one row per image: its hash, and
+The folder contains PNG files, the images to edit among them, and two files of JSON lines. manifest.jsonl has one row per image: its hash, and
 everything that determines its pixels. So an interrupted comparison resumes, and anyone can check an image or generate it
 again later. scores.jsonl has one row per image and judge.
 
@@ -23,6 +23,7 @@ from typing import Any, overload
 from PIL import Image
 
 from dpo_mm.data.image_files import decode_image
+from dpo_mm.data.lazy_images import LazyImages
 from dpo_mm.data.row_paths import is_regular, read_regular_file, resolve_inside
 from dpo_mm.errors import name_row
 from dpo_mm.json_lines import append_lines, combine_parts, list_parts, own_part, read_lines, read_parts
@@ -33,6 +34,8 @@ from dpo_mm.resumable import atomic_write
 logger = logging.getLogger(__name__)
 
 FOLDER, MANIFEST, SCORES = "pictures", "manifest.jsonl", "scores.jsonl"
+SOURCES = "sources"
+"""Subfolder of the images to edit, whose names are their hashes."""
 NAMES = ("model", "revision", "adapter")
 """Names that do not identify an image. The hash of the weights does."""
 POLL_S = 1.0
@@ -126,6 +129,8 @@ class ImageStore:
         """Remove the files of the store. Files of others in its folder stay."""
         files = [self.folder / row["file"] for row in self.rows.values()]
         tables = [self.folder / MANIFEST, self.folder / SCORES]
+        names = {name for row in self.rows.values() for name in row.get("sources", ())}
+        files += [path for name in names if (path := source_file(self.folder, name)) is not None]
         for path in (*files, *tables, *(part for table in tables for part in list_parts(table))):
             path.unlink(missing_ok=True)
         for folder in (*{path.parent for path in files}, self.folder):
@@ -150,6 +155,12 @@ class ImageStore:
             rows.append({**row, "sha256": _save(image, self.folder / row["file"])})
             self.rows[key] = rows[-1]
         append_lines(own_part(self.folder / MANIFEST), rows)
+
+    def add_sources(self, sources: LazyImages) -> None:
+        """Save the images to edit of a prompt that are not in the store."""
+        for number, name in enumerate(sources.file_hashes):
+            if source_file(self.folder, name) is None:
+                _save(sources[number], self.folder / SOURCES / f"{name}.png")
 
     def score(self, card: str, digest: str, prompt: str, *sources: str) -> float | None:
         """Return a judge's score of an image, None if it has not scored it.
@@ -176,6 +187,16 @@ class ImageStore:
             rows.append({**row, "sources": sources} if sources else row)
             self.scores[(card, digest, prompt, *sources)] = score
         append_lines(own_part(self.folder / SCORES), rows)
+
+
+def source_file(folder: Path, name: str) -> Path | None:
+    """Return the file of an image to edit by its hash, None if the folder has none.
+
+    Raises:
+        ValueError: if the name leads out of the folder.
+    """
+    path = resolve_inside(f"{SOURCES}/{name}.png", folder)
+    return path if path.is_file() else None
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:

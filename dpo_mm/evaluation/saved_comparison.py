@@ -13,7 +13,7 @@ from dpo_mm.assets import BUNDLED
 from dpo_mm.data.prompts import category
 from dpo_mm.data.row_paths import read_regular_file, resolve_inside
 from dpo_mm.errors import name_row
-from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, read_manifest, read_scores
+from dpo_mm.evaluation.image_store import FOLDER, MANIFEST, read_manifest, read_scores, source_file
 from dpo_mm.judges import better_of, parse_judge_name
 
 OUTCOMES = ("all", "better", "worse", "the same")
@@ -26,6 +26,7 @@ class ImagePair:
     Args:
         prompt, category, seed: of both images.
         base, tuned: image files.
+        sources: files of the images to edit, None for one that is not in the folder.
         scores: by judge, (base, tuned).
     """
 
@@ -35,6 +36,7 @@ class ImagePair:
     base: Path
     tuned: Path
     scores: Mapping[str, tuple[float, float]]
+    sources: tuple[Path | None, ...] = ()
 
     def gain(self, judge: str) -> float:
         """Return by how much the tuned image is better by a judge, in its unit. 0 unless both images have a score."""
@@ -140,7 +142,8 @@ def _image_pair(
         if before is not None and after is not None:
             pair_scores[judge] = (before, after)
     files = resolve_inside(base["file"], folder), resolve_inside(tuned["file"], folder)
-    return ImagePair(prompt, category(prompt), base["seed"], *files, pair_scores)
+    sources = tuple(source_file(folder, name) for name in base.get("sources", ()))
+    return ImagePair(prompt, category(prompt), base["seed"], *files, pair_scores, sources)
 
 
 def bundled_models(saved: SavedComparison, folder: str, *, default: str) -> tuple[str, str | None]:

@@ -30,6 +30,7 @@ from dpo_mm.checksums import all_intact, missing_shards, saved_shards, write_wit
 from dpo_mm.config import RelabelConfig
 from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import rgb_image
+from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.data.row_digest import digest
 from dpo_mm.interruption import stop_on_signal
@@ -276,16 +277,16 @@ def _length(rows: Dataset, start: int, config: RelabelConfig) -> int:
 
 def _score_shard(part: Dataset, config: RelabelConfig, *, first: int) -> np.ndarray:
     images, decoded = [], []
-    edits = ["source"] if any(map(takes_sources, config.judges)) else []
+    sources_of = source_cells if any(map(takes_sources, config.judges)) else lambda row: []
     for number, row in enumerate(_stored_rows(part)):
         try:
-            images.append([rgb_image(row[f"image_{side}"]) for side in ("a", "b", *edits)])
+            images.append([rgb_image(cell) for cell in (row["image_a"], row["image_b"], *sources_of(row))])
             decoded.append(number)
         except ValueError as error:
             if config.undecodable_images == "raise":
                 raise ValueError(
-                    f"{config.pairs}, row {first + number}: an image does not decode ({error}). Fix the file, or leave "
-                    "such rows out with --undecodable-images drop."
+                    f"{config.pairs}, row {first + number}: an image does not decode ({error}). Fix the file, or leave such rows "
+                    "out with --undecodable-images drop."
                 ) from error
     scores = np.full((len(config.judges), len(part), 2), np.nan)
     if decoded:

@@ -20,7 +20,8 @@ from dpo_mm.checksums import all_intact, missing_shards, saved_shards, write_wit
 from dpo_mm.config import JudgeConfig
 from dpo_mm.content_key import content_hash, file_hash, library_versions
 from dpo_mm.data.image_files import decode_image, image_bytes, rgb_image
-from dpo_mm.data.load_pairs import has_source_images
+from dpo_mm.data.lazy_images import source_cells
+from dpo_mm.data.load_pairs import source_counts
 from dpo_mm.data.parquet import combine_shards
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.row_paths import MARK, is_regular
@@ -147,10 +148,10 @@ def check_sources(rows: Dataset, judges: Sequence[str], *, name: str) -> None:
         ValueError: if a row has none.
     """
     edits = next((judge for judge in judges if takes_sources(judge)), None)
-    has_source = has_source_images(rows) if edits else []
-    if False in has_source:
+    counts = source_counts(rows) if edits else []
+    if 0 in counts:
         raise ValueError(
-            f"{name}, row {has_source.index(False)}: no image_source. Judge {edits!r} scores edits, so every row needs the image to edit. "
+            f"{name}, row {counts.index(0)}: no image_source. Judge {edits!r} scores edits, so every row needs the image to edit. "
             "Add it, or leave this judge out"
         )
 
@@ -245,12 +246,12 @@ def _score_shard(images: Sequence[ImageToScore], rows: Dataset | None, judge: st
 
 
 def _sources(image: ImageToScore, rows: Dataset | None) -> list[Image.Image]:
-    """Return the image to edit of a row, empty without one. Raises ValueError if it does not decode."""
+    """Return the images to edit of a row, empty without one. Raises ValueError if it does not decode."""
     if rows is None:
         return []
-    cell = rows.with_format("arrow")[image.row : image.row + 1].column("image_source")[0].as_py()
+    (row,) = rows.select_columns("image_source").with_format("arrow")[image.row : image.row + 1].to_pylist()
     try:
-        return [rgb_image(cell)] if cell else []
+        return [rgb_image(cell) for cell in source_cells(row)]
     except ValueError as error:
         raise ValueError(f"image_source: {error}") from error
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_mm.assets import presets_folder
+from dpo_mm.data.lazy_images import source_cells, source_column
+from dpo_mm.data.load_pairs import has_source_lists
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.data.schema import image_preference, make_image_rows, make_response_rows, response_preference
 from dpo_mm.errors import did_you_mean, name_row
@@ -95,17 +97,21 @@ def _labelled(row: dict[str, Any], preference: dict[str, Any]) -> dict[str, Any]
     """Return a row with the label of the votes, or None if it is of responses and none of them won."""
     if is_response(row):
         return labelled_response(row, preference)
-    columns = [column for column in ("image_source", "image_a", "image_b") if row[column] is not None]
-    images = {column: {"bytes": file_bytes(row[column]), "path": None} for column in columns}
-    return {**row, **images, **preference}
+    stored = lambda cell: {"bytes": file_bytes(cell), "path": None}
+    images = {column: stored(row[column]) for column in ("image_a", "image_b") if row[column] is not None}
+    sources = [stored(cell) for cell in source_cells(row)]
+    column = source_column(sources, several=isinstance(row["image_source"], list))
+    return {**row, **images, "image_source": column, **preference}
 
 
-def _write_rows(labelled: Iterable[dict[str, Any]], path: Path, *, of_responses: bool = False) -> int:
+def _write_rows(labelled: Iterable[dict[str, Any]], path: Path, rows: Dataset) -> int:
     """Write rows as Parquet, a row group at a time, so that the images of one are in memory. Return their number."""
     import pyarrow.parquet as pq
 
+    of_responses = "chosen" in rows.column_names
     make = make_response_rows if of_responses else make_image_rows
-    count, schema = 0, (response_preference() if of_responses else image_preference()).arrow_schema
+    features = response_preference() if of_responses else image_preference(several_sources=has_source_lists(rows))
+    count, schema = 0, features.arrow_schema
     with pq.ParquetWriter(path, schema, **PAGE_CHECKSUMS) as writer:
         for group in _row_groups(labelled):
             writer.write_table(make(group).data.table.cast(schema))
@@ -162,7 +168,7 @@ def export(
         labelled = preference_rows(active_votes, rows, store.digests())
         with write_file(Path(output), overwrite=overwrite) as temporary:
             if format == "rows":
-                count = _write_rows(labelled, temporary, of_responses="chosen" in rows.column_names)
+                count = _write_rows(labelled, temporary, rows)
             else:
                 count = sum(1 for _ in labelled)
                 _write_json(FORMATS[format](active_votes, rows), temporary)

@@ -2,7 +2,7 @@
 
     samples/shapes-sd/0001.png    samples/shapes-sd-faithful/0001.png    samples/0001.txt
 
-A prompt's image to edit is `samples/0001.png`. `open_pairs` reads such a folder. Images that exist are not generated again, so
+A prompt's image to edit is `samples/0001.png`, and `samples/0001.2.png` and so on are further ones. `open_pairs` reads such a folder. Images that exist are not generated again, so
 an interrupted run resumes.
 """
 
@@ -63,11 +63,12 @@ def _generate_missing(
 ) -> None:
     """Write the prompts, their images to edit and the images that do not exist yet."""
     prompt_files = [folder / f"{number:04}.txt" for number in range(1, len(specs) + 1)]
-    source_files = [path.with_suffix(".png") for path, spec in zip(prompt_files, specs, strict=True) if spec.sources]
+    source_files = []
     for path, spec in zip(prompt_files, specs, strict=True):
         _write(path, spec.text.encode())
-        if spec.sources:
-            _write(path.with_suffix(".png"), encode_png(spec.sources[0]))
+        for number, image in enumerate(spec.sources, start=1):
+            source_files.append(path.with_suffix(f".{number}.png" if number > 1 else ".png"))
+            _write(source_files[-1], encode_png(image))
     saved = lambda: f"{len(list(folder.glob('*/*.png')))} images are in {folder}" if any(folder.glob("*/*.png")) else ""
     image_files = {
         model: [folder / model_name(model) / f"{path.stem}.png" for path in prompt_files] for model in models

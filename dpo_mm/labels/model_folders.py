@@ -2,7 +2,7 @@
 
     samples/base/0001.png    samples/tuned/0001.png    samples/0001.txt    samples/0001.png
 
-An image of that name in the folder itself is the image to edit. The id of a pair is the name of its images, followed by the
+An image of that name in the folder itself is the image to edit, and 0001.2.png, 0001.3.png and so on are further ones. The id of a pair is the name of its images, followed by the
 names of the two subfolders if there are more than two. The prompt is in a text file of that name, in the folder or in one of
 the subfolders. Without a text file the name itself is the prompt, with dashes and underscores replaced by spaces. Each folder
 is listed once.
@@ -16,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_mm.data.lazy_images import source_column
 from dpo_mm.data.row_paths import MARK, is_regular
 from dpo_mm.data.schema import image_preference
 from dpo_mm.data.text_files import read_lines
@@ -55,20 +56,23 @@ def rows_of_folder(folder: Path) -> Dataset:
             raise ValueError(f"{folder}: {first}/ and {other.name}/ do not have the same images ({reason})")
     prompts = _prompts(files[first], (folder, *subfolders))
     sources = _stems(name for name in os.listdir(folder) if _is_image(name) and is_regular(folder / name, folder))
+    edited = {name: _sources_of(name, sources) for name in files[first]}
+    several = any(len(own) > 1 for own in edited.values())
     pairs = [(name, a, b) for name in files[first] for a, b in combinations(files, 2)]
     marked = f"{folder.absolute()}{MARK}"
     columns = {
         "id": [name if len(subfolders) == 2 else f"{name}--{a}--{b}" for name, a, b in pairs],
         "prompt": [prompts[name] for name, _, _ in pairs],
         "image_source": [
-            {"bytes": None, "path": f"{marked}{sources[name]}"} if name in sources else None for name, _, _ in pairs
+            source_column([{"bytes": None, "path": f"{marked}{file}"} for file in edited[name]], several=several)
+            for name, _, _ in pairs
         ],
         "image_a": [{"bytes": None, "path": f"{marked}{a}/{files[a][name]}"} for name, a, _ in pairs],
         "image_b": [{"bytes": None, "path": f"{marked}{b}/{files[b][name]}"} for name, _, b in pairs],
         "model_a": [a for _, a, _ in pairs],
         "model_b": [b for _, _, b in pairs],
     }
-    schema = image_preference().arrow_schema
+    schema = image_preference(several_sources=several).arrow_schema
     nothing = {name: pa.nulls(len(pairs), schema.field(name).type) for name in schema.names if name not in columns}
     values: dict[str, Any] = {**columns, **nothing}
     return Dataset(pa.table({name: values[name] for name in schema.names}, schema=schema))
@@ -86,6 +90,14 @@ def _is_image(name: str) -> bool:
 def _stems(names: Any) -> dict[str, str]:
     """Return file names by their names without suffix, sorted."""
     return {name[: name.rfind(".")]: name for name in sorted(names)}
+
+
+def _sources_of(name: str, files: Mapping[str, str]) -> list[str]:
+    """Return the files of the images to edit of a name, in order."""
+    sources = [files[name]] if name in files else []
+    while sources and (further := f"{name}.{len(sources) + 1}") in files:
+        sources.append(files[further])
+    return sources
 
 
 def _prompts(names: Mapping[str, str], folders: tuple[Path, ...]) -> dict[str, str]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.data.image_files import image_bytes
+from dpo_mm.data.lazy_images import source_cells
+from dpo_mm.data.load_pairs import has_source_lists
 from dpo_mm.data.row_files import open_rows
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.data.text_files import table_suffix
@@ -30,7 +32,7 @@ def open_pairs(path: str) -> Dataset:
     Raises:
         ValueError: if it cannot be read or two rows share an id. The error names the dataset or folder and the fix.
     """
-    from datasets import Image
+    from datasets import Image, List
 
     folder = Path(resolve_asset(path))
     is_dataset = not folder.is_dir() or any(map(_is_table, folder.iterdir())) or (folder / "state.json").exists()
@@ -42,7 +44,8 @@ def open_pairs(path: str) -> Dataset:
             f"{path}: several rows have the id {repeated!r}. Votes are stored by id, so ids must be unique"
         )
     for column in ("image_source", "image_a", "image_b") if "image_a" in rows.column_names else ():
-        rows = rows.cast_column(column, Image(decode=False))
+        is_list = column == "image_source" and has_source_lists(rows)
+        rows = rows.cast_column(column, List(Image(decode=False)) if is_list else Image(decode=False))
     return rows
 
 
@@ -92,12 +95,12 @@ def _bytes_or_empty(cell: dict[str, Any]) -> bytes:
 
 
 def pair_digest(row: dict[str, Any]) -> str:
-    """Return a hash of the prompt, of an image to edit and of both sides, which detects a pair that changed after a vote.
+    """Return a hash of the prompt, of images to edit and of both sides, which detects a pair that changed after a vote.
 
     An image that cannot be read counts as empty: the page shows that, and the pair can be skipped.
     """
     if is_response(row):
         return response_digest(row)
-    cells = [row[column] for column in ("image_a", "image_b", "image_source") if row[column] is not None]
+    cells = [row[column] for column in ("image_a", "image_b") if row[column] is not None] + source_cells(row)
     parts = (row["prompt"].encode(), *map(_bytes_or_empty, cells))
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

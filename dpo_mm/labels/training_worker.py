@@ -125,15 +125,17 @@ def _prompts_of(rows: Dataset, folder: Path) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from dpo_mm.data.lazy_images import source_cells
     from dpo_mm.labels.pairs import file_bytes
 
-    sources = rows["image_source"][:]
-    images = [{"bytes": file_bytes(cell), "path": None} if cell else None for cell in sources]
+    sources = [source_cells({"image_source": value}) for value in rows["image_source"][:]]
+    files = [tuple(file_bytes(cell) for cell in cells) for cells in sources]
     prompts = [" ".join(prompt.split()) for prompt in rows["prompt"][:]]
-    each = {(prompt, image and image["bytes"]): image for prompt, image in zip(prompts, images, strict=True)}
+    each = list(dict.fromkeys(zip(prompts, files, strict=True)))
     table = pa.table({"prompt": [prompt for prompt, _ in each]})
-    if any(each.values()):
-        table = table.append_column("image", pa.array(each.values()))
+    if any(images for _, images in each):
+        cells = [[{"bytes": image, "path": None} for image in images] for _, images in each]
+        table = table.append_column("images", pa.array(cells))
     file = folder / "prompts.parquet"
     pq.write_table(table, file)
     return str(file)

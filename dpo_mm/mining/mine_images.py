@@ -21,6 +21,7 @@ from dpo_mm.checksums import all_intact, missing_shards
 from dpo_mm.config import MineConfig, MineResponsesConfig, as_dict, default_settings
 from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.image_files import encode_png
+from dpo_mm.data.lazy_images import source_column
 from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.prompts import PromptSpec, read_prompt_set, seeds_of
 from dpo_mm.data.schema import image_preference, make_image_rows
@@ -102,13 +103,14 @@ def _mine_shards(shards: Sequence[Sequence[PromptSpec]], paths: Sequence[Path], 
     policy = load_image_policy(config.model, revision=config.revision, adapter=config.adapter, **options)
     texts, sources = zip(*((prompt.text, prompt.sources) for shard in shards for prompt in shard), strict=True)
     check_prompt_sources(policy, config.prompts, texts, sources)
+    several = any(len(images) > 1 for images in sources)
     if cut := truncated_prompts(policy, texts):
         logger.warning("prompts: %s", cut)
     total = sum(len(shards[number]) for number in missing) * config.images_per_prompt
     with progress_bar("generating and scoring images", total) as advance:
         for number in missing:
-            rows = _mine_shard(policy, shards[number], config, advance)
-            write_rows(rows, paths[number], make=make_image_rows, features=image_preference())
+            rows = _mine_shard(policy, shards[number], config, advance, several=several)
+            write_rows(rows, paths[number], make=make_image_rows, features=image_preference(several_sources=several))
 
 
 def ingredients(config: MineConfig, prompts: Sequence[PromptSpec]) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def parse_judges(judges: tuple[str, ...] | str | None) -> tuple[str, ...]:
 
 
 def _mine_shard(
-    policy: ImagePolicy, prompts: Sequence[PromptSpec], config: MineConfig, advance: Any
+    policy: ImagePolicy, prompts: Sequence[PromptSpec], config: MineConfig, advance: Any, *, several: bool
 ) -> list[dict[str, Any]]:
     """Generate and score the images of some prompts and return the rows of their pairs."""
     judges, guards = parse_judges(config.judges), parse_judges(config.guards)
@@ -158,7 +160,8 @@ def _mine_shard(
     for number, prompt in enumerate(prompts):
         part = slice(number * count, (number + 1) * count)
         for best, worst in choose_pairs(scores[:, part], config.min_score_gap, config.pairs_per_prompt):
-            rows.append(_row(prompt, images[part], seeds[part], scores[0, part], best, worst, config))
+            own = (images[part], seeds[part], scores[0, part])
+            rows.append(_row(prompt, *own, best, worst, config, several=several))
     return rows
 
 
@@ -214,14 +217,17 @@ def _row(
     best: int,
     worst: int,
     config: MineConfig,
+    *,
+    several: bool,
 ) -> dict[str, Any]:
     """Build a pair's row. The winner's seed decides whether it is a or b: the position carries no signal."""
     first, second, preference = (best, worst, "a") if seeds[best] % 2 else (worst, best, "b")
     guards = "+".join(parse_judges(config.guards))
+    sources = [{"bytes": encode_png(image), "path": None} for image in prompt.sources]
     return {
         "id": f"{prompt.item}/{seeds[best]}-{seeds[worst]}",
         "prompt": prompt.text,
-        **({"image_source": {"bytes": encode_png(prompt.sources[0]), "path": None}} if prompt.sources else {}),
+        **({"image_source": source_column(sources, several=several)} if sources else {}),
         "image_a": {"bytes": encode_png(images[first]), "path": None},
         "image_b": {"bytes": encode_png(images[second]), "path": None},
         "preference": preference,

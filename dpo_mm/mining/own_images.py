@@ -14,7 +14,8 @@ from dpo_mm.checksums import all_intact, missing_shards
 from dpo_mm.config import MineConfig, as_dict
 from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import encode_png, image_bytes, rgb_image
-from dpo_mm.data.lazy_images import LazyImages, lazy_images
+from dpo_mm.data.lazy_images import LazyImages, lazy_images, source_cells, source_column
+from dpo_mm.data.load_pairs import has_source_lists
 from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.prompts import seeds_of
 from dpo_mm.data.row_digest import digest
@@ -103,7 +104,8 @@ def _mine(config: MineConfig, rows: Dataset) -> None:
                 sources = [_source(row, config.prompts) for row in own]
                 check_prompt_sources(policy, config.prompts, [row["prompt"] for row in own], sources)
                 pairs = _pair_with_samples(policy, own, config, advance)
-                write_rows(pairs, paths[number], make=make_image_rows, features=image_preference())
+                features = image_preference(several_sources=has_source_lists(rows))
+                write_rows(pairs, paths[number], make=make_image_rows, features=features)
     if all_intact(paths, folder / "pairs.parquet"):
         with write_results(folder) as temporary:
             combine_shards(paths, temporary / "pairs.parquet", empty_message=f"{config.prompts}: no pair")
@@ -143,7 +145,10 @@ def _pair_with_samples(
             {
                 "id": f"{row['id']}/{seed}",
                 "prompt": row["prompt"],
-                "image_source": row["image_source"] and {"bytes": image_bytes(row["image_source"]), "path": None},
+                "image_source": source_column(
+                    [{"bytes": image_bytes(cell), "path": None} for cell in source_cells(row)],
+                    several=isinstance(row["image_source"], list),
+                ),
                 "preference": "a" if first is own else "b",
                 **{f"{name}_a": value for name, value in first.items()},
                 **{f"{name}_b": value for name, value in second.items()},
@@ -155,9 +160,8 @@ def _pair_with_samples(
 
 
 def _source(row: dict[str, Any], dataset: str) -> LazyImages:
-    """Return the image to edit of a row, empty without one."""
-    cells = [row["image_source"]] if row["image_source"] else []
-    return lazy_images(cells, f"{dataset}, row {row['id']}")
+    """Return the images to edit of a row, empty without one."""
+    return lazy_images(source_cells(row), f"{dataset}, row {row['id']}")
 
 
 def _own_image(row: dict[str, Any]) -> Any:

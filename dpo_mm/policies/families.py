@@ -32,6 +32,7 @@ FAMILIES: dict[str, str] = {
     "QwenImage21Pipeline": "dpo_mm.policies.diffusion.qwen_image21:QwenImage21",
     "LongCatImagePipeline": "dpo_mm.policies.diffusion.longcat_image:LongCatImage",
     "ErnieImagePipeline": "dpo_mm.policies.diffusion.ernie_image:ErnieImage",
+    "QwenImageEditPlusPipeline": "dpo_mm.policies.diffusion.qwen_image_edit:QwenImageEdit",
     "ZImagePipeline": "dpo_mm.policies.diffusion.z_image:ZImage",
     "Flux2Pipeline": "dpo_mm.policies.diffusion.flux2:Flux2",
     "Flux2KleinPipeline": "dpo_mm.policies.diffusion.flux2:Flux2",

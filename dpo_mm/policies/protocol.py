@@ -174,6 +174,10 @@ class ImagePolicy(Policy, Protocol):
     """True if the prompt contains an image to edit."""
     edits_optionally: bool
     """True if the prompts of a dataset or list may have an image to edit: all of them, or none."""
+    takes_several_sources: bool
+    """True if a prompt may contain several images to edit."""
+    prompts_show_sources: bool
+    """True if the text encoder sees the images to edit. Prompts are then encoded by `encode_edit`."""
     base_pipe: Any
     """The base pipeline, if `load_adapter` loaded a whole denoiser or pipeline. None otherwise."""
     encoder_loras: dict[str, SavedLora]
@@ -190,6 +194,14 @@ class ImagePolicy(Policy, Protocol):
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Compute the prompt embeddings: tensors by name, prompts first, on the CPU."""
+        ...
+
+    def encode_edit(self, prompt: str, sources: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Compute the embeddings of one prompt with its images to edit: tensors by name, (1, ...), on the CPU."""
+        ...
+
+    def encode_sources(self, images: Sequence[Image.Image]) -> Tensor:
+        """Encode images to edit as the pipeline does, (images, channels, h, w), float32, on the CPU."""
         ...
 
     def on_device(self, encoders: Literal["text encoders", "autoencoder"]) -> AbstractContextManager[None]:
@@ -224,7 +236,7 @@ class ImagePolicy(Policy, Protocol):
         ...
 
     def sampling_kwargs(
-        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+        self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Any]:
         """Return the pipeline's keyword arguments to generate one image per prompt."""
         ...
@@ -238,7 +250,7 @@ class ImagePolicy(Policy, Protocol):
         guidance: float,
         batch_size: int,
         scale: float = 1.0,
-        sources: Sequence[Image.Image] | None = None,
+        sources: Sequence[Sequence[Image.Image]] | None = None,
     ) -> Iterator[list[Image.Image]]:
         """Generate one image per prompt and seed, a batch at a time.
 
@@ -250,7 +262,7 @@ class ImagePolicy(Policy, Protocol):
             guidance: guidance scale.
             batch_size: images per forward pass.
             scale: weight of the loaded adapter. 0 is the base model.
-            sources: the image to edit per prompt, for image-editing families.
+            sources: the images to edit per prompt, for image-editing families.
 
         Yields:
             The images of one batch.

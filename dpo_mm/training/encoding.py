@@ -10,33 +10,39 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from dpo_mm.cache_folder import cache_folder, create_cache
-from dpo_mm.checksums import COMPLETE, saved_shards, with_checksum, without_checksum
+from dpo_mm.checksums import COMPLETE, saved_shards, with_checksum
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions
-from dpo_mm.data.load_pairs import Pairs, check_source_images, check_source_proportions, data_columns
+from dpo_mm.data.load_pairs import (
+    Pairs,
+    check_equal_sources,
+    check_source_images,
+    check_source_proportions,
+    data_columns,
+)
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.several_captions import CAPTIONS, has_captions, texts_of
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
-from dpo_mm.policies.diffusion.row_variants import ALL_CAPTIONS, EMPTY_PROMPT, FLIPPED
+from dpo_mm.policies.diffusion.prompt_sources import source_name
+from dpo_mm.policies.diffusion.row_variants import FLIPPED
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 from dpo_mm.process_rank import ProcessRank, process_rank
 from dpo_mm.progress import progress_bar
 from dpo_mm.resumable import atomic_write
 from dpo_mm.training import arrow_shards
-from dpo_mm.training.arrow_shards import Part, Shards
 from dpo_mm.training.coupled_rows import CoupledRows
+from dpo_mm.training.encoded_pairs import EncodedPairs, read_complete
 from dpo_mm.training.evaluation_split import split_digests
+from dpo_mm.training.prompt_keys import PromptKey, check_shown_sources, example_prompt, key_of, prompt_keys
 from dpo_mm.training.response_rows import QUARANTINE, EncodedSplits, encode_responses
 from dpo_mm.training.shared_work import wait_for_files
 from dpo_mm.training.training_rows import TrainingRows, liked_and_disliked, load_training_rows
@@ -51,57 +57,6 @@ PIXELS, TOKENS = 32 * 256**2, SHARD * 77
 """Largest input of the encoders at a time: pixels of images, tokens of prompts."""
 
 
-class EncodedPairs:
-    """Encoded rows: id, mean and std of the chosen and rejected latents, prompt embeddings, columns of DATASET_INPUTS.
-
-    Rows may also have variants for training: the encoded empty prompt, all captions, the mirrored images. See `row_variants`.
-
-    One-sided rows have the latents of their only image under the names of the chosen side.
-
-    `buckets` has the row numbers of each size (width x height) that images were fitted to.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        complete = _read_complete(folder)
-        if complete is None:
-            raise ValueError(f"{folder / COMPLETE} is missing or has changed. Run the same command again")
-        self.truncated_prompts = str(complete.get("truncated_prompts", ""))
-        pairs = sorted((Part(*part) for part in complete["pairs"]), key=lambda part: part.size)
-        self.pairs, self.prompts = Shards(folder, pairs), Shards(folder, [Part(*part) for part in complete["prompts"]])
-        self.sizes = list(dict.fromkeys(part.size for part in pairs))
-        self.empty_prompt = self.prompts[0] if complete.get("empty_prompt") else None
-        ends = np.cumsum([0, *(sum(part.rows for part in pairs if part.size == size) for size in self.sizes)])
-        self.buckets = [range(int(start), int(end)) for start, end in pairwise(ends)]
-
-    def ids(self) -> list[str]:
-        """Ids of the rows, in order."""
-        return [self.pairs[number]["id"] for number in range(len(self))]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        row = self.pairs[number]
-        row["prompt"] = self.prompts[int(row.pop("prompt_row"))]
-        if "caption_rows" in row:
-            row[ALL_CAPTIONS] = StoredPrompts(self.prompts, json.loads(row.pop("caption_rows")))
-        return row if self.empty_prompt is None else {**row, EMPTY_PROMPT: self.empty_prompt}
-
-
-class StoredPrompts:
-    """Some of the encoded prompts, each read when it is needed."""
-
-    def __init__(self, prompts: Shards, numbers: Sequence[int]) -> None:
-        self.prompts, self.numbers = prompts, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.prompts[self.numbers[number]]
-
-
 class EncodingJob(NamedTuple):
     """Rows to encode, how to encode them, and the folder for the result."""
 
@@ -114,9 +69,18 @@ class EncodingJob(NamedTuple):
     empty_prompt: bool
     flipped: bool
 
-    def names(self) -> list[str]:
-        """Return the prompts to encode, sorted. The empty one is the first."""
-        return sorted({*texts_of(self.pairs.rows), *([""] if self.empty_prompt else [])})
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Sides of a row, whose images come before the images to edit."""
+        return ("chosen",) if self.pairs.one_sided else ("chosen", "rejected")
+
+    def prompts(self) -> list[PromptKey]:
+        """Return the prompts to encode."""
+        return prompt_keys(self.policy, self.pairs.rows, empty_prompt=self.empty_prompt)
+
+    def size_of(self, row: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the width and height to which the images of a decoded row are fitted."""
+        return bucket_for([image.size for image in row["images"][: len(self.sides)]], self.sizes)
 
 
 def encode(
@@ -163,11 +127,16 @@ def encode(
     variants = [name for name, wanted in kinds.items() if wanted]
     key = _key(policy, rows_digest or digest(rows), sizes, precision, variants)
     folder = (cache or cache_folder()) / "encoded" / key
-    editing = {"is_image_editing": policy.is_image_editing, "edits_optionally": policy.edits_optionally}
+    names = ("is_image_editing", "edits_optionally", "takes_several_sources")
+    editing = {name: getattr(policy, name) for name in names}
     with_source = check_source_images(rows, where, pipeline=type(policy.pipe).__name__, **editing)
+    if one_sided and with_source:
+        check_equal_sources(rows, where)
+    drops = undecodable_images == "drop"
+    check_shown_sources(policy, where, drops=drops, empty_prompt=empty_prompt, flipped=flipped)
     pairs = Pairs(rows, where, undecodable_images, folder / QUARANTINE, with_source, one_sided)
     task = EncodingJob(policy, pairs, folder, sizes, precision, process_rank(), empty_prompt, flipped)
-    if _read_complete(folder) is None:
+    if read_complete(folder) is None:
         if task.rank.is_first:
             (folder / COMPLETE).unlink(missing_ok=True)
         create_cache(folder)
@@ -190,7 +159,7 @@ def _key(
 
 def _encode(task: EncodingJob) -> None:
     """Encode the shards of this process. The first process then marks the cache complete."""
-    names = task.names()
+    names = task.prompts()
     expected = [task.folder / f"prompts-{number:05}" for number in range(len(_shards(len(names))))]
     expected += [task.folder / f"pairs-{number:05}" for number in range(len(_shards(len(task.pairs.rows))))]
     missing = sum(not path.exists() for path in expected) / len(expected)
@@ -216,7 +185,7 @@ def sample_bytes(
 ) -> tuple[int, int]:
     """Bytes on disk of one prompt and of one row (its sides, an image to edit, all mirrored too), measured by encoding one of each."""
     with policy.on_device("text encoders"):
-        prompt = policy.stored_prompts(["a picture"])
+        prompt = example_prompt(policy)
     with policy.on_device("autoencoder"):
         mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
     source = with_source * arrow_shards.row_bytes({"mean": mean}, precision)
@@ -246,14 +215,6 @@ def _complete(task: EncodingJob) -> None:
         temporary.write_text(json.dumps(with_checksum({**about, **complete})), encoding="utf-8")
 
 
-def _read_complete(folder: Path) -> dict[str, Any] | None:
-    """Return the list of the parts of an encoded dataset, None if there is none or it has changed."""
-    try:
-        return without_checksum(json.loads((folder / COMPLETE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
-
-
 def _shards(total: int) -> list[range]:
     return [range(start, min(start + SHARD, total)) for start in range(0, total, SHARD)]
 
@@ -267,17 +228,20 @@ def _own(task: EncodingJob, kind: str, total: int) -> Iterator[tuple[Path, range
             yield path, parts[number]
 
 
-def _encode_prompts(task: EncodingJob, names: Sequence[str], advance: Any) -> None:
+def _encode_prompts(task: EncodingJob, names: Sequence[PromptKey], advance: Any) -> None:
     from dpo_mm.policies.diffusion.collate import stack_padded
 
     for path, part in _own(task, "prompts", len(names)):
-        first = task.policy.stored_prompts([names[part.start]])
-        tokens = max(value.shape[1] if value.ndim > 2 else 1 for value in first.values())
-        images_per_batch = max(1, TOKENS // tokens)
-        encoded = [
-            task.policy.stored_prompts([names[n] for n in part[start : start + images_per_batch]])
-            for start in range(0, len(part), images_per_batch)
-        ]
+        if task.policy.prompts_show_sources:
+            encoded = [_encode_edit(task, names[n]) for n in part]
+        else:
+            first = task.policy.stored_prompts([names[part.start].text])
+            tokens = max(value.shape[1] if value.ndim > 2 else 1 for value in first.values())
+            images_per_batch = max(1, TOKENS // tokens)
+            encoded = [
+                task.policy.stored_prompts([names[n].text for n in part[start : start + images_per_batch]])
+                for start in range(0, len(part), images_per_batch)
+            ]
         columns = {name: stack_padded([row for each in encoded for row in each[name]]) for name in encoded[0]}
         arrow_shards.write_shard(
             path, {"all": arrow_shards.cast_columns(columns, task.precision, where=task.pairs.dataset_name)}
@@ -285,22 +249,25 @@ def _encode_prompts(task: EncodingJob, names: Sequence[str], advance: Any) -> No
         advance(len(part))
 
 
-def _encode_pairs(task: EncodingJob, names: Sequence[str], advance: Any) -> None:
+def _encode_edit(task: EncodingJob, key: PromptKey) -> dict[str, torch.Tensor]:
+    """Encode a prompt with the images to edit of its row, fitted as the row's images are."""
+    (row,) = task.pairs.decode(range(key.row, key.row + 1))
+    with task.policy.at_size(task.size_of(row)):
+        return task.policy.encode_edit(key.text, row["images"][len(task.sides) :])
+
+
+def _encode_pairs(task: EncodingJob, names: Sequence[PromptKey], advance: Any) -> None:
     index = {name: n for n, name in enumerate(names)}
-    sides = ("chosen",) if task.pairs.one_sided else ("chosen", "rejected")
     optional = {} if task.pairs.one_sided else data_columns(task.pairs.rows)
     for path, part in _own(task, "pairs", len(task.pairs.rows)):
-        groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        groups: dict[tuple[tuple[int, int], int], list[dict[str, Any]]] = {}
         for row in task.pairs.decode(part):
-            groups.setdefault(bucket_for([each.size for each in row["images"][: len(sides)]], task.sizes), []).append(
-                row
-            )
+            groups.setdefault((task.size_of(row), len(row["images"]) - len(task.sides)), []).append(row)
         sets = {}
-        for size, group in sorted(groups.items()):
-            columns = _columns(task, group, size, index, optional, sides)
-            sets[f"{size[0]}x{size[1]}"] = arrow_shards.cast_columns(
-                columns, task.precision, where=task.pairs.dataset_name
-            )
+        for (size, sources), group in sorted(groups.items()):
+            columns = _columns(task, group, size, index, optional)
+            name = f"{size[0]}x{size[1]}" + (f" {sources} sources" if sources > 1 else "")
+            sets[name] = arrow_shards.cast_columns(columns, task.precision, where=task.pairs.dataset_name)
         arrow_shards.write_shard(path, sets)
         advance(len(part))
 
@@ -314,29 +281,36 @@ def _columns(
     task: EncodingJob,
     rows: Sequence[dict[str, Any]],
     size: tuple[int, int],
-    index: dict[str, int],
+    index: dict[PromptKey, int],
     optional: dict[str, Any],
-    sides: tuple[str, ...],
 ) -> dict[str, Any]:
-    columns: dict[str, Any] = {"id": [row["id"] for row in rows], "prompt_row": [index[row["prompt"]] for row in rows]}
+    number_of = lambda text, row: index[key_of(task.policy, text, row["number"])]
+    columns: dict[str, Any] = {
+        "id": [row["id"] for row in rows],
+        "prompt_row": [number_of(row["prompt"], row) for row in rows],
+    }
     if has_captions(task.pairs.rows):
-        texts = [row[CAPTIONS] or [row["prompt"]] for row in rows]
-        columns["caption_rows"] = [json.dumps([index[text] for text in each]) for each in texts]
-    count = images_per_batch(size)
-    if len(rows[0]["images"]) > len(sides):
-        check_source_proportions(rows, size, task.pairs.dataset_name)
-    for position, side in enumerate((*sides, "source")[: len(rows[0]["images"])]):
+        texts = [(row[CAPTIONS] or [row["prompt"]], row) for row in rows]
+        columns["caption_rows"] = [json.dumps([number_of(text, row) for text in each]) for each, row in texts]
+    count, sides = images_per_batch(size), task.sides
+    sources = [source_name(number) for number in range(len(rows[0]["images"]) - len(sides))]
+    if sources:
+        check_source_proportions(rows, size, task.pairs.dataset_name, sides=len(sides))
+    for position, side in enumerate((*sides, *sources)):
         images = [row["images"][position] for row in rows]
         with task.policy.at_size(size):
             conditions = task.policy.size_conditioning(images)
             for end in ("", FLIPPED)[: 1 + task.flipped]:
                 variant = [ImageOps.mirror(image) for image in images] if end else images
-                parts = [task.policy.encode_images(variant[i : i + count]) for i in range(0, len(rows), count)]
-                columns[f"{side}_mean{end}"] = torch.cat([mean for mean, _ in parts])
-                _refuse_non_finite(columns[f"{side}_mean{end}"], rows, side)
-                if side != "source":
+                batches = [variant[i : i + count] for i in range(0, len(rows), count)]
+                if side in sources:
+                    columns[f"{side}_mean{end}"] = torch.cat([task.policy.encode_sources(batch) for batch in batches])
+                else:
+                    parts = [task.policy.encode_images(batch) for batch in batches]
+                    columns[f"{side}_mean{end}"] = torch.cat([mean for mean, _ in parts])
                     columns[f"{side}_std{end}"] = torch.cat([std for _, std in parts])
-        if side != "source":
+                _refuse_non_finite(columns[f"{side}_mean{end}"], rows, side)
+        if side not in sources:
             columns |= {f"{side}_{name}": value for name, value in conditions.items()}
     for name, values in optional.items():
         columns[name] = [values[row["number"]] for row in rows]

@@ -32,6 +32,7 @@ from dpo_mm.training.arrow_shards import gib
 from dpo_mm.training.encoding import images_per_batch, sample_bytes
 from dpo_mm.training.meta_execution import CudaRules, MixedMetaMode, run_backward
 from dpo_mm.training.objective_settings import is_fine_tuning, required_inputs
+from dpo_mm.training.prompt_keys import example_prompt
 from dpo_mm.training.reference import resolve_reference_name
 
 NF4_TABLES = 4 * (16 + 256 + 1)
@@ -221,13 +222,13 @@ def disk_bytes(policy: ImagePolicy, config: TrainConfig) -> tuple[int, int]:
 def _row(policy: ImagePolicy, sides: Sequence[str] = ("chosen", "rejected")) -> dict[str, Any]:
     """Make an encoded row with the policy's shapes."""
     blank = [Image.new("RGB", (policy.resolution, policy.resolution))]
-    prompt = {name: value[0] for name, value in policy.stored_prompts(["a picture"]).items()}
+    prompt = {name: value[0] for name, value in example_prompt(policy).items()}
     mean, std = policy.encode_images(blank)
     row: dict[str, Any] = {"id": "a row", "visit": 0, "prompt": prompt}
     for side in sides:
         row |= {f"{side}_mean": mean[0], f"{side}_std": std[0]}
         row |= {f"{side}_{name}": fact[0] for name, fact in policy.size_conditioning(blank).items()}
-    return row | ({"source_mean": mean[0]} if policy.is_image_editing else {})
+    return row | ({"source_mean": policy.encode_sources(blank)[0]} if policy.is_image_editing else {})
 
 
 def _step(policy: Policy, config: TrainConfig, batch: dict[str, Any], rules: CudaRules | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +18,14 @@ from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png, to_rgb
+from dpo_mm.data.lazy_images import source_column
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.objectives import deltas, sigmoid
 from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_lora_format
 from dpo_mm.policies.diffusion import random_draws
+from dpo_mm.policies.diffusion.collate import stack_padded
 from dpo_mm.policies.diffusion.latents import posterior
+from dpo_mm.policies.diffusion.prompt_sources import source_name
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode
 from dpo_mm.training.reference import adapter_off, frozen_copy
@@ -55,7 +58,7 @@ def config(**changes: Any) -> TrainConfig:
 def encoded_rows(policy: Any, count: int = 4) -> list[dict[str, Any]]:
     chosen = policy.encode_images([noise_image(n, policy.resolution) for n in range(count)])
     rejected = policy.encode_images([noise_image(100 + n, policy.resolution) for n in range(count)])
-    prompts = policy.encode_prompts([WORDS[n % len(WORDS)] for n in range(count)])
+    prompts = encoded_prompts(policy, [WORDS[n % len(WORDS)] for n in range(count)])
     source_rows = [source_columns(policy, n) for n in range(count)]
     return [
         {
@@ -72,9 +75,25 @@ def encoded_rows(policy: Any, count: int = 4) -> list[dict[str, Any]]:
     ]
 
 
+def encoded_prompts(policy: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Prompts, encoded with their images to edit if the text encoder sees them."""
+    if not policy.prompts_show_sources:
+        return policy.encode_prompts(prompts)
+    each = [policy.encode_edit(prompt, sources(policy, n)) for n, prompt in enumerate(prompts)]
+    return {name: stack_padded([one[name][0] for one in each]) for name in each[0]}
+
+
 def source_columns(policy: Any, number: int) -> dict[str, torch.Tensor]:
-    """The extra column of an image-editing model: the encoded image to edit."""
-    return {"source_mean": policy.encode_images([source_image(number)])[0][0]} if policy.is_image_editing else {}
+    """The extra columns of an image-editing model: the encoded images to edit."""
+    encoded = [policy.encode_sources([image])[0] for image in sources(policy, number)]
+    return {f"{source_name(n)}_mean": mean for n, mean in enumerate(encoded)}
+
+
+def sources(policy: Any, number: int) -> list[Image.Image]:
+    """The images to edit of a prompt, none if the model does not edit."""
+    if not policy.is_image_editing:
+        return []
+    return [source_image(number + 50 * n) for n in range(1 + policy.takes_several_sources)]
 
 
 def source_image(number: int) -> Image.Image:
@@ -167,7 +186,7 @@ def test_fingerprint_is_that_of_the_files_and_unchanged_by_encoding(family: str,
     """It catches a fingerprint with state that a call leaves in a tokenizer: the second run would encode again."""
     policy = load(family)
     before = policy.fingerprint()
-    policy.encode_prompts(["a red square"])
+    encoded_prompts(policy, ["a red square"])
     assert policy.fingerprint() == before == load(family).fingerprint()
 
 
@@ -187,10 +206,9 @@ def test_rows_cached_on_disk_give_the_log_probs_of_rows_in_memory(
     family: str, tmp_path: Path, write_pairs: Callable[..., str], prepare: Callable[..., Any]
 ) -> None:
     policy = prepare(family)
-    sources = [
-        {"bytes": encode_png(source_image(n)), "path": None} if policy.is_image_editing else None for n in range(4)
-    ]
-    pairs = load_pairs(write_pairs([{**row, "image_source": sources[n]} for n, row in enumerate(rows(4))]))
+    cells = [[{"bytes": encode_png(image), "path": None} for image in sources(policy, n)] for n in range(4)]
+    column = lambda n: source_column(cells[n], several=policy.takes_several_sources and policy.is_image_editing)
+    pairs = load_pairs(write_pairs([{**row, "image_source": column(n)} for n, row in enumerate(rows(4))]))
     cached = encode(policy, pairs, where="pairs", cache=tmp_path)
     in_memory = encoded_rows(policy)
     for n, row in enumerate(in_memory):
@@ -286,7 +304,7 @@ def first_step(policy: Any, family: Family, arguments: dict[str, Any], result: t
     try:
         size = {"height": family.size, "width": family.size}
         if policy.is_image_editing:
-            arguments["image"] = [source_image(n) for n in range(len(arguments["prompt"]))]
+            arguments["image"] = [image for n in range(len(arguments["prompt"])) for image in sources(policy, n)]
         generator = torch.Generator().manual_seed(0)
         images = policy.pipe(**size, **family.unguided, generator=generator, output_type="pt", **arguments).images
     finally:
@@ -301,13 +319,13 @@ def test_denoise_equals_the_upstream_pipelines_first_step(family: str, load: Cal
     prompts = WORDS[: 1 if policy.one_prompt_per_call else 2]
     expected, timestep, latents, _ = first_step(policy, row, {"prompt": list(prompts), "num_inference_steps": 3})
     latents, expected = (row.unpack(policy.pipe, value, row.size) for value in (latents, expected))
-    conditioning = policy.encode_prompts(prompts)
-    if policy.is_image_editing:
-        conditioning["source"] = policy.latent_scale.normalise(
-            policy.encode_images([source_image(0), source_image(1)])[0]
-        )
+    conditioning, count = encoded_prompts(policy, prompts), len(prompts)
+    columns = [source_columns(policy, n) for n in range(count)]
+    for name in columns[0]:
+        means = torch.stack([each[name] for each in columns])
+        conditioning[name.removesuffix("_mean")] = policy.latent_scale.normalise(means)
     with torch.no_grad():
-        ours = policy.denoise(policy.model, latents, torch.as_tensor(timestep).repeat(len(prompts)), conditioning)
+        ours = policy.denoise(policy.model, latents, torch.as_tensor(timestep).repeat(count), conditioning)
     assert ours.shape == latents.shape == expected.shape and expected.std() > 1e-3
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
@@ -389,21 +407,21 @@ def test_kohya_file_contains_the_same_adapter(
 
 def upstream_images(policy: Any, pipe: Any) -> list[Image.Image]:
     """Generate with the upstream pipeline what `generate_images` generates with the policy."""
-    sources = [source_image(0), source_image(1)] if policy.is_image_editing else []
+    edited = [sources(policy, n) for n in range(2)] if policy.is_image_editing else []
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     calls = [slice(0, 1), slice(1, 2)] if policy.one_prompt_per_call else [slice(0, 2)]
     return [
         to_rgb(image)
         for part in calls
         for image in pipe(
-            **policy.sampling_kwargs(WORDS[part], 2.0, sources[part]), num_inference_steps=3, generator=generators[part]
+            **policy.sampling_kwargs(WORDS[part], 2.0, edited[part]), num_inference_steps=3, generator=generators[part]
         ).images
     ]
 
 
 def generate_images(policy: Any, scale: float) -> list[list[Image.Image]]:
-    sources = [source_image(0), source_image(1)] if policy.is_image_editing else None
-    return list(policy.sample(WORDS[:2], [5, 6], steps=3, guidance=2.0, batch_size=2, scale=scale, sources=sources))
+    edited = [sources(policy, n) for n in range(2)] if policy.is_image_editing else None
+    return list(policy.sample(WORDS[:2], [5, 6], steps=3, guidance=2.0, batch_size=2, scale=scale, sources=edited))
 
 
 def test_scale_zero_generates_the_base_models_images(

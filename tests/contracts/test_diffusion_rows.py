@@ -98,28 +98,29 @@ def test_image_to_edit_reaches_the_denoiser(kontext: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("family", ["flux2-dev", "flux2-klein"])
 def test_flux2_edits_as_upstream_and_each_prompt_its_image(family: str, tmp_path: Path) -> None:
-    """It catches tokens of the source at the time of the latents, one source for all prompts, and rows of which some have one."""
+    """It catches sources at one time, only the first source, one prompt's sources for all, and rows of which some have one."""
     row = dataclasses.replace(BUILDERS[family], size=64)
     policy = load_policy(str(row.build(tmp_path / "model")), resolution=64)
     policy.prepare(config())
     images = [noise_image(300 + n, 64) for n in range(2)]
-    arguments = {"prompt": WORDS[:1], "num_inference_steps": 3, "image": images[:1]}
+    arguments = {"prompt": WORDS[:1], "num_inference_steps": 3, "image": images}
     expected, timestep, latents, _ = first_step(policy, row, arguments)
     latents, expected = (row.unpack(policy.pipe, value, 64) for value in (latents, expected))
-    source = policy.latent_scale.normalise(policy.encode_images(images[:1])[0])
+    first, second = policy.latent_scale.normalise(policy.encode_sources(images)).split(1)
+    prompt = policy.encode_prompts(WORDS[:1])
     with torch.no_grad():
-        ours, unedited = (
-            policy.denoise(
-                policy.model, latents, torch.as_tensor(timestep)[None], policy.encode_prompts(WORDS[:1]) | more
-            )
-            for more in ({"source": source}, {})
+        ours, edit_of_one, unedited = (
+            policy.denoise(policy.model, latents, torch.as_tensor(timestep)[None], prompt | more)
+            for more in ({"source": first, "source_2": second}, {"source": first}, {})
         )
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
-    assert not torch.allclose(unedited, expected, atol=1e-3)
+    assert not torch.allclose(unedited, expected, atol=1e-3) and not torch.allclose(edit_of_one, expected, atol=1e-3)
     both, one = (
         [
             np.asarray(i)
-            for part in policy.sample(WORDS[:n], [5, 6][:n], steps=2, guidance=2.0, batch_size=2, sources=images[:n])
+            for part in policy.sample(
+                WORDS[:n], [5, 6][:n], steps=2, guidance=2.0, batch_size=2, sources=[[image] for image in images[:n]]
+            )
             for i in part
         ]
         for n in (2, 1)
@@ -131,6 +132,14 @@ def test_flux2_edits_as_upstream_and_each_prompt_its_image(family: str, tmp_path
     ]
     cached = encode(policy, make_image_rows(edits), where="pairs", cache=tmp_path)
     torch.testing.assert_close(cached[0]["source_mean"], policy.encode_images(images[:1])[0][0], atol=1e-5, rtol=0)
+    several = [
+        {**edits[0], "image_source": [cell(image) for image in images]},
+        {**edits[1], "image_source": [cell(images[1])]},
+    ]
+    mixed = encode(policy, make_image_rows(several), where="pairs", cache=tmp_path)
+    assert [list(bucket) for bucket in mixed.buckets] == [[0], [1]] and mixed.sizes == ["64x64", "64x64 2 sources"]
+    assert "source_2_mean" not in mixed[0] and mixed[1]["id"] == "row-0"
+    torch.testing.assert_close(mixed[1]["source_2_mean"], policy.encode_images(images)[0][1], atol=1e-5, rtol=0)
     assert "source_mean" not in encode(policy, make_image_rows(rows(2)), where="pairs", cache=tmp_path)[0]
     with pytest.raises(
         ValueError, match=r"row row-1 of pairs: image_source is missing\. Other rows have an image to edit"
@@ -164,7 +173,17 @@ def test_missing_or_unused_source_images_are_named_in_the_error(kontext: str, ti
     with pytest.raises(ValueError, match="FluxKontextPipeline, which needs an image to edit per prompt"):
         next(editor.sample(WORDS[:1], [0], **drawing))
     with pytest.raises(ValueError, match="StableDiffusionPipeline, which takes no images to edit"):
-        next(plain.sample(WORDS[:1], [0], sources=[noise_image(0)], **drawing))
+        next(plain.sample(WORDS[:1], [0], sources=[[noise_image(0)]], **drawing))
+    with pytest.raises(ValueError, match="FluxKontextPipeline, which takes one image to edit"):
+        next(editor.sample(WORDS[:1], [0], sources=[[noise_image(0)] * 2], **drawing))
+    several = [{**row, "image_source": [row["image_source"]] * (1 + n)} for n, row in enumerate(edit_rows(2))]
+    with pytest.raises(
+        ValueError, match="row row-1 of pairs: image_source has 2 images, but FluxKontextPipeline takes 1"
+    ):
+        encode(editor, make_image_rows(several), where="pairs", cache=tmp_path)
+    several[0]["image_source"] = []
+    with pytest.raises(ValueError, match="row row-0 of pairs: image_source is missing"):
+        encode(editor, make_image_rows(several), where="pairs", cache=tmp_path)
 
 
 def test_undecodable_source_image_is_named_in_the_error(kontext: str, tmp_path: Path) -> None:

@@ -17,13 +17,15 @@ from dpo_mm.policies.families import load_policy
 from dpo_mm.training.reference import adapter_off
 from tests.conftest import noise_image
 from tests.contracts.families import BUILDERS, WORDS
+from tests.contracts.test_diffusion import encoded_prompts, source_columns
 
 
 def rows_at_size(policy: Any, target_size: tuple[int, int]) -> list[dict[str, Any]]:
-    prompt = {name: value[0] for name, value in policy.encode_prompts(WORDS[:1]).items()}
+    prompt = {name: value[0] for name, value in encoded_prompts(policy, WORDS[:1]).items()}
     row: dict[str, Any] = {"id": "row", "visit": 0, "prompt": prompt}
     with policy.at_size(target_size):
-        for number, side in enumerate(("chosen", "rejected", *(["source"] if policy.is_image_editing else []))):
+        row |= source_columns(policy, 0)
+        for number, side in enumerate(("chosen", "rejected")):
             image = noise_image(number, 96).resize((90, 61))
             mean, std = policy.encode_images([image])
             row |= {f"{side}_mean": mean[0], f"{side}_std": std[0]}

@@ -7,14 +7,15 @@ have:
 - the columns of DATASET_INPUTS,
 - `reference_chosen` and `reference_rejected`, (epochs,),
 - variants of its prompt and its images, see `row_variants`,
-- `source_mean` of the image to edit, (channels, height, width),
-- `rejected_prompt` and `rejected_source_mean` of a disliked image that has another prompt, see `CoupledRows`,
+- `source_mean` of the image to edit, (channels, height, width), and `source_2_mean` and so on of further ones,
+- `rejected_prompt`, `rejected_source_mean` and so on of a disliked image that has another prompt, see `CoupledRows`,
 - `chosen_x` and `rejected_x` for each x of the policy's `conditioning_columns`,
 - `stratum` and `sign`, which a `PairStream` adds: the part of the noise schedule and the sign of the noise.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from dpo_mm.objectives import DATASET_INPUTS
 from dpo_mm.policies.diffusion import random_draws
+from dpo_mm.policies.diffusion.prompt_sources import source_name
 from dpo_mm.policies.diffusion.row_variants import draw_variants
 from dpo_mm.policies.protocol import Batch
 
@@ -75,7 +77,7 @@ def collate(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> Batch:
 
 
 def _prompts(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
-    """Prompts with the image to edit, and those of disliked images. All are padded to one length."""
+    """Prompts with the images to edit, and those of disliked images. All are padded to one length."""
     names = [name for name in ("prompt", "rejected_prompt") if name in rows[0]]
     stacked = {
         part: stack_padded([row[name][part] for name in names for row in rows]).split(len(rows))
@@ -84,10 +86,13 @@ def _prompts(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> dict[str, d
     prompts: dict[str, dict[str, Tensor]] = {
         str(name): {part: values[n] for part, values in stacked.items()} for n, name in enumerate(names)
     }
-    for name, column in (("prompt", "source_mean"), ("rejected_prompt", "rejected_source_mean")):
-        if column in rows[0]:
-            source = torch.stack([row[column] for row in rows]).float()
-            prompts[name]["source"] = policy.latent_scale.normalise(source)
+    for name, start in (("prompt", ""), ("rejected_prompt", "rejected_")):
+        for number in itertools.count():
+            source = source_name(number)
+            if f"{start}{source}_mean" not in rows[0]:
+                break
+            latents = torch.stack([row[f"{start}{source}_mean"] for row in rows]).float()
+            prompts[name][source] = policy.latent_scale.normalise(latents)
     return prompts
 
 

@@ -33,14 +33,14 @@ from dpo_mm.policies.adapters import SavedLora, Weights, add_lora, pipeline_modu
 from dpo_mm.policies.diffusion import run_summary, sampling, weight_files
 from dpo_mm.policies.diffusion.buckets import Crop, Size, cover
 from dpo_mm.policies.diffusion.collate import collate
-from dpo_mm.policies.diffusion.denoising_errors import DenoisingErrors, surrogate_log_probs
-from dpo_mm.policies.diffusion.latents import latent_scale, posterior
+from dpo_mm.policies.diffusion.denoising_errors import DenoisingErrors, pair_errors, surrogate_log_probs
+from dpo_mm.policies.diffusion.latents import image_posterior, latent_scale
 from dpo_mm.policies.diffusion.meta_pipeline import load_on_meta_device
 from dpo_mm.policies.diffusion.noise_process import noise_process_for
 from dpo_mm.policies.diffusion.of_pipeline import policy_of_pipeline
 from dpo_mm.policies.diffusion.pipeline_checks import check_components
 from dpo_mm.policies.diffusion.placement import Encoders, move, on_device
-from dpo_mm.policies.diffusion.text_encoder_lora import add_encoder_loras, batch_prompts, start_weights
+from dpo_mm.policies.diffusion.text_encoder_lora import add_encoder_loras, start_weights
 from dpo_mm.policies.protocol import Batch
 
 Prompt = dict[str, Tensor]
@@ -64,13 +64,17 @@ class DiffusionPolicy:
     conditioning_columns: ClassVar[tuple[str, ...]] = ()
     """Columns per image, (images, ...), on which the denoiser is conditioned if the rows have them."""
     is_image_editing: ClassVar[bool] = False
-    """True if the prompt contains an image to edit: `image_source` in rows, `source` (images, c, h, w) in prompts."""
+    """True if the prompt contains images to edit: `image_source` in rows, `source` (images, c, h, w) in prompts."""
+    takes_several_sources: ClassVar[bool] = False
+    """True if a prompt may contain several: `source_2`, `source_3` and so on in prompts."""
+    prompts_show_sources: ClassVar[bool] = False
+    """True if the text encoder sees the images to edit."""
     text_encoders: ClassVar[tuple[str, ...]] = ()
     """Text encoders that `train_text_encoder` trains with the denoiser, for families with `tokenize` and `embed`."""
     edits_optionally: ClassVar[bool] = False
     """True if all prompts of a list may contain an image to edit, or none. Edits are made one prompt at a time."""
     one_prompt_per_call: ClassVar[bool] = False
-    """True if the pipeline's image of a prompt depends on the lengths of the other prompts of a call."""
+    """True if the pipeline takes one prompt per call, or its image of a prompt depends on the lengths of the others."""
     kohya_prefix: ClassVar[str | None] = None
     """Prefix of the denoiser's module names in kohya's and ComfyUI's files. None if no such format is known."""
     modality: ClassVar[Literal["image"]] = "image"
@@ -102,6 +106,10 @@ class DiffusionPolicy:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
         """Encode prompts as the tensors on which the denoiser is conditioned, prompts first, on the CPU."""
+        raise NotImplementedError
+
+    def encode_edit(self, prompt: str, sources: Sequence[Image.Image]) -> Prompt:
+        """Encode one prompt with its images to edit as in `encode_prompts`, if `prompts_show_sources`."""
         raise NotImplementedError
 
     def tokenize(self, prompts: Sequence[str]) -> Prompt:
@@ -140,14 +148,14 @@ class DiffusionPolicy:
         return {}
 
     def sampling_kwargs(
-        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+        self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Any]:
         """Return the pipeline's keyword arguments to generate one image per prompt.
 
         Args:
             prompts: text per image.
             guidance: guidance scale.
-            sources: the image to edit per prompt, for image-editing families.
+            sources: the images to edit per prompt, for image-editing families.
         """
         return {"prompt": prompts, "guidance_scale": guidance, "height": self.resolution, "width": self.resolution}
 
@@ -245,10 +253,11 @@ class DiffusionPolicy:
             Mean and standard deviation of the posterior, (images, channels, height, width) each, float32, on the CPU.
         """
         pixels = torch.stack([self.pixels(image) for image in images]).to(self.device)
-        mean, std = posterior(self.vae, pixels[:, :, None] if self.vae_is_video else pixels)
-        if self.vae_is_video:
-            mean, std = mean.squeeze(2), std.squeeze(2)
-        return mean.float().cpu(), std.float().cpu()
+        return image_posterior(self.vae, pixels, as_video=self.vae_is_video)
+
+    def encode_sources(self, images: Sequence[Image.Image]) -> Tensor:
+        """Encode images to edit as the pipeline does, (images, channels, h, w), float32, on the CPU."""
+        return self.encode_images(images)[0]
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Convert an image to the autoencoder's input, (3, height, width) of the target size, in [-1, 1]."""
@@ -335,15 +344,7 @@ class DiffusionPolicy:
 
     def pair_errors(self, model: nn.Module, batch: Batch) -> DenoisingErrors:
         """Compute the denoising errors of the chosen images, then of the rejected ones if there are any, (2 * pairs,)."""
-        sides = [side for side in ("chosen", "rejected") if side in batch]
-        latents = torch.cat([batch[side] for side in sides])
-        noise, timestep = batch["noise"].repeat(len(sides), 1, 1, 1), batch["timestep"].repeat(len(sides))
-        prompts = batch_prompts(self, batch)[: len(sides)]
-        prompt = {name: torch.cat([each[name] for each in prompts]) for name in prompts[0]}
-        for name in self.conditioning_columns:
-            if f"chosen_{name}" in batch:
-                prompt[name] = torch.cat([batch[f"{side}_{name}"] for side in sides])
-        return self.denoising_errors(model, latents, noise, timestep, prompt)
+        return pair_errors(self, model, batch)
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Context manager with the weights from before the first step. Raises ValueError if there is no LoRA."""
@@ -386,7 +387,7 @@ class DiffusionPolicy:
         guidance: float,
         batch_size: int,
         scale: float = 1.0,
-        sources: Sequence[Image.Image] | None = None,
+        sources: Sequence[Sequence[Image.Image]] | None = None,
     ) -> Iterator[list[Image.Image]]:
         """Generate one image per prompt and seed, a batch at a time. See `ImagePolicy.sample`."""
         return sampling.sample(

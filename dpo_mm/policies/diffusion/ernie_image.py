@@ -44,7 +44,7 @@ class ErnieImage(DiffusionPolicy):
         return patchify(super().encode_images(images))
 
     def sampling_kwargs(
-        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+        self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Any]:
         """Generate what the prompt says, not what a model rewrites it to."""
         return {**super().sampling_kwargs(prompts, guidance), "use_pe": False}

@@ -43,7 +43,7 @@ class Flux(DiffusionPolicy):
         return flux_denoiser.predict_velocity(self, denoiser, latents, timestep, prompt, guidance=self.guidance)
 
     def sampling_kwargs(
-        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+        self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Any]:
         return {
             **super().sampling_kwargs(prompts, guidance),

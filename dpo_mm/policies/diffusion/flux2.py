@@ -1,6 +1,6 @@
 """FLUX.2 dev and klein: three layers of a Mistral 3 or Qwen 3 text encoder, latents in patches that are normalised together, flow.
 
-They generate from text alone, or edit an image. The tokens of the image to edit follow those of the latents, at another time.
+They generate from text alone, or edit one or several images. Their tokens follow those of the latents, each image at another time.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 from dpo_mm.policies.diffusion.patched_latents import batch_norm_scale, patchify
+from dpo_mm.policies.diffusion.prompt_sources import source_latents
 
 SOURCE_TIME = 10
-"""Time coordinate of the tokens of the image to edit, as in the pipeline."""
+"""Time coordinate of the tokens of the first image to edit, and step to that of the next, as in the pipeline."""
 
 
 class Flux2(DiffusionPolicy):
     """Policy of `Flux2Pipeline`, whose denoiser is conditioned on a guidance scale, and of `Flux2KleinPipeline`, without it.
 
-    If rows have the image to edit as `image_source`, it is resized and cropped in the same way as chosen and rejected.
+    If rows have images to edit as `image_source`, they are resized and cropped in the same way as chosen and rejected.
     Source: Black Forest Labs 2025, FLUX.2.
     """
 
@@ -33,6 +34,7 @@ class Flux2(DiffusionPolicy):
     )  # fmt: skip
     patch = 2
     edits_optionally = True
+    takes_several_sources = True
     guidance: ClassVar[float] = 4.0
     """Guidance on which dev is conditioned in training, the pipeline's default."""
 
@@ -61,10 +63,11 @@ class Flux2(DiffusionPolicy):
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
         count, _, height, width = latents.shape
         zero, embeds = torch.arange(1), prompt["embeds"]
-        times = [0, SOURCE_TIME] if "source" in prompt else [0]
+        images = [latents, *source_latents(prompt)]
         grid = (torch.arange(height), torch.arange(width), zero)
-        image_ids = torch.cat([torch.cartesian_prod(torch.tensor([time]), *grid) for time in times]).to(latents.device)
-        tokens = torch.cat([latents, prompt["source"]], 2) if "source" in prompt else latents
+        times = [torch.tensor([SOURCE_TIME * n]) for n in range(len(images))]
+        image_ids = torch.cat([torch.cartesian_prod(time, *grid) for time in times]).to(latents.device)
+        tokens = torch.cat(images, 2)
         text_ids = torch.cartesian_prod(zero, zero, zero, torch.arange(embeds.shape[1])).to(latents.device)
         takes_guidance = self.pipe.transformer.config.guidance_embeds
         velocity = denoiser(
@@ -79,8 +82,9 @@ class Flux2(DiffusionPolicy):
         return velocity[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
 
     def sampling_kwargs(
-        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+        self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Any]:
-        """Resize the source here. The pipeline gives all images to each prompt, so it gets one prompt at a time."""
+        """Resize the sources here. The pipeline gives all images to each prompt, so it gets one prompt at a time."""
         arguments = super().sampling_kwargs(prompts, guidance)
-        return {**arguments, "image": [self.resize_and_crop(source) for source in sources]} if sources else arguments
+        images = [self.resize_and_crop(image) for each in sources for image in each]
+        return {**arguments, "image": images} if images else arguments

@@ -49,12 +49,12 @@ class FluxKontext(DiffusionPolicy):
         )
 
     def sampling_kwargs(
-        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+        self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Any]:
         """Resize the sources here, so that the pipeline changes neither them nor the size of the result."""
         return {
             **super().sampling_kwargs(prompts, guidance),
-            "image": [self.resize_and_crop(source) for source in sources],
+            "image": [self.resize_and_crop(images[0]) for images in sources],
             "max_sequence_length": flux_denoiser.max_prompt_tokens(self),
             "max_area": self.resolution**2,
             "_auto_resize": False,

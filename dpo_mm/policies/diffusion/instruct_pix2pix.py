@@ -55,12 +55,12 @@ class InstructPix2Pix(DiffusionPolicy):
         return denoiser(joined, timestep, encoder_hidden_states=prompt["embeds"], return_dict=False)[0]
 
     def sampling_kwargs(
-        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+        self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Any]:
         """Resize the sources here. The pipeline generates images of their size."""
         return {
             "prompt": prompts,
-            "image": [self.resize_and_crop(source) for source in sources],
+            "image": [self.resize_and_crop(images[0]) for images in sources],
             "guidance_scale": guidance,
             "image_guidance_scale": self.image_guidance,
         }

@@ -67,3 +67,11 @@ def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return encoded.latent_dist.mean, encoded.latent_dist.std
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
     return latents, torch.zeros_like(latents)
+
+
+def image_posterior(vae: Any, pixels: Tensor, *, as_video: bool) -> tuple[Tensor, Tensor]:
+    """Encode images as `posterior`, through a video autoencoder as videos of one frame. The result is float32, on the CPU."""
+    mean, std = posterior(vae, pixels[:, :, None] if as_video else pixels)
+    if as_video:
+        mean, std = mean.squeeze(2), std.squeeze(2)
+    return mean.float().cpu(), std.float().cpu()

@@ -29,7 +29,7 @@ class LongCatImage(DiffusionPolicy):
         return flux_denoiser.latent_channels(self)
 
     def sampling_kwargs(
-        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+        self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Any]:
         """Generate what the prompt says, not what the text encoder rewrites it to."""
         arguments = super().sampling_kwargs(prompts, guidance)

@@ -33,7 +33,7 @@ class PixArtSigma(DiffusionPolicy):
         super().__init__(pipe, source)
 
     def sampling_kwargs(
-        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+        self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Any]:
         """Generate at the policy's resolution. The pipeline's bins contain only its native sizes."""
         return {**super().sampling_kwargs(prompts, guidance), "use_resolution_binning": False}

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
+
+from torch import Tensor
 
 from dpo_mm.data.lazy_images import LazyImages
 from dpo_mm.data.row_paths import LONGEST_SHOWN
 from dpo_mm.policies.protocol import ImagePolicy
 
-MAX_SOURCES = 1
-"""Images to edit per prompt that the pipelines of the families take."""
-
 
 class ImagesToEdit(TypedDict, total=False):
     """Keyword arguments of `ImagePolicy.sample`."""
 
-    sources: LazyImages
+    sources: Sequence[LazyImages]
+
+
+def source_name(number: int) -> str:
+    """Name of the latents of an image to edit in encoded prompts: source, source_2, source_3 and so on."""
+    return f"source_{number + 1}" if number else "source"
+
+
+def source_latents(prompt: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the latents of the images to edit of encoded prompts, (images, channels, h, w) each. None for a prompt without one."""
+    latents: list[Tensor] = []
+    while (name := source_name(len(latents))) in prompt:
+        latents.append(prompt[name])
+    return latents
 
 
 def images_to_edit(sources: Sequence[LazyImages]) -> ImagesToEdit:
     """Return the argument `sources` of `ImagePolicy.sample`, or none if the prompts have no images to edit."""
-    return {"sources": LazyImages([images.loaders[0] for images in sources])} if any(sources) else {}
+    return {"sources": sources} if any(sources) else {}
 
 
 def check_prompt_sources(policy: ImagePolicy, name: str, prompts: Sequence[str], sources: Sequence[LazyImages]) -> None:
@@ -50,8 +62,8 @@ def check_prompt_sources(policy: ImagePolicy, name: str, prompts: Sequence[str],
                 f"{prompt}: it has an image to edit, which {pipeline} does not take. Use a model that edits, or prompts "
                 "without images"
             )
-        if len(images) > MAX_SOURCES:
-            raise ValueError(f"{prompt}: {len(images)} images to edit, but {pipeline} takes {MAX_SOURCES}. Remove some")
+        if len(images) > 1 and not policy.takes_several_sources:
+            raise ValueError(f"{prompt}: {len(images)} images to edit, but {pipeline} takes 1. Remove some")
         if images and images.file_hashes not in decoded:
             decoded.add(images.file_hashes)
             list(images)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dpo_mm.policies.diffusion import qwen_denoiser
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 TOKENS = 512
@@ -20,13 +21,13 @@ class QwenImage(DiffusionPolicy):
 
     required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    lora_targets = qwen_denoiser.TARGETS
     kohya_prefix = "lora_unet"
     patch = 2
     vae_is_video = True
 
     def sampling_kwargs(
-        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+        self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Any]:
         """Use guidance against an empty prompt, as the model's card does."""
         arguments = super().sampling_kwargs(prompts, guidance)
@@ -53,16 +54,4 @@ class QwenImage(DiffusionPolicy):
         }
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
-        images, _, height, width = latents.shape
-        mask = prompt["mask"].bool()
-        longest = int(mask.sum(1).max())
-        packed = denoiser(
-            hidden_states=nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2),
-            timestep=timestep / 1000,
-            encoder_hidden_states=prompt["embeds"][:, :longest],
-            encoder_hidden_states_mask=mask[:, :longest],
-            img_shapes=[[(1, height // 2, width // 2)]] * images,
-            return_dict=False,
-        )[0]
-        patches = packed.transpose(1, 2).unflatten(2, (height // 2, width // 2))
-        return nn.functional.pixel_shuffle(patches, 2)
+        return qwen_denoiser.predict_velocity(denoiser, latents, timestep, prompt)

@@ -39,7 +39,7 @@ class QwenImage21(DiffusionPolicy):
         return torch.cat([colours, torch.ones_like(colours[:1])])
 
     def sampling_kwargs(
-        self, prompts: list[str], guidance: float, sources: Sequence[Image.Image] = ()
+        self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Any]:
         """Guide only with a scale above 1, against an empty prompt. The model is meant to be sampled without guidance."""
         arguments = super().sampling_kwargs(prompts, guidance)

@@ -98,16 +98,20 @@ def sample(
     guidance: float,
     batch_size: int,
     scale: float = 1.0,
-    sources: Sequence[Image.Image] | None = None,
+    sources: Sequence[Sequence[Image.Image]] | None = None,
 ) -> Iterator[list[Image.Image]]:
     """Generate one image per prompt and seed, a batch at a time. See `ImagePolicy.sample` for the arguments.
 
     Raises:
-        ValueError: if sources are missing or not supported, or the scale is not supported.
+        ValueError: if sources are missing, too many or not supported, or the scale is not supported.
     """
     if policy.is_image_editing != (sources is not None) and not policy.edits_optionally:
         reason = "needs an image to edit per prompt" if policy.is_image_editing else "takes no images to edit"
         raise ValueError(f"model {policy.source!r} is a {type(policy.pipe).__name__}, which {reason} (sources)")
+    if sources is not None and not policy.takes_several_sources and any(len(images) > 1 for images in sources):
+        raise ValueError(
+            f"model {policy.source!r} is a {type(policy.pipe).__name__}, which takes one image to edit (sources)"
+        )
     if policy.one_prompt_per_call or (sources is not None and policy.edits_optionally):
         batch_size = 1
     with policy.at_scale(scale):

@@ -30,11 +30,14 @@ def _merges(texts: Sequence[str], *, alphabet: list[str], split: Any) -> tuple[d
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's byte-level tokenizer. If thinking is off, its template adds an empty thought, as Qwen 3's does."""
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def qwen_tokenizer(more: Sequence[str] = ()) -> Qwen2Tokenizer:
+    """Qwen's byte-level tokenizer, with more special tokens. If thinking is off, its template adds an empty thought, as Qwen 3's does."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     vocabulary, merges = _merges(WORDS, alphabet=alphabet, split=pre_tokenizers.ByteLevel(add_prefix_space=False))
-    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *more)
     vocabulary |= {token: len(vocabulary) + n for n, token in enumerate(specials)}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=list(specials[1:]))
     tokenizer.chat_template = MESSAGE_TURN + ASSISTANT_TURN + EMPTY_THOUGHT

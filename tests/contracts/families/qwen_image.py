@@ -22,7 +22,7 @@ from tests.contracts.families.chat_words import qwen_tokenizer
 from tests.contracts.families.parts import Family, dynamic
 
 
-def qwen2_5_vl(words: Any) -> Qwen2_5_VLForConditionalGeneration:
+def qwen2_5_vl(words: Any, **ids: int) -> Qwen2_5_VLForConditionalGeneration:
     """A text encoder for a tokenizer of Qwen."""
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
@@ -35,26 +35,36 @@ def qwen2_5_vl(words: Any) -> Qwen2_5_VLForConditionalGeneration:
                 "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
                 "fullatt_block_indexes": [0],
             },
+            **ids,
         )
     )  # fmt: skip
+
+
+def denoiser() -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+
+
+def autoencoder() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.3, -0.2, 0.1, -0.4], latents_std=[0.5, 0.7, 1.2, 0.9],
+    )  # fmt: skip
+
+
+def flow() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
 
 
 def qwen_image(folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
-    text = qwen2_5_vl(tokenizer)
-    transformer = QwenImageTransformer2DModel(
-        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
-    )  # fmt: skip
-    vae = AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
-        latents_mean=[0.3, -0.2, 0.1, -0.4], latents_std=[0.5, 0.7, 1.2, 0.9],
-    )  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-    )
-    QwenImagePipeline(scheduler, vae, text, tokenizer, transformer).save_pretrained(folder)
+    text, transformer, vae = qwen2_5_vl(tokenizer), denoiser(), autoencoder()
+    QwenImagePipeline(flow(), vae, text, tokenizer, transformer).save_pretrained(folder)
     return folder
 
 

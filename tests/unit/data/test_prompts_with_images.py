@@ -105,7 +105,7 @@ def test_read_prompts_refuses_images_that_its_callers_would_not_pass(folder: Pat
         ("none.png", "line 2: image .*none.png"),
         ("page.png", "line 2: image .*not an image"),
         (7, "line 2: image .*int"),
-        ([None], "line 2: image .*it is list"),
+        ([None], "line 2: image .*it is missing"),
     ],
 )
 def test_bad_image_is_named_with_its_line(image: Any, message: str, folder: Path) -> None:

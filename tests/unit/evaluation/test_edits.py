@@ -121,6 +121,29 @@ def test_compare_counts_text_and_image_as_one_item_and_shows_the_source(
     assert page.count('<figure class="source"><figcaption>source</figcaption>') == 3
 
 
+def test_page_shows_the_images_to_edit_of_a_saved_comparison(editor: Any, prompts: str, tmp_path: Path) -> None:
+    """Mutation that it catches: sources that are not saved, or those of another prompt."""
+    page = load_page("compare_images")
+    settings = config(editor, prompts, tmp_path, images_per_prompt=1)
+    sampler = ImageSampler(editor, settings, ImageStore(tmp_path / "pictures"))
+    for scale, label in ((0.0, "base"), (1.0, "tuned")):
+        sampler.generate(sampling_plan(settings), scale=scale, label=label)
+    (tmp_path / "metrics.json").write_text('{"comparisons": []}')
+    pairs = load_comparison(tmp_path, judges=[]).pairs
+    for number, pair in enumerate(pairs):
+        (source,) = pair.sources
+        assert source is not None and np.array_equal(np.asarray(Image.open(source)), np.asarray(noise_image(number)))
+    html = page.pair_html(pairs[0])
+    assert (
+        len(pairs) == 3
+        and html.count("<img") == 3
+        and html.index("image to edit") < html.index("base") < html.index("tuned")
+    )
+    assert pairs[0].sources[0] is not None
+    pairs[0].sources[0].unlink()
+    assert page.pair_html(load_comparison(tmp_path, judges=[]).pairs[0]).count("is missing or broken") == 1
+
+
 def test_saved_comparison_pairs_base_and_tuned_of_the_same_image_to_edit(tmp_path: Path) -> None:
     store = ImageStore(tmp_path / "pictures")
     for number, (side, source) in enumerate((s, h) for s in ("base", "tuned") for h in ("one", "other")):

@@ -40,7 +40,7 @@ def test_pairs_open_without_a_look_at_each_row(
     monkeypatch.setattr(Column, "__iter__", refuse)
     schemas: list[None] = []
     schema_of = model_folders.image_preference
-    monkeypatch.setattr(model_folders, "image_preference", lambda: (schemas.append(None), schema_of())[1])
+    monkeypatch.setattr(model_folders, "image_preference", lambda **_: (schemas.append(None), schema_of())[1])
     assert open_pairs(path)["id"][:] == [f"row-{n}" for n in range(4)]
     assert open_pairs(folder)["id"][:] == ["one", "two"] and len(schemas) == 1, "the schema is built once"
 
