@@ -35,6 +35,7 @@ TINY = {
     "qwen_image21": "qwen-image-2.1",
     "longcat_image": "longcat-image",
     "ernie_image": "ernie-image",
+    "qwen_image_edit": "qwen-image-edit",
     "z_image": "z-image",
     "flux2_dev": "flux2-dev",
     "flux2_klein": "flux2-klein",

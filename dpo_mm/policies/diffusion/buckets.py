@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from PIL import Image
+
 Size = tuple[int, int]
 """Width and height in pixels."""
 STEP = 64
@@ -37,6 +39,12 @@ def cover(size: Size, target: Size) -> Crop:
     width, height = round(size[0] * scale), round(size[1] * scale)
     left, top = (width - target[0]) // 2, (height - target[1]) // 2
     return Crop((width, height), (left, top, left + target[0], top + target[1]))
+
+
+def scale_and_crop(image: Image.Image, crop: Crop) -> Image.Image:
+    """Return the crop of an image, scaled first if its size differs."""
+    scaled = image if crop.scaled == image.size else image.resize(crop.scaled, Image.Resampling.LANCZOS)
+    return scaled.crop(crop.box)
 
 
 def buckets_of(resolution: int, unit: int) -> list[Size]:

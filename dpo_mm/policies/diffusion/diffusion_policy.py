@@ -31,7 +31,7 @@ from dpo_mm.model_loading import load_pipeline
 from dpo_mm.objectives import LogProbs, sdpo_lambda_image
 from dpo_mm.policies.adapters import SavedLora, Weights, add_lora, pipeline_modules
 from dpo_mm.policies.diffusion import run_summary, sampling, weight_files
-from dpo_mm.policies.diffusion.buckets import Crop, Size, cover
+from dpo_mm.policies.diffusion.buckets import Crop, Size, cover, scale_and_crop
 from dpo_mm.policies.diffusion.collate import collate
 from dpo_mm.policies.diffusion.denoising_errors import DenoisingErrors, pair_errors, surrogate_log_probs
 from dpo_mm.policies.diffusion.latents import image_posterior, latent_scale
@@ -265,11 +265,7 @@ class DiffusionPolicy:
 
     def resize_and_crop(self, image: Image.Image) -> Image.Image:
         """Scale an image to cover the target size and crop it to the centre."""
-        image = to_rgb(image)
-        scaled, box = self.crop_box(image.size)
-        if scaled != image.size:
-            image = image.resize(scaled, Image.Resampling.LANCZOS)
-        return image.crop(box)
+        return scale_and_crop(to_rgb(image), self.crop_box(image.size))
 
     def crop_box(self, size: Size) -> Crop:
         """Return the scaling and crop that fit an image of this (width, height) to the target size."""

@@ -19,6 +19,7 @@ from dpo_mm.data.image_files import encode_png, rgb_image
 from dpo_mm.data.load_pairs import check_source_images
 from dpo_mm.data.prompts import read_prompt_set
 from dpo_mm.data.schema import load_pairs
+from dpo_mm.demo_label import pair_html
 from dpo_mm.demo_server import load_page
 from dpo_mm.evaluation import compare_images as comparing
 from dpo_mm.evaluation import contact_sheet as contact_sheet_module
@@ -27,10 +28,11 @@ from dpo_mm.evaluation.image_sampling import ImageRequest, ImageSampler, Samplin
 from dpo_mm.evaluation.image_store import ImageFiles, ImageStore
 from dpo_mm.evaluation.saved_comparison import load_comparison
 from dpo_mm.judges.score_checks import image_scores
-from dpo_mm.labels import fresh_samples
+from dpo_mm.labels import export, fresh_samples
 from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.training_worker import _prompts_of
 from dpo_mm.mining import mine_images as mining
+from dpo_mm.mining import own_images
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training import samples
 from tests.conftest import noise_image
@@ -49,7 +51,15 @@ def closeness(
     return [-abs(mean(image) - mean(source)) for image, (source,) in zip(images, sources, strict=True)]
 
 
-closeness.takes_sources = True  # type: ignore[attr-defined]
+def lightness(
+    images: Sequence[Image.Image], prompts: Sequence[str], sources: Sequence[Sequence[Image.Image]]
+) -> list[float]:
+    judged.extend((prompt, len(own)) for prompt, own in zip(prompts, sources, strict=True))
+    return [float(np.asarray(image).mean()) for image in images]
+
+
+closeness.takes_sources = lightness.takes_sources = True  # type: ignore[attr-defined]
+LIGHTNESS = "tests.unit.evaluation.test_edits:lightness"
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +152,64 @@ def test_page_shows_the_images_to_edit_of_a_saved_comparison(editor: Any, prompt
     assert pairs[0].sources[0] is not None
     pairs[0].sources[0].unlink()
     assert page.pair_html(load_comparison(tmp_path, judges=[]).pairs[0]).count("is missing or broken") == 1
+
+
+def test_several_images_to_edit_go_through_mining_labelling_and_comparing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It catches any step that drops the second image, swaps the two, or gives them to another prompt."""
+    editor = load_policy(str(BUILDERS["qwen-image-edit"].build(tmp_path / "model")), resolution=32)
+    for module in (comparing, mining, fresh_samples, own_images):
+        monkeypatch.setattr(module, "load_image_policy", lambda *_, **__: editor)
+    numbers, lines = {WORDS[0]: (1, 2), WORDS[1]: (3,)}, []
+    for text, images in numbers.items():
+        for number in images:
+            noise_image(number).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"prompt": text, "images": [f"{number}.png" for number in images]}))
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+    files, common = str(tmp_path / "edits.jsonl"), {"num_inference_steps": 2}
+
+    def check(rows: Any) -> None:
+        assert len(rows) >= 2
+        for row in rows:
+            shown = [rgb_image(cell) for cell in row["image_source"]]
+            expected = [noise_image(number) for number in numbers[row["prompt"]]]
+            assert [image.tobytes() for image in shown] == [image.tobytes() for image in expected]
+
+    mined = mining.mine_images(
+        MineConfig(editor.source, files, str(tmp_path / "mined"), LIGHTNESS, images_per_prompt=2, **common)
+    )
+    check(load_pairs(str(mined)))
+    assert [len(prompt.sources) for prompt in read_prompt_set(str(mined)).prompts] == [2, 1]
+    own = MineConfig(editor.source, str(mined), str(tmp_path / "own"), chosen="own", **common)
+    check(load_pairs(str(own_images.mine_own_images(own))))
+
+    (tmp_path / "other").symlink_to(editor.source)
+    models = [editor.source, str(tmp_path / "other")]
+    folder = fresh_samples.generate_samples(
+        models, files, tmp_path / "samples", max_prompts=None, guidance_scale=1.0, **common
+    )
+    pairs = open_pairs(str(folder))
+    check(pairs)
+    check(
+        [
+            {"prompt": one.text, "image_source": [encode_png(i) for i in one.sources]}
+            for one in read_prompt_set(_prompts_of(pairs, tmp_path)).prompts
+        ]
+    )
+    assert all(name in pair_html(pairs[0], 0, "ada", swapped=False) for name in ("image 1 to edit", "image 2 to edit"))
+    vote = {"preference": "a", "p_a": 1.0, "votes_a": 1, "votes_b": 0}
+    assert (
+        export._write_rows((export._labelled(row, vote) or {} for row in pairs), tmp_path / "labels.parquet", pairs)
+        == 2
+    )
+    check(load_pairs(str(tmp_path / "labels.parquet")))
+
+    settings = config(editor, files, tmp_path, judges=(LIGHTNESS,), images_per_prompt=1, batch_size=2, **common)
+    judged.clear()
+    page = comparing.compare_images(settings, title="t", command="c").report.read_text()
+    assert page.count('<figure class="source">') == 3
+    assert judged == [(WORDS[0], 2), (WORDS[1], 1)]
 
 
 def test_saved_comparison_pairs_base_and_tuned_of_the_same_image_to_edit(tmp_path: Path) -> None:
