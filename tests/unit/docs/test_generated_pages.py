@@ -127,6 +127,15 @@ def test_tables_of_smollm2_equal_the_measurements(monkeypatch: pytest.MonkeyPatc
     assert write.written(page, by_arm) == page
 
 
+def test_table_of_rounds_equals_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))  # the script imports write_drawings_table
+    write = script("write_rounds_table")
+    results = json.loads(write.RESULTS.read_text(encoding="utf-8"))
+    assert set(results) <= set(write.TASKS)
+    page = write.PAGE.read_text(encoding="utf-8")
+    assert write.written(page, results) == page
+
+
 def test_tables_of_smollm2_have_shares_of_tasks_and_shared_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     write = smollm2_table(monkeypatch)
 
