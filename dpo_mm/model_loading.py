@@ -219,7 +219,7 @@ def check_libraries(index: Mapping[str, Any], source: str) -> None:
     from diffusers import pipelines
 
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list | tuple):
+        if name.startswith("_") or not isinstance(entry, list | tuple) or is_number_list(entry):
             continue
         if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
             raise ValueError(f"model {source!r}: {name} is {entry!r:.80}. Expected a library and a class")
@@ -229,3 +229,8 @@ def check_libraries(index: Mapping[str, Any], source: str) -> None:
                 f"model {source!r}: {name} comes from {library!r}. Expected diffusers or transformers, because code of models is "
                 "not run"
             )
+
+
+def is_number_list(entry: Any) -> bool:
+    """Return True if an entry of a pipeline's index is a setting of several numbers (layers, sigmas), and no part."""
+    return isinstance(entry, list | tuple) and bool(entry) and all(isinstance(number, int | float) for number in entry)

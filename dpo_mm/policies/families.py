@@ -33,6 +33,7 @@ FAMILIES: dict[str, str] = {
     "LongCatImagePipeline": "dpo_mm.policies.diffusion.longcat_image:LongCatImage",
     "ErnieImagePipeline": "dpo_mm.policies.diffusion.ernie_image:ErnieImage",
     "QwenImageEditPlusPipeline": "dpo_mm.policies.diffusion.qwen_image_edit:QwenImageEdit",
+    "Krea2Pipeline": "dpo_mm.policies.diffusion.krea2:Krea2",
     "ZImagePipeline": "dpo_mm.policies.diffusion.z_image:ZImage",
     "Flux2Pipeline": "dpo_mm.policies.diffusion.flux2:Flux2",
     "Flux2KleinPipeline": "dpo_mm.policies.diffusion.flux2:Flux2",

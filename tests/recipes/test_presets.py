@@ -36,6 +36,7 @@ TINY = {
     "longcat_image": "longcat-image",
     "ernie_image": "ernie-image",
     "qwen_image_edit": "qwen-image-edit",
+    "krea2": "krea2",
     "z_image": "z-image",
     "flux2_dev": "flux2-dev",
     "flux2_klein": "flux2-klein",

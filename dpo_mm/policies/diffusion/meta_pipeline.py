@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_mm.model_loading import check_libraries, load_part
+from dpo_mm.model_loading import check_libraries, is_number_list, load_part
 
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder", "pe", "pe_tokenizer")
 """Components that training never needs."""
@@ -40,7 +40,7 @@ def load_on_meta_device(source: str, *, revision: str | None, dtype: torch.dtype
     parts: dict[str, Any] = {}
     for name in set(inspect.signature(pipeline_class.__init__).parameters) & set(index):
         entry = index[name]
-        if not isinstance(entry, list):
+        if not isinstance(entry, list) or is_number_list(entry):
             parts[name] = entry
         elif entry[0] is None or name in UNUSED_COMPONENTS:
             parts[name] = None
