@@ -301,6 +301,8 @@ def first_step(policy: Any, family: Family, arguments: dict[str, Any], result: t
         return StepResult(result) if result is not None else step(prediction, timestep, latents, **more)
 
     scheduler.step = record_step
+    for name, value in family.attributes.items():
+        setattr(policy.pipe, name, value)
     try:
         size = {"height": family.size, "width": family.size}
         if policy.is_image_editing:
@@ -359,8 +361,7 @@ def test_saved_adapter_generates_the_same_pixels_in_the_upstream_library(
     randomise_adapter(policy)
     policy.save(tmp_path)
     ours = [np.asarray(i) for part in generate_images(policy, 1.0) for i in part]
-    pipe = DiffusionPipeline.from_pretrained(folders(family), **dict.fromkeys(BUILDERS[family].left_out))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = upstream_pipeline(folders(family), row)
     lines = policy.usage_snippet("-", str(tmp_path))[1:]
     assert (
         (lines == [f'pipe.load_lora_weights("{tmp_path}")'])
@@ -396,13 +397,21 @@ def test_kohya_file_contains_the_same_adapter(
     for name, value in ours.items():
         assert value.item() == 8 if name.endswith(".alpha") else torch.equal(value, theirs[name])
     if row.kohya:
-        pipe = DiffusionPipeline.from_pretrained(folders(family), **dict.fromkeys(row.left_out))
-        pipe.set_progress_bar_config(disable=True)
+        pipe = upstream_pipeline(folders(family), row)
         pipe.load_lora_weights(str(tmp_path), weight_name=KOHYA_FILE)
         expected = [np.asarray(i) for part in generate_images(policy, 1.0) for i in part]
         assert all(
             np.array_equal(a, np.asarray(b)) for a, b in zip(expected, upstream_images(policy, pipe), strict=True)
         )
+
+
+def upstream_pipeline(folder: str, row: Family) -> Any:
+    """Load a tiny pipeline with diffusers."""
+    pipe = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(row.left_out))
+    pipe.set_progress_bar_config(disable=True)
+    for name, value in row.attributes.items():
+        setattr(pipe, name, value)
+    return pipe
 
 
 def upstream_images(policy: Any, pipe: Any) -> list[Image.Image]:

@@ -37,6 +37,7 @@ TINY = {
     "ernie_image": "ernie-image",
     "qwen_image_edit": "qwen-image-edit",
     "krea2": "krea2",
+    "hidream": "hidream",
     "z_image": "z-image",
     "flux2_dev": "flux2-dev",
     "flux2_klein": "flux2-klein",

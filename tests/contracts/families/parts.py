@@ -54,6 +54,8 @@ class Family:
     """Parts of names in kohya's file that differ from those of diffusers, by diffusers' name."""
     left_out: tuple[str, ...] = ()
     """Optional components that the pipeline is built without."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes of the upstream pipeline that are not saved with it."""
     reason: str | None = None
     """The reason, if a saved adapter is not loaded by the pipeline's own library."""
 
