@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.policies.diffusion.distilled import describe_distillation
 
 if TYPE_CHECKING:
     from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy
@@ -14,7 +15,9 @@ def describe(policy: DiffusionPolicy, config: TrainConfig) -> dict[str, str]:
     """Return family, target, reduction, loss weighting, and the effective beta if it is a number already."""
     elements = policy.latent_channels() * (policy.resolution // policy.pipe.vae_scale_factor) ** 2
     process = policy.noise_process
+    distilled = describe_distillation(policy.pipe, policy.source)
     return {
+        **({"distilled": distilled} if distilled else {}),
         "family": f"{type(policy).__name__}, {type(policy.pipe).__name__}",
         "target": f"{process.name} ({type(process).__name__}), error in float32",
         "reduction": f"mean over {elements:,} latent elements, 1/2 inside the log-ratio",
