@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from dpo_mm.data import image_files
 from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.schema import prompt_images
-from dpo_mm.objectives import DATASET_INPUTS
 from dpo_mm.resumable import explain_unwritten
 
 if TYPE_CHECKING:
@@ -272,6 +271,8 @@ def data_columns(rows: Dataset) -> dict[str, list[float]]:
     `probability` is the probability that the chosen side is better. `score_margin` is its lead in the judge's score.
     """
     columns = {"probability": _probability, "score_margin": _score_margin}
+    from dpo_mm.objectives import DATASET_INPUTS  # it imports torch, which pages that show pairs do not need
+
     assert set(columns) == set(DATASET_INPUTS)
     plain = rows.select_columns(["preference", "p_a", "votes_a", "votes_b", "score_a", "score_b"])
     values_of = {name: [function(row) for row in plain] for name, function in columns.items()}

@@ -68,7 +68,7 @@ def test_import_loads_no_heavy_library() -> None:
 
 
 def test_command_line_loads_no_heavy_library() -> None:
-    code = "import sys, dpo_mm.cli.main, dpo_mm.recipe; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+    code = "import sys, dpo_mm.cli.main, dpo_mm.recipe, dpo_mm.labels.pairs; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
