@@ -12,6 +12,10 @@ import pytest
 from PIL import Image
 
 from dpo_mm.assets import resolve_asset
+from dpo_mm.config import TrainConfig
+from dpo_mm.data.image_files import encode_png
+from dpo_mm.policies.families import load_image_policy
+from dpo_mm.worlds import shape_edits, shapes
 from tests.demos.test_accessibility import OWN, check_looks
 from tests.demos.test_foreign_sites import ADDRESS, read_everything
 from tests.demos.test_label_page import HOSTILE
@@ -71,6 +75,28 @@ def test_images_page_escapes_hostile_prompts(serve_once: Callable[..., Any], pag
         page.locator("#generate").click()
         wait_for_status(page, f"Both from seed {seed}")
         assert page.title() == "Images of base and tuned model" and page.locator("#both img").count() == 2
+
+
+def test_images_page_edits_an_upload(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+    """It catches a page without an upload, one that generates without it, and one that ignores a new upload."""
+    policy = load_image_policy("shapes-editor")
+    policy.prepare(TrainConfig("shapes-editor", "-", "-", lora_rank=1))
+    policy.save(tmp_path / "adapter")
+    page.goto(serve("images", "--model", "shapes-editor", "--adapter", "adapter").address)
+    page.get_by_label("Prompt").fill("make the star red")
+    page.locator("#generate").click()
+    page.get_by_text("Upload an image first.").wait_for()
+    changed = "([query, old]) => ![undefined, old].includes(document.querySelector(query)?.src)"
+    source = edited = None
+    for task in shape_edits.tasks(2, seed=0):
+        file = {"name": "a.png", "mimeType": "image/png", "buffer": encode_png(shapes.render(task.source))}
+        page.locator("input[type=file]").first.set_input_files(file)
+        page.wait_for_function(changed, arg=["#source img", source])
+        page.get_by_label("Prompt").fill(task.instruction)
+        page.locator("#generate").click()
+        page.wait_for_function(changed, arg=["#both figure:nth-child(2) img", edited])
+        assert "the instruction" in page.locator("#both figure").nth(1).inner_text()
+        source, edited = (page.locator(f"{query} img").last.get_attribute("src") for query in ("#source", "#both"))
 
 
 def test_captions_page_shows_both_responses_and_shaded_tokens(serve_once: Callable[..., Any], page: Any) -> None:
