@@ -70,12 +70,13 @@ CSS = """
 .figures .blank { display: grid; place-items: center; color: var(--quiet); }
 .figures figcaption { margin-top: .35rem; font-size: .9rem; line-height: 1.4; }
 .figures figcaption b { display: block; }
+#source .figures { grid-template-columns: none; grid-auto-columns: minmax(0, 220px); }
 .score { color: var(--quiet); display: block; }
 .score.yes { color: #15803d; } .dark .score.yes { color: #4ade80; }
 .score.no { color: #b91c1c; } .dark .score.no { color: #f87171; }
 .strip .figures { grid-auto-columns: minmax(118px, 1fr); grid-template-columns: none; overflow-x: auto; padding-bottom: 6px; }
 .strip h3 { margin: .2rem 0 .5rem; font-size: 1rem; }
-.strip .figures + .figures { margin-top: 10px; }
+.figures + .figures { margin-top: 10px; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 18px; }
 .pairs article { min-width: 0; border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 12px; }
 .pairs h3 { font-size: .95rem; margin: 0 0 .5rem; unicode-bidi: isolate; overflow-wrap: anywhere; }
@@ -269,14 +270,16 @@ def file_html(title: str, file: Path | None, scores: str = "") -> str:
 
 def pair_html(pair: ImagePair) -> str:
     """Return the images of base and tuned for one prompt and seed, with the scores saved by the comparison."""
-    figures = [
+    sources = [
         file_html(title, file) for title, file in zip(source_titles(len(pair.sources)), pair.sources, strict=True)
     ]
+    figures = []
     for n, (title, file) in enumerate((("base", pair.base), ("tuned", pair.tuned))):
         scores = "".join(score_html(judge, values[n]) for judge, values in pair.scores.items())
         figures.append(file_html(title, file, scores))
+    rows = [sources, figures] if len(sources) > 1 else [sources + figures]
     return (
-        f'<article><h3 dir="auto">{escape(pair.prompt)}</h3>{figures_html(figures)}'
+        f'<article><h3 dir="auto">{escape(pair.prompt)}</h3>{"".join(map(figures_html, rows))}'
         f'<div class="score">seed {pair.seed}</div></article>'
     )
 
@@ -326,14 +329,15 @@ def add_controls(model: DemoModel) -> list[Any]:
     sources = gr.State(())
     if model.edits:
         shown = gr.HTML(elem_id="source")
-        upload = gr.UploadButton(
-            "Upload images to edit" if model.several_sources else "Upload an image to edit",
-            type="binary",
-            file_types=["image"],
-            file_count="multiple" if model.several_sources else "single",
-            elem_id="upload",
-        )
-        upload.upload(use_upload, upload, [sources, shown], **QUIET)
+        several = model.several_sources
+        label = "Add an image to edit" if several else "Upload an image to edit"
+        with gr.Row():
+            upload = gr.UploadButton(label, type="binary", file_types=["image"], elem_id="upload")
+            if several:
+                remove = gr.Button("Remove all images", elem_id="remove")
+                remove.click(lambda: [(), ""], None, [sources, shown], **QUIET)
+        add = functools.partial(use_upload, several=several)
+        upload.upload(add, [upload, sources], [sources, shown], **QUIET)
     prompt = gr.Textbox(
         EXAMPLES[0] if model.generate_on_load else "",
         label="Prompt",
@@ -361,14 +365,18 @@ def add_controls(model: DemoModel) -> list[Any]:
         ]
 
 
-def use_upload(files: bytes | list[bytes]) -> list[Any]:
-    """Return uploaded images as PNG, and their HTML. Raises gr.Error as `uploaded_image`."""
-    images = [uploaded_image(data) for data in (files if isinstance(files, list) else [files])]
+def use_upload(data: bytes, sources: Sources, *, several: bool) -> list[Any]:
+    """Return the images to edit as PNG, and their HTML. An upload is added to them, or replaces the only one.
+
+    Raises:
+        gr.Error: as `uploaded_image`.
+    """
+    sources = (*(sources if several else ()), encode_png(uploaded_image(data)))
+    images = zip(map(decode_image, sources), source_titles(len(sources)), strict=True)
     figures = [
-        f"<figure>{image_html(image, alt=name)}</figure>"
-        for image, name in zip(images, source_titles(len(images)), strict=True)
+        f"<figure>{image_html(image, alt=title)}<figcaption>{title}</figcaption></figure>" for image, title in images
     ]
-    return [tuple(encode_png(image) for image in images), figures_html(figures)]
+    return [sources, figures_html(figures)]
 
 
 def build(model: DemoModel, comparison: SavedComparison | None = None) -> DemoPage:
@@ -377,7 +385,7 @@ def build(model: DemoModel, comparison: SavedComparison | None = None) -> DemoPa
     Args:
         comparison: a saved comparison whose images the page also shows.
     """
-    same = "image, prompt and seed" if model.edits else "prompt and seed"
+    same = f"image{'s' * model.several_sources}, prompt and seed" if model.edits else "prompt and seed"
     with gr.Blocks(title="Images of base and tuned model", analytics_enabled=False) as blocks:
         gr.HTML(
             '<div class="head"><h1>Images of base and tuned model</h1>'

@@ -315,15 +315,18 @@ def test_page_edits_the_uploaded_image(editor: Any, monkeypatch: pytest.MonkeyPa
     model = page.load(editor.source, "tuned", [JUDGE], precision="fp32")
     controls = (WORDS[0], 3, 1, 2.5, 1.0)
     with pytest.raises(gradio.Error, match="Upload an image first"):
-        next(page.compare(model, *controls, None))
+        next(page.compare(model, *controls, ()))
     shown = []
     for number in (0, 1):
-        source, html = page.use_upload(encode_png(noise_image(number)))
-        shown.append(list(page.compare(model, *controls, source))[-1][1])
+        sources, html = page.use_upload(encode_png(noise_image(number)), (b"another",), several=False)
+        shown.append(list(page.compare(model, *controls, sources))[-1][1])
         assert "image to edit" in html and "no score" not in shown[-1]
     assert shown[0] != shown[1] and model.edits
     with pytest.raises(gradio.Error, match="can’t be used"):
-        page.use_upload(b"words")
+        page.use_upload(b"words", (), several=False)
+    (one,), _ = page.use_upload(encode_png(noise_image(0)), (), several=True)
+    both, html = page.use_upload(encode_png(noise_image(1)), (one,), several=True)
+    assert both[0] == one and len(both) == 2 and html.index("image 1 to edit") < html.index("image 2 to edit")
 
 
 def test_list_with_images_is_refused_by_a_model_that_takes_none(prompts: str, tiny_model: str, tmp_path: Path) -> None:
