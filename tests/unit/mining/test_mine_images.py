@@ -117,11 +117,11 @@ def test_mining_with_several_judges_and_guardrails(config: MineConfig) -> None:
 def test_mining_resumes_after_finished_shards(config: MineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = mining._mine_shard, []
 
-    def interrupt(*arguments: object) -> object:
+    def interrupt(*arguments: object, **options: bool) -> object:
         calls.append(arguments[1])
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)  # type: ignore[arg-type]
+        return real(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(mining, "_mine_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
