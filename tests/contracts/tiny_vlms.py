@@ -13,6 +13,9 @@ import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests.contracts import tiny_readers
+from tests.contracts.tiny_sizes import EDGE, _text, _vision
+
 BASE_TOKENS = ["<pad>", "<s>", "</s>", "<unk>"]
 SPECIAL_TOKENS = {
     "llava": ["<image>"],
@@ -56,9 +59,11 @@ NAMED_TOKENS = {
 }
 """Special tokens that a family's processor looks up in its tokenizer by name."""
 TEXT = "describe the picture of a red square on a blue field and three small circles beside it with no text at all."
+for _name, _family in tiny_readers.FAMILIES.items():
+    SPECIAL_TOKENS[_name], PLACEHOLDERS[_name] = list(_family.special_tokens), _family.placeholder
+    if _family.named_tokens:
+        NAMED_TOKENS[_name] = _family.named_tokens
 IMAGES = (*PLACEHOLDERS, "paligemma", "paligemma2")
-EDGE = 56
-"""Pixels per edge of an image, which has 16 patches of 14 x 14."""
 VARIABLE_LENGTH = ("idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families whose number of image tokens depends on the image's shape."""
 VOCABULARY = TEXT.rstrip(".").split()
@@ -70,7 +75,7 @@ def tokenizer(family: str) -> Any:
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=320 + (len(special) if family in tiny_readers.FAMILIES else 0),
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -78,7 +83,7 @@ def tokenizer(family: str) -> Any:
     bpe.train_from_iterator([TEXT] * 4, trainer)
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if family in NAMED_TOKENS:
-        return hf.PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=NAMED_TOKENS[family], **names)
+        names["extra_special_tokens"] = NAMED_TOKENS[family]
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
     if SPECIAL_TOKENS[family]:
         tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS[family]})
@@ -101,18 +106,6 @@ def chat_template(family: str) -> str:
         + "{% if "
         "message['role'] == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-
-
-def _text(vocabulary: int, **more: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    shape = {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": vocabulary, "max_position_embeddings": 512}
-    return {**sizes, **shape, **ids, "initializer_range": 0.12, **more}
-
-
-def _vision(**more: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return {**sizes, "image_size": EDGE, "patch_size": 14, "initializer_range": 0.12, **more}
 
 
 def _llava(token: Any, words: Any) -> tuple[Any, Any]:
@@ -308,6 +301,7 @@ BUILDERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "llama": _llama,
     "gemma2": _gemma2,
     "qwen3_next": _qwen3_next,
+    **{name: family.build for name, family in tiny_readers.FAMILIES.items()},
 }
 
 
@@ -347,6 +341,8 @@ def rows(family: str, images: tuple[int, ...], seed: int = 0) -> list[dict[str, 
     """
     rng = random.Random(seed)
     sizes = [(84, 56), (56, 84), (EDGE, EDGE)] if family in VARIABLE_LENGTH else [(EDGE, EDGE)]
+    if family in tiny_readers.FAMILIES:
+        sizes = list(tiny_readers.FAMILIES[family].sizes)
 
     def text(low: int, high: int) -> str:
         return " ".join(rng.choice(VOCABULARY) for _ in range(rng.randint(low, high)))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_mm.policies.vlm.shared_prefix import Layout, unwrap
+from dpo_mm.policies.vlm.prefix_layout import Layout
+from dpo_mm.policies.vlm.shared_prefix import unwrap
 
 TOLERANCE = {"float32": 1e-4, "TF32": 5e-3, "half": 2e-2}
 """Largest difference between both layouts that counts as rounding, relative to a completion's log-prob."""

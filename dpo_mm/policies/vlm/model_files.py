@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dpo_mm.errors import one_line
 from dpo_mm.model_checks import SAVE_AGAIN, check_finite, name_model
 from dpo_mm.model_loading import load_module, load_part
-from dpo_mm.policies.adapter_checks import ADAPTER_FILE, check_peft_adapter
+from dpo_mm.policies.adapter_checks import ADAPTER_FILE, ADAPTER_WEIGHTS, check_peft_adapter
 from dpo_mm.policies.adapter_sources import START_FOLDER
 from dpo_mm.policies.adapters import sort_sets
 from dpo_mm.policies.lora_layers import FROZEN, TRAINED, merge_peft
@@ -28,6 +29,13 @@ TRIED_EDGE = 64
 """Pixels per edge of the image on which a processor is tried when it is loaded."""
 PIXEL_LIMITS = ("min_pixels", "max_pixels")
 """Settings of processors that resize each image into a range of sizes, such as Qwen's."""
+ADAPTER_NAMES = {"deepseek_ocr2": ("model.language_model.", "model.")}
+"""By model type: the start of a weight's name, and the start in a saved adapter.
+
+PEFT applies transformers' renaming of published weights to each adapter that it loads, also to names that are right
+already. That of DeepSeek-OCR-2 turns `language_model.layers` into `language_model.language_model.layers`. From its
+published name, `layers`, it gives the right one.
+"""
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -122,6 +130,9 @@ def save(policy: VisionLanguage, folder: Path, weights: dict[str, torch.Tensor] 
         policy.model.save_pretrained(
             folder, save_embedding_layers=False, state_dict=weights, selected_adapters=[TRAINED]
         )
+        if names := ADAPTER_NAMES.get(policy.base_model.config.model_type):
+            stored = load_file(folder / ADAPTER_WEIGHTS)
+            save_file({name.replace(*names): tensor for name, tensor in stored.items()}, folder / ADAPTER_WEIGHTS)
         save_start(policy.config, folder)
     else:
         policy.model.save_pretrained(folder, state_dict=weights)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from dpo_mm.objectives import DATASET_INPUTS, LogProbs
-from dpo_mm.policies.vlm.shared_prefix import Layout
+from dpo_mm.policies.vlm.prefix_layout import Layout
 
 NO_TOKENS = torch.zeros(0, dtype=torch.long)
 """Token ids of a side that the rows do not have."""
+PACKED = "target_sizes"
+"""Name of the grids of images whose patches are all in one row, along the last dimension (MiniCPM-V 4.6)."""
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
@@ -120,6 +122,9 @@ def join_images(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     joined = {}
     for name in sorted({name for row in rows for name in row}):
         parts = [row[name] for row in rows if name in row]
+        if name == "pixel_values" and any(PACKED in row for row in rows):
+            joined[name] = torch.cat(parts, dim=-1)
+            continue
         shape = [max(part.shape[d] for part in parts) for d in range(1, parts[0].ndim)]
         joined[name] = torch.cat([_pad_to(part, shape) for part in parts])
     return joined

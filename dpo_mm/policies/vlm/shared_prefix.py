@@ -18,17 +18,15 @@ The model's own mask function is wrapped (`transformers.AttentionMaskInterface`)
 chosen and rejected (`transformers.AttentionInterface`). So there is no score matrix of the whole sequence, and no code
 per model family.
 
-Some models cannot share a prefix: linear attention carries the state of chosen into rejected. `install` refuses the
-layers that it knows of, and `dpo_mm.policies.vlm.token_log_probs` checks the rest on the first batch.
+Layers with a state, such as linear attention, share the state after the prompt, see
+`dpo_mm.policies.vlm.recurrent_prefix`. `install` refuses layers that do neither, and
+`dpo_mm.policies.vlm.token_log_probs` checks the rest on the first batch.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,59 +36,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
+from dpo_mm.policies.vlm.pair_batches import join_images
+from dpo_mm.policies.vlm.prefix_layout import CURRENT, Layout
+from dpo_mm.policies.vlm.recurrent_prefix import share_states
+
 COMPLETION_TYPES = {("paligemma", "token_type_ids"): 1}
 """Token type of a completion if it is not 0. PaliGemma's prefix has type 0 and attends to itself in both directions."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Columns of the packed sequence: prompts padded on the left, then chosen and rejected, each padded on the right."""
-
-    prompt: int
-    """Number of columns of the prompt."""
-    chosen: int
-    """Number of columns of chosen."""
-    rejected: int
-    """Number of columns of rejected."""
-    has_padding: bool
-    """True if any column of any row is padding."""
-
-    @property
-    def rejected_start(self) -> int:
-        """First column of rejected."""
-        return self.prompt + self.chosen
-
-    @property
-    def total(self) -> int:
-        """Number of columns of the packed sequence."""
-        return self.rejected_start + self.rejected
-
-    def logical_positions(self, device: torch.device) -> Tensor:
-        """Return the position of each column in its own sequence [prompt][completion], (total,)."""
-        column = torch.arange(self.total, device=device)
-        return torch.where(column >= self.rejected_start, column - self.chosen, column)
-
-    def predicting_columns(self, device: torch.device) -> Tensor:
-        """Return the column whose hidden state predicts each completion token, (chosen + rejected,).
-
-        The last column of the prompt predicts the first token of both completions.
-        """
-        last = torch.tensor([self.prompt - 1], device=device)
-        columns = torch.arange(self.prompt, self.total, device=device)
-        return torch.cat([last, columns[: self.chosen - 1], last, columns[self.chosen : -1]])
-
-
-_LAYOUT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
-
-
-@contextlib.contextmanager
-def use_layout(layout: Layout) -> Iterator[None]:
-    """Context manager in which masks are built for this layout."""
-    token = _LAYOUT.set(layout)
-    try:
-        yield
-    finally:
-        _LAYOUT.reset(token)
 
 
 # Masks
@@ -120,7 +71,7 @@ def _mask_builder(build: Callable[..., Any], *, may_skip: bool) -> Callable[...,
     """Wrap a mask builder of transformers. `may_skip`: the attention needs no mask if it is causal without padding."""
 
     def masks(*, q_length: int, kv_length: int, mask_function: Any = causal_mask_function, **rest: Any) -> Any:
-        layout = _LAYOUT.get()
+        layout = CURRENT.get()
         if layout is None or (q_length, kv_length) != (layout.total, layout.total):
             return build(q_length=q_length, kv_length=kv_length, mask_function=mask_function, **rest)
         if (
@@ -159,7 +110,7 @@ def _attention(attend: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[Tensor, None]:
         layout = prefix_layout
         if layout is None or query.shape[2] != layout.total:
-            if mask is None and _LAYOUT.get() is not None and query.shape[2] == _LAYOUT.get().total:  # type: ignore[union-attr]
+            if mask is None and CURRENT.get() is not None and query.shape[2] == CURRENT.get().total:  # type: ignore[union-attr]
                 raise RuntimeError(f"{type(module).__name__} does not pass on the layout of the shared prefix")
             return attend(module, query, key, value, mask, **rest)
         if rest.get("position_bias") is not None:
@@ -219,9 +170,11 @@ def install(base_model: Any) -> None:
         AttentionInterface.register(NAMES[base], _attention(attend))
         AttentionMaskInterface.register(NAMES[base], _mask_builder(build, may_skip=base == "sdpa"))
     text = base_model.config.get_text_config()
-    kinds = sorted({kind for kind in getattr(text, "layer_types", None) or () if not _attends(kind)})
-    if kinds:
-        raise ValueError(f"it has {' and '.join(kinds)} layers")
+    layer_types = enumerate(getattr(text, "layer_types", None) or ())
+    others = {layer: kind for layer, kind in layer_types if not _attends(kind)}
+    refused = set(others) - share_states(base_model.get_decoder())
+    if refused:
+        raise ValueError(f"it has {' and '.join(sorted({others[layer] for layer in refused}))} layers")
     current = text._attn_implementation
     if current in NAMES.values():
         return
@@ -338,14 +291,9 @@ def separate_inputs(base_model: Any, batch: dict[str, Any], *, padding_side: str
     inputs = {name: stack_sides(value).gather(1, order) for name, value in packed.items()}
     in_completion = (torch.arange(width, device=mask.device) >= layout.prompt) & (mask == 1)
     if padding_side == "left":
-        images = repeat_for_both(batch["images"]) if layout.rejected else batch["images"]
+        images = join_images([batch["images"]] * (2 if layout.rejected else 1))
         token_type_inputs = {name: inputs[name] for name in token_type_inputs}
         inputs["position_ids"] = position_ids(
             base_model, inputs["input_ids"], inputs["attention_mask"], token_type_inputs, images
         )
     return inputs, in_completion.gather(1, order)
-
-
-def repeat_for_both(images: dict[str, Any]) -> dict[str, Any]:
-    """Repeat image tensors for the chosen and the rejected sequences."""
-    return {name: torch.cat([value, value]) for name, value in images.items()}

@@ -19,14 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_mm.objectives import sdpo_lambda_text
 from dpo_mm.policies.vlm.layout_check import TOLERANCE, disagreement, precision, unwrapped_eval_mode
-from dpo_mm.policies.vlm.shared_prefix import (
-    Layout,
-    install,
-    separate_inputs,
-    shared_prefix_inputs,
-    unwrap,
-    use_layout,
-)
+from dpo_mm.policies.vlm.prefix_layout import Layout, use_layout
+from dpo_mm.policies.vlm.shared_prefix import install, separate_inputs, shared_prefix_inputs, unwrap
 from dpo_mm.policies.vlm.vision_features import image_inputs
 
 logger = logging.getLogger(__name__)

@@ -8,14 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dpo_mm.policies.vlm.layout_check import TOLERANCE, is_sharded, precision, relative_difference, unwrapped_eval_mode
-from dpo_mm.policies.vlm.shared_prefix import repeat_for_both, unwrap
+from dpo_mm.policies.vlm.pair_batches import join_images
+from dpo_mm.policies.vlm.shared_prefix import unwrap
 
 if TYPE_CHECKING:
     from dpo_mm.policies.vlm.token_log_probs import TokenLogProbs
 
 logger = logging.getLogger(__name__)
+
+
+class ImageFeatures(BaseModelOutputWithPooling):
+    """Output of a vision tower. What was not stored is None, such as the logits of a router (Granite Docling)."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 def image_inputs(base_model: Any, batch: dict[str, Any], *, repeated: bool = False) -> dict[str, Any]:
@@ -27,16 +37,17 @@ def image_inputs(base_model: Any, batch: dict[str, Any], *, repeated: bool = Fal
         repeated: True repeats them, for separate sequences of chosen and rejected.
     """
     images = {k: v.to(base_model.dtype) if v.is_floating_point() else v for k, v in batch["images"].items()}
-    images = repeat_for_both(images) if repeated else images
+    images = join_images([images, images]) if repeated else images
     features = batch.get("features")
     if features is None:
         return images
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    output = BaseModelOutputWithPooling()
+    output = ImageFeatures()
     for name, value in (join_features([features, features]) if repeated else features).items():
         output[name] = value
-    return {**{k: v for k, v in images.items() if k != "pixel_values"}, "mm_encoder_outputs": {"image": output}}
+    return {
+        **{k: v for k, v in images.items() if not k.startswith("pixel_values")},
+        "mm_encoder_outputs": {"image": output},
+    }
 
 
 def features_agree(token_log_probs: TokenLogProbs, model: nn.Module, batch: dict[str, Any]) -> bool:

@@ -236,7 +236,7 @@ class VisionLanguage:
                 "Set cache_vision_features: false"
             )
         images = {name: value.to(self.device) for name, value in row["images"].items()}
-        without_pixels = {name: value for name, value in row["images"].items() if name != "pixel_values"}
+        without_pixels = {name: value for name, value in row["images"].items() if not name.startswith("pixel_values")}
         features = vision_features(self.base_model, {"images": images})
         return {**row, "images": without_pixels, "features": features_to(features, "cpu")}
 
