@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -107,6 +107,18 @@ class CudaRules(TorchFunctionMode):
         self.casts: dict[int, Tensor] | None = None
         """Half-precision copies of trained weights, which autocast stores until it ends. None: they are not stored."""
 
+    def __enter__(self) -> Self:
+        """Enter the mode. Autocast of the meta device is that of the CPU in it."""
+        self.autocast: Any = torch.autocast
+        torch.autocast = lambda device_type, *args, **kwargs: self.autocast(  # type: ignore[assignment, misc]
+            "cpu" if device_type == "meta" else device_type, *args, **kwargs
+        )
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.autocast = self.autocast  # type: ignore[misc]
+        super().__exit__(*error)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if torch.is_autocast_enabled("cpu"):
@@ -162,7 +174,9 @@ def cuda_attention(
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if attn_mask is not None:
         shape = (*query.shape[:-1], key.shape[-2])
-        attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta").expand(shape)
+        if attn_mask.dtype != query.dtype:  # a copy as numbers
+            attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
+        attn_mask = attn_mask.expand(shape)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     return aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale

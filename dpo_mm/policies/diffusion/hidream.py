@@ -5,6 +5,8 @@ Its training path keeps gradients through the experts and has the values of the 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
+
+EXPERTS = "MOEFeedForwardSwiGLU"
+"""Class of a layer of experts."""
 
 
 class HiDream(DiffusionPolicy):
@@ -33,6 +38,8 @@ class HiDream(DiffusionPolicy):
         super().__init__(pipe, source)
         # Without it, the output of the training path is not unpatchified.
         pipe.transformer.register_to_config(force_inference_output=True)
+        if pipe.transformer.device.type == "meta":
+            run_without_values(pipe.transformer)
 
     def sampling_kwargs(
         self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()
@@ -59,3 +66,33 @@ class HiDream(DiffusionPolicy):
             return_dict=False,
         )[0]
         return -velocity
+
+
+def run_without_values(transformer: Any) -> None:
+    """Replace what depends on values, for the meta device, where memory is counted: routes to experts, and image sizes."""
+    for layer in transformer.modules():
+        if type(layer).__name__ == EXPERTS:
+            layer.forward = functools.partial(run_evenly, layer)
+    patch = transformer.config.patch_size
+
+    def unpatchify_square(tokens: Tensor, *_: Any) -> Tensor:
+        side = math.isqrt(tokens.shape[1])
+        patches = tokens.reshape(len(tokens), side, side, patch, patch, -1)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, side * patch, side * patch)
+
+    transformer.unpatchify = unpatchify_square
+
+
+def run_evenly(layer: Any, states: Tensor) -> Tensor:
+    """Run a layer of experts as in training, with an equal share of the tokens for each of them.
+
+    Args:
+        layer: of diffusers' class EXPERTS.
+        states: (images, tokens, width).
+    """
+    _, weights, _ = layer.gate(states)
+    tokens = states.flatten(0, 1).repeat_interleave(layer.num_activated_experts, dim=0)
+    shares = tokens.tensor_split(len(layer.experts))
+    results = torch.cat([expert(share) for expert, share in zip(layer.experts, shares, strict=True)])
+    mixed = (results.unflatten(0, weights.shape) * weights.unsqueeze(-1)).sum(1)
+    return mixed.view(states.shape).to(states.dtype) + layer.shared_experts(states)

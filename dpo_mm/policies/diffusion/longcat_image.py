@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dpo_mm.model_loading import load_pipeline
 from dpo_mm.policies.diffusion import flux_denoiser
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
@@ -19,10 +20,17 @@ from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 class LongCatImage(DiffusionPolicy):
     """Policy of `LongCatImagePipeline`. Source: LongCat team 2025 (2512.07584)."""
 
-    required_components = ("vae", "text_encoder", "tokenizer", "text_processor", "transformer", "scheduler")
+    required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
     lora_targets = flux_denoiser.TARGETS
     patch = 2
+
+    @classmethod
+    def open(cls, source: str, **options: Any) -> Any:
+        """Load the pipeline without the processor of the text encoder, which only rewrites prompts."""
+        from diffusers import LongCatImagePipeline
+
+        return load_pipeline(LongCatImagePipeline, source, **options, text_processor=None)
 
     def latent_channels(self) -> int:
         """Return the channels of the latents before packing."""
