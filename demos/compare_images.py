@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from dpo_mm.data.clips import clip_preview
 from dpo_mm.data.image_files import decode_image, encode_png
 from dpo_mm.data.row_paths import read_regular_file
 from dpo_mm.demo_address import LOCAL, Serving
@@ -259,10 +260,10 @@ def strip_over_seeds(model: DemoModel, *controls: Any) -> Iterator[list[str]]:
         yield [status, f'<div class="strip"><h3>Several seeds, LoRA scale {scale:g}</h3>{"".join(rows)}</div>']
 
 
-def file_html(title: str, file: Path | None, scores: str = "") -> str:
-    """Return an image of a saved comparison with its title and scores."""
+def file_html(title: str, file: Path | None, scores: str = "", frames: int = 1) -> str:
+    """Return an image of a saved comparison, or frames of a clip, with its title and scores."""
     try:
-        image = image_html(decode_image(read_regular_file(file)), alt=title) if file else MISSING
+        image = image_html(clip_preview(decode_image(read_regular_file(file)), frames), alt=title) if file else MISSING
     except (ValueError, OSError):
         image = MISSING
     return f"<figure>{image}<figcaption><b>{title}</b>{scores}</figcaption></figure>"
@@ -276,8 +277,9 @@ def pair_html(pair: ImagePair) -> str:
     figures = []
     for n, (title, file) in enumerate((("base", pair.base), ("tuned", pair.tuned))):
         scores = "".join(score_html(judge, values[n]) for judge, values in pair.scores.items())
-        figures.append(file_html(title, file, scores))
+        figures.append(file_html(title, file, scores, pair.frames))
     rows = [sources, figures] if len(sources) > 1 else [sources + figures]
+    rows = [[figure] for figure in figures] if pair.frames > 1 else rows
     return (
         f'<article><h3 dir="auto">{escape(pair.prompt)}</h3>{"".join(map(figures_html, rows))}'
         f'<div class="score">seed {pair.seed}</div></article>'

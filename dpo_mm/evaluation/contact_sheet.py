@@ -23,6 +23,7 @@ class Example:
         base_score, tuned_score: the primary judge's scores. If all scores of a page are 0 or 1, they are shown as wrong
             and right.
         sources: images to edit, which both models got.
+        is_clip: the images are frames of clips, side by side.
     """
 
     prompt: str
@@ -33,6 +34,7 @@ class Example:
     tuned_score: float | None = None
     seed: int = 0
     sources: tuple[Image.Image, ...] = ()
+    is_clip: bool = False
 
 
 @dataclass(frozen=True)

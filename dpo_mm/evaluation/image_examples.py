@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dpo_mm.data.clips import clip_preview
 from dpo_mm.evaluation.contact_sheet import Example, MostChanged
 from dpo_mm.evaluation.image_sampling import ScoredImages
 from dpo_mm.judges import better_of
@@ -54,10 +55,11 @@ def _example(base: ScoredImages, tuned: ScoredImages, judge: str, row: int) -> E
     return Example(
         prompt=base.plan.prompts[row],
         category=str(base.plan.category_per_image[row]),
-        base=base.images[row],
-        tuned=tuned.images[row],
+        base=clip_preview(base.images[row], base.frames),
+        tuned=clip_preview(tuned.images[row], tuned.frames),
         base_score=float(base.scores[judge][row]),
         tuned_score=float(tuned.scores[judge][row]),
         seed=base.plan.seeds[row],
         sources=tuple(base.plan.sources[row]) if base.plan.sources else (),
+        is_clip=base.frames > 1,
     )

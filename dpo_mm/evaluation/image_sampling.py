@@ -117,11 +117,13 @@ class ScoredImages:
         plan: how many, and of which prompts.
         images: the images, (images,).
         scores: by judge, (images,) each.
+        frames: frames of a clip, 1 for images.
     """
 
     plan: SamplingPlan
     images: Sequence[Image.Image]
     scores: dict[str, np.ndarray] = field(default_factory=dict)
+    frames: int = 1
 
     @cached_property
     def image_statistics(self) -> ImageStatistics:
@@ -136,7 +138,7 @@ class ScoredImages:
             images = ImageFiles([images.files[n] for n in indices])
         else:
             images = [images[n] for n in indices]
-        return ScoredImages(self.plan.first(samples), images, scores)
+        return ScoredImages(self.plan.first(samples), images, scores, self.frames)
 
 
 def sampling_plan(config: CompareConfig) -> SamplingPlan:
@@ -217,7 +219,7 @@ class ImageSampler:
         digests = [row["sha256"] for row in rows]
         names = self.config.judges if judges is None else judges
         scores = {name: score_images(name, files, digests, plan.requests, store) for name in names}
-        return ScoredImages(plan, files, scores)
+        return ScoredImages(plan, files, scores, self.policy.frames)
 
     def _identities(
         self, batches: Sequence[Sequence[ImageRequest]], scale: float
@@ -227,6 +229,7 @@ class ImageSampler:
         for batch in batches:
             own = {**settings, "batch": content_hash([request.content for request in batch])}
             check_ingredients("image of a comparison", {k: v for k, v in own.items() if k not in NAMES})
+            own |= {"frames": self.policy.frames} if self.policy.frames > 1 else {}
             identities.append([({**own, **request.recorded}, request.prompt, request.seed) for request in batch])
         return identities
 

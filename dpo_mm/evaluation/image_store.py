@@ -215,6 +215,8 @@ def _checked_images(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, An
             _check_texts(row, "file", "prompt", "sha256")
             if not isinstance(row["seed"], int):
                 raise ValueError(f"seed is {row['seed']!r:.80}. Expected a whole number")
+            if type(row.get("frames", 1)) is not int or row.get("frames", 1) < 1:
+                raise ValueError(f"frames is {row['frames']!r:.80}. Expected a whole number of at least 1")
             resolve_inside(row["file"], folder)
     return rows
 

@@ -28,6 +28,7 @@ class ImagePair:
         base, tuned: image files.
         sources: files of the images to edit, None for one that is not in the folder.
         scores: by judge, (base, tuned).
+        frames: frames of base and of tuned, which are clips. 1 for images.
     """
 
     prompt: str
@@ -37,6 +38,7 @@ class ImagePair:
     tuned: Path
     scores: Mapping[str, tuple[float, float]]
     sources: tuple[Path | None, ...] = ()
+    frames: int = 1
 
     def gain(self, judge: str) -> float:
         """Return by how much the tuned image is better by a judge, in its unit. 0 unless both images have a score."""
@@ -143,7 +145,7 @@ def _image_pair(
             pair_scores[judge] = (before, after)
     files = resolve_inside(base["file"], folder), resolve_inside(tuned["file"], folder)
     sources = tuple(source_file(folder, name) for name in base.get("sources", ()))
-    return ImagePair(prompt, category(prompt), base["seed"], *files, pair_scores, sources)
+    return ImagePair(prompt, category(prompt), base["seed"], *files, pair_scores, sources, base.get("frames", 1))
 
 
 def bundled_models(saved: SavedComparison, folder: str, *, default: str) -> tuple[str, str | None]:

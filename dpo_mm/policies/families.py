@@ -35,6 +35,7 @@ FAMILIES: dict[str, str] = {
     "QwenImageEditPlusPipeline": "dpo_mm.policies.diffusion.qwen_image_edit:QwenImageEdit",
     "Krea2Pipeline": "dpo_mm.policies.diffusion.krea2:Krea2",
     "HiDreamImagePipeline": "dpo_mm.policies.diffusion.hidream:HiDream",
+    "WanPipeline": "dpo_mm.policies.diffusion.wan:Wan",
     "ZImagePipeline": "dpo_mm.policies.diffusion.z_image:ZImage",
     "Flux2Pipeline": "dpo_mm.policies.diffusion.flux2:Flux2",
     "Flux2KleinPipeline": "dpo_mm.policies.diffusion.flux2:Flux2",

@@ -170,6 +170,8 @@ class ImagePolicy(Policy, Protocol):
     """Pixels per edge of a square image."""
     patch: int
     """Latent pixels per edge of one token of the denoiser."""
+    frames: int
+    """Frames of a clip, which is an image with its frames side by side. 1 for images."""
     is_image_editing: bool
     """True if the prompt contains an image to edit."""
     edits_optionally: bool

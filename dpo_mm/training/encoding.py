@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from dpo_mm.cache_folder import cache_folder, create_cache
 from dpo_mm.checksums import COMPLETE, saved_shards, with_checksum
 from dpo_mm.config import TrainConfig
 from dpo_mm.content_key import content_hash, content_key, library_versions
+from dpo_mm.data.clips import check_clip_width, clip_frames, clip_image
 from dpo_mm.data.load_pairs import (
     Pairs,
     check_equal_sources,
@@ -29,6 +30,7 @@ from dpo_mm.data.load_pairs import (
 )
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.several_captions import CAPTIONS, has_captions, texts_of
+from dpo_mm.errors import name_row
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
@@ -42,7 +44,14 @@ from dpo_mm.training import arrow_shards
 from dpo_mm.training.coupled_rows import CoupledRows
 from dpo_mm.training.encoded_pairs import EncodedPairs, read_complete
 from dpo_mm.training.evaluation_split import split_digests
-from dpo_mm.training.prompt_keys import PromptKey, check_shown_sources, example_prompt, key_of, prompt_keys
+from dpo_mm.training.prompt_keys import (
+    PromptKey,
+    check_shown_sources,
+    example_image,
+    example_prompt,
+    key_of,
+    prompt_keys,
+)
 from dpo_mm.training.response_rows import QUARANTINE, EncodedSplits, encode_responses
 from dpo_mm.training.shared_work import wait_for_files
 from dpo_mm.training.training_rows import TrainingRows, liked_and_disliked, load_training_rows
@@ -79,8 +88,12 @@ class EncodingJob(NamedTuple):
         return prompt_keys(self.policy, self.pairs.rows, empty_prompt=self.empty_prompt)
 
     def size_of(self, row: Mapping[str, Any]) -> tuple[int, int]:
-        """Return the width and height to which the images of a decoded row are fitted."""
-        return bucket_for([image.size for image in row["images"][: len(self.sides)]], self.sizes)
+        """Return the width and height to which the images of a decoded row are fitted. Those of clips are a frame's."""
+        frames, sizes = self.policy.frames, [image.size for image in row["images"][: len(self.sides)]]
+        with name_row(f"row {row['id']} of {self.pairs.dataset_name}", "Join the frames of the clip again"):
+            for size in sizes:
+                check_clip_width(size, frames)
+        return bucket_for([(width // frames, height) for width, height in sizes], self.sizes)
 
 
 def encode(
@@ -187,7 +200,7 @@ def sample_bytes(
     with policy.on_device("text encoders"):
         prompt = example_prompt(policy)
     with policy.on_device("autoencoder"):
-        mean, std = policy.encode_images([Image.new("RGB", (policy.resolution, policy.resolution))])
+        mean, std = policy.encode_images([example_image(policy)])
     source = with_source * arrow_shards.row_bytes({"mean": mean}, precision)
     row = source + sides * arrow_shards.row_bytes({"mean": mean, "std": std}, precision)
     return arrow_shards.row_bytes(prompt, precision), row * (1 + flipped)
@@ -292,7 +305,9 @@ def _columns(
     if has_captions(task.pairs.rows):
         texts = [(row[CAPTIONS] or [row["prompt"]], row) for row in rows]
         columns["caption_rows"] = [json.dumps([number_of(text, row) for text in each]) for each, row in texts]
-    count, sides = images_per_batch(size), task.sides
+    frames, sides = task.policy.frames, task.sides
+    count = images_per_batch((size[0] * frames, size[1]))
+    mirror = lambda image: clip_image([ImageOps.mirror(frame) for frame in clip_frames(image, frames)])
     sources = [source_name(number) for number in range(len(rows[0]["images"]) - len(sides))]
     if sources:
         check_source_proportions(rows, size, task.pairs.dataset_name, sides=len(sides))
@@ -301,7 +316,7 @@ def _columns(
         with task.policy.at_size(size):
             conditions = task.policy.size_conditioning(images)
             for end in ("", FLIPPED)[: 1 + task.flipped]:
-                variant = [ImageOps.mirror(image) for image in images] if end else images
+                variant = [mirror(image) for image in images] if end else images
                 batches = [variant[i : i + count] for i in range(0, len(rows), count)]
                 if side in sources:
                     columns[f"{side}_mean{end}"] = torch.cat([task.policy.encode_sources(batch) for batch in batches])

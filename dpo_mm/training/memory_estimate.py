@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,7 +31,7 @@ from dpo_mm.training.arrow_shards import gib
 from dpo_mm.training.encoding import images_per_batch, sample_bytes
 from dpo_mm.training.meta_execution import CudaRules, MixedMetaMode, run_backward
 from dpo_mm.training.objective_settings import is_fine_tuning, required_inputs
-from dpo_mm.training.prompt_keys import example_prompt
+from dpo_mm.training.prompt_keys import example_image, example_prompt
 from dpo_mm.training.reference import resolve_reference_name
 
 NF4_TABLES = 4 * (16 + 256 + 1)
@@ -157,8 +156,8 @@ def count_images(policy: ImagePolicy, config: TrainConfig) -> Counts:
         sides = ("chosen",) if is_fine_tuning(config) else ("chosen", "rejected")
         rows = [_row(policy, sides)] * config.batch_size
         with PeakMemoryMode() as encoding:
-            size = policy.resolution
-            policy.encode_images([Image.new("RGB", (size, size))] * images_per_batch((size, size)))
+            blank = example_image(policy)
+            policy.encode_images([blank] * images_per_batch(blank.size))
         policy.free_encoders()
     counts = _count_step(policy, config, rows, skip=())
     return dataclasses.replace(
@@ -221,7 +220,7 @@ def disk_bytes(policy: ImagePolicy, config: TrainConfig) -> tuple[int, int]:
 
 def _row(policy: ImagePolicy, sides: Sequence[str] = ("chosen", "rejected")) -> dict[str, Any]:
     """Make an encoded row with the policy's shapes."""
-    blank = [Image.new("RGB", (policy.resolution, policy.resolution))]
+    blank = [example_image(policy)]
     prompt = {name: value[0] for name, value in example_prompt(policy).items()}
     mean, std = policy.encode_images(blank)
     row: dict[str, Any] = {"id": "a row", "visit": 0, "prompt": prompt}

@@ -39,6 +39,8 @@ LOADING = {
 }
 """Python that loads a tuned text model, by tuning method, or on top of the adapter from which it started."""
 GENERATING = 'image = pipe({arguments}"a red star", generator=torch.Generator().manual_seed(0)).images[0]\nimage.save("image.png")'
+GENERATING_CLIPS = """frames = pipe("a red star", output_type="pil", generator=torch.Generator().manual_seed(0)).frames[0]
+frames[0].save("clip.webp", save_all=True, append_images=frames[1:])"""
 IMPORTS = {
     "PeftModel": "from peft import PeftModel",
     "AutoModelForImageTextToText": "from transformers import AutoModelForImageTextToText, AutoProcessor",
@@ -60,14 +62,15 @@ def usage_code(
 
     Args:
         config: settings of the training.
-        family: the family that the run's summary prints, which tells a text-only model from a VLM.
+        family: the family that the run's summary prints, which tells a text-only model from a VLM, and a video model from an image model.
         image_lines: Python that loads an image pipeline as `pipe`. None for a text model.
         edits: whether the pipeline edits an image.
     """
     base, folder = resolve_asset(config.model), Path(config.output_dir).name
     if image_lines is not None:
         source = 'image=load_image("source.png"), prompt=' if edits else ""
-        lines = "\n".join([*image_lines, GENERATING.format(arguments=source)])
+        generating = GENERATING_CLIPS if "WanPipeline" in family else GENERATING.format(arguments=source)
+        lines = "\n".join([*image_lines, generating])
     else:
         dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}.get(config.precision, "torch.float32")
         lines = LOADING["stacked" if is_stacked(config) else config.tuning].format(

@@ -48,6 +48,11 @@ def check_shown_sources(policy: ImagePolicy, dataset: str, *, drops: bool, empty
         )
 
 
+def example_image(policy: ImagePolicy) -> Image.Image:
+    """Return a blank image or clip of the policy's resolution."""
+    return Image.new("RGB", (policy.resolution * policy.frames, policy.resolution))
+
+
 def example_prompt(policy: ImagePolicy) -> dict[str, Tensor]:
     """Encode a short prompt, with a blank image to edit if the text encoder sees it, (1, ...)."""
     if policy.prompts_show_sources:

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.data.clips import clip_image
 from dpo_mm.data.image_files import encode_png, to_rgb
 from dpo_mm.data.lazy_images import source_column
 from dpo_mm.data.schema import load_pairs
@@ -56,8 +57,8 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def encoded_rows(policy: Any, count: int = 4) -> list[dict[str, Any]]:
-    chosen = policy.encode_images([noise_image(n, policy.resolution) for n in range(count)])
-    rejected = policy.encode_images([noise_image(100 + n, policy.resolution) for n in range(count)])
+    chosen = policy.encode_images([picture(policy, n) for n in range(count)])
+    rejected = policy.encode_images([picture(policy, 100 + n) for n in range(count)])
     prompts = encoded_prompts(policy, [WORDS[n % len(WORDS)] for n in range(count)])
     source_rows = [source_columns(policy, n) for n in range(count)]
     return [
@@ -73,6 +74,18 @@ def encoded_rows(policy: Any, count: int = 4) -> list[dict[str, Any]]:
         }
         for n in range(count)
     ]
+
+
+def picture(policy: Any, number: int) -> Image.Image:
+    """An image of the policy's resolution, or a clip."""
+    return clip_image([noise_image(number + 1000 * frame, policy.resolution) for frame in range(policy.frames)])
+
+
+def load_family(name: str, folder: str, **options: Any) -> Any:
+    """Load a tiny pipeline with the size and the number of frames of its row."""
+    policy: Any = load_policy(folder, resolution=BUILDERS[name].size, **options)
+    policy.frames = BUILDERS[name].frames
+    return policy
 
 
 def encoded_prompts(policy: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -110,7 +123,7 @@ def randomise_adapter(policy: Any) -> None:
 
 @pytest.fixture(scope="module")
 def load(folders: Callable[[str], str]) -> Callable[[str], Any]:
-    return lambda name: load_policy(folders(name), resolution=BUILDERS[name].size)
+    return lambda name: load_family(name, folders(name))
 
 
 @pytest.fixture(scope="module")
@@ -208,12 +221,18 @@ def test_rows_cached_on_disk_give_the_log_probs_of_rows_in_memory(
     policy = prepare(family)
     cells = [[{"bytes": encode_png(image), "path": None} for image in sources(policy, n)] for n in range(4)]
     column = lambda n: source_column(cells[n], several=policy.takes_several_sources and policy.is_image_editing)
-    pairs = load_pairs(write_pairs([{**row, "image_source": column(n)} for n, row in enumerate(rows(4))]))
+    sides = [[picture(policy, 2 * n), picture(policy, 2 * n + 1)] for n in range(4)]
+    made = [{**row, "image_source": column(n)} for n, row in enumerate(rows(4))]
+    for row, images in zip(made, sides, strict=True):
+        row |= {
+            f"image_{side}": {"bytes": encode_png(image), "path": None}
+            for side, image in zip("ab", images, strict=True)
+        }
+    pairs = load_pairs(write_pairs(made))
     cached = encode(policy, pairs, where="pairs", cache=tmp_path)
     in_memory = encoded_rows(policy)
     for n, row in enumerate(in_memory):
-        sides = [noise_image(2 * n), noise_image(2 * n + 1)][:: -1 if n % 2 else 1]
-        for side, image in zip(("chosen", "rejected"), sides, strict=True):
+        for side, image in zip(("chosen", "rejected"), sides[n][:: -1 if n % 2 else 1], strict=True):
             (row[f"{side}_mean"],), (row[f"{side}_std"],) = policy.encode_images([image])
     from_cache = policy.log_probs(policy.model, policy.collate([{**cached[n], "visit": 0} for n in range(4)]))
     expected = policy.log_probs(policy.model, policy.collate(in_memory))
@@ -308,7 +327,10 @@ def first_step(policy: Any, family: Family, arguments: dict[str, Any], result: t
         if policy.is_image_editing:
             arguments["image"] = [image for n in range(len(arguments["prompt"])) for image in sources(policy, n)]
         generator = torch.Generator().manual_seed(0)
-        images = policy.pipe(**size, **family.unguided, generator=generator, output_type="pt", **arguments).images
+        if policy.frames > 1:
+            size["num_frames"] = policy.frames
+        output = policy.pipe(**size, **family.unguided, generator=generator, output_type="pt", **arguments)
+        images = output.images if policy.frames == 1 else output.frames
     finally:
         del scheduler.step
     return *calls[0], images
@@ -336,17 +358,18 @@ def test_denoise_equals_the_upstream_pipelines_first_step(family: str, load: Cal
 def test_latents_decode_to_the_image_in_the_upstream_pipeline(family: str, prepare: Callable[..., Any]) -> None:
     """The upstream pipeline decodes a batch's latents to the image that the autoencoder decodes from its own latents."""
     policy, row = prepare(family), BUILDERS[family]
-    mean, std = policy.encode_images([noise_image(0, row.size)])
+    mean, std = policy.encode_images([picture(policy, 0)])
     rows = [{**encoded_rows(policy, 1)[0], "chosen_mean": mean[0], "chosen_std": torch.zeros_like(std[0])}]
     latents = policy.collate(rows)["chosen"]
     packed = row.pack(policy.pipe, latents, row.size)
     arguments = {"prompt": WORDS[:1], "num_inference_steps": 1}
     *_, images = first_step(policy, row, arguments, result=packed)
-    pixels = policy.pixels(noise_image(0, row.size))[None]
+    pixels = policy.pixels(picture(policy, 0))[None]
     with torch.no_grad():
         native, _ = posterior(policy.pipe.vae, pixels[:, :, None] if policy.vae_is_video else pixels)
         decoded = policy.pipe.vae.decode(native).sample
     expected = ((decoded[:, :, 0] if policy.vae_is_video else decoded) / 2 + 0.5).clamp(0, 1)
+    expected = expected if policy.frames == 1 else expected.transpose(1, 2)
     assert expected.std() > 1e-3
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(policy.latent_scale.denormalise(latents), mean, atol=1e-5, rtol=1e-5)
@@ -419,13 +442,15 @@ def upstream_images(policy: Any, pipe: Any) -> list[Image.Image]:
     edited = [sources(policy, n) for n in range(2)] if policy.is_image_editing else []
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     calls = [slice(0, 1), slice(1, 2)] if policy.one_prompt_per_call else [slice(0, 2)]
-    return [
-        to_rgb(image)
-        for part in calls
-        for image in pipe(
+    outputs = [
+        pipe(
             **policy.sampling_kwargs(WORDS[part], 2.0, edited[part]), num_inference_steps=3, generator=generators[part]
-        ).images
+        )
+        for part in calls
     ]
+    if policy.frames > 1:
+        return [clip_image(frames) for output in outputs for frames in output.frames]
+    return [to_rgb(image) for output in outputs for image in output.images]
 
 
 def generate_images(policy: Any, scale: float) -> list[list[Image.Image]]:
@@ -494,7 +519,7 @@ def test_half_precision_gives_gradients_and_close_log_probs(family: str, folders
     """As in the trainer: the pipeline in bf16, the adapter in float32, the loss in float32 under autocast."""
     chosen_log_probs = []
     for precision in ("fp32", "bf16"):
-        policy = load_policy(folders(family), resolution=BUILDERS[family].size, precision=precision)
+        policy = load_family(family, folders(family), precision=precision)
         policy.prepare(config(precision=precision))
         batch = policy.collate(encoded_rows(policy, 2))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

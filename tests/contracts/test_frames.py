@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.data.clips import clip_image
 from dpo_mm.policies.diffusion.buckets import buckets_of
-from dpo_mm.policies.families import load_policy
 from dpo_mm.training.reference import adapter_off
 from tests.conftest import noise_image
 from tests.contracts.families import BUILDERS, WORDS
-from tests.contracts.test_diffusion import encoded_prompts, source_columns
+from tests.contracts.test_diffusion import encoded_prompts, load_family, source_columns
 
 
 def rows_at_size(policy: Any, target_size: tuple[int, int]) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def rows_at_size(policy: Any, target_size: tuple[int, int]) -> list[dict[str, An
     with policy.at_size(target_size):
         row |= source_columns(policy, 0)
         for number, side in enumerate(("chosen", "rejected")):
-            image = noise_image(number, 96).resize((90, 61))
+            image = clip_image([noise_image(number, 96).resize((90, 61))] * policy.frames)
             mean, std = policy.encode_images([image])
             row |= {f"{side}_mean": mean[0], f"{side}_std": std[0]}
             row |= {f"{side}_{name}": value[0] for name, value in policy.size_conditioning([image]).items()}
@@ -36,7 +36,7 @@ def rows_at_size(policy: Any, target_size: tuple[int, int]) -> list[dict[str, An
 @pytest.mark.parametrize("family", sorted(BUILDERS))
 def test_every_family_trains_at_a_wide_size(family: str, tmp_path: Path) -> None:
     size = BUILDERS[family].size
-    policy = load_policy(str(BUILDERS[family].build(tmp_path / "model")), resolution=size)
+    policy = load_family(family, str(BUILDERS[family].build(tmp_path / "model")))
     policy.prepare(TrainConfig("-", "-", "-"))
     unit = policy.patch * policy.pipe.vae_scale_factor
     target_size = next(bucket for bucket in buckets_of(size, unit) if bucket[0] > bucket[1])

@@ -61,6 +61,8 @@ class DiffusionPolicy:
     """Latent pixels per edge of one token of the denoiser."""
     vae_is_video: ClassVar[bool] = False
     """True if the autoencoder takes an image as a video of one frame."""
+    frames: int = 1
+    """Frames of a clip, which is an image with its frames side by side, see `dpo_mm.data.clips`. 1 for images."""
     conditioning_columns: ClassVar[tuple[str, ...]] = ()
     """Columns per image, (images, ...), on which the denoiser is conditioned if the rows have them."""
     is_image_editing: ClassVar[bool] = False
@@ -239,6 +241,7 @@ class DiffusionPolicy:
             if part is not None and part is not self.model and name != "scheduler"
         }
         settings = [plain_settings(dict(self.pipe.config)), *(["tokens"] if self.trained_encoders else [])]
+        settings += [self.frames] if self.frames > 1 else []
         return content_hash([type(self).__name__, self.resolution, str(self.vae.dtype), encoders, *settings])
 
     def stored_prompts(self, prompts: Sequence[str]) -> Prompt:

@@ -24,7 +24,7 @@ FLOWS = ("flow_prediction",)
 
 
 class NoiseProcess(Protocol):
-    """A noise process. Latents and noise are (images, channels, height, width) in float32, timesteps (images,)."""
+    """A noise process. Latents and noise are (images, channels, [frames,] height, width) in float32, timesteps (images,)."""
 
     @property
     def name(self) -> str:
@@ -69,23 +69,23 @@ class VariancePreserving:
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Return sqrt(a) x_0 + sqrt(1 - a) eps."""
-        alpha_bar = self._alpha_bar(timestep)
+        alpha_bar = _column(self._alpha_bar(timestep), latents)
         return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Return eps, or v = sqrt(a) eps - sqrt(1 - a) x_0."""
         if self.name == "epsilon":
             return noise
-        alpha_bar = self._alpha_bar(timestep)
+        alpha_bar = _column(self._alpha_bar(timestep), latents)
         return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
 
     def epsilon_error_scale(self, timestep: Tensor) -> Tensor:
         """Return a for v, because eps = sqrt(a) v + sqrt(1 - a) x_t, and 1 for epsilon."""
-        alpha_bar = self._alpha_bar(timestep).flatten()
+        alpha_bar = self._alpha_bar(timestep)
         return alpha_bar if self.name == "v" else alpha_bar.new_ones(len(alpha_bar))
 
     def _alpha_bar(self, timestep: Tensor) -> Tensor:
-        return self.alphas_cumprod.to(timestep.device)[timestep][:, None, None, None]
+        return self.alphas_cumprod.to(timestep.device)[timestep]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class RectifiedFlow:
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Return (1 - s) x_0 + s eps."""
-        s = self._sigma(timestep)[:, None, None, None]
+        s = _column(self._sigma(timestep), latents)
         return (1 - s) * latents + s * noise
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
@@ -117,6 +117,11 @@ class RectifiedFlow:
 
     def _sigma(self, timestep: Tensor) -> Tensor:
         return timestep.float() / self.total
+
+
+def _column(values: Tensor, latents: Tensor) -> Tensor:
+    """Return one value per image, (images,), in the shape (images, 1, ...) that multiplies latents."""
+    return values.reshape(-1, *[1] * (latents.ndim - 1))
 
 
 def noise_process_for(scheduler: Any, *, source: str) -> NoiseProcess:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 def describe(policy: DiffusionPolicy, config: TrainConfig) -> dict[str, str]:
     """Return family, target, reduction, loss weighting, and the effective beta if it is a number already."""
     elements = policy.latent_channels() * (policy.resolution // policy.pipe.vae_scale_factor) ** 2
+    if policy.frames > 1:
+        elements *= (policy.frames - 1) // policy.pipe.vae_scale_factor_temporal + 1
     process = policy.noise_process
     distilled = describe_distillation(policy.pipe, policy.source)
     return {

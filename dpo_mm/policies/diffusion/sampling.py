@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from dpo_mm.data.clips import clip_image
 from dpo_mm.data.image_files import to_rgb
 from dpo_mm.model_checks import SAVE_AGAIN, check_finite, read_config
 from dpo_mm.model_loading import load_module
@@ -119,7 +120,8 @@ def sample(
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part]]
             arguments = policy.sampling_kwargs(list(prompts[part]), guidance, (sources or ())[part])
-            images = policy.pipe(**arguments, num_inference_steps=steps, generator=generators).images
+            output = policy.pipe(**arguments, num_inference_steps=steps, generator=generators)
+            images = output.images if policy.frames == 1 else [clip_image(frames) for frames in output.frames]
             yield [to_rgb(image) for image in images]
 
 

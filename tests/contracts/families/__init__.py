@@ -21,6 +21,7 @@ from tests.contracts.families import (
     sana,
     sd3,
     sdxl,
+    wan,
     z_image,
 )
 from tests.contracts.families import stable_diffusion as stable_diffusion_families
@@ -45,6 +46,7 @@ BUILDERS: dict[str, Family] = {
     **qwen_image_edit.FAMILIES,
     **krea2.FAMILIES,
     **hidream.FAMILIES,
+    **wan.FAMILIES,
     **z_image.FAMILIES,
     **flux2_dev.FAMILIES,
     **flux2_klein.FAMILIES,

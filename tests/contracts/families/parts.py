@@ -52,6 +52,8 @@ class Family:
     """True if diffusers reads kohya's format for this family."""
     kohya_blocks: Mapping[str, str] = field(default_factory=dict)
     """Parts of names in kohya's file that differ from those of diffusers, by diffusers' name."""
+    frames: int = 1
+    """Frames of its clips. 1 for images."""
     left_out: tuple[str, ...] = ()
     """Optional components that the pipeline is built without."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
