@@ -161,3 +161,31 @@ def test_tables_of_smollm2_have_shares_of_tasks_and_shared_seeds(monkeypatch: py
     assert lines[1].startswith("| SFT on the chosen | 0, 1 | 100.0% | +50.0 (") and "| 50.0% | -50.0 (" in lines[1]
     (against,) = write.against_table(by_arm).splitlines()[2:]
     assert against.startswith("| DPO with the SFT term | SFT on the chosen | 1 | -50.0 (") and "| +50.0 (" in against
+
+
+def published_walk_table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))  # the script imports write_drawings_table
+    return script("write_published_walk_table")
+
+
+def test_tables_of_the_published_stages_equal_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = published_walk_table(monkeypatch)
+    by_tuning = write.measured()
+    assert {"base", "sft", "dpo, 16 per step"} <= set(by_tuning["lora"]) <= set(write.NAMES)
+    page = write.PAGE.read_text(encoding="utf-8")
+    assert write.written(page, by_tuning) == page
+
+
+def test_published_stages_are_compared_by_page_over_the_seeds_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = published_walk_table(monkeypatch)
+
+    def run(arm: str, seed: int, hits: list[int], totals: list[int]) -> dict[str, object]:
+        return {"arm": arm, "seed": seed, "cer": {"hits": hits, "totals": totals}, "degeneration": {"hits": hits}}
+
+    first = [run("sft", seed, [2] * 20, [10] * 20) for seed in (0, 1)]
+    second = [run("dpo, 16 per step", seed, [seed] * 20, [10] * 20) for seed in (1, 2)]
+    result = write.compare(first, second, "cer")
+    assert (result.base, result.tuned, result.n, result.direction) == (0.2, 0.1, 20, "lower")
+    base = [run("base", 0, [3] * 20, [10] * 20)]
+    assert write.compare(base, second, "cer").base == 0.3
+    assert write.compare(base, second, "degeneration").difference == pytest.approx(-1.5)
