@@ -110,7 +110,8 @@ def page(results: dict[str, Any]) -> str:
         f"| model | parameters, 10⁹ (published) | {' | '.join(short.values())} | encoding, bf16 / nf4 |",
         "|---|---|" + "---|" * (len(short) + 1),
     ]
-    for name, model in results["models"].items():
+    for name in MODELS:
+        model = results["models"][name]
         cells = [model["columns"][column] for column in short]
         texts = [
             "more" if cell is None else f"{cell['training']:.1f} → {smallest_card(cell['training'])}" for cell in cells

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -27,7 +26,13 @@ from dpo_mm.training.run import train
 from tests import forked
 from tests.contracts import tiny_vlms
 from tests.contracts.families import BUILDERS
-from tests.contracts.test_diffusion import encoded_rows, generate_images, randomise_adapter, upstream_images
+from tests.contracts.test_diffusion import (
+    encoded_rows,
+    generate_images,
+    randomise_adapter,
+    upstream_images,
+    upstream_pipeline,
+)
 
 RESULTS = ("continued", "stacked")
 QUICK = ("stable-diffusion", "llama", "qwen2_5_vl")
@@ -91,8 +96,7 @@ def test_image_run_starts_at_the_adapter_and_saves_what_stock_diffusers_loads(
     assert torch.equal(adapter_off(policy)(policy.model, batch).chosen, reference.chosen)
     assert not torch.allclose(policy.log_probs(policy.model, batch).chosen, ours.chosen)
     policy.save(tmp_path)
-    pipe = DiffusionPipeline.from_pretrained(model, **dict.fromkeys(BUILDERS[family].left_out))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = upstream_pipeline(model, BUILDERS[family])
     exec("\n".join(policy.usage_snippet("-", str(tmp_path))[1:]), {"pipe": pipe, "PeftModel": PeftModel})
     stock = [np.asarray(image, dtype=int) for image in upstream_images(policy, pipe)]
     ours_images = [np.asarray(image, dtype=int) for part in generate_images(policy, 1.0) for image in part]
