@@ -36,6 +36,7 @@ body:has(.pair) main .column { gap: 10px; }
 .pair.zoomed .frame img { transform: scale(3); transform-origin: var(--x, 50%) var(--y, 50%); }
 .pair .reading { display: grid; gap: 14px; }
 .pair .sources { display: grid; gap: 8px; align-content: start; }
+.pair .sources.several { grid-template-columns: 1fr 1fr; }
 .pair .sources .frame { aspect-ratio: auto; }
 .pair .sources .frame img { max-height: var(--room); }
 .pair .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; min-width: 0; }
@@ -197,7 +198,8 @@ def _images_html(row: dict[str, Any], *, swapped: bool) -> str:
     if cells:
         shown = [_image_html(cell, name) for cell, name in zip(cells, source_titles(len(cells)), strict=True)]
         sources = "".join(f'<div class="frame">{image}</div>' for image in shown)
-        both = f'<div class="reading with-image"><div class="sources">{sources}</div>{both}</div>'
+        kind = "sources several" if len(cells) > 1 else "sources"
+        both = f'<div class="reading with-image"><div class="{kind}">{sources}</div>{both}</div>'
     return f'<p class="prompt" dir="auto">{escape(row["prompt"])}</p>{both}'
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +151,9 @@ def test_page_shows_the_images_to_edit_of_a_saved_comparison(editor: Any, prompt
         and html.index("image to edit") < html.index("base") < html.index("tuned")
     )
     assert pairs[0].sources[0] is not None
+    copied = shutil.copytree(tmp_path, tmp_path / "copy")
+    ImageStore(copied / "pictures").remove()
+    assert not (copied / "pictures").exists()
     pairs[0].sources[0].unlink()
     assert page.pair_html(load_comparison(tmp_path, judges=[]).pairs[0]).count("is missing or broken") == 1
 
