@@ -26,7 +26,7 @@ assert folder in Path(dpo_mm.__file__).parents, dpo_mm.__file__
 assert all(folder in Path(resolve_asset(name)).parents and Path(resolve_asset(name)).exists() for name in BUNDLED)
 assert (demos_folder() / "label.py").is_file()
 presets = sorted(presets_folder().glob("*.yaml"))
-assert len(presets) == 41, len(presets)
+assert len(presets) == 45, len(presets)
 custom = set()
 for path in presets:
     task, _, name = path.stem.partition("-")
