@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import transformers as hf
 from dpo_mm.policies.diffusion.meta_pipeline import fill_small_buffers
 from dpo_mm.policies.vlm.vlm_policy import DTYPES
 from tests.bench.diffusion_step import SD_VAE
+from tests.contracts.families.words import clip_tokenizer
 
 T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
           "feed_forward_proj": "gated-gelu"}  # fmt: skip
@@ -62,3 +65,15 @@ def qwen2_5_config(size: str, ids: dict[str, int]) -> Any:
         tie_word_embeddings=size == "3B",
         **ids,
     )
+
+
+def clip_words(length: int = 77) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return clip_tokenizer(Path(folder), length=length)
+
+
+def clip(kind: Any, shape: dict[str, Any], words: Any, precision: str) -> Any:
+    ids = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = {"vocab_size": 49408, "max_position_embeddings": words.model_max_length}
+    config = hf.CLIPTextConfig(**shape, **ids, **sizes, projection_dim=shape["hidden_size"])
+    return text_encoder(kind, config, precision)

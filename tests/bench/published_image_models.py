@@ -10,9 +10,11 @@ import transformers as hf
 from dpo_mm.policies.diffusion.chroma import Chroma
 from dpo_mm.policies.diffusion.ernie_image import ErnieImage
 from dpo_mm.policies.diffusion.flux2 import Flux2
+from dpo_mm.policies.diffusion.hidream import HiDream
 from dpo_mm.policies.diffusion.krea2 import Krea2
 from dpo_mm.policies.diffusion.longcat_image import LongCatImage
 from dpo_mm.policies.diffusion.qwen_image21 import QwenImage21
+from tests.bench.diffusion_step import CLIP_G, CLIP_L
 from tests.bench.meta_parts import (
     KLEIN_4B,
     QWEN3_4B,
@@ -20,6 +22,8 @@ from tests.bench.meta_parts import (
     QWEN3_TOWER,
     T5_XXL,
     VAE_16,
+    clip,
+    clip_words,
     on_meta,
     qwen2_5_config,
     text_encoder,
@@ -38,6 +42,10 @@ MINISTRAL_3B = {"model_type": "mistral", "vocab_size": 131072, "hidden_size": 30
                 "tie_word_embeddings": True}  # fmt: skip
 ERNIE = {"hidden_size": 4096, "num_attention_heads": 32, "num_layers": 36, "ffn_hidden_size": 12288,
          "text_in_dim": 3072}  # fmt: skip
+HIDREAM = {"patch_size": 2, "in_channels": 16, "out_channels": 16, "caption_channels": [4096, 4096],
+           "axes_dims_rope": (64, 32, 32), "llama_layers": [*range(32), *[31] * 16]}  # fmt: skip
+LLAMA_3_1_8B = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                "num_attention_heads": 32, "num_key_value_heads": 8}  # fmt: skip
 FLUX_SCALE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 MISTRAL_TEMPLATE = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
 
@@ -152,3 +160,26 @@ def krea2(precision: str) -> Any:
         on_meta(diffusers.Krea2Transformer2DModel, precision),
     )
     return Krea2(pipe, "Krea 2")
+
+
+def hidream(precision: str) -> Any:
+    pieces, chat = t5_tokenizer(), qwen_tokenizer()
+    words = [clip_words(248), clip_words(218)]
+    clips = [
+        clip(hf.CLIPTextModelWithProjection, shape, w, precision)
+        for shape, w in zip((CLIP_L, CLIP_G), words, strict=True)
+    ]
+    pipe = diffusers.HiDreamImagePipeline(
+        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        on_meta(diffusers.AutoencoderKL, precision, **VAE_16, **FLUX_SCALE),
+        clips[0],
+        words[0],
+        clips[1],
+        words[1],
+        text_encoder(hf.T5EncoderModel, hf.T5Config(**T5_XXL), precision),
+        pieces,
+        text_encoder(hf.LlamaForCausalLM, hf.LlamaConfig(**LLAMA_3_1_8B), precision),
+        chat,
+        on_meta(diffusers.HiDreamImageTransformer2DModel, precision, **HIDREAM),
+    )
+    return HiDream(pipe, "HiDream-I1")

@@ -6,9 +6,7 @@ were made for the model. Only tokenizers are small: their vocabulary does not ch
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
@@ -32,13 +30,15 @@ from tests.bench.meta_parts import (
     SD3_MEDIUM,
     T5_XXL,
     VAE_16,
+    clip,
+    clip_words,
     on_meta,
     qwen2_5_config,
     text_encoder,
 )
 from tests.bench.vlm_shapes import SHAPES, rows_of, tokenizer
 from tests.contracts.families.chat_words import qwen_tokenizer
-from tests.contracts.families.words import clip_tokenizer, t5_tokenizer
+from tests.contracts.families.words import t5_tokenizer
 
 
 class Published(NamedTuple):
@@ -49,26 +49,15 @@ class Published(NamedTuple):
     modality: str = "image"
 
 
-def _clip_words() -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        return clip_tokenizer(Path(folder), length=77)
-
-
-def _clip(kind: Any, shape: dict[str, Any], words: Any, precision: str) -> Any:
-    ids = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = hf.CLIPTextConfig(**shape, **ids, vocab_size=49408, projection_dim=shape["hidden_size"])
-    return text_encoder(kind, config, precision)
-
-
 def _sd3_medium(precision: str) -> Any:
-    words, pieces = _clip_words(), t5_tokenizer()
+    words, pieces = clip_words(), t5_tokenizer()
     pipe = diffusers.StableDiffusion3Pipeline(
         transformer=on_meta(diffusers.SD3Transformer2DModel, precision, **SD3_MEDIUM),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=on_meta(diffusers.AutoencoderKL, precision, **VAE_16, scaling_factor=1.5305, shift_factor=0.0609),
-        text_encoder=_clip(hf.CLIPTextModelWithProjection, CLIP_L, words, precision),
+        text_encoder=clip(hf.CLIPTextModelWithProjection, CLIP_L, words, precision),
         tokenizer=words,
-        text_encoder_2=_clip(hf.CLIPTextModelWithProjection, CLIP_G, words, precision),
+        text_encoder_2=clip(hf.CLIPTextModelWithProjection, CLIP_G, words, precision),
         tokenizer_2=words,
         text_encoder_3=text_encoder(hf.T5EncoderModel, hf.T5Config(**T5_XXL), precision),
         tokenizer_3=pieces,
@@ -77,11 +66,11 @@ def _sd3_medium(precision: str) -> Any:
 
 
 def _flux(precision: str, pipeline: Any, family: Any, name: str) -> Any:
-    words, pieces = _clip_words(), t5_tokenizer()
+    words, pieces = clip_words(), t5_tokenizer()
     pipe = pipeline(
         diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         on_meta(diffusers.AutoencoderKL, precision, **VAE_16, scaling_factor=0.3611, shift_factor=0.1159),
-        _clip(hf.CLIPTextModel, CLIP_L, words, precision),
+        clip(hf.CLIPTextModel, CLIP_L, words, precision),
         words,
         text_encoder(hf.T5EncoderModel, hf.T5Config(**T5_XXL), precision),
         pieces,
@@ -172,6 +161,7 @@ MODELS = {
     "LongCat-Image": Published(6, images.longcat_image),
     "ERNIE-Image": Published(8, images.ernie_image),
     "Krea 2": Published(12.9, images.krea2),
+    "HiDream-I1": Published(17, images.hidream),
     "InstructPix2Pix": Published(0.86, _instruct_pix2pix),
     "FLUX.1 Kontext": Published(11.9, _flux_kontext),
     "FLUX.2 klein 4B, one image to edit": Published(3.9, images.flux2_klein_edits),

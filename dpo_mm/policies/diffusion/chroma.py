@@ -1,4 +1,7 @@
-"""Chroma: FLUX.1 without CLIP and without embedded guidance. T5's padding is masked in the denoiser, except its first token."""
+"""Chroma: FLUX.1 without CLIP and without embedded guidance. The denoiser gets a mask of T5's padding, except its first token.
+
+diffusers adds this mask to the logits of attention. So padding has a lower weight than text, by a factor e, instead of none.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class Chroma(DiffusionPolicy):
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
         tokens, ids = flux_denoiser.pack_latents(self, latents, kind=0)
-        # The pipeline passes its mask as numbers, 1 and 0, which attention adds to its logits.
+        # As in the pipeline, the mask has numbers, 1 and 0.
         mask = torch.cat([prompt["mask"], prompt["mask"].new_ones(tokens.shape[:2])], dim=1)
         network: Any = self.model
         if network.gradient_checkpointing:
