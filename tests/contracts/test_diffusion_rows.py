@@ -138,6 +138,8 @@ def test_flux2_edits_as_upstream_and_each_prompt_its_image(family: str, tmp_path
     ]
     mixed = encode(policy, make_image_rows(several), where="pairs", cache=tmp_path)
     assert [list(bucket) for bucket in mixed.buckets] == [[0], [1]] and mixed.sizes == ["64x64", "64x64 2 sources"]
+    with pytest.raises(ValueError, match="row row-1 of pairs: 1 images to edit, but others have 2"):
+        encode(policy, make_image_rows(several), where="pairs", cache=tmp_path, one_sided=True)
     assert "source_2_mean" not in mixed[0] and mixed[1]["id"] == "row-0"
     torch.testing.assert_close(mixed[1]["source_2_mean"], policy.encode_images(images)[0][1], atol=1e-5, rtol=0)
     assert "source_mean" not in encode(policy, make_image_rows(rows(2)), where="pairs", cache=tmp_path)[0]

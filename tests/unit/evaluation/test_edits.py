@@ -36,6 +36,7 @@ from dpo_mm.mining import mine_images as mining
 from dpo_mm.mining import own_images
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training import samples
+from dpo_mm.training.encoding import encode
 from tests.conftest import noise_image
 from tests.contracts.families import BUILDERS, WORDS
 
@@ -184,6 +185,10 @@ def test_several_images_to_edit_go_through_mining_labelling_and_comparing(
         MineConfig(editor.source, files, str(tmp_path / "mined"), LIGHTNESS, images_per_prompt=2, **common)
     )
     check(load_pairs(str(mined)))
+    with pytest.raises(
+        ValueError, match=r"mined: the text encoder of .* sees the images to edit, so random_flip is not"
+    ):
+        encode(editor, load_pairs(str(mined)), where="mined", cache=tmp_path, flipped=True)
     assert [len(prompt.sources) for prompt in read_prompt_set(str(mined)).prompts] == [2, 1]
     own = MineConfig(editor.source, str(mined), str(tmp_path / "own"), chosen="own", **common)
     check(load_pairs(str(own_images.mine_own_images(own))))
