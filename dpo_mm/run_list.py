@@ -176,13 +176,14 @@ def _run(place: Path, root: Path) -> ListedRun | None:
     known = default_settings(TrainConfig) | record
     settings = {field.name: known[field.name] for field in dataclasses.fields(TrainConfig) if field.name in known}
     finished = (place / COMPLETE).is_file()
-    step = _last_step(_json(place / LOG_FILE)) if finished else _newest_checkpoint(place)
+    step = _last_step(_json(place / LOG_FILE), int(record["steps"])) if finished else _newest_checkpoint(place)
     written = place / (COMPLETE if finished else RUN_FILE)
     return ListedRun(_below(place, root), finished, step, int(record["steps"]), _date(written), settings)
 
 
-def _last_step(log: dict[str, Any]) -> int:
-    return max((int(entry.get("step", 0)) for entry in log["history"]), default=0)
+def _last_step(log: dict[str, Any], steps: int) -> int:
+    """Last step in the log of a finished run, or its steps if it was too short to log one."""
+    return max((int(entry.get("step", 0)) for entry in log["history"]), default=steps)
 
 
 def _newest_checkpoint(place: Path) -> int:

@@ -49,6 +49,11 @@ def file_and_flags(context: typer.Context, config: str | None) -> tuple[str | No
     return config, list(context.args)
 
 
+def _origin(file: str | None, flags: list[str]) -> str:
+    """Name what settings come from, for errors."""
+    return " and ".join([*([file] if file else []), *(["flags"] if flags or not file else [])])
+
+
 def train_settings(context: typer.Context, config: str | None) -> dict[str, Any]:
     """Settings of a training run that its file and flags name."""
     from dpo_mm.config import TrainConfig
@@ -63,8 +68,8 @@ def train_config(context: typer.Context, config: str | None, **defaults: Any) ->
     from dpo_mm.config_parsing import config_from_mapping
     from dpo_mm.judges.working_folder import import_from_working_folder
 
-    file, _ = file_and_flags(context, config)
-    settings = config_from_mapping(TrainConfig, defaults | train_settings(context, config), source=file or "flags")
+    file, flags = file_and_flags(context, config)
+    settings = config_from_mapping(TrainConfig, defaults | train_settings(context, config), source=_origin(file, flags))
     import_from_working_folder(settings)
     return settings
 
@@ -87,6 +92,6 @@ def image_or_vlm_config(
     )
     if is_vlm and "server" in values:
         values = {"model": values.get("served", ""), **values}
-    settings = config_from_mapping(vlm_config if is_vlm else image_config, values, source=config or "flags")
+    settings = config_from_mapping(vlm_config if is_vlm else image_config, values, source=_origin(config, flags))
     import_from_working_folder(settings)
     return settings

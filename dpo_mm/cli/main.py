@@ -129,8 +129,8 @@ def import_(
     ],
     path: Annotated[
         str, typer.Argument(help="A folder, a file, a hub id, or 'hub' for the dataset's usual place on the hub.")
-    ],
-    output: Annotated[str, typer.Argument(help="Output folder for Parquet files. An interrupted import resumes.")],
+    ] = "",
+    output: Annotated[str, typer.Argument(help="Output folder for Parquet files. An interrupted import resumes.")] = "",
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
     axis: Annotated[
         str | None, typer.Option(help="Preference axis to import, for datasets with several (for example aesthetic).")
@@ -151,8 +151,14 @@ def import_(
     from datasets import disable_progress_bars
 
     from dpo_mm.config_parsing import parse_columns
+    from dpo_mm.sources import SOURCES
     from dpo_mm.sources.importing import import_set
 
+    if source == "list":
+        print_rows({name: f"{'single' if one.one_sided else 'pairs of'} {one.kind}" for name, one in SOURCES.items()})
+        return
+    if not path or not output:
+        raise ValueError(f"import {source}: PATH or OUTPUT is missing. Expected: dpo-mm import {source} PATH OUTPUT")
     disable_progress_bars()
     result = import_set(
         source, path, output, split=split, axis=axis, min_score_gap=min_score_gap, limit=max_rows, license=license,

@@ -48,7 +48,7 @@ def _print_table(listed: RunList) -> None:
     if common := listed.common():
         say(", ".join(f"{name}: {value}" for name, value in common.items()))
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("run", *columns, "steps", "verdict", "difference (95 % interval)", "date"):
+    for name in ("run", *columns, "steps done", "verdict", "difference (95 % interval)", "date"):
         table.add_column(name, overflow="fold")
     for run in listed.runs:
         newest = run.comparisons[0] if run.comparisons else None

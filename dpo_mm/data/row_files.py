@@ -61,7 +61,12 @@ def open_rows(path: str) -> Dataset:
         raise ValueError(
             f"{path}: no such file or folder. Give a Parquet file, a folder of Parquet files, a bundled dataset or a hub id"
         )
-    rows = load_dataset(path, split="train")
+    try:
+        rows = load_dataset(path, split="train")
+    except ConnectionError as error:
+        raise ValueError(
+            f"{path}: no such folder, and no dataset that the hub gave ({type(error).__name__}). Check the path, or go online"
+        ) from error
     return confine_rows(rows, Path(constants.HF_HUB_CACHE))  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from dpo_mm.assets import resolve_asset
 from dpo_mm.data.prompts import is_prompt_list, read_prompts
 from dpo_mm.data.schema import prompt_images
 from dpo_mm.doctor import image_checks, response_checks
-from dpo_mm.doctor.checks import CHECKS, PAIR_CHECKS, Finding, sort_by_severity
+from dpo_mm.doctor.checks import CHECKS, PAIR_CHECKS, SHORTCUT_CHECKS, Finding, sort_by_severity
 from dpo_mm.doctor.dataset_statistics import (
     DatasetStatistics,
     check_missing_votes,
@@ -23,6 +23,7 @@ from dpo_mm.doctor.dataset_statistics import (
 from dpo_mm.doctor.duplicates import repeated_ids
 from dpo_mm.doctor.image_features import ImageFeatures, extract_features
 from dpo_mm.doctor.loading import batches, load_dataset
+from dpo_mm.doctor.shortcuts import MIN_GROUPS
 from dpo_mm.progress import progress_bar
 from dpo_mm.sources.local_pairs import LocalPairs, local_pairs
 
@@ -87,8 +88,15 @@ def examine(
     failed = {finding.check for finding in findings}
     skipped = set() if held_out else {"held-out-prompts", "held-out-images"}
     skipped |= set() if statistics.ids else PAIR_CHECKS
+    prompts = len(set(statistics.column("groups"))) if statistics.ids else 0
+    untested = (
+        {}
+        if prompts == 0 or prompts >= MIN_GROUPS
+        else {"not tested": f"shortcuts, with fewer than {MIN_GROUPS} prompts"}
+    )
+    skipped |= SHORTCUT_CHECKS if untested else set()
     passed = [check for check, spec in CHECKS.items() if dataset.kind in spec.kinds and check not in failed | skipped]
-    facts = {**({"taken for": local.about} if local.about else {}), **dataset_facts(statistics)}
+    facts = {**({"taken for": local.about} if local.about else {}), **dataset_facts(statistics), **untested}
     ordered = tuple(sort_by_severity(findings))
     return Diagnosis(name, dataset.kind, statistics.num_rows, ordered, facts, tuple(passed), local.path)
 

@@ -169,6 +169,8 @@ CHECKS: dict[str, CheckSpec] = {
 }
 
 
+SHORTCUT_CHECKS = {"trivial-features", *(name for name in CHECKS if name.endswith("-shortcut"))}
+"""Checks that need pairs of at least `MIN_GROUPS` prompts."""
 PAIR_CHECKS = {
     "labels-against-evidence",
     "contradictory-labels",
@@ -178,10 +180,9 @@ PAIR_CHECKS = {
     "near-identical-sides",
     "model-always-wins",
     "same-two-models",
-    "trivial-features",
     "prompts-differ",
     "no-ties-or-votes",
-    *(name for name in CHECKS if name.endswith("-shortcut")),
+    *SHORTCUT_CHECKS,
 }
 """Checks that need pairs. They are not counted as passed without one."""
 

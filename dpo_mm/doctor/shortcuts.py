@@ -6,12 +6,15 @@ hypothesis the labels of a whole group flip together, and the variance of the su
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 Z = 3.89
 """Standard errors from chance that a finding needs: p < 0.0001, two-sided."""
+MIN_GROUPS = math.floor(Z**2) + 1
+"""Prompts below which no feature can be significant: of n prompts, the sum of signs is at most √n standard errors."""
 MIN_ACCURACY = 0.55
 """Accuracy below which a shortcut is too weak to report."""
 FOLDS = 5

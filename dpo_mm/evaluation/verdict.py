@@ -95,8 +95,8 @@ def note_training_judges(comparisons: Sequence[Comparison]) -> list[str]:
     note = f"{names} also built the training pairs, so the score is optimistic."
     if primary.built_training_pairs:
         note += (
-            f" The judge {primary.judge} is still the primary metric, because it is rule-based and was applied to other "
-            "prompts. It cannot detect problems outside its rule."
+            f" The judge {primary.judge} is still the primary metric, because it is rule-based. Compare on prompts "
+            "that made no pairs. It cannot detect problems outside its rule."
         )
     return [note]
 

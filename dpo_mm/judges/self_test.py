@@ -98,7 +98,7 @@ def self_test(name: str, reference_image: str | None = None) -> Iterator[CheckRe
         difference <= tolerance(card, batched),
         f"largest difference between one by one and batched: {difference:.2g}",
     )
-    uses_prompt = not parsed or JUDGES[parsed.judge].uses_prompt
+    uses_prompt = JUDGES[parsed.judge].uses_prompt if parsed else getattr(judge, "uses_prompt", True)
     if uses_prompt and "questions" not in card and not takes_sources(name):
         yield check_captions(judge, images, prompts, min_difference=tolerance(card, batched))
     else:

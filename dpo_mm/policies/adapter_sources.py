@@ -8,7 +8,6 @@ from pathlib import Path
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.content_key import file_hash, model_files_hash
-from dpo_mm.errors import one_line
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE, ADAPTER_WEIGHTS
 from dpo_mm.policies.adapters import LORA_FILE
 
@@ -40,7 +39,8 @@ def find_adapter(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=DOWNLOADED, ignore_patterns=["*/*"])).absolute()
     except Exception as error:
         raise ValueError(
-            f"adapter {str(name)!r} is neither a folder nor reachable on the hub ({type(error).__name__}: {one_line(error)})"
+            f"adapter {str(name)!r} is neither a folder nor reachable on the hub ({type(error).__name__}). Check the path, or go "
+            "online (HF_HUB_OFFLINE unset) to download it"
         ) from error
 
 

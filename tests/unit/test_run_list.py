@@ -62,7 +62,19 @@ def test_table_has_the_settings_that_differ_and_the_newest_verdict(folder: Path)
     """Catches equal settings as columns, another row than the primary, a checkpoint as a run, and an older comparison."""
     head, names, *rows = output(str(folder)).splitlines()
     assert head == "model: shapes-sd, objective: sigmoid"
-    assert names.split() == ["run", "beta", "seed", "steps", "verdict", "difference", "(95", "%", "interval)", "date"]
+    assert names.split() == [
+        "run",
+        "beta",
+        "seed",
+        "steps",
+        "done",
+        "verdict",
+        "difference",
+        "(95",
+        "%",
+        "interval)",
+        "date",
+    ]
     cut, plain, recipe = ([cell for cell in row.split("  ") if cell] for row in rows)
     assert [cell.strip() for cell in cut[:5]] == ["cut", "500", "0", "unfinished, 4 of 8", "not compared"]
     assert [cell.strip() for cell in plain[:6]] == [
@@ -120,6 +132,11 @@ def test_run_in_a_folder_named_like_a_part_of_a_run_is_listed(tmp_path: Path) ->
     for name in names:
         write_run(tmp_path / name)
     assert [run.folder for run in list_runs(tmp_path).runs] == names
+
+
+def test_finished_run_without_a_logged_step_has_its_steps(tmp_path: Path) -> None:
+    (write_run(tmp_path / "short") / "training_log.json").write_text(json.dumps({"history": [], "summary": {}}))
+    assert [run.progress for run in list_runs(tmp_path).runs] == ["8"]
 
 
 def test_setting_that_an_earlier_version_did_not_have_is_its_default(tmp_path: Path) -> None:

@@ -34,7 +34,13 @@ def describe(policy: DiffusionPolicy, config: TrainConfig) -> dict[str, str]:
             if policy.trained_encoders
             else {}
         ),
-        **({"flips": "both images of a pair, in half of the epochs"} if config.random_flip else {}),
+        **(
+            {
+                "flips": f"{'each image' if config.objective == 'sft' else 'both images of a pair'}, in half of the epochs"
+            }
+            if config.random_flip
+            else {}
+        ),
         **({} if isinstance(config.beta, str) else {"effective beta": _describe_beta(config.beta, elements)}),
     }
 

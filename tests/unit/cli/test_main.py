@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from dpo_mm.cli.command_settings import parse_overrides
 from dpo_mm.cli.main import app, main
 from dpo_mm.cli.terminal import run_as_command
+from dpo_mm.sources import SOURCES
 
 
 def commands(words: tuple[str, ...] = (), command: Any = None) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -123,7 +124,11 @@ def test_main_user_error_is_one_line_with_status_2(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"train:\n  model: {tiny_model}\n  pairs: {pairs}\n  output_dir: {tmp_path}/out\n")
     for arguments, message in (
-        (["train", str(recipe), "--learning-rat", "1"], "did you mean 'learning_rate'"),
+        (
+            ["train", str(recipe), "--learning-rat", "1"],
+            f"{recipe} and flags: 'learning_rat' is not a setting; did you mean 'learning_rate'",
+        ),
+        (["import", "pickapic"], "Expected: dpo-mm import pickapic PATH OUTPUT"),
         (["train", str(recipe), "--beta", "0"], "beta must be above 0"),
         (["train", str(tmp_path / "none.yaml")], "no such file"),
     ):
@@ -133,6 +138,11 @@ def test_main_user_error_is_one_line_with_status_2(
         printed = capsys.readouterr()
         assert (exit_.value.code, printed.out) == (2, "")
         assert message in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+
+
+def test_import_list_prints_every_source() -> None:
+    result = CliRunner().invoke(app, ["import", "list"])
+    assert result.exit_code == 0 and {line.split()[0] for line in result.output.splitlines()} == set(SOURCES)
 
 
 def test_python_m_dpo_mm_is_the_command(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from PIL import Image
 
 from dpo_mm.data.schema import image_preference, response_preference
 from dpo_mm.doctor import Diagnosis, examine, image_checks, response_checks
-from dpo_mm.doctor.checks import CHECKS
+from dpo_mm.doctor.checks import CHECKS, SHORTCUT_CHECKS
 from dpo_mm.doctor.doctor_report import write_report
 from dpo_mm.doctor.image_features import extract_features
+from dpo_mm.doctor.shortcuts import MIN_GROUPS
 
 ROWS = 210
 MODELS = ("red", "green", "blue", "grey")
@@ -427,6 +428,21 @@ def test_shortcut_findings_report_fraction_and_accuracy(diagnose: Callable[..., 
         "responses", lambda rows: [row.update(rejected=message(text_of(row, "rejected") * 4)) for row in rows]
     )
     assert "the winner is shorter in" in next(f for f in shorter.findings if f.check == "length-shortcut").summary
+
+
+@pytest.mark.parametrize("kind", ["images", "responses"])
+def test_shortcuts_of_few_prompts_are_not_tested(kind: str, diagnose: Callable[..., Diagnosis]) -> None:
+    """Mutation that it catches: checks that cannot fail count as passed."""
+    for prompts, tested in ((MIN_GROUPS - 1, False), (MIN_GROUPS, True)):
+
+        def share_prompts(rows: Rows, prompts: int = prompts) -> None:
+            for number, row in enumerate(rows):
+                row["group_id"] = f"group {number % prompts}"
+
+        diagnosis = diagnose(kind, share_prompts)
+        shortcuts = {check for check in SHORTCUT_CHECKS if kind in CHECKS[check].kinds}
+        assert shortcuts & set(diagnosis.passed) == (shortcuts if tested else set())
+        assert ("not tested" in diagnosis.facts) == (not tested)
 
 
 def test_examine_held_out_text_file_is_checked(tmp_path: Path, clean: dict[str, Rows]) -> None:

@@ -13,7 +13,7 @@ from dpo_mm.doctor.checks import CHECKS, SEVERITIES, Finding
 from dpo_mm.doctor.dataset_statistics import plain_text
 from dpo_mm.doctor.doctor_report import ExampleRow, render, shorten, write_report
 from dpo_mm.doctor.duplicates import exact_duplicates, near_duplicates
-from dpo_mm.doctor.shortcuts import Z, run_regression_test, run_sign_test
+from dpo_mm.doctor.shortcuts import MIN_GROUPS, Z, run_regression_test, run_sign_test
 
 
 def ranked_pairs(seed: int, prompts: int = 20, images: int = 20) -> tuple[np.ndarray, np.ndarray]:
@@ -26,6 +26,11 @@ def ranked_pairs(seed: int, prompts: int = 20, images: int = 20) -> tuple[np.nda
             rows += [features[a] - features[b] for b in range(images) if quality[a] > quality[b]]
             groups += [prompt for b in range(images) if quality[a] > quality[b]]
     return np.array(rows), np.array(groups)
+
+
+def test_a_perfect_shortcut_is_significant_from_the_fewest_prompts_on() -> None:
+    for prompts in (MIN_GROUPS - 1, MIN_GROUPS):
+        assert run_sign_test(np.ones(prompts), np.arange(prompts)).significant == (prompts == MIN_GROUPS)
 
 
 def test_shortcut_tests_random_labels_shared_images_are_not_significant() -> None:

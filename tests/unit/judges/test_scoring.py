@@ -157,6 +157,11 @@ def test_self_test_detects_random_and_batch_dependent_judges() -> None:
     assert not checks(f"{HERE}:restless")["same scores twice"].passed
     assert not checks(f"{HERE}:crowd")["same scores in batches"].passed
     assert not checks(f"{HERE}:brightness")["captions"].passed
+    brightness.uses_prompt = False  # type: ignore[attr-defined]
+    try:
+        assert checks(f"{HERE}:brightness")["captions"].passed is None
+    finally:
+        del brightness.uses_prompt  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"recipes.custom_judge:right' fails on images: .*judge of responses"):
         checks("recipes.custom_judge:right")
 
