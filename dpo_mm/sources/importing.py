@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import base64
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dpo_mm.data.image_files import has_image_signature
+from dpo_mm.data.lazy_images import source_cells, source_column
 from dpo_mm.data.schema import image_preference, response_preference
 from dpo_mm.data.several_captions import CAPTIONS, split_captions
 from dpo_mm.errors import did_you_mean, name_row
@@ -150,10 +151,15 @@ def _write_rows(entry: Source, origin: Origin, state: ImportState, folder: Path)
     from datasets import List, Value
 
     limit, source = state.settings["limit"], state.settings["source"]
-    with_captions = source in WITH_CAPTIONS and _have_captions(origin, state.settings.get("columns") or {})
-    finish = _row_finisher(entry, origin, state.settings, folder, with_captions=with_captions)
+    first = list(rename_columns(first_rows(origin), state.settings.get("columns") or {}))
+    with_captions = source in WITH_CAPTIONS and _has_list(first, fine_tuning_sets.CAPTIONS)
+    several_sources = entry.kind == "images" and _has_list(first, ("image_source",))
+    captions_and_sources = {"with_captions": with_captions, "several_sources": several_sources}
+    finish = _row_finisher(entry, origin, state.settings, folder, **captions_and_sources)
     total = limit if limit is not None else None if entry.grouped else count_rows(origin)
-    features = image_preference() if entry.kind == "images" else response_preference()
+    features = response_preference()
+    if entry.kind == "images":
+        features = image_preference(several_sources=several_sources)
     if with_captions:
         features[CAPTIONS] = List(Value("string"))
     saved = lambda: f"{state.rows:,} rows are in {folder}" if state.rows else ""
@@ -164,10 +170,9 @@ def _write_rows(entry: Source, origin: Origin, state: ImportState, folder: Path)
     shutil.rmtree(folder / SCRATCH, ignore_errors=True)
 
 
-def _have_captions(origin: Origin, columns: Mapping[str, str]) -> bool:
-    """Return True if one of the first rows has a list of captions."""
-    rows = rename_columns(first_rows(origin), columns)
-    return any(isinstance(row.get(name), list) for row in rows for name in fine_tuning_sets.CAPTIONS)
+def _has_list(rows: Sequence[Row], columns: Sequence[str]) -> bool:
+    """Return True if one of the rows has a list in one of the columns."""
+    return any(isinstance(row.get(name), list) for row in rows for name in columns)
 
 
 def _entry(source: str, axis: str | None) -> Source:
@@ -196,7 +201,13 @@ def _convert(entry: Source, origin: Origin, settings: Mapping[str, Any], done: i
 
 
 def _row_finisher(
-    entry: Source, origin: Origin, settings: Mapping[str, Any], folder: Path, *, with_captions: bool
+    entry: Source,
+    origin: Origin,
+    settings: Mapping[str, Any],
+    folder: Path,
+    *,
+    with_captions: bool,
+    several_sources: bool,
 ) -> Callable[[Row], Item]:
     """Build the function that completes a converted row with images, source, licence and id."""
     files, split = ImageFiles(media_folder(origin, settings.get("media_dir")), folder / SCRATCH), origin.split
@@ -209,6 +220,10 @@ def _row_finisher(
                 row = {**row, **split_captions(row["prompt"])}
             if entry.kind == "images" and not isinstance(row.get("prompt"), str):
                 raise ValueError(f"prompt is {row.get('prompt')!r:.80}. Expected text")
+            if isinstance(row.get("image_source"), list) and not several_sources:
+                raise ValueError(
+                    "image_source is a list, and that of the first rows is not. Expected lists in all rows"
+                )
         if min_score_gap is not None and (gap is None or gap < min_score_gap):
             return LeftOut(f"its score gap is {'unknown' if gap is None else f'below {min_score_gap:g}'}")
         row = {**row, "source": row.get("source") or source, "license": row.get("license") or license or entry.license}
@@ -217,6 +232,9 @@ def _row_finisher(
             for column in ("image_a", "image_b"):
                 if entry.kind == "images" and column in row:  # a row with one image has no image_b
                     row[column] = _load_image(row[column], files)
+            if row.get("image_source"):
+                sources = [_load_image(cell, files) for cell in source_cells(row)]
+                row["image_source"] = source_column(sources, several=several_sources)
             if entry.kind == "responses":
                 row["images"] = [_load_image(cell, files) for cell in row.get("images") or []]
         except FileNotFoundError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_mm.content_key import file_hash
+from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.errors import name_row
 from dpo_mm.outputs import LOCK, RECORDS, OutputKind, lock_output, read_record, refuse_foreign_folder
@@ -333,5 +334,5 @@ def _other_file(path: Path, checksum: str) -> bool:
 
 def _estimated_bytes(row: Row) -> int:
     """Bytes of a row's images, plus an estimate for the other columns."""
-    cells: Iterator[Any] = iter([row.get("image_a"), row.get("image_b"), *(row.get("images") or [])])
+    cells = [row.get("image_a"), row.get("image_b"), *(row.get("images") or []), *source_cells(row)]
     return 2000 + sum(len(cell["bytes"] or b"") for cell in cells if cell)

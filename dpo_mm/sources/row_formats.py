@@ -140,7 +140,7 @@ def custom_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     """Convert a custom table of image pairs.
 
     Columns: `prompt` (a text or a list of captions), `image_a, image_b` (paths relative to the table), `preference` (a | b | tie | both_bad), and any other
-    column of `ImagePreference`. Or one image per row: `prompt, image`, and `liked` if there are disliked ones.
+    column of `ImagePreference`. `image_source` is a path or a list of paths. Or one image per row: `prompt, image`, and `liked` if there are disliked ones.
 
     Raises:
         ValueError: if a preference is unknown or a number is not valid. The error names the row.
@@ -149,6 +149,7 @@ def custom_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
     for row in rows:
         captions = {"prompt": row["prompt"]} if isinstance(row.get("prompt"), list) else {}
         others = {**_typed_columns({**row, **dict.fromkeys(captions)}, known), **captions}
+        others |= {"image_source": row["image_source"]} if row.get("image_source") else {}
         if has_one_image(_columns(row)):
             sides = one_image_sides(row["image"], liked=liked_of(row, ("liked",)) is not False)
             yield {"id": str(row.get("id") or row["_number"]), **sides, **others}
@@ -191,7 +192,11 @@ def _other_side(*, liked: bool) -> str:
 def _other_columns(kind: str) -> tuple[str, ...]:
     """Columns of a pair of images or responses besides its id, its images and its conversation."""
     features = image_preference() if kind == "images" else response_preference()
-    converted = {"id", "image_a", "image_b"} if kind == "images" else {"id", "images", "prompt", "chosen", "rejected"}
+    converted = (
+        {"id", "image_a", "image_b", "image_source"}
+        if kind == "images"
+        else {"id", "images", "prompt", "chosen", "rejected"}
+    )
     return tuple(name for name in features if name not in converted)
 
 

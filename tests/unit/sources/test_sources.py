@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from dpo_mm.data.image_files import decode_image
+from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.schema import load_pairs, load_responses
 from dpo_mm.sources import SOURCES
 from dpo_mm.sources.importing import ImportResult, import_set
@@ -544,6 +545,23 @@ def test_custom_images_table(folder: Path, run: Any, tmp_path: Path) -> None:
         ValueError, match=r"labels\.csv, row 0: preference is 'left'\. Expected one of a, b, tie, both_bad"
     ):
         import_set("custom-images", str(folder), str(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_images_to_edit_are_imported_from_their_paths(several: bool, folder: Path, run: Any) -> None:
+    """One path in a CSV file, or a list of paths in JSON lines. A row without an image to edit stays."""
+    write_images(folder, "1.png", "2.png", "10.png", "20.png")
+    pair = {"prompt": "red", "image_a": "1.png", "image_b": "2.png", "preference": "a"}
+    if several:
+        rows = [{**pair, "image_source": ["10.png", "20.png"]}, {**pair, "image_source": "20.png"}, pair]
+        (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        lines = ["prompt,image_a,image_b,preference,image_source", "red,1.png,2.png,a,10.png", "red,1.png,2.png,a,"]
+        (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    _, got = run("custom-images")
+    assert [[grey(cell) for cell in source_cells(row)] for row in got] == (
+        [[10, 20], [20], []] if several else [[10], []]
+    )
 
 
 def test_custom_responses_table(folder: Path, run: Any, tmp_path: Path) -> None:
