@@ -112,10 +112,11 @@ def against_table(by_tuning: dict[str, Arms]) -> str:
 
 def pairs_line(by_tuning: dict[str, Arms]) -> str:
     """Numbers of mined pairs."""
-    parts = [
-        f"{', '.join(str(run['rows']) for run in by_arm['dpo, 16 per step'])} ({TUNINGS[tuning]}, seeds {seeds(by_arm['dpo, 16 per step'])})"
-        for tuning, by_arm in by_tuning.items()
-    ]
+    parts = []
+    for tuning, by_arm in by_tuning.items():
+        own = by_arm["dpo, 16 per step"]
+        numbers = ", ".join(str(run["rows"]) for run in own)
+        parts.append(f"{numbers} ({TUNINGS[tuning]}, seed{'s' if len(own) > 1 else ''} {seeds(own)})")
     return f"Pairs with a degenerate one of two responses to each training page, after SFT: {' and '.join(parts)}."
 
 
