@@ -20,9 +20,19 @@ from dpo_mm.data.several_captions import CAPTIONS, split_captions
 from dpo_mm.errors import did_you_mean, name_row
 from dpo_mm.interruption import stop_on_signal
 from dpo_mm.progress import progress_bar
-from dpo_mm.sources import SOURCES, Source, fine_tuning_sets
+from dpo_mm.sources import SOURCES, Source, fine_tuning_sets, input_files
 from dpo_mm.sources.archives import ImageFiles
-from dpo_mm.sources.parquet_writer import ORIGIN, ImportState, Item, LeftOut, Row, open_import, row_name, write_shards
+from dpo_mm.sources.parquet_writer import (
+    INPUT_HASH,
+    ORIGIN,
+    ImportState,
+    Item,
+    LeftOut,
+    Row,
+    open_import,
+    row_name,
+    write_shards,
+)
 from dpo_mm.sources.raw_rows import (
     Origin,
     check_columns,
@@ -37,8 +47,8 @@ from dpo_mm.sources.raw_rows import (
 FIX = "Fix the row, or remove it"
 SHORTEST_BASE64 = 40
 """Shorter texts are paths and not images in base64."""
-WITH_CAPTIONS = ("custom-images", "captioned-images")
-"""Sources whose prompts may be lists of captions."""
+WITH_LISTS = ("custom-images", "captioned-images")
+"""Sources whose prompts may be lists of captions, and whose images to edit may be lists."""
 SCRATCH = ".unpacked"
 """Subfolder of the output for unpacked archives. It is removed after the import."""
 
@@ -76,6 +86,7 @@ def import_set(
     license: str | None = None,
     columns: Mapping[str, str] | None = None,
     media_dir: str | None = None,
+    input_hash: str | None = None,
     overwrite: bool = False,
 ) -> ImportResult:
     """Import a dataset into a folder of Parquet files that `load_pairs` and `load_responses` load.
@@ -93,18 +104,19 @@ def import_set(
         license: licence of rows for which the source names none.
         columns: names of columns that the source knows, by the dataset's own names.
         media_dir: folder of the images that rows name. None: the dataset's folder.
+        input_hash: hash of the files that decide the rows. None: that of `dpo_mm.sources.input_files`.
         overwrite: remove an earlier import in the folder first, if its files are unchanged.
 
     Raises:
         ValueError: if the source, axis or path is unknown, a file or row is not readable, no row remains, or the folder has
-            other files or another import.
+            other files, another import, or the import of files that have changed.
     """
     entry = _entry(source, axis)
     path = entry.hub if path == "hub" else path
     if not path:
         raise ValueError(f"source {source!r} has no dataset on the hub. Give a folder, a file or a hub id")
     origin = origin_of(source, path, split=split, axis=axis)
-    media_folder(origin, media_dir)  # before the output is created
+    media = media_folder(origin, media_dir)  # before the output is created
     if columns:
         check_columns(first_rows(origin), columns, path)
     settings: dict[str, Any] = {
@@ -115,7 +127,8 @@ def import_set(
         "min_score_gap": min_score_gap,
     }
     settings |= {"limit": limit, "license": license, "columns": dict(columns) if columns else None}
-    settings |= {"media_dir": media_dir}
+    folders = [Path(name) for name in (path, media_dir) if name and Path(name).is_dir()]
+    settings |= {"media_dir": media_dir, INPUT_HASH: input_hash or input_files.input_hash(origin, media, folders)}
     folder = Path(output)
     with open_import(folder, settings, inputs=[path, media_dir or ""], overwrite=overwrite) as state:
         if not state.complete:
@@ -151,9 +164,10 @@ def _write_rows(entry: Source, origin: Origin, state: ImportState, folder: Path)
     from datasets import List, Value
 
     limit, source = state.settings["limit"], state.settings["source"]
-    first = list(rename_columns(first_rows(origin), state.settings.get("columns") or {}))
-    with_captions = source in WITH_CAPTIONS and _has_list(first, fine_tuning_sets.CAPTIONS)
-    several_sources = entry.kind == "images" and _has_list(first, ("image_source",))
+    first = first_rows(origin) if source in WITH_LISTS else []
+    first = list(rename_columns(first, state.settings.get("columns") or {}))
+    with_captions = _has_list(first, fine_tuning_sets.CAPTIONS)
+    several_sources = _has_list(first, ("image_source",))
     captions_and_sources = {"with_captions": with_captions, "several_sources": several_sources}
     finish = _row_finisher(entry, origin, state.settings, folder, **captions_and_sources)
     total = limit if limit is not None else None if entry.grouped else count_rows(origin)

@@ -6,32 +6,24 @@ size and time.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_mm import __version__
 from dpo_mm.assets import BUNDLED, resolve_asset
 from dpo_mm.cache_folder import cache_folder, create_cache
-from dpo_mm.content_key import content_hash, file_hash
-from dpo_mm.data.parquet import open_parquet
+from dpo_mm.content_key import content_hash
 from dpo_mm.data.schema import load_pairs
-from dpo_mm.data.text_files import table_suffix
 from dpo_mm.sources import SOURCES
 from dpo_mm.sources.detect import SPLIT, Detected, detect_source
 from dpo_mm.sources.importing import ImportResult, import_set, media_folder, origin_of
+from dpo_mm.sources.input_files import files_of_rows
 from dpo_mm.sources.parquet_writer import ChangedImportError
-from dpo_mm.sources.raw_rows import IMAGE_SUFFIXES, TABLE_SUFFIXES, Origin, raw_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-CONTENT_SUFFIXES = (".txt", ".caption", *(suffix for suffix in TABLE_SUFFIXES if suffix != ".parquet"))
-"""Files that count by their bytes."""
-LONGEST_PATH = 1000
-"""Longest text of a row that may be the path of an image, in characters."""
 
 
 class LocalPairs(NamedTuple):
@@ -99,72 +91,17 @@ def _import_once(path: str, found: Detected, columns: Mapping[str, str], media_d
     media_dir = media_dir and str(Path(media_dir).absolute())
     origin = origin_of(found.source, path, split=SPLIT)
     media = media_folder(origin, media_dir)
-    files = {str(file): _file_key(file) for file in _files_of(origin, media)} or {path: _revision(path)}
+    files = files_of_rows(origin, media) or {path: _revision(path)}
     key = content_hash([path, found.source, dict(columns), media_dir, __version__, files])
     folder = cache_folder() / "imports" / key
     create_cache(folder.parent)
     with FileLock(folder.with_name(f"{key}.lock")):
-        options: dict[str, Any] = {"split": SPLIT, "columns": columns, "media_dir": media_dir}
+        options: dict[str, Any] = {"split": SPLIT, "columns": columns, "media_dir": media_dir, "input_hash": key}
         try:
             return import_set(found.source, path, str(folder), **options)
         except ChangedImportError:
             shutil.rmtree(folder)
             return import_set(found.source, path, str(folder), **options)
-
-
-def _files_of(origin: Origin, media: Path) -> Iterator[Path]:
-    """Yield the files that decide the rows of an origin. If an image of a row is missing, they are all files of its folder."""
-    yield from origin.files
-    if not origin.files:
-        return
-    if origin.read_image is None:
-        texts = {text for file in origin.files for text in _texts(file, origin)}
-        named = {text: media / text.lstrip("/") for text in sorted(texts)}
-        yield from (file for file in named.values() if _is_file(file))
-        if all(_is_file(file) for text, file in named.items() if Path(text).suffix.lower() in IMAGE_SUFFIXES):
-            return
-    for parent, folders, names in os.walk(media):
-        folders.sort()
-        yield from (Path(parent, name) for name in sorted(names))
-
-
-def _texts(file: Path, origin: Origin) -> Iterator[str]:
-    """Yield the texts of a table that may be paths of images."""
-    if file.suffix == ".parquet":
-        table = open_parquet(file)
-        leaves = [table.schema.column(number) for number in range(len(table.schema))]
-        paths = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING"]
-        rows: Iterator[Any] = (row for batch in table.iter_batches(columns=paths) for row in batch.to_pylist())
-    else:
-        rows = raw_rows(origin._replace(files=(file,)))
-    for row in rows:
-        yield from (text for text in _leaves(row) if ".." not in text and "://" not in text)
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, str) and 0 < len(value) <= LONGEST_PATH and "\n" not in value:
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(part)
-
-
-def _is_file(file: Path) -> bool:
-    try:
-        return file.is_file()
-    except (OSError, ValueError):  # a text that is no path
-        return False
-
-
-def _file_key(file: Path) -> Any:
-    """Bytes of a small file as a hash, or size and time of a large one. None if it does not exist."""
-    if table_suffix(file) in CONTENT_SUFFIXES and file.is_file():
-        return file_hash(file)
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _revision(path: str) -> str:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 ORIGIN = "_origin"
 """Key of a converted row with the file and the row that it comes from. It is not written."""
+INPUT_HASH = "input_hash"
+"""Setting with the hash of the files that decide the rows. Imports of earlier versions have none."""
 STATE_FILE = "import.json"
 IMPORT = OutputKind(STATE_FILE, "imported", flag="folder")
 UNFINISHED = re.compile(r"\.part-\d+\.parquet\..+")
@@ -125,14 +127,17 @@ def _load_state(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> I
     record = read_record(folder / STATE_FILE)
     if record is not None:
         state = _state_of(record, folder)
-        if not state.units:  # nothing was written yet
-            state.settings = settings
+        if not state.shards:  # nothing was written yet
+            state = ImportState(settings)
+        state.settings.setdefault(INPUT_HASH, settings.get(INPUT_HASH))
         changed = [name for name in settings if state.settings.get(name) != settings[name]]
         if changed and not overwrite:
             name = changed[0]
+            other = f"with {name} {state.settings.get(name)!r}, not {settings[name]!r}"
+            if name == INPUT_HASH:
+                other = f"of {settings['path']} before its files changed"
             raise ValueError(
-                f"{folder} contains an import with {name} {state.settings.get(name)!r}, not {settings[name]!r}. "
-                "Choose another folder, or replace it with --overwrite"
+                f"{folder} contains an import {other}. Choose another folder, or replace it with --overwrite"
             )
         if not overwrite and (name := _changed_shard(folder, state)):
             problem = "has changed since it was written" if (folder / name).is_file() else "is missing"

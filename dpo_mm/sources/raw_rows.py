@@ -166,10 +166,11 @@ def count_rows(origin: Origin) -> int | None:
     """
     if not origin.files or any(file.suffix != ".parquet" for file in origin.files):
         return None
-    return sum(_open_parquet(file).metadata.num_rows for file in origin.files)
+    return sum(open_raw_parquet(file).metadata.num_rows for file in origin.files)
 
 
-def _open_parquet(file: Path) -> Any:
+def open_raw_parquet(file: Path) -> Any:
+    """Open a Parquet file. Raises ValueError if it is not readable."""
     import pyarrow as pa
 
     try:
@@ -279,7 +280,7 @@ def _stream_hub(origin: Origin, start: int) -> Iterator[Any]:
 
 def _parquet_rows(file: Path, start: int) -> Iterator[Any]:
     """Rows of one file. Row groups before the start are counted and not read."""
-    table = _open_parquet(file)
+    table = open_raw_parquet(file)
     counts = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
     groups = list(range(len(counts)))
     while groups and counts[groups[0]] <= start:

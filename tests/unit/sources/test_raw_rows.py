@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -211,6 +212,33 @@ def test_import_set_other_import_in_the_folder_is_refused(tmp_path: Path) -> Non
         import_set("pickapic", str(tmp_path / "set"), str(tmp_path / "out"))
     with pytest.raises(ValueError, match="exists and is not an import folder"):
         import_set("pickapic", str(tmp_path / "set"), str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("what", ["", "labels.csv"])
+def test_import_set_changed_input_is_refused_by_name(
+    what: str, finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder or a single table, finished or interrupted. Another file next to a single table does not matter."""
+    write_images(tmp_path / "set", "1.png", "2.png", "3.png")
+    table = tmp_path / "set" / "labels.csv"
+    table.write_text("prompt,image_a,image_b,preference\np,1.png,2.png,a\np,2.png,3.png,a\n")
+    do = lambda: import_set("custom-images", str(tmp_path / "set" / what), str(tmp_path / "out"))
+    if finished:
+        assert do() == do()
+    else:
+        with monkeypatch.context() as killed:
+            killed.setattr(parquet_writer, "SHARD_ROWS", 1)
+            killed.setattr("dpo_mm.sources.importing.score_gap_of", lambda row: 1 / (row["id"] == "0"))
+            with pytest.raises(ValueError, match="row 1: division by zero"):
+                do()
+    if what:
+        (tmp_path / "set" / "other.txt").write_text("new")
+        assert do().rows == 2
+    (tmp_path / "set" / "3.png").write_bytes(file_of(4, "PNG"))
+    changed = re.escape(f"contains an import of {tmp_path / 'set' / what} before its files changed. Choose another")
+    with pytest.raises(ValueError, match=changed):
+        do()
 
 
 def test_import_set_failed_before_the_first_shard_can_be_repeated(tmp_path: Path) -> None:
