@@ -8,6 +8,7 @@ from typing import Any
 from dpo_mm.data import row_sides
 from dpo_mm.errors import RowError
 from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
+from dpo_mm.sources.raw_rows import ORIGIN
 
 CAPTIONS = ("text", "caption", "prompt")
 """Names of the column with an image's caption. The first is that of diffusers' training scripts."""
@@ -28,7 +29,7 @@ def liked_of(row: Row, names: tuple[str, ...] = LIKED) -> bool | None:
         return None
     liked = BOOLEANS.get(str(row[name]).strip().lower())
     if liked is None:
-        raise RowError(f"{row['_file']}, row {row['_number']}: {name} is {row[name]!r:.80}. Expected true or false")
+        raise RowError(f"{row[ORIGIN]}: {name} is {row[name]!r:.80}. Expected true or false")
     return liked
 
 

@@ -6,6 +6,7 @@ These steps are the same for every dataset. Only the converter differs, see `dpo
 from __future__ import annotations
 
 import base64
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from dpo_mm.interruption import stop_on_signal
 from dpo_mm.progress import progress_bar
 from dpo_mm.sources import SOURCES, Source, fine_tuning_sets, input_files
 from dpo_mm.sources.archives import ImageFiles
+from dpo_mm.sources.input_files import LONGEST_PATH
 from dpo_mm.sources.parquet_writer import (
     INPUT_HASH,
-    ORIGIN,
     ImportState,
     Item,
     LeftOut,
@@ -34,6 +35,7 @@ from dpo_mm.sources.parquet_writer import (
     write_shards,
 )
 from dpo_mm.sources.raw_rows import (
+    ORIGIN,
     Origin,
     check_columns,
     count_rows,
@@ -49,6 +51,7 @@ SHORTEST_BASE64 = 40
 """Shorter texts are paths and not images in base64."""
 WITH_LISTS = ("custom-images", "captioned-images")
 """Sources whose prompts may be lists of captions, and whose images to edit may be lists."""
+MISSING = "an image is missing"
 SCRATCH = ".unpacked"
 """Subfolder of the output for unpacked archives. It is removed after the import."""
 
@@ -135,7 +138,9 @@ def import_set(
             _write_rows(entry, origin, state, folder)
     if state.rows == 0:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in state.left_out.items()) or "the dataset has none"
-        raise ValueError(f"{path}: no row was imported ({reasons})")
+        first = state.examples.get(MISSING)
+        hint = f". The first is {first}. Give the folder of the images with --media-dir" if first else ""
+        raise ValueError(f"{path}: no row was imported ({reasons}){hint}")
     return ImportResult(folder, state.rows, len(state.shards), state.preferences, state.left_out, state.examples)
 
 
@@ -208,10 +213,8 @@ def _convert(entry: Source, origin: Origin, settings: Mapping[str, Any], done: i
     for row in rename_columns(raw_rows(origin, start=done), columns):
         with name_raw_row(row):
             items = list(entry.convert([row], axis))
-        yield [
-            {**item, ORIGIN: f"{row['_file']}, row {row['_number']}"} if isinstance(item, dict) else item
-            for item in items
-        ]
+        name = row[ORIGIN]
+        yield [item._replace(where=name) if isinstance(item, LeftOut) else {**item, ORIGIN: name} for item in items]
 
 
 def _row_finisher(
@@ -251,8 +254,8 @@ def _row_finisher(
                 row["image_source"] = source_column(sources, several=several_sources)
             if entry.kind == "responses":
                 row["images"] = [_load_image(cell, files) for cell in row.get("images") or []]
-        except FileNotFoundError as error:
-            return LeftOut("an image is missing" if error.errno else str(error))
+        except NoImageError as error:
+            return LeftOut(error.reason, f"{row_name(row)}: {error.file}" if error.file else row_name(row))
         return row
 
     return finish
@@ -270,8 +273,33 @@ def score_gap_of(row: Row) -> float | None:
     return None if row.get("p_a") is None else abs(2 * row["p_a"] - 1)
 
 
+class NoImageError(Exception):
+    """An image that cannot be loaded.
+
+    Args:
+        reason: why, without its name.
+        file: the path that was looked for. "" if it has none.
+    """
+
+    def __init__(self, reason: str, file: str) -> None:
+        super().__init__(reason)
+        self.reason, self.file = reason, file
+
+
 def _load_image(cell: Any, files: ImageFiles) -> dict[str, Any]:
-    """Load an image cell as bytes and file name. FileNotFoundError has the reason if there is no image."""
+    """Load an image cell as bytes and file name. Raises NoImageError if there is no image."""
+    try:
+        return _read_image(cell, files)
+    except FileNotFoundError as error:
+        path = cell.get("path") if isinstance(cell, dict) else cell
+        file = ""
+        if isinstance(path, str) and 0 < len(path) <= LONGEST_PATH and not re.match(r"data:|\w+://", path):
+            file = str(files.folder / path.lstrip("/"))
+        raise NoImageError(MISSING if error.errno else str(error), file) from error
+
+
+def _read_image(cell: Any, files: ImageFiles) -> dict[str, Any]:
+    """Read an image cell as bytes and file name. FileNotFoundError has the reason if there is no image."""
     data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
     name = Path(path).name or None if isinstance(path, str) and isinstance(cell, dict) else None
     if isinstance(data, bytes) and data:
@@ -284,7 +312,9 @@ def _load_image(cell: Any, files: ImageFiles) -> dict[str, Any]:
     if not isinstance(path, str) or not path:
         raise FileNotFoundError("an image is empty" if not path else "an image is neither a file nor a path")
     stored = files.read(path)
-    if stored and not has_image_signature(stored):
+    if not stored:
+        raise FileNotFoundError("an image is empty")
+    if not has_image_signature(stored):
         raise FileNotFoundError("an image is a file of another kind")
     return {"bytes": stored, "path": Path(path).name}
 

@@ -21,14 +21,13 @@ from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.errors import name_row
 from dpo_mm.outputs import LOCK, RECORDS, OutputKind, lock_output, read_record, refuse_foreign_folder
 from dpo_mm.resumable import atomic_write, explain_unwritten, set_aside, temporary_path
+from dpo_mm.sources.raw_rows import ORIGIN
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Features
 
 Row = dict[str, Any]
-ORIGIN = "_origin"
-"""Key of a converted row with the file and the row that it comes from. It is not written."""
 INPUT_HASH = "input_hash"
 """Setting with the hash of the files that decide the rows. Imports of earlier versions have none."""
 STATE_FILE = "import.json"
@@ -45,9 +44,15 @@ class ChangedImportError(ValueError):
 
 
 class LeftOut(NamedTuple):
-    """A row that a converter leaves out. Rows are counted by reason, so a reason does not quote the row."""
+    """A row that a converter leaves out. Rows are counted by reason, so a reason does not quote the row.
+
+    Args:
+        reason: why, without a name of the row.
+        where: name of the row, and of its image. "" if it is not known.
+    """
 
     reason: str
+    where: str = ""
 
 
 Item = Row | LeftOut
@@ -213,7 +218,7 @@ def write_shards(
             for item in unit:
                 item = item if isinstance(item, LeftOut) else finish(item)
                 if isinstance(item, LeftOut):
-                    shard.leave_out(item.reason)
+                    shard.leave_out(item)
                 elif limit is None or shard.rows_so_far < limit:
                     shard.add(item)
             shard.end_unit()
@@ -247,9 +252,9 @@ class _Shard:
     def rows_so_far(self) -> int:
         return self.state.rows + self.count
 
-    def leave_out(self, reason: str) -> None:
-        self.left_out[reason] += 1
-        self.state.examples.setdefault(reason, f"raw row {self.state.units + self.units}")
+    def leave_out(self, item: LeftOut) -> None:
+        self.left_out[item.reason] += 1
+        self.state.examples.setdefault(item.reason, item.where or f"raw row {self.state.units + self.units}")
 
     def add(self, row: Row) -> None:
         self.rows.append(row)

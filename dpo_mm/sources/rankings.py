@@ -12,8 +12,8 @@ from typing import Any
 
 from dpo_mm.resumable import explain_unwritten
 from dpo_mm.sources.image_pair_sets import group_of
-from dpo_mm.sources.parquet_writer import ORIGIN, Item, LeftOut, Row
-from dpo_mm.sources.raw_rows import name_raw_row
+from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
+from dpo_mm.sources.raw_rows import ORIGIN, name_raw_row
 
 
 def hpdv2(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
@@ -86,7 +86,7 @@ def _image_reward_pair(a: Row, b: Row, axis: str) -> Item:
 def _pair(a: Row, b: Row, preference: str, axis: str, score_a: Any, score_b: Any, *, group: str) -> Row:
     return {
         "id": f"{a['_number']}-{b['_number']}",
-        ORIGIN: f"{a['_file']}, row {a['_number']}",
+        ORIGIN: a[ORIGIN],
         "prompt": a["prompt"],
         "image_a": a.get("image") or a["image_path"],
         "image_b": b.get("image") or b["image_path"],

@@ -1,6 +1,6 @@
 """Stream the raw rows of a dataset from the hub or from files. The dataset is never in memory as a whole.
 
-Every row also has `_file` and `_number`, its file and its position in the dataset.
+Every row also has `_file` and `_number`, its file and its position in the dataset, and ORIGIN, its name for errors.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from dpo_mm.data.text_files import open_text, read_text, table_suffix
 from dpo_mm.errors import RowError, did_you_mean, name_row, one_line
 
 Row = dict[str, Any]
+ORIGIN = "_origin"
+"""Key of a row with its name for errors: a file and the row in it, or an image file. It is not written."""
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CAPTION_TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -180,15 +182,17 @@ def open_raw_parquet(file: Path) -> Any:
 
 
 def raw_rows(origin: Origin, *, start: int = 0) -> Iterator[Row]:
-    """Yield the raw rows from number `start` on, each with `_file` and `_number`.
+    """Yield the raw rows from number `start` on, each with `_file`, `_number` and ORIGIN.
 
     Raises:
         ValueError: if a file or a row is not readable. The error names it.
     """
     number = 0
     for name, rows in _rows_by_file(origin, start):
+        first = number
         while True:
-            with name_row(f"{name}, row {number}", "Fix the file, or remove the row"):
+            row_name = name if origin.read_image else f"{name}, row {number - first}"
+            with name_row(row_name, "Fix the file, or remove the row"):
                 row = next(rows, None)
             if row is None:
                 break
@@ -196,16 +200,14 @@ def raw_rows(origin: Origin, *, start: int = 0) -> Iterator[Row]:
                 number += row
                 continue
             if number >= start:
-                yield {**row, "_file": name, "_number": number}
+                yield {**row, "_file": name, "_number": number, ORIGIN: row_name}
             number += 1
 
 
 def name_raw_row(row: Row) -> name_row:
     """Context manager in which an error of a converter names the row and what may be wrong with it."""
     fix = "Check that the dataset belongs to this source, or remove the row"
-    return name_row(
-        f"{row['_file']}, row {row['_number']}", fix, columns=(name for name in row if not name.startswith("_"))
-    )
+    return name_row(row[ORIGIN], fix, columns=(name for name in row if not name.startswith("_")))
 
 
 def _rows_by_file(origin: Origin, start: int) -> Iterator[tuple[str, Iterator[Any]]]:
@@ -217,7 +219,8 @@ def _rows_by_file(origin: Origin, start: int) -> Iterator[tuple[str, Iterator[An
             start = max(0, start - (count_rows(origin._replace(files=(file,))) or 0))
         else:
             is_image = origin.read_image is not None and file.suffix.lower() in IMAGE_SUFFIXES
-            yield file.name, _image_row(origin, file) if is_image else _text_rows(file)
+            name = file.relative_to(origin.folder).as_posix() if is_image else file.name
+            yield name, _image_row(origin, file) if is_image else _text_rows(file)
             start = 0  # raw_rows skips the other rows one by one
 
 
@@ -227,7 +230,7 @@ def _image_row(origin: Origin, file: Path) -> Iterator[Row]:
 
 
 def first_rows(origin: Origin, count: int = 20) -> list[Row]:
-    """Return the first raw rows, without `_file` and `_number`."""
+    """Return the first raw rows, without the columns that were added."""
     rows = islice(raw_rows(origin), count)
     return [{name: cell for name, cell in row.items() if not name.startswith("_")} for row in rows]
 

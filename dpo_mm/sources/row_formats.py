@@ -16,6 +16,7 @@ from dpo_mm.errors import RowError
 from dpo_mm.sources.fine_tuning_sets import last_response, liked_of
 from dpo_mm.sources.messages import to_messages
 from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
+from dpo_mm.sources.raw_rows import ORIGIN
 from dpo_mm.sources.response_pair_sets import IMAGE_COUNT_MISMATCH, response_pair
 
 
@@ -156,8 +157,7 @@ def custom_images(rows: Iterable[Row], axis: str | None) -> Iterator[Item]:
             continue
         if row["preference"] not in PREFERENCES:
             raise RowError(
-                f"{row['_file']}, row {row['_number']}: preference is {row['preference']!r}. "
-                f"Expected one of {', '.join(PREFERENCES)}"
+                f"{row[ORIGIN]}: preference is {row['preference']!r}. Expected one of {', '.join(PREFERENCES)}"
             )
         name = str(row.get("id") or row["_number"])
         yield {"id": name, "image_a": row["image_a"], "image_b": row["image_b"], **others}
@@ -226,9 +226,7 @@ def _typed_columns(row: Row, columns: tuple[str, ...]) -> Row:
             expected = {"float64": "a number that is finite", "int64": "a whole number of at most 64 bits"}.get(
                 kind, "a text"
             )
-            raise RowError(
-                f"{row['_file']}, row {row['_number']}: {name} is {value!r:.80}. Expected {expected}"
-            ) from None
+            raise RowError(f"{row[ORIGIN]}: {name} is {value!r:.80}. Expected {expected}") from None
     return typed
 
 

@@ -241,6 +241,32 @@ def test_import_set_changed_input_is_refused_by_name(
         do()
 
 
+def test_import_set_images_that_are_missing_or_empty_are_named(tmp_path: Path) -> None:
+    """The number of a row counts within its file. The first path that was looked for is in the error."""
+    write_images(tmp_path / "set", "1.png", "2.png")
+    (tmp_path / "set" / "3.png").touch()
+    header = "prompt,image_a,image_b,preference\n"
+    (tmp_path / "set" / "one.csv").write_text(header + "p,1.png,2.png,a\n" * 10)
+    (tmp_path / "set" / "two.csv").write_text(header + "p,1.png,2.png,a\np,1.png,3.png,a\np,x/9.png,2.png,b\n")
+    result = import_set("custom-images", str(tmp_path / "set"), str(tmp_path / "out"))
+    assert result.rows == 11 and result.left_out == {"an image is empty": 1, "an image is missing": 1}
+    assert result.examples == {
+        "an image is empty": f"two.csv, row 1: {tmp_path}/set/3.png",
+        "an image is missing": f"two.csv, row 2: {tmp_path}/set/x/9.png",
+    }
+    (tmp_path / "set" / "one.csv").unlink()
+    (tmp_path / "set" / "two.csv").write_text(header + "p,8.png,2.png,a\n")
+    with pytest.raises(ValueError, match=r"The first is two\.csv, row 0: .*set/8\.png\. Give .* --media-dir$"):
+        import_set("custom-images", str(tmp_path / "set"), str(tmp_path / "none"))
+
+
+def test_import_set_image_of_a_folder_that_is_left_out_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path / "set", "a/1.png", "a/2.png")
+    (tmp_path / "set" / "a" / "1.txt").write_text("a dot")
+    result = import_set("captioned-images", str(tmp_path / "set"), str(tmp_path / "out"))
+    assert result.examples == {"it has no caption": "a/2.png"}
+
+
 def test_import_set_failed_before_the_first_shard_can_be_repeated(tmp_path: Path) -> None:
     parquet(tmp_path / "set" / "train.parquet", [{"caption": "p"}])
     with pytest.raises(ValueError, match="column 'label_0' is missing"):
@@ -401,6 +427,6 @@ def test_import_command_prints_rows_left_out_and_the_next_command(command: Calla
     out = str(tmp_path / "out")
     printed = " ".join(command("import", "pickapic", str(tmp_path / "set"), out, "--license", "mit").split())
     assert "rows 2 in 1 files" in printed and "tie 1" in printed
-    assert "left out: it has no label 1 (the first: raw row 2)" in printed
+    assert "left out: it has no label 1 (the first: train.parquet, row 2)" in printed
     assert f"Next: dpo-mm doctor {out} && dpo-mm train CONFIG.yaml --pairs {out}" in printed
     assert pq.read_table(Path(out) / "part-00000.parquet")["license"].to_pylist() == ["mit", "mit"]
