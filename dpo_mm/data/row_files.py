@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dpo_mm.cache_folder import cache_folder, create_cache
 from dpo_mm.content_key import content_hash
 from dpo_mm.data.row_paths import confine_rows, is_regular, regular_files
+from dpo_mm.outputs import read_record
 from dpo_mm.resumable import atomic_write
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ MAX_BYTES_IN_MEMORY = 2**24
 """Parquet files up to this total size are read into memory."""
 MINING_SETTINGS, MINED_PAIRS = "mining.json", "pairs.parquet"
 """Files of a folder with mined pairs. Its shards have the same rows as its pairs."""
+IMPORT_STATE = "import.json"
+"""Record of a folder with an imported dataset."""
 
 
 def open_rows(path: str) -> Dataset:
@@ -99,8 +102,11 @@ def parquet_files(folder: Path) -> list[Path]:
     """Return the Parquet files with the rows of a folder. In a folder of mined pairs, the shards are not among them.
 
     Raises:
-        ValueError: if the mining of pairs in this folder was interrupted.
+        ValueError: if the mining of pairs in this folder was interrupted, or an import into it is not finished.
     """
+    record = read_record(folder / IMPORT_STATE)
+    if record is not None and not (record.get("complete") and record.get("rows")):
+        raise ValueError(f"{folder}: the import into this folder is not finished. Run its command again")
     files = regular_files(folder, "*.parquet")
     if not (folder / MINING_SETTINGS).is_file():
         return files

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_mm.data.parquet import open_parquet
+from dpo_mm.data.row_files import IMPORT_STATE
 from dpo_mm.data.row_sides import has_one_image, row_with_sides
 from dpo_mm.data.schema import REQUIRED
 from dpo_mm.data.text_files import table_suffix
+from dpo_mm.outputs import read_record
 from dpo_mm.sources import SOURCES
 from dpo_mm.sources.pair_folders import KOHYA_FOLDERS, TWO_FOLDERS, FolderPair, folder_pairs
 from dpo_mm.sources.raw_rows import (
@@ -83,7 +85,8 @@ def detect_source(path: str, *, columns: Mapping[str, str] | None = None) -> Det
     if not local.exists():
         is_hub = path.count("/") == 1 and not path.startswith((".", "/")) and not local.suffix
         return _source_on_hub(path, columns) if is_hub else None
-    if not local.is_dir() or (local / "state.json").exists() or _has_own_rows(local, columns):
+    is_import = read_record(local / IMPORT_STATE) is not None  # finished or not: the loader reports it
+    if not local.is_dir() or is_import or (local / "state.json").exists() or _has_own_rows(local, columns):
         return None
     return _source_of_folder(local, columns)
 

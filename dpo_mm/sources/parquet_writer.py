@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dpo_mm.content_key import file_hash
 from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
+from dpo_mm.data.row_files import IMPORT_STATE
 from dpo_mm.errors import name_row
 from dpo_mm.outputs import LOCK, RECORDS, OutputKind, lock_output, read_record, refuse_foreign_folder
 from dpo_mm.resumable import atomic_write, explain_unwritten, set_aside, temporary_path
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 INPUT_HASH = "input_hash"
 """Setting with the hash of the files that decide the rows. Imports of earlier versions have none."""
-STATE_FILE = "import.json"
+STATE_FILE = IMPORT_STATE
 IMPORT = OutputKind(STATE_FILE, "imported", flag="folder")
 UNFINISHED = re.compile(r"\.part-\d+\.parquet\..+")
 SHARD_ROWS, SHARD_BYTES, GROUP_BYTES = 10_000, 2**28, 2**25

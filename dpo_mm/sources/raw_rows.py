@@ -303,7 +303,10 @@ def _text_rows(file: Path) -> Iterator[Row]:
     with open_text(file) as text:
         if table_suffix(file) == ".csv":
             csv.field_size_limit(LONGEST)
-            yield from ({name: cell for name, cell in row.items() if name} for row in csv.DictReader(text))
+            table = csv.DictReader(text)
+            if len(table.fieldnames or ()) == 1 and ";" in str(table.fieldnames):
+                raise RowError(f"{file}: its separator is probably ';'. Save it with commas")
+            yield from ({name: cell for name, cell in row.items() if name} for row in table)
         else:
             yield from _json_objects(text, str(file))
 

@@ -255,6 +255,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "two layouts": (both(two_folders, csv_of_images), "mixed layouts (better/ and worse/, and pairs.csv). Give one of them"),
     "captions and a table": (both(captioned_images, csv_of_images), "mixed layouts (10.jpg with its text file, and pairs.csv)"),
     "no header": (text("a dot,a/10.jpg,b/10.jpg\na dot,a/20.jpg,b/20.jpg\n"), "its first line is 'a dot, a/10.jpg, b/10.jpg'"),
+    "semicolons": (text("prompt;image_a;image_b;preference\na, b;1.jpg;2.jpg;a\n"), "pairs.csv: its separator is probably ';'. Save it with commas"),
     "a header only": (text("prompt,image_a,image_b,preference\n"), "Expected at least one row below a line with the names"),
     "unknown columns": (of_rows({"question": "q", "good": "g"}), "has columns question, good. Expected prompt, image_a, image_b"),
     "two formats": (

@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.doctor.loading import load_dataset
 from dpo_mm.sources import parquet_writer
 from dpo_mm.sources import raw_rows as raw_rows_module
 from dpo_mm.sources.archives import ImageFiles, JoinedParts
 from dpo_mm.sources.importing import import_set
+from dpo_mm.sources.local_pairs import load_image_pairs, local_pairs
 from dpo_mm.sources.raw_rows import Origin, raw_rows
 from tests.unit.sources.test_sources import CELL, cell, file_of, parquet, pick, write_images
 
@@ -265,6 +267,25 @@ def test_import_set_image_of_a_folder_that_is_left_out_is_named(tmp_path: Path) 
     (tmp_path / "set" / "a" / "1.txt").write_text("a dot")
     result = import_set("captioned-images", str(tmp_path / "set"), str(tmp_path / "out"))
     assert result.examples == {"it has no caption": "a/2.png"}
+
+
+@pytest.mark.parametrize("shards", [0, 1])
+def test_import_set_unfinished_import_is_no_dataset(
+    shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no shard its record is no table, and with some its rows are not all."""
+    monkeypatch.setattr(parquet_writer, "SHARD_ROWS", 1)
+    parquet(
+        tmp_path / "set" / "train.parquet", [pick(0, 1.0) for _ in range(shards)] + [{**pick(1, 1.0), "caption": None}]
+    )
+    with pytest.raises(ValueError, match=r"train\.parquet"):
+        import_set("pickapic", str(tmp_path / "set"), str(tmp_path / "out"))
+    assert len(list((tmp_path / "out").glob("*.parquet"))) == shards
+    for load in (load_image_pairs, lambda path: load_dataset(path, path=local_pairs(path).path)):
+        with pytest.raises(
+            ValueError, match=r"out: the import into this folder is not finished\. Run its command again"
+        ):
+            load(str(tmp_path / "out"))
 
 
 def test_import_set_failed_before_the_first_shard_can_be_repeated(tmp_path: Path) -> None:
