@@ -14,6 +14,8 @@ from dpo_mm.sources.raw_rows import IMAGE_SUFFIXES, TABLE_SUFFIXES, Origin, open
 
 CONTENT_SUFFIXES = (".txt", ".caption", *(suffix for suffix in TABLE_SUFFIXES if suffix != ".parquet"))
 """Files that count by their bytes."""
+LARGEST_TABLE = 2**28
+"""Largest size of a table that `input_hash` reads, in bytes."""
 LONGEST_PATH = 1000
 """Longest text of a row that may be the path of an image, in characters."""
 
@@ -22,15 +24,15 @@ def input_hash(origin: Origin, media: Path, folders: Sequence[Path]) -> str:
     """Hash the files of an import.
 
     Folders count by the sizes and times of their files, because a large dataset would take long to read. A single table
-    counts with the images that it names, because other files next to it have nothing to do with it. A dataset on the hub
-    counts by its id alone.
+    counts with the images that it names, because other files next to it have nothing to do with it. A table of more than
+    LARGEST_TABLE counts by its size and time. A dataset on the hub counts by its id alone.
 
     Args:
         origin: the raw rows.
         media: folder of the images that rows name.
         folders: folders that the user gave. Empty: a single table, or a dataset on the hub.
     """
-    if not folders and len(origin.files) == 1:
+    if not folders and len(origin.files) == 1 and origin.files[0].stat().st_size <= LARGEST_TABLE:
         return content_hash(files_of_rows(origin, media))
     files = dict.fromkeys([*origin.files, *(file for folder in folders for file in _files_below(folder))])
     return content_hash({str(file.absolute()): _size_and_time(file) for file in files})

@@ -16,7 +16,7 @@ import pytest
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.doctor.loading import load_dataset
-from dpo_mm.sources import parquet_writer
+from dpo_mm.sources import input_files, parquet_writer
 from dpo_mm.sources import raw_rows as raw_rows_module
 from dpo_mm.sources.archives import ImageFiles, JoinedParts
 from dpo_mm.sources.importing import import_set
@@ -267,6 +267,17 @@ def test_import_set_image_of_a_folder_that_is_left_out_is_named(tmp_path: Path) 
     (tmp_path / "set" / "a" / "1.txt").write_text("a dot")
     result = import_set("captioned-images", str(tmp_path / "set"), str(tmp_path / "out"))
     assert result.examples == {"it has no caption": "a/2.png"}
+
+
+def test_input_hash_does_not_read_a_large_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text("not JSON")
+    origin = Origin(tmp_path, (tmp_path / "rows.jsonl",))
+    with pytest.raises(ValueError, match="row 0: not JSON"):
+        input_files.input_hash(origin, tmp_path, [])
+    monkeypatch.setattr(input_files, "LARGEST_TABLE", 7)
+    before = input_files.input_hash(origin, tmp_path, [])
+    (tmp_path / "rows.jsonl").write_text("not JSON either")
+    assert input_files.input_hash(origin, tmp_path, []) != before
 
 
 @pytest.mark.parametrize("shards", [0, 1])
