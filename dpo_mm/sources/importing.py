@@ -122,26 +122,26 @@ def import_set(
     media = media_folder(origin, media_dir)  # before the output is created
     if columns:
         check_columns(first_rows(origin), columns, path)
-    settings: dict[str, Any] = {
-        "source": source,
-        "path": path,
-        "split": split,
-        "axis": axis,
-        "min_score_gap": min_score_gap,
-    }
-    settings |= {"limit": limit, "license": license, "columns": dict(columns) if columns else None}
+    settings: dict[str, Any] = {"source": source, "path": path, "split": split, "axis": axis}
+    settings |= {"min_score_gap": min_score_gap, "limit": limit, "license": license}
+    settings |= {"columns": dict(columns) if columns else None, "media_dir": media_dir}
     folders = [Path(name) for name in (path, media_dir) if name and Path(name).is_dir()]
-    settings |= {"media_dir": media_dir, INPUT_HASH: input_hash or input_files.input_hash(origin, media, folders)}
+    settings |= {INPUT_HASH: input_hash or input_files.input_hash(origin, media, folders)}
     folder = Path(output)
     with open_import(folder, settings, inputs=[path, media_dir or ""], overwrite=overwrite) as state:
         if not state.complete:
             _write_rows(entry, origin, state, folder)
     if state.rows == 0:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in state.left_out.items()) or "the dataset has none"
-        first = state.examples.get(MISSING)
-        hint = f". The first is {first}. Give the folder of the images with --media-dir" if first else ""
-        raise ValueError(f"{path}: no row was imported ({reasons}){hint}")
+        raise ValueError(f"{path}: no row was imported {_why_none(state)}")
     return ImportResult(folder, state.rows, len(state.shards), state.preferences, state.left_out, state.examples)
+
+
+def _why_none(state: ImportState) -> str:
+    """Say why an import has no rows, and where the first missing image was looked for."""
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in state.left_out.items()) or "the dataset has none"
+    first = state.examples.get(MISSING)
+    hint = f". The first is {first}. Give the folder of the images with --media-dir" if first else ""
+    return f"({reasons}){hint}"
 
 
 def origin_of(source: str, path: str, *, split: str, axis: str | None = None) -> Origin:
