@@ -14,10 +14,10 @@ from PIL import Image
 
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response
-from dpo_mm.demo_address import LOCAL, Serving
-from dpo_mm.demo_server import QUIET, UPLOAD_LIMIT, DemoPage, escape, image_html, serve, uploaded_image
 from dpo_mm.evaluation.report import text_spans
 from dpo_mm.judges import explain
+from dpo_mm.pages.address import LOCAL, Serving
+from dpo_mm.pages.server import QUIET, UPLOAD_LIMIT, DemoPage, escape, image_html, serve, uploaded_image
 from dpo_mm.policies.families import load_text_policy
 from dpo_mm.policies.vlm.generation import response_token_log_probs, stream_response
 

@@ -15,8 +15,11 @@ from PIL import Image
 from dpo_mm.data.clips import clip_preview
 from dpo_mm.data.image_files import decode_image, encode_png
 from dpo_mm.data.row_paths import read_regular_file
-from dpo_mm.demo_address import LOCAL, Serving
-from dpo_mm.demo_server import (
+from dpo_mm.evaluation.saved_comparison import OUTCOMES, ImagePair, SavedComparison, bundled_models, load_comparison
+from dpo_mm.judges import JUDGES, load_judge, metric_of
+from dpo_mm.judges.score_checks import image_scores
+from dpo_mm.pages.address import LOCAL, Serving
+from dpo_mm.pages.server import (
     QUIET,
     SMALL_IMAGE,
     UPLOAD_LIMIT,
@@ -27,9 +30,6 @@ from dpo_mm.demo_server import (
     source_titles,
     uploaded_image,
 )
-from dpo_mm.evaluation.saved_comparison import OUTCOMES, ImagePair, SavedComparison, bundled_models, load_comparison
-from dpo_mm.judges import JUDGES, load_judge, metric_of
-from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.policies.families import load_image_policy
 
 BUNDLED_MODEL, BUNDLED_ADAPTER = "shapes-sd", "shapes-sd-faithful"

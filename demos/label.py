@@ -13,10 +13,16 @@ from typing import Any
 
 import gradio as gr
 
-from dpo_mm.demo_access import is_host, person_of
-from dpo_mm.demo_address import LOCAL, Serving
-from dpo_mm.demo_guard import session_of
-from dpo_mm.demo_label import (
+from dpo_mm.labels.agreement import krippendorff_alpha
+from dpo_mm.labels.annotators import MAX_NAME_LENGTH, annotator_name
+from dpo_mm.labels.export import model_ratings, preset_for, train_command
+from dpo_mm.labels.pair_set import PairSet
+from dpo_mm.labels.pairs import pair_digest
+from dpo_mm.labels.vote_training import SAMPLES, VOTES, TrainingPlan, VoteTraining
+from dpo_mm.pages.access import is_host, person_of
+from dpo_mm.pages.address import LOCAL, Serving
+from dpo_mm.pages.guard import session_of
+from dpo_mm.pages.label_page import (
     ANNOUNCE,
     CSS,
     FORGET_NAME,
@@ -33,13 +39,7 @@ from dpo_mm.demo_label import (
     ratings_html,
     training_html,
 )
-from dpo_mm.demo_server import QUIET, DemoPage, serve
-from dpo_mm.labels.agreement import krippendorff_alpha
-from dpo_mm.labels.annotators import MAX_NAME_LENGTH, annotator_name
-from dpo_mm.labels.export import model_ratings, preset_for, train_command
-from dpo_mm.labels.pair_set import PairSet
-from dpo_mm.labels.pairs import pair_digest
-from dpo_mm.labels.vote_training import SAMPLES, VOTES, TrainingPlan, VoteTraining
+from dpo_mm.pages.server import QUIET, DemoPage, serve
 
 TRAINING_SECONDS = 2
 """Seconds between two looks at the progress of a training."""

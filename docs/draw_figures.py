@@ -21,14 +21,14 @@ BLUE, RED, GREEN, GREY = "#1b6ca8", "#d1495b", "#2a9d6f", "#777777"
 REFERENCE = np.array([0.35, 0.30, 0.20, 0.10, 0.05])
 REWARDS = np.array([0.0, 1.0, 2.0, 1.0, 3.0])
 LAYERS = (
-    ("cli   demos", "commands and pages"),
+    ("cli   pages   demos", "commands and pages"),
     ("recipe", "mine, train and compare in one file"),
     ("training   mining   evaluation   labels", "a run, pairs, reports, votes"),
     ("policies   judges   sources   doctor", "models, scores, datasets, checks"),
     ("data", "rows and files"),
     ("objectives", "log-probs to losses, pure functions"),
     (
-        "worlds  config  errors  progress  resumable  assets",
+        "worlds  config  files  models  process  printing",
         "synthetic tasks, settings, helpers without imports from above",
     ),
 )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_mm.assets import presets_folder
-from dpo_mm.checksums import COMPLETE, saved_shards
 from dpo_mm.config import (
     CompareConfig,
     CompareResponsesConfig,
@@ -18,12 +17,13 @@ from dpo_mm.config import (
     MineResponsesConfig,
     TrainConfig,
 )
-from dpo_mm.config_parsing import config_from_mapping, known_names, overridden, read_yaml, with_field_names
+from dpo_mm.config.config_parsing import config_from_mapping, known_names, overridden, read_yaml, with_field_names
 from dpo_mm.errors import did_you_mean
-from dpo_mm.interruption import stop_on_signal
+from dpo_mm.files.checksums import COMPLETE, saved_shards
 from dpo_mm.mining.mine_result import MineResult
-from dpo_mm.printed_text import print_rows
-from dpo_mm.process_rank import process_rank
+from dpo_mm.printing.printed_text import print_rows
+from dpo_mm.process.interruption import stop_on_signal
+from dpo_mm.process.process_rank import process_rank
 
 if TYPE_CHECKING:
     from dpo_mm.evaluation.verdict import CompareResult
@@ -205,7 +205,7 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
     """
     from dpo_mm.evaluation.finished_comparison import COMPARISON
     from dpo_mm.evaluation.tables import print_result
-    from dpo_mm.outputs import refuse_foreign_folder
+    from dpo_mm.files.outputs import refuse_foreign_folder
     from dpo_mm.policies.vlm.served import check_server_settings
     from dpo_mm.training.run import train
     from dpo_mm.training.shared_work import wait_for_files
@@ -318,7 +318,7 @@ def compare(
     """
     from dpo_mm.evaluation.finished_comparison import COMPARISON, ingredients, read_result, saved_lines
     from dpo_mm.evaluation.side_sets import judges_of, side_configs, source_of
-    from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of
+    from dpo_mm.files.outputs import output_folder, refuse_foreign_folder, settings_of
     from dpo_mm.policies.vlm.served import check_server_settings
 
     folder = Path(config.output_dir)

@@ -30,10 +30,10 @@ from dpo_mm.evaluation.significance import LEVEL
 from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.tables import print_result
 from dpo_mm.evaluation.verdict import CompareResult, interval_text, run_summary
-from dpo_mm.interruption import stop_on_signal
-from dpo_mm.outputs import OutputKind, output_folder, write_results
-from dpo_mm.printed_text import print_rows
-from dpo_mm.process_rank import process_rank
+from dpo_mm.files.outputs import OutputKind, output_folder, write_results
+from dpo_mm.printing.printed_text import print_rows
+from dpo_mm.process.interruption import stop_on_signal
+from dpo_mm.process.process_rank import process_rank
 from dpo_mm.recipe import Recipe, check_recipe_judges, compare, mine
 from dpo_mm.training.builders import validate_config
 from dpo_mm.training.run import TrainResult, train
@@ -325,7 +325,7 @@ def _decisive(config: Any) -> dict[str, Any]:
 
 def _saved_rounds(folder: Path) -> str:
     """Describe the finished steps, for the message of an interruption."""
-    from dpo_mm.checksums import COMPLETE
+    from dpo_mm.files.checksums import COMPLETE
 
     names: Iterable[Path] = sorted(folder.glob(f"*-*/{COMPLETE}"))
     done = [path.parent.name for path in names]

@@ -31,7 +31,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
 
 def command_settings(kind: type[Any], path: str | None, section: str, flags: list[str]) -> dict[str, Any]:
     """Settings of a command: its section of a recipe, or all of a flat file. Flags override them."""
-    from dpo_mm.config_parsing import overridden, read_yaml, with_field_names
+    from dpo_mm.config.config_parsing import overridden, read_yaml, with_field_names
     from dpo_mm.recipe import step_settings
 
     values = step_settings(read_yaml(path), section, source=path) if path else {}
@@ -65,7 +65,7 @@ def train_settings(context: typer.Context, config: str | None) -> dict[str, Any]
 def train_config(context: typer.Context, config: str | None, **defaults: Any) -> Any:
     """Settings of a training run. `defaults` apply if neither file nor flags set them."""
     from dpo_mm.config import TrainConfig
-    from dpo_mm.config_parsing import config_from_mapping
+    from dpo_mm.config.config_parsing import config_from_mapping
     from dpo_mm.judges.working_folder import import_from_working_folder
 
     file, flags = file_and_flags(context, config)
@@ -79,7 +79,7 @@ def image_or_vlm_config(
 ) -> Any:
     """Settings of a command for image generators and vision-language models. The model decides which."""
     from dpo_mm.assets import resolve_asset
-    from dpo_mm.config_parsing import config_from_mapping
+    from dpo_mm.config.config_parsing import config_from_mapping
     from dpo_mm.judges.working_folder import import_from_working_folder
     from dpo_mm.policies.families import VLM_POLICY, policy_path_for
 

@@ -11,9 +11,9 @@ import typer
 
 from dpo_mm.cli.label import Overwrite
 from dpo_mm.cli.terminal import suppress_library_output
-from dpo_mm.demo_address import Serving
+from dpo_mm.config.setting_limits import resolve_precision
 from dpo_mm.errors import TrainingInterrupted
-from dpo_mm.setting_limits import resolve_precision
+from dpo_mm.pages.address import Serving
 
 demo = typer.Typer(no_args_is_help=True, help="Serve a page: label pairs, or compare models.")
 Port = Annotated[int | None, typer.Option(help="Port. Default: the first free one from 7860.")]
@@ -99,7 +99,7 @@ def demo_label(
     or with --people to those who have a link.
     """
     serving = _serving(host, port, people, allow_host, host_key=train is not None)
-    from dpo_mm.demo_server import load_page
+    from dpo_mm.pages.server import load_page
 
     if models:
         from dpo_mm.labels.fresh_samples import generate_samples
@@ -141,7 +141,7 @@ def _settings_of_training(file: str) -> dict[str, Any]:
     """Return the settings of a training run on votes. Raise ValueError if one is not valid or has no effect."""
     from dpo_mm.cli.command_settings import command_settings
     from dpo_mm.config import TrainConfig
-    from dpo_mm.config_parsing import config_from_mapping
+    from dpo_mm.config.config_parsing import config_from_mapping
 
     values = command_settings(TrainConfig, file, "train", [])
     config = config_from_mapping(TrainConfig, {"pairs": BUNDLED_PAIRS, **values, "output_dir": "run"}, source=file)
@@ -175,8 +175,8 @@ def demo_images(
     Both use the same prompt and seed. The page is served to this machine, or with --people to those who have a link.
     """
     serving = _serving(host, port, people, allow_host)
-    from dpo_mm.demo_server import load_page
     from dpo_mm.judges.working_folder import import_from_working_folder
+    from dpo_mm.pages.server import load_page
 
     import_from_working_folder(judges or ())
     with _end_quietly(), suppress_library_output():
@@ -214,8 +214,8 @@ def demo_captions(
     Both responses are shown next to the image. The page is served to this machine, or with --people to those who have a link.
     """
     serving = _serving(host, port, people, allow_host)
-    from dpo_mm.demo_server import load_page
     from dpo_mm.judges.working_folder import import_from_working_folder
+    from dpo_mm.pages.server import load_page
 
     import_from_working_folder(judge)
     with _end_quietly(), suppress_library_output():

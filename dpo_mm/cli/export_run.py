@@ -8,7 +8,7 @@ import typer
 
 from dpo_mm.cli.label import Overwrite
 from dpo_mm.cli.terminal import say, suppress_library_output
-from dpo_mm.printed_text import print_rows
+from dpo_mm.printing.printed_text import print_rows
 
 
 def export(

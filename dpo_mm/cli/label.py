@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpo_mm.cli.terminal import say
-from dpo_mm.printed_text import print_rows, quoted
+from dpo_mm.printing.printed_text import print_rows, quoted
 
 label = typer.Typer(no_args_is_help=True, help="Export votes, or rate models by them.")
 Overwrite = Annotated[

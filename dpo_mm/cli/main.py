@@ -27,8 +27,8 @@ from dpo_mm.cli.runs import runs
 from dpo_mm.cli.settings_help import SettingsCommand, commented_config
 from dpo_mm.cli.terminal import report_command, run_as_command, say, suppress_library_output
 from dpo_mm.errors import TrainingInterrupted, did_you_mean
-from dpo_mm.printed_text import print_rows, quoted
-from dpo_mm.process_rank import process_rank
+from dpo_mm.printing.printed_text import print_rows, quoted
+from dpo_mm.process.process_rank import process_rank
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(demo.demo, name="demo")
@@ -150,7 +150,7 @@ def import_(
     """
     from datasets import disable_progress_bars
 
-    from dpo_mm.config_parsing import parse_columns
+    from dpo_mm.config.config_parsing import parse_columns
     from dpo_mm.sources import SOURCES
     from dpo_mm.sources.importing import import_set
 
@@ -193,10 +193,10 @@ def doctor(
     from datasets import disable_progress_bars
     from rich.console import Console
 
-    from dpo_mm.config_parsing import parse_columns
+    from dpo_mm.config.config_parsing import parse_columns
     from dpo_mm.doctor import examine
     from dpo_mm.doctor.doctor_report import terminal_report, write_report
-    from dpo_mm.output_files import output_files, write_file
+    from dpo_mm.files.output_files import output_files, write_file
     from dpo_mm.sources import SOURCES
     from dpo_mm.sources.local_pairs import local_pairs
 
@@ -355,7 +355,7 @@ def relabel(context: typer.Context, pairs: Pairs) -> None:
     Settings are flags: --judges a,b,c --output relabelled.parquet. The old labels stay in the rows.
     """
     from dpo_mm.config import RelabelConfig
-    from dpo_mm.config_parsing import config_from_mapping
+    from dpo_mm.config.config_parsing import config_from_mapping
     from dpo_mm.judges.working_folder import import_from_working_folder
 
     settings = config_from_mapping(RelabelConfig, {"pairs": pairs, **parse_overrides(context.args)}, source="flags")

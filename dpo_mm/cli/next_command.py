@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_mm.printed_text import quoted
+from dpo_mm.printing.printed_text import quoted
 
 if TYPE_CHECKING:
     from dpo_mm.config import CompareConfig, CompareResponsesConfig, TrainConfig

@@ -8,7 +8,7 @@ import typer
 
 from dpo_mm.cli.command_settings import SETTINGS_AS_FLAGS, parse_overrides
 from dpo_mm.cli.terminal import report_command, suppress_library_output
-from dpo_mm.printed_text import print_rows
+from dpo_mm.printing.printed_text import print_rows
 
 
 def list_presets() -> None:
@@ -17,7 +17,7 @@ def list_presets() -> None:
     `recipe`, `train`, `mine` and `compare` accept them by name.
     """
     from dpo_mm.assets import presets_folder
-    from dpo_mm.config_parsing import read_yaml
+    from dpo_mm.config.config_parsing import read_yaml
 
     print_rows({file.stem: read_yaml(file)["title"] for file in sorted(presets_folder().glob("*.yaml"))})
 

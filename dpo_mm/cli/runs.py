@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpo_mm.cli.terminal import say
-from dpo_mm.printed_text import printable
+from dpo_mm.printing.printed_text import printable
 
 if TYPE_CHECKING:
-    from dpo_mm.run_list import RunList
+    from dpo_mm.cli.run_list import RunList
 
 MOST_COLUMNS = 6
 """Settings that the table shows at most."""
@@ -25,7 +25,7 @@ def runs(
 
     The columns are the settings in which they differ, their steps, and the newest comparison of each.
     """
-    from dpo_mm.run_list import list_runs
+    from dpo_mm.cli.run_list import list_runs
 
     listed = list_runs(folder)
     if as_json:
@@ -41,7 +41,7 @@ def _print_table(listed: RunList) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dpo_mm.run_list import shown
+    from dpo_mm.cli.run_list import shown
 
     differing = listed.differing()
     columns, rest = differing[:MOST_COLUMNS], differing[MOST_COLUMNS:]

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpo_mm.cache_folder import set_hub_cache
-from dpo_mm.interruption import stop_on_signal
-from dpo_mm.printed_text import printable
-from dpo_mm.process_rank import process_rank
+from dpo_mm.files.cache_folder import set_hub_cache
+from dpo_mm.printing.printed_text import printable
+from dpo_mm.process.interruption import stop_on_signal
+from dpo_mm.process.process_rank import process_rank
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class DPOConfig(TrainConfig):
     """
 
     def __init__(self, output_dir: str | Path, **settings: object) -> None:
-        from dpo_mm.config_parsing import config_from_mapping
+        from dpo_mm.config.config_parsing import config_from_mapping
 
         given = [name for name in OF_FILES if settings.get(name)]
         if given:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dpo_mm.config.setting_limits import Settings
 from dpo_mm.config.side_set_configs import SidePrompts
-from dpo_mm.setting_limits import Settings
 
 
 @dataclass(frozen=True)

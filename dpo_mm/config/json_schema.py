@@ -10,8 +10,8 @@ from typing import Any
 from dpo_mm.config.descriptions import describe_settings
 from dpo_mm.config.image_configs import CompareConfig, MineConfig
 from dpo_mm.config.response_configs import CompareResponsesConfig, MineResponsesConfig
+from dpo_mm.config.setting_limits import LIMITS
 from dpo_mm.config.train_config import TRAINER_NAMES, TrainConfig
-from dpo_mm.setting_limits import LIMITS
 
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
 PLAIN: dict[Any, dict[str, Any]] = {

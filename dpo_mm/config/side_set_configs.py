@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpo_mm.setting_limits import Settings
+from dpo_mm.config.setting_limits import Settings
 
 
 @dataclass(frozen=True)

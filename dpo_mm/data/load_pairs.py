@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_mm.data import image_files
 from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.schema import prompt_images
-from dpo_mm.resumable import explain_unwritten
+from dpo_mm.files.resumable import explain_unwritten
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.checksums import write_with_checksum
 from dpo_mm.errors import NoPairsError
-from dpo_mm.resumable import atomic_write
+from dpo_mm.files.checksums import write_with_checksum
+from dpo_mm.files.resumable import atomic_write
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

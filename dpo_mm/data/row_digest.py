@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.content_key import content_hash
 from dpo_mm.data.image_files import image_bytes
+from dpo_mm.files.content_key import content_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset

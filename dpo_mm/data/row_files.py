@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_mm.cache_folder import cache_folder, create_cache
-from dpo_mm.content_key import content_hash
 from dpo_mm.data.row_paths import confine_rows, is_regular, regular_files
-from dpo_mm.outputs import read_record
-from dpo_mm.resumable import atomic_write
+from dpo_mm.files.cache_folder import cache_folder, create_cache
+from dpo_mm.files.content_key import content_hash
+from dpo_mm.files.outputs import read_record
+from dpo_mm.files.resumable import atomic_write
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -24,7 +24,7 @@ from dpo_mm.doctor.duplicates import repeated_ids
 from dpo_mm.doctor.image_features import ImageFeatures, extract_features
 from dpo_mm.doctor.loading import batches, load_dataset
 from dpo_mm.doctor.shortcuts import MIN_GROUPS
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
 from dpo_mm.sources.local_pairs import LocalPairs, local_pairs
 
 CHECKS_OF_KIND = {"images": image_checks, "responses": response_checks}

@@ -16,8 +16,8 @@ from dpo_mm.doctor.checks import CHECKS, SEVERITIES, row_count_text
 from dpo_mm.doctor.image_features import extract_features
 from dpo_mm.doctor.loading import load_dataset, rows_by_id
 from dpo_mm.doctor.response_checks import text_of
-from dpo_mm.printed_text import printable
-from dpo_mm.resumable import atomic_write
+from dpo_mm.files.resumable import atomic_write
+from dpo_mm.printing.printed_text import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -15,7 +15,7 @@ from dpo_mm.doctor.image_features import FEATURES, ImageFeatures, extract_featur
 from dpo_mm.doctor.loading import LoadedDataset, Row, batches
 from dpo_mm.doctor.shortcuts import MIN_ACCURACY, run_regression_test, run_sign_test
 from dpo_mm.errors import name_row
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
 
 SHORTCUTS = {
     "resolution-shortcut": ("resolution", "aspect"),

@@ -16,7 +16,7 @@ from dpo_mm.doctor.image_features import ImageFeatures, extract_features
 from dpo_mm.doctor.loading import LoadedDataset, Row, batches
 from dpo_mm.doctor.shortcuts import run_sign_test
 from dpo_mm.errors import name_row
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
 
 FEATURES = ("length", "list items", "headings", "bold", "code", "lines", "refusal", "unfinished end")
 """Features of a response: logs of its length and of counts of markup. 1 for a refusal, 1 if it ends in a letter or digit."""

@@ -30,15 +30,15 @@ from dpo_mm.evaluation.verdict import (
     run_summary,
     run_verdict,
 )
+from dpo_mm.files.outputs import write_results
 from dpo_mm.judges import better_of, check_prompts, metric_of
 from dpo_mm.judges.provenance import order_judges, training_judges_of_adapter
-from dpo_mm.outputs import write_results
 from dpo_mm.policies.adapter_sources import name_base
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources
 from dpo_mm.policies.families import load_image_policy
 from dpo_mm.policies.protocol import ImagePolicy
-from dpo_mm.process_rank import process_rank
+from dpo_mm.process.process_rank import process_rank
 
 __all__ = ["CompareResult", "SamplingPlan", "ScoredImages", "compare_images", "sampling_plan"]
 

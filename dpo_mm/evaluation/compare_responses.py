@@ -31,14 +31,14 @@ from dpo_mm.evaluation.verdict import (
     run_summary,
     run_verdict,
 )
-from dpo_mm.json_lines import combine_parts
+from dpo_mm.files.json_lines import combine_parts
+from dpo_mm.files.outputs import write_results
 from dpo_mm.judges import better_of, explain, metric_of, take_judge_notes, takes_questions
 from dpo_mm.judges.provenance import built_pairs, order_judges, training_judges_of_adapter
-from dpo_mm.outputs import write_results
 from dpo_mm.policies.adapter_sources import name_base
 from dpo_mm.policies.families import load_text_policy
 from dpo_mm.policies.protocol import TextPolicy
-from dpo_mm.process_rank import process_rank
+from dpo_mm.process.process_rank import process_rank
 
 __all__ = ["ScoredResponses", "compare_responses", "generate_responses", "score_responses"]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.config import CompareConfig, CompareResponsesConfig, as_dict, default_settings
-from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.prompts import read_prompt_set
 from dpo_mm.data.questions import WORLDS, read_questions
 from dpo_mm.evaluation.compare_images import list_checkpoints
@@ -17,8 +16,9 @@ from dpo_mm.evaluation.response_sampling import RESPONSES_FILE
 from dpo_mm.evaluation.side_sets import judges_of, read_sets
 from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.verdict import CompareResult
+from dpo_mm.files.content_key import content_hash, library_versions
+from dpo_mm.files.outputs import OutputKind
 from dpo_mm.judges import judge_digests
-from dpo_mm.outputs import OutputKind
 from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.families import model_content
 
@@ -33,7 +33,7 @@ COMPARISON = OutputKind(
 
 
 def ingredients(config: CompareConfig | CompareResponsesConfig, sft_adapter: str | None = None) -> dict[str, Any]:
-    """Return what decides the result of a comparison, see `dpo_mm.content_key`.
+    """Return what decides the result of a comparison, see `dpo_mm.files.content_key`.
 
     Args:
         config: settings of the comparison.

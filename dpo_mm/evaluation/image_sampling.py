@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 
 from dpo_mm.config import CompareConfig
-from dpo_mm.content_key import check_ingredients, content_hash, library_versions, lora_scales, plain_settings
 from dpo_mm.data.lazy_images import LazyImages
 from dpo_mm.data.prompts import NO_SOURCES, category, item_name, read_prompt_set, seeds_of
 from dpo_mm.evaluation.image_statistics import ImageStatistics, image_statistics
 from dpo_mm.evaluation.image_store import NAMES, ImageFiles, ImageStore
+from dpo_mm.files.content_key import check_ingredients, content_hash, library_versions, lora_scales, plain_settings
 from dpo_mm.judges import judge_digests
 from dpo_mm.judges.score_checks import image_scores
 from dpo_mm.policies.diffusion.prompt_sources import images_to_edit
 from dpo_mm.policies.protocol import ImagePolicy
-from dpo_mm.process_rank import process_rank
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
+from dpo_mm.process.process_rank import process_rank
 
 JUDGE_BATCH_SIZE = 64
 """Images per call of a judge. Its scores are saved before the next call."""

@@ -26,10 +26,10 @@ from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.lazy_images import LazyImages
 from dpo_mm.data.row_paths import is_regular, read_regular_file, resolve_inside
 from dpo_mm.errors import name_row
-from dpo_mm.json_lines import append_lines, combine_parts, list_parts, own_part, read_lines, read_parts
-from dpo_mm.outputs import remove_stale_files
-from dpo_mm.process_rank import process_rank, wait_for_others
-from dpo_mm.resumable import atomic_write
+from dpo_mm.files.json_lines import append_lines, combine_parts, list_parts, own_part, read_lines, read_parts
+from dpo_mm.files.outputs import remove_stale_files
+from dpo_mm.files.resumable import atomic_write
+from dpo_mm.process.process_rank import process_rank, wait_for_others
 
 logger = logging.getLogger(__name__)
 

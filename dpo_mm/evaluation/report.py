@@ -36,7 +36,7 @@ from dpo_mm.evaluation.significance import LEVEL
 from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.sweep import RULE, SweepPoint, advice
 from dpo_mm.evaluation.tables import TONES, Row, is_rate, rows_of, terminal_table
-from dpo_mm.resumable import atomic_write
+from dpo_mm.files.resumable import atomic_write
 
 __all__ = [
     "Example",

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from dpo_mm.config import CompareResponsesConfig
-from dpo_mm.content_key import content_hash, content_key, library_versions, lora_scales
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
-from dpo_mm.json_lines import append_lines, own_part, read_parts
+from dpo_mm.files.content_key import content_hash, content_key, library_versions, lora_scales
+from dpo_mm.files.json_lines import append_lines, own_part, read_parts
 from dpo_mm.judges import is_pairwise, takes_questions
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.policies.vlm.served import Decoding, served_responses
-from dpo_mm.process_rank import process_rank, wait_for_others
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
+from dpo_mm.process.process_rank import process_rank, wait_for_others
 
 RESPONSES_FILE = "answers.jsonl"
 

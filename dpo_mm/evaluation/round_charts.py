@@ -16,7 +16,7 @@ from dpo_mm.evaluation.charts import INK, Chart, empty_figure, to_svg
 from dpo_mm.evaluation.response_sampling import RESPONSES_FILE
 from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.tables import is_rate
-from dpo_mm.json_lines import read_lines
+from dpo_mm.files.json_lines import read_lines
 
 
 class BeforeAfter(NamedTuple):

@@ -21,7 +21,7 @@ from scipy import stats
 
 from dpo_mm.evaluation.clusters import checked_scores, sign_votes, standard_error
 from dpo_mm.evaluation.significance import LEVEL, holm, rate_interval, sign_test
-from dpo_mm.notebook_html import table_with_head
+from dpo_mm.printing.notebook_html import table_with_head
 
 Direction = Literal["higher", "lower", "neutral"]
 Verdict = Literal["better", "no evidence", "worse", "differs"]

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from dpo_mm.evaluation.image_statistics import IMAGE_STATISTICS
 from dpo_mm.evaluation.statistics import BASE_AND_TUNED, Comparison
-from dpo_mm.printed_text import printable
-from dpo_mm.process_rank import process_rank
+from dpo_mm.printing.printed_text import printable
+from dpo_mm.process.process_rank import process_rank
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from dpo_mm.evaluation.statistics import BASE_AND_TUNED, LEVEL, SHOWN_COLUMNS, Comparison, interval_verdict
-from dpo_mm.notebook_html import escaped, table_with_head
+from dpo_mm.printing.notebook_html import escaped, table_with_head
 
 Overall = Literal["better", "no evidence", "worse", "differs", "over-optimised", "better here, worse elsewhere"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_mm.checksums import complete_files
-from dpo_mm.content_key import model_files_hash
 from dpo_mm.export.cards import export_card
 from dpo_mm.export.finished_run import read_run
 from dpo_mm.export.formats import FORMATS, check_format
-from dpo_mm.outputs import OutputKind, output_folder, write_results
+from dpo_mm.files.checksums import complete_files
+from dpo_mm.files.content_key import model_files_hash
+from dpo_mm.files.outputs import OutputKind, output_folder, write_results
 from dpo_mm.training.model_card import CARD
 
 RECORD_FILE = "export.json"

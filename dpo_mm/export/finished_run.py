@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_mm.assets import BUNDLED, resolve_asset
-from dpo_mm.checksums import COMPLETE, check_trained_files
+from dpo_mm.files.checksums import COMPLETE, check_trained_files
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE
 from dpo_mm.policies.adapter_sources import START_FOLDER
 from dpo_mm.policies.adapters import LORA_FILE

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_mm.checksums import COMPLETE
 from dpo_mm.errors import one_line
+from dpo_mm.files.checksums import COMPLETE
 from dpo_mm.policies.adapter_sources import HUB_ID
 
 NOT_UPLOADED = ["export.json", COMPLETE, ".*"]

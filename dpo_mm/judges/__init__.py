@@ -31,9 +31,9 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from dpo_mm.assets import recipes_folder
-from dpo_mm.content_key import content_hash
 from dpo_mm.data.schema import Response
 from dpo_mm.errors import did_you_mean
+from dpo_mm.files.content_key import content_hash
 from dpo_mm.judges.table import JUDGES, Better
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dpo_mm.data.image_files import to_rgb
 from dpo_mm.errors import did_you_mean
 from dpo_mm.judges.weights import in_batches, load_weights, shorten
-from dpo_mm.model_loading import load_module, load_part
+from dpo_mm.models.model_loading import load_module, load_part
 
 BATCH = 32
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

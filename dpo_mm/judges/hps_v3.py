@@ -34,7 +34,7 @@ from dpo_mm.judges.weights import (
     shorten,
     weights_card,
 )
-from dpo_mm.model_loading import check_report, load_part
+from dpo_mm.models.model_loading import check_report, load_part
 
 BATCH = 4
 BASE = "Qwen/Qwen2-VL-7B-Instruct"

@@ -16,16 +16,16 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dpo_mm.cache_folder import cache_folder, create_cache
-from dpo_mm.checksums import with_checksum, without_checksum
-from dpo_mm.content_key import content_key
 from dpo_mm.data.conversation import as_messages
 from dpo_mm.data.image_files import data_url
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
+from dpo_mm.files.cache_folder import cache_folder, create_cache
+from dpo_mm.files.checksums import with_checksum, without_checksum
+from dpo_mm.files.content_key import content_key
+from dpo_mm.files.resumable import atomic_write
 from dpo_mm.judges import JudgeName, LazyJudge, Ratio
-from dpo_mm.model_server import Completion, ModelServer, ServerError, check_server_url, run_requests
-from dpo_mm.resumable import atomic_write
+from dpo_mm.models.model_server import Completion, ModelServer, ServerError, check_server_url, run_requests
 
 FOLDER = "judge_replies"
 AT_ONCE, TIMEOUT_S = 8, 600.0
@@ -207,7 +207,7 @@ def parse_preference(text: str) -> str | None:
 
 
 def reply_key(model: str, conversation: Sequence[dict[str, Any]]) -> str:
-    """Return the key of a reply, see `dpo_mm.content_key`."""
+    """Return the key of a reply, see `dpo_mm.files.content_key`."""
     return content_key("reply of a judge", {"model": model, "messages": list(conversation), "sampling": SAMPLING})
 
 

@@ -26,14 +26,15 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 
-from dpo_mm.checksums import all_intact, missing_shards, saved_shards, write_with_checksum
 from dpo_mm.config import RelabelConfig
-from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import rgb_image
 from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.data.row_digest import digest
-from dpo_mm.interruption import stop_on_signal
+from dpo_mm.files.checksums import all_intact, missing_shards, saved_shards, write_with_checksum
+from dpo_mm.files.content_key import library_versions
+from dpo_mm.files.output_files import output_files, write_file
+from dpo_mm.files.outputs import output_folder, settings_of
 from dpo_mm.judges import (
     check_outputs,
     is_pairwise,
@@ -45,9 +46,8 @@ from dpo_mm.judges import (
 )
 from dpo_mm.judges.score_checks import score_pairs
 from dpo_mm.judges.scoring import SCORING, check_sources, scored_columns
-from dpo_mm.output_files import output_files, write_file
-from dpo_mm.outputs import output_folder, settings_of
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
+from dpo_mm.process.interruption import stop_on_signal
 from dpo_mm.sources.local_pairs import load_image_pairs
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _relabel(rows: Dataset, scores: np.ndarray, config: RelabelConfig) -> Relabe
 
 
 def ingredients(config: RelabelConfig, rows: Dataset) -> dict[str, Any]:
-    """Return what decides the scores of a dataset, see `dpo_mm.content_key`. The rule for labels does not."""
+    """Return what decides the scores of a dataset, see `dpo_mm.files.content_key`. The rule for labels does not."""
     return {
         "settings": {name: getattr(config, name) for name in ("pairs", "shard_size")},
         "images": digest(rows.select_columns(scored_columns(config.judges))),

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from dpo_mm.checksums import all_intact, missing_shards, saved_shards, write_with_checksum
 from dpo_mm.config import JudgeConfig
-from dpo_mm.content_key import content_hash, file_hash, library_versions
 from dpo_mm.data.image_files import decode_image, image_bytes, rgb_image
 from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.load_pairs import source_counts
@@ -27,12 +25,14 @@ from dpo_mm.data.row_digest import digest
 from dpo_mm.data.row_paths import MARK, is_regular
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.data.text_files import read_lines
-from dpo_mm.interruption import stop_on_signal
+from dpo_mm.files.checksums import all_intact, missing_shards, saved_shards, write_with_checksum
+from dpo_mm.files.content_key import content_hash, file_hash, library_versions
+from dpo_mm.files.output_files import output_files, write_file
+from dpo_mm.files.outputs import OutputKind, output_folder, settings_of
 from dpo_mm.judges import check_outputs, judge_card, judge_digests, load_judge, takes_sources
 from dpo_mm.judges.score_checks import image_scores
-from dpo_mm.output_files import output_files, write_file
-from dpo_mm.outputs import OutputKind, output_folder, settings_of
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
+from dpo_mm.process.interruption import stop_on_signal
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,7 +111,7 @@ def _score(config: JudgeConfig, images: Sequence[ImageToScore], rows: Dataset | 
 
 
 def ingredients(config: JudgeConfig, images: Sequence[ImageToScore], rows: Dataset | None) -> dict[str, Any]:
-    """Return what decides the scores of images, see `dpo_mm.content_key`."""
+    """Return what decides the scores of images, see `dpo_mm.files.content_key`."""
     if rows is not None:
         content = digest(rows.select_columns(scored_columns([config.judge])))
     else:

@@ -22,7 +22,7 @@ from PIL import Image
 from dpo_mm.data.image_files import to_rgb
 from dpo_mm.judges import JudgeName, LazyJudge
 from dpo_mm.judges.weights import cached_file, device, in_batches, sha256, shorten
-from dpo_mm.model_loading import load_module, load_part
+from dpo_mm.models.model_loading import load_module, load_part
 
 BATCH = 8
 YES_NO_TEMPLATE = 'Does this figure show "{prompt}"? Please answer Yes or No.'

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dpo_mm.cache_folder import cache_folder
+from dpo_mm.files.cache_folder import cache_folder
 from dpo_mm.judges import JudgeName
 
 T = TypeVar("T")

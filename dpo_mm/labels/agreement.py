@@ -14,7 +14,7 @@ from itertools import combinations
 import numpy as np
 
 from dpo_mm.labels.store import Vote
-from dpo_mm.printed_text import counted
+from dpo_mm.printing.printed_text import counted
 
 REPLICATES = 2000
 MIN_DOUBLE_PAIRS = 10

@@ -19,14 +19,14 @@ from dpo_mm.data.load_pairs import has_source_lists
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.data.schema import image_preference, make_image_rows, make_response_rows, response_preference
 from dpo_mm.errors import did_you_mean, name_row
+from dpo_mm.files.output_files import output_files, write_file
 from dpo_mm.labels.agreement import agreement, krippendorff_alpha
 from dpo_mm.labels.pairs import file_bytes, models_of, open_pairs, pair_digest
 from dpo_mm.labels.ratings import Rating, rate_models
 from dpo_mm.labels.response_pairs import is_response, labelled_response
 from dpo_mm.labels.store import Vote, VoteReader, source_of
 from dpo_mm.labels.vote_formats import FORMATS
-from dpo_mm.output_files import output_files, write_file
-from dpo_mm.printed_text import counted, quoted
+from dpo_mm.printing.printed_text import counted, quoted
 
 if TYPE_CHECKING:
     from datasets import Dataset

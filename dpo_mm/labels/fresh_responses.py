@@ -15,9 +15,9 @@ from dpo_mm.data.image_files import image_bytes
 from dpo_mm.data.load_pairs import decode_prompt_images
 from dpo_mm.data.parquet import write_rows
 from dpo_mm.data.schema import Response, make_response_rows, prompt_images, response_preference
-from dpo_mm.interruption import stop_on_signal
 from dpo_mm.policies.families import load_text_policy
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
+from dpo_mm.process.interruption import stop_on_signal
 
 if TYPE_CHECKING:
     from datasets import Dataset

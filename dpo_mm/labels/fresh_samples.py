@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.checksums import is_intact, write_complete, write_with_checksum
-from dpo_mm.content_key import file_hash, library_versions
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.prompts import PromptSpec, read_prompt_set, seeds_of
-from dpo_mm.interruption import stop_on_signal
-from dpo_mm.outputs import OutputKind, output_folder, settings_of
+from dpo_mm.files.checksums import is_intact, write_complete, write_with_checksum
+from dpo_mm.files.content_key import file_hash, library_versions
+from dpo_mm.files.outputs import OutputKind, output_folder, settings_of
 from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources, images_to_edit
 from dpo_mm.policies.families import load_image_policy, model_content
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
+from dpo_mm.process.interruption import stop_on_signal
 
 SAMPLES = OutputKind("samples.json", "generated", flag="samples_dir", parts=("*",))
 BATCH = 8
@@ -94,7 +94,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def ingredients(models: Sequence[str], prompts: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what decides the images, see `dpo_mm.content_key`."""
+    """Return what decides the images, see `dpo_mm.files.content_key`."""
     files = {model: [model_content(part) for part in model.split("+") if part] for model in models}
     return {"settings": settings, "models": files, "prompts": list(prompts), "libraries": library_versions()}
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from dpo_mm.errors import TrainingInterrupted, one_line
-from dpo_mm.interruption import stop_on_signal
 from dpo_mm.labels.vote_training import (
     CHECKPOINTS,
     LABELS,
@@ -28,6 +27,7 @@ from dpo_mm.labels.vote_training import (
     read_record,
     write_record,
 )
+from dpo_mm.process.interruption import stop_on_signal
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,7 +76,7 @@ def train_config(plan: TrainingPlan, folder: Path) -> TrainConfig:
         ValueError: if a setting is not valid.
     """
     from dpo_mm.config import TrainConfig
-    from dpo_mm.config_parsing import config_from_mapping
+    from dpo_mm.config.config_parsing import config_from_mapping
 
     own = {"pairs": str(folder / LABELS), "output_dir": str(folder / RUN)}
     config = config_from_mapping(TrainConfig, {**plan.settings, **own}, source="the settings of --train")
@@ -88,7 +88,7 @@ def train_config(plan: TrainingPlan, folder: Path) -> TrainConfig:
 
 def _train(plan: TrainingPlan, folder: Path) -> None:
     from dpo_mm.judges.working_folder import import_from_working_folder
-    from dpo_mm.printed_text import print_rows
+    from dpo_mm.printing.printed_text import print_rows
     from dpo_mm.training.run import train
 
     config = train_config(plan, folder)
@@ -97,10 +97,10 @@ def _train(plan: TrainingPlan, folder: Path) -> None:
 
 
 def _sample(plan: TrainingPlan, folder: Path) -> None:
+    from dpo_mm.config.setting_limits import resolve_precision
     from dpo_mm.labels.fresh_responses import generate_response_pairs
     from dpo_mm.labels.fresh_samples import generate_samples
     from dpo_mm.labels.pairs import open_pairs
-    from dpo_mm.setting_limits import resolve_precision
 
     config, rows, run = train_config(plan, folder), open_pairs(plan.pairs), str(folder / RUN)
     common: dict[str, Any] = {"seed": int(folder.name), "precision": resolve_precision(config.precision)}

@@ -28,10 +28,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dpo_mm.files.resumable import atomic_write
 from dpo_mm.labels.export import tally
 from dpo_mm.labels.store import VoteReader
-from dpo_mm.printed_text import counted
-from dpo_mm.resumable import atomic_write
+from dpo_mm.printing.printed_text import counted
 
 LOCK, PLAN, STAGE, STOP, OFFERED = "job.lock", "plan.json", "stage.json", "stop", "offered"
 LABELS, RUN, SAMPLES, VOTES, OUTPUT = "labels.parquet", "tuned", "samples", "votes.sqlite", "output.txt"

@@ -17,23 +17,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dpo_mm.checksums import all_intact, missing_shards
 from dpo_mm.config import MineConfig, MineResponsesConfig, as_dict, default_settings
-from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.lazy_images import source_column
 from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.prompts import PromptSpec, read_prompt_set, seeds_of
 from dpo_mm.data.schema import image_preference, make_image_rows
+from dpo_mm.files.checksums import all_intact, missing_shards
+from dpo_mm.files.content_key import content_hash, library_versions
+from dpo_mm.files.outputs import OutputKind, output_folder, refuse_foreign_folder, settings_of, write_results
 from dpo_mm.judges import check_prompts, judge_digests
 from dpo_mm.judges.score_checks import higher_is_better_scores
-from dpo_mm.outputs import OutputKind, output_folder, refuse_foreign_folder, settings_of, write_results
 from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources, images_to_edit
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.policies.protocol import ImagePolicy
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _mine_shards(shards: Sequence[Sequence[PromptSpec]], paths: Sequence[Path], 
 
 
 def ingredients(config: MineConfig, prompts: Sequence[PromptSpec]) -> dict[str, Any]:
-    """Return what decides the mined pairs, see `dpo_mm.content_key`."""
+    """Return what decides the mined pairs, see `dpo_mm.files.content_key`."""
     return {
         "settings": as_dict(config),
         "model": model_content(config.model, revision=config.revision),

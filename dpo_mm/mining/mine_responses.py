@@ -17,24 +17,24 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.checksums import all_intact, missing_shards, saved_shards
 from dpo_mm.config import MineResponsesConfig, as_dict
-from dpo_mm.content_key import content_hash, library_versions
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response, make_response_rows, response_preference
-from dpo_mm.interruption import StopRequest, complete_part, stop_on_signal
+from dpo_mm.files.checksums import all_intact, missing_shards, saved_shards
+from dpo_mm.files.content_key import content_hash, library_versions
+from dpo_mm.files.outputs import output_folder, refuse_foreign_folder, settings_of, write_results
 from dpo_mm.judges import better_of, correct, explain, is_pairwise, judge_digests, take_judge_notes, takes_questions
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.judges.text import truncate_repetition
 from dpo_mm.mining.mine_images import MINING
-from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of, write_results
 from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.families import load_text_policy, model_content
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.policies.vlm.served import Decoding, check_server_settings, served_responses
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
+from dpo_mm.process.interruption import StopRequest, complete_part, stop_on_signal
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def _mine(config: MineResponsesConfig, questions: Sequence[Question]) -> None:
 
 
 def ingredients(config: MineResponsesConfig, questions: Sequence[Question]) -> dict[str, Any]:
-    """Return what decides the mined pairs, see `dpo_mm.content_key`. A batch draws its samples with one seed."""
+    """Return what decides the mined pairs, see `dpo_mm.files.content_key`. A batch draws its samples with one seed."""
     sampled = config.responses_per_question > 1 and not config.server
     return {
         "settings": as_dict(config) | ({"batch_size of sampling": config.batch_size} if sampled else {}),

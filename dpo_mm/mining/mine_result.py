@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_mm.notebook_html import table_of_values
-from dpo_mm.printed_text import quoted
+from dpo_mm.printing.notebook_html import table_of_values
+from dpo_mm.printing.printed_text import quoted
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.checksums import all_intact, missing_shards
 from dpo_mm.config import MineConfig, as_dict
-from dpo_mm.content_key import library_versions
 from dpo_mm.data.image_files import encode_png, image_bytes, rgb_image
 from dpo_mm.data.lazy_images import LazyImages, lazy_images, source_cells, source_column
 from dpo_mm.data.load_pairs import has_source_lists
@@ -20,14 +18,16 @@ from dpo_mm.data.parquet import combine_shards, write_rows
 from dpo_mm.data.prompts import seeds_of
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import image_preference, make_image_rows
+from dpo_mm.files.checksums import all_intact, missing_shards
+from dpo_mm.files.content_key import library_versions
+from dpo_mm.files.outputs import output_folder, refuse_foreign_folder, settings_of, write_results
 from dpo_mm.mining.mine_images import MINING
-from dpo_mm.outputs import output_folder, refuse_foreign_folder, settings_of, write_results
 from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources, images_to_edit
 from dpo_mm.policies.families import load_image_policy, model_content
 from dpo_mm.policies.protocol import ImagePolicy
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
 from dpo_mm.sources.local_pairs import load_image_pairs
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dpo_mm.model_checks import check_finite_tensors, check_folder, check_safetensors, read_config
+from dpo_mm.models.model_checks import check_finite_tensors, check_folder, check_safetensors, read_config
 
 ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 METADATA = "lora_adapter_metadata"

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from dpo_mm.assets import resolve_asset
-from dpo_mm.content_key import file_hash, model_files_hash
+from dpo_mm.files.content_key import file_hash, model_files_hash
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE, ADAPTER_WEIGHTS
 from dpo_mm.policies.adapters import LORA_FILE
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
-from dpo_mm.model_checks import HEADER_BYTES, check_safetensors, name_model
+from dpo_mm.models.model_checks import HEADER_BYTES, check_safetensors, name_model
 from dpo_mm.policies.adapter_checks import check_diffusers_lora, check_peft_adapter
 from dpo_mm.policies.lora_layers import FROZEN, TRAINED, merge_diffusers, train_attached
 

@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from dpo_mm.assets import resolve_asset
-from dpo_mm.checksums import check_trained_files
-from dpo_mm.content_key import model_files_hash
-from dpo_mm.model_checks import SAVE_AGAIN, check_finite, check_folder, name_model, read_config
+from dpo_mm.files.checksums import check_trained_files
+from dpo_mm.files.content_key import model_files_hash
+from dpo_mm.models.model_checks import SAVE_AGAIN, check_finite, check_folder, name_model, read_config
+from dpo_mm.models.quantization import check_quantize
 from dpo_mm.policies.adapter_sources import find_adapter
 from dpo_mm.policies.adapters import pipeline_modules
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 from dpo_mm.policies.single_file import config_folder, converted_folder, is_single_file, single_file_content
-from dpo_mm.quantization import check_quantize
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpo_mm.policies.diffusion.stable_diffusion:StableDiffusion",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from dpo_mm.content_key import content_hash, plain_settings
-from dpo_mm.model_checks import name_model
+from dpo_mm.files.content_key import content_hash, plain_settings
+from dpo_mm.models.model_checks import name_model
 from dpo_mm.policies.adapters import pipeline_modules
 from dpo_mm.policies.families import check_policy, pipeline_family, text_family
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from dpo_mm.quantization import is_quantized
+from dpo_mm.models.quantization import is_quantized
 
 TRAINED, FROZEN = "default", "reference"
 """Names of the adapter that trains and of its frozen copy."""

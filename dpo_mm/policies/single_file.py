@@ -12,10 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.cache_folder import cache_folder, create_cache
-from dpo_mm.content_key import content_hash, file_hash, library_versions
-from dpo_mm.model_checks import check_safetensors, name_model, read_config
-from dpo_mm.resumable import explain_unwritten, temporary_path
+from dpo_mm.files.cache_folder import cache_folder, create_cache
+from dpo_mm.files.content_key import content_hash, file_hash, library_versions
+from dpo_mm.files.resumable import explain_unwritten, temporary_path
+from dpo_mm.models.model_checks import check_safetensors, name_model, read_config
 
 UNET_KEY = "model.diffusion_model.input_blocks.0.0.weight"
 SDXL_KEY = "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"

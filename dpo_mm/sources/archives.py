@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from dpo_mm.data.row_paths import is_regular, read_regular_file
-from dpo_mm.resumable import explain_unwritten, temporary_path
+from dpo_mm.files.resumable import explain_unwritten, temporary_path
 
 ARCHIVE = re.compile(
     r"(?P<name>.+\.(?P<kind>tar\.gz|tgz|tar|zip))(?:\.?(?:part|z)?[-_.]?[0-9a-z]{1,5})?$", re.IGNORECASE

@@ -14,7 +14,7 @@ from dpo_mm.data.row_files import IMPORT_STATE
 from dpo_mm.data.row_sides import has_one_image, row_with_sides
 from dpo_mm.data.schema import REQUIRED
 from dpo_mm.data.text_files import table_suffix
-from dpo_mm.outputs import read_record
+from dpo_mm.files.outputs import read_record
 from dpo_mm.sources import SOURCES
 from dpo_mm.sources.pair_folders import KOHYA_FOLDERS, TWO_FOLDERS, FolderPair, folder_pairs
 from dpo_mm.sources.raw_rows import (

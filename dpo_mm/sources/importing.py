@@ -19,8 +19,8 @@ from dpo_mm.data.lazy_images import source_cells, source_column
 from dpo_mm.data.schema import image_preference, response_preference
 from dpo_mm.data.several_captions import CAPTIONS, split_captions
 from dpo_mm.errors import did_you_mean, name_row
-from dpo_mm.interruption import stop_on_signal
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
+from dpo_mm.process.interruption import stop_on_signal
 from dpo_mm.sources import SOURCES, Source, fine_tuning_sets, input_files
 from dpo_mm.sources.archives import ImageFiles
 from dpo_mm.sources.input_files import LONGEST_PATH

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.content_key import content_hash, file_hash
 from dpo_mm.data.text_files import table_suffix
+from dpo_mm.files.content_key import content_hash, file_hash
 from dpo_mm.sources.archives import ARCHIVE
 from dpo_mm.sources.raw_rows import IMAGE_SUFFIXES, TABLE_SUFFIXES, Origin, open_raw_parquet, raw_rows
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_mm import __version__
 from dpo_mm.assets import BUNDLED, resolve_asset
-from dpo_mm.cache_folder import cache_folder, create_cache
-from dpo_mm.content_key import content_hash
 from dpo_mm.data.schema import load_pairs
+from dpo_mm.files.cache_folder import cache_folder, create_cache
+from dpo_mm.files.content_key import content_hash
 from dpo_mm.sources import SOURCES
 from dpo_mm.sources.detect import SPLIT, Detected, detect_source
 from dpo_mm.sources.importing import ImportResult, import_set, media_folder, origin_of

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_mm.content_key import file_hash
 from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.parquet import PAGE_CHECKSUMS
 from dpo_mm.data.row_files import IMPORT_STATE
 from dpo_mm.errors import name_row
-from dpo_mm.outputs import LOCK, RECORDS, OutputKind, lock_output, read_record, refuse_foreign_folder
-from dpo_mm.resumable import atomic_write, explain_unwritten, set_aside, temporary_path
+from dpo_mm.files.content_key import file_hash
+from dpo_mm.files.outputs import LOCK, RECORDS, OutputKind, lock_output, read_record, refuse_foreign_folder
+from dpo_mm.files.resumable import atomic_write, explain_unwritten, set_aside, temporary_path
 from dpo_mm.sources.raw_rows import ORIGIN
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
-from dpo_mm.resumable import explain_unwritten
+from dpo_mm.files.resumable import explain_unwritten
 from dpo_mm.sources.image_pair_sets import group_of
 from dpo_mm.sources.parquet_writer import Item, LeftOut, Row
 from dpo_mm.sources.raw_rows import ORIGIN, name_raw_row

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_mm.checksums import COMPLETE, FIELD
-from dpo_mm.content_key import content_hash
-from dpo_mm.resumable import explain_unwritten, temporary_path
+from dpo_mm.files.checksums import COMPLETE, FIELD
+from dpo_mm.files.content_key import content_hash
+from dpo_mm.files.resumable import explain_unwritten, temporary_path
 
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSORS = "tensors.json"

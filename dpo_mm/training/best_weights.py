@@ -10,13 +10,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dpo_mm.checksums import what_is_wrong, write_checksums
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
+from dpo_mm.files.checksums import what_is_wrong, write_checksums
+from dpo_mm.files.resumable import explain_unwritten
 from dpo_mm.judges import better_of
 from dpo_mm.policies.protocol import Modality, Policy
-from dpo_mm.process_rank import process_rank
-from dpo_mm.resumable import explain_unwritten
+from dpo_mm.process.process_rank import process_rank
 from dpo_mm.training.objective_settings import is_fine_tuning
 from dpo_mm.training.samples import METRIC
 

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from dpo_mm import objectives
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
+from dpo_mm.models.quantization import check_quantize
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.adapters import check_lora_format
 from dpo_mm.policies.diffusion.random_draws import TIMESTEP_DISTRIBUTIONS
@@ -25,7 +26,6 @@ from dpo_mm.policies.families import load_policy, policy_class
 from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
 from dpo_mm.policies.start_adapter import check_start, start_from
 from dpo_mm.policies.vlm.model_files import PIXEL_LIMITS
-from dpo_mm.quantization import check_quantize
 from dpo_mm.training.auto_beta import AUTO
 from dpo_mm.training.best_weights import validate_best_weights
 from dpo_mm.training.objective_settings import is_fine_tuning, objective_names, required_inputs, takes_beta

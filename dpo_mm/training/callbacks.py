@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from dpo_mm.interruption import StopRequest
-from dpo_mm.progress import Advance
+from dpo_mm.printing.progress import Advance
+from dpo_mm.process.interruption import StopRequest
 from dpo_mm.training.reference import TrackingReference
 
 logger = logging.getLogger(__name__)

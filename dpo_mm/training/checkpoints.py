@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from dpo_mm.checksums import COMPLETE, complete_files, remove_unchanged_files, what_is_wrong
 from dpo_mm.config import TrainConfig, as_dict, default_settings
-from dpo_mm.resumable import explain_unwritten, set_aside
+from dpo_mm.files.checksums import COMPLETE, complete_files, remove_unchanged_files, what_is_wrong
+from dpo_mm.files.resumable import explain_unwritten, set_aside
 from dpo_mm.training.samples import free_sample_settings
 from dpo_mm.training.tracking import TRACKING_SETTINGS
 
@@ -179,7 +179,7 @@ def check_same_content(
 
     Args:
         checkpoint: folder, for the error.
-        before: ingredients of a training run (`dpo_mm.content_key`) by name, from the checkpoint.
+        before: ingredients of a training run (`dpo_mm.files.content_key`) by name, from the checkpoint.
         content: those of this run, possibly not all of them.
         config: settings of this run, for the error.
 

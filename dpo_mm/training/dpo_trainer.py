@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_mm.checksums import complete_files
 from dpo_mm.config.dpo_config import DPOConfig
-from dpo_mm.outputs import refuse_foreign_folder
+from dpo_mm.files.checksums import complete_files
+from dpo_mm.files.outputs import refuse_foreign_folder
 from dpo_mm.policies.given_models import check_processing_class, given_name, is_pipeline
 from dpo_mm.training.checkpoints import move_into_place
 from dpo_mm.training.given_inputs import GivenInputs

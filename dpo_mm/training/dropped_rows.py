@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dpo_mm.data.load_pairs import UndecodableImageError
-from dpo_mm.resumable import explain_unwritten
+from dpo_mm.files.resumable import explain_unwritten
 from dpo_mm.training.coupled_rows import CoupledRows
 from dpo_mm.training.response_rows import QUARANTINE, StreamedRows
 

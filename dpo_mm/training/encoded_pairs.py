@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_mm.checksums import COMPLETE, without_checksum
+from dpo_mm.files.checksums import COMPLETE, without_checksum
 from dpo_mm.policies.diffusion.row_variants import ALL_CAPTIONS, EMPTY_PROMPT
 from dpo_mm.training.arrow_shards import Part, Shards
 

@@ -16,10 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from PIL import ImageOps
 
-from dpo_mm.cache_folder import cache_folder, create_cache
-from dpo_mm.checksums import COMPLETE, saved_shards, with_checksum
 from dpo_mm.config import TrainConfig
-from dpo_mm.content_key import content_hash, content_key, library_versions
 from dpo_mm.data.clips import check_clip_width, clip_frames, clip_image
 from dpo_mm.data.load_pairs import (
     Pairs,
@@ -31,15 +28,18 @@ from dpo_mm.data.load_pairs import (
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.several_captions import CAPTIONS, has_captions, texts_of
 from dpo_mm.errors import name_row
-from dpo_mm.interruption import stop_on_signal
+from dpo_mm.files.cache_folder import cache_folder, create_cache
+from dpo_mm.files.checksums import COMPLETE, saved_shards, with_checksum
+from dpo_mm.files.content_key import content_hash, content_key, library_versions
+from dpo_mm.files.resumable import atomic_write
 from dpo_mm.policies.diffusion.buckets import bucket_for, buckets_of
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.diffusion.prompt_sources import source_name
 from dpo_mm.policies.diffusion.row_variants import FLIPPED
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
-from dpo_mm.process_rank import ProcessRank, process_rank
-from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import atomic_write
+from dpo_mm.printing.progress import progress_bar
+from dpo_mm.process.interruption import stop_on_signal
+from dpo_mm.process.process_rank import ProcessRank, process_rank
 from dpo_mm.training import arrow_shards
 from dpo_mm.training.coupled_rows import CoupledRows
 from dpo_mm.training.encoded_pairs import EncodedPairs, read_complete

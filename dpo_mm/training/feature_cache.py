@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_mm.cache_folder import create_cache
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.load_pairs import UndecodableImageError
+from dpo_mm.files.cache_folder import create_cache
 from dpo_mm.policies.protocol import TextPolicy
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
 from dpo_mm.training.arrow_shards import check_disk
 from dpo_mm.training.dropped_rows import DroppedRows
 from dpo_mm.training.pair_stream import lengths_of

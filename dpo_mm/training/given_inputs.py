@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.content_key import content_hash
+from dpo_mm.files.content_key import content_hash
 from dpo_mm.policies.adapter_sources import find_adapter
 from dpo_mm.policies.diffusion.text_encoder_lora import select_encoders
 from dpo_mm.policies.families import pipeline_family, text_family

@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_mm.cache_folder import cache_folder, create_cache
 from dpo_mm.config import TrainConfig
-from dpo_mm.content_key import content_hash
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import check_pairs, check_responses
+from dpo_mm.files.cache_folder import cache_folder, create_cache
+from dpo_mm.files.content_key import content_hash
+from dpo_mm.files.resumable import atomic_write
 from dpo_mm.policies.protocol import Modality
-from dpo_mm.resumable import atomic_write
 from dpo_mm.sources.detect import has_own_columns
 from dpo_mm.sources.local_pairs import local_pairs
 from dpo_mm.training.training_rows import TrainingRows, open_local, rows_with_sides

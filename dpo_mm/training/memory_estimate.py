@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
+from dpo_mm.models.quantization import LARGE_ENCODER, PACKAGES
 from dpo_mm.policies.adapters import pipeline_modules
 from dpo_mm.policies.diffusion.text_encoder_lora import trained_model
 from dpo_mm.policies.protocol import ImagePolicy, Policy
 from dpo_mm.policies.vlm.architecture import unquantized_modules
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
-from dpo_mm.quantization import LARGE_ENCODER, PACKAGES
 from dpo_mm.training.arrow_shards import gib
 from dpo_mm.training.encoding import images_per_batch, sample_bytes
 from dpo_mm.training.meta_execution import CudaRules, MixedMetaMode, run_backward

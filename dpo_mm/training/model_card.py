@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dpo_mm.assets import BUNDLED, resolve_asset
-from dpo_mm.checksums import complete_files, write_complete
 from dpo_mm.config import TrainConfig
-from dpo_mm.content_key import file_hash
+from dpo_mm.files.checksums import complete_files, write_complete
+from dpo_mm.files.content_key import file_hash
+from dpo_mm.files.resumable import atomic_write
 from dpo_mm.judges.provenance import CARD_KEY, training_judges_of, training_judges_of_adapter
 from dpo_mm.policies.start_adapter import is_stacked
-from dpo_mm.resumable import atomic_write
 from dpo_mm.training.objective_settings import is_fine_tuning
 
 if TYPE_CHECKING:

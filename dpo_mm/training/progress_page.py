@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dpo_mm.checksums import write_with_checksum
 from dpo_mm.config import TrainConfig
-from dpo_mm.notebook_html import escaped, table_of_values
-from dpo_mm.process_rank import process_rank
+from dpo_mm.files.checksums import write_with_checksum
+from dpo_mm.printing.notebook_html import escaped, table_of_values
+from dpo_mm.process.process_rank import process_rank
 from dpo_mm.training.samples import SAMPLES_FOLDER, STRIP_FILE
 
 logger = logging.getLogger(__name__)

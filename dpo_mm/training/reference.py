@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_mm.cache_folder import cache_folder
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.errors import did_you_mean
+from dpo_mm.files.cache_folder import cache_folder
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.diffusion.text_encoder_lora import trained_model
 from dpo_mm.policies.protocol import Batch, ImagePolicy, Policy, TextPolicy
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.progress import progress_bar
 from dpo_mm.training import reference_cache
 from dpo_mm.training.dropped_rows import DroppedRows, missing_log_probs
 from dpo_mm.training.pair_stream import PairStream, buckets_of

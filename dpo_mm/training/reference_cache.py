@@ -1,6 +1,6 @@
 """Reference log-probs of responses on disk, so that a resumed run, or another on the same pairs, computes none.
 
-The name of the folder is a hash of all that decides the values, see `dpo_mm.content_key`. The rows are in shards, which several
+The name of the folder is a hash of all that decides the values, see `dpo_mm.files.content_key`. The rows are in shards, which several
 processes write together.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_mm.content_key import content_key, library_versions, lora_scales
+from dpo_mm.files.content_key import content_key, library_versions, lora_scales
 from dpo_mm.policies.lora_layers import FROZEN
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.training.tensor_shards import read_value, shard_parts, write_shards
@@ -28,7 +28,7 @@ def frozen_output_key(work: str, policy: TextPolicy, rows: Any, settings: str) -
     """Hash all that decides what the frozen part of a model computes for rows.
 
     Args:
-        work: a key of `dpo_mm.content_key.INGREDIENTS`, the kind of output.
+        work: a key of `dpo_mm.files.content_key.INGREDIENTS`, the kind of output.
         policy: the prepared policy.
         rows: encoded rows.
         settings: further settings of the run that decide it.

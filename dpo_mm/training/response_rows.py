@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dpo_mm.checksums import with_checksum, without_checksum
 from dpo_mm.config import TrainConfig
-from dpo_mm.content_key import content_hash, content_key, library_versions
 from dpo_mm.data.load_pairs import UndecodableImageError, UndecodedRows, decode_prompt_images, undecoded_rows
 from dpo_mm.data.row_digest import row_digests
+from dpo_mm.files.checksums import with_checksum, without_checksum
+from dpo_mm.files.content_key import content_hash, content_key, library_versions
+from dpo_mm.files.resumable import atomic_write, set_aside
 from dpo_mm.policies.protocol import TextPolicy
-from dpo_mm.process_rank import process_rank
-from dpo_mm.progress import progress_bar
-from dpo_mm.resumable import atomic_write, set_aside
+from dpo_mm.printing.progress import progress_bar
+from dpo_mm.process.process_rank import process_rank
 from dpo_mm.training.coupled_rows import CoupledRows
 from dpo_mm.training.training_rows import TrainingRows, liked_and_disliked, load_training_rows
 

@@ -16,20 +16,20 @@ from typing import Any, NamedTuple
 from transformers import PrinterCallback
 
 from dpo_mm.assets import resolve_asset
-from dpo_mm.cache_folder import cache_folder
 from dpo_mm.config import TrainConfig, as_dict, default_settings
-from dpo_mm.content_key import check_ingredients, content_hash
 from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.data.row_digest import digest, row_digests
 from dpo_mm.data.several_captions import texts_of
 from dpo_mm.errors import TrainingInterrupted
-from dpo_mm.interruption import StopRequest, complete_part, stop_on_signal
-from dpo_mm.notebook_html import table_of_values
-from dpo_mm.outputs import OutputKind, differences, output_folder, refuse_foreign_folder
+from dpo_mm.files.cache_folder import cache_folder
+from dpo_mm.files.content_key import check_ingredients, content_hash
+from dpo_mm.files.outputs import OutputKind, differences, output_folder, refuse_foreign_folder
 from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
-from dpo_mm.process_rank import process_rank
-from dpo_mm.progress import progress_bar
+from dpo_mm.printing.notebook_html import table_of_values
+from dpo_mm.printing.progress import progress_bar
+from dpo_mm.process.interruption import StopRequest, complete_part, stop_on_signal
+from dpo_mm.process.process_rank import process_rank
 from dpo_mm.training.auto_beta import AUTO, measure_beta
 from dpo_mm.training.best_weights import BEST_FOLDER
 from dpo_mm.training.builders import (

@@ -9,7 +9,7 @@ from torch import nn
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.config import TrainConfig
-from dpo_mm.content_key import library_versions
+from dpo_mm.files.content_key import library_versions
 from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.families import model_content, policy_class, resolve_commit
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy

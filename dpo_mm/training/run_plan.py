@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.several_captions import describe_captions
+from dpo_mm.models.quantization import stored_size
 from dpo_mm.policies.diffusion.text_encoder_lora import trained_model
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 from dpo_mm.policies.start_adapter import continues, describe_start
-from dpo_mm.quantization import stored_size
 from dpo_mm.training.auto_beta import AUTO
 from dpo_mm.training.objective_settings import is_fine_tuning, objective_names, required_inputs, takes_beta
 from dpo_mm.training.reference import resolve_reference_name

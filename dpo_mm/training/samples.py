@@ -18,7 +18,6 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from dpo_mm.checksums import write_with_checksum
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import open_image
 from dpo_mm.data.lazy_images import LazyImages
@@ -26,12 +25,13 @@ from dpo_mm.data.prompts import PromptSpec, read_prompt_set, seeds_of
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response
 from dpo_mm.evaluation.contact_sheet import mark_of, strips
+from dpo_mm.files.checksums import write_with_checksum
 from dpo_mm.judges import check_outputs, check_prompts, load_judge
 from dpo_mm.judges.score_checks import image_scores, response_ratios
 from dpo_mm.policies.diffusion.placement import move
 from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources, images_to_edit
 from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
-from dpo_mm.process_rank import process_rank
+from dpo_mm.process.process_rank import process_rank
 
 SAMPLES_FOLDER = "samples"
 SAMPLE_SETTINGS = (

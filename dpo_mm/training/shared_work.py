@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from dpo_mm.process_rank import wait_for_others
+from dpo_mm.process.process_rank import wait_for_others
 
 SHARED_CACHE = "set DPO_MM_CACHE to one on a shared disk"
 

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_mm.cache_folder import create_cache
-from dpo_mm.checksums import saved_shards
-from dpo_mm.content_key import content_hash
-from dpo_mm.interruption import stop_on_signal
-from dpo_mm.outputs import remove_stale_files
-from dpo_mm.process_rank import process_rank
-from dpo_mm.resumable import atomic_write
+from dpo_mm.files.cache_folder import create_cache
+from dpo_mm.files.checksums import saved_shards
+from dpo_mm.files.content_key import content_hash
+from dpo_mm.files.outputs import remove_stale_files
+from dpo_mm.files.resumable import atomic_write
+from dpo_mm.process.interruption import stop_on_signal
+from dpo_mm.process.process_rank import process_rank
 from dpo_mm.training.shared_work import wait_for_files
 
 OPEN = 256

@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import Trainer
 
 from dpo_mm import objectives
-from dpo_mm.checksums import write_checksums
 from dpo_mm.config import TrainConfig, as_dict
+from dpo_mm.files.checksums import write_checksums
+from dpo_mm.files.outputs import KIND, RECORDS
+from dpo_mm.files.resumable import set_aside
 from dpo_mm.objectives import LogProbs
-from dpo_mm.outputs import KIND, RECORDS
 from dpo_mm.policies.diffusion.text_encoder_lora import trained_model
 from dpo_mm.policies.protocol import Batch, Policy
-from dpo_mm.resumable import set_aside
 from dpo_mm.training.best_weights import BestWeightsCallback
 from dpo_mm.training.builders import DEFAULT_SLACK, build_loss, training_arguments
 from dpo_mm.training.callbacks import (

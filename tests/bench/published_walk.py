@@ -40,9 +40,9 @@ from dpo_mm.data.parquet import write_rows
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import make_response_rows, response_preference
 from dpo_mm.evaluation.response_sampling import ScoredResponses, generate_responses
+from dpo_mm.files.resumable import atomic_write
 from dpo_mm.mining.mine_responses import mine_responses
 from dpo_mm.policies.families import load_text_policy
-from dpo_mm.resumable import atomic_write
 from dpo_mm.training.run import train
 from dpo_mm.worlds import documents
 

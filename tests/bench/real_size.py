@@ -77,7 +77,7 @@ MEASURE_QUESTIONS = """
 import sys, threading, time
 from tests.bench.rows_at_scale import PeakMemory
 import datasets, pyarrow.parquet, torch, transformers
-from dpo_mm.content_key import content_hash
+from dpo_mm.files.content_key import content_hash
 from dpo_mm.data.questions import read_questions
 peak = PeakMemory(); peak.start(); time.sleep(0.1)
 start, cpu = time.perf_counter(), time.process_time()

@@ -18,8 +18,8 @@ from typing import Any
 from dpo_mm import rounds
 from dpo_mm.cli.terminal import suppress_library_output
 from dpo_mm.config import CompareConfig, MineConfig, TrainConfig
+from dpo_mm.files.resumable import atomic_write
 from dpo_mm.recipe import Recipe, read_recipe, run_recipe
-from dpo_mm.resumable import atomic_write
 
 ROUNDS = 3
 SEED_DISTANCE = 100_000

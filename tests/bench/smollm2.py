@@ -29,11 +29,11 @@ from dpo_mm.cli.terminal import run_as_command, suppress_library_output
 from dpo_mm.config import CompareResponsesConfig, MineResponsesConfig, TrainConfig
 from dpo_mm.data.questions import read_questions
 from dpo_mm.evaluation.response_sampling import ScoredResponses, generate_responses
+from dpo_mm.files.resumable import atomic_write
 from dpo_mm.mining.mine_responses import mine_responses
 from dpo_mm.policies.families import load_text_policy
 from dpo_mm.policies.protocol import TextPolicy
 from dpo_mm.recipe import sft_baseline_config
-from dpo_mm.resumable import atomic_write
 from dpo_mm.training.run import train
 from tests.bench import smollm2_tasks
 from tests.bench.smollm2_tasks import side_questions, tasks

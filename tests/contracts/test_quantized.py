@@ -16,12 +16,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from dpo_mm import quantization
 from dpo_mm.config import TrainConfig
 from dpo_mm.evaluation.image_sampling import weights_digest
+from dpo_mm.models import quantization
+from dpo_mm.models.quantization import check_quantize, stored_size
 from dpo_mm.objectives import deltas, sigmoid
 from dpo_mm.policies.families import load_policy
-from dpo_mm.quantization import check_quantize, stored_size
 from dpo_mm.training.builders import validate_config
 from dpo_mm.training.reference import adapter_off
 from dpo_mm.training.run import train

@@ -16,7 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_mm import train
-from dpo_mm.checksums import (
+from dpo_mm.config import RelabelConfig, TrainConfig
+from dpo_mm.data.parquet import combine_shards, write_rows
+from dpo_mm.data.schema import image_preference, load_pairs, make_image_rows
+from dpo_mm.evaluation.image_store import ImageStore, append_lines, read_lines
+from dpo_mm.files.checksums import (
     COMPLETE,
     check_trained_files,
     is_intact,
@@ -25,10 +29,6 @@ from dpo_mm.checksums import (
     write_checksums,
     write_with_checksum,
 )
-from dpo_mm.config import RelabelConfig, TrainConfig
-from dpo_mm.data.parquet import combine_shards, write_rows
-from dpo_mm.data.schema import image_preference, load_pairs, make_image_rows
-from dpo_mm.evaluation.image_store import ImageStore, append_lines, read_lines
 from dpo_mm.judges.relabel import relabel
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training import arrow_shards, encoding, reference_cache

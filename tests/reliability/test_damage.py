@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_mm.checksums import is_intact, write_with_checksum
-from dpo_mm.outputs import OutputKind, output_folder
+from dpo_mm.files.checksums import is_intact, write_with_checksum
+from dpo_mm.files.outputs import OutputKind, output_folder
 from dpo_mm.sources.importing import import_set
 from dpo_mm.training import arrow_shards
 from tests.conftest import noise_image

@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_mm.checksums import write_checksums
 from dpo_mm.config import TrainConfig
 from dpo_mm.evaluation.image_store import append_lines
-from dpo_mm.resumable import atomic_write, temporary_path
+from dpo_mm.files.checksums import write_checksums
+from dpo_mm.files.resumable import atomic_write, temporary_path
 from dpo_mm.training.checkpoints import explain_disk_full, move_into_place, what_is_wrong
 from dpo_mm.training.run import train
 from tests import forked

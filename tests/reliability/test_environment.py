@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo_mm import cache_folder as module
-from dpo_mm.cache_folder import cache_folder, create_cache, set_hub_cache
-from dpo_mm.checksums import all_intact, write_with_checksum
 from dpo_mm.cli.terminal import run_as_command
-from dpo_mm.outputs import OutputKind, output_folder
+from dpo_mm.files import cache_folder as module
+from dpo_mm.files.cache_folder import cache_folder, create_cache, set_hub_cache
+from dpo_mm.files.checksums import all_intact, write_with_checksum
+from dpo_mm.files.outputs import OutputKind, output_folder
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_mm.cli.terminal import command_line, resuming_command, run_as_command
 from dpo_mm.errors import TrainingInterrupted
-from dpo_mm.interruption import complete_part, stop_on_signal
+from dpo_mm.process.interruption import complete_part, stop_on_signal
 
 SIGNALS = [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
 

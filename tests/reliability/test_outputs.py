@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from dpo_mm.checksums import (
+from dpo_mm.config import CompareConfig, TrainConfig, as_dict
+from dpo_mm.files.checksums import (
     COMPLETE,
     changed_files,
     complete_files,
@@ -23,12 +24,11 @@ from dpo_mm.checksums import (
     write_checksums,
     write_with_checksum,
 )
-from dpo_mm.config import CompareConfig, TrainConfig, as_dict
-from dpo_mm.content_key import file_hash, model_files_hash
-from dpo_mm.output_files import output_files, write_file
-from dpo_mm.outputs import LOCK, RECORDS, OutputKind, differences, output_folder, write_results
+from dpo_mm.files.content_key import file_hash, model_files_hash
+from dpo_mm.files.output_files import output_files, write_file
+from dpo_mm.files.outputs import LOCK, RECORDS, OutputKind, differences, output_folder, write_results
+from dpo_mm.files.resumable import TEMPORARY, atomic_write, temporary_path
 from dpo_mm.recipe import compare
-from dpo_mm.resumable import TEMPORARY, atomic_write, temporary_path
 from dpo_mm.training import run as training
 from dpo_mm.training.checkpoints import remove_old_checkpoints
 from dpo_mm.training.model_card import MADE, add_results
@@ -191,7 +191,7 @@ def test_output_in_an_input_is_refused(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from dpo_mm.outputs import OutputKind, output_folder
+from dpo_mm.files.outputs import OutputKind, output_folder
 with output_folder(Path(sys.argv[1]), OutputKind("mining.json", "mined"), {"seed": 0}):
     print("locked", flush=True)
     time.sleep(60)

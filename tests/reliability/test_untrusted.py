@@ -27,7 +27,7 @@ from dpo_mm.judges.scoring import score
 from dpo_mm.labels.export import export, train_command
 from dpo_mm.labels.pairs import open_pairs, pair_digest
 from dpo_mm.labels.store import VoteStore
-from dpo_mm.printed_text import print_rows, printable
+from dpo_mm.printing.printed_text import print_rows, printable
 from dpo_mm.sources.importing import import_set
 from tests.conftest import noise_image
 from tests.unit.evaluation.test_saved_comparison import finished_run
@@ -254,7 +254,7 @@ def test_judges_of_a_result_folder_are_not_imported(tmp_path: Path, monkeypatch:
 
 @pytest.mark.slow
 def test_models_of_a_result_folder_are_opened_only_if_bundled(tmp_path: Path) -> None:
-    from dpo_mm.demo_server import load_page
+    from dpo_mm.pages.server import load_page
 
     page = load_page("compare_images")
     for model, adapter in (("/other/evil", "none"), ("shapes-sd", "../evil"), ("owner/name", "none")):
@@ -275,7 +275,7 @@ def test_manifest_names_only_files_of_its_folder(name: Any, tmp_path: Path) -> N
     (folder / "pictures" / "base" / "link.png").symlink_to(tmp_path / "secret.png")
     manifest = folder / "pictures" / "manifest.jsonl"
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
-    from dpo_mm.checksums import with_checksum, without_checksum
+    from dpo_mm.files.checksums import with_checksum, without_checksum
 
     changed = {**(without_checksum(lines[0]) or {}), "file": name}
     manifest.write_text("".join(json.dumps(line) + "\n" for line in [with_checksum(changed), *lines[1:]]))
@@ -339,7 +339,7 @@ def test_texts_that_are_not_utf_8_are_refused(folder: Path) -> None:
 
 
 def test_checksums_of_others_are_read_safely(tmp_path: Path) -> None:
-    from dpo_mm.checksums import complete_files
+    from dpo_mm.files.checksums import complete_files
 
     for content in ("[" * 100_000, "[]", "5", '{"../x": "a", "/etc/passwd": "b"}', "{"):
         (tmp_path / "complete.json").write_text(content)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dpo_mm.model_checks import check_finite_tensors, check_safetensors
+from dpo_mm.models.model_checks import check_finite_tensors, check_safetensors
 from dpo_mm.policies.adapter_checks import check_diffusers_lora, check_peft_adapter
 from dpo_mm.policies.families import load_policy
 

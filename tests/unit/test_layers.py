@@ -7,37 +7,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "dpo_mm"
 LAYERS = (
-    {
-        "__version__",
-        "worlds",
-        "config",
-        "config_parsing",
-        "setting_limits",
-        "errors",
-        "interruption",
-        "printed_text",
-        "notebook_html",
-        "process_rank",
-        "progress",
-        "resumable",
-        "assets",
-        "cache_folder",
-        "model_checks",
-        "model_loading",
-        "quantization",
-        "content_key",
-        "outputs",
-        "output_files",
-        "checksums",
-        "json_lines",
-        "model_server",
-    },
+    {"__version__", "worlds", "config", "errors", "assets", "process", "printing", "files", "models"},
     {"objectives"},
     {"data"},
     {"policies", "judges", "sources", "doctor"},
     {"training", "mining", "evaluation", "labels"},
-    {"recipe", "rounds", "run_list", "export"},
-    {"cli", "demo_access", "demo_address", "demo_guard", "demo_label", "demo_server", "__main__", "__init__"},
+    {"recipe", "rounds", "export"},
+    {"cli", "pages", "__main__", "__init__"},
 )
 
 

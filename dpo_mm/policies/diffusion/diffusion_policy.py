@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.content_key import content_hash, plain_settings
 from dpo_mm.data.image_files import to_rgb
-from dpo_mm.model_loading import load_pipeline
+from dpo_mm.files.content_key import content_hash, plain_settings
+from dpo_mm.models.model_loading import load_pipeline
 from dpo_mm.objectives import LogProbs, sdpo_lambda_image
 from dpo_mm.policies.adapters import SavedLora, Weights, add_lora, pipeline_modules
 from dpo_mm.policies.diffusion import run_summary, sampling, weight_files
@@ -185,7 +185,7 @@ class DiffusionPolicy:
             device: cpu, cuda or cuda:1. None is the GPU if there is one.
             resolution: pixels per edge. None is the pipeline's own resolution.
             weights: False reads no weights and leaves all modules on the meta device, see `load_on_meta_device`.
-            quantize: nf4, int8 or fp8 for the denoiser and large text encoders, see `dpo_mm.quantization`.
+            quantize: nf4, int8 or fp8 for the denoiser and large text encoders, see `dpo_mm.models.quantization`.
             one_at_a_time: True leaves all on the CPU. `on_device` and `free_encoders` move what is needed, see `placement`.
 
         Raises:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpo_mm.model_loading import load_pipeline
+from dpo_mm.models.model_loading import load_pipeline
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 from dpo_mm.policies.diffusion.patched_latents import batch_norm_scale, patchify
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpo_mm.model_loading import load_pipeline
+from dpo_mm.models.model_loading import load_pipeline
 from dpo_mm.policies.diffusion import flux_denoiser
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 

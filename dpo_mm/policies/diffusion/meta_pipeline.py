@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_mm.model_loading import check_libraries, is_number_list, load_part
+from dpo_mm.models.model_loading import check_libraries, is_number_list, load_part
 
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder", "pe", "pe_tokenizer")
 """Components that training never needs."""

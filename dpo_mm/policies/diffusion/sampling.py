@@ -13,8 +13,9 @@ from PIL import Image
 
 from dpo_mm.data.clips import clip_image
 from dpo_mm.data.image_files import to_rgb
-from dpo_mm.model_checks import SAVE_AGAIN, check_finite, read_config
-from dpo_mm.model_loading import load_module
+from dpo_mm.models.model_checks import SAVE_AGAIN, check_finite, read_config
+from dpo_mm.models.model_loading import load_module
+from dpo_mm.models.quantization import refuse_whole_model
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE
 from dpo_mm.policies.adapter_sources import START_FOLDER, lora_file
 from dpo_mm.policies.adapters import (
@@ -27,7 +28,6 @@ from dpo_mm.policies.adapters import (
     pipeline_modules,
 )
 from dpo_mm.policies.diffusion.pipeline_checks import check_unet
-from dpo_mm.quantization import refuse_whole_model
 
 if TYPE_CHECKING:
     from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_mm.model_loading import load_pipeline
+from dpo_mm.models.model_loading import load_pipeline
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 
 OPTIONAL = ("text_encoder_3", "tokenizer_3")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_mm.model_loading import load_pipeline
+from dpo_mm.models.model_loading import load_pipeline
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 from dpo_mm.policies.diffusion.text_encoder_lora import token_ids
 

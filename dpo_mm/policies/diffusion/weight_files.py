@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_mm.model_loading import load_module
+from dpo_mm.models.model_loading import load_module
 from dpo_mm.policies.adapter_sources import START_FOLDER
 from dpo_mm.policies.adapters import (
     LORA_FILE,

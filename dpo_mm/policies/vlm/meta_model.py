@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dpo_mm.model_loading import load_part
+from dpo_mm.models.model_loading import load_part
 from dpo_mm.policies.diffusion.meta_pipeline import fill_small_buffers
 from dpo_mm.policies.vlm.architecture import auto_classes_for
 from dpo_mm.policies.vlm.model_files import load_processor

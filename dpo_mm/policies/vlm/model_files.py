@@ -12,15 +12,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dpo_mm.errors import one_line
-from dpo_mm.model_checks import SAVE_AGAIN, check_finite, name_model
-from dpo_mm.model_loading import load_module, load_part
+from dpo_mm.models.model_checks import SAVE_AGAIN, check_finite, name_model
+from dpo_mm.models.model_loading import load_module, load_part
+from dpo_mm.models.quantization import empty_model, refuse_whole_model
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE, ADAPTER_WEIGHTS, check_peft_adapter
 from dpo_mm.policies.adapter_sources import START_FOLDER
 from dpo_mm.policies.adapters import sort_sets
 from dpo_mm.policies.lora_layers import FROZEN, TRAINED, merge_peft
 from dpo_mm.policies.start_adapter import save_start
 from dpo_mm.policies.vlm.architecture import auto_classes_for, unquantized_modules
-from dpo_mm.quantization import empty_model, refuse_whole_model
 
 if TYPE_CHECKING:
     from dpo_mm.policies.vlm.vlm_policy import VisionLanguage

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from dpo_mm.content_key import content_hash
 from dpo_mm.data.conversation import as_messages
 from dpo_mm.data.image_files import image_bytes, image_size
 from dpo_mm.data.load_pairs import UndecodableImageError, with_file
 from dpo_mm.data.schema import prompt_images
+from dpo_mm.files.content_key import content_hash
 from dpo_mm.policies.vlm.chat import ConversationEncoder
 
 MARGIN = 16

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_mm.config import CompareResponsesConfig, MineResponsesConfig
-from dpo_mm.content_key import content_hash, content_key
 from dpo_mm.data.conversation import as_messages, place_images
 from dpo_mm.data.image_files import data_url
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
-from dpo_mm.json_lines import append_lines, read_lines
-from dpo_mm.model_server import ModelServer, ServerError, check_server_url, run_requests
+from dpo_mm.files.content_key import content_hash, content_key
+from dpo_mm.files.json_lines import append_lines, read_lines
+from dpo_mm.models.model_server import ModelServer, ServerError, check_server_url, run_requests
 from dpo_mm.policies.adapter_sources import adapter_content
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.content_key import content_hash
 from dpo_mm.data.schema import Response
+from dpo_mm.files.content_key import content_hash
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies.adapters import has_lora
 from dpo_mm.policies.lora_layers import reference_weights, train_attached
@@ -103,7 +103,7 @@ class VisionLanguage:
             revision: a branch, tag or commit of a hub model.
             precision: fp32, bf16 or fp16.
             device: cpu, cuda or cuda:1. None is the GPU if there is one.
-            quantize: nf4, int8 or fp8 for the language model, see `dpo_mm.quantization`.
+            quantize: nf4, int8 or fp8 for the language model, see `dpo_mm.models.quantization`.
             **options: further arguments of the class, and the limits of `load_processor`.
 
         Raises:

@@ -170,7 +170,7 @@ def test_demo_label_models_generate_into_samples_dir(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         "dpo_mm.labels.fresh_samples.generate_samples", lambda *arguments, **options: calls.append(arguments)
     )
-    monkeypatch.setattr("dpo_mm.demo_server.load_page", lambda name: page)
+    monkeypatch.setattr("dpo_mm.pages.server.load_page", lambda name: page)
     result = CliRunner().invoke(app, ["demo", "label", "--models", "m,m+a", "--samples-dir", "s"])
     assert result.exit_code == 0, result.output
     assert calls == [(["m", "m+a"], "shapes-held-out", "s"), ("s", "labels.sqlite")]

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from dpo_mm.cli import main as cli
 from dpo_mm.cli.settings_help import CONFIGS, commented_config
 from dpo_mm.config import TrainConfig
+from dpo_mm.config.config_parsing import config_from_mapping
 from dpo_mm.config.descriptions import describe_settings, yaml_value
-from dpo_mm.config_parsing import config_from_mapping
 from dpo_mm.recipe import presets, read_recipe, read_recipe_file, step_settings
 
 

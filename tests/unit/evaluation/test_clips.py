@@ -15,11 +15,11 @@ from dpo_mm.config import CompareConfig, TrainConfig
 from dpo_mm.data.clips import SHOWN, clip_frames, clip_image, clip_preview
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import make_image_rows
-from dpo_mm.demo_server import load_page
 from dpo_mm.evaluation import compare_images as comparing
 from dpo_mm.evaluation.image_sampling import ImageSampler, sampling_plan
 from dpo_mm.evaluation.image_store import ImageStore
 from dpo_mm.evaluation.saved_comparison import load_comparison
+from dpo_mm.pages.server import load_page
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode
 from dpo_mm.training.model_card import usage_code

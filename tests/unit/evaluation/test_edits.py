@@ -20,8 +20,6 @@ from dpo_mm.data.image_files import encode_png, rgb_image
 from dpo_mm.data.load_pairs import check_source_images
 from dpo_mm.data.prompts import read_prompt_set
 from dpo_mm.data.schema import load_pairs
-from dpo_mm.demo_label import pair_html
-from dpo_mm.demo_server import load_page
 from dpo_mm.evaluation import compare_images as comparing
 from dpo_mm.evaluation import contact_sheet as contact_sheet_module
 from dpo_mm.evaluation.contact_sheet import Example, contact_sheet
@@ -34,6 +32,8 @@ from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.training_worker import _prompts_of
 from dpo_mm.mining import mine_images as mining
 from dpo_mm.mining import own_images
+from dpo_mm.pages.label_page import pair_html
+from dpo_mm.pages.server import load_page
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training import samples
 from dpo_mm.training.encoding import encode

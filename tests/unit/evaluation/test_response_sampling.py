@@ -14,7 +14,7 @@ from dpo_mm.data.lazy_images import LazyImages
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
 from dpo_mm.evaluation import response_sampling
-from dpo_mm.json_lines import read_lines
+from dpo_mm.files.json_lines import read_lines
 
 
 def test_each_image_is_read_once_for_the_keys_of_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

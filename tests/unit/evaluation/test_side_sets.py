@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from dpo_mm.config import CompareConfig, CompareResponsesConfig, SidePrompts, SideQuestions
-from dpo_mm.config_parsing import config_from_mapping
+from dpo_mm.config.config_parsing import config_from_mapping
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response
 from dpo_mm.evaluation import compare_responses as module

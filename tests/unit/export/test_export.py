@@ -146,7 +146,7 @@ def test_unfinished_runs_stacked_runs_and_other_folders_are_refused(tmp_path: Pa
     (run / "complete.json").write_text("{}")
     with pytest.raises(ValueError, match=r"complete.json is missing or broken"):
         export(str(run), "diffusers", str(tmp_path / "out"))
-    from dpo_mm.checksums import write_checksums
+    from dpo_mm.files.checksums import write_checksums
 
     write_checksums(run)
     with pytest.raises(ValueError, match="is an input of the command"):

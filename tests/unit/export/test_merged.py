@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_mm.checksums import write_checksums
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.export.exporting import export
+from dpo_mm.files.checksums import write_checksums
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.builders import build_policy
 from dpo_mm.training.checkpoints import CONFIG_FILE

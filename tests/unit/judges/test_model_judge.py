@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_mm import model_server
 from dpo_mm.config import CompareResponsesConfig, MineResponsesConfig
 from dpo_mm.data.questions import Question, read_questions
 from dpo_mm.data.schema import Response
@@ -24,6 +23,7 @@ from dpo_mm.judges.model_judge import FOLDER, parse_preference, parse_score, pre
 from dpo_mm.judges.provenance import order_judges
 from dpo_mm.judges.score_checks import response_ratios
 from dpo_mm.mining.mine_responses import build_pair, mine_responses
+from dpo_mm.models import model_server
 from dpo_mm.recipe import compare
 from tests.scripted_server import ScriptedServer, completion, scripted_server
 

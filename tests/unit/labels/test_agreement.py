@@ -8,7 +8,7 @@ import pytest
 from dpo_mm.labels.agreement import MIN_DOUBLE_PAIRS, Alpha, alphas, krippendorff_alpha
 from dpo_mm.labels.export import summary
 from dpo_mm.labels.store import Vote
-from dpo_mm.printed_text import counted
+from dpo_mm.printing.printed_text import counted
 
 FOUR_OBSERVERS = """
 1 2 3 3 2 1 4 1 2 . . .

@@ -12,10 +12,10 @@ from datasets import Dataset
 from datasets.arrow_dataset import Column
 
 from dpo_mm.data.image_files import encode_png
-from dpo_mm.demo_label import pair_html
 from dpo_mm.labels import model_folders
 from dpo_mm.labels.export import _labelled
 from dpo_mm.labels.pairs import file_bytes, open_pairs, pair_digest
+from dpo_mm.pages.label_page import pair_html
 from tests.conftest import noise_image, rows
 
 

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import pytest
 
 from dpo_mm.data.schema import Response, load_responses, make_response_rows
-from dpo_mm.demo_label import pair_html
 from dpo_mm.labels import fresh_responses
 from dpo_mm.labels.export import export, model_ratings, open_votes, preset_for
 from dpo_mm.labels.fresh_responses import generate_response_pairs
 from dpo_mm.labels.pairs import open_pairs, pair_digest
 from dpo_mm.labels.response_pairs import response_texts
 from dpo_mm.labels.store import VoteStore
+from dpo_mm.pages.label_page import pair_html
 from tests.conftest import noise_image
 
 TEXTS = [("two red stars", "three red stars"), ("a blue circle", "a blue square"), ("yes", "no"), ("left", "right")]

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from dpo_mm.demo_label import training_html
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.labels import training_worker, vote_training
 from dpo_mm.labels.store import VoteStore
@@ -31,6 +30,7 @@ from dpo_mm.labels.vote_training import (
     read_record,
     write_record,
 )
+from dpo_mm.pages.label_page import training_html
 
 IDS = [f"pair-{n}" for n in range(30)]
 HOLDER = """

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_mm.config import RelabelConfig, TrainConfig
-from dpo_mm.config_parsing import config_from_mapping
+from dpo_mm.config.config_parsing import config_from_mapping
 from dpo_mm.data.row_digest import digest
 from dpo_mm.data.schema import load_pairs, load_responses, make_image_rows
 from dpo_mm.doctor import examine

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_mm.config import TrainConfig
-from dpo_mm.config_parsing import config_from_mapping
+from dpo_mm.config.config_parsing import config_from_mapping
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.diffusion.noise_process import RectifiedFlow
 from dpo_mm.policies.families import load_policy

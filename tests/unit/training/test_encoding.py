@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_mm import process_rank
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.schema import drop_ties, load_pairs
 from dpo_mm.policies.families import load_policy
+from dpo_mm.process import process_rank
 from dpo_mm.training import arrow_shards, encoding
 from dpo_mm.training.encoding import encode
 from dpo_mm.training.pair_stream import eval_stream

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_mm import process_rank
 from dpo_mm.config import TrainConfig
-from dpo_mm.content_key import content_hash
+from dpo_mm.files.content_key import content_hash
 from dpo_mm.policies.families import load_policy
+from dpo_mm.process import process_rank
 from dpo_mm.training import feature_cache
 from dpo_mm.training.dropped_rows import DroppedRows
 from dpo_mm.training.feature_cache import FeatureRows, cache_vision_features

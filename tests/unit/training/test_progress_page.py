@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dpo_mm.checksums import remove_unchanged_files, write_complete
 from dpo_mm.config import TrainConfig
+from dpo_mm.files.checksums import remove_unchanged_files, write_complete
 from dpo_mm.training import progress_page as module
 from dpo_mm.training.progress_page import PAGE, ProgressPageCallback
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from diffusers import DDPMScheduler, EDMEulerScheduler, StableDiffusionPipeline
 
-from dpo_mm.checksums import COMPLETE, write_checksums
+from dpo_mm.files.checksums import COMPLETE, write_checksums
 from dpo_mm.policies.diffusion.noise_process import noise_process_for
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.checkpoints import move_into_place

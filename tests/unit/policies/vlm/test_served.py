@@ -18,14 +18,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dpo_mm import model_server
 from dpo_mm.cli.main import app
 from dpo_mm.config import CompareResponsesConfig, MineResponsesConfig
 from dpo_mm.data.questions import Question
 from dpo_mm.data.schema import Response, load_responses
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.mining.mine_responses import mine_responses
-from dpo_mm.model_server import ServerError
+from dpo_mm.models import model_server
+from dpo_mm.models.model_server import ServerError
 from dpo_mm.policies.vlm.served import Decoding, chat_messages, check_server_settings, served_responses
 from dpo_mm.recipe import compare
 from tests.scripted_server import completion, scripted_server

@@ -14,11 +14,11 @@ import httpx
 import pytest
 from transformers.utils.import_utils import is_serve_available
 
-from dpo_mm import model_server
 from dpo_mm.assets import resolve_asset
 from dpo_mm.config import MineResponsesConfig
 from dpo_mm.data.questions import read_questions
-from dpo_mm.model_server import ServerError
+from dpo_mm.models import model_server
+from dpo_mm.models.model_server import ServerError
 from dpo_mm.policies.families import load_text_policy
 from dpo_mm.policies.vlm.served import Decoding, served_responses
 

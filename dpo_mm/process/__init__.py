@@ -1,0 +1,1 @@
+"""Rank of this process among others, and how it stops."""
