@@ -42,7 +42,9 @@ class ImagePair:
 
     def gain(self, judge: str) -> float:
         """Return by how much the tuned image is better by a judge, in its unit. 0 unless both images have a score."""
-        base, tuned = self.scores.get(judge, (0.0, 0.0))
+        if judge not in self.scores:
+            return 0.0
+        base, tuned = self.scores[judge]
         return base - tuned if better_of(judge) == "lower" else tuned - base
 
 

@@ -255,7 +255,8 @@ class _Shard:
 
     def leave_out(self, item: LeftOut) -> None:
         self.left_out[item.reason] += 1
-        self.state.examples.setdefault(item.reason, item.where or f"raw row {self.state.units + self.units}")
+        where = item.where or f"raw row {self.state.units + self.units}"
+        self.state.examples.setdefault(item.reason, where.encode(errors="backslashreplace").decode())  # lone surrogates
 
     def add(self, row: Row) -> None:
         self.rows.append(row)

@@ -84,6 +84,7 @@ def test_image_run_starts_at_the_adapter_and_saves_what_stock_diffusers_loads(
     policy: Any = build_policy(config)
     attached: Any = load_policy(model, resolution=size, adapter=adapter)
     attached.config = config
+    policy.frames = attached.frames = BUILDERS[family].frames
     rows = encoded_rows(policy, 2)
     policy.prepare(config)
     batch = policy.collate(rows)

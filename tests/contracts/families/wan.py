@@ -20,7 +20,7 @@ def wan(folder: Path) -> Path:
     )
     transformer = WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32,
-        num_layers=1, rope_max_seq_len=32,
+        num_layers=1, rope_max_seq_len=64,
     )  # fmt: skip
     vae = AutoencoderKLWan(
         base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True], scale_factor_temporal=2,

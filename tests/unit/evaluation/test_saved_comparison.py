@@ -55,6 +55,7 @@ def test_gain_of_lower_is_better_score_is_positive_when_it_falls(tmp_path: Path)
 
     one = replace(load_comparison(finished_run(tmp_path)).pairs[0], scores={"cer": (0.5, 0.2)})
     assert one.gain("cer") == pytest.approx(0.3) and one.gain("wer") == 0
+    assert one.gain("") == 0, "a comparison may have no judge"
 
 
 def test_folder_without_comparison_raises(tmp_path: Path) -> None:
