@@ -270,9 +270,9 @@ def data_columns(rows: Dataset) -> dict[str, list[float]]:
 
     `probability` is the probability that the chosen side is better. `score_margin` is its lead in the judge's score.
     """
-    columns = {"probability": _probability, "score_margin": _score_margin}
     from dpo_mm.objectives import DATASET_INPUTS  # it imports torch, which pages that show pairs do not need
 
+    columns = {"probability": _probability, "score_margin": _score_margin}
     assert set(columns) == set(DATASET_INPUTS)
     plain = rows.select_columns(["preference", "p_a", "votes_a", "votes_b", "score_a", "score_b"])
     values_of = {name: [function(row) for row in plain] for name, function in columns.items()}

@@ -89,14 +89,11 @@ def examine(
     skipped = set() if held_out else {"held-out-prompts", "held-out-images"}
     skipped |= set() if statistics.ids else PAIR_CHECKS
     prompts = len(set(statistics.column("groups"))) if statistics.ids else 0
-    untested = (
-        {}
-        if prompts == 0 or prompts >= MIN_GROUPS
-        else {"not tested": f"shortcuts, with fewer than {MIN_GROUPS} prompts"}
-    )
-    skipped |= SHORTCUT_CHECKS if untested else set()
+    too_few = 0 < prompts < MIN_GROUPS
+    skipped |= SHORTCUT_CHECKS if too_few else set()
     passed = [check for check, spec in CHECKS.items() if dataset.kind in spec.kinds and check not in failed | skipped]
-    facts = {**({"taken for": local.about} if local.about else {}), **dataset_facts(statistics), **untested}
+    facts = {**({"taken for": local.about} if local.about else {}), **dataset_facts(statistics)}
+    facts |= {"not tested": f"shortcuts, with fewer than {MIN_GROUPS} prompts"} if too_few else {}
     ordered = tuple(sort_by_severity(findings))
     return Diagnosis(name, dataset.kind, statistics.num_rows, ordered, facts, tuple(passed), local.path)
 

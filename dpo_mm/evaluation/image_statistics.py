@@ -25,6 +25,7 @@ MAX_SIDE = 64
 IMAGE_STATISTICS = "looks"
 """Judge's name in comparisons of these statistics."""
 THREADS = 8
+"""Threads, at most. Each decodes an image at a time."""
 METRICS = {"saturation": "saturation", "sharpness": "sharpness", "bytes": "file size, bytes"}
 """A statistic's field in `ImageStatistics`, and its name in a report."""
 

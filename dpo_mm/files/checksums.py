@@ -89,7 +89,7 @@ def remove_unchanged_files(folder: Path) -> None:
         path = folder / name
         if path.is_file() and not path.is_symlink() and file_hash(path) == checksum:
             path.unlink()
-            _checksum_path(path).unlink(missing_ok=True)
+            checksum_path(path).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # the folder has other files
                 path.parent.rmdir()
 
@@ -114,19 +114,20 @@ def write_with_checksum(path: Path, *, fix: str = FIX) -> Iterator[Path]:
     """
     with atomic_write(path, fix=fix) as temporary:
         yield temporary
-        if not _checksum_path(path).is_file():
+        if not checksum_path(path).is_file():
             set_aside(path)
-        with atomic_write(_checksum_path(path), fix=fix) as checksum:
+        with atomic_write(checksum_path(path), fix=fix) as checksum:
             checksum.write_text(file_hash(temporary), encoding="utf-8")
 
 
-def _checksum_path(path: Path) -> Path:
+def checksum_path(path: Path) -> Path:
+    """Return the hidden file with the checksum of a file."""
     return path.with_name(f".{path.name}.checksum")
 
 
 def is_unchanged(path: Path) -> bool:
     """Return True if a file that `write_with_checksum` wrote exists and has not changed."""
-    checksum = _checksum_path(path)
+    checksum = checksum_path(path)
     return path.is_file() and checksum.is_file() and checksum.read_bytes() == file_hash(path).encode()
 
 

@@ -10,7 +10,7 @@ import glob
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from dpo_mm.files.checksums import is_unchanged, write_with_checksum
+from dpo_mm.files.checksums import checksum_path, is_unchanged, write_with_checksum
 from dpo_mm.files.content_key import file_hash
 from dpo_mm.files.outputs import LOCK, lock_output, refuse_input, remove_stale_files
 from dpo_mm.files.resumable import explain_unwritten, temporary_path
@@ -55,9 +55,8 @@ def output_files(paths: Sequence[Path], *, inputs: Iterable[str | None] = ()) ->
     with lock:
         for path in paths:
             _refuse_foreign_file(path, inputs=inputs)
-            name = glob.escape(path.name)
-            remove_stale_files(path.parent.glob(f".{name}.*"))
-            remove_stale_files(path.parent.glob(f"..{name}.checksum.*"))  # killed while it wrote the checksum
+            for file in (path, checksum_path(path)):
+                remove_stale_files(path.parent.glob(f".{glob.escape(file.name)}.*"))
         yield
 
 

@@ -122,11 +122,12 @@ def import_set(
     media = media_folder(origin, media_dir)  # before the output is created
     if columns:
         check_columns(first_rows(origin), columns, path)
-    settings: dict[str, Any] = {"source": source, "path": path, "split": split, "axis": axis}
-    settings |= {"min_score_gap": min_score_gap, "limit": limit, "license": license}
-    settings |= {"columns": dict(columns) if columns else None, "media_dir": media_dir}
     folders = [Path(name) for name in (path, media_dir) if name and Path(name).is_dir()]
-    settings |= {INPUT_HASH: input_hash or input_files.input_hash(origin, media, folders)}
+    settings = {
+        "source": source, "path": path, "split": split, "axis": axis, "min_score_gap": min_score_gap, "limit": limit,
+        "license": license, "columns": dict(columns) if columns else None, "media_dir": media_dir,
+        INPUT_HASH: input_hash or input_files.input_hash(origin, media, folders),
+    }  # fmt: skip
     folder = Path(output)
     with open_import(folder, settings, inputs=[path, media_dir or ""], overwrite=overwrite) as state:
         if not state.complete:

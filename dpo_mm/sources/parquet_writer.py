@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 INPUT_HASH = "input_hash"
 """Setting with the hash of the files that decide the rows. Imports of earlier versions have none."""
-STATE_FILE = IMPORT_STATE
-IMPORT = OutputKind(STATE_FILE, "imported", flag="folder")
+IMPORT = OutputKind(IMPORT_STATE, "imported", flag="folder")
 UNFINISHED = re.compile(r"\.part-\d+\.parquet\..+")
 SHARD_ROWS, SHARD_BYTES, GROUP_BYTES = 10_000, 2**28, 2**25
 """Largest number of rows and of bytes of a shard, and the number of bytes in memory before a row group is written."""
@@ -90,11 +89,11 @@ class ImportState:
     preferences: dict[str, int] = field(default_factory=dict)
     complete: bool = False
     checksums: dict[str, str] = field(default_factory=dict)
-    kind: str = RECORDS[STATE_FILE]
+    kind: str = RECORDS[IMPORT_STATE]
 
     def save(self, folder: Path) -> None:
         """Write the state to the import's folder."""
-        with atomic_write(folder / STATE_FILE) as temporary:
+        with atomic_write(folder / IMPORT_STATE) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
@@ -115,9 +114,9 @@ def open_import(
         ValueError: if the folder contains something else, or an import with other settings, or another process writes to it.
     """
     has_files = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
-    if has_files and read_record(folder / STATE_FILE) is None:
-        if (folder / STATE_FILE).is_file():
-            raise ChangedImportError(f"{folder / STATE_FILE} is damaged. Remove {folder} and import again")
+    if has_files and read_record(folder / IMPORT_STATE) is None:
+        if (folder / IMPORT_STATE).is_file():
+            raise ChangedImportError(f"{folder / IMPORT_STATE} is damaged. Remove {folder} and import again")
         raise ValueError(f"{folder} exists and is not an import folder. Choose an empty or a new folder")
     refuse_foreign_folder(folder, IMPORT, inputs=inputs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +129,7 @@ def open_import(
 
 
 def _load_state(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> ImportState:
-    record = read_record(folder / STATE_FILE)
+    record = read_record(folder / IMPORT_STATE)
     if record is not None:
         state = _state_of(record, folder)
         if not state.shards:  # nothing was written yet
@@ -164,7 +163,7 @@ def _state_of(record: dict[str, Any], folder: Path) -> ImportState:
         return ImportState(**record)
     except TypeError as error:
         raise ChangedImportError(
-            f"{folder / STATE_FILE} is damaged ({error}). Remove {folder} and import again"
+            f"{folder / IMPORT_STATE} is damaged ({error}). Remove {folder} and import again"
         ) from None
 
 

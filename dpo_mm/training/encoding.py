@@ -140,9 +140,14 @@ def encode(
     variants = [name for name, wanted in kinds.items() if wanted]
     key = _key(policy, rows_digest or digest(rows), sizes, precision, variants)
     folder = (cache or cache_folder()) / "encoded" / key
-    names = ("is_image_editing", "edits_optionally", "takes_several_sources")
-    editing = {name: getattr(policy, name) for name in names}
-    with_source = check_source_images(rows, where, pipeline=type(policy.pipe).__name__, **editing)
+    with_source = check_source_images(
+        rows,
+        where,
+        pipeline=type(policy.pipe).__name__,
+        is_image_editing=policy.is_image_editing,
+        edits_optionally=policy.edits_optionally,
+        takes_several_sources=policy.takes_several_sources,
+    )
     if one_sided and with_source:
         check_equal_sources(rows, where)
     drops = undecodable_images == "drop"
@@ -176,8 +181,9 @@ def _encode(task: EncodingJob) -> None:
     expected = [task.folder / f"prompts-{number:05}" for number in range(len(_shards(len(names))))]
     expected += [task.folder / f"pairs-{number:05}" for number in range(len(_shards(len(task.pairs.rows))))]
     missing = sum(not path.exists() for path in expected) / len(expected)
-    images = (2 - task.pairs.one_sided, task.pairs.with_source, task.flipped)
-    bytes_per_prompt, bytes_per_pair = sample_bytes(task.policy, task.precision, *images)
+    bytes_per_prompt, bytes_per_pair = sample_bytes(
+        task.policy, task.precision, sides=len(task.sides), with_source=task.pairs.with_source, flipped=task.flipped
+    )
     cache_bytes = bytes_per_prompt * len(names) + bytes_per_pair * len(task.pairs.rows)
     arrow_shards.check_disk(task.folder, int(cache_bytes * missing))
     title = f"encoding prompts, {arrow_shards.gib(bytes_per_prompt * len(names))}"
@@ -194,7 +200,7 @@ def _encode(task: EncodingJob) -> None:
 
 
 def sample_bytes(
-    policy: ImagePolicy, precision: str, sides: int = 2, with_source: bool = False, flipped: bool = False
+    policy: ImagePolicy, precision: str, *, sides: int = 2, with_source: bool = False, flipped: bool = False
 ) -> tuple[int, int]:
     """Bytes on disk of one prompt and of one row (its sides, an image to edit, all mirrored too), measured by encoding one of each."""
     with policy.on_device("text encoders"):

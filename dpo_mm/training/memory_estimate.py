@@ -215,7 +215,9 @@ def disk_bytes(policy: ImagePolicy, config: TrainConfig) -> tuple[int, int]:
     """Bytes of an encoded dataset on disk, per prompt and per pair. The policy is on the meta device."""
     with MixedMetaMode(), CudaRules():
         sides = 1 if is_fine_tuning(config) else 2
-        return sample_bytes(policy, config.cache_precision, sides, policy.is_image_editing, config.random_flip)
+        return sample_bytes(
+            policy, config.cache_precision, sides=sides, with_source=policy.is_image_editing, flipped=config.random_flip
+        )
 
 
 def _row(policy: ImagePolicy, sides: Sequence[str] = ("chosen", "rejected")) -> dict[str, Any]:

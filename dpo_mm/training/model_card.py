@@ -38,9 +38,6 @@ LOADING = {
     'model = AutoModelForImageTextToText.from_pretrained("{folder}", dtype={dtype})',
 }
 """Python that loads a tuned text model, by tuning method, or on top of the adapter from which it started."""
-GENERATING = 'image = pipe({arguments}"a red star", generator=torch.Generator().manual_seed(0)).images[0]\nimage.save("image.png")'
-GENERATING_CLIPS = """frames = pipe("a red star", output_type="pil", generator=torch.Generator().manual_seed(0)).frames[0]
-frames[0].save("clip.webp", save_all=True, append_images=frames[1:])"""
 IMPORTS = {
     "PeftModel": "from peft import PeftModel",
     "AutoModelForImageTextToText": "from transformers import AutoModelForImageTextToText, AutoProcessor",
@@ -52,9 +49,19 @@ IMPORTS = {
 }
 
 
-def usage_code(
-    config: TrainConfig, *, family: str = "", image_lines: Sequence[str] | None = None, edits: bool = False
-) -> str:
+def generating_lines(*, edits: bool, clips: bool) -> list[str]:
+    """Return Python that generates with an image pipeline `pipe`, which edits an image or makes clips."""
+    seed = "generator=torch.Generator().manual_seed(0)"
+    if clips:
+        return [
+            f'frames = pipe("a red star", output_type="pil", {seed}).frames[0]',
+            'frames[0].save("clip.webp", save_all=True, append_images=frames[1:])',
+        ]
+    source = 'image=load_image("source.png"), prompt=' if edits else ""
+    return [f'image = pipe({source}"a red star", {seed}).images[0]', 'image.save("image.png")']
+
+
+def usage_code(config: TrainConfig, *, family: str = "", image_lines: Sequence[str] | None = None) -> str:
     """Python that runs a tuned model with diffusers, transformers and peft only.
 
     It expects the folder above output_dir as the working folder. A bundled base is given by its path on this machine,
@@ -62,15 +69,12 @@ def usage_code(
 
     Args:
         config: settings of the training.
-        family: the family that the run's summary prints, which tells a text-only model from a VLM, and a video model from an image model.
-        image_lines: Python that loads an image pipeline as `pipe`. None for a text model.
-        edits: whether the pipeline edits an image.
+        family: the family that the run's summary prints, which tells a text-only model from a VLM.
+        image_lines: Python that loads an image pipeline as `pipe` and generates. None for a text model.
     """
     base, folder = resolve_asset(config.model), Path(config.output_dir).name
     if image_lines is not None:
-        source = 'image=load_image("source.png"), prompt=' if edits else ""
-        generating = GENERATING_CLIPS if "WanPipeline" in family else GENERATING.format(arguments=source)
-        lines = "\n".join([*image_lines, generating])
+        lines = "\n".join(image_lines)
     else:
         dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}.get(config.precision, "torch.float32")
         lines = LOADING["stacked" if is_stacked(config) else config.tuning].format(
@@ -89,7 +93,6 @@ def write_card(
     *,
     text: bool,
     image_lines: Sequence[str] | None = None,
-    edits: bool = False,
     into: Path | None = None,
 ) -> Path:
     """Write the model card of a run.
@@ -97,8 +100,7 @@ def write_card(
     Args:
         config, settings: settings of the training, and its summary as printed.
         text: whether the model generates text rather than images.
-        image_lines: Python that loads the pipeline as `pipe`, for an image model.
-        edits: whether the pipeline edits an image.
+        image_lines: Python that loads the pipeline as `pipe` and generates, for an image model.
         into: folder of the card. None: the run's output_dir.
     """
     folder = Path(config.output_dir)
@@ -112,7 +114,7 @@ def write_card(
     judges = (*training_judges_of_adapter(config.adapter), *training_judges_of(config.pairs))
     if made := list(dict.fromkeys(judges)):
         front[CARD_KEY] = made
-    code = usage_code(config, family=settings.get("family", ""), image_lines=image_lines, edits=edits)
+    code = usage_code(config, family=settings.get("family", ""), image_lines=image_lines)
     bundled = f" `{_cell(config.model)}` is bundled with dpo-mm. The path is the one at training time."
     where = f"Run this in the folder that contains `{_cell(folder.name)}`.{bundled if config.model in BUNDLED else ''}"
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items())

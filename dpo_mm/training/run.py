@@ -55,7 +55,7 @@ from dpo_mm.training.encoding import EncodedSplits, encode_splits
 from dpo_mm.training.evaluation_split import split_digests
 from dpo_mm.training.feature_cache import cache_vision_features
 from dpo_mm.training.memory_plan import image_lines, response_lines
-from dpo_mm.training.model_card import write_card
+from dpo_mm.training.model_card import generating_lines, write_card
 from dpo_mm.training.pair_stream import PairStream, eval_stream, training_stream
 from dpo_mm.training.progress_page import ProgressPageCallback
 from dpo_mm.training.reference import precompute_reference_log_probs
@@ -254,11 +254,13 @@ def _train_on(
     given: dict[str, Any] = {"callbacks": callbacks, "reference_model": inputs.reference_model}
     trainer = PreferenceTrainer(policy, config, train_rows, eval_rows, run_state=run_state, samples=samples, **given)
     name, text = Path(config.output_dir).name, policy.modality == "text"
-    image_lines = None if policy.modality == "text" else policy.usage_snippet(resolve_asset(config.model), name)
-    edits = policy.modality == "image" and policy.is_image_editing
+    code = None
+    if policy.modality == "image":
+        code = policy.usage_snippet(resolve_asset(config.model), name)
+        code += generating_lines(edits=policy.is_image_editing, clips=policy.frames > 1)
     if show_plan is not None and process_rank().is_first:
         show_plan(summary)
-    card = lambda folder: write_card(config, summary, text=text, image_lines=image_lines, edits=edits, into=folder)
+    card = lambda folder: write_card(config, summary, text=text, image_lines=code, into=folder)
     with complete_part(lambda: f"The run is complete and its result is in {config.output_dir}") as stop:
         _fit(trainer, checkpoint, stop)
         if trainer.best_weights is not None:

@@ -14,6 +14,7 @@ import torch
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.clips import clip_image
 from dpo_mm.policies.diffusion.buckets import buckets_of
+from dpo_mm.policies.diffusion.denoising_errors import pair_errors
 from dpo_mm.training.reference import adapter_off
 from tests.conftest import noise_image
 from tests.contracts.families import BUILDERS, WORDS
@@ -46,4 +47,4 @@ def test_every_family_trains_at_a_wide_size(family: str, tmp_path: Path) -> None
     assert batch["rejected"].shape == batch["noise"].shape == batch["chosen"].shape
     reference, log_probs = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
     assert torch.equal(reference.chosen, log_probs.chosen) and torch.isfinite(log_probs.chosen).all()
-    assert policy.pair_errors(policy.model, batch).residual.numel() == 2 * batch["chosen"].numel()
+    assert pair_errors(policy, policy.model, batch).residual.numel() == 2 * batch["chosen"].numel()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dpo_mm.config import TrainConfig
+from dpo_mm.policies.diffusion.denoising_errors import pair_errors
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode_splits
 
@@ -116,7 +117,7 @@ def test_errors_of_a_half_precision_model_are_computed_in_float32(tiny_model: st
     batch = policy.collate(rows)
     with torch.autocast("cpu", torch.bfloat16):
         log_probs = policy.log_probs(policy.model, batch)
-        residual = policy.pair_errors(policy.model, batch).residual
+        residual = pair_errors(policy, policy.model, batch).residual
     assert log_probs.chosen.dtype == torch.float32 and residual.dtype == torch.float32
     assert not torch.equal(log_probs.chosen, log_probs.chosen.bfloat16().float())
     expected = -0.5 * residual[:4].double().square().flatten(1).mean(1)

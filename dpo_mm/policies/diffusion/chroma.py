@@ -23,12 +23,9 @@ class Chroma(DiffusionPolicy):
 
     required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
+    packs_latents = True
     lora_targets = flux_denoiser.TARGETS
     patch = 2
-
-    def latent_channels(self) -> int:
-        """Return the channels of the latents before packing."""
-        return flux_denoiser.latent_channels(self)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:

@@ -59,6 +59,8 @@ class DiffusionPolicy:
     """Names of the modules that a LoRA adapts by default."""
     patch: ClassVar[int] = 1
     """Latent pixels per edge of one token of the denoiser."""
+    packs_latents: ClassVar[bool] = False
+    """True if the denoiser takes 2x2 latent pixels as one token, with four times as many channels as the latents."""
     vae_is_video: ClassVar[bool] = False
     """True if the autoencoder takes an image as a video of one frame."""
     frames: int = 1
@@ -143,7 +145,7 @@ class DiffusionPolicy:
 
     def latent_channels(self) -> int:
         """Return the number of channels of the autoencoder's latents."""
-        return self.model.config.in_channels  # type: ignore[union-attr, return-value]
+        return self.model.config.in_channels // (4 if self.packs_latents else 1)  # type: ignore[union-attr, operator, return-value]
 
     def size_conditioning(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Compute the columns of `conditioning_columns`, (images, ...) each, on the CPU."""
@@ -333,17 +335,13 @@ class DiffusionPolicy:
 
     def log_probs(self, model: nn.Module, batch: Batch) -> LogProbs:
         """Compute -1/2 of the denoising errors of chosen and rejected in one forward pass. See `Policy.log_probs`."""
-        return surrogate_log_probs(self.pair_errors(model, batch), pairs=len(batch["chosen"]))
+        return surrogate_log_probs(pair_errors(self, model, batch), pairs=len(batch["chosen"]))
 
     def log_probs_and_gradient_scale(self, model: nn.Module, batch: Batch, *, slack: float) -> tuple[LogProbs, Tensor]:
         """Compute `log_probs` and `sdpo`'s scale of the rejected gradient in one forward pass, (pairs,)."""
-        errors = self.pair_errors(model, batch)
+        errors = pair_errors(self, model, batch)
         scale = sdpo_lambda_image(*errors.residual.chunk(2), slack=slack)
         return surrogate_log_probs(errors, pairs=len(scale)), scale
-
-    def pair_errors(self, model: nn.Module, batch: Batch) -> DenoisingErrors:
-        """Compute the denoising errors of the chosen images, then of the rejected ones if there are any, (2 * pairs,)."""
-        return pair_errors(self, model, batch)
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Context manager with the weights from before the first step. Raises ValueError if there is no LoRA."""

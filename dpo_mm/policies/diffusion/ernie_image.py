@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpo_mm.models.model_loading import load_pipeline
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
 from dpo_mm.policies.diffusion.patched_latents import batch_norm_scale, patchify
+from dpo_mm.policies.diffusion.text_states import pad_states
 
 EPS = 1e-5
 """What the pipeline adds to the variance of latents. The published config of the autoencoder has another value."""
@@ -52,12 +53,7 @@ class ErnieImage(DiffusionPolicy):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
         """Hidden states of the last but one layer, (prompts, tokens, width), and a mask of the prompt's tokens."""
-        embeds = self.pipe.encode_prompt(list(prompts), device=self.device)
-        masks = [torch.ones(len(states), dtype=torch.long) for states in embeds]
-        return {
-            "embeds": nn.utils.rnn.pad_sequence(embeds, batch_first=True).cpu(),
-            "mask": nn.utils.rnn.pad_sequence(masks, batch_first=True),
-        }
+        return pad_states(self.pipe.encode_prompt(list(prompts), device=self.device))
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
         lengths = prompt["mask"].sum(1)

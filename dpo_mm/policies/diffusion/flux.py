@@ -25,15 +25,12 @@ class Flux(DiffusionPolicy):
         "scheduler",
     )
     denoiser = "transformer"
+    packs_latents = True
     lora_targets = flux_denoiser.TARGETS
     kohya_prefix = "lora_transformer"
     patch = 2
     guidance: ClassVar[float] = 3.5
     """Guidance on which dev is conditioned in training, the pipeline's default, as in diffusers' FLUX scripts."""
-
-    def latent_channels(self) -> int:
-        """Return the channels of the latents before packing."""
-        return flux_denoiser.latent_channels(self)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
         """Hidden states of T5, (prompts, tokens, width), and CLIP's pooled state, (prompts, width)."""

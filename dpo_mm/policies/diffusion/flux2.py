@@ -29,6 +29,7 @@ class Flux2(DiffusionPolicy):
 
     required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
+    packs_latents = True
     lora_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",
     )  # fmt: skip
@@ -41,10 +42,6 @@ class Flux2(DiffusionPolicy):
     def __init__(self, pipe: Any, source: str) -> None:
         super().__init__(pipe, source)
         self.latent_scale = batch_norm_scale(pipe.vae, eps=pipe.vae.config.batch_norm_eps)
-
-    def latent_channels(self) -> int:
-        """Return a quarter of the network's channels, because it packs 2x2 latent pixels into one token."""
-        return self.pipe.transformer.config.in_channels // 4
 
     def num_tokens(self, shape: tuple[int, ...]) -> int:
         """Return the number of latent pixels, because these latents are patches already, (..., h / 2, w / 2)."""

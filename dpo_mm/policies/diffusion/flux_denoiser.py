@@ -29,11 +29,6 @@ def max_prompt_tokens(policy: DiffusionPolicy) -> int:
     return TOKENS[bool(policy.pipe.transformer.config.guidance_embeds)]
 
 
-def latent_channels(policy: DiffusionPolicy) -> int:
-    """Return the channels of the latents before packing."""
-    return policy.pipe.transformer.config.in_channels // 4
-
-
 @torch.no_grad()
 def encode_prompts(policy: DiffusionPolicy, prompts: Sequence[str]) -> Prompt:
     """Hidden states of T5, (prompts, tokens, width), and CLIP's pooled state, (prompts, width)."""

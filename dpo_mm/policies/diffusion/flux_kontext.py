@@ -28,16 +28,13 @@ class FluxKontext(DiffusionPolicy):
         "scheduler",
     )
     denoiser = "transformer"
+    packs_latents = True
     lora_targets = flux_denoiser.TARGETS
     kohya_prefix = "lora_transformer"
     patch = 2
     is_image_editing = True
     guidance: ClassVar[float] = 2.5
     """Guidance on which the denoiser is conditioned in training, as in its model card."""
-
-    def latent_channels(self) -> int:
-        """Return the channels of the latents before packing."""
-        return flux_denoiser.latent_channels(self)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
         """Hidden states of T5, (prompts, tokens, width), and CLIP's pooled state, (prompts, width)."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_mm.policies.diffusion.diffusion_policy import DiffusionPolicy, Prompt
+from dpo_mm.policies.diffusion.text_states import pad_states
 
 
 class Krea2(DiffusionPolicy):
@@ -21,6 +22,7 @@ class Krea2(DiffusionPolicy):
 
     required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
+    packs_latents = True
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "to_gate")
     patch = 2
     vae_is_video = True
@@ -29,10 +31,6 @@ class Krea2(DiffusionPolicy):
         """Return 1024, the default of the pipeline's call. The pipeline stores no size."""
         return 1024
 
-    def latent_channels(self) -> int:
-        """Return a quarter of the network's channels, because it packs 2x2 latent pixels into one token."""
-        return self.pipe.transformer.config.in_channels // 4
-
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:
         """Hidden states of the text encoder's layers, (prompts, tokens, layers, width), and a mask, without padding.
@@ -40,12 +38,7 @@ class Krea2(DiffusionPolicy):
         All text has one position in the denoiser, and padding is never read. So leaving it out changes nothing.
         """
         embeds, masks = self.pipe.encode_prompt(list(prompts), device=self.device)
-        texts = [states[mask] for states, mask in zip(embeds, masks, strict=True)]
-        lengths = [torch.ones(len(text), dtype=torch.long) for text in texts]
-        return {
-            "embeds": nn.utils.rnn.pad_sequence(texts, batch_first=True).cpu(),
-            "mask": nn.utils.rnn.pad_sequence(lengths, batch_first=True),
-        }
+        return pad_states([states[mask] for states, mask in zip(embeds, masks, strict=True)])
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
         height, width = latents.shape[-2:]

@@ -22,6 +22,7 @@ class LongCatImage(DiffusionPolicy):
 
     required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
+    packs_latents = True
     lora_targets = flux_denoiser.TARGETS
     patch = 2
 
@@ -31,10 +32,6 @@ class LongCatImage(DiffusionPolicy):
         from diffusers import LongCatImagePipeline
 
         return load_pipeline(LongCatImagePipeline, source, **options, text_processor=None)
-
-    def latent_channels(self) -> int:
-        """Return the channels of the latents before packing."""
-        return flux_denoiser.latent_channels(self)
 
     def sampling_kwargs(
         self, prompts: list[str], guidance: float, sources: Sequence[Sequence[Image.Image]] = ()

@@ -21,6 +21,7 @@ class QwenImage(DiffusionPolicy):
 
     required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
+    packs_latents = True
     lora_targets = qwen_denoiser.TARGETS
     kohya_prefix = "lora_unet"
     patch = 2
@@ -37,10 +38,6 @@ class QwenImage(DiffusionPolicy):
             "true_cfg_scale": guidance,
             "negative_prompt": [" "] * len(prompts),
         }
-
-    def latent_channels(self) -> int:
-        """Return a quarter of the network's channels, because it packs 2x2 latent pixels into one token."""
-        return self.pipe.transformer.config.in_channels // 4
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prompt:

@@ -24,6 +24,7 @@ class QwenImageEdit(DiffusionPolicy):
 
     required_components = ("vae", "text_encoder", "tokenizer", "processor", "transformer", "scheduler")
     denoiser = "transformer"
+    packs_latents = True
     lora_targets = qwen_denoiser.TARGETS
     kohya_prefix = "lora_unet"
     patch = 2
@@ -32,10 +33,6 @@ class QwenImageEdit(DiffusionPolicy):
     takes_several_sources = True
     prompts_show_sources = True
     one_prompt_per_call = True
-
-    def latent_channels(self) -> int:
-        """Return a quarter of the network's channels, because it packs 2x2 latent pixels into one token."""
-        return self.pipe.transformer.config.in_channels // 4
 
     @torch.no_grad()
     def encode_edit(self, prompt: str, sources: Sequence[Image.Image]) -> Prompt:

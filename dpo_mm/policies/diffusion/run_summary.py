@@ -17,6 +17,7 @@ def describe(policy: DiffusionPolicy, config: TrainConfig) -> dict[str, str]:
     if policy.frames > 1:
         elements *= (policy.frames - 1) // policy.pipe.vae_scale_factor_temporal + 1
     process = policy.noise_process
+    flipped = "each image" if config.objective == "sft" else "both images of a pair"
     distilled = describe_distillation(policy.pipe, policy.source)
     return {
         **({"distilled": distilled} if distilled else {}),
@@ -34,13 +35,7 @@ def describe(policy: DiffusionPolicy, config: TrainConfig) -> dict[str, str]:
             if policy.trained_encoders
             else {}
         ),
-        **(
-            {
-                "flips": f"{'each image' if config.objective == 'sft' else 'both images of a pair'}, in half of the epochs"
-            }
-            if config.random_flip
-            else {}
-        ),
+        **({"flips": f"{flipped}, in half of the epochs"} if config.random_flip else {}),
         **({} if isinstance(config.beta, str) else {"effective beta": _describe_beta(config.beta, elements)}),
     }
 

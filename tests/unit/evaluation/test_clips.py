@@ -19,10 +19,10 @@ from dpo_mm.evaluation import compare_images as comparing
 from dpo_mm.evaluation.image_sampling import ImageSampler, sampling_plan
 from dpo_mm.evaluation.image_store import ImageStore
 from dpo_mm.evaluation.saved_comparison import load_comparison
-from dpo_mm.pages.server import load_page
+from dpo_mm.pages.gallery import saved_pair_html
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode
-from dpo_mm.training.model_card import usage_code
+from dpo_mm.training.model_card import generating_lines, usage_code
 from tests.conftest import noise_image, rows
 from tests.contracts.families import BUILDERS, WORDS
 
@@ -94,14 +94,16 @@ def test_comparing_shows_frames_of_base_above_those_of_tuned(
     (tmp_path / "metrics.json").write_text(json.dumps({"comparisons": []}))
     (first, _) = load_comparison(tmp_path, judges=[]).pairs
     assert first.frames == FRAMES and Image.open(first.base).size == (160, 32)
-    assert load_page("compare_images").pair_html(first).count('<div class="figures">') == 2
+    assert saved_pair_html(first).count('<div class="figures">') == 2
 
 
 def test_model_card_saves_a_clip() -> None:
     lines = ["from diffusers import DiffusionPipeline", 'pipe = "a pipeline"']
-    code = usage_code(TrainConfig("-", "-", "run"), family="Wan, WanPipeline", image_lines=lines)
-    assert ".frames[0]" in code and ".images" not in code
-    assert ".images[0]" in usage_code(TrainConfig("-", "-", "run"), family="Sana, SanaPipeline", image_lines=lines)
+    code = lambda clips: usage_code(
+        TrainConfig("-", "-", "run"), image_lines=[*lines, *generating_lines(edits=False, clips=clips)]
+    )
+    assert ".frames[0]" in code(True) and ".images" not in code(True)
+    assert ".images[0]" in code(False)
 
 
 def test_a_second_denoiser_is_refused(video: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.training_worker import _prompts_of
 from dpo_mm.mining import mine_images as mining
 from dpo_mm.mining import own_images
+from dpo_mm.pages.gallery import saved_pair_html
 from dpo_mm.pages.label_page import pair_html
 from dpo_mm.pages.server import load_page
 from dpo_mm.policies.families import load_policy
@@ -135,7 +136,6 @@ def test_compare_counts_text_and_image_as_one_item_and_shows_the_source(
 
 def test_page_shows_the_images_to_edit_of_a_saved_comparison(editor: Any, prompts: str, tmp_path: Path) -> None:
     """Mutation that it catches: sources that are not saved, or those of another prompt."""
-    page = load_page("compare_images")
     settings = config(editor, prompts, tmp_path, images_per_prompt=1)
     sampler = ImageSampler(editor, settings, ImageStore(tmp_path / "pictures"))
     for scale, label in ((0.0, "base"), (1.0, "tuned")):
@@ -145,7 +145,7 @@ def test_page_shows_the_images_to_edit_of_a_saved_comparison(editor: Any, prompt
     for number, pair in enumerate(pairs):
         (source,) = pair.sources
         assert source is not None and np.array_equal(np.asarray(Image.open(source)), np.asarray(noise_image(number)))
-    html = page.pair_html(pairs[0])
+    html = saved_pair_html(pairs[0])
     assert (
         len(pairs) == 3
         and html.count("<img") == 3
@@ -156,7 +156,7 @@ def test_page_shows_the_images_to_edit_of_a_saved_comparison(editor: Any, prompt
     ImageStore(copied / "pictures").remove()
     assert not (copied / "pictures").exists()
     pairs[0].sources[0].unlink()
-    assert page.pair_html(load_comparison(tmp_path, judges=[]).pairs[0]).count("is missing or broken") == 1
+    assert saved_pair_html(load_comparison(tmp_path, judges=[]).pairs[0]).count("is missing or broken") == 1
 
 
 def test_several_images_to_edit_go_through_mining_labelling_and_comparing(

@@ -17,7 +17,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import make_image_rows
 from dpo_mm.objectives import OBJECTIVES, LogProbs
 from dpo_mm.policies.adapters import LORA_FILE
-from dpo_mm.policies.diffusion.denoising_errors import DenoisingErrors
+from dpo_mm.policies.diffusion.denoising_errors import DenoisingErrors, pair_errors
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.builders import build_loss
 from dpo_mm.training.checkpoints import check_same_recipe
@@ -105,7 +105,7 @@ def test_log_history_has_the_mean_log_probs_of_the_policy_for_train_and_eval(
 
 
 def test_sdpo_scales_the_rejected_gradient_by_the_residual_of_the_policy(tiny_model: str, pairs: str, out: str) -> None:
-    """Policy and reference differ. The gradient of the loss has the scale of `policy.pair_errors`, not of the reference's.
+    """Policy and reference differ. The gradient of the loss has the scale of `pair_errors`, not of the reference's.
 
         lambda = clip((1 - slack) |g_w|^2 / <g_l, g_w>, 0, 1),  g = prediction - target of the policy
         d loss / d log p_w = -beta sigmoid(-beta delta) / pairs,  d loss / d log p_l = lambda beta sigmoid(-beta delta) / pairs
@@ -130,9 +130,9 @@ def test_sdpo_scales_the_rejected_gradient_by_the_residual_of_the_policy(tiny_mo
         return ((1 - slack) * (chosen * chosen).sum(1) / (chosen * rejected).sum(1)).clamp(0, 1)
 
     with torch.no_grad():
-        errors = policy.pair_errors(policy.model, batch)
+        errors = pair_errors(policy, policy.model, batch)
         with policy.adapter_off():
-            reference_errors = policy.pair_errors(policy.model, batch)
+            reference_errors = pair_errors(policy, policy.model, batch)
     scale, reference_scale = scale_of(errors), scale_of(reference_errors)
     assert (scale - reference_scale).abs().min() > 1e-3 and scale.min() > 0 and scale.max() < 1
 
