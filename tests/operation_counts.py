@@ -7,9 +7,11 @@
 On a GPU, the host queues kernels and runs ahead of it. It has to wait if it needs a value or a shape that the GPU computes. On a CPU
 nothing waits, but the same calls are made. They are counted here, with the line of code that made each.
 
-All tensors look alike on a CPU, so each tensor counts as one on the GPU. Numbers that stay on the host on purpose are Python
-numbers and tuples, made by the collator. There are two exceptions: an optimizer's count of its steps, which torch holds on
-the host, and `torch.tensor` without a device.
+All tensors look alike on a CPU. So a tensor counts as one on the GPU, with the exceptions that hold on a GPU too:
+
+- What torch makes without a `device`, and all that is computed from such tensors only, is on the host until `.to(device)`.
+  That copy counts, unless it is `non_blocking`.
+- An optimizer counts its steps on the host.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 WAITING_OPERATIONS = {
     "_local_scalar_dense": ".item()",  # also of bool, int, float, range and format
@@ -48,6 +52,8 @@ WAITING_METHODS: dict[Any, str] = {
     Tensor.__array__: ".numpy()",
 }
 """Calls for which the host waits, and that reach no operation on a CPU."""
+FACTORIES = (torch.arange, torch.empty, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros)
+"""Functions whose result is on the host, unless they get a device."""
 NO_KERNEL = ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh")
 """Operations, besides views, that launch no kernel."""
 ATTENTION = ("varlen_attn", "flash_attn")
@@ -77,6 +83,7 @@ class OperationCounts:
         """Number of attention calls in forward passes, also of those that checkpointing repeats."""
         self.synchronisations: list[Synchronisation] = []
         self._modes = (_Functions(self), _Operations(self))
+        self._on_host = WeakTensorKeyDictionary()
 
     @property
     def launches(self) -> int:
@@ -101,6 +108,24 @@ class OperationCounts:
         for mode in reversed(self._modes):
             mode.__exit__(*error)
 
+    def mark_on_host(self, results: Any) -> None:
+        """Record that these tensors are on the host."""
+        for tensor in _tensors(results):
+            self._on_host[tensor] = True
+
+    def is_on_host(self, *values: Any) -> bool:
+        """True if there are tensors, all on the host."""
+        tensors = _tensors(values)
+        return bool(tensors) and all(tensor in self._on_host for tensor in tensors)
+
+    def copy_to_device(self, tensor: Tensor, *, non_blocking: bool) -> Tensor:
+        """Copy a host tensor to the device. On a CPU, it is another name for it."""
+        if not non_blocking:
+            self.wait("a copy to the device")
+        copy = tensor.detach()
+        self._on_host.pop(copy, None)
+        return copy
+
     def wait(self, kind: str) -> None:
         """Record that the host waits here."""
         where = _caller(sys._getframe(1))
@@ -118,16 +143,27 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, counts = kwargs or {}, self.counts
         if func is F.scaled_dot_product_attention:
-            self.counts.attention += 1
-        elif func in WAITING_METHODS:
-            self.counts.wait(WAITING_METHODS[func])
-        elif func is Tensor.to and "cpu" in [to for to in (*args[1:2], kwargs.get("device")) if isinstance(to, str)]:
-            self.counts.wait(".to('cpu')")
+            counts.attention += 1
+        elif func in WAITING_METHODS and not counts.is_on_host(args[0]):
+            counts.wait(WAITING_METHODS[func])
+        elif func is Tensor.to:
+            target = kwargs.get("device", args[1] if len(args) > 1 else None)
+            if counts.is_on_host(args[0]) and isinstance(target, (torch.device, Tensor)):
+                return counts.copy_to_device(func(*args, **kwargs), non_blocking=kwargs.get("non_blocking", False))
+            if isinstance(target, str) and target == "cpu":
+                counts.wait(".to('cpu')")
         elif func in (torch.tensor, torch.as_tensor) and _copies_from_host(args, kwargs):
-            self.counts.wait("torch.tensor on a device")
-        return func(*args, **kwargs)
+            counts.wait("torch.tensor on a device")
+        result = func(*args, **kwargs)
+        if func in FACTORIES and kwargs.get("device") is None:
+            counts.mark_on_host(result)
+        return result
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _copies_from_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -145,27 +181,33 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, counts = kwargs or {}, self.counts
+        if counts.is_on_host(args, kwargs):
+            result = func(*args, **kwargs)
+            counts.mark_on_host(result)
+            return result
         name = func._schema.name.partition("::")[2]
         if not func.is_view and name not in NO_KERNEL:
-            self.counts.operations[name] += 1
+            counts.operations[name] += 1
         if any(part in name for part in ATTENTION) and "backward" not in name:
-            self.counts.attention += 1
-        kind = WAITING_OPERATIONS.get(name) or _mask_or_count(name, func, args, kwargs)
+            counts.attention += 1
+        kind = WAITING_OPERATIONS.get(name) or self._kind(name, func, args, kwargs)
         if kind is not None:
-            self.counts.wait(kind)
+            counts.wait(kind)
         return func(*args, **kwargs)
 
-
-def _mask_or_count(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """What the host waits for if the arguments decide it: the number of True values, or of repeats."""
-    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-        masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        fills = name != "index" and args[2].ndim == 0  # x[mask] = number is masked_fill, which does not wait
-        return "a boolean mask as an index" if masked and not fills else None
-    if name == "repeat_interleave" and func._overloadname == "Tensor" and kwargs.get("output_size") is None:
-        return "repeat_interleave without output_size"
-    return None
+    def _kind(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """What the host waits for if the arguments decide it: the number of True values or of repeats, or a copy."""
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            indices = [index for index in args[1] if index is not None]
+            fills = name != "index" and args[2].ndim == 0  # x[mask] = number is masked_fill, which does not wait
+            if any(self.counts.is_on_host(index) for index in indices):
+                return "an index that is on the host"
+            masked = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+            return "a boolean mask as an index" if masked and not fills else None
+        if name == "repeat_interleave" and func._overloadname == "Tensor" and kwargs.get("output_size") is None:
+            return "repeat_interleave without output_size"
+        return None
 
 
 def _caller(frame: FrameType | None) -> str | None:
