@@ -21,6 +21,7 @@ from dpo_mm.policies.adapters import sort_sets
 from dpo_mm.policies.lora_layers import FROZEN, TRAINED, merge_peft
 from dpo_mm.policies.start_adapter import save_start
 from dpo_mm.policies.vlm.architecture import auto_classes_for, unquantized_modules
+from dpo_mm.policies.vlm.packed_attention import pack_vision_attention
 
 if TYPE_CHECKING:
     from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
@@ -71,6 +72,7 @@ def load(
         _, empty = empty_model(model_class, source, options)
         options |= {"quantize": quantize, "skip": list(unquantized_modules(empty)), "device": device}
     model = load_module(model_class, source, **options)
+    pack_vision_attention(model)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
 
 
@@ -180,6 +182,7 @@ def load_adapter(policy: VisionLanguage, folder: Path) -> None:
         policy.untuned = policy.model, policy.processor, policy.encoder
         tuned = load_module(type(base_model), str(folder), dtype=base_model.dtype)
         check_finite({"": tuned}, f"adapter {str(folder)!r}")
+        pack_vision_attention(tuned)
         policy.model = tuned.to(base_model.device).eval()
         if any((folder / name).exists() for name in PROCESSOR_FILES):
             _, processor_class = auto_classes_for(tuned.config, str(folder))

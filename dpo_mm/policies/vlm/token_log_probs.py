@@ -106,7 +106,8 @@ class TokenLogProbs:
     def _why_not_shared(self, model: nn.Module, batch: dict[str, Any], separate: Tensor) -> str | None:
         """Reason against the shared prefix, or None if it is exact on this batch."""
         base_model = unwrap(model)
-        attention = base_model.config.get_text_config()._attn_implementation
+        text = base_model.config.get_text_config()
+        attention = text._attn_implementation
         try:
             install(base_model)
             difference = disagreement(
@@ -124,8 +125,8 @@ class TokenLogProbs:
                 if exact
                 else f"a shared prefix differs from separate sequences by {difference:.1e} (allowed {limit:g})"
             )
-        if reason and base_model.config.get_text_config()._attn_implementation != attention:
-            base_model.set_attn_implementation(attention)
+        if reason and text._attn_implementation != attention:
+            text._attn_implementation = attention  # of the text alone: vision towers keep theirs
         return reason
 
 
