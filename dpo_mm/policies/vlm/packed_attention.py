@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -68,19 +69,15 @@ def packed_sequences(boundaries: Tensor) -> Packed:
     Args:
         boundaries: first token of each sequence and the number of tokens, (sequences + 1,).
     """
-    on_host = boundaries.cpu().long()
-    lengths, starts = on_host.diff(), on_host[:-1]
-    by_length = lengths.argsort(stable=True)
-    sizes, counts = lengths.unique(return_counts=True)
-    groups = tuple((count, size) for count, size in zip(counts.tolist(), sizes.tolist(), strict=True) if size)
+    edges = np.array(boundaries.tolist())
+    lengths, starts = np.diff(edges), edges[:-1]
+    sizes, counts = np.unique(lengths[lengths > 0], return_counts=True)
+    groups = tuple(zip(counts.tolist(), sizes.tolist(), strict=True))
     order = inverse = None
-    if bool((lengths.diff() < 0).any()):
-        ordered = lengths[by_length]
-        order = torch.arange(int(ordered.sum())) + (
-            starts[by_length] - (ordered.cumsum(0) - ordered)
-        ).repeat_interleave(ordered)
-        inverse = order.argsort().to(boundaries.device)
-        order = order.to(boundaries.device)
+    if (np.diff(lengths) < 0).any():
+        by_length = lengths.argsort(kind="stable")
+        tokens = np.concatenate([np.arange(starts[n], starts[n] + lengths[n]) for n in by_length])
+        order, inverse = torch.from_numpy(np.stack([tokens, tokens.argsort()])).to(boundaries.device)
     return Packed(boundaries.to(torch.int32), tuple(lengths.tolist()), groups, order, inverse)
 
 
@@ -278,13 +275,17 @@ def pack_vision_attention(base_model: Any) -> None:
     Args:
         base_model: a transformers model without wrappers.
     """
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
     others = (base_model.config, base_model.config.get_text_config())
     for part in non_language_modules(base_model):
         for tower in part.modules():
-            if not isinstance(tower, PreTrainedModel) or any(tower.config is other for other in others):
-                continue
-            packs = any("cu_seqlens" in inspect.signature(module.forward).parameters for module in tower.modules())
-            if packs and tower.config._attn_implementation == "sdpa":
-                tower.config._attn_implementation = NAME
+            if isinstance(tower, PreTrainedModel) and not any(tower.config is other for other in others):
+                pack_attention(tower)
+
+
+def pack_attention(tower: PreTrainedModel) -> None:
+    """Give a vision tower this attention, if it packs sequences and uses SDPA."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    packs = any("cu_seqlens" in inspect.signature(module.forward).parameters for module in tower.modules())
+    if packs and tower.config._attn_implementation == "sdpa":
+        tower.config._attn_implementation = NAME

@@ -20,6 +20,7 @@ from dpo_mm.policies.vlm import packed_attention
 from dpo_mm.policies.vlm.packed_attention import KERNELS, NAME, pack_vision_attention, packed_sequences
 from dpo_mm.policies.vlm.vision_features import vision_features
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
+from tests.bench.vision_windows import images, measure, tower
 from tests.contracts.tiny_vlms import build, rows, save
 
 TOWERS = (
@@ -167,6 +168,15 @@ def test_rejected_shared_prefix_leaves_the_attention_of_the_tower(monkeypatch: p
     policy.log_probs(model, policy.collate(policy.encode(rows("qwen2_5_vl", (1,)))))
     assert policy.token_log_probs.layout == "separate" and model.config.get_text_config()._attn_implementation == "sdpa"
     assert uses_packed(model.model.visual)
+
+
+def test_tower_of_32_layers_makes_one_call_per_layer_and_layers_do_not_wait() -> None:
+    """Catches windows that are called one by one, and indices or boundaries that each layer computes again."""
+    counts = measure(tower(), images(24, 24))
+    assert counts["largest_difference"] == 0
+    assert counts["one call per window"]["attention"] == 28 * 36 + 4 and counts["packed"]["attention"] == 32
+    assert counts["packed"]["launches"] < counts["one call per window"]["launches"] / 1.9
+    assert counts["packed"]["synchronisations"] < 32 <= counts["one call per window"]["synchronisations"]
 
 
 # Kernels on a GPU
