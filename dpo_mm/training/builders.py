@@ -28,6 +28,7 @@ from dpo_mm.policies.start_adapter import check_start, start_from
 from dpo_mm.policies.vlm.model_files import PIXEL_LIMITS
 from dpo_mm.training.auto_beta import AUTO
 from dpo_mm.training.best_weights import validate_best_weights
+from dpo_mm.training.half_precision import HALVES
 from dpo_mm.training.objective_settings import is_fine_tuning, objective_names, required_inputs, takes_beta
 from dpo_mm.training.reference import resolve_reference_name
 from dpo_mm.training.samples import validate_samples
@@ -314,6 +315,11 @@ def _optimizer(name: str) -> str:
     return full_name
 
 
+def has_tf32(precision: str) -> bool:
+    """True if the run computes in half precision, on a GPU that has TF32: all that have bf16."""
+    return precision in HALVES and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """Translate a config to the Trainer's arguments. Raises ValueError for an unknown precision or optimizer."""
     if config.precision not in ("fp32", "bf16", "fp16"):
@@ -332,7 +338,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         weight_decay=config.weight_decay,
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
-        tf32=True if config.precision == "bf16" and torch.cuda.is_available() else None,  # for what remains float32
+        tf32=True if has_tf32(config.precision) else None,  # for what remains float32, such as a LoRA
         seed=config.seed,
         logging_steps=config.log_every,
         eval_strategy="steps" if config.eval_every else "no",

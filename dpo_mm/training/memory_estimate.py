@@ -29,6 +29,7 @@ from dpo_mm.policies.vlm.architecture import unquantized_modules
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.training.arrow_shards import gib
 from dpo_mm.training.encoding import images_per_batch, sample_bytes
+from dpo_mm.training.half_precision import autocast
 from dpo_mm.training.meta_execution import CudaRules, MixedMetaMode, run_backward
 from dpo_mm.training.objective_settings import is_fine_tuning, required_inputs
 from dpo_mm.training.prompt_keys import example_image, example_prompt
@@ -36,7 +37,6 @@ from dpo_mm.training.reference import resolve_reference_name
 
 NF4_TABLES = 4 * (16 + 256 + 1)
 """Bytes of the tables of a weight's values and scales, and of its offset."""
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PeakMemoryMode(TorchDispatchMode):
@@ -235,10 +235,9 @@ def _row(policy: ImagePolicy, sides: Sequence[str] = ("chosen", "rejected")) -> 
 def _step(policy: Policy, config: TrainConfig, batch: dict[str, Any], rules: CudaRules | None = None) -> None:
     """Run the trainer's forward and backward: the reference first, without activations, then the policy."""
     policy.model.train()
-    kind = AUTOCAST.get(config.precision)
     off = policy.adapter_off() if config.tuning == "lora" else contextlib.nullcontext()
     batches = [batch, *([batch["corrupted"]] if "corrupted" in batch else [])]
-    half = lambda: torch.autocast("cpu", dtype=kind or torch.bfloat16, enabled=kind is not None)
+    half = lambda: autocast(config, "cpu")
     stored = rules.storing_casts if rules else contextlib.nullcontext
     reference = resolve_reference_name(config)
     if reference != "precomputed" and "reference_logps" in required_inputs(config):

@@ -26,6 +26,7 @@ from dpo_mm.policies.protocol import Batch, ImagePolicy, Policy, TextPolicy
 from dpo_mm.printing.progress import progress_bar
 from dpo_mm.training import reference_cache
 from dpo_mm.training.dropped_rows import DroppedRows, missing_log_probs
+from dpo_mm.training.half_precision import autocast, needs_autocast
 from dpo_mm.training.pair_stream import PairStream, buckets_of
 
 Reference = Callable[[nn.Module, Batch], LogProbs]
@@ -239,7 +240,8 @@ def precompute_reference_log_probs(
     with progress_bar("computing reference log-probs", len(rows) * stream.num_fixed_draws) as advance:
         compute = functools.partial(_log_probs_of_part, policy, stream, config, dropped, advance)
         if policy.modality == "text":
-            key = reference_cache.frozen_output_key("reference log-probs", policy, rows, config.precision)
+            arithmetic = f"{config.precision}{' by autocast' if needs_autocast(config) else ''}"
+            key = reference_cache.frozen_output_key("reference log-probs", policy, rows, arithmetic)
             folder = cache_folder() / "reference" / key
             return WithReference(rows, **reference_cache.load_or_compute(folder, len(rows), compute))
         return WithReference(rows, **compute(range(len(rows))))
@@ -258,9 +260,7 @@ def _log_probs_of_part(
     sides = torch.zeros(2, len(part), stream.num_fixed_draws)
     is_broken = torch.zeros(len(part), dtype=torch.bool)
     off = policy.adapter_off() if config.tuning == "lora" else contextlib.nullcontext()
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    mixed = torch.autocast(device.type, half, enabled=half is not None)
-    with off, mixed:
+    with off, autocast(config, device.type):
         for visit in range(stream.num_fixed_draws):
             for numbers, fresh in _batches(stream.rows, config.batch_size, part):
                 items = [_item(stream, number, visit, dropped) for number in numbers]

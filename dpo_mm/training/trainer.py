@@ -49,6 +49,7 @@ from dpo_mm.training.checkpoints import (
     remove_old_checkpoints,
 )
 from dpo_mm.training.dropped_rows import run_rows, streamed_rows
+from dpo_mm.training.half_precision import disable_trainer_autocast, needs_autocast
 from dpo_mm.training.metrics import image_reliance, log_prob_metrics, reward_metrics, split_by_noise_quartile
 from dpo_mm.training.objective_settings import required_inputs
 from dpo_mm.training.pair_stream import eval_stream, training_stream
@@ -130,6 +131,8 @@ class PreferenceTrainer(Trainer):
             eval_dataset=None if eval_rows is None else eval_stream(eval_rows, config, modality=policy.modality),
             **kwargs,
         )
+        if not needs_autocast(config):
+            disable_trainer_autocast(self)
         if policy.with_encoders is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("train_text_encoder does not go with FSDP or DeepSpeed. Use ddp.yaml, or remove it")
         shard = self._shard if self.is_fsdp_enabled else None

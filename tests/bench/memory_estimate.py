@@ -33,6 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion.diffusion_policy import DTYPES
 from dpo_mm.policies.diffusion.sd3 import StableDiffusion3
+from dpo_mm.training.half_precision import autocast
 from dpo_mm.training.memory_estimate import count_images
 from dpo_mm.training.reference import build_reference
 from tests.bench.diffusion_step import SIZES, build, status
@@ -122,7 +123,6 @@ def measure_peak(cell: Cell, device: str) -> float:
     reference = build_reference(policy, config)
     policy.model.train()
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], foreach=False)
-    autocast_dtype = {"bf16": torch.bfloat16}.get(config.precision)
 
     def step() -> None:
         batch = policy.collate(
@@ -130,7 +130,7 @@ def measure_peak(cell: Cell, device: str) -> float:
         )
         batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         batch["prompt"] = {k: v.to(device) for k, v in batch["prompt"].items()}
-        with torch.autocast(device, dtype=autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None):
+        with autocast(config, device):
             reference_log_probs = reference(policy.model, batch)
             log_probs = policy.log_probs(policy.model, batch)
         (

@@ -170,11 +170,14 @@ class Recorder(Line):
         return LogProbs(values, -values, values, values, is_likelihood=False)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "tuning", "dtype"),
+    [("fp32", "full", torch.float32), ("bf16", "full", torch.bfloat16), ("bf16", "lora", torch.float32)],
+)
 def test_references_are_precomputed_in_full_batches_and_the_precision_of_the_step(
-    precision: str, dtype: torch.dtype, tmp_path: Path
+    precision: str, tuning: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """It catches a last batch that is not filled up, a bucket's batch with other rows, and no autocast.
+    """It catches a last batch that is not filled up, a bucket's batch with other rows, and autocast where the step has none.
 
     Each of them changes the last bits of the log-probs, so that loss and reward are not 0 at the first step.
     """
@@ -183,7 +186,7 @@ def test_references_are_precomputed_in_full_batches_and_the_precision_of_the_ste
         buckets = (range(5), range(5, 7))
 
     policy, rows = Recorder(), Rows({"id": str(n)} for n in range(7))
-    given = config("-", "-", tmp_path, batch_size=3, precision=precision)
+    given = config("-", "-", tmp_path, batch_size=3, precision=precision, tuning=tuning)
     found = precompute_reference_log_probs(policy, PairStream(rows, seed=0, length=0, num_fixed_draws=2), given)  # type: ignore[arg-type]
     assert policy.batches == [["0", "1", "2"], ["3", "4", "0"], ["5", "6", "5"]] * 2 and policy.dtypes == {dtype}
     for number in range(7):

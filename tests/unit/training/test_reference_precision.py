@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from datasets import Dataset
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode_splits
+from dpo_mm.training.half_precision import autocast
 from dpo_mm.training.pair_stream import PairStream
 from dpo_mm.training.reference import build_reference
 from tests.contracts import tiny_vlms
@@ -71,23 +71,20 @@ def test_reference_forward_uses_only_reference_weights(
     )
     policy, batch = (image_batch if modality == "image" else text_batch)(config.model, pairs, config)
 
-    def autocast() -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-
-    with torch.no_grad(), autocast():
+    with torch.no_grad(), autocast(config, "cpu"):
         start = policy.log_probs(policy.model, batch)
     frozen = build_reference(policy, config)
     generator = torch.Generator().manual_seed(0)
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    with autocast():
+    with autocast(config, "cpu"):
         alone = policy.log_probs(policy.model, batch)
     (alone.chosen.sum() - alone.rejected.sum()).backward()
     gradients = [parameter.grad for parameter in trained]
     for parameter in trained:
         parameter.grad = None
-    with autocast():
+    with autocast(config, "cpu"):
         before = frozen(policy.model, batch)
         policy_logps = policy.log_probs(policy.model, batch)
         after = frozen(policy.model, batch)
