@@ -55,7 +55,11 @@ PrintConfig = Annotated[
 ]
 ConfigFile = Annotated[
     str | None,
-    typer.Argument(metavar="CONFIG", help="YAML file of settings or of a whole recipe, or the name of a preset."),
+    typer.Argument(
+        metavar="CONFIG",
+        help="YAML file of settings or of a whole recipe, or the name of a preset.",
+        autocompletion=presets.preset_names,
+    ),
 ]
 
 

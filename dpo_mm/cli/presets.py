@@ -11,6 +11,13 @@ from dpo_mm.cli.terminal import report_command, suppress_library_output
 from dpo_mm.printing.printed_text import print_rows
 
 
+def preset_names(incomplete: str) -> list[str]:
+    """Names of presets that complete a word in a shell."""
+    from dpo_mm.assets import presets_folder
+
+    return sorted(file.stem for file in presets_folder().glob("*.yaml") if file.stem.startswith(incomplete))
+
+
 def list_presets() -> None:
     """List the presets.
 
@@ -36,7 +43,12 @@ def print_schema() -> None:
 
 def run_preset(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Name of a preset, or YAML file with the sections train and compare.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a preset, or YAML file with the sections train and compare.", autocompletion=preset_names
+        ),
+    ],
 ) -> None:
     """Mine pairs, train and compare in one run.
 

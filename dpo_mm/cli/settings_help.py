@@ -42,12 +42,23 @@ CONFIGS: dict[str, tuple[type[Any], ...]] = {
 
 
 class SettingsCommand(TyperCommand):
-    """A command whose help lists the settings that it accepts as flags."""
+    """A command whose help and completion list the settings that it accepts as flags."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         for title, settings in grouped(CONFIGS[self.name or ""]):
             with formatter.section(title):
                 formatter.write_dl([(_flag(setting), _text(setting)) for setting in settings])
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Complete a flag: options of the command, and settings."""
+        own = super().shell_complete(ctx, "--")
+        if not own:  # after --help
+            return own
+        item = type(own[0])  # the class is in another module in each version of typer
+        settings = {setting.name: setting for kind in CONFIGS[self.name or ""] for setting in describe_settings(kind)}
+        texts = {f"--{name.replace('_', '-')}": setting.description for name, setting in settings.items()}
+        flags = [*own, *(item(flag, help=text) for flag, text in texts.items())]
+        return [flag for flag in flags if flag.value.startswith(incomplete)]
 
 
 def grouped(kinds: tuple[type[Any], ...]) -> Iterable[tuple[str, list[Setting]]]:

@@ -137,6 +137,27 @@ def test_train_takes_flags_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(missing.exception) == "flags: pairs and output_dir missing. Give it in the file or as --pairs"
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("train --learning", ["--learning-rate"]),
+        ("train faithfulness-sdxl --steps 3 --dry", ["--dry-run"]),
+        ("compare --questions-", []),
+        ("compare --quest", ["--questions"]),
+        ("compare --prom", ["--prompts"]),
+        ("recipe custom", ["custom_judge-sums"]),
+        ("train aesthetic-sd15-", ["aesthetic-sd15-mined"]),
+        ("mine --help --pro", []),
+    ],
+)
+def test_shell_completes_settings_and_presets(words: str, expected: list[str]) -> None:
+    """Mutation: complete the options of the command only."""
+    line = f"dpo-mm {words}"
+    settings = {"_DPO_MM_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    result = CliRunner().invoke(cli.app, prog_name="dpo-mm", env=settings)
+    assert result.output.split() == expected
+
+
 def test_unknown_preset_is_refused_in_one_line() -> None:
     result = CliRunner().invoke(cli.app, ["train", "faithfulnes-sdxl"])
     assert str(result.exception) == (
