@@ -113,7 +113,7 @@ class GracefulStopCallback(TrainerCallback):
 
 
 class ProgressBarCallback(TrainerCallback):
-    """Advance a progress bar by one per step, and show the last loss, accuracy and, on a GPU, peak memory in its title."""
+    """Advance a progress bar by one per step, and show the last loss, accuracy, learning rate and, on a GPU, peak memory."""
 
     def __init__(self, advance: Advance) -> None:
         self.advance = advance
@@ -134,6 +134,8 @@ def bar_title(logs: Mapping[str, float]) -> str:
     parts = [f"loss {logs['loss']:.3f}"]
     if "rewards/accuracies" in logs:
         parts.append(f"acc {logs['rewards/accuracies']:.2f}")
+    if "learning_rate" in logs:
+        parts.append(f"lr {logs['learning_rate']:.1e}")
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     return ", ".join(parts)

@@ -20,9 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers.integrations import TensorBoardCallback
 
 from dpo_mm.config import TrainConfig, as_dict
+from dpo_mm.printing.progress import progress_bar
 from dpo_mm.training.builders import validate_config
 from dpo_mm.training.callbacks import bar_title
-from dpo_mm.training.run import train
+from dpo_mm.training.run import run_training, train
+from dpo_mm.training.run_inputs import FileInputs
 from tests.unit.training.test_trainer import config, first_difference, weights
 
 
@@ -154,7 +156,31 @@ def test_tracker_that_cannot_be_used_is_refused(changes: dict[str, Any], message
         validate_config(TrainConfig("shapes-sd", "shapes-faithfulness", "out", **changes))
 
 
-def test_title_of_the_bar_fits_its_column() -> None:
-    title = bar_title({"loss": 0.69314, "rewards/accuracies": 0.5, "learning_rate": 1e-4})
-    assert title == "loss 0.693, acc 0.50" or torch.cuda.is_available()
-    assert bar_title({"loss": 12.5}).startswith("loss 12.500")
+def test_bar_shows_the_last_values_in_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It catches a value that is left out, and a title that is cut or broken into two lines."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 78 * 2**30)
+    title = "loss 0.693, acc 0.50, lr 1.5e-05, 78.0 GiB"
+    logs = {"loss": 0.69314, "rewards/accuracies": 0.5, "learning_rate": 1.5e-5}
+    with progress_bar("training", 20000) as advance:
+        advance(20000, bar_title(logs))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{title} ━━━") and "20000/20000 " in line and len(line) <= 80
+    assert bar_title({"loss": 12.5}) == "loss 12.500, 78.0 GiB"
+
+
+def test_table_of_log_keys_names_every_value_of_a_run(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    """It catches a metric that no page explains."""
+    page = (Path(__file__).parents[3] / "docs" / "reference" / "files.md").read_text(encoding="utf-8")
+    table = page.partition("## Log keys")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([^`]+)`", "".join(re.findall(r"^\|.*?\|", table, re.MULTILINE))))
+    named |= {name.replace("1", number) for name in named if name.endswith("quartile1") for number in "234"}
+    trained = run_training(
+        settings := config(tiny_model, pairs, str(tmp_path), steps=1, eval_fraction=0.5), FileInputs(settings)
+    )
+    assert trained.trainer is not None
+    keys = {key for entry in trained.trainer.state.log_history for key in entry} - {"step"}
+    assert len(keys) > 20 and {key for key in keys if not {key, key.removeprefix("eval_")} & named} == set()
