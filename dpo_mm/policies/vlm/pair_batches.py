@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_mm.objectives import DATASET_INPUTS, LogProbs
-from dpo_mm.policies.vlm.prefix_layout import Layout
+from dpo_mm.policies.vlm.prefix_layout import Layout, token_places
 
 NO_TOKENS = torch.zeros(0, dtype=torch.long)
 """Token ids of a side that the rows do not have."""
@@ -26,8 +26,8 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]
         pad_token_id: id of padding.
 
     Returns:
-        A dict with `id`, `ids` and `mask` (pairs, columns of prompt, chosen and rejected), `layout`, `types`, `images`,
-        `num_tokens_chosen` and `num_tokens_rejected` (pairs,). Optional columns of the rows are added under their names. A
+        A dict with `id`, `ids` and `mask` (pairs, columns of prompt, chosen and rejected), `layout`, `places`, `types`,
+        `images`, `num_tokens_chosen` and `num_tokens_rejected` (pairs,). Optional columns of the rows are added under their names. A
         batch of one-sided rows has no column of rejected. A batch of couples has the liked rows, then the disliked ones.
     """
     if "disliked" in rows[0]:
@@ -40,17 +40,19 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]
     ]
     ones = [[torch.ones_like(ids) for ids in part] for part in parts]
     masks = [pad_rows(part, width, left=n == 0) for n, (part, width) in enumerate(zip(ones, widths, strict=True))]
-    mask = torch.cat(masks, 1)
+    mask, lengths = torch.cat(masks, 1), [[len(ids) for ids in part] for part in parts]
+    layout = Layout(widths[0], widths[1], widths[2], has_padding=not bool(mask.all()))
     batch: dict[str, Any] = {
         "id": [row["id"] for row in rows],
         "ids": torch.cat(ids, 1),
         "mask": mask,
-        "layout": Layout(widths[0], widths[1], widths[2], has_padding=not bool(mask.all())),
+        "layout": layout,
+        "places": token_places(layout, lengths),
         "types": {k: pad_rows([row["types"][k] for row in rows], widths[0], left=True) for k in rows[0]["types"]},
         "images": join_images([row["images"] for row in rows]),
     }
     for part, side in enumerate(("chosen", "rejected"), start=1):
-        batch[f"num_tokens_{side}"] = torch.tensor([float(len(ids)) for ids in parts[part]])
+        batch[f"num_tokens_{side}"] = torch.tensor([float(length) for length in lengths[part]])
         if f"{side}_edited" in rows[0]:
             edited = [row[f"{side}_edited"] for row in rows]
             batch[f"{side}_edited"] = pad_rows(edited, widths[part], left=False).float()

@@ -1,10 +1,10 @@
-"""Columns of a packed sequence [images + prompt][chosen][rejected]."""
+"""Columns of a packed sequence [images + prompt][chosen][rejected], and where the completions' tokens are in both layouts."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +49,49 @@ class Layout:
         return torch.cat([last, columns[: self.chosen - 1], last, columns[self.chosen : -1]])
 
 
-CURRENT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
-"""Layout of the packed sequence that a model runs on, or None."""
+@dataclass(frozen=True)
+class RightPadded:
+    """Separate sequences, each padded on the right. A causal model needs no mask for their tokens."""
+
+    total: int
+    """Number of columns."""
+
+
+def token_places(layout: Layout, lengths: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Find the completions' tokens, so that the training step needs no boolean mask, for which the host would wait.
+
+    Args:
+        layout: columns of the packed sequence.
+        lengths: number of tokens of prompt, chosen and rejected, (rows,) each.
+
+    Returns:
+        For "shared_prefix" and "separate", (2, tokens): the place of the hidden state that predicts each token, among the
+        flattened (sequences, columns) of this layout, and the token's place among the flattened (rows, columns of
+        completions). Separate sequences are those of `shared_prefix.separate_inputs`, padded on the right.
+    """
+    width = max(layout.rejected_start, layout.prompt + layout.rejected)
+    rows, columns = len(lengths[0]), layout.chosen + layout.rejected
+    shared: list[list[Tensor]] = [[] for _ in range(rows)]
+    separate: list[Tensor] = []
+    predicting = layout.predicting_columns(torch.device("cpu"))
+    for side, first in ((1, 0), (2, layout.chosen)):
+        for row, (prompt, length) in enumerate(zip(lengths[0], lengths[side], strict=True)):
+            column = torch.arange(length)
+            token, sequence = row * columns + first + column, row + (side - 1) * rows
+            shared[row].append(torch.stack([row * layout.total + predicting[first + column], token]))
+            separate.append(torch.stack([sequence * width + prompt - 1 + column, token]))
+    return {
+        "shared_prefix": torch.cat([part for parts in shared for part in parts], dim=1),
+        "separate": torch.cat(separate, dim=1),
+    }
+
+
+CURRENT: contextvars.ContextVar[Layout | RightPadded | None] = contextvars.ContextVar("layout", default=None)
+"""Layout of the sequences that a model runs on. None: the model chooses its masks alone."""
 
 
 @contextlib.contextmanager
-def use_layout(layout: Layout) -> Iterator[None]:
+def use_layout(layout: Layout | RightPadded) -> Iterator[None]:
     """Context manager in which masks are built for this layout."""
     token = CURRENT.set(layout)
     try:

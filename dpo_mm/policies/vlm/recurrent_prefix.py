@@ -116,7 +116,7 @@ def _forward(
     layout = prefix_layout
     if layout is None or hidden_states.shape[1] != layout.total:
         current = CURRENT.get()
-        if current is not None and hidden_states.shape[1] == current.total:
+        if isinstance(current, Layout) and hidden_states.shape[1] == current.total:
             raise RuntimeError(f"{type(module).__name__} does not pass on the layout of the shared prefix")
         return run(hidden_states, attention_mask, cache)
     widths = [layout.prompt, layout.chosen, layout.rejected]

@@ -25,8 +25,10 @@ Layers with a state, such as linear attention, share the state after the prompt,
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,8 +39,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from dpo_mm.policies.vlm.pair_batches import join_images
-from dpo_mm.policies.vlm.prefix_layout import CURRENT, Layout
+from dpo_mm.policies.vlm.prefix_layout import CURRENT, Layout, RightPadded
 from dpo_mm.policies.vlm.recurrent_prefix import share_states
+
+logger = logging.getLogger(__name__)
 
 COMPLETION_TYPES = {("paligemma", "token_type_ids"): 1}
 """Token type of a completion if it is not 0. PaliGemma's prefix has type 0 and attends to itself in both directions."""
@@ -74,13 +78,11 @@ def _mask_builder(build: Callable[..., Any], *, may_skip: bool) -> Callable[...,
         layout = CURRENT.get()
         if layout is None or (q_length, kv_length) != (layout.total, layout.total):
             return build(q_length=q_length, kv_length=kv_length, mask_function=mask_function, **rest)
-        if (
-            may_skip
-            and not layout.has_padding
-            and mask_function is causal_mask_function
-            and rest.get("allow_is_causal_skip")
-        ):
+        plain = may_skip and mask_function is causal_mask_function and rest.get("allow_is_causal_skip")
+        if plain and (isinstance(layout, RightPadded) or not layout.has_padding):
             return None
+        if isinstance(layout, RightPadded):
+            return build(q_length=q_length, kv_length=kv_length, mask_function=mask_function, **rest)
         rest |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return build(
             q_length=q_length,
@@ -110,7 +112,8 @@ def _attention(attend: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[Tensor, None]:
         layout = prefix_layout
         if layout is None or query.shape[2] != layout.total:
-            if mask is None and CURRENT.get() is not None and query.shape[2] == CURRENT.get().total:  # type: ignore[union-attr]
+            current = CURRENT.get()
+            if mask is None and isinstance(current, Layout) and query.shape[2] == current.total:
                 raise RuntimeError(f"{type(module).__name__} does not pass on the layout of the shared prefix")
             return attend(module, query, key, value, mask, **rest)
         if rest.get("position_bias") is not None:
@@ -244,8 +247,11 @@ def _extend_token_types(base_model: Any, token_type_inputs: dict[str, Tensor], c
     }
 
 
-def shared_prefix_inputs(base_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """Build the model inputs of the packed sequence [prompt][chosen][rejected], without the image tensors."""
+def packed_positions(base_model: Any, batch: dict[str, Any]) -> Tensor:
+    """Compute the position ids of the packed sequence [prompt][chosen][rejected].
+
+    Models read the sizes of images for it, and wait for the device if the batch is on it. So it runs before the batch is moved.
+    """
     layout, ids, mask = batch["layout"], batch["ids"], batch["mask"]
     longer = max(layout.chosen, layout.rejected)
     # Positions of one sequence [prompt][longer completion], from which each column takes its own.
@@ -253,47 +259,107 @@ def shared_prefix_inputs(base_model: Any, batch: dict[str, Any]) -> dict[str, An
     logical_mask = F.pad(mask[:, : layout.prompt], (0, longer), value=1)
     logical_types = _extend_token_types(base_model, batch["types"], longer)
     logical_positions = position_ids(base_model, logical_ids, logical_mask, logical_types, batch["images"])
+    return logical_positions[..., layout.logical_positions(ids.device)]
+
+
+def add_positions(base_model: Any, batch: dict[str, Any]) -> None:
+    """Add `positions` to a batch on the host, if the model can compute them there."""
+    try:
+        batch["positions"] = packed_positions(base_model, batch)
+    except Exception as error:  # then `positions_of` computes them on the device, where an error has its message
+        logger.debug("%s: positions cannot be computed on the host (%s)", type(base_model).__name__, error)
+    if "corrupted" in batch:
+        add_positions(base_model, batch["corrupted"])
+
+
+def positions_of(base_model: Any, batch: dict[str, Any]) -> Tensor:
+    """Return the position ids of the packed sequence, (..., rows, columns)."""
+    return batch["positions"] if "positions" in batch else packed_positions(base_model, batch)
+
+
+def shared_prefix_inputs(base_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Build the model inputs of the packed sequence [prompt][chosen][rejected], without the image tensors."""
+    layout = batch["layout"]
     return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": logical_positions[..., layout.logical_positions(ids.device)],
+        "input_ids": batch["ids"],
+        "attention_mask": batch["mask"],
+        "position_ids": positions_of(base_model, batch),
         "prefix_layout": layout,
         **_extend_token_types(base_model, batch["types"], layout.chosen + layout.rejected),
     }
 
 
-def separate_inputs(base_model: Any, batch: dict[str, Any], *, padding_side: str) -> tuple[dict[str, Any], Tensor]:
+def separate_inputs(
+    base_model: Any, batch: dict[str, Any], *, padding_side: str, plain: bool = True
+) -> tuple[dict[str, Any], Tensor]:
     """Build the model inputs of separate sequences, without the image tensors.
 
     Args:
         base_model: a transformers model without wrappers.
         batch: from `pair_batches.collate`.
         padding_side: "left" or "right".
+        plain: True if the model computes the positions of images, for which it waits for the device.
 
     Returns:
-        Inputs of [prompt][chosen] of all pairs, then of [prompt][rejected], and a mask of the completions' tokens,
-        (2 * pairs, columns). For one-sided rows, only the former, (rows, columns).
+        Inputs of [prompt][chosen] of all pairs, then of [prompt][rejected], (2 * pairs, columns), and the number of columns
+        of padding before each, (2 * pairs,). For one-sided rows, only the former.
     """
     layout = batch["layout"]
     columns_of_sides = [
-        list(range(layout.rejected_start)),
-        [*range(layout.prompt), *range(layout.rejected_start, layout.total)],
+        [slice(layout.rejected_start)],
+        [slice(layout.prompt), slice(layout.rejected_start, None)],
     ][: 2 if layout.rejected else 1]
-    width = max(len(columns) for columns in columns_of_sides)
+    width = max(layout.rejected_start, layout.prompt + layout.rejected)
 
     def stack_sides(x: Tensor) -> Tensor:
-        return torch.cat([F.pad(x[:, columns], (0, width - len(columns))) for columns in columns_of_sides])
+        parts = [torch.cat([x[..., part] for part in columns], dim=-1) for columns in columns_of_sides]
+        return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in parts], dim=-2)
 
     mask = stack_sides(batch["mask"])
     order = (mask if padding_side == "left" else 1 - mask).argsort(dim=1, stable=True)
     token_type_inputs = _extend_token_types(base_model, batch["types"], layout.chosen + layout.rejected)
     packed = {"input_ids": batch["ids"], "attention_mask": batch["mask"], **token_type_inputs}
     inputs = {name: stack_sides(value).gather(1, order) for name, value in packed.items()}
-    in_completion = (torch.arange(width, device=mask.device) >= layout.prompt) & (mask == 1)
+    positions = None if plain else positions_of(base_model, batch)
     if padding_side == "left":
         images = join_images([batch["images"]] * (2 if layout.rejected else 1))
         token_type_inputs = {name: inputs[name] for name in token_type_inputs}
         inputs["position_ids"] = position_ids(
             base_model, inputs["input_ids"], inputs["attention_mask"], token_type_inputs, images
         )
-    return inputs, in_completion.gather(1, order)
+    elif positions is not None and positions.ndim == 3:  # of images. Those of text alone are the columns
+        stacked = stack_sides(positions)
+        inputs["position_ids"] = stacked.gather(-1, order.expand(stacked.shape))
+    return inputs, (width - mask.sum(1)) * (padding_side == "left")
+
+
+@contextlib.contextmanager
+def find_placeholders_once(base_model: Any, batch: dict[str, Any], layout: str) -> Iterator[None]:
+    """Context manager in which the image tokens of a batch are located in its first forward pass only.
+
+    Models compare their number with that of the features, for which the host waits. The reference's pass does it for the policy's.
+
+    Args:
+        base_model: a transformers model without wrappers.
+        batch: from `pair_batches.collate`. It stores the results.
+        layout: name of the layout of the sequences.
+    """
+    inner = base_model.base_model
+    if not hasattr(inner, "get_placeholder_mask"):
+        yield
+        return
+    find = inner.get_placeholder_mask
+    results, calls = batch.setdefault("placeholders", {}).setdefault(layout, []), 0
+
+    def stored(*arguments: Any, **rest: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > len(results):
+            results.append(find(*arguments, **rest))
+        return results[calls - 1]
+
+    inner.get_placeholder_mask = stored
+    try:
+        yield
+    finally:
+        del inner.get_placeholder_mask

@@ -18,9 +18,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo_mm.objectives import sdpo_lambda_text
-from dpo_mm.policies.vlm.layout_check import TOLERANCE, disagreement, precision, unwrapped_eval_mode
-from dpo_mm.policies.vlm.prefix_layout import Layout, use_layout
-from dpo_mm.policies.vlm.shared_prefix import install, separate_inputs, shared_prefix_inputs, unwrap
+from dpo_mm.policies.vlm.layout_check import (
+    TOLERANCE,
+    disagreement,
+    precision,
+    relative_difference,
+    unwrapped_eval_mode,
+)
+from dpo_mm.policies.vlm.prefix_layout import Layout, RightPadded, use_layout
+from dpo_mm.policies.vlm.shared_prefix import (
+    find_placeholders_once,
+    install,
+    separate_inputs,
+    shared_prefix_inputs,
+    unwrap,
+)
 from dpo_mm.policies.vlm.vision_features import image_inputs
 
 logger = logging.getLogger(__name__)
@@ -44,7 +56,7 @@ class TokenLogProbs:
         if layout not in ("auto", "shared_prefix", "separate"):
             raise ValueError(f"pair_layout {layout!r} is unknown. Expected auto, shared_prefix or separate")
         self.name, self.layout, self.head = name, layout, "raw"
-        self.checked = False
+        self.checked, self.plain = False, True
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Compute the log-probs of the completions' tokens.
@@ -61,8 +73,9 @@ class TokenLogProbs:
         """
         if not self.checked:
             self.check(model, batch)
-        log_probs = shared_prefix_log_probs if self.layout == "shared_prefix" else separate_log_probs
-        return log_probs(model, batch, head=self.head)
+        if self.layout == "shared_prefix":
+            return shared_prefix_log_probs(model, batch, head=self.head)
+        return separate_log_probs(model, batch, head=self.head, plain=self.plain)
 
     def check(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Choose the layout and the head on this batch.
@@ -76,6 +89,8 @@ class TokenLogProbs:
             if not batch["layout"].rejected:  # one response per prompt
                 self.layout = "separate"
             reason = None if self.layout == "separate" else self._why_not_shared(model, batch, separate)
+            if reason or self.layout == "separate":
+                self.plain = not self._agrees_without_waiting(model, batch, separate)
         if self.layout == "shared_prefix" and reason:
             raise ValueError(f"pair_layout 'shared_prefix' is not exact for {self.name}: {reason}. Use 'auto'")
         if reason:
@@ -125,9 +140,23 @@ class TokenLogProbs:
                 if exact
                 else f"a shared prefix differs from separate sequences by {difference:.1e} (allowed {limit:g})"
             )
-        if reason and text._attn_implementation != attention:
+        if reason and attention != "sdpa" and text._attn_implementation != attention:
             text._attn_implementation = attention  # of the text alone: vision towers keep theirs
         return reason
+
+    def _agrees_without_waiting(self, model: nn.Module, batch: dict[str, Any], separate: Tensor) -> bool:
+        """True if separate sequences give the same log-probs without what makes the host wait for the device."""
+        base_model = unwrap(model)
+        try:
+            if base_model.config.get_text_config()._attn_implementation == "sdpa":
+                install(base_model)
+            log_probs = separate_log_probs(model, batch, head=self.head, plain=False)
+            return relative_difference(log_probs, separate) <= TOLERANCE[precision(base_model)]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # any error of a model is a reason, because the plain way works
+            logger.debug("%s: separate sequences run in the plain way (%s)", self.name, error)
+            return False
 
 
 def sdpo_gradient_scale(batch: dict[str, Any], log_probs: Tensor, *, slack: float) -> Tensor:
@@ -162,18 +191,29 @@ def shared_prefix_log_probs(model: nn.Module, batch: dict[str, Any], *, head: st
     """
     base_model, layout = unwrap(model), batch["layout"]
     install(base_model)
-    columns = layout.predicting_columns(batch["ids"].device)
-    is_token, targets = batch["mask"][:, layout.prompt :].bool(), batch["ids"][:, layout.prompt :]
     inputs = shared_prefix_inputs(base_model, batch) | image_inputs(base_model, batch)
-    with use_layout(layout):
-        log_probs = target_log_probs(
-            model, inputs, lambda hidden: hidden[:, columns][is_token], targets[is_token], head=head
-        )
-    return log_probs.new_zeros(is_token.shape).masked_scatter(is_token, log_probs)
+    with use_layout(layout), find_placeholders_once(base_model, batch, "shared_prefix"):
+        return _completion_log_probs(model, inputs, batch, *batch["places"]["shared_prefix"], head=head)
+
+
+def _completion_log_probs(
+    model: nn.Module, inputs: dict[str, Any], batch: dict[str, Any], predicting: Tensor, tokens: Tensor, *, head: str
+) -> Tensor:
+    """Log-probs of the completions' tokens in nats, 0 at padding, (pairs, columns of chosen and rejected).
+
+    Args:
+        predicting: places of the hidden states that predict them, see `prefix_layout.token_places`.
+        tokens: places of the tokens.
+    """
+    ids = batch["ids"][:, batch["layout"].prompt :]
+    targets = ids.flatten().index_select(0, tokens)
+    select = lambda hidden: hidden.flatten(0, 1).index_select(0, predicting)
+    log_probs = target_log_probs(model, inputs, select, targets, head=head)
+    return log_probs.new_zeros(ids.numel()).index_copy(0, tokens, log_probs).view(ids.shape)
 
 
 def separate_log_probs(
-    model: nn.Module, batch: dict[str, Any], *, head: str = "raw", padding_side: str = "right"
+    model: nn.Module, batch: dict[str, Any], *, head: str = "raw", padding_side: str = "right", plain: bool = True
 ) -> Tensor:
     """Compute the log-probs of the completions' tokens from two separate sequences per pair.
 
@@ -182,20 +222,23 @@ def separate_log_probs(
         batch: from `pair_batches.collate`, on the model's device.
         head: a name in HEADS.
         padding_side: "left" or "right".
+        plain: True if the model chooses masks and positions alone. False spares what makes the host wait for the device,
+            for padding on the right.
 
     Returns:
         Log-probs in nats, 0 at padding, (pairs, columns of chosen and rejected).
     """
-    base_model, layout = unwrap(model), batch["layout"]
-    inputs, in_completion = separate_inputs(base_model, batch, padding_side=padding_side)
-    predicts_token = in_completion[:, 1:]
-    targets = inputs["input_ids"][:, 1:][predicts_token]
-    inputs |= image_inputs(base_model, batch, repeated=bool(layout.rejected))
-    log_probs = target_log_probs(model, inputs, lambda hidden: hidden[:, :-1][predicts_token], targets, head=head)
-    is_token = batch["mask"][:, layout.prompt :].bool()
-    sides = is_token[:, : layout.chosen], is_token[:, layout.chosen :]
-    parts = zip(sides, log_probs.split([int(side.sum()) for side in sides]), strict=True)
-    return torch.cat([part.new_zeros(side.shape).masked_scatter(side, part) for side, part in parts], dim=1)
+    base_model = unwrap(model)
+    inputs, padding = separate_inputs(base_model, batch, padding_side=padding_side, plain=plain)
+    predicting, tokens = batch["places"]["separate"]
+    width = inputs["input_ids"].shape[1]
+    predicting = predicting + padding.index_select(0, predicting // width)
+    inputs |= image_inputs(base_model, batch, repeated=bool(batch["layout"].rejected))
+    with contextlib.ExitStack() as stack:
+        if not plain:
+            stack.enter_context(use_layout(RightPadded(width)))
+            stack.enter_context(find_placeholders_once(base_model, batch, "separate"))
+        return _completion_log_probs(model, inputs, batch, predicting, tokens, head=head)
 
 
 # The head

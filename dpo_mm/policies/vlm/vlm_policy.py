@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from dpo_mm.config import TrainConfig
@@ -30,7 +31,7 @@ from dpo_mm.policies.vlm.architecture import disable_dropout, lora_targets, non_
 from dpo_mm.policies.vlm.chat import ConversationEncoder
 from dpo_mm.policies.vlm.decoding import log_unused_settings
 from dpo_mm.policies.vlm.row_sizes import RowMeasure
-from dpo_mm.policies.vlm.shared_prefix import unwrap
+from dpo_mm.policies.vlm.shared_prefix import add_positions, unwrap
 from dpo_mm.policies.vlm.token_log_probs import TokenLogProbs, sdpo_gradient_scale
 from dpo_mm.policies.vlm.vision_features import features_agree, features_to, join_features, vision_features
 
@@ -223,13 +224,8 @@ class VisionLanguage:
         if "pixel_values" not in row["images"]:
             return row
         if self.features_are_exact is None:
-            batch = self.collate([row])
-            images = {name: value.to(self.device) for name, value in batch["images"].items()}
-            ids = {name: batch[name].to(self.device) for name in ("ids", "mask")}
-            token_type_inputs = {name: value.to(self.device) for name, value in batch["types"].items()}
-            self.features_are_exact = features_agree(
-                self.token_log_probs, self.model, {**batch, **ids, "types": token_type_inputs, "images": images}
-            )
+            batch = send_to_device(self.collate([row]), self.device)
+            self.features_are_exact = features_agree(self.token_log_probs, self.model, batch)
         if not self.features_are_exact:
             raise ValueError(
                 f"{self.source}: cannot compute vision features separately for this model. "
@@ -259,6 +255,7 @@ class VisionLanguage:
             )
         if features:
             batch["features"] = join_features(features)
+        add_positions(self.base_model, batch)
         return batch
 
     def log_probs(self, model: nn.Module, batch: Batch) -> LogProbs:

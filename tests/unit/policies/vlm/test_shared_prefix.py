@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.masking_utils import causal_mask_function
 
-from dpo_mm.policies.vlm.shared_prefix import Layout, mask_chosen_from_rejected, separate_inputs
+from dpo_mm.policies.vlm.prefix_layout import Layout, token_places
+from dpo_mm.policies.vlm.shared_prefix import mask_chosen_from_rejected, separate_inputs
 
 LAYOUT = Layout(prompt=2, chosen=3, rejected=2, has_padding=False)
 
@@ -63,7 +64,10 @@ def test_separate_sequences_have_all_padding_on_one_side(side: str, chosen: list
     )
     ids, mask = torch.tensor([[0, 11, 12, 13, 0, 15, 16]]), torch.tensor([[0, 1, 1, 1, 0, 1, 1]])
     batch = {"layout": LAYOUT, "ids": ids, "mask": mask, "types": {}, "images": {}}
-    inputs, in_completion = separate_inputs(base, batch, padding_side=side)
+    inputs, padding = separate_inputs(base, batch, padding_side=side)
     assert inputs["input_ids"].tolist() == [chosen, rejected]
     assert inputs["attention_mask"].tolist() == [[int(token > 0) for token in row] for row in (chosen, rejected)]
-    assert in_completion.tolist() == [[token > 11 for token in row] for row in (chosen, rejected)]
+    predicting, tokens = token_places(LAYOUT, [[1], [2], [2]])["separate"]
+    predicting = predicting + padding[predicting // 5]
+    assert inputs["input_ids"].flatten()[predicting + 1].tolist() == [12, 13, 15, 16]
+    assert ids[:, LAYOUT.prompt :].flatten()[tokens].tolist() == [12, 13, 15, 16]
