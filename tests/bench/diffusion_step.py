@@ -164,7 +164,12 @@ def flops(size: Size) -> dict[str, float]:
         unet, vae, texts = modules(size)
         latent = size.pixels // 8
         width = unet.config.cross_attention_dim
-        conditioning = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)} if len(texts) == 2 else None
+        conditioning = None
+        if len(texts) == 2:
+            conditioning = {
+                "text_embeds": torch.empty(1, texts[1].config.projection_dim),
+                "time_ids": torch.empty(1, 6),
+            }
         inputs = (torch.empty(1, 4, latent, latent), torch.zeros(1), torch.empty(1, TOKENS, width))
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         return {
@@ -174,23 +179,30 @@ def flops(size: Size) -> dict[str, float]:
         }
 
 
-def largest_speedups(gflops: dict[str, float]) -> dict[str, float]:
-    """The largest speed-up over the published loop that the FLOP counts allow, by variant.
+def step_gflops(gflops: dict[str, float], *, checkpointing: bool = False) -> dict[str, float]:
+    """FLOPs (10^9) of a step on one pair, by variant.
 
     The published loop encodes two images and one prompt per pair. Per image the denoiser runs forward for the policy and
     for the reference. The backward pass costs as much as one more forward, because with a LoRA it only computes the
-    gradients of inputs.
+    gradients of inputs. With checkpointing the policy's forward pass runs twice.
     """
-    step = 2 * 3 * gflops["denoiser"]
-    published = step + 2 * gflops["autoencoder"] + gflops["text"]
-    return {"online": published / step, "precomputed": published / (step * 2 / 3)}
+    passes = 3 + checkpointing
+    online, precomputed = (2 * count * gflops["denoiser"] for count in (passes, passes - 1))
+    published = online + 2 * gflops["autoencoder"] + gflops["text"]
+    return {"published": published, "online": online, "precomputed": precomputed}
+
+
+def largest_speedups(gflops: dict[str, float], *, checkpointing: bool = False) -> dict[str, float]:
+    """The largest speed-up over the published loop that the FLOP counts allow, by variant."""
+    steps = step_gflops(gflops, checkpointing=checkpointing)
+    return {name: steps["published"] / value for name, value in steps.items() if name != "published"}
 
 
 class Parts:
-    """Seconds of each part of the steps. On a GPU it synchronises before each reading."""
+    """Seconds of each part of the steps. On a GPU it synchronises before each reading, unless it is not `on`."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.seconds = device, {}  # type: tuple[str, dict[str, list[float]]]
+        self.device, self.seconds, self.on = device, {}, True  # type: tuple[str, dict[str, list[float]], bool]
 
     def now(self) -> float:
         if self.device == "cpu":
@@ -200,6 +212,9 @@ class Parts:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
+        if not self.on:
+            yield
+            return
         start = self.now()
         yield
         self.seconds.setdefault(name, []).append(self.now() - start)
@@ -268,7 +283,8 @@ def published_step(
             posteriors = [vae.encode(part).latent_dist for part in pixels.to(dtype).split(8)]
             samples = [posterior.sample() if draw is None else posterior.mean for posterior in posteriors]
             if draw is not None:
-                samples = [p.mean + p.std * draw.posterior.repeat(2, 1, 1, 1) for p in posteriors]
+                noise_parts = draw.posterior.repeat(2, 1, 1, 1).split(8)
+                samples = [p.mean + p.std * part for p, part in zip(posteriors, noise_parts, strict=True)]
             latent = (torch.cat(samples) * scale).float()
         with parts.part("noise"):
             noise = torch.randn_like(latent[:pairs]) if draw is None else draw.noise
@@ -352,17 +368,27 @@ def randomise_adapter(model: Any) -> None:
 
 
 class Bench(NamedTuple):
-    """Steps and part times by variant, a function that frees gradients, and each variant's loss on the same noise."""
+    """Steps and part times by variant, a function that frees gradients, each variant's loss on the same noise, the policy."""
 
     steps: dict[str, Step]
     parts: dict[str, Parts]
     clear: Callable[[], None]
     loss: dict[str, float]
+    policy: Any
 
 
-def prepare_bench(options: argparse.Namespace, folder: Path) -> Bench:
+class Setup(NamedTuple):
+    """Pairs per step, device, precision, gradient checkpointing, and draws per row of the precomputed reference."""
+
+    pairs: int = 2
+    device: str = "cpu"
+    precision: str = "fp32"
+    checkpointing: bool = False
+    draws: int = 4
+
+
+def prepare_bench(size: Size, options: Setup, folder: Path) -> Bench:
     """Prepare all variants on one policy. Its encoders stay in memory, because the published loop needs them."""
-    size = SIZES[options.size]
     policy = build(size, device=options.device, precision=options.precision)
     policy.model.train()
     rows = rows_of(size, options.pairs)
@@ -397,7 +423,7 @@ def prepare_bench(options: argparse.Namespace, folder: Path) -> Bench:
     draw = Draw(_posterior(config, batch), batch["noise"], batch["timestep"])
     draw = Draw(*(tensor.to(options.device) for tensor in draw))
     loss = {"published": published(draw)} | {name: steps[name]() for name in variants}
-    return Bench(steps, parts, lambda: policy.model.zero_grad(set_to_none=True), loss)
+    return Bench(steps, parts, lambda: policy.model.zero_grad(set_to_none=True), loss, policy)
 
 
 def _posterior(config: TrainConfig, batch: dict[str, Any]) -> Tensor:
@@ -415,8 +441,9 @@ def _posterior(config: TrainConfig, batch: dict[str, Any]) -> Tensor:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure median seconds by variant and part, peak memory, the losses on the same noise, and the FLOP bound."""
+    setup = Setup(options.pairs, options.device, options.precision, options.checkpointing, options.draws)
     with tempfile.TemporaryDirectory() as folder:
-        bench = prepare_bench(options, Path(folder))
+        bench = prepare_bench(SIZES[options.size], setup, Path(folder))
         times: dict[str, list[float]] = {name: [] for name in bench.steps}
         for parts in bench.parts.values():
             parts.seconds.clear()
@@ -453,7 +480,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "shares": {
             name: {part: value / parts["denoiser"] for part, value in parts.items()} for name, parts in gflops.items()
         },
-        "flops_allow": {name: largest_speedups(parts) for name, parts in gflops.items()},
+        "flops_allow": {
+            name: largest_speedups(parts, checkpointing=options.checkpointing) for name, parts in gflops.items()
+        },
     }
 
 

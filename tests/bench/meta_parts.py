@@ -26,7 +26,11 @@ QWEN2_5_TEXT = {
            "num_attention_heads": 16, "num_key_value_heads": 2},
     "7B": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
            "num_attention_heads": 28, "num_key_value_heads": 4},
+    "tiny": {"vocab_size": 2112, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1},
 }  # fmt: skip
+QWEN2_5_TINY_TOWER = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4,
+                      "fullatt_block_indexes": [1]}  # fmt: skip
 QWEN3_8B_TEXT = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
                  "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
 QWEN3_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16,
@@ -54,14 +58,19 @@ def text_encoder(kind: Any, config: Any, precision: str) -> Any:
         return fill_small_buffers(kind(config).to(DTYPES[precision]).eval())
 
 
+def qwen2_5_tower(size: str) -> dict[str, Any]:
+    """Config of the vision tower. Those of 3B and 7B differ in the width of their output only."""
+    smaller = QWEN2_5_TINY_TOWER if size == "tiny" else {}
+    return {**QWEN2_5_TOWER, **smaller, "out_hidden_size": QWEN2_5_TEXT[size]["hidden_size"]}
+
+
 def qwen2_5_config(size: str, ids: dict[str, int]) -> Any:
     text = QWEN2_5_TEXT[size]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    tower = {**QWEN2_5_TOWER, "out_hidden_size": text["hidden_size"]}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return hf.Qwen2_5_VLConfig(
         text_config={**text, **special, "rope_parameters": rope, "max_position_embeddings": 32768},
-        vision_config=tower,
+        vision_config=qwen2_5_tower(size),
         tie_word_embeddings=size == "3B",
         **ids,
     )

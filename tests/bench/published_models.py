@@ -65,7 +65,8 @@ def _sd3_medium(precision: str) -> Any:
     return StableDiffusion3(pipe, "SD3.5 Medium")
 
 
-def _flux(precision: str, pipeline: Any, family: Any, name: str) -> Any:
+def flux(precision: str, pipeline: Any, family: Any, name: str, **transformer: Any) -> Any:
+    """A FLUX.1 pipeline's policy. transformer: changes of the denoiser's published config."""
     words, pieces = clip_words(), t5_tokenizer()
     pipe = pipeline(
         diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
@@ -74,17 +75,17 @@ def _flux(precision: str, pipeline: Any, family: Any, name: str) -> Any:
         words,
         text_encoder(hf.T5EncoderModel, hf.T5Config(**T5_XXL), precision),
         pieces,
-        on_meta(diffusers.FluxTransformer2DModel, precision, guidance_embeds=True),
+        on_meta(diffusers.FluxTransformer2DModel, precision, guidance_embeds=True, **transformer),
     )
     return family(pipe, name)
 
 
 def _flux_dev(precision: str) -> Any:
-    return _flux(precision, diffusers.FluxPipeline, Flux, "FLUX.1-dev")
+    return flux(precision, diffusers.FluxPipeline, Flux, "FLUX.1-dev")
 
 
 def _flux_kontext(precision: str) -> Any:
-    return _flux(precision, diffusers.FluxKontextPipeline, FluxKontext, "FLUX.1 Kontext")
+    return flux(precision, diffusers.FluxKontextPipeline, FluxKontext, "FLUX.1 Kontext")
 
 
 def _instruct_pix2pix(precision: str) -> Any:
@@ -106,6 +107,12 @@ def _qwen_image(precision: str) -> Any:
 
 
 def _vlm(model: Any, words: Any, patch: int, processor_class: Any, name: str) -> Any:
+    processor = _processor(words, patch, processor_class)
+    return without_checks(VisionLanguage(fill_small_buffers(model), processor, name))
+
+
+def _processor(words: Any, patch: int, processor_class: Any) -> Any:
+    """A processor for images of any size, whose chat template adds nothing to the messages."""
     edge = 2 * patch
     pixels = hf.Qwen2VLImageProcessor(size={"shortest_edge": edge**2, "longest_edge": 4096 * edge**2}, patch_size=patch)
     video = hf.Qwen2VLVideoProcessor() if processor_class is hf.Qwen2_5_VLProcessor else hf.Qwen3VLVideoProcessor()
@@ -115,7 +122,7 @@ def _vlm(model: Any, words: Any, patch: int, processor_class: Any, name: str) ->
         + SHAPES["qwen2_5_vl"].placeholder
         + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
     )
-    return without_checks(VisionLanguage(fill_small_buffers(model), processor, name))
+    return processor
 
 
 def _image_ids(words: Any) -> dict[str, int]:
@@ -124,13 +131,20 @@ def _image_ids(words: Any) -> dict[str, int]:
     return ids | {f"vision_{end}_token_id": token(f"<|vision_{end}|>") for end in ("start", "end")}
 
 
+def qwen2_5_vl(size: str, precision: str, device: str) -> tuple[Any, Any]:
+    """Model with random weights and processor. size: a key of QWEN2_5_TEXT. device: cpu, cuda or meta."""
+    words = tokenizer(SHAPES["qwen2_5_vl"])
+    config = qwen2_5_config(size, _image_ids(words))
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = hf.AutoModelForImageTextToText.from_config(config, dtype=DTYPES[precision]).eval()
+    return model, _processor(words, 14, hf.Qwen2_5_VLProcessor)
+
+
 def _qwen2_5_vl(size: str) -> Callable[[str], Any]:
     def build_policy(precision: str) -> Any:
-        words = tokenizer(SHAPES["qwen2_5_vl"])
-        config = qwen2_5_config(size, _image_ids(words))
-        with torch.device("meta"):
-            model = hf.AutoModelForImageTextToText.from_config(config, dtype=DTYPES[precision]).eval()
-        return _vlm(model, words, 14, hf.Qwen2_5_VLProcessor, f"Qwen2.5-VL-{size}")
+        model, processor = qwen2_5_vl(size, precision, "meta")
+        return without_checks(VisionLanguage(fill_small_buffers(model), processor, f"Qwen2.5-VL-{size}"))
 
     return build_policy
 

@@ -281,7 +281,16 @@ def ratios(shape: Shape, tokens: int) -> tuple[float, float]:
     return costs.vision / shape.image_tokens(tokens) / costs.body, costs.head / costs.body
 
 
-def flops(costs: Cost, *, positions: int, pairs: float, completions: int, visions: int, reference: bool) -> float:
+def flops(
+    costs: Cost,
+    *,
+    positions: int,
+    pairs: float,
+    completions: int,
+    visions: int,
+    reference: bool,
+    checkpointing: bool = False,
+) -> float:
     """FLOPs of one training step, without embeddings, norms and activations.
 
     A multiply-add counts as 2. Frozen layers and the head run forward, and backward for the gradients of their inputs. A
@@ -294,13 +303,14 @@ def flops(costs: Cost, *, positions: int, pairs: float, completions: int, vision
         completions: number of positions whose logits are computed.
         visions: number of runs of the vision tower.
         reference: True if the reference runs in the step.
+        checkpointing: True if the layers run forward once more in the backward pass.
     """
-    passes = 2 + reference
+    passes, again = 2 + reference, int(checkpointing)
     return 2 * (
-        (passes * costs.body - costs.first) * positions
-        + 3 * costs.lora * positions
+        ((passes + again) * costs.body - costs.first) * positions
+        + (3 + again) * costs.lora * positions
         + passes * costs.head * completions
-        + (3.5 + reference) * costs.attention * pairs
+        + (3.5 + again + reference) * costs.attention * pairs
         + visions * costs.vision
     )
 
@@ -322,18 +332,27 @@ def step_flops(shape: Shape, tokens: int, completion: int, *, attention: bool = 
     positions and (P + C)² pairs of positions in attention. The shared prefix has P + 2 C positions and
     P²/2 + 2 C (P + C/2) pairs.
     """
-    costs, p, c = cost(shape, tokens, attention=attention), shape.prompt(tokens), completion
+    return flops_by_variant(cost(shape, tokens, attention=attention), shape.prompt(tokens), completion)
+
+
+def flops_by_variant(costs: Cost, prompt: int, completion: int, *, checkpointing: bool = False) -> dict[str, float]:
+    """FLOPs of each variant's step on one pair, from the cost of its row and the numbers of tokens P and C."""
+    p, c = prompt, completion
     separate = {"positions": 2 * (p + c), "pairs": (p + c) ** 2, "completions": 2 * c}
     shared = {"positions": p + 2 * c, "pairs": p**2 / 2 + 2 * c * (p + c / 2), "completions": 2 * c}
     return {
-        name: flops(costs, **(separate if name in ("trl_head", "plain") else shared), **runs)  # type: ignore[arg-type]
+        name: flops(
+            costs, **(separate if name in ("trl_head", "plain") else shared), **runs, checkpointing=checkpointing
+        )  # type: ignore[arg-type]
         for name, runs in STEPS.items()
     }
 
 
 def largest_speedups(shape: Shape, tokens: int, completion: int, *, attention: bool = True) -> dict[str, float]:
     """The largest speed-up of each variant over TRL's step (with the head only on completions) that the FLOP counts allow."""
-    flops_by_variant = step_flops(shape, tokens, completion, attention=attention)
-    return {
-        name: flops_by_variant["trl_head"] / value for name, value in flops_by_variant.items() if name != "trl_head"
-    }
+    return speedups_over_trl(step_flops(shape, tokens, completion, attention=attention))
+
+
+def speedups_over_trl(steps: dict[str, float]) -> dict[str, float]:
+    """The speed-up of each of our variants over TRL's step, from the FLOPs of each."""
+    return {name: steps["trl_head"] / value for name, value in steps.items() if name != "trl_head"}

@@ -54,24 +54,37 @@ ENVIRONMENT = {**HEAP, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 Step = Callable[[], float]
 
 
-def our_step(shape: Shape, rows: list[dict[str, Any]], tokens: int, **options: Any) -> Step:
+def config_of(pairs: int, **settings: Any) -> TrainConfig:
+    """Settings of a run, in float32 if they name no precision."""
+    lora = {"lora_rank": RANK, "lora_alpha": RANK, "lora_targets": ADAPTED}
+    defaults = {"beta": 0.1, "steps": 1, "precision": "fp32", "reference": "adapter_off", **lora}
+    return TrainConfig("bench", "", "bench", batch_size=pairs, **{**defaults, **settings})
+
+
+def our_step(
+    built: tuple[Any, Any],
+    rows: list[dict[str, Any]],
+    *,
+    pair_layout: str,
+    cache_vision_features: bool = False,
+    **settings: Any,
+) -> Step:
     """Our step.
 
     Args:
-        options: pair_layout, reference (default: online) and cache_vision_features (default: False).
+        built: model and processor.
+        rows: pairs.
+        pair_layout, cache_vision_features: as in TrainConfig.
+        settings: further settings of TrainConfig.
     """
-    cache_features, reference = options.pop("cache_vision_features", False), options.pop("reference", "adapter_off")
-    config = TrainConfig(
-        "bench", "", "bench", beta=0.1, batch_size=len(rows), steps=1, lora_rank=RANK, lora_alpha=RANK,
-        lora_targets=ADAPTED, reference=reference,
-    )  # fmt: skip
-    policy = VisionLanguage(*build(shape, tokens), "bench", **options)
+    config = config_of(len(rows), **settings)
+    policy = VisionLanguage(*built, "bench", pair_layout=pair_layout)
     encoded: Any = policy.encode(rows)
     policy.prepare(config)
     randomise_adapter(policy.model)
-    if cache_features:
+    if cache_vision_features:
         encoded = policy.cache_vision_features(encoded)
-    if reference == "precomputed":
+    if config.reference == "precomputed":
         encoded = precompute_reference_log_probs(
             policy, PairStream(encoded, seed=0, length=len(encoded), num_fixed_draws=1), config
         )
@@ -80,24 +93,43 @@ def our_step(shape: Shape, rows: list[dict[str, Any]], tokens: int, **options: A
 
     def step() -> float:
         policy.model.zero_grad(set_to_none=True)
-        loss = trainer.compute_loss(policy.model, policy.collate([encoded[n] for n in range(len(rows))]))
+        batch = trainer._prepare_inputs(policy.collate([encoded[n] for n in range(len(rows))]))
+        loss = trainer.compute_loss(policy.model, batch)
         loss.backward()
+        trainer._metrics["train"].clear()
         return float(loss.detach())
 
     return step
 
 
-def trl_step(shape: Shape, rows: list[dict[str, Any]], tokens: int, *, head: bool) -> Step:
-    """TRL's step, with its collator and loss. With head=True the head runs only on completions, as on a GPU."""
+def trl_step(
+    built: tuple[Any, Any],
+    shape: Shape,
+    rows: list[dict[str, Any]],
+    *,
+    head: bool,
+    precision: str = "fp32",
+    checkpointing: bool = False,
+) -> Step:
+    """TRL's step, with its collator and loss, on the GPU if there is one.
+
+    Args:
+        built: model and processor.
+        shape, rows: pairs of `vlm_shapes`.
+        head: True: the head runs only on completions, as on a GPU.
+        precision: fp32 or bf16.
+        checkpointing: gradient checkpointing.
+    """
     import trl.trainer.utils as internals
     from trl import DPOConfig, DPOTrainer
 
-    model, processor = build(shape, tokens)
+    model, processor = built
     features = {name: Value("string") for name in ("prompt", "chosen", "rejected")} | {"images": List(Image())}
     trl_rows = texts(shape, rows)
     arguments = DPOConfig(
-        output_dir="runs/bench-trl", per_device_train_batch_size=len(rows), use_cpu=True, bf16=False, report_to="none",
-        beta=0.1, max_length=None, gradient_checkpointing=False,
+        output_dir="runs/bench-trl", per_device_train_batch_size=len(rows), use_cpu=not torch.cuda.is_available(),
+        bf16=precision == "bf16", report_to="none", beta=0.1, max_length=None, gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
     )  # fmt: skip
     target_modules = rf".*(language_model|text_model).*\.({'|'.join(ADAPTED)})"
     trainer = DPOTrainer(
@@ -113,10 +145,12 @@ def trl_step(shape: Shape, rows: list[dict[str, Any]], tokens: int, *, head: boo
 
     def step() -> float:
         trainer.model.zero_grad(set_to_none=True)
+        batch = trainer._prepare_inputs(dict(inputs))
         use_triton = internals._use_triton
         internals._use_triton = (lambda device: True) if head else use_triton
         try:
-            loss = trainer._compute_loss(trainer.model, inputs, False)
+            with trainer.compute_loss_context_manager():
+                loss = trainer._compute_loss(trainer.model, batch, False)
             loss.backward()
         finally:
             internals._use_triton = use_triton
@@ -132,15 +166,23 @@ def randomise_adapter(model: Any) -> None:
             tensor.copy_(0.01 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
 
 
-VARIANTS: dict[str, Callable[..., Step]] = {
-    "vision kept": lambda *cell: our_step(
-        *cell, pair_layout="shared_prefix", reference="precomputed", cache_vision_features=True
-    ),
-    "reference kept": lambda *cell: our_step(*cell, pair_layout="shared_prefix", reference="precomputed"),
-    "prefix": lambda *cell: our_step(*cell, pair_layout="shared_prefix"),
-    "plain": lambda *cell: our_step(*cell, pair_layout="separate"),
-    "trl_head": lambda *cell: trl_step(*cell, head=True),
-    "trl": lambda *cell: trl_step(*cell, head=False),
+OURS: dict[str, dict[str, Any]] = {
+    "vision kept": {"pair_layout": "shared_prefix", "reference": "precomputed", "cache_vision_features": True},
+    "reference kept": {"pair_layout": "shared_prefix", "reference": "precomputed"},
+    "prefix": {"pair_layout": "shared_prefix"},
+    "plain": {"pair_layout": "separate"},
+}
+"""Arguments of our_step."""
+
+
+def _ours(name: str) -> Callable[..., Step]:
+    return lambda shape, rows, tokens: our_step(build(shape, tokens), rows, **OURS[name])
+
+
+VARIANTS: dict[str, Callable[[Shape, list[dict[str, Any]], int], Step]] = {
+    **{name: _ours(name) for name in OURS},
+    "trl_head": lambda shape, rows, tokens: trl_step(build(shape, tokens), shape, rows, head=True),
+    "trl": lambda shape, rows, tokens: trl_step(build(shape, tokens), shape, rows, head=False),
 }
 
 
