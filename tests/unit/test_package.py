@@ -78,7 +78,9 @@ def test_names_that_scripts_import_exist() -> None:
     """Benchmarks and scripts are run by hand, so this test checks their imports, those in functions included."""
     root = Path(__file__).parents[2]
     scripts = [
-        path for folder in ("tests/bench", "docs", "data", "demos", "recipes") for path in (root / folder).glob("*.py")
+        path
+        for folder in ("tests/bench", "tests/bench/gpu", "docs", "data", "demos", "recipes")
+        for path in (root / folder).glob("*.py")
     ]
     assert len(scripts) > 25
     missing = []
