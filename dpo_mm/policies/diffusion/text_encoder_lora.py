@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +93,9 @@ def start_weights(policy: DiffusionPolicy) -> Iterator[None]:
     """Context manager with the weights from before the first step. Raises ValueError if there is no LoRA."""
     if not has_lora(policy.model):
         raise ValueError("reference 'adapter_off' needs a LoRA (tuning: lora). For full fine-tuning use 'frozen_copy'")
-    from diffusers.utils.peft_utils import set_adapter_layers
-
     with contextlib.ExitStack() as stack:
         for model in (policy.model, *encoders_of(policy).values()):
-            off, on = (functools.partial(set_adapter_layers, model, enabled=enabled) for enabled in (False, True))
-            stack.enter_context(reference_weights(model, disable=off, enable=on))
+            stack.enter_context(reference_weights(model))
         yield
 
 

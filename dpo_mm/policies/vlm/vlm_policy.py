@@ -153,7 +153,7 @@ class VisionLanguage:
                 module.requires_grad_(False)
         else:
             raise ValueError(f"tuning {config.tuning!r} is unknown. Expected 'lora' or 'full'")
-        # Noted once, because PEFT turns requires_grad off while its adapter is disabled for the reference.
+        # Noted once, because PEFT turns requires_grad off while its adapter is disabled.
         outside = non_language_modules(self.base_model)
         self.vision_trains = any(parameter.requires_grad for module in outside for parameter in module.parameters())
         if config.gradient_checkpointing:
@@ -317,8 +317,7 @@ class VisionLanguage:
             raise ValueError(
                 "reference 'adapter_off' needs a LoRA (tuning: lora). For full fine-tuning use 'frozen_copy'"
             )
-        tuner = self.model.base_model  # PEFT's context manager lists all layers each time, which takes 10 ms and more
-        with reference_weights(self.model, disable=tuner.disable_adapter_layers, enable=tuner.enable_adapter_layers):
+        with reference_weights(self.model):
             yield
 
     def frozen_copy(self) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from diffusers.utils.peft_utils import set_adapter_layers
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.families import load_policy
@@ -97,3 +98,34 @@ def test_reference_forward_uses_only_reference_weights(
     for parameter, gradient in zip(trained, gradients, strict=True):
         assert (parameter.grad is None) == (gradient is None)
         assert gradient is None or torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_adapter_is_switched_as_peft_does_without_a_walk_over_the_model(
+    modality: str, tiny_model: str, tiny_text: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches PEFT's own functions, which walk over all modules in each step and change requires_grad."""
+    is_image = modality == "image"
+    config = TrainConfig(tiny_model if is_image else tiny_text, pairs, str(tmp_path), precision="fp32")
+    policy, batch = (image_batch if is_image else text_batch)(config.model, pairs, config)
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data += 0.05
+    reference = build_reference(policy, config)
+    found = reference(policy.model, batch)
+    set_adapter_layers(policy.model, enabled=False)
+    with torch.no_grad():
+        expected = policy.log_probs(policy.model, batch)
+        set_adapter_layers(policy.model, enabled=True)
+        tuned = policy.log_probs(policy.model, batch)
+    assert torch.equal(found.chosen, expected.chosen) and not torch.equal(found.chosen, tuned.chosen)
+    walks: list[Any] = []
+    named_modules = torch.nn.Module.named_modules
+    monkeypatch.setattr(
+        torch.nn.Module, "named_modules", lambda *args, **named: walks.append(args) or named_modules(*args, **named)
+    )
+    with policy.adapter_off():
+        assert all(parameter.requires_grad for parameter in trained)
+    assert not walks
+    with torch.no_grad():
+        assert torch.equal(policy.log_probs(policy.model, batch).chosen, tuned.chosen)
