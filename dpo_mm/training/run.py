@@ -30,6 +30,7 @@ from dpo_mm.printing.notebook_html import table_of_values
 from dpo_mm.printing.progress import progress_bar
 from dpo_mm.process.interruption import StopRequest, complete_part, stop_on_signal
 from dpo_mm.process.process_rank import process_rank
+from dpo_mm.training.attention_kernels import without_cudnn_attention
 from dpo_mm.training.auto_beta import AUTO, measure_beta
 from dpo_mm.training.best_weights import BEST_FOLDER
 from dpo_mm.training.builders import (
@@ -217,7 +218,7 @@ def _train(config: TrainConfig, inputs: RunInputs, checkpoint: Path | None, show
         "pairs_per_step": pairs_per_step,
         "measured_beta": saved_state.get("measured_beta"),
     }
-    with stop_on_signal(lambda: _saved_so_far(config, splits)):
+    with stop_on_signal(lambda: _saved_so_far(config, splits)), without_cudnn_attention():
         return _train_on(splits, loaded, policy, config, inputs, run_state, checkpoint, show_plan)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.several_captions import describe_captions
 from dpo_mm.models.quantization import stored_size
 from dpo_mm.policies.diffusion.text_encoder_lora import trained_model
 from dpo_mm.policies.protocol import ImagePolicy, TextPolicy
 from dpo_mm.policies.start_adapter import continues, describe_start
+from dpo_mm.training.attention_kernels import describe_attention
 from dpo_mm.training.auto_beta import AUTO
 from dpo_mm.training.objective_settings import is_fine_tuning, objective_names, required_inputs, takes_beta
 from dpo_mm.training.reference import resolve_reference_name
@@ -57,6 +60,7 @@ def run_summary(
         else reference,
         "tuning": f"{config.tuning}, {num_trained:,} trained parameters",
         "precision": f"{config.precision}{f', frozen linear layers in {config.quantize}' if config.quantize else ''}",
+        **describe_attention("cuda" if torch.cuda.is_available() else "cpu"),
         "memory": f"about {(copies * num_bytes + 12 * num_trained) / 2**20:,.0f} MiB for weights, gradients and Adam, plus activations",
         **of_policy,
         **(describe_captions(loaded.train) if policy.modality == "image" else {}),
