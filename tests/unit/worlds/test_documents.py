@@ -22,7 +22,7 @@ def test_page_depends_only_on_seed_split_and_number() -> None:
 @pytest.mark.slow
 def test_train_and_held_out_pages_share_no_line() -> None:
     train, held_out = (
-        {line for page in documents.pages(400, 5, held_out=side) for line in page.lines} for side in (False, True)
+        {line for page in documents.pages(150, 5, held_out=side) for line in page.lines} for side in (False, True)
     )
     assert all(len(line) < 5 for line in train & held_out)  # "the" may be a line of any page
 
