@@ -83,6 +83,10 @@ class DPOTrainer:
         self._device = getattr(model, "device", "cpu")
         self._run: FinishedRun | None = None
 
+    def __repr__(self) -> str:
+        state = "not trained yet" if self._run is None else repr(self._run.result)
+        return f"DPOTrainer({type(self._inputs.model).__name__}, {self.args.output_dir!r}, {state})"
+
     @property
     def model(self) -> GivenModel:
         """The model: after `train` the PeftModel around it, or the pipeline with its LoRA."""

@@ -87,7 +87,10 @@ def test_vlm_and_rows_of_trl_give_the_run_of_the_command(text_model: str, tmp_pa
     )
     given: dict[str, Any] = {"train_dataset": dataset, "eval_dataset": evaluation, "peft_config": lora}
     trainer = DPOTrainer(**vlm(text_model), args=args, **given, callbacks=[Callback()])
+    shown = f"DPOTrainer(LlavaForConditionalGeneration, {str(tmp_path / 'by-class')!r}, "
+    assert repr(trainer) == f"{shown}not trained yet)"
     result = trainer.train()
+    assert repr(trainer) == f"{shown}{result!r})"
     expected = train(
         TrainConfig(
             text_model, str(tmp_path / "pairs.parquet"), str(tmp_path / "by-command"), beta=0.1, learning_rate=1e-2,
