@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.image_files import open_image
@@ -32,6 +31,7 @@ from dpo_mm.policies.diffusion.placement import move
 from dpo_mm.policies.diffusion.prompt_sources import check_prompt_sources, images_to_edit
 from dpo_mm.policies.protocol import ImagePolicy, Modality, TextPolicy
 from dpo_mm.process.process_rank import process_rank
+from dpo_mm.training.tracking import show_samples
 
 SAMPLES_FOLDER = "samples"
 SAMPLE_SETTINGS = (
@@ -133,9 +133,13 @@ class SampleCallback(TrainerCallback):
                 if (mean := _mean(values)) is not None
             }
         )
+        outputs: Sequence[Image.Image | Response] = samples.outputs
+        shown = {
+            f"{METRIC}{number} {title[:60]}": output.text if isinstance(output, Response) else output
+            for number, (title, output) in enumerate(zip(self.titles, outputs, strict=True), start=1)
+        }
         for callback in self.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                self._show_in_tensorboard(callback.tb_writer, step, samples)
+            show_samples(callback, step, shown)
 
     def _image_file(self, step: int, number: int) -> Path:
         return self.folder / f"step-{step:06d}-{number + 1}.png"
@@ -156,16 +160,6 @@ class SampleCallback(TrainerCallback):
             heads, marks = ["source", *heads], [["", *row] for row in marks]
         with write_with_checksum(self.folder / STRIP_FILE) as temporary:
             strips(rows, heads, self.titles, marks).save(temporary, format="PNG")
-
-    def _show_in_tensorboard(self, writer: Any, step: int, samples: Samples) -> None:
-        for number, (title, output) in enumerate(zip(self.titles, samples.outputs, strict=True), start=1):
-            if isinstance(output, Image.Image):
-                writer.add_image(
-                    f"samples/{number} {title[:60]}", np.asarray(output.convert("RGB")), step, dataformats="HWC"
-                )
-            elif isinstance(output, Response):
-                writer.add_text(f"samples/{number} {title[:60]}", f"```\n{output.text}\n```", step)
-        writer.flush()
 
 
 def sample_callback(policy: ImagePolicy | TextPolicy, config: TrainConfig) -> SampleCallback | None:

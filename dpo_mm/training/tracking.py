@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from transformers import TrainerCallback
-from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+)
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean, one_line
@@ -49,6 +57,30 @@ def prepare_trackers(callbacks: Sequence[TrainerCallback], config: TrainConfig) 
             for event in (name for name in dir(callback) if name.startswith("on_")):
                 setattr(callback, event, _without_model(getattr(callback, event)))
             callback.on_train_begin = _explain_start(callback.on_train_begin, names[type(callback)])  # type: ignore[method-assign]
+
+
+def show_samples(callback: TrainerCallback, step: int, samples: Mapping[str, Image.Image | str]) -> None:
+    """Show images and texts by name in TensorBoard, W&B or Trackio. The others show numbers only."""
+    if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+        for name, sample in samples.items():
+            if isinstance(sample, str):
+                callback.tb_writer.add_text(name, f"```\n{sample}\n```", step)
+            else:
+                callback.tb_writer.add_image(name, np.asarray(sample.convert("RGB")), step, dataformats="HWC")
+        callback.tb_writer.flush()
+    elif isinstance(callback, WandbCallback):
+        wandb = callback._wandb
+        shown = {name: _shown(sample, wandb.Image, wandb.Html) for name, sample in samples.items()}
+        wandb.log({**shown, "train/global_step": step})
+    elif isinstance(callback, TrackioCallback):
+        trackio = callback._trackio
+        shown = {name: _shown(sample, trackio.Image, trackio.Markdown) for name, sample in samples.items()}
+        trackio.log({**shown, "train/global_step": step})
+
+
+def _shown(sample: Image.Image | str, as_image: Callable[..., Any], as_text: Callable[..., Any]) -> Any:
+    """Sample in the classes of a tracker. A text is data of the model, so its markup is escaped."""
+    return as_text(f"<pre>{html.escape(sample)}</pre>") if isinstance(sample, str) else as_image(sample)
 
 
 def _without_model(event: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,13 +11,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.printing.progress import progress_bar
@@ -25,6 +27,7 @@ from dpo_mm.training.builders import validate_config
 from dpo_mm.training.callbacks import bar_title
 from dpo_mm.training.run import run_training, train
 from dpo_mm.training.run_inputs import FileInputs
+from dpo_mm.training.tracking import show_samples
 from tests.unit.training.test_trainer import config, first_difference, weights
 
 
@@ -113,7 +116,9 @@ def test_other_trackers_have_the_log_on_this_machine(
     history = train(plain).history
     places = {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "TRACKIO_DIR": tmp_path}
     places |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    tracked = {"output_dir": str(tmp_path / "run"), "report_to": tracker, "run_name": "mine"}
+    (tmp_path / "prompts.txt").write_text("red\nblue\n")
+    samples = {"sample_prompts": str(tmp_path / "prompts.txt"), "num_inference_steps": 1}
+    tracked = {"output_dir": str(tmp_path / "run"), "report_to": tracker, "run_name": "mine", **samples}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(as_dict(plain) | tracked))))
     command = [sys.executable, "-m", "dpo_mm", "train", str(tmp_path / "run.yaml")]
     environment = {**os.environ, **{name: str(place) for name, place in places.items()}}
@@ -126,6 +131,20 @@ def test_other_trackers_have_the_log_on_this_machine(
     for entry, found in zip(history, logged, strict=True):
         numbers = {f"train/{name}": value for name, value in entry.items() if name != "step"}
         assert {name: found.get(name) for name in numbers} == numbers
+    images = [path for path in tmp_path.rglob("*.png") if "run/samples" not in path.as_posix()]
+    assert len(images) == (0 if tracker == "mlflow" else 4)  # two prompts before and after training
+
+
+@pytest.mark.parametrize(("kind", "module"), [(WandbCallback, "_wandb"), (TrackioCallback, "_trackio")])
+def test_samples_are_shown_in_trackers_with_their_step(kind: type[Any], module: str) -> None:
+    """It catches markup of a response that the tracker's page would run."""
+    logged: list[dict[str, Any]] = []
+    tracker, image = kind.__new__(kind), Image.new("RGB", (2, 2))
+    classes = {"Image": lambda sample: ("image", sample), "Html": str, "Markdown": str}
+    setattr(tracker, module, SimpleNamespace(log=logged.append, **classes))
+    show_samples(tracker, 3, {"samples/1 red": image, "samples/2 q": "<script>"})
+    text = "<pre>&lt;script&gt;</pre>"
+    assert logged == [{"samples/1 red": ("image", image), "samples/2 q": text, "train/global_step": 3}]
 
 
 def test_tracker_that_does_not_start_is_one_line(
