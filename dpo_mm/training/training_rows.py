@@ -156,9 +156,11 @@ def _check_one_sided(rows: Dataset, has_chosen: np.ndarray, has_rejected: np.nda
         )
     needs_pairs = [name for name in objective_names(config) if name not in (*UNPAIRED, "sft")]
     if needs_pairs:
+        images = has_chosen.all() and "image_a" in rows.column_names
+        own = ". dpo-mm mine --chosen own makes pairs of captioned images and the model's own" if images else ""
         raise ValueError(
             f"{config.pairs}: its rows have one side each, and objective {needs_pairs[0]} needs pairs. Take sft, or for liked and "
-            f"disliked rows {', '.join(UNPAIRED[:-1])} or {UNPAIRED[-1]}"
+            f"disliked rows {', '.join(UNPAIRED[:-1])} or {UNPAIRED[-1]}{own}"
         )
     if has_chosen.all() or has_rejected.all():
         have, lack = ("liked", "disliked") if has_chosen.all() else ("disliked", "liked")

@@ -49,6 +49,14 @@ def test_every_notebook_is_run_and_listed() -> None:
     assert sorted(re.findall(r"\((.+)\.ipynb\)", (DOCS / "notebooks" / "index.md").read_text())) == names
 
 
+def test_pages_include_files() -> None:
+    """Catches a line that a formatter of code in Markdown has changed, which the site then shows in place of the file."""
+    found = [
+        line for page in DOCS.rglob("*.md") for line in page.read_text(encoding="utf-8").splitlines() if "--8" in line
+    ]
+    assert len(found) == 4 and all(re.fullmatch(r'--8<--( "[^"]+")?', line) for line in found)
+
+
 @pytest.mark.slow
 def test_example_without_this_library_moves_the_points_to_the_right(tmp_path: Path) -> None:
     """Mutation: swap chosen and rejected."""

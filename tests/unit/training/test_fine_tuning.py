@@ -185,7 +185,8 @@ def test_objective_that_needs_pairs_refuses_rows_with_one_side_before_the_model_
     monkeypatch.setattr("dpo_mm.training.run.build_policy", lambda *_, **__: pytest.fail("the model was loaded"))
     one_sided = text_pairs(tmp_path, without="rejected")
     for model, pairs, beta in ((text_model, one_sided, 0.1), (tiny_model, image_pairs(tmp_path, one_sided=True), 5.0)):
-        with pytest.raises(ValueError, match="rows have one side each, and objective dpop needs pairs"):
+        with pytest.raises(ValueError, match="rows have one side each, and objective dpop needs pairs") as refused:
             train(config(model, pairs, tmp_path, objective="dpop", beta=beta))
+        assert ("dpo-mm mine --chosen own" in str(refused.value)) == (model == tiny_model)
         with pytest.raises(ValueError, match="every row is liked, and objective kto needs disliked rows too"):
             train(config(model, pairs, tmp_path, objective="kto", beta=beta))
