@@ -147,7 +147,7 @@ def trl_step(
         trainer.model.zero_grad(set_to_none=True)
         batch = trainer._prepare_inputs(dict(inputs))
         use_triton = internals._use_triton
-        internals._use_triton = (lambda device: True) if head else use_triton
+        internals._use_triton = (lambda device: True) if head and not torch.cuda.is_available() else use_triton
         try:
             with trainer.compute_loss_context_manager():
                 loss = trainer._compute_loss(trainer.model, batch, False)

@@ -79,7 +79,9 @@ def never(*_: Any) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder in which every part has run."""
     out = tmp_path_factory.mktemp("gpu")
-    assert running.run_parts(out, None, tiny=True, limit=0, run=run_here) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_MM_CACHE", str(out / "cache"))
+        assert running.run_parts(out, None, tiny=True, limit=0, run=run_here) == 0
     return out
 
 
@@ -223,6 +225,19 @@ def test_figures_of_a_gpu_come_from_its_allocator_and_its_warnings(monkeypatch: 
     assert measured["attention_kernels"] == [{"name": "flash_fwd_kernel", "count": 1, "ms": 2}]
     (place,) = measured["synchronisations"]
     assert place.startswith("tests/unit/test_gpu_bench.py:") and measured["synchronisations"][place] == 1
+
+
+def test_float32_is_exact_only_inside() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    torch.backends.fp32_precision = "tf32"  # as the Trainer sets it
+    try:
+        with figures.exact_float32():
+            assert matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = "none"
+        matmul.fp32_precision = before
 
 
 def test_a_part_that_fails_or_takes_too_long_is_named(

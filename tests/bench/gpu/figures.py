@@ -163,12 +163,18 @@ def step_figures(step: Step, device: str, *, rounds: int, clear: Callable[[], No
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Context manager in which float32 is not rounded to TF32."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    """Context manager in which float32 is not rounded to TF32. From torch 2.9 it has settings that do not mix with the old ones."""
+    if hasattr(torch.backends.cudnn, "conv"):
+        name, exact = "fp32_precision", "ieee"
+        backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    else:
+        name, exact = "allow_tf32", False
+        backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [getattr(backend, name) for backend in backends]
+    for backend in backends:
+        setattr(backend, name, exact)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        for backend, value in zip(backends, before, strict=True):
+            setattr(backend, name, value)

@@ -10,6 +10,7 @@ import torch
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.diffusion.flux import Flux
+from dpo_mm.policies.diffusion.meta_pipeline import fill_small_buffers
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.training.meta_execution import CudaRules, MixedMetaMode
 from dpo_mm.training.prompt_keys import example_image, example_prompt
@@ -135,7 +136,8 @@ def prepare(policy: Any, config: TrainConfig) -> None:
 
 def vlm(size: str, precision: str, device: str) -> tuple[Any, Any]:
     """A Qwen2.5-VL of this size with random weights on the device, and its processor."""
-    return qwen2_5_vl(size, precision, device)
+    model, processor = qwen2_5_vl(size, precision, device)
+    return (fill_small_buffers(model) if device == "meta" else model.to(device)), processor
 
 
 def vlm_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
@@ -93,18 +94,20 @@ def run_part(out: Path, name: str, *, tiny: bool) -> None:
 
 def _in_new_process(out: Path, name: str, tiny: bool, limit: float) -> None:
     """Run a part in a new process. Raises RuntimeError with the end of its output if it fails or takes too long."""
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": cards[0]}  # with several, a Trainer would use all
     command = [sys.executable, "-m", "tests.bench.gpu", str(out), "--one", name, *(["--tiny"] if tiny else [])]
     log = out / f"{name}.log"
     with log.open("w") as stream:
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=stream, stderr=stream, timeout=limit, check=False
-            ).returncode
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, timeout=limit, check=False
+            )
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"ended after {limit:.0f} s. The cells until then are in the file") from None
-    if code:
+    if done.returncode:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        raise RuntimeError(f"exit code {code}: {' '.join(last)[:300]} ({log})")
+        raise RuntimeError(f"exit code {done.returncode}: {' '.join(last)[:300]} ({log})")
     log.unlink()
 
 
