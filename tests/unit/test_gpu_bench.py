@@ -44,7 +44,9 @@ EXPECTED: dict[str, dict[str, set[str]]] = {
     "bundled_captioner": TEXT_TASK,
     "steps_sd15": PUBLISHED,
     "steps_sdxl": PUBLISHED,
-    "steps_flux": {"online, without cuDNN attention": STEP, "precomputed, without cuDNN attention": STEP, "online": STEP},
+    "steps_flux": {"online, without cuDNN attention": STEP, "precomputed, without cuDNN attention": STEP, "online": STEP,
+                   "flops": {"step_gflop"}},
+    "runs_sd15": {"fp32": {"ms", "seconds", "peak_mib"}},
     "vlm_3b_576": {"plain": STEP, "flops": FLOPS},
     "vlm_3b_1024": {"prefix": STEP, "flops": FLOPS},
     "vlm_7b_576": {"reference kept": STEP, "flops": FLOPS},
@@ -91,7 +93,7 @@ def cells_of(folder: Path, part: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_every_part_runs_and_a_second_start_skips_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(EXPECTED) == set(PARTS) and len(PARTS) == 22
+    assert set(EXPECTED) == set(PARTS) and len(PARTS) == 23
     for part, cells in EXPECTED.items():
         stored = json.loads((folder / f"{part}.json").read_text())
         assert {"part", "question", "commit", "source", "device", "versions", "settings", "seconds"} <= set(stored)

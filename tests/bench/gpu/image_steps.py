@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.bench.diffusion_step import Parts, Setup, flops, largest_speedups, our_step, prepare_bench, step_gflops
 from tests.bench.gpu.cells import Cells
 from tests.bench.gpu.figures import step_figures
-from tests.bench.gpu.models import image_config, image_policy, image_size, prepare
+from tests.bench.gpu.models import image_config, image_policy, image_size, on_meta_device, prepare
+from tests.bench.step_flops import denoiser_gflops
 
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -54,6 +55,13 @@ def against_published(cells: Cells) -> None:
 def without_published(cells: Cells) -> None:
     """Online reference and precomputed reference, without cuDNN's attention first, and then with what torch chooses."""
     settings, device = cells.settings, cells.device
+
+    def flops_of_a_step() -> dict[str, Any]:
+        denoiser = denoiser_gflops(on_meta_device(settings["model"], settings["precision"], tiny=cells.tiny))
+        parts = {"denoiser": denoiser, "autoencoder": 0.0, "text": 0.0}
+        steps = step_gflops(parts, checkpointing=settings["checkpointing"])
+        return {"step_gflop": {name: settings["pairs"] * steps[name] for name in ("online", "precomputed")}}
+
     policy, make_rows = image_policy(settings["model"], settings["precision"], device, tiny=cells.tiny)
     settings_of_run = {"precision": settings["precision"], "gradient_checkpointing": settings["checkpointing"]}
     config = image_config(settings["pairs"], **settings_of_run)
@@ -72,3 +80,4 @@ def without_published(cells: Cells) -> None:
     cells.measure("online, without cuDNN attention", lambda: variant(config, WITHOUT_CUDNN))
     cells.measure("precomputed, without cuDNN attention", lambda: variant(precomputed, WITHOUT_CUDNN))
     cells.measure("online", lambda: variant(config, None))
+    cells.measure("flops", flops_of_a_step)

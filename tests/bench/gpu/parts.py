@@ -16,6 +16,7 @@ from tests.bench.gpu import (
     optimizers,
     references,
     resuming,
+    runs,
     vlm_steps,
 )
 from tests.bench.gpu.cells import Cells
@@ -47,7 +48,14 @@ TINY_RESPONSES = {**TINY_STEP, "image_tokens": 16, "response_tokens": 8, "pairs"
 def _responses(size: str, image_tokens: int, tiny_variants: list[str]) -> Part:
     variants = ["plain", "prefix", "reference kept", "trl"]
     row = {"image_tokens": image_tokens, "response_tokens": 128, "pairs": 2}
-    settings = {"size": size, "checkpointing": True, "variants": variants, **row, **STEP, "rounds": 5}
+    settings = {
+        "size": size,
+        "checkpointing": True,
+        "variants": variants,
+        **row,
+        **STEP,
+        "rounds": 5 if size == "3B" else 3,
+    }
     return Part(RESPONSES, vlm_steps.against_trl, settings, {**TINY_RESPONSES, "variants": tiny_variants})
 
 
@@ -75,6 +83,13 @@ PARTS = {
     "steps_flux": Part("Does FLUX.1-dev train with the attention that torch chooses, and how fast?",
                        image_steps.without_published,
                        {"model": "FLUX.1-dev", "pairs": 1, "checkpointing": True, **STEP, "rounds": 5}, TINY_STEP),
+    "runs_sd15": Part("How long is a step of a whole run, with loading and optimizer, by precision and workers?",
+                      runs.through_train,
+                      {"model": "sd15", "pairs": 8, "rows": 32, "precision": "bf16", "steps": [6, 26],
+                       "runs": {"bf16": {"precision": "bf16"}, "bf16, 4 workers": {"precision": "bf16", "workers": 4},
+                                "bf16, precomputed": {"precision": "bf16", "reference": "precomputed", "fixed_draws_per_row": 4},
+                                "fp16": {"precision": "fp16"}, "fp32": {"precision": "fp32"}}},
+                      {"pairs": 1, "rows": 2, "precision": "fp32", "steps": [1, 2], "runs": {"fp32": {"precision": "fp32"}}}),
     "vlm_3b_576": _responses("3B", 576, ["plain"]),
     "vlm_3b_1024": _responses("3B", 1024, ["prefix"]),
     "vlm_7b_576": _responses("7B", 576, ["reference kept"]),
