@@ -32,7 +32,8 @@ from dpo_mm.mining.mine_images import MINING
 from dpo_mm.policies.adapter_sources import adapter_content
 from dpo_mm.policies.families import load_text_policy, model_content
 from dpo_mm.policies.protocol import TextPolicy
-from dpo_mm.policies.vlm.served import Decoding, check_server_settings, served_responses
+from dpo_mm.policies.vlm.decoding import Decoding
+from dpo_mm.policies.vlm.served import check_server_settings, served_responses
 from dpo_mm.printing.progress import progress_bar
 from dpo_mm.process.interruption import StopRequest, complete_part, stop_on_signal
 
@@ -188,23 +189,20 @@ def _generate(
     advance: Any,
 ) -> list[list[Response]]:
     """Generate the responses to each question, the greedy one first."""
-    responses: list[list[Response]] = [[] for _ in questions]
+    responses: list[list[Response]] = []
     stops_loops = config.judge in LOOP_JUDGES
-    references = ["\n".join(question.ground_truths) for question in questions] if stops_loops else None
-    for index, decoding in enumerate(decodings):
-        batch = policy.generate(
-            [question.images for question in questions],
-            [question.prompt for question in questions],
+    for start in range(0, len(questions), config.batch_size):
+        batch = questions[start : start + config.batch_size]
+        each = policy.generate_each(
+            [question.images for question in batch],
+            [question.prompt for question in batch],
+            [Decoding(decoding.temperature, decoding.seed + start) for decoding in decodings],
             max_new_tokens=config.max_new_tokens,
-            do_sample=index > 0,
-            temperature=decoding.temperature if index else 1.0,
-            seed=decoding.seed,
             batch_size=config.batch_size,
-            loop_references=references,
+            loop_references=["\n".join(question.ground_truths) for question in batch] if stops_loops else None,
         )
-        for question_responses, response in zip(responses, batch, strict=True):
-            question_responses.append(response)
-        advance(len(questions))
+        responses += [list(of_question) for of_question in zip(*each, strict=True)]
+        advance(len(batch) * len(decodings))
     return responses
 
 

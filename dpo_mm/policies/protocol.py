@@ -21,6 +21,7 @@ from dpo_mm.objectives import LogProbs
 
 if TYPE_CHECKING:
     from dpo_mm.policies.adapters import SavedLora
+    from dpo_mm.policies.vlm.decoding import Decoding
     from dpo_mm.policies.vlm.row_sizes import RowSize
 
 Modality = Literal["image", "text"]
@@ -359,5 +360,26 @@ class TextPolicy(Policy, Protocol):
 
         Returns:
             One response per conversation, in the same order.
+        """
+        ...
+
+    def generate_each(
+        self,
+        images: Sequence[Sequence[Any]],
+        messages: Sequence[Any],
+        decodings: Sequence[Decoding],
+        *,
+        max_new_tokens: int,
+        batch_size: int = 16,
+        loop_references: Sequence[str] | None = None,
+    ) -> list[list[Response]]:
+        """Generate one response per decoding and conversation. Images and prompts run once for all decodings.
+
+        Args:
+            images, messages, max_new_tokens, batch_size, loop_references: see `generate`.
+            decodings: how each response is decoded. Their seeds are those of `generate`.
+
+        Returns:
+            For each decoding, what `generate` returns.
         """
         ...

@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteria
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import LogProbs, deltas, sigmoid
 from dpo_mm.policies.vlm import shared_prefix, token_log_probs
+from dpo_mm.policies.vlm.batch_decoding import decode_batch
+from dpo_mm.policies.vlm.decoding import Decoding
+from dpo_mm.policies.vlm.generation import batch_inputs, generation_limits
 from dpo_mm.policies.vlm.token_log_probs import separate_log_probs
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage, lora_targets
 from dpo_mm.training.reference import adapter_off, frozen_copy
@@ -658,6 +662,45 @@ def test_greedy_responses_do_not_depend_on_the_batch(family: str) -> None:
     single = policy.generate(images, prompts, max_new_tokens=6, do_sample=False, batch_size=1)
     assert batched == single and len(batched) == 3
     assert all(response.tokens <= 6 and (response.tokens == 6 or not response.hit_limit) for response in batched)
+
+
+class EndAfter(StoppingCriteria):
+    """Ends row n of a batch after the n-th of these numbers of tokens."""
+
+    def __init__(self, prompt: int, tokens: list[int]) -> None:
+        self.ends = prompt + torch.tensor(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        return input_ids.shape[1] >= self.ends
+
+
+@pytest.mark.parametrize("family", (*FAMILIES, *SPECIAL_TEXT_MODELS))
+def test_one_prefill_and_dropped_rows_give_the_tokens_of_upstream_generate(family: str) -> None:
+    """Catches inputs and states of rows that are mixed up when rows leave the batch, a cache that is used twice, and other noise."""
+    policy = shared_policy(family)
+    encoded = policy.encode(rows(family, images_per_row(family)))
+    prompts = [{"ids": row["prompt_ids"], "types": row["types"], "images": row["images"]} for row in encoded]
+    inputs, limits = batch_inputs(policy, prompts), generation_limits(policy, max_new_tokens=4)
+    prompt, tokens = inputs["input_ids"].shape[1], [3, 1, 4]
+    decodings = [Decoding(0.0, 0), Decoding(0.7, 3)]
+    stops, passes = [EndAfter(prompt, tokens) for _ in decodings], []
+
+    def count_rows(module: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
+        states = options["input_ids"] if options.get("inputs_embeds") is None else options["inputs_embeds"]
+        passes.append(states.shape[:2])
+
+    hook = policy.base_model.get_decoder().register_forward_pre_hook(count_rows, with_kwargs=True)
+    results = decode_batch(policy.base_model, inputs, decodings, stops=stops, **limits)
+    hook.remove()
+    assert passes == [(3, prompt), *[(2, 1), (2, 1), (1, 1)] * 2]  # not 3 rows, and one prefill for both
+    for decoding, result in zip(decodings, results, strict=True):
+        torch.manual_seed(decoding.seed)
+        sampling = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0} if decoding.temperature else {}
+        with_stop = {**limits, "do_sample": False, **sampling, "stopping_criteria": [EndAfter(prompt, tokens)]}
+        upstream = policy.base_model.generate(**inputs, **with_stop)
+        for row, end in enumerate(tokens):
+            ends = slice(prompt, prompt + end)
+            assert result[row, ends].tolist() == upstream[row, ends].tolist()
 
 
 def test_sampled_responses_depend_only_on_the_seed() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_mm.policies.vlm.completion import stop_strings
 
@@ -23,6 +23,18 @@ REPLACED = ("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new
 """Entries for which dpo-mm has its own values, so that nobody expects the model's."""
 MEDIA_TOKEN = re.compile(r"(image|video|audio|vision|boi|eoi|boa|eoa)_.*(id|index)$")
 """Names in a model's config of the placeholder ids of images, videos and audio, and of the ids around them."""
+
+
+class Decoding(NamedTuple):
+    """Decoding of a response.
+
+    Attributes:
+        temperature: sampling temperature. 0 is greedy.
+        seed: seed of the sampling.
+    """
+
+    temperature: float
+    seed: int
 
 
 def with_plain_generation(model: Any) -> Any:

@@ -11,7 +11,8 @@ import torch
 
 from dpo_mm.data.conversation import as_messages
 from dpo_mm.data.schema import Response
-from dpo_mm.policies.vlm.decoding import with_plain_generation
+from dpo_mm.policies.vlm.batch_decoding import decode_batch
+from dpo_mm.policies.vlm.decoding import Decoding, log_unused_settings, with_plain_generation
 from dpo_mm.policies.vlm.layout_check import eval_mode
 from dpo_mm.policies.vlm.loop_stop import LoopStop, longest_repetition
 from dpo_mm.policies.vlm.pair_batches import join_images, pad_rows
@@ -25,46 +26,77 @@ def generate(
     policy: VisionLanguage,
     images: Sequence[Sequence[Any]],
     messages: Sequence[Any],
+    decodings: Sequence[Decoding],
     *,
-    limits: dict[str, Any],
-    seed: int,
+    max_new_tokens: int,
     batch_size: int,
     loop_references: Sequence[str] | None = None,
-) -> list[Response]:
-    """Generate one response per conversation, a batch at a time.
+) -> list[list[Response]]:
+    """Generate one response per decoding and conversation, a batch of conversations at a time.
 
     Args:
         policy: the model, with its loaded adapter.
         images: images per conversation.
         messages: text, message or list of messages per conversation.
-        limits: keyword arguments of transformers' `generate`.
-        seed: seed of the first batch. A later batch adds the index of its first conversation.
+        decodings: how each response is decoded. To the seed of a batch, the index of its first conversation is added.
+        max_new_tokens: largest number of tokens per response.
         batch_size: conversations per batch.
         loop_references: see `TextPolicy.generate`.
 
     Returns:
-        One response per conversation, in the same order.
+        For each decoding, one response per conversation, in the same order.
 
     Raises:
         ValueError: if images and messages do not fit together or the processor does not accept them.
     """
+    if not policy.generated:
+        log_unused_settings(policy.base_model, policy.encoder.tokenizer, policy.source)
+        policy.generated = True
     conversations = list(zip(images, messages, strict=True))
-    responses: list[Response] = []
-    with eval_mode(policy.model), torch.random.fork_rng():
+    responses: list[list[Response]] = [[] for _ in decodings]
+    with eval_mode(policy.model):
         for start in range(0, len(conversations), batch_size):
             prompts = [  # a batch at a time, because pixel values take megabytes per image
                 policy.encoder.prompt(of_conversation, as_messages(message, "user"), label=f"conversation {n}")
                 for n, (of_conversation, message) in enumerate(conversations[start : start + batch_size], start)
             ]
-            torch.manual_seed(seed + start)
+            of_batch = [Decoding(temperature, seed + start) for temperature, seed in decodings]
             references = None if loop_references is None else loop_references[start : start + batch_size]
-            responses += _generate_batch(policy, prompts, limits, references)
+            batch = _generate_batch(policy, prompts, of_batch, max_new_tokens, references)
+            for of_decoding, more in zip(responses, batch, strict=True):
+                of_decoding += more
     return responses
 
 
 def _generate_batch(
-    policy: VisionLanguage, prompts: list[dict[str, Any]], limits: dict[str, Any], references: Sequence[str] | None
-) -> list[Response]:
+    policy: VisionLanguage,
+    prompts: Sequence[dict[str, Any]],
+    decodings: Sequence[Decoding],
+    max_new_tokens: int,
+    references: Sequence[str] | None,
+) -> list[list[Response]]:
+    inputs = batch_inputs(policy, prompts)
+    width = inputs["input_ids"].shape[1]
+    allowed = None if references is None else _allowed_repetitions(policy, references)
+    stops = [None if allowed is None else LoopStop(width, allowed) for _ in decodings]
+    model, limits = with_plain_generation(policy.base_model), generation_limits(policy, max_new_tokens=max_new_tokens)
+    outputs = decode_batch(model, inputs, decodings, stops=stops, **limits)
+    responses = []
+    for output, stop in zip(outputs, stops, strict=True):
+        tokens = output[:, width:].cpu()
+        ends = [0] * len(tokens) if stop is None else stop.stopped_at.tolist()
+        rows = [row[: end or len(row)] for row, end in zip(tokens, ends, strict=True)]  # after its end, a row is padded
+        responses.append([policy.encoder.response(row.tolist()) for row in rows])
+    return responses
+
+
+def batch_inputs(policy: VisionLanguage, prompts: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Model inputs of conversations up to the start of their responses, padded on the left.
+
+    Args:
+        policy: the model.
+        prompts: from `ConversationEncoder.prompt`.
+    """
     width = max(len(prompt["ids"]) for prompt in prompts)
     inputs = {
         "input_ids": pad_rows([p["ids"] for p in prompts], width, left=True, value=policy.pad_token_id),
@@ -72,13 +104,7 @@ def _generate_batch(
         **{name: pad_rows([p["types"][name] for p in prompts], width, left=True) for name in prompts[0]["types"]},
         **join_images([prompt["images"] for prompt in prompts]),
     }
-    if references is None:
-        output = _generate(policy, _to_model(policy, inputs), **limits)[:, width:].cpu()
-        return [policy.encoder.response(tokens.tolist()) for tokens in output]
-    stop = LoopStop(width, _allowed_repetitions(policy, references))
-    output = _generate(policy, _to_model(policy, inputs), **limits, stopping_criteria=[stop])[:, width:].cpu()
-    ends = [end or output.shape[1] for end in stop.stopped_at.tolist()]  # after its end, a stopped row is padded
-    return [policy.encoder.response(tokens[:end].tolist()) for tokens, end in zip(output, ends, strict=True)]
+    return _to_model(policy, inputs)
 
 
 def _allowed_repetitions(policy: VisionLanguage, references: Sequence[str]) -> torch.Tensor:
@@ -87,11 +113,9 @@ def _allowed_repetitions(policy: VisionLanguage, references: Sequence[str]) -> t
     return torch.tensor([longest_repetition(ids) for ids in encoded], device=policy.device)
 
 
-def _generate(policy: VisionLanguage, inputs: dict[str, torch.Tensor], **limits: Any) -> torch.Tensor:
-    """Generate token ids from the policy's own probabilities, (rows, tokens of prompt and response)."""
-    stops = policy.encoder.stops or None
-    model = with_plain_generation(policy.base_model)
-    return model.generate(**inputs, **limits, pad_token_id=policy.pad_token_id, eos_token_id=stops)
+def generation_limits(policy: VisionLanguage, **limits: Any) -> dict[str, Any]:
+    """Arguments of transformers' `generate`, with the ids that end or pad a response."""
+    return {**limits, "pad_token_id": policy.pad_token_id, "eos_token_id": policy.encoder.stops or None}
 
 
 def stream_response(
@@ -124,7 +148,8 @@ def stream_response(
     def run_generate() -> None:
         try:
             with torch.inference_mode():
-                _generate(policy, inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
+                limits = generation_limits(policy, do_sample=False, max_new_tokens=max_new_tokens)
+                with_plain_generation(policy.base_model).generate(**inputs, **limits, streamer=streamer)
         except BaseException as error:
             errors.append(error)
             streamer.end()

@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dpo_mm.config import CompareResponsesConfig, MineResponsesConfig
 from dpo_mm.data.conversation import as_messages, place_images
@@ -17,6 +17,7 @@ from dpo_mm.files.content_key import content_hash, content_key
 from dpo_mm.files.json_lines import append_lines, read_lines
 from dpo_mm.models.model_server import ModelServer, ServerError, check_server_url, run_requests
 from dpo_mm.policies.adapter_sources import adapter_content
+from dpo_mm.policies.vlm.decoding import Decoding
 
 logger = logging.getLogger(__name__)
 
@@ -24,18 +25,6 @@ DECIDED_BY_SERVER = ("revision", "quantize", "min_pixels", "max_pixels", "base_a
 """Settings that a server has decided when it started."""
 MIN_QUESTIONS = 4
 """Questions from which equal samples are reported."""
-
-
-class Decoding(NamedTuple):
-    """Decoding of a response.
-
-    Attributes:
-        temperature: sampling temperature. 0 is greedy.
-        seed: seed of the sampling.
-    """
-
-    temperature: float
-    seed: int
 
 
 def check_server_settings(

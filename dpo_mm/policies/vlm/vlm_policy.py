@@ -29,7 +29,7 @@ from dpo_mm.policies.protocol import Batch
 from dpo_mm.policies.vlm import generation, model_files, pair_batches
 from dpo_mm.policies.vlm.architecture import disable_dropout, lora_targets, non_language_modules
 from dpo_mm.policies.vlm.chat import ConversationEncoder
-from dpo_mm.policies.vlm.decoding import log_unused_settings
+from dpo_mm.policies.vlm.decoding import Decoding
 from dpo_mm.policies.vlm.row_sizes import RowMeasure
 from dpo_mm.policies.vlm.shared_prefix import add_positions, unwrap
 from dpo_mm.policies.vlm.token_log_probs import TokenLogProbs, sdpo_gradient_scale
@@ -367,14 +367,14 @@ class VisionLanguage:
         loop_references: Sequence[str] | None = None,
     ) -> list[Response]:
         """Generate one response per conversation. See `TextPolicy.generate`."""
-        if not self.generated:
-            log_unused_settings(self.base_model, self.encoder.tokenizer, self.source)
-            self.generated = True
-        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
-        limits = {"do_sample": do_sample, **sampling, "max_new_tokens": max_new_tokens}
-        return generation.generate(
-            self, images, messages, limits=limits, seed=seed, batch_size=batch_size, loop_references=loop_references
-        )
+        limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "loop_references": loop_references}
+        return self.generate_each(images, messages, [Decoding(temperature if do_sample else 0.0, seed)], **limits)[0]
+
+    def generate_each(
+        self, images: Sequence[Sequence[Any]], messages: Sequence[Any], decodings: Sequence[Decoding], **limits: Any
+    ) -> list[list[Response]]:
+        """Generate one response per decoding and conversation. See `TextPolicy.generate_each`."""
+        return generation.generate(self, images, messages, decodings, **limits)
 
     # Summary of the run
 

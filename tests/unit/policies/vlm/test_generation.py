@@ -9,9 +9,10 @@ import torch
 
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.questions import Question, read_questions
-from dpo_mm.data.schema import make_response_rows
+from dpo_mm.data.schema import Response, make_response_rows
 from dpo_mm.policies.families import load_policy
 from dpo_mm.policies.vlm import generation
+from dpo_mm.policies.vlm.decoding import Decoding
 from dpo_mm.policies.vlm.generation import response_token_log_probs, stream_response
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 
@@ -40,6 +41,25 @@ def test_pixel_values_are_computed_one_batch_at_a_time(
         [question.images] * 3, [question.prompt] * 3, max_new_tokens=2, do_sample=False, batch_size=2
     )
     assert len(responses) == 3 and order == ["encode", "encode", "generate", "encode", "generate"]
+
+
+def test_several_decodings_encode_images_once_and_equal_single_calls(policy: VisionLanguage) -> None:
+    """Catches a vision tower that runs per decoding, and seeds that do not follow the batch or the decoding."""
+    questions = read_questions("scenes-held-out", limit=3)
+    asked = [question.images for question in questions], [question.prompt for question in questions]
+    decodings, encoded = [Decoding(0.0, 0), Decoding(2.0, 0), Decoding(3.0, 5)], []
+
+    def single(of: slice, temperature: float, seed: int) -> list[Response]:
+        sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "seed": seed}
+        return policy.generate(asked[0][of], asked[1][of], max_new_tokens=24, **sampling)
+
+    expected = [single(slice(2), *each) + single(slice(2, 3), each.temperature, each.seed + 2) for each in decodings]
+    tower = policy.base_model.base_model.vision_tower
+    hook = tower.register_forward_hook(lambda module, images, output: encoded.append(len(output.last_hidden_state)))
+    each = policy.generate_each(*asked, decodings, max_new_tokens=24, batch_size=2)
+    hook.remove()
+    assert each == expected and encoded == [2, 1]
+    assert all(one != other for one, other in itertools.combinations(each, 2))
 
 
 def test_stream_grows_to_the_generated_response(policy: VisionLanguage, question: Question) -> None:
