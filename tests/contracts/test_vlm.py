@@ -465,10 +465,9 @@ def positions_after_chosen(layout: Any, device: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("wrong", "half_precision"),
-    [("mask", "no"), ("mask", "autocast"), ("mask", "weights"), ("positions", "no"), ("positions", "autocast")],
+    [(wrong, half) for wrong in ("mask", "positions") for half in ("no", "autocast", "weights")],
 )
 def test_wrong_shared_prefix_fails_the_check(wrong: str, half_precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Wrong positions with half-precision weights are left out: on a random model rounding may hide them.
     if wrong == "mask":
         monkeypatch.setattr(shared_prefix, "mask_chosen_from_rejected", mask_that_shows_chosen)
         monkeypatch.setattr(shared_prefix, "_attention", attend_in_one_call)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from torch import Tensor, nn
 from dpo_mm.policies.vlm.prefix_layout import Layout
 from dpo_mm.policies.vlm.shared_prefix import unwrap
 
-TOLERANCE = {"float32": 1e-4, "TF32": 5e-3, "half": 2e-2}
-"""Largest difference between both layouts that counts as rounding, relative to a completion's log-prob."""
+TOLERANCE = {"float32": 1e-4, "TF32": 1e-4, "half": 1e-3}
+"""Difference between both layouts that always counts as rounding, relative to a completion's log-prob."""
+ROUNDING_FACTOR = 4
+"""How many times the rounding of separate sequences both layouts may differ, if the arithmetic is not float32."""
+LEAK = 1e-5
+"""Largest change of rejected in float32 when chosen is replaced, relative to its log-prob."""
 
 
 def is_sharded(base_model: Any) -> bool:
@@ -59,27 +64,89 @@ def unwrapped_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
             base_model.forward = mixed_forward
 
 
-def disagreement(
-    shared: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any], separate: Tensor, config: Any
-) -> float:
-    """Measure how far a shared prefix is from separate sequences, relative to a completion's log-prob.
+LogProbFunction = Callable[[dict[str, Any]], Tensor]
+"""Function from a batch to the log-probs of its completions' tokens."""
+
+
+@dataclass(frozen=True)
+class Separate:
+    """Separate sequences on a batch, which a shared prefix is compared with.
+
+    Attributes:
+        log_probs: token log-probs, nats, (pairs, columns of chosen and rejected).
+        limit: difference that counts as rounding, relative to a completion's log-prob.
+        leak: change of rejected that counts as noise when chosen is replaced, relative to its log-prob.
+        is_float32: True if nothing is measured, because rounding is known.
+    """
+
+    log_probs: Tensor
+    limit: float
+    leak: float
+    is_float32: bool
+
+
+def measure_separate(
+    plain: LogProbFunction, variants: Sequence[LogProbFunction], batch: dict[str, Any], base_model: Any
+) -> Separate:
+    """Compute the log-probs of separate sequences, and measure their rounding unless the arithmetic is float32.
+
+    Rounding is how far they move if the same is computed in another order. Noise is how far rejected moves with another
+    text as chosen, which is in another sequence: not at all, except through experts or scales that a batch shares.
 
     Args:
-        shared: function from a batch to token log-probs with a shared prefix.
+        plain: computes the log-probs.
+        variants: compute the same in another order, such as padding on the left.
         batch: from `pair_batches.collate`.
-        separate: token log-probs of the batch from separate sequences.
-        config: the model's config.
-
-    Returns:
-        The largest relative difference, infinite if a log-prob is not finite. If it is larger: ten times the change of
-        rejected when chosen is replaced by another text, which must be 0.
+        base_model: a transformers model without wrappers.
     """
+    arithmetic = precision(base_model)
+    log_probs = plain(batch)
+    if arithmetic == "float32":
+        return Separate(log_probs, TOLERANCE[arithmetic], LEAK, is_float32=True)
+    rounding = [0.0]
+    for other in variants:
+        with contextlib.suppress(RuntimeError, ValueError):  # such as one that takes too much memory
+            rounding.append(_relative_difference_of_sides(other(batch), log_probs, batch["layout"]))
+    limit = max(TOLERANCE[arithmetic], ROUNDING_FACTOR * max(rounding))
+    noise = 2 * _change_of_rejected(plain, batch, log_probs, base_model.config)
+    return Separate(log_probs, limit, noise, is_float32=False)
+
+
+def why_not_shared(shared: LogProbFunction, batch: dict[str, Any], separate: Separate, config: Any) -> str | None:
+    """Reason against a shared prefix, or None if it computes the log-probs of separate sequences.
+
+    Args:
+        shared: computes the log-probs with a shared prefix.
+        batch: from `pair_batches.collate`.
+        separate: the log-probs of separate sequences.
+        config: the model's config.
+    """
+    log_probs = shared(
+        batch
+    )  # All passes always run, because each process of a sharded model has to take part in them.
+    leak, noise = _change_of_rejected(shared, batch, log_probs, config), separate.leak
+    if not separate.is_float32:
+        noise = max(noise, 2 * _relative_difference_of_sides(shared(batch), log_probs, batch["layout"]))
+    difference = _relative_difference_of_sides(log_probs, separate.log_probs, batch["layout"])
+    if not difference <= separate.limit:
+        return f"differs from separate sequences by {difference:.1e} (allowed {separate.limit:.1e})"
+    if not leak <= noise:
+        return f"lets rejected see chosen: it moves by {leak:.1e} with another chosen (allowed {noise:.1e})"
+    return None
+
+
+def _relative_difference_of_sides(log_probs: Tensor, expected: Tensor, layout: Layout) -> float:
+    sides = (slice(layout.chosen), slice(layout.chosen, None))[: 2 if layout.rejected else 1]
+    return max(relative_difference(log_probs[:, side], expected[:, side]) for side in sides)
+
+
+def _change_of_rejected(ask: LogProbFunction, batch: dict[str, Any], log_probs: Tensor, config: Any) -> float:
+    """Distance that rejected moves if chosen is replaced by another text, relative to its log-prob."""
     layout: Layout = batch["layout"]
-    chosen, rejected = slice(layout.chosen), slice(layout.chosen, None)
-    log_probs = shared(batch)
-    after_swap = shared({**batch, "ids": _replace_chosen(batch["ids"], layout, config)})
-    leak = relative_difference(after_swap[:, rejected], log_probs[:, rejected])
-    return max(10 * leak, *(relative_difference(log_probs[:, side], separate[:, side]) for side in (chosen, rejected)))
+    if not layout.rejected:
+        return 0.0
+    swapped = ask({**batch, "ids": _replace_chosen(batch["ids"], layout, config)})
+    return relative_difference(swapped[:, layout.chosen :], log_probs[:, layout.chosen :])
 
 
 def _replace_chosen(ids: Tensor, layout: Layout, config: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_mm.objectives import DATASET_INPUTS, LogProbs
-from dpo_mm.policies.vlm.prefix_layout import Layout, token_places
+from dpo_mm.policies.vlm.prefix_layout import Layout, packed_tokens, token_places
 
 NO_TOKENS = torch.zeros(0, dtype=torch.long)
 """Token ids of a side that the rows do not have."""
@@ -27,7 +27,7 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]
 
     Returns:
         A dict with `id`, `ids` and `mask` (pairs, columns of prompt, chosen and rejected), `layout`, `places`, `types`,
-        `images`, `num_tokens_chosen` and `num_tokens_rejected` (pairs,). Optional columns of the rows are added under their names. A
+        `images`, `packing` if the rows of pairs differ in length, `num_tokens_chosen` and `num_tokens_rejected` (pairs,). Optional columns of the rows are added under their names. A
         batch of one-sided rows has no column of rejected. A batch of couples has the liked rows, then the disliked ones.
     """
     if "disliked" in rows[0]:
@@ -51,6 +51,8 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]
         "types": {k: pad_rows([row["types"][k] for row in rows], widths[0], left=True) for k in rows[0]["types"]},
         "images": join_images([row["images"] for row in rows]),
     }
+    if layout.has_padding and layout.rejected:
+        batch["packing"] = packed_tokens(layout, lengths)
     for part, side in enumerate(("chosen", "rejected"), start=1):
         batch[f"num_tokens_{side}"] = torch.tensor([float(length) for length in lengths[part]])
         if f"{side}_edited" in rows[0]:

@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Tokens of all rows one after the other, without padding, for attention of variable length."""
+
+    places: Tensor
+    """Place of each token among the flattened (rows, columns), (tokens,)."""
+    ends: Tensor
+    """Where each row starts, and the number of tokens, int32, (rows + 1,)."""
+    longest: int
+    """Number of tokens of the longest row."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Queries and keys of the two attention calls of packed sequences of different length."""
+
+    first: PackedTokens
+    """Prompt and chosen, as queries and keys."""
+    tail: PackedTokens
+    """Rejected, as queries."""
+    tail_keys: PackedTokens
+    """Prompt and rejected, as keys."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +49,10 @@ class Layout:
     """Number of columns of rejected."""
     has_padding: bool
     """True if any column of any row is padding."""
+    kernel: str = "default"
+    """Kernel of causal attention, see `prefix_attention.kernels`."""
+    packing: Packing | None = None
+    """Tokens without padding, if the kernel is "varlen"."""
 
     @property
     def rejected_start(self) -> int:
@@ -83,6 +113,30 @@ def token_places(layout: Layout, lengths: Sequence[Sequence[int]]) -> dict[str, 
     return {
         "shared_prefix": torch.cat([part for parts in shared for part in parts], dim=1),
         "separate": torch.cat(separate, dim=1),
+    }
+
+
+def packed_tokens(layout: Layout, lengths: Sequence[Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """List the fields of `Packing`, as a dict that is moved to the device with a batch.
+
+    Args:
+        layout: columns of the packed sequence.
+        lengths: number of tokens of prompt, chosen and rejected, (rows,) each.
+    """
+    rows = list(zip(*lengths, strict=True))
+    p, s = layout.prompt, layout.rejected_start
+    columns = {
+        "first": [list(range(p - prompt, p + chosen)) for prompt, chosen, _ in rows],
+        "tail": [list(range(s, s + rejected)) for *_, rejected in rows],
+        "tail_keys": [[*range(p - prompt, p), *range(s, s + rejected)] for prompt, _, rejected in rows],
+    }
+    return {
+        name: {
+            "places": torch.cat([torch.tensor(part) + row * layout.total for row, part in enumerate(parts)]),
+            "ends": torch.tensor([0, *itertools.accumulate(len(part) for part in parts)], dtype=torch.int32),
+            "longest": max(len(part) for part in parts),
+        }
+        for name, parts in columns.items()
     }
 
 

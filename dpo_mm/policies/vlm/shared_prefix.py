@@ -14,9 +14,9 @@ Images and prompt run through the model once, and the log-probs equal those of t
     C             all       causal    -
     R             all       -         causal
 
-The model's own mask function is wrapped (`transformers.AttentionMaskInterface`). Attention is three calls, for prompt,
-chosen and rejected (`transformers.AttentionInterface`). So there is no score matrix of the whole sequence, and no code
-per model family.
+The model's own mask function is wrapped (`transformers.AttentionMaskInterface`). Attention is two or three calls for the
+parts (`transformers.AttentionInterface`), see `dpo_mm.policies.vlm.prefix_attention`. So there is no score matrix of the
+whole sequence, and no code per model family.
 
 Layers with a state, such as linear attention, share the state after the prompt, see
 `dpo_mm.policies.vlm.recurrent_prefix`. `install` refuses layers that do neither, and
@@ -26,6 +26,7 @@ Layers with a state, such as linear attention, share the state after the prompt,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -39,7 +40,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from dpo_mm.policies.vlm.pair_batches import join_images
-from dpo_mm.policies.vlm.prefix_layout import CURRENT, Layout, RightPadded
+from dpo_mm.policies.vlm.prefix_attention import attend_causally, attend_packed, attend_with_mask, backends
+from dpo_mm.policies.vlm.prefix_layout import CURRENT, Layout, PackedTokens, Packing, RightPadded
 from dpo_mm.policies.vlm.recurrent_prefix import share_states
 
 logger = logging.getLogger(__name__)
@@ -79,7 +81,7 @@ def _mask_builder(build: Callable[..., Any], *, may_skip: bool) -> Callable[...,
         if layout is None or (q_length, kv_length) != (layout.total, layout.total):
             return build(q_length=q_length, kv_length=kv_length, mask_function=mask_function, **rest)
         plain = may_skip and mask_function is causal_mask_function and rest.get("allow_is_causal_skip")
-        if plain and (isinstance(layout, RightPadded) or not layout.has_padding):
+        if plain and (isinstance(layout, RightPadded) or not layout.has_padding or layout.packing is not None):
             return None
         if isinstance(layout, RightPadded):
             return build(q_length=q_length, kv_length=kv_length, mask_function=mask_function, **rest)
@@ -98,7 +100,7 @@ def _mask_builder(build: Callable[..., Any], *, may_skip: bool) -> Callable[...,
 
 
 def _attention(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an attention function: three calls of `attend` for a shared prefix, and one call otherwise."""
+    """Wrap an attention function: the calls of `prefix_attention` for a shared prefix, and one call otherwise."""
 
     def forward(
         module: nn.Module,
@@ -115,38 +117,19 @@ def _attention(attend: Callable[..., Any]) -> Callable[..., Any]:
             current = CURRENT.get()
             if mask is None and isinstance(current, Layout) and query.shape[2] == current.total:
                 raise RuntimeError(f"{type(module).__name__} does not pass on the layout of the shared prefix")
-            return attend(module, query, key, value, mask, **rest)
+            with backends("default", query.device):
+                return attend(module, query, key, value, mask, **rest)
         if rest.get("position_bias") is not None:
             raise RuntimeError(f"{type(module).__name__} adds a position bias, which a shared prefix does not support")
-        p, s = layout.prompt, layout.rejected_start
-        keys, values = (torch.cat([x[:, :, :p], x[:, :, s:]], dim=2) for x in (key, value))  # without chosen
-        parts = (
-            (query[:, :, :p], key[:, :, :p], value[:, :, :p], None if mask is None else mask[..., :p, :p]),
-            (
-                query[:, :, p:s],
-                key[:, :, :s],
-                value[:, :, :s],
-                _causal_tail_mask(query, p, s) if mask is None else mask[..., p:s, :s],
-            ),
-            (
-                query[:, :, s:],
-                keys,
-                values,
-                _causal_tail_mask(query, p, p + layout.rejected) if mask is None else _drop_chosen_columns(mask, p, s),
-            ),
-        )
-        return torch.cat([attend(module, *part, **rest)[0] for part in parts], dim=1), None
+        tensors = query, key, value
+        with backends(layout.kernel, query.device):
+            if mask is not None:
+                return attend_with_mask(attend, module, *tensors, mask, layout, **rest), None
+            if layout.packing is not None:
+                return attend_packed(module, *tensors, layout, **rest), None
+            return attend_causally(attend, module, *tensors, layout, **rest), None
 
     return forward
-
-
-def _causal_tail_mask(query: Tensor, start: int, end: int) -> Tensor:
-    """Causal mask of the queries start..end over all keys before end."""
-    return torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril_(start)[None, None]
-
-
-def _drop_chosen_columns(mask: Tensor, prompt: int, rejected_start: int) -> Tensor:
-    return torch.cat([mask[..., rejected_start:, :prompt], mask[..., rejected_start:, rejected_start:]], dim=-1)
 
 
 def _eager_of_model(module: nn.Module, *arguments: Any, **rest: Any) -> Any:
@@ -277,9 +260,17 @@ def positions_of(base_model: Any, batch: dict[str, Any]) -> Tensor:
     return batch["positions"] if "positions" in batch else packed_positions(base_model, batch)
 
 
-def shared_prefix_inputs(base_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+def layout_with_kernel(batch: dict[str, Any], kernel: str) -> Layout:
+    """Return the batch's layout with a kernel of attention. "varlen" is for rows of different length only."""
+    layout: Layout = batch["layout"]
+    if kernel != "varlen" or "packing" not in batch:
+        return dataclasses.replace(layout, kernel=kernel)
+    packing = Packing(**{name: PackedTokens(**fields) for name, fields in batch["packing"].items()})
+    return dataclasses.replace(layout, kernel=kernel, packing=packing)
+
+
+def shared_prefix_inputs(base_model: Any, batch: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """Build the model inputs of the packed sequence [prompt][chosen][rejected], without the image tensors."""
-    layout = batch["layout"]
     return {
         "input_ids": batch["ids"],
         "attention_mask": batch["mask"],

@@ -8,6 +8,7 @@ separate sequences from then on, and a warning is logged once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,20 +16,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from dpo_mm.objectives import sdpo_lambda_text
+from dpo_mm.policies.vlm.float32_head import float32_logits
 from dpo_mm.policies.vlm.layout_check import (
     TOLERANCE,
-    disagreement,
-    precision,
+    Separate,
+    is_sharded,
+    measure_separate,
     relative_difference,
     unwrapped_eval_mode,
+    why_not_shared,
 )
+from dpo_mm.policies.vlm.prefix_attention import backends, kernels
 from dpo_mm.policies.vlm.prefix_layout import Layout, RightPadded, use_layout
 from dpo_mm.policies.vlm.shared_prefix import (
     find_placeholders_once,
     install,
+    layout_with_kernel,
     separate_inputs,
     shared_prefix_inputs,
     unwrap,
@@ -56,7 +63,9 @@ class TokenLogProbs:
         if layout not in ("auto", "shared_prefix", "separate"):
             raise ValueError(f"pair_layout {layout!r} is unknown. Expected auto, shared_prefix or separate")
         self.name, self.layout, self.head = name, layout, "raw"
-        self.checked, self.plain = False, True
+        self.checked, self.plain, self.kernel = False, True, "default"
+        self.limit = TOLERANCE["half"]
+        """Difference of log-probs that counts as rounding, measured on the first batch."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Compute the log-probs of the completions' tokens.
@@ -74,7 +83,7 @@ class TokenLogProbs:
         if not self.checked:
             self.check(model, batch)
         if self.layout == "shared_prefix":
-            return shared_prefix_log_probs(model, batch, head=self.head)
+            return shared_prefix_log_probs(model, batch, head=self.head, kernel=self.kernel)
         return separate_log_probs(model, batch, head=self.head, plain=self.plain)
 
     def check(self, model: nn.Module, batch: dict[str, Any]) -> None:
@@ -85,11 +94,11 @@ class TokenLogProbs:
                 "shared_prefix" is required and not exact.
         """
         with unwrapped_eval_mode(model) as model:
-            separate = self._log_probs_unshared(model, batch)
+            separate = self._measure_separate(model, batch)
             if not batch["layout"].rejected:  # one response per prompt
                 self.layout = "separate"
             reason = None if self.layout == "separate" else self._why_not_shared(model, batch, separate)
-            if reason or self.layout == "separate":
+            if (reason or self.layout == "separate") and not is_sharded(unwrap(model)):
                 self.plain = not self._agrees_without_waiting(model, batch, separate)
         if self.layout == "shared_prefix" and reason:
             raise ValueError(f"pair_layout 'shared_prefix' is not exact for {self.name}: {reason}. Use 'auto'")
@@ -100,8 +109,10 @@ class TokenLogProbs:
                 reason,
             )
         self.layout, self.checked = "separate" if reason or self.layout == "separate" else "shared_prefix", True
+        self.limit = separate.limit
 
-    def _log_probs_unshared(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def _measure_separate(self, model: nn.Module, batch: dict[str, Any]) -> Separate:
+        """Choose the head, and compute the log-probs of separate sequences with their rounding."""
         if "pixel_values" in batch["images"]:
             batch = {name: value for name, value in batch.items() if name != "features"}
         try:
@@ -112,46 +123,55 @@ class TokenLogProbs:
                     "which takes more memory",
                     self.name,
                 )
-            return separate_log_probs(model, batch, head=self.head)
+            plain = functools.partial(separate_log_probs, model, head=self.head)
+
+            def with_math_backend(batch: dict[str, Any]) -> Tensor:
+                with sdpa_kernel(SDPBackend.MATH):
+                    return plain(batch)
+
+            variants = functools.partial(plain, padding_side="left"), with_math_backend
+            with backends("default", unwrap(model).device):
+                return measure_separate(plain, variants, batch, unwrap(model))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{self.name} cannot compute log-probs: {error}") from error
 
-    def _why_not_shared(self, model: nn.Module, batch: dict[str, Any], separate: Tensor) -> str | None:
-        """Reason against the shared prefix, or None if it is exact on this batch."""
+    def _why_not_shared(self, model: nn.Module, batch: dict[str, Any], separate: Separate) -> str | None:
+        """Reason against the shared prefix, or None if a kernel of attention is exact on this batch."""
         base_model = unwrap(model)
         text = base_model.config.get_text_config()
         attention = text._attn_implementation
-        try:
-            install(base_model)
-            difference = disagreement(
-                lambda b: shared_prefix_log_probs(model, b, head=self.head), batch, separate, base_model.config
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # any error of a model is a reason, because separate sequences always work
-            reason: str | None = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        else:
-            limit = TOLERANCE[precision(base_model)]
-            exact = difference <= limit
-            reason = (
-                None
-                if exact
-                else f"a shared prefix differs from separate sequences by {difference:.1e} (allowed {limit:g})"
-            )
-        if reason and attention != "sdpa" and text._attn_implementation != attention:
+        names = kernels(base_model, has_padding=batch["layout"].has_padding)
+        names = names[:1] if is_sharded(base_model) else names  # every process must run the same passes
+        reasons: list[str] = []
+        for name in names:
+            shared = functools.partial(shared_prefix_log_probs, model, head=self.head, kernel=name)
+            try:
+                install(base_model)
+                reason = why_not_shared(shared, batch, separate, base_model.config)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # any error of a model is a reason, because separate sequences always work
+                reason = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            if reason is None:
+                if reasons:
+                    logger.warning("%s: attention is computed by %r. Not used: %s", self.name, name, "; ".join(reasons))
+                self.kernel = name
+                return None
+            reasons.append(f"{name!r} {reason}" if len(names) > 1 else f"a shared prefix {reason}")
+        if attention != "sdpa" and text._attn_implementation != attention:
             text._attn_implementation = attention  # of the text alone: vision towers keep theirs
-        return reason
+        return "; ".join(dict.fromkeys(reasons))
 
-    def _agrees_without_waiting(self, model: nn.Module, batch: dict[str, Any], separate: Tensor) -> bool:
+    def _agrees_without_waiting(self, model: nn.Module, batch: dict[str, Any], separate: Separate) -> bool:
         """True if separate sequences give the same log-probs without what makes the host wait for the device."""
         base_model = unwrap(model)
         try:
             if base_model.config.get_text_config()._attn_implementation == "sdpa":
                 install(base_model)
             log_probs = separate_log_probs(model, batch, head=self.head, plain=False)
-            return relative_difference(log_probs, separate) <= TOLERANCE[precision(base_model)]
+            return relative_difference(log_probs, separate.log_probs) <= separate.limit
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # any error of a model is a reason, because the plain way works
@@ -178,20 +198,23 @@ def sdpo_gradient_scale(batch: dict[str, Any], log_probs: Tensor, *, slack: floa
 # Both layouts
 
 
-def shared_prefix_log_probs(model: nn.Module, batch: dict[str, Any], *, head: str = "raw") -> Tensor:
+def shared_prefix_log_probs(
+    model: nn.Module, batch: dict[str, Any], *, head: str = "raw", kernel: str = "default"
+) -> Tensor:
     """Compute the log-probs of the completions' tokens from one packed sequence per pair.
 
     Args:
         model: the model, possibly wrapped.
         batch: from `pair_batches.collate`, on the model's device.
         head: a name in HEADS.
+        kernel: kernel of causal attention, see `prefix_attention.kernels`.
 
     Returns:
         Log-probs in nats, 0 at padding, (pairs, columns of chosen and rejected).
     """
-    base_model, layout = unwrap(model), batch["layout"]
+    base_model, layout = unwrap(model), layout_with_kernel(batch, kernel)
     install(base_model)
-    inputs = shared_prefix_inputs(base_model, batch) | image_inputs(base_model, batch)
+    inputs = shared_prefix_inputs(base_model, batch, layout) | image_inputs(base_model, batch)
     with use_layout(layout), find_placeholders_once(base_model, batch, "shared_prefix"):
         return _completion_log_probs(model, inputs, batch, *batch["places"]["shared_prefix"], head=head)
 
@@ -339,8 +362,11 @@ def target_log_probs(model: nn.Module, inputs: dict[str, Any], select: Any, targ
     log_probs: list[Tensor] = []
 
     def log_probs_instead_of_logits(own_forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        module = base_model.get_output_embeddings()
+
         def logits(states: Tensor) -> Tensor:
-            return _finish(base_model, own_forward(states)) if head == "finished" else own_forward(states).float()
+            output = float32_logits(module, own_forward, states)
+            return _finish(base_model, output) if head == "finished" else output
 
         log_probs.append(_chunked_log_probs(base_model, logits, select(hidden), targets))
         return log_probs[0][None, :, None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dpo_mm.policies.vlm.layout_check import TOLERANCE, is_sharded, precision, relative_difference, unwrapped_eval_mode
+from dpo_mm.policies.vlm.layout_check import is_sharded, relative_difference, unwrapped_eval_mode
 from dpo_mm.policies.vlm.pair_batches import join_images
 from dpo_mm.policies.vlm.shared_prefix import unwrap
 
@@ -61,6 +61,8 @@ def features_agree(token_log_probs: TokenLogProbs, model: nn.Module, batch: dict
     base_model = unwrap(model)
     if is_sharded(base_model):
         return False
+    if not token_log_probs.checked:
+        token_log_probs.check(model, batch)  # of the layout, so that both sides below have the same one
     with unwrapped_eval_mode(model) as model:
         try:
             from_features = token_log_probs(model, {**batch, "features": vision_features(base_model, batch)})
@@ -68,9 +70,19 @@ def features_agree(token_log_probs: TokenLogProbs, model: nn.Module, batch: dict
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # any error of a model is a reason, because pixels always work
-            logger.info("%s: vision features cannot be computed separately (%s)", token_log_probs.name, error)
+            logger.warning(
+                "%s: the vision tower runs twice per step, because it fails alone (%s)", token_log_probs.name, error
+            )
             return False
-    return difference <= TOLERANCE[precision(base_model)]
+    agrees = difference <= token_log_probs.limit
+    if not agrees:
+        logger.warning(
+            "%s: the vision tower runs twice per step, because its features alone change log-probs by %.1e (allowed %.1e)",
+            token_log_probs.name,
+            difference,
+            token_log_probs.limit,
+        )
+    return agrees
 
 
 @torch.no_grad()

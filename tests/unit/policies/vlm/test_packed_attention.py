@@ -165,7 +165,7 @@ def test_rejected_shared_prefix_leaves_the_attention_of_the_tower(monkeypatch: p
     model.config.get_text_config()._attn_implementation = "eager"
     pack_vision_attention(model)
     policy = VisionLanguage(model, processor, "m")
-    monkeypatch.setattr("dpo_mm.policies.vlm.token_log_probs.disagreement", lambda *a: 1.0)
+    monkeypatch.setattr("dpo_mm.policies.vlm.token_log_probs.why_not_shared", lambda *a: "differs")
     policy.log_probs(model, policy.collate(policy.encode(rows("qwen2_5_vl", (1,)))))
     assert (
         policy.token_log_probs.layout == "separate" and model.config.get_text_config()._attn_implementation == "eager"
