@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 NAME = "dpo_mm_flash_packed"
 """Name of the attention in a tower's configuration. The towers look for "flash" in it."""
 HALF = (torch.bfloat16, torch.float16)
+FLASH_LENGTH = 128
+"""Longest sequence for which torch.nn.attention.varlen uses FlashAttention on every card."""
 LIMITS = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Largest difference between two kernels that counts as rounding, relative to a token's output or to a gradient."""
 LIMIT = 5e-3
@@ -156,13 +158,17 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-def _candidates(query: Tensor, key: Tensor, options: dict[str, Any]) -> list[str]:
+def _candidates(query: Tensor, key: Tensor, longest: int, options: dict[str, Any]) -> list[str]:
     """Names of the kernels that may compute this attention, the fastest first."""
     plain = not options.get("dropout") and query.shape[1] == key.shape[1] and query.shape[-1] % 8 == 0
     names = []
-    if plain and query.is_cuda and query.dtype in HALF and torch.cuda.get_device_capability(query.device) >= (8, 0):
+    if plain and query.is_cuda and query.dtype in HALF:
+        capability = torch.cuda.get_device_capability(query.device)
+        # For longer sequences on newer cards, torch takes cuDNN's kernel, which training leaves out (`attention_kernels`).
+        fits = {"varlen": capability >= (8, 0) and (longest <= FLASH_LENGTH or capability < (9, 0))}
+        fits["FlashAttention"] = capability >= (8, 0)
         modules = {"varlen": "torch.nn.attention.varlen", "FlashAttention": "flash_attn"}
-        names = [name for name, module in modules.items() if importlib.util.find_spec(module) is not None]
+        names = [name for name in fits if fits[name] and importlib.util.find_spec(modules[name]) is not None]
     return [*names, "by length", "one by one"]
 
 
@@ -189,7 +195,7 @@ def _kernel(
         *shape,
     )
     if kind not in _CHOSEN:
-        names = _candidates(query, key, options)
+        names = _candidates(query, key, max(packed.lengths), options)
         for name, next_name in zip(names, [*names[1:], ""], strict=True):
             reason = _why_not(KERNELS[name], module, (query, key, value), packed, options, needs_gradient)
             if name == "one by one" or reason is None:

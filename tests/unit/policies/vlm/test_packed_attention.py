@@ -269,24 +269,25 @@ def test_kernel_of_variable_length_gets_the_row_and_its_boundaries(
 
 
 @pytest.mark.parametrize(
-    ("changes", "capability", "fits"),
+    ("changes", "capability", "longest", "fits"),
     [
-        ({}, (9, 0), True),
-        ({}, (7, 5), False),
-        ({"dtype": torch.float32}, (9, 0), False),
-        ({"is_cuda": False}, (9, 0), False),
-        ({"shape": (1, 16, 64, 36)}, (9, 0), False),
-        ({"shape": (1, 32, 64, 80)}, (9, 0), False),
+        ({}, (9, 0), 128, True),
+        ({}, (9, 0), 129, False),
+        ({}, (8, 6), 4096, True),
+        ({}, (7, 5), 64, False),
+        ({"dtype": torch.float32}, (9, 0), 64, False),
+        ({"is_cuda": False}, (9, 0), 64, False),
+        ({"shape": (1, 16, 64, 36)}, (9, 0), 64, False),
+        ({"shape": (1, 32, 64, 80)}, (9, 0), 64, False),
     ],
 )
-def test_variable_length_needs_a_card_half_precision_and_a_width_that_it_has(
-    changes: dict[str, Any], capability: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+def test_variable_length_needs_a_card_half_precision_and_sizes_that_it_has(
+    changes: dict[str, Any], capability: tuple[int, int], longest: int, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(packed_attention.importlib.util, "find_spec", lambda name: name if "torch" in name else None)
-    query = SimpleNamespace(shape=(1, 16, 64, 80), dtype=torch.bfloat16, is_cuda=True, device="cuda")
-    key = copy.copy(query)
-    vars(query).update(changes)
-    names: list[str] = packed_attention._candidates(query, key, {"dropout": 0.0})  # type: ignore[arg-type]
+    key: Any = SimpleNamespace(shape=(1, 16, 64, 80), dtype=torch.bfloat16, is_cuda=True, device="cuda")
+    query: Any = SimpleNamespace(**{**vars(key), **changes})
+    names = packed_attention._candidates(query, key, longest, {"dropout": 0.0})
     assert names == [*(["varlen"] if fits else []), "by length", "one by one"]
-    assert "varlen" not in packed_attention._candidates(key, key, {"dropout": 0.1})  # type: ignore[arg-type]
+    assert "varlen" not in packed_attention._candidates(key, key, 64, {"dropout": 0.1})
