@@ -193,7 +193,7 @@ class TrainConfig(Settings):
     """Folder of TensorBoard's files. null: a new folder in output_dir/logs for each start."""
     workers: int | None = None
     """Number of processes that load rows. 0: rows are loaded in the training process. null: one per CPU core, at most 4, for
-    large vision-language rows, which are encoded in each step, else 0."""
+    large vision-language rows, which are encoded in each step, 2 for images on a GPU, else 0."""
     resume: bool = False
     """Continue from the newest complete checkpoint in output_dir, with other steps too. There must be one. The same command
     without it continues as well."""

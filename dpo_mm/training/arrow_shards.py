@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 
 class Shards:
-    """Rows of all parts, in order, with tensors in float32. A part is opened when one of its rows is read."""
+    """Rows of all parts, in order, with tensors in the type in which they are stored. A part is opened when one of its rows is read."""
 
     def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
         self.folder, self.parts = folder, list(parts)
@@ -91,9 +91,8 @@ def _remove(path: Path, folder: Path) -> ValueError:
 
 
 def _tensor(data: bytes, kind: str, shape: list[int]) -> Tensor:
-    """Restore a tensor from the bytes of a cell. Floating-point values become float32."""
-    tensor = torch.frombuffer(bytearray(data), dtype=getattr(torch, kind)).reshape(shape)
-    return tensor.float() if tensor.is_floating_point() else tensor
+    """Restore a tensor from the bytes of a cell. Half precision stays: the device casts what arrives, which are half the bytes."""
+    return torch.frombuffer(bytearray(data), dtype=getattr(torch, kind)).reshape(shape)
 
 
 def cast_columns(columns: Mapping[str, Any], precision: str, *, where: str) -> dict[str, Any]:

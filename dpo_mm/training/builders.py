@@ -348,6 +348,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         save_total_limit=config.save_total_limit,
         dataloader_num_workers=config.workers or 0,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
+        logging_nan_inf_filter=False,  # it waits for the GPU twice per batch, and the log has our own means
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,

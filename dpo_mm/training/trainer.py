@@ -30,7 +30,7 @@ from dpo_mm.files.outputs import KIND, RECORDS
 from dpo_mm.files.resumable import set_aside
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.diffusion.text_encoder_lora import trained_model
-from dpo_mm.policies.protocol import Batch, Policy
+from dpo_mm.policies.protocol import Batch, Modality, Policy
 from dpo_mm.training.best_weights import BestWeightsCallback
 from dpo_mm.training.builders import DEFAULT_SLACK, build_loss, training_arguments
 from dpo_mm.training.callbacks import (
@@ -59,6 +59,25 @@ from dpo_mm.training.tracking import prepare_trackers
 
 MAX_WORKERS = 4
 """Largest number of processes that encode rows while training, unless `workers` is set."""
+IMAGE_WORKERS = 2
+"""Number of processes that read rows and draw noise for a GPU. Drawing the noise of 4 pairs takes single milliseconds."""
+SHARED_MEMORY = 2**30
+"""Free bytes of shared memory, in which batches wait, from which images have workers. A container often has 64 MiB."""
+
+
+def default_workers(modality: Modality, device_type: str, is_streamed: bool) -> int:
+    """Return the number of processes that load rows.
+
+    Args:
+        modality: text or image.
+        device_type: cpu or cuda. On a CPU, processes would take time from the step.
+        is_streamed: True if rows are encoded in each step.
+    """
+    cores, folder = os.cpu_count() or 1, Path("/dev/shm")
+    if is_streamed:
+        return min(MAX_WORKERS, cores)
+    has_room = not folder.is_dir() or shutil.disk_usage(folder).free >= SHARED_MEMORY
+    return min(IMAGE_WORKERS, cores - 1) if modality == "image" and device_type == "cuda" and has_room else 0
 
 
 def _ignore_signals_in_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -121,8 +140,9 @@ class PreferenceTrainer(Trainer):
         self.run_state = {**(run_state or {}), "rewards": {"mean": 0.0, "count": 0.0}}
         self._metrics: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
         arguments = training_arguments(config)
-        if config.workers is None and streamed_rows(train_rows) is not None:
-            arguments.dataloader_num_workers = min(MAX_WORKERS, os.cpu_count() or 1)
+        if config.workers is None:
+            streamed = streamed_rows(train_rows) is not None
+            arguments.dataloader_num_workers = default_workers(policy.modality, arguments.device.type, streamed)
         super().__init__(
             model=trained_model(policy),
             args=arguments,

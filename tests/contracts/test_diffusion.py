@@ -32,8 +32,19 @@ from dpo_mm.training.encoding import encode
 from dpo_mm.training.reference import adapter_off, frozen_copy
 from tests.conftest import noise_image, rows
 from tests.contracts.families import BUILDERS, WORDS, Family
+from tests.operation_counts import OperationCounts
 
 FAMILIES = sorted(BUILDERS)
+WAITS = {
+    "ernie-image": 1,
+    "hidream": 35,
+    "krea2": 1,
+    "qwen-image": 2,
+    "qwen-image-2.1": 60,
+    "qwen-image-edit": 2,
+    "z-image": 4,
+}
+"""How often the host waits for the GPU in a forward pass: for lengths of prompts, and for sizes of groups of experts."""
 
 
 def test_builders_have_at_least_three_families() -> None:
@@ -522,7 +533,9 @@ def test_half_precision_gives_gradients_and_close_log_probs(family: str, folders
         policy = load_family(family, folders(family), precision=precision)
         policy.prepare(config(precision=precision))
         batch = policy.collate(encoded_rows(policy, 2))
-        log_probs = policy.log_probs(policy.model, batch)
+        with OperationCounts() as counts:
+            log_probs = policy.log_probs(policy.model, batch)
+        assert counts.num_synchronisations == WAITS.get(family, 0), counts.report()
         (log_probs.chosen - log_probs.rejected).sum().backward()
         gradients = [p.grad for p in policy.model.parameters() if p.requires_grad]
         assert {g.dtype for g in gradients if g is not None} == {torch.float32}

@@ -59,13 +59,14 @@ class Flux2(DiffusionPolicy):
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
         count, _, height, width = latents.shape
-        zero, embeds = torch.arange(1), prompt["embeds"]
-        images = [latents, *source_latents(prompt)]
-        grid = (torch.arange(height), torch.arange(width), zero)
-        times = [torch.tensor([SOURCE_TIME * n]) for n in range(len(images))]
-        image_ids = torch.cat([torch.cartesian_prod(time, *grid) for time in times]).to(latents.device)
+        images, embeds = [latents, *source_latents(prompt)], prompt["embeds"]
+        with latents.device:  # a copy from the host would wait for the GPU
+            zero = torch.arange(1)
+            grid = (torch.arange(height), torch.arange(width), zero)
+            times = [torch.full((1,), SOURCE_TIME * n) for n in range(len(images))]
+            image_ids = torch.cat([torch.cartesian_prod(time, *grid) for time in times])
+            text_ids = torch.cartesian_prod(zero, zero, zero, torch.arange(embeds.shape[1]))
         tokens = torch.cat(images, 2)
-        text_ids = torch.cartesian_prod(zero, zero, zero, torch.arange(embeds.shape[1])).to(latents.device)
         takes_guidance = self.pipe.transformer.config.guidance_embeds
         velocity = denoiser(
             hidden_states=tokens.flatten(2).transpose(1, 2),

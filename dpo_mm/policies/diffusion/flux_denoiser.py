@@ -75,7 +75,8 @@ def predict_velocity(
 def pack_latents(policy: DiffusionPolicy, latents: Tensor, *, kind: int) -> tuple[Tensor, Tensor]:
     """Pack latents into tokens, (images, h w / 4, 4 c), with position ids (h w / 4, 3): kind, row, column."""
     count, depth, height, width = latents.shape
-    ids = policy.pipe._prepare_latent_image_ids(count, height // 2, width // 2, latents.device, latents.dtype)
+    with latents.device:  # a copy from the host would wait for the GPU
+        ids = policy.pipe._prepare_latent_image_ids(count, height // 2, width // 2, latents.device, latents.dtype)
     ids[..., 0] = kind
     return policy.pipe._pack_latents(latents.contiguous(), count, depth, height, width), ids
 

@@ -56,17 +56,18 @@ class LongCatImage(DiffusionPolicy):
 
         height, width = latents.shape[-2:]
         longest = self.pipe.tokenizer_max_length
-        text_ids = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=prompt["embeds"].shape[1])
-        image_ids = prepare_pos_ids(
-            modality_id=1, type="image", start=(longest, longest), height=height // 2, width=width // 2
-        )
+        with latents.device:  # a copy from the host would wait for the GPU
+            text_ids = prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=prompt["embeds"].shape[1])
+            image_ids = prepare_pos_ids(
+                modality_id=1, type="image", start=(longest, longest), height=height // 2, width=width // 2
+            )
         velocity = denoiser(
             hidden_states=self.pipe._pack_latents(latents.contiguous(), *latents.shape),
             timestep=timestep / 1000,
             guidance=None,
             encoder_hidden_states=prompt["embeds"],
-            txt_ids=text_ids.to(latents.device),
-            img_ids=image_ids.to(latents.device),
+            txt_ids=text_ids,
+            img_ids=image_ids,
             return_dict=False,
         )[0]
         return flux_denoiser.unpack_latents(self, velocity, latents.shape)

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 FLOWS = ("flow_prediction",)
@@ -61,6 +62,8 @@ class VariancePreserving:
     """Cumulative alphas of the schedule, (timesteps,), float32."""
     name: str
     """epsilon or v."""
+    _on_device: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Copies of the schedule, because each copy from the host waits for the GPU."""
 
     def timesteps(self, levels: Tensor, *, tokens: int) -> Tensor:
         """Return floor(level * number of timesteps), (images,)."""
@@ -85,7 +88,10 @@ class VariancePreserving:
         return alpha_bar if self.name == "v" else alpha_bar.new_ones(len(alpha_bar))
 
     def _alpha_bar(self, timestep: Tensor) -> Tensor:
-        return self.alphas_cumprod.to(timestep.device)[timestep]
+        device = timestep.device
+        if device not in self._on_device:
+            self._on_device[device] = self.alphas_cumprod.to(device)
+        return self._on_device[device][timestep]
 
 
 @dataclass(frozen=True)

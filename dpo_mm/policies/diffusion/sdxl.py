@@ -61,13 +61,16 @@ class StableDiffusionXL(DiffusionPolicy):
         _, (left, top, right, bottom) = self.crop_box(image.size)
         return [image.height, image.width, top, left, bottom - top, right - left]
 
+    def _uncropped(self, latents: Tensor) -> Tensor:
+        """Return the column `frame` of images that have these latents and no crop."""
+        height, width = (float(self.pipe.vae_scale_factor * edge) for edge in latents.shape[-2:])
+        frame = [height, width, 0.0, 0.0, height, width]
+        columns = [torch.full((len(latents),), value, device=latents.device) for value in frame]
+        return torch.stack(columns, 1)
+
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
-        height, width = (self.pipe.vae_scale_factor * edge for edge in latents.shape[-2:])
-        uncropped = torch.tensor([height, width, 0.0, 0.0, height, width], device=latents.device)
-        conditioning: dict[str, Any] = {
-            "text_embeds": prompt["pooled"],
-            "time_ids": prompt.get("frame", uncropped.expand(len(latents), -1)),
-        }
+        frame = prompt["frame"] if "frame" in prompt else self._uncropped(latents)
+        conditioning: dict[str, Any] = {"text_embeds": prompt["pooled"], "time_ids": frame}
         return denoiser(
             latents,
             timestep,

@@ -184,6 +184,11 @@ def test_run_trains_on_several_buckets(several: str, tiny_model: str, tmp_path: 
     assert math.isfinite(history[-1]["eval_loss"])
 
 
+def policy_batch(policy: Any, row: dict[str, Any]) -> Any:
+    policy.config = TrainConfig("-", "-", "-")
+    return policy.collate([{**row, "visit": 0}])
+
+
 @pytest.mark.parametrize(("precision", "apart"), [("bf16", 2**-8), ("fp16", 2**-11)])
 def test_half_precision_cache_is_within_its_rounding(
     precision: str, apart: float, tiny_model: str, pairs: str, tmp_path: Path
@@ -191,9 +196,12 @@ def test_half_precision_cache_is_within_its_rounding(
     policy, given = load_policy(tiny_model), drop_ties(load_pairs(pairs))
     exact, half = (encode(policy, given, where="p", cache=tmp_path, precision=kind) for kind in ("fp32", precision))
     for name in ("chosen_mean", "rejected_std"):
-        assert half[3][name].dtype == torch.float32
+        assert half[3][name].dtype == arrow_shards.CACHE_DTYPES[precision]
         difference = (half[3][name] - exact[3][name]).abs()
         assert difference.max() > 0 and (difference <= apart * exact[3][name].abs() + 1e-7).all()
+    batch = policy_batch(policy, half[3])
+    assert batch["prompt"]["embeds"].dtype == arrow_shards.CACHE_DTYPES[precision]  # the device casts it
+    assert batch["chosen"].dtype == torch.float32  # the posterior's sample has more digits than its mean
     size = lambda found: sum(file.stat().st_size for file in found.folder.rglob("*.arrow"))
     assert size(half) < 0.6 * size(exact)
 
