@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,18 +245,15 @@ def test_float32_is_exact_only_inside() -> None:
 def test_a_part_that_fails_or_takes_too_long_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(command: list[str], *, stdout: Any, **_: Any) -> subprocess.CompletedProcess[str]:
-        if command[5] == "resume":
-            raise subprocess.TimeoutExpired(command, 9)
-        stdout.write("first line\nOutOfMemoryError: of the card\n")
-        return subprocess.CompletedProcess(command, 3)
+    def run(out: Path, name: str, _: bool, limit: float) -> None:
+        code = "import time; time.sleep(60)" if name == "resume" else "print('of the card'); raise SystemExit(3)"
+        running.run_command([sys.executable, "-c", code], out / f"{name}.log", limit if name == "resume" else 60)
 
     machine = running.identity("resume", tiny=True)
     monkeypatch.setattr(running, "identity", lambda name, tiny: machine)
-    monkeypatch.setattr(running.subprocess, "run", run)
-    assert running.run_parts(tmp_path, ["resume", "generation"], tiny=True, limit=9) == 2
+    assert running.run_parts(tmp_path, ["resume", "generation"], tiny=True, limit=0.3, run=run) == 2
     printed = capsys.readouterr().out
-    assert "resume: ended after 9 s" in printed and "generation: exit code 3: OutOfMemoryError: of the card" in printed
+    assert "resume: ended after 0.3 s" in printed and "generation: exit code 3: of the card" in printed
 
 
 def test_the_command_prints_its_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -93,21 +95,39 @@ def run_part(out: Path, name: str, *, tiny: bool) -> None:
 
 
 def _in_new_process(out: Path, name: str, tiny: bool, limit: float) -> None:
-    """Run a part in a new process. Raises RuntimeError with the end of its output if it fails or takes too long."""
+    """Run a part in a new process. Raises RuntimeError as `run_command`."""
+    options = ["--one", name, *(["--tiny"] if tiny else [])]
+    run_command([sys.executable, "-m", "tests.bench.gpu", str(out), *options], out / f"{name}.log", limit)
+
+
+def run_command(command: list[str], log: Path, limit: float) -> None:
+    """Run a command on the first GPU, and end it and the processes that it started.
+
+    Args:
+        command: program and arguments.
+        log: file of its output, which is removed if it succeeds.
+        limit: seconds.
+
+    Raises:
+        RuntimeError: with the end of its output if it fails, or if it takes too long.
+    """
     cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": cards[0]}  # with several, a Trainer would use all
-    command = [sys.executable, "-m", "tests.bench.gpu", str(out), "--one", name, *(["--tiny"] if tiny else [])]
-    log = out / f"{name}.log"
     with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, timeout=limit, check=False
-            )
+            code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"ended after {limit:.0f} s. The cells until then are in the file") from None
-    if done.returncode:
+            raise RuntimeError(f"ended after {limit:g} s. The cells until then are in the file") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        raise RuntimeError(f"exit code {done.returncode}: {' '.join(last)[:300]} ({log})")
+        raise RuntimeError(f"exit code {code}: {' '.join(last)[:300]} ({log})")
     log.unlink()
 
 
@@ -135,6 +155,7 @@ def run_parts(
     if device() == "cpu" and not tiny:
         print(NO_GPU)
         return 0
+    out = out.resolve()  # parts run in the repository's folder
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name in chosen:
