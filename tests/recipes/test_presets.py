@@ -21,7 +21,10 @@ from dpo_mm.recipe import Recipe, read_recipe
 from tests.contracts import tiny_vlms
 from tests.contracts.families import BUILDERS
 
-WHAT_FITS = Path(__file__).parents[2] / "docs" / "benchmarks" / "what-fits.json"
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
+WHAT_FITS = BENCHMARKS / "what-fits.json"
+TIMED = {"sdxl": "SDXL", "flux_dev": "FLUX.1-dev"}
+"""Presets whose step was measured on an H100, and their names in scaling.json."""
 PRESETS = sorted(path.stem for path in presets_folder().glob("*.yaml"))
 TINY = {
     "sd15": "stable-diffusion",
@@ -97,6 +100,15 @@ def test_preset_cites_the_source_of_its_numbers(name: str) -> None:
         assert re.search(r"\d{4}\.\d{5}|\bours and not tuned\b|examples/", text, re.IGNORECASE)
 
 
+def time_of(name: str) -> str:
+    """Time of a preset's training as its comment says it: from the measured step of its model, of the same batch."""
+    if (model := TIMED.get(name.partition("-")[2])) is None:
+        return "not measured"
+    step, train = json.loads((BENCHMARKS / "scaling.json").read_text())["measured"][model], recipe(name).train
+    assert train.batch_size == step["pairs"] and train.gradient_checkpointing and train.tuning == "lora"
+    return f"{train.steps * train.accumulate * step['ms'] / 3.6e6:.1f} hours of steps on an H100"
+
+
 def test_presets_of_pretrained_models_say_what_to_change_and_what_they_cost() -> None:
     computed = {
         f"{columns['training']:.1f} GiB"
@@ -107,7 +119,8 @@ def test_presets_of_pretrained_models_say_what_to_change_and_what_they_cost() ->
     assert len(names) > 15
     for name in names:
         head = (presets_folder() / f"{name}.yaml").read_text().partition("title:")[0]
-        assert "# Change first: " in head and "Time: not measured" in head, name
+        assert "# Change first: " in head, name
+        assert f"Time: {time_of(name)}" in head, name
         gib = re.search(r"# Memory with batch_size 1.*?: ([\d.]+ GiB)", head)
         assert gib[1] in computed if gib else f"dpo-mm train {name} --dry-run" in head, name
 
