@@ -81,7 +81,7 @@ def _global_options(
 def main() -> None:
     """Run a command of `dpo-mm`."""
     with run_as_command():
-        app()
+        app(prog_name="dpo-mm")  # also as python -m dpo_mm, whose words the shells cannot complete
 
 
 @app.command()

@@ -145,6 +145,19 @@ def test_import_list_prints_every_source() -> None:
     assert result.exit_code == 0 and {line.split()[0] for line in result.output.splitlines()} == set(SOURCES)
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_script_of_the_completion_is_for_the_installed_command(
+    shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches the name `python -m dpo_mm`, with which no shell reads the script."""
+    monkeypatch.setattr(sys, "argv", ["/site-packages/dpo_mm/__main__.py"])
+    monkeypatch.setenv("_DPO_MM_COMPLETE", f"source_{shell}")
+    with pytest.raises(SystemExit):
+        main()
+    script = capsys.readouterr().out
+    assert "_DPO_MM_COMPLETE=complete_" in script and "python" not in script
+
+
 def test_python_m_dpo_mm_is_the_command(tmp_path: Path) -> None:
     """One error in a new process has the exit status and the line of the function above."""
     command = [sys.executable, "-m", "dpo_mm", "train", str(tmp_path / "none.yaml")]
