@@ -34,7 +34,7 @@ def bundled(cells: Cells) -> None:
 
 
 def _generate(cells: Cells, config: MineResponsesConfig, policy: Any, questions: Any, *, sampled: bool) -> Any:
-    """Useful tokens are those before a repetition loop, and slots the rows of a batch times its longest response."""
+    """Useful tokens are those before a repetition loop. Slots are the rows of all passes, of which each gives a token."""
     truths = ["\n".join(question.ground_truths) for question in questions]
     images, prompts = [q.images for q in questions], [q.prompt for q in questions]
     size = cells.settings["batch_size"] or config.batch_size
@@ -44,22 +44,25 @@ def _generate(cells: Cells, config: MineResponsesConfig, policy: Any, questions:
         policy.generate(images[:size], prompts[:size], **limits, do_sample=sampled)
     synchronise(cells.device)
     start = time.perf_counter()
+    passes: list[int] = []
+    hook = policy.base_model.register_forward_pre_hook(
+        lambda module, arguments, inputs: passes.append(len(inputs["input_ids"])), with_kwargs=True
+    )
     responses = policy.generate(images, prompts, **limits, do_sample=sampled, **stops)
     synchronise(cells.device)
     seconds = time.perf_counter() - start
+    hook.remove()
     encode = lambda text: len(policy.encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
     useful = sum(
         encode(truncate_repetition(response.text, question.ground_truth)) if response.hit_limit else response.tokens
         for response, question in zip(responses, questions, strict=True)
     )
-    batches = [responses[start : start + size] for start in range(0, len(responses), size)]
-    slots = sum(len(batch) * max(response.tokens for response in batch) for batch in batches)
     return {
         "responses": len(responses),
         "seconds": seconds,
         "useful_tokens": useful,
-        "slots": slots,
-        "useful_share": useful / max(1, slots),
+        "slots": sum(passes),
+        "useful_share": useful / sum(passes),
         "useful_tokens_per_s": useful / seconds,
-        "forward_passes": sum(max(response.tokens for response in batch) for batch in batches),
+        "forward_passes": len(passes),
     }
