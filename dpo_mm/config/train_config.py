@@ -106,6 +106,9 @@ class TrainConfig(Settings):
     the language model, in 4 or 8 bits. It needs the extra `quantized` and a LoRA. null: `precision` for all weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Use it if memory runs out. It costs about one more forward pass."""
+    compile: bool = False
+    """Compile the blocks of the denoiser or of the language model with torch.compile. Starting takes longer, so it can pay for
+    long runs only. If compiling fails, the run says so and continues without it."""
     seed: int = 0
     """Seed of the LoRA's initial weights, the order of the rows, the noise, the timesteps and the evaluation split."""
     # Timesteps and noise of image generators

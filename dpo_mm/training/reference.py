@@ -25,6 +25,7 @@ from dpo_mm.policies.diffusion.text_encoder_lora import trained_model
 from dpo_mm.policies.protocol import Batch, ImagePolicy, Policy, TextPolicy
 from dpo_mm.printing.progress import progress_bar
 from dpo_mm.training import reference_cache
+from dpo_mm.training.compilation import compile_blocks, is_compiled
 from dpo_mm.training.dropped_rows import DroppedRows, missing_log_probs
 from dpo_mm.training.half_precision import autocast, needs_autocast
 from dpo_mm.training.pair_stream import PairStream, buckets_of
@@ -44,15 +45,20 @@ def adapter_off(policy: Policy, shard: Shard = None) -> Reference:
     return reference
 
 
-def frozen_copy(policy: Policy, shard: Shard = None, model: nn.Module | None = None) -> Reference:
+def frozen_copy(
+    policy: Policy, shard: Shard = None, model: nn.Module | None = None, config: TrainConfig | None = None
+) -> Reference:
     """Make a reference of a copy of the current weights, for full fine-tuning.
 
     Args:
         policy: the prepared policy.
         shard: function that spreads the copy over the processes, in place.
         model: another model of the same kind, to use in place of a copy.
+        config: settings of the run. The copy is compiled if they say so and the policy is.
     """
     copied = policy.frozen_copy() if model is None else model
+    if config is not None and config.compile and is_compiled(policy):
+        compile_blocks(policy, copied, config)
     if shard is not None:
         shard(copied)
 
@@ -161,7 +167,7 @@ def synced(policy: Policy, config: TrainConfig) -> Reference:
 
 REFERENCES: dict[str, Callable[[Any, TrainConfig, Shard], Reference]] = {
     "adapter_off": lambda policy, _, shard: adapter_off(policy, shard),
-    "frozen_copy": lambda policy, _, shard: frozen_copy(policy, shard),
+    "frozen_copy": lambda policy, config, shard: frozen_copy(policy, shard, config=config),
     "precomputed": lambda policy, _, shard: precomputed(policy, shard),
     "moving_average": lambda policy, config, _: moving_average(policy, config),
     "synced": lambda policy, config, _: synced(policy, config),
@@ -190,7 +196,7 @@ def build_reference(
         model: frozen model that is the reference. None: the config's.
     """
     if model is not None:
-        return frozen_copy(policy, shard, model)
+        return frozen_copy(policy, shard, model, config)
     return REFERENCES[resolve_reference_name(config)](policy, config, shard)
 
 

@@ -50,6 +50,7 @@ from dpo_mm.training.checkpoints import (
     latest_complete_checkpoint,
     newest_first,
 )
+from dpo_mm.training.compilation import compiled
 from dpo_mm.training.coupled_rows import CoupledRows
 from dpo_mm.training.dropped_rows import DroppedRows, explain_loader_errors, rows_of_run
 from dpo_mm.training.encoding import EncodedSplits, encode_splits
@@ -218,8 +219,9 @@ def _train(config: TrainConfig, inputs: RunInputs, checkpoint: Path | None, show
         "pairs_per_step": pairs_per_step,
         "measured_beta": saved_state.get("measured_beta"),
     }
-    with stop_on_signal(lambda: _saved_so_far(config, splits)), without_cudnn_attention():
-        return _train_on(splits, loaded, policy, config, inputs, run_state, checkpoint, show_plan)
+    with stop_on_signal(lambda: _saved_so_far(config, splits)), contextlib.ExitStack() as stack:
+        stack.enter_context(without_cudnn_attention())
+        return _train_on(splits, loaded, policy, config, inputs, run_state, checkpoint, show_plan, stack)
 
 
 def _train_on(
@@ -231,11 +233,13 @@ def _train_on(
     run_state: dict[str, Any],
     checkpoint: Path | None,
     show_plan: ShowPlan | None,
+    stack: contextlib.ExitStack,
 ) -> FinishedRun:
-    """Train on encoded pairs, from a checkpoint if there is one, and save the result."""
+    """Train on encoded pairs, from a checkpoint if there is one, and save the result. `stack` ends with the run."""
     samples = sample_callback(policy, config)
     policy.free_encoders()
     policy.prepare(config)
+    compilation = stack.enter_context(compiled(policy, config, training_stream(config, splits.rows, 1)))
     train_rows, eval_rows = _with_frozen_outputs(policy, config, splits)
     measured = None
     if config.beta == AUTO:
@@ -247,7 +251,7 @@ def _train_on(
     config = steps_of_epochs(config, len(train_rows), training_arguments(config).world_size)
     if checkpoint and config.num_train_epochs is not None:
         check_steps(checkpoint, config)
-    summary = run_summary(policy, config, loaded, len(train_rows), commit=inputs.commit)
+    summary = run_summary(policy, config, loaded, len(train_rows), commit=inputs.commit) | compilation
     if cut := getattr(splits.rows, "truncated_prompts", ""):
         logger.warning("prompts: %s", cut)
         summary |= {"truncated prompts": cut}

@@ -5,6 +5,7 @@ Sampling uses its own random numbers, so the trained weights are the same with a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -114,7 +115,10 @@ class SampleCallback(TrainerCallback):
         """Generate, save and log the samples of a step in the first process."""
         if not process_rank().is_first:
             return
-        samples = _without_side_effects(self.generate)
+        # Sizes in generation differ from those of training, for which blocks are compiled.
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
+        with eager:
+            samples = _without_side_effects(self.generate)
         self.folder.mkdir(exist_ok=True)
         steps = _add_to_record(self.folder / RECORD_FILE, step, samples)
         images = [output for output in samples.outputs if isinstance(output, Image.Image)]
