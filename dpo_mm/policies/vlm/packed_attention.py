@@ -71,6 +71,11 @@ def packed_sequences(boundaries: Tensor) -> Packed:
     Args:
         boundaries: first token of each sequence and the number of tokens, (sequences + 1,).
     """
+    return _packed(boundaries, packed_fields(boundaries))
+
+
+def packed_fields(boundaries: Tensor) -> dict[str, Any]:
+    """Fields of `Packed` without the boundaries, as a dict that is moved to the device with a batch."""
     edges = np.array(boundaries.tolist())
     lengths, starts = np.diff(edges), edges[:-1]
     sizes, counts = np.unique(lengths[lengths > 0], return_counts=True)
@@ -80,11 +85,20 @@ def packed_sequences(boundaries: Tensor) -> Packed:
         by_length = lengths.argsort(kind="stable")
         tokens = np.concatenate([np.arange(starts[n], starts[n] + lengths[n]) for n in by_length])
         order, inverse = torch.from_numpy(np.stack([tokens, tokens.argsort()])).to(boundaries.device)
-    return Packed(boundaries.to(torch.int32), tuple(lengths.tolist()), groups, order, inverse)
+    return {"lengths": tuple(lengths.tolist()), "groups": groups, "order": order, "inverse": inverse}
+
+
+def _packed(boundaries: Tensor, fields: dict[str, Any]) -> Packed:
+    return Packed(boundaries.to(torch.int32), **fields)
 
 
 _PACKED = WeakTensorKeyDictionary()
 """Sequences by the tensor of their boundaries, which all layers of a batch share."""
+
+
+def remember_sequences(boundaries: Tensor, fields: dict[str, Any]) -> None:
+    """Store what `packed_fields` found on the host, so that the attention does not read these boundaries."""
+    _PACKED[boundaries] = _packed(boundaries, fields)
 
 
 def _sequences(boundaries: Tensor) -> Packed:

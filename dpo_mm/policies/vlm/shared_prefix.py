@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,8 +42,6 @@ from dpo_mm.policies.vlm.pair_batches import join_images
 from dpo_mm.policies.vlm.prefix_attention import attend_causally, attend_packed, attend_with_mask, backends
 from dpo_mm.policies.vlm.prefix_layout import CURRENT, Layout, PackedTokens, Packing, RightPadded
 from dpo_mm.policies.vlm.recurrent_prefix import share_states
-
-logger = logging.getLogger(__name__)
 
 COMPLETION_TYPES = {("paligemma", "token_type_ids"): 1}
 """Token type of a completion if it is not 0. PaliGemma's prefix has type 0 and attends to itself in both directions."""
@@ -243,16 +240,6 @@ def packed_positions(base_model: Any, batch: dict[str, Any]) -> Tensor:
     logical_types = _extend_token_types(base_model, batch["types"], longer)
     logical_positions = position_ids(base_model, logical_ids, logical_mask, logical_types, batch["images"])
     return logical_positions[..., layout.logical_positions(ids.device)]
-
-
-def add_positions(base_model: Any, batch: dict[str, Any]) -> None:
-    """Add `positions` to a batch on the host, if the model can compute them there."""
-    try:
-        batch["positions"] = packed_positions(base_model, batch)
-    except Exception as error:  # then `positions_of` computes them on the device, where an error has its message
-        logger.debug("%s: positions cannot be computed on the host (%s)", type(base_model).__name__, error)
-    if "corrupted" in batch:
-        add_positions(base_model, batch["corrupted"])
 
 
 def positions_of(base_model: Any, batch: dict[str, Any]) -> Tensor:

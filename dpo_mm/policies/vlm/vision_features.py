@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dpo_mm.policies.vlm.layout_check import is_sharded, relative_difference, unwrapped_eval_mode
+from dpo_mm.policies.vlm.packed_attention import remember_sequences
 from dpo_mm.policies.vlm.pair_batches import join_images
 from dpo_mm.policies.vlm.shared_prefix import unwrap
 
@@ -88,8 +89,20 @@ def features_agree(token_log_probs: TokenLogProbs, model: nn.Module, batch: dict
 @torch.no_grad()
 def vision_features(base_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """Compute a batch's image features with the vision tower and the projector, without gradient."""
-    output = base_model.get_image_features(**image_inputs(base_model, {"images": batch["images"]}), return_dict=True)
+    inputs = image_inputs(base_model, {"images": batch["images"]})
+    if "tower" in batch:
+        inputs |= _tower_inputs(batch["tower"])
+    output = base_model.get_image_features(**inputs, return_dict=True)
     return {name: output[name] for name in ("pooler_output", "deepstack_features") if output.get(name) is not None}
+
+
+def _tower_inputs(tower: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `get_image_features` that spare the tower from reading the sizes of images on the device."""
+    arguments = tower["arguments"]
+    for name, fields in tower["sequences"].items():
+        remember_sequences(arguments[name], fields)
+    sizes = torch.tensor(tower["sizes"])  # on the host, where the model reads the number of features of each image
+    return {"image_grid_thw": sizes, **{f"image_{name}": value for name, value in arguments.items()}}
 
 
 def features_to(features: Any, device: str) -> Any:

@@ -30,8 +30,9 @@ from dpo_mm.policies.vlm import generation, model_files, pair_batches
 from dpo_mm.policies.vlm.architecture import disable_dropout, lora_targets, non_language_modules
 from dpo_mm.policies.vlm.chat import ConversationEncoder
 from dpo_mm.policies.vlm.decoding import Decoding
+from dpo_mm.policies.vlm.host_values import add_host_values
 from dpo_mm.policies.vlm.row_sizes import RowMeasure
-from dpo_mm.policies.vlm.shared_prefix import add_positions, unwrap
+from dpo_mm.policies.vlm.shared_prefix import unwrap
 from dpo_mm.policies.vlm.token_log_probs import TokenLogProbs, sdpo_gradient_scale
 from dpo_mm.policies.vlm.vision_features import features_agree, features_to, join_features, vision_features
 
@@ -255,7 +256,7 @@ class VisionLanguage:
             )
         if features:
             batch["features"] = join_features(features)
-        add_positions(self.base_model, batch)
+        add_host_values(self.base_model, batch)
         return batch
 
     def log_probs(self, model: nn.Module, batch: Batch) -> LogProbs:
