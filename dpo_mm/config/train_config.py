@@ -211,7 +211,8 @@ class TrainConfig(Settings):
     buckets: bool = False
     """Resize pairs to buckets of about the same area by their aspect ratio. Otherwise all are cropped to a square."""
     cache_precision: str = "fp32"
-    """fp32 | bf16 | fp16. Precision of the encoded images and prompts on disk. fp32 is exact, the others halve the size."""
+    """fp32 | bf16 | fp16. Precision of the encoded images and prompts on disk. fp32 is exact: what encoders compute in half
+    precision is stored in it. The others halve the size of the rest."""
 
 
 TRAINER_NAMES = {

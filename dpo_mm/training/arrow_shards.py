@@ -114,7 +114,8 @@ def cast_columns(columns: Mapping[str, Any], precision: str, *, where: str) -> d
                     f"{where}: {name} is not finite after encoding. An encoder overflows in half precision or has broken "
                     "weights: train with precision fp32 or bf16"
                 )
-            cast[name] = values.to(CACHE_DTYPES[precision])
+            halves = precision == "fp32" and values.element_size() < 4  # a wider type would add zeros only
+            cast[name] = values if halves else values.to(CACHE_DTYPES[precision])
             if precision == "fp16" and cast[name].isinf().any():
                 largest = values.abs().max().item()
                 raise ValueError(f"{where}: {name} is too large for fp16 ({largest:.3g}); take cache_precision bf16")
@@ -182,8 +183,11 @@ def list_parts(folder: Path, kind: str) -> Iterator[Part]:
 
 def row_bytes(columns: Mapping[str, Tensor], precision: str) -> int:
     """Return the bytes that the tensors of one row take on disk. Columns are (rows, ...)."""
-    half = CACHE_DTYPES[precision].itemsize
-    sizes = ((v[0].numel(), half if v.is_floating_point() else v.element_size()) for v in columns.values())
+    widest = CACHE_DTYPES[precision].itemsize
+    sizes = (
+        (v[0].numel(), min(widest, v.element_size()) if v.is_floating_point() else v.element_size())
+        for v in columns.values()
+    )
     return sum(count * size for count, size in sizes)
 
 

@@ -83,6 +83,9 @@ def _prompts(policy: DiffusionPolicy, rows: list[dict[str, Any]]) -> dict[str, d
         part: stack_padded([row[name][part] for name in names for row in rows]).split(len(rows))
         for part in rows[0]["prompt"]
     }
+    if policy.cuts_prompts:  # here, because the length of a prompt on the GPU is a number that the host would wait for
+        longest = max(int(masks.sum(1).max()) for masks in stacked["mask"])
+        stacked = {part: tuple(values[:, :longest].contiguous() for values in stacked[part]) for part in stacked}
     prompts: dict[str, dict[str, Tensor]] = {
         str(name): {part: values[n] for part, values in stacked.items()} for n, name in enumerate(names)
     }

@@ -73,6 +73,8 @@ class DiffusionPolicy:
     """True if a prompt may contain several: `source_2`, `source_3` and so on in prompts."""
     prompts_show_sources: ClassVar[bool] = False
     """True if the text encoder sees the images to edit."""
+    cuts_prompts: ClassVar[bool] = False
+    """True if the prompts of a batch, which have a mask, are cut to the longest one. The host does it in `collate`."""
     text_encoders: ClassVar[tuple[str, ...]] = ()
     """Text encoders that `train_text_encoder` trains with the denoiser, for families with `tokenize` and `embed`."""
     edits_optionally: ClassVar[bool] = False

@@ -24,6 +24,7 @@ class ErnieImage(DiffusionPolicy):
     required_components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    cuts_prompts = True
 
     def __init__(self, pipe: Any, source: str) -> None:
         super().__init__(pipe, source)
@@ -56,11 +57,10 @@ class ErnieImage(DiffusionPolicy):
         return pad_states(self.pipe.encode_prompt(list(prompts), device=self.device))
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
-        lengths = prompt["mask"].sum(1)
         return denoiser(
             hidden_states=latents,
             timestep=timestep.to(latents.dtype),
-            text_bth=prompt["embeds"][:, : int(lengths.max())],
-            text_lens=lengths,
+            text_bth=prompt["embeds"],
+            text_lens=prompt["mask"].sum(1),
             return_dict=False,
         )[0]

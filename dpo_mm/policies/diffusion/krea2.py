@@ -25,6 +25,7 @@ class Krea2(DiffusionPolicy):
     packs_latents = True
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "to_gate")
     patch = 2
+    cuts_prompts = True
     vae_is_video = True
 
     def native_resolution(self) -> int:
@@ -42,14 +43,13 @@ class Krea2(DiffusionPolicy):
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, prompt: Prompt) -> Tensor:
         height, width = latents.shape[-2:]
-        mask = prompt["mask"].bool()
-        longest = int(mask.sum(1).max())
+        longest = prompt["embeds"].shape[1]
         velocity = denoiser(
             hidden_states=self.pipe._pack_latents(latents.contiguous(), *latents.shape),
-            encoder_hidden_states=prompt["embeds"][:, :longest],
+            encoder_hidden_states=prompt["embeds"],
             timestep=timestep / self.scheduler.config.num_train_timesteps,
             position_ids=self.pipe.prepare_position_ids(longest, height // 2, width // 2, latents.device),
-            encoder_attention_mask=mask[:, :longest],
+            encoder_attention_mask=prompt["mask"].bool(),
             return_dict=False,
         )[0]
         factor = self.pipe.vae_scale_factor

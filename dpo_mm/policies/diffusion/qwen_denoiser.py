@@ -18,15 +18,13 @@ def predict_velocity(
 ) -> Tensor:
     """Compute the denoiser's velocity, (images, channels, height, width). Tokens of images to edit follow those of the latents."""
     images = [latents, *sources]
-    mask = prompt["mask"].bool()
-    longest = int(mask.sum(1).max())
     packed = denoiser(
         hidden_states=torch.cat(
             [nn.functional.pixel_unshuffle(image, 2).flatten(2).transpose(1, 2) for image in images], 1
         ),
         timestep=timestep / 1000,
-        encoder_hidden_states=prompt["embeds"][:, :longest],
-        encoder_hidden_states_mask=mask[:, :longest],
+        encoder_hidden_states=prompt["embeds"],
+        encoder_hidden_states_mask=prompt["mask"].bool(),
         img_shapes=[[(1, image.shape[2] // 2, image.shape[3] // 2) for image in images]] * len(latents),
         return_dict=False,
     )[0]

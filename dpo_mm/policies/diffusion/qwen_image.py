@@ -25,6 +25,7 @@ class QwenImage(DiffusionPolicy):
     lora_targets = qwen_denoiser.TARGETS
     kohya_prefix = "lora_unet"
     patch = 2
+    cuts_prompts = True
     vae_is_video = True
 
     def sampling_kwargs(

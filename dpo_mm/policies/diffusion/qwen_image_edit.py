@@ -28,6 +28,7 @@ class QwenImageEdit(DiffusionPolicy):
     lora_targets = qwen_denoiser.TARGETS
     kohya_prefix = "lora_unet"
     patch = 2
+    cuts_prompts = True
     vae_is_video = True
     is_image_editing = True
     takes_several_sources = True

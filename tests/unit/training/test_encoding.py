@@ -219,6 +219,14 @@ def test_ids_and_masks_are_not_cast(tmp_path: Path) -> None:
     assert found[0]["id"] == "a" and found[1]["x"].item() == pytest.approx(70000, rel=2**-8)
 
 
+def test_half_precision_states_of_an_encoder_stay_halves_in_a_float32_cache() -> None:
+    """Catches a cache that stores them twice as large, reads them slower, and moves them to the GPU as float32."""
+    columns = {"embeds": torch.ones(2, 3, dtype=torch.bfloat16), "mean": torch.ones(2, 5, dtype=torch.float64)}
+    cast = arrow_shards.cast_columns(columns, "fp32", where="-")
+    assert (cast["embeds"].dtype, cast["mean"].dtype) == (torch.bfloat16, torch.float32)
+    assert arrow_shards.row_bytes(cast, "fp32") == arrow_shards.row_bytes(columns, "fp32") == 3 * 2 + 5 * 4
+
+
 def test_prompts_of_different_lengths_have_their_masks(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """Lengths differ from shard to shard and are filled up in the batch alone."""
     policy = load_policy(tiny_model)
