@@ -10,7 +10,7 @@ nothing waits, but the same calls are made. They are counted here, with the line
 All tensors look alike on a CPU. So a tensor counts as one on the GPU, with the exceptions that hold on a GPU too:
 
 - What torch makes without a `device`, and all that is computed from such tensors only, is on the host until `.to(device)`.
-  That copy counts, unless it is `non_blocking`.
+  That copy counts, unless it is `non_blocking`. So does an operation on tensors of both, which fails on a GPU.
 - An optimizer counts its steps on the host.
 """
 
@@ -56,6 +56,7 @@ FACTORIES = (torch.arange, torch.empty, torch.full, torch.linspace, torch.ones, 
 """Functions whose result is on the host, unless they get a device."""
 NO_KERNEL = ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh")
 """Operations, besides views, that launch no kernel."""
+BOTH_DEVICES = "tensors on both devices, an error on a GPU"
 ATTENTION = ("varlen_attn", "flash_attn")
 """Parts of the names of attention operations that do not pass through `scaled_dot_product_attention`."""
 
@@ -198,6 +199,8 @@ class _Operations(TorchDispatchMode):
 
     def _kind(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """What the host waits for if the arguments decide it: the number of True values or of repeats, or a copy."""
+        if name.removesuffix("_") in ("index", "index_put") and self.counts.is_on_host(args[0]):
+            return BOTH_DEVICES
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             indices = [index for index in args[1] if index is not None]
             fills = name != "index" and args[2].ndim == 0  # x[mask] = number is masked_fill, which does not wait
@@ -205,6 +208,8 @@ class _Operations(TorchDispatchMode):
                 return "an index that is on the host"
             masked = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
             return "a boolean mask as an index" if masked and not fills else None
+        if any(tensor.ndim and self.counts.is_on_host(tensor) for tensor in _tensors((args, kwargs))):
+            return "a copy to the device" if name == "copy_" else BOTH_DEVICES
         if name == "repeat_interleave" and func._overloadname == "Tensor" and kwargs.get("output_size") is None:
             return "repeat_interleave without output_size"
         return None

@@ -44,7 +44,9 @@ WAITING: dict[str, Callable[[], object]] = {
     "bincount": lambda: COUNTS.bincount(),
     "copy to the device": lambda: torch.tensor([1, 2]).to(VALUES.device),
     "index on the host": lambda: VALUES[torch.tensor([0, 1])],
-    "value computed from both": lambda: (torch.arange(2) + COUNTS).tolist(),
+    "both devices": lambda: torch.arange(2) + COUNTS,
+    "index of a host tensor": lambda: torch.arange(3)[COUNTS],
+    "copy into the device's": lambda: COUNTS.clone().copy_(torch.arange(2)),
     "tensor on a device": lambda: torch.tensor([1], device=VALUES.device),
 }
 NOT_WAITING: dict[str, Callable[[], object]] = {
@@ -54,6 +56,7 @@ NOT_WAITING: dict[str, Callable[[], object]] = {
     "index": lambda: VALUES[:, COUNTS],
     "repeat_interleave": lambda: COUNTS.repeat_interleave(COUNTS, output_size=3),
     "tensor on the host": lambda: torch.tensor([1, 2]),
+    "number on the host": lambda: VALUES * torch.tensor(2.0),
     "values on the host": lambda: (torch.arange(3).reshape(1, 3) + torch.tensor(2)).cumsum(1)[0, 1:].tolist(),
     "copy to the device": lambda: torch.tensor([1, 2]).to(VALUES.device, non_blocking=True),
     "to the device of another": lambda: VALUES.to(MASK.device),

@@ -36,7 +36,9 @@ def test_image_step_waits_once_for_the_gpu(tiny_model: str, pairs: str, out: str
     """Catches a filter of losses that reads each one, a schedule that is copied in each step, and a norm that is read."""
     trainer, _ = trainer_of(tiny_model, pairs, out, steps=3, log_every=100)
     counter = CountOneStep()
-    counter.counts.mark_on_host(trainer.policy.noise_process.alphas_cumprod)  # type: ignore[union-attr]
+    schedule = trainer.policy.noise_process  # type: ignore[union-attr]
+    schedule._on_device[torch.device("cpu")] = schedule.alphas_cumprod.clone()
+    counter.counts.mark_on_host(schedule.alphas_cumprod)
     trainer.add_callback(counter)
     trainer.train()
     assert counter.counts.num_synchronisations == 1, counter.counts.report()  # that the gradient is finite
