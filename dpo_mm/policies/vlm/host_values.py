@@ -17,7 +17,7 @@ from dpo_mm.policies.vlm.shared_prefix import packed_positions
 
 logger = logging.getLogger(__name__)
 
-TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm_ocr")
 """Types of models whose vision tower takes the arguments of `_tower_arguments`."""
 
 

@@ -293,7 +293,8 @@ def detect_head(model: nn.Module, batch: dict[str, Any]) -> str:
         "finished": (_finish(base_model, head_outputs[0]) - logits).abs().max(),
     }
     nearest = min(differences, key=lambda name: float(differences[name]))
-    return nearest if differences[nearest] <= 1e-3 * logits.abs().max() else "own"
+    limit = max(1e-3, 4 * torch.finfo(head_outputs[0].dtype).eps)  # models cap and scale logits in half precision
+    return nearest if differences[nearest] <= limit * logits.abs().max() else "own"
 
 
 def _finish(base_model: Any, logits: Tensor) -> Tensor:

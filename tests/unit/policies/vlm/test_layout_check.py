@@ -79,6 +79,15 @@ def test_wrong_kernel_is_named_with_its_number_and_the_next_one_is_used(
 # The head
 
 
+def test_capped_logits_are_recognised_in_bfloat16() -> None:
+    """Catches the limit of float32, which takes their rounding for an unknown change and computes all logits."""
+    model, processor = build("gemma2")
+    policy = VisionLanguage(model.to(torch.bfloat16), processor, "m")
+    batch = policy.collate(policy.encode(rows("gemma2", (0, 0))))
+    with torch.no_grad():
+        assert token_log_probs.detect_head(model, batch) == "finished"
+
+
 def test_head_in_half_precision_gives_the_logits_of_float32_and_the_gradients_of_half() -> None:
     """Catches logits that are rounded to bfloat16: their error is a thousand times larger."""
     generator = torch.Generator().manual_seed(0)
