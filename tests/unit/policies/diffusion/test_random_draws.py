@@ -84,6 +84,7 @@ def test_collate_negates_the_noise_of_a_mirrored_row_and_nothing_else() -> None:
         latent_scale=LatentScale(torch.zeros(1, 1, 1), torch.ones(1, 1, 1)),
         num_tokens=lambda shape: 1,
         conditioning_columns=(),
+        cuts_prompts=False,
     )
     batch = collate(policy, [{**row, "sign": 1}, {**row, "sign": -1}, row])
     assert torch.equal(batch["noise"][1], -batch["noise"][0]) and torch.equal(batch["noise"][2], batch["noise"][0])
