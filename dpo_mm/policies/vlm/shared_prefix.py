@@ -114,8 +114,7 @@ def _attention(attend: Callable[..., Any]) -> Callable[..., Any]:
             current = CURRENT.get()
             if mask is None and isinstance(current, Layout) and query.shape[2] == current.total:
                 raise RuntimeError(f"{type(module).__name__} does not pass on the layout of the shared prefix")
-            with backends("default", query.device):
-                return attend(module, query, key, value, mask, **rest)
+            return attend(module, query, key, value, mask, **rest)
         if rest.get("position_bias") is not None:
             raise RuntimeError(f"{type(module).__name__} adds a position bias, which a shared prefix does not support")
         tensors = query, key, value
