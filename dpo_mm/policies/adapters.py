@@ -17,7 +17,7 @@ from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
 from dpo_mm.models.model_checks import HEADER_BYTES, check_safetensors, name_model
 from dpo_mm.policies.adapter_checks import check_diffusers_lora, check_peft_adapter
-from dpo_mm.policies.lora_layers import FROZEN, TRAINED, merge_diffusers, train_attached
+from dpo_mm.policies.lora_layers import FROZEN, TRAINED, merge_diffusers, train_attached, train_in_float32
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
@@ -86,9 +86,7 @@ def add_lora(model: Any, config: TrainConfig, targets: Sequence[str]) -> None:
             inject_lora(model, adapter)
         except ValueError as error:
             raise ValueError(f"lora_targets: {error}") from error
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    train_in_float32(model)
 
 
 def inject_lora(model: Any, adapter: Any) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dpo_mm.models.quantization import is_quantized
 
@@ -32,6 +33,34 @@ def lora_layers(model: nn.Module) -> list[Any]:
     from peft.tuners.lora import LoraLayer
 
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+class InputTypeLinear(nn.Linear):
+    """A linear layer with float32 weights that computes in the type of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Make the trained weights float32, and compute a LoRA's products in the type of the layer's input.
+
+    PEFT would cast each input to float32 instead. A LoRA's weights are much smaller than its inputs, and layers with the same
+    input, such as queries, keys and values, would each store a copy of it for the backward pass. The results are those of autocast.
+    Layers of DoRA, embeddings and convolutions stay PEFT's.
+
+    Args:
+        model: a model of diffusers or transformers.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for layer in lora_layers(model):
+        parts = [part for weights in (layer.lora_A, layer.lora_B) for part in weights.values()]
+        if parts and not layer.lora_variant and all(isinstance(part, nn.Linear) for part in parts):
+            layer.cast_input_dtype_enabled = False
+            for part in parts:
+                part.__class__ = InputTypeLinear
 
 
 def train_attached(model: Any) -> None:
@@ -54,6 +83,7 @@ def train_attached(model: Any) -> None:
         if "lora_" in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(f".{TRAINED}" in name)
+    train_in_float32(model)
 
 
 @contextlib.contextmanager

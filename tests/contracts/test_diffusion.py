@@ -35,8 +35,8 @@ from tests.contracts.families import BUILDERS, WORDS, Family
 from tests.operation_counts import OperationCounts
 
 FAMILIES = sorted(BUILDERS)
-WAITS = {"hidream": 35, "qwen-image": 1, "qwen-image-2.1": 60, "qwen-image-edit": 1, "z-image": 4}
-"""How often the host waits for the GPU in a forward pass: for lengths of prompts, and for sizes of groups of experts."""
+WAITS = {"chroma": 1, "hidream": 35, "qwen-image": 1, "qwen-image-2.1": 60, "qwen-image-edit": 1, "z-image": 4}
+"""How often the host waits for the GPU in a forward pass: for a constant, lengths of prompts, and sizes of groups of experts."""
 
 
 def test_builders_have_at_least_three_families() -> None:

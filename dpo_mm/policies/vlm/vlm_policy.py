@@ -24,7 +24,7 @@ from dpo_mm.data.schema import Response
 from dpo_mm.files.content_key import content_hash
 from dpo_mm.objectives import LogProbs, segment_mean, shared_length
 from dpo_mm.policies.adapters import has_lora
-from dpo_mm.policies.lora_layers import reference_weights, train_attached
+from dpo_mm.policies.lora_layers import reference_weights, train_attached, train_in_float32
 from dpo_mm.policies.protocol import Batch
 from dpo_mm.policies.vlm import generation, model_files, pair_batches
 from dpo_mm.policies.vlm.architecture import disable_dropout, lora_targets, non_language_modules
@@ -177,9 +177,7 @@ class VisionLanguage:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = get_peft_model(base_model, adapter)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        train_in_float32(self.model)
 
     # Encoding, done once per dataset
 

@@ -10,12 +10,13 @@ import torch
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.objectives import sigmoid
+from dpo_mm.policies.lora_layers import lora_layers
 from dpo_mm.training.builders import build_policy
 from dpo_mm.training.encoding import encode_splits
 from dpo_mm.training.half_precision import autocast, needs_autocast
+from dpo_mm.training.memory_estimate import PeakMemoryMode
 from dpo_mm.training.reference import adapter_off
 from dpo_mm.training.trainer import PreferenceTrainer
-from tests.operation_counts import OperationCounts
 
 
 def trainer_of(model: str, pairs: str, out: str, **changes: Any) -> tuple[PreferenceTrainer, Any]:
@@ -34,16 +35,26 @@ def trained_parameters(trainer: PreferenceTrainer) -> list[torch.nn.Parameter]:
     return [p for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
 
 
-def test_lora_step_has_no_autocast(tiny_model: str, pairs: str, out: str) -> None:
-    """Catches autocast around weights that are bf16 already, which adds casts."""
+def test_lora_step_has_no_autocast_and_stores_no_float32_inputs(tiny_model: str, pairs: str, out: str) -> None:
+    """Catches autocast around weights that are bf16 already, and PEFT's cast of each layer's input to float32."""
     trainer, batch = trainer_of(tiny_model, pairs, out)
-    numbers = []
-    for handler in (trainer.accelerator.autocast_handler, None):
-        trainer.accelerator.autocast_handler = handler
-        with OperationCounts() as counts:
-            trainer.compute_loss(trainer.policy.model, batch).backward()
-        numbers.append(counts.operations["_to_copy"])
-    assert numbers[0] < 0.7 * numbers[1]
+    model, seen = trainer.policy.model, set()
+    layers = lora_layers(model)
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    stored, gradients = [], []
+    for casts in (False, True):
+        assert layers[0].cast_input_dtype_enabled is casts
+        with PeakMemoryMode() as memory:
+            loss = trainer.compute_loss(model, batch)
+            stored.append(memory.now)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trained_parameters(trainer) if p.grad is not None]))
+        model.zero_grad()
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
+    assert seen == {False} and stored[0] < 0.9 * stored[1]
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999 and not torch.equal(*gradients)
 
 
 def test_full_run_has_autocast(tiny_model: str, pairs: str, out: str) -> None:
