@@ -31,7 +31,13 @@ def precision(base_model: Any) -> str:
     device = base_model.device.type
     if base_model.dtype in (torch.bfloat16, torch.float16) or is_sharded(base_model):
         return "half"
-    return "TF32" if device == "cuda" and torch.get_float32_matmul_precision() != "highest" else "float32"
+    return "TF32" if device == "cuda" and has_tf32_products() else "float32"
+
+
+def has_tf32_products() -> bool:
+    """Return True if float32 matrix products on CUDA are rounded to TF32. torch 2.9 has a setting that forbids reading the old one."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(torch.backends.cudnn, "conv") else matmul.allow_tf32
 
 
 @contextlib.contextmanager

@@ -113,3 +113,16 @@ def test_head_under_autocast_gives_float32_logits_of_rounded_inputs() -> None:
     exact = rounded[0] @ rounded[1].t() + head.bias.detach().double()
     assert (logits - exact).abs().max() < 1e-5
     assert torch.equal(float32_logits(head, head.forward, states), head(states))
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="the setting is new in torch 2.9")
+def test_products_in_tf32_are_seen_after_the_trainer_enabled_them() -> None:
+    """From then on, torch refuses to read the setting of earlier releases."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    assert not layout_check.has_tf32_products()
+    try:
+        matmul.fp32_precision = "tf32"
+        assert layout_check.has_tf32_products()
+    finally:
+        matmul.fp32_precision = before
