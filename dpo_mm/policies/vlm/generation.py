@@ -78,16 +78,17 @@ def _generate_batch(
     inputs = batch_inputs(policy, prompts)
     width = inputs["input_ids"].shape[1]
     allowed = None if references is None else _allowed_repetitions(policy, references)
-    stops = [None if allowed is None else LoopStop(width, allowed) for _ in decodings]
+    stops = [] if allowed is None else [LoopStop(width, allowed) for _ in decodings]
     model, limits = with_plain_generation(policy.base_model), generation_limits(policy, max_new_tokens=max_new_tokens)
     outputs = decode_batch(model, inputs, decodings, stops=stops, **limits)
-    responses = []
-    for output, stop in zip(outputs, stops, strict=True):
-        tokens = output[:, width:].cpu()
-        ends = [0] * len(tokens) if stop is None else stop.stopped_at.tolist()
-        rows = [row[: end or len(row)] for row, end in zip(tokens, ends, strict=True)]  # after its end, a row is padded
-        responses.append([policy.encoder.response(row.tolist()) for row in rows])
-    return responses
+    ends = [stop.stopped_at.tolist() for stop in stops] or [[0] * len(prompts)] * len(decodings)
+    return [
+        [
+            policy.encoder.response(row[: end or None].tolist())
+            for row, end in zip(output[:, width:].cpu(), own, strict=True)
+        ]
+        for output, own in zip(outputs, ends, strict=True)  # after its end, a row is padded
+    ]
 
 
 def batch_inputs(policy: VisionLanguage, prompts: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
