@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 
 class Shards:
-    """Rows of all parts, in order, with tensors in the type in which they are stored. A part is opened when one of its rows is read."""
+    """Rows of all parts, in order, with tensors of the stored type. A part is opened when one of its rows is read."""
 
     def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
         self.folder, self.parts = folder, list(parts)
@@ -91,7 +91,7 @@ def _remove(path: Path, folder: Path) -> ValueError:
 
 
 def _tensor(data: bytes, kind: str, shape: list[int]) -> Tensor:
-    """Restore a tensor from the bytes of a cell. Half precision stays: the device casts what arrives, which are half the bytes."""
+    """Restore a tensor from the bytes of a cell. The device casts half precision, so that half the bytes are moved."""
     return torch.frombuffer(bytearray(data), dtype=getattr(torch, kind)).reshape(shape)
 
 
@@ -114,8 +114,8 @@ def cast_columns(columns: Mapping[str, Any], precision: str, *, where: str) -> d
                     f"{where}: {name} is not finite after encoding. An encoder overflows in half precision or has broken "
                     "weights: train with precision fp32 or bf16"
                 )
-            halves = precision == "fp32" and values.element_size() < 4  # a wider type would add zeros only
-            cast[name] = values if halves else values.to(CACHE_DTYPES[precision])
+            is_half = precision == "fp32" and values.element_size() < 4  # a wider type would add zeros only
+            cast[name] = values if is_half else values.to(CACHE_DTYPES[precision])
             if precision == "fp16" and cast[name].isinf().any():
                 largest = values.abs().max().item()
                 raise ValueError(f"{where}: {name} is too large for fp16 ({largest:.3g}); take cache_precision bf16")

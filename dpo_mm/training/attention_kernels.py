@@ -1,7 +1,7 @@
 """Kernels of attention that training may use on a GPU.
 
 torch chooses one for `scaled_dot_product_attention` by shapes and masks: flash, memory-efficient, cuDNN or math. cuDNN's backward
-pass failed for FLUX.1 on an H100 (`mha_graph.execute`), so training leaves it out. The others give the same values.
+pass failed for FLUX.1 on an H100 (`mha_graph.execute`), so training leaves it out. The values of the others differ by rounding.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Half precision of a run: that of the weights next to a LoRA, or autocast around the float32 weights of a full run.
 
 Frozen weights next to a LoRA are loaded in half precision, and its float32 weights are cast in each product. Autocast would add
-nothing but casts: it runs norms and softmax in float32, which made SDXL's forward pass 27 % slower. Errors, log-probs and losses
-are float32 in both cases.
+nothing but casts, such as those of norms and softmax to float32. Errors, log-probs and losses are float32 in both cases.
 """
 
 from __future__ import annotations

@@ -1,8 +1,23 @@
-"""Write the tables of a benchmark into a page of the documentation."""
+"""Options of benchmarks that count, and their tables in a page of the documentation."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+
+
+def counting_options(description: str | None) -> argparse.Namespace:
+    """Read --out and --page, and silence the libraries."""
+    import diffusers
+    import transformers
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--page", type=Path, help="page to write the tables to, between its markers")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    return options
 
 
 def write_tables(path: Path, name: str, tables: str) -> None:

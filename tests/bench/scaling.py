@@ -10,19 +10,15 @@ overlap. The bottleneck is the largest of computation, loader, interconnect and 
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
-import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_mm.training.memory_estimate import _row, _step, disk_bytes
 from dpo_mm.training.meta_execution import CudaRules, MixedMetaMode
-from tests.bench.pages import write_tables
+from tests.bench.pages import counting_options, write_tables
 from tests.bench.published_models import MODELS, config_of, response_row
 from tests.bench.what_fits import ADAPTED
 
@@ -179,12 +175,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--page", type=Path, help="page to write the tables to, between its markers")
-    options = parser.parse_args()
-    hf.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
+    options = counting_options(__doc__)
     counted: dict[str, StepCounts] = {}
 
     def counts(name: str, settings: dict[str, Any], row: dict[str, int] | None) -> StepCounts:

@@ -9,9 +9,7 @@ of prompt. TRL runs the vision tower four times per pair, ours once. A LoRA of a
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -24,7 +22,7 @@ from dpo_mm.training.prompt_keys import example_image, example_prompt
 from tests.bench.diffusion_step import SIZES, largest_speedups, step_gflops
 from tests.bench.diffusion_step import flops as part_gflops
 from tests.bench.meta_parts import QWEN2_5_TEXT, qwen2_5_tower
-from tests.bench.pages import write_tables
+from tests.bench.pages import counting_options, write_tables
 from tests.bench.published_models import MODELS
 from tests.bench.vlm_shapes import RANK, SHAPES, WINDOW, Cost, flops_by_variant, speedups_over_trl
 from tests.bench.vlm_step import COLUMNS
@@ -137,11 +135,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--page", type=Path, help="page to write the tables to, between its markers")
-    options = parser.parse_args()
-    hf.utils.logging.set_verbosity_error()
+    options = counting_options(__doc__)
     about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": hf.__version__}
     results = {"command": "python -m tests.bench.step_flops", **about, "images": count_images()}
     results["responses"] = count_responses()

@@ -10,11 +10,9 @@ GB is not counted.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -23,7 +21,7 @@ import transformers as hf
 
 from dpo_mm.training.memory_estimate import Counts, count_images, count_responses
 from dpo_mm.training.memory_plan import USABLE
-from tests.bench.pages import write_tables
+from tests.bench.pages import counting_options, write_tables
 from tests.bench.published_models import MODELS, config_of, parameters, response_row
 
 GIB = 2**30
@@ -131,12 +129,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--page", type=Path, help="page to write the tables to, between its markers")
-    options = parser.parse_args()
-    hf.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
+    options = counting_options(__doc__)
     about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": hf.__version__}
     results = json.loads(options.out.read_text()) if options.out.exists() else {**about, "measured": {}, "models": {}}
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HALF = (torch.bfloat16, torch.float16)
+from dpo_mm.policies.vlm.varlen import HALF
 
 
 class _Float32Product(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpo_mm.policies.vlm.prefix_layout import Layout
 from dpo_mm.policies.vlm.shared_prefix import unwrap
+from dpo_mm.policies.vlm.varlen import HALF
 
 TOLERANCE = {"float32": 1e-4, "TF32": 1e-4, "half": 1e-3}
 """Difference between both layouts that always counts as rounding, relative to a completion's log-prob."""
@@ -29,13 +30,16 @@ def is_sharded(base_model: Any) -> bool:
 def precision(base_model: Any) -> str:
     """Return the arithmetic of the check, without autocast: float32, TF32 or half."""
     device = base_model.device.type
-    if base_model.dtype in (torch.bfloat16, torch.float16) or is_sharded(base_model):
+    if base_model.dtype in HALF or is_sharded(base_model):
         return "half"
     return "TF32" if device == "cuda" and has_tf32_products() else "float32"
 
 
 def has_tf32_products() -> bool:
-    """Return True if float32 matrix products on CUDA are rounded to TF32. torch 2.9 has a setting that forbids reading the old one."""
+    """Return True if float32 matrix products on CUDA are rounded to TF32.
+
+    From torch 2.9 there is a new setting. If it was used, reading the old one is an error.
+    """
     matmul = torch.backends.cuda.matmul
     return matmul.fp32_precision == "tf32" if hasattr(torch.backends.cudnn, "conv") else matmul.allow_tf32
 
@@ -92,7 +96,7 @@ class Separate:
 
 
 def measure_separate(
-    plain: LogProbFunction, variants: Sequence[LogProbFunction], batch: dict[str, Any], base_model: Any
+    compute: LogProbFunction, variants: Sequence[LogProbFunction], batch: dict[str, Any], base_model: Any
 ) -> Separate:
     """Compute the log-probs of separate sequences, and measure their rounding unless the arithmetic is float32.
 
@@ -100,13 +104,13 @@ def measure_separate(
     text as chosen, which is in another sequence: not at all, except through experts or scales that a batch shares.
 
     Args:
-        plain: computes the log-probs.
+        compute: computes the log-probs.
         variants: compute the same in another order, such as padding on the left.
         batch: from `pair_batches.collate`.
         base_model: a transformers model without wrappers.
     """
     arithmetic = precision(base_model)
-    log_probs = plain(batch)
+    log_probs = compute(batch)
     if arithmetic == "float32":
         return Separate(log_probs, TOLERANCE[arithmetic], LEAK, is_float32=True)
     rounding = [0.0]
@@ -114,7 +118,7 @@ def measure_separate(
         with contextlib.suppress(RuntimeError, ValueError):  # such as one that takes too much memory
             rounding.append(_relative_difference_of_sides(other(batch), log_probs, batch["layout"]))
     limit = max(TOLERANCE[arithmetic], ROUNDING_FACTOR * max(rounding))
-    noise = 2 * _change_of_rejected(plain, batch, log_probs, base_model.config)
+    noise = 2 * _change_of_rejected(compute, batch, log_probs, base_model.config)
     return Separate(log_probs, limit, noise, is_float32=False)
 
 
@@ -127,9 +131,8 @@ def why_not_shared(shared: LogProbFunction, batch: dict[str, Any], separate: Sep
         separate: the log-probs of separate sequences.
         config: the model's config.
     """
-    log_probs = shared(
-        batch
-    )  # All passes always run, because each process of a sharded model has to take part in them.
+    # All passes always run, because each process of a sharded model has to take part in them.
+    log_probs = shared(batch)
     leak, noise = _change_of_rejected(shared, batch, log_probs, config), separate.leak
     if not separate.is_float32:
         noise = max(noise, 2 * _relative_difference_of_sides(shared(batch), log_probs, batch["layout"]))
@@ -146,12 +149,12 @@ def _relative_difference_of_sides(log_probs: Tensor, expected: Tensor, layout: L
     return max(relative_difference(log_probs[:, side], expected[:, side]) for side in sides)
 
 
-def _change_of_rejected(ask: LogProbFunction, batch: dict[str, Any], log_probs: Tensor, config: Any) -> float:
+def _change_of_rejected(compute: LogProbFunction, batch: dict[str, Any], log_probs: Tensor, config: Any) -> float:
     """Distance that rejected moves if chosen is replaced by another text, relative to its log-prob."""
     layout: Layout = batch["layout"]
     if not layout.rejected:
         return 0.0
-    swapped = ask({**batch, "ids": _replace_chosen(batch["ids"], layout, config)})
+    swapped = compute({**batch, "ids": _replace_chosen(batch["ids"], layout, config)})
     return relative_difference(swapped[:, layout.chosen :], log_probs[:, layout.chosen :])
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,18 +32,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dpo_mm.policies.vlm.architecture import non_language_modules
+from dpo_mm.policies.vlm.varlen import HALF, attend_varlen, has_varlen
 
 logger = logging.getLogger(__name__)
 
 NAME = "dpo_mm_flash_packed"
 """Name of the attention in a tower's configuration. The towers look for "flash" in it."""
-HALF = (torch.bfloat16, torch.float16)
 FLASH_LENGTH = 128
 """Longest sequence for which torch.nn.attention.varlen uses FlashAttention on every card."""
-LIMITS = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Largest difference between two kernels that counts as rounding, relative to a token's output or to a gradient."""
-LIMIT = 5e-3
-"""The limit of other precisions, with room for TF32."""
+LIMIT, HALF_LIMIT = 5e-3, 5e-2
+"""Largest difference between two kernels that counts as rounding, relative to a token's output or to a gradient: in float32, with
+room for TF32, and in half precision."""
 
 
 @dataclass(frozen=True)
@@ -119,16 +118,9 @@ def _token_major(*tensors: Tensor) -> list[Tensor]:
 
 
 def _varlen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, packed: Packed, **options: Any) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    scaling, longest = options.get("scaling"), max(packed.lengths)
-    other_scale = (
-        scaling is not None and scaling != query.shape[-1] ** -0.5
-    )  # the first releases have no argument for it
-    scale: dict[str, Any] = {"scale": scaling} if other_scale else {}
     q, k, v = _token_major(query, key, value)
-    output: Any = varlen_attn(q, k, v, packed.boundaries, packed.boundaries, longest, longest, **scale)
-    return output[None]
+    boundaries, longest = (packed.boundaries,) * 2, (max(packed.lengths),) * 2
+    return attend_varlen(q, k, v, boundaries, longest, scaling=options.get("scaling"))[None]
 
 
 def _flash_attention(
@@ -179,16 +171,18 @@ def _candidates(query: Tensor, key: Tensor, longest: int, options: dict[str, Any
     if plain and query.is_cuda and query.dtype in HALF:
         capability = torch.cuda.get_device_capability(query.device)
         # For longer sequences on newer cards, torch takes cuDNN's kernel, which training leaves out (`attention_kernels`).
-        fits = {"varlen": capability >= (8, 0) and (longest <= FLASH_LENGTH or capability < (9, 0))}
-        fits["FlashAttention"] = capability >= (8, 0)
-        modules = {"varlen": "torch.nn.attention.varlen", "FlashAttention": "flash_attn"}
-        names = [name for name in fits if fits[name] and importlib.util.find_spec(modules[name]) is not None]
+        if capability >= (8, 0) and has_varlen() and (longest <= FLASH_LENGTH or capability < (9, 0)):
+            names.append("varlen")
+        if capability >= (8, 0) and importlib.util.find_spec("flash_attn") is not None:
+            names.append("FlashAttention")
     return [*names, "by length", "one by one"]
 
 
 # The check
 
 
+Run = Callable[[str, Sequence[Tensor]], Tensor]
+"""Function of a name in KERNELS and of query, key and value."""
 _CHOSEN: dict[tuple[Any, ...], str] = {}
 """Name of the kernel that agreed, by the kind of tensors."""
 
@@ -210,9 +204,10 @@ def _kernel(
     )
     if kind not in _CHOSEN:
         names = _candidates(query, key, max(packed.lengths), options)
+        run: Run = lambda name, tensors: KERNELS[name](module, *tensors, packed, **{**options, "dropout": 0.0})
         for name, next_name in zip(names, [*names[1:], ""], strict=True):
-            reason = _why_not(KERNELS[name], module, (query, key, value), packed, options, needs_gradient)
-            if name == "one by one" or reason is None:
+            reason = _why_not(name, run, (query, key, value), needs_gradient)
+            if reason is None:
                 break
             logger.warning(
                 "%s: the attention kernel %r %s. %r is used instead", type(module).__name__, name, reason, next_name
@@ -221,42 +216,33 @@ def _kernel(
     return KERNELS[_CHOSEN[kind]]
 
 
-def _why_not(
-    kernel: Kernel,
-    module: nn.Module,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    packed: Packed,
-    options: dict[str, Any],
-    needs_gradient: bool,
-) -> str | None:
-    """Reason against a kernel, or None if it agrees with calls one by one."""
-    if kernel is _one_by_one:
+def _why_not(name: str, run: Run, tensors: Sequence[Tensor], needs_gradient: bool) -> str | None:
+    """Reason against a kernel, or None if it agrees with calls one by one.
+
+    Args:
+        name: a name in KERNELS.
+        run: runs a kernel.
+        tensors: query, key and value.
+        needs_gradient: True if gradients are compared too.
+    """
+    if name == "one by one":
         return None
-    options = {**options, "dropout": 0.0}
     try:
-        results = [_results(each, module, tensors, packed, options, needs_gradient) for each in (kernel, _one_by_one)]
-        difference = _difference(*results)
+        difference = _difference(*(_results(each, run, tensors, needs_gradient) for each in (name, "one by one")))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # any error of a kernel is a reason, because SDPA works
         return f"fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
-    limit = LIMITS.get(tensors[0].dtype, LIMIT)
+    limit = HALF_LIMIT if tensors[0].dtype in HALF else LIMIT
     return None if difference <= limit else f"differs from SDPA by {difference:.1e} (allowed {limit:g})"
 
 
-def _results(
-    kernel: Kernel,
-    module: nn.Module,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    packed: Packed,
-    options: dict[str, Any],
-    needs_gradient: bool,
-) -> list[Tensor]:
+def _results(name: str, run: Callable[..., Tensor], tensors: Sequence[Tensor], needs_gradient: bool) -> list[Tensor]:
     """The kernel's output, and the gradients of half its square."""
     # The hooks are those of no checkpoint, which would count the tensors of this check.
     with torch.set_grad_enabled(needs_gradient), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         leaves = [tensor.detach().requires_grad_(needs_gradient) for tensor in tensors]
-        output = kernel(module, *leaves, packed, **options)
+        output = run(name, leaves)
         gradients = torch.autograd.grad(output, leaves, output.detach()) if needs_gradient else ()
         return [output.detach().flatten(2)[0].float(), *(gradient.flatten()[None].float() for gradient in gradients)]
 

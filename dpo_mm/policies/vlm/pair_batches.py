@@ -27,8 +27,9 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]
 
     Returns:
         A dict with `id`, `ids` and `mask` (pairs, columns of prompt, chosen and rejected), `layout`, `places`, `types`,
-        `images`, `packing` if the rows of pairs differ in length, `num_tokens_chosen` and `num_tokens_rejected` (pairs,). Optional columns of the rows are added under their names. A
-        batch of one-sided rows has no column of rejected. A batch of couples has the liked rows, then the disliked ones.
+        `images`, `num_tokens_chosen` and `num_tokens_rejected` (pairs,), and `packing` if pairs differ in length. Optional columns
+        of the rows are added under their names. A batch of one-sided rows has no column of rejected. A batch of couples has the
+        liked rows, then the disliked ones.
     """
     if "disliked" in rows[0]:
         return _collate_couples(rows, pad_token_id)

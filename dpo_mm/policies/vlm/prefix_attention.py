@@ -1,4 +1,4 @@
-"""Attention calls of a packed sequence [prompt][chosen][rejected], with kernels that need no mask where there are any.
+"""Attention calls of a packed sequence [prompt][chosen][rejected]. If a kernel without a mask exists, it is used.
 
     mask of the model    three calls, for prompt, chosen and rejected. For windows, soft caps, sinks and prefixes
     causal, no padding   two calls: [prompt, chosen] is a causal square, and rejected sees all of [prompt] and is causal
@@ -11,8 +11,6 @@ The last square of rejected is aligned at the bottom right. On CUDA, FlashAttent
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -25,13 +23,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from dpo_mm.policies.vlm.prefix_layout import Layout, PackedTokens
+from dpo_mm.policies.vlm.prefix_layout import Layout
+from dpo_mm.policies.vlm.varlen import HALF, attend_varlen, has_varlen
 
 logger = logging.getLogger(__name__)
 
 Attend = Callable[..., tuple[Tensor, Any]]
 """Attention function of transformers: (module, query, key, value, mask, **options) to (rows, columns, heads, width)."""
-HALF = (torch.bfloat16, torch.float16)
 BACKENDS = {
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "efficient": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -58,16 +56,11 @@ def kernels(base_model: Any, *, has_padding: bool) -> list[str]:
     return [*(["varlen"] if packs and has_varlen() else []), *BACKENDS]
 
 
-def has_varlen() -> bool:
-    """Return True if torch has attention of variable length."""
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
-
-
 def backends(kernel: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Context manager in which torch's attention uses the backends of a kernel."""
-    if device.type != "cuda":
+    """Context manager in which torch's attention uses the backends of a kernel. "default" leaves the choice to torch."""
+    if device.type != "cuda" or kernel == "default":
         return contextlib.nullcontext()
-    return sdpa_kernel(BACKENDS.get(kernel, BACKENDS["flash"]))
+    return sdpa_kernel(BACKENDS.get(kernel, BACKENDS["flash"]))  # "varlen" computes what has no mask
 
 
 def attend_with_mask(
@@ -130,29 +123,11 @@ def attend_packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     outputs = []
     for queries, keys in ((packing.first, packing.first), (packing.tail, packing.tail_keys)):
         some = q.index_select(0, queries.places), k.index_select(0, keys.places), v.index_select(0, keys.places)
-        outputs.append(_varlen(*some, queries, keys, scaling=rest.get("scaling")))
+        boundaries, longest = (queries.ends, keys.ends), (queries.longest, keys.longest)
+        outputs.append(attend_varlen(*some, boundaries, longest, scaling=rest.get("scaling"), causal=True))
     places = torch.cat([packing.first.places, packing.tail.places])
     output = outputs[0].new_zeros(q.shape[0], *outputs[0].shape[1:]).index_copy(0, places, torch.cat(outputs))
     return output.unflatten(0, (query.shape[0], query.shape[2]))
-
-
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, queries: PackedTokens, keys: PackedTokens, *, scaling: float | None
-) -> Tensor:
-    """Call torch's kernel for packed tokens (tokens, heads, width), with the arguments that its release has."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
-            k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
-    if scaling is not None and scaling != q.shape[-1] ** -0.5:
-        options["scale"] = scaling
-    output: Any = varlen_attn(q, k, v, queries.ends, keys.ends, queries.longest, keys.longest, **options)
-    return output
 
 
 def _without_chosen(tensor: Tensor, layout: Layout) -> Tensor:

@@ -267,7 +267,7 @@ def shared_prefix_inputs(base_model: Any, batch: dict[str, Any], layout: Layout)
 
 
 def separate_inputs(
-    base_model: Any, batch: dict[str, Any], *, padding_side: str, plain: bool = True
+    base_model: Any, batch: dict[str, Any], *, padding_side: str, without_waiting: bool = False
 ) -> tuple[dict[str, Any], Tensor]:
     """Build the model inputs of separate sequences, without the image tensors.
 
@@ -275,7 +275,7 @@ def separate_inputs(
         base_model: a transformers model without wrappers.
         batch: from `pair_batches.collate`.
         padding_side: "left" or "right".
-        plain: True if the model computes the positions of images, for which it waits for the device.
+        without_waiting: True takes the positions of images from the batch. The model would wait for the device to compute them.
 
     Returns:
         Inputs of [prompt][chosen] of all pairs, then of [prompt][rejected], (2 * pairs, columns), and the number of columns
@@ -297,7 +297,7 @@ def separate_inputs(
     token_type_inputs = _extend_token_types(base_model, batch["types"], layout.chosen + layout.rejected)
     packed = {"input_ids": batch["ids"], "attention_mask": batch["mask"], **token_type_inputs}
     inputs = {name: stack_sides(value).gather(1, order) for name, value in packed.items()}
-    positions = None if plain else positions_of(base_model, batch)
+    positions = positions_of(base_model, batch) if without_waiting else None
     if padding_side == "left":
         images = join_images([batch["images"]] * (2 if layout.rejected else 1))
         token_type_inputs = {name: inputs[name] for name in token_type_inputs}

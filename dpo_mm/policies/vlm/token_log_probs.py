@@ -63,7 +63,7 @@ class TokenLogProbs:
         if layout not in ("auto", "shared_prefix", "separate"):
             raise ValueError(f"pair_layout {layout!r} is unknown. Expected auto, shared_prefix or separate")
         self.name, self.layout, self.head = name, layout, "raw"
-        self.checked, self.plain, self.kernel = False, True, "default"
+        self.checked, self.without_waiting, self.kernel = False, False, "default"
         self.limit = TOLERANCE["half"]
         """Difference of log-probs that counts as rounding, measured on the first batch."""
 
@@ -84,7 +84,7 @@ class TokenLogProbs:
             self.check(model, batch)
         if self.layout == "shared_prefix":
             return shared_prefix_log_probs(model, batch, head=self.head, kernel=self.kernel)
-        return separate_log_probs(model, batch, head=self.head, plain=self.plain)
+        return separate_log_probs(model, batch, head=self.head, without_waiting=self.without_waiting)
 
     def check(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Choose the layout and the head on this batch.
@@ -99,7 +99,7 @@ class TokenLogProbs:
                 self.layout = "separate"
             reason = None if self.layout == "separate" else self._why_not_shared(model, batch, separate)
             if (reason or self.layout == "separate") and not is_sharded(unwrap(model)):
-                self.plain = not self._agrees_without_waiting(model, batch, separate)
+                self.without_waiting = self._agrees_without_waiting(model, batch, separate)
         if self.layout == "shared_prefix" and reason:
             raise ValueError(f"pair_layout 'shared_prefix' is not exact for {self.name}: {reason}. Use 'auto'")
         if reason:
@@ -123,15 +123,15 @@ class TokenLogProbs:
                     "which takes more memory",
                     self.name,
                 )
-            plain = functools.partial(separate_log_probs, model, head=self.head)
+            compute = functools.partial(separate_log_probs, model, head=self.head)
 
             def with_math_backend(batch: dict[str, Any]) -> Tensor:
                 with sdpa_kernel(SDPBackend.MATH):
-                    return plain(batch)
+                    return compute(batch)
 
-            variants = functools.partial(plain, padding_side="left"), with_math_backend
-            with backends("default", unwrap(model).device):
-                return measure_separate(plain, variants, batch, unwrap(model))
+            variants = functools.partial(compute, padding_side="left"), with_math_backend
+            with backends("flash", unwrap(model).device):  # without cuDNN's, also outside a run
+                return measure_separate(compute, variants, batch, unwrap(model))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:
@@ -170,12 +170,12 @@ class TokenLogProbs:
         try:
             if base_model.config.get_text_config()._attn_implementation == "sdpa":
                 install(base_model)
-            log_probs = separate_log_probs(model, batch, head=self.head, plain=False)
+            log_probs = separate_log_probs(model, batch, head=self.head, without_waiting=True)
             return relative_difference(log_probs, separate.log_probs) <= separate.limit
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # any error of a model is a reason, because the plain way works
-            logger.debug("%s: separate sequences run in the plain way (%s)", self.name, error)
+        except Exception as error:  # any error of a model is a reason, because the model can choose masks and positions
+            logger.debug("%s: the host waits for the masks and positions of separate sequences (%s)", self.name, error)
             return False
 
 
@@ -236,7 +236,12 @@ def _completion_log_probs(
 
 
 def separate_log_probs(
-    model: nn.Module, batch: dict[str, Any], *, head: str = "raw", padding_side: str = "right", plain: bool = True
+    model: nn.Module,
+    batch: dict[str, Any],
+    *,
+    head: str = "raw",
+    padding_side: str = "right",
+    without_waiting: bool = False,
 ) -> Tensor:
     """Compute the log-probs of the completions' tokens from two separate sequences per pair.
 
@@ -245,20 +250,20 @@ def separate_log_probs(
         batch: from `pair_batches.collate`, on the model's device.
         head: a name in HEADS.
         padding_side: "left" or "right".
-        plain: True if the model chooses masks and positions alone. False spares what makes the host wait for the device,
-            for padding on the right.
+        without_waiting: True gives the model masks and positions, for which it would make the host wait for the device. Only for
+            padding on the right.
 
     Returns:
         Log-probs in nats, 0 at padding, (pairs, columns of chosen and rejected).
     """
     base_model = unwrap(model)
-    inputs, padding = separate_inputs(base_model, batch, padding_side=padding_side, plain=plain)
+    inputs, padding = separate_inputs(base_model, batch, padding_side=padding_side, without_waiting=without_waiting)
     predicting, tokens = batch["places"]["separate"]
     width = inputs["input_ids"].shape[1]
     predicting = predicting + padding.index_select(0, predicting // width)
     inputs |= image_inputs(base_model, batch, repeated=bool(batch["layout"].rejected))
     with contextlib.ExitStack() as stack:
-        if not plain:
+        if without_waiting:
             stack.enter_context(use_layout(RightPadded(width)))
             stack.enter_context(find_placeholders_once(base_model, batch, "separate"))
         return _completion_log_probs(model, inputs, batch, predicting, tokens, head=head)

@@ -10,55 +10,52 @@ from dpo_mm.data.questions import read_questions
 from dpo_mm.judges.text import truncate_repetition
 from dpo_mm.mining.mine_responses import LOOP_JUDGES
 from dpo_mm.policies.families import load_text_policy
+from dpo_mm.policies.vlm.decoding import Decoding
 from dpo_mm.recipe import read_recipe
 from tests.bench.gpu.cells import Cells
 from tests.bench.gpu.figures import synchronise
 
 
 def bundled(cells: Cells) -> None:
-    """The mining of each task's quickstart: a greedy response per question and one sampled."""
+    """The mining of each task's quickstart, without judging: all responses to a question together."""
     settings = cells.settings
     for task in settings["tasks"]:
         config = read_recipe(task, "quickstart", {}).mine
         assert isinstance(config, MineResponsesConfig)
-        policy = load_text_policy(config.model, precision=config.precision)
-        limit = settings["questions"] or config.max_questions
-        questions = read_questions(config.questions, limit=limit)
-        for name in ("greedy", "sampled"):
-            cells.measure(
-                f"{task}, {name}",
-                lambda config=config, policy=policy, questions=questions, name=name: _generate(
-                    cells, config, policy, questions, sampled=name == "sampled"
-                ),
-            )
+        cells.measure(task, lambda config=config: _generate(cells, config))
 
 
-def _generate(cells: Cells, config: MineResponsesConfig, policy: Any, questions: Any, *, sampled: bool) -> Any:
+def _generate(cells: Cells, config: MineResponsesConfig) -> dict[str, Any]:
     """Useful tokens are those before a repetition loop. Slots are the rows of all passes, of which each gives a token."""
-    truths = ["\n".join(question.ground_truths) for question in questions]
+    policy: Any = load_text_policy(config.model, precision=config.precision)
+    questions = read_questions(config.questions, limit=cells.settings["questions"] or config.max_questions)
     images, prompts = [q.images for q in questions], [q.prompt for q in questions]
+    sampled = range(1, config.responses_per_question)
+    decodings = [Decoding(0.0, config.seed), *(Decoding(config.temperature, config.seed + n) for n in sampled)]
     size = cells.settings["batch_size"] or config.batch_size
     limits = {"max_new_tokens": cells.settings["max_new_tokens"] or config.max_new_tokens, "batch_size": size}
+    truths = ["\n".join(question.ground_truths) for question in questions]
     stops = {"loop_references": truths} if config.judge in LOOP_JUDGES else {}
     if cells.device == "cuda":  # the first batch chooses kernels
-        policy.generate(images[:size], prompts[:size], **limits, do_sample=sampled)
+        policy.generate_each(images[:size], prompts[:size], decodings, **limits)
     synchronise(cells.device)
     start = time.perf_counter()
     passes: list[int] = []
     hook = policy.base_model.register_forward_pre_hook(
         lambda module, arguments, inputs: passes.append(len(inputs["input_ids"])), with_kwargs=True
     )
-    responses = policy.generate(images, prompts, **limits, do_sample=sampled, **stops)
+    each = policy.generate_each(images, prompts, decodings, **limits, **stops)
     synchronise(cells.device)
     seconds = time.perf_counter() - start
     hook.remove()
     encode = lambda text: len(policy.encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
     useful = sum(
         encode(truncate_repetition(response.text, question.ground_truth)) if response.hit_limit else response.tokens
+        for responses in each
         for response, question in zip(responses, questions, strict=True)
     )
     return {
-        "responses": len(responses),
+        "responses": len(questions) * len(decodings),
         "seconds": seconds,
         "useful_tokens": useful,
         "slots": sum(passes),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.vlm import prefix_attention
@@ -117,3 +118,11 @@ def test_kernels_fit_the_card(
     model = SimpleNamespace(device=torch.device(device), dtype=dtype)
     assert prefix_attention.kernels(model, has_padding=padding) == expected
     assert ("A newer torch" in caplog.text) == (not installed)
+
+
+@pytest.mark.parametrize(("kernel", "flash"), [("default", False), ("varlen", True), ("flash", True), ("math", False)])
+def test_default_kernel_leaves_the_choice_of_the_caller(kernel: str, flash: bool) -> None:
+    """Catches a measurement of one backend that measures another."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), prefix_attention.backends(kernel, torch.device("cuda")):
+        assert torch.backends.cuda.flash_sdp_enabled() == flash
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (kernel == "default")
