@@ -23,6 +23,8 @@ from tests.contracts import tiny_vlms
 from tests.contracts.families import BUILDERS
 from tests.contracts.test_diffusion import encoded_rows
 
+pytestmark = pytest.mark.slow
+
 
 def prepared(family: str, folder: Path, config: TrainConfig) -> tuple[Any, PairStream]:
     """A policy whose LoRA changes the output, and rows of two lengths or sizes of prompts."""
