@@ -1,4 +1,7 @@
-"""Shared fixtures: a tiny pipeline, preference pairs, and a temporary cache."""
+"""Shared fixtures: a tiny pipeline, preference pairs, and a temporary cache.
+
+The process that only distributes the tests reads this file too, so large libraries are imported where they are used.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,16 @@ import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from dpo_mm.data.image_files import encode_png
-from dpo_mm.data.schema import make_image_rows
-from tests.contracts.families import WORDS, stable_diffusion
+if TYPE_CHECKING:
+    from PIL import Image
 
 pytest_plugins = ("tests.browser",)
 LONGEST = ("end_to_end", "demos", "recipes", "reliability", "contracts")
 """Test folders, slowest first."""
-
-if os.environ.get("PYTEST_XDIST_WORKER"):  # see tests/__init__.py
-    torch.set_num_threads(1)
-else:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -42,10 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exclude imported modules and collected tests from garbage collection.
+    """Set the number of threads, and exclude imported modules and collected tests from garbage collection.
 
     Otherwise the gc.collect() of a short training run takes a third of its time.
     """
+    import torch
+
+    torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else min(2, torch.get_num_threads()))
     gc.collect()
     gc.freeze()
 
@@ -59,17 +57,25 @@ def temporary_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of a Stable Diffusion pipeline with random weights for 32x32 images."""
+    from tests.contracts.families import stable_diffusion
+
     return str(stable_diffusion(tmp_path_factory.mktemp("tiny")))
 
 
 def noise_image(seed: int, size: int = 32) -> Image.Image:
     """A square image of smooth noise, `size` pixels per edge."""
+    import numpy as np
+    from PIL import Image
+
     noise = np.random.default_rng(seed).integers(0, 256, (size // 4, size // 4, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def rows(count: int) -> list[dict[str, object]]:
     """Valid rows with scores and votes. The preference alternates between a and b."""
+    from dpo_mm.data.image_files import encode_png
+    from tests.contracts.families import WORDS
+
     return [
         {
             "id": f"row-{n}",
@@ -89,6 +95,7 @@ def rows(count: int) -> list[dict[str, object]]:
 @pytest.fixture(scope="session")
 def write_pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Write rows to a Parquet file and return its path."""
+    from dpo_mm.data.schema import make_image_rows
 
     def write(rows: list[dict[str, object]], name: str = "pairs.parquet") -> str:
         path = tmp_path_factory.mktemp("pairs") / name

@@ -38,6 +38,8 @@ SWEEP_SECONDS = 60
 """Seconds between deletions of old files."""
 MAX_SESSIONS, MAX_WAITING = 200, 100
 """Numbers of visitors whose state is stored, and of waiting events."""
+QUEUE_SECONDS = 0.02
+"""Seconds between two looks at an empty queue. With Gradio's 0.001, an unused page keeps the CPU busy."""
 UPLOAD_LIMIT = 20_000_000
 """Largest uploaded file, in bytes."""
 MAX_EDGE = 1024
@@ -154,6 +156,7 @@ def application(page: DemoPage) -> Any:
     blocks.state_session_capacity = MAX_SESSIONS
     blocks._queue.pending_messages_per_session.max_size = MAX_SESSIONS
     blocks._queue.max_size = MAX_WAITING
+    blocks._queue.sleep_when_free = QUEUE_SECONDS
     app = gr.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,

@@ -106,3 +106,21 @@ def test_port_in_use_is_named() -> None:
         with pytest.raises(OSError, match=f"port {used} cannot be used .*Choose another --port"):
             bind(used, "127.0.0.1")
     assert isinstance(first, socket.socket)
+
+
+def test_page_that_nobody_uses_rarely_looks_at_its_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts the sleeps of Gradio's loop in one simulated second."""
+    gradio = pytest.importorskip("gradio")
+    with gradio.Blocks() as blocks:
+        gradio.Markdown("empty")
+    server.application(server.DemoPage(blocks))
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        blocks._queue.stopped = sum(slept) >= 1
+
+    monkeypatch.setattr("gradio.queueing.asyncio.sleep", sleep)
+    with pytest.raises(StopIteration):  # it has reached its end without waiting for anything
+        blocks._queue.start_processing().send(None)
+    assert sum(slept) >= 1 and len(slept) <= 51
