@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,18 +44,6 @@ WAITS = {"chroma": 1, "hidream": 35, "qwen-image": 1, "qwen-image-2.1": 60, "qwe
 
 def test_builders_have_at_least_three_families() -> None:
     assert len(FAMILIES) >= 3
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    paths: dict[str, str] = {}
-
-    def folder(name: str) -> str:
-        if name not in paths:
-            paths[name] = str(BUILDERS[name].build(tmp_path_factory.mktemp(name)))
-        return paths[name]
-
-    return folder
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -124,9 +115,23 @@ def randomise_adapter(policy: Any) -> None:
             parameter.data += 0.05 * torch.randn_like(parameter)
 
 
+@contextlib.contextmanager
+def random_adapter(policy: Any) -> Iterator[None]:
+    """Context manager in which the adapter has noise. Afterwards it is what it was before."""
+    fresh = {parameter: parameter.data.clone() for parameter in policy.model.parameters() if parameter.requires_grad}
+    randomise_adapter(policy)
+    try:
+        yield
+    finally:
+        for parameter, data in fresh.items():
+            parameter.data.copy_(data)
+
+
 @pytest.fixture(scope="module")
 def load(folders: Callable[[str], str]) -> Callable[[str], Any]:
-    return lambda name: load_family(name, folders(name))
+    """Return a copy of a family's policy, which is read from its files once."""
+    read = functools.cache(lambda name: load_family(name, folders(name)))
+    return lambda name: copy.deepcopy(read(name))
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +142,45 @@ def prepare(load: Callable[[str], Any]) -> Callable[..., Any]:
         return policy
 
     return prepare_policy
+
+
+class Shared(NamedTuple):
+    """A policy with a fresh adapter and four encoded rows. Tests that change the adapter change it back."""
+
+    policy: Any
+    rows: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def shared(load: Callable[[str], Any]) -> Callable[[str], Shared]:
+    @functools.cache
+    def of_family(name: str) -> Shared:
+        policy = load(name)
+        policy.prepare(config(lora_rank=4, lora_alpha=8, lora_format="kohya" if policy.kohya_prefix else "diffusers"))
+        return Shared(policy, encoded_rows(policy))
+
+    return of_family
+
+
+class SavedAdapter(NamedTuple):
+    """An adapter's folder, the policy's images without it, and its images with it."""
+
+    folder: Path
+    base: list[np.ndarray]
+    tuned: list[np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def saved(shared: Callable[[str], Shared], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SavedAdapter]:
+    @functools.cache
+    def of_family(name: str) -> SavedAdapter:
+        policy, folder = shared(name).policy, tmp_path_factory.mktemp("adapter")
+        base = [np.asarray(i) for part in generate_images(policy, 0.0) for i in part]
+        with random_adapter(policy):
+            policy.save(folder)
+            return SavedAdapter(folder, base, [np.asarray(i) for part in generate_images(policy, 1.0) for i in part])
+
+    return of_family
 
 
 def swap(batch: dict[str, Any]) -> dict[str, Any]:
@@ -151,23 +195,23 @@ def swap(batch: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fresh_adapter_gives_the_reference_log_probs(
-    family: str, prepare: Callable[..., Any], record_property: Any
+    family: str, shared: Callable[[str], Shared], record_property: Any
 ) -> None:
-    policy = prepare(family)
+    policy, rows = shared(family)
     record_property("of", type(policy.pipe).__name__)
-    batch = policy.collate(encoded_rows(policy))
+    batch = policy.collate(rows)
     reference, ours = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
     assert torch.equal(ours.chosen, reference.chosen) and torch.equal(ours.rejected, reference.rejected)
     assert sigmoid(ours, reference, beta=5000).tolist() == pytest.approx([math.log(2)] * 4, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reference_is_unchanged_when_the_adapter_changes(family: str, prepare: Callable[..., Any]) -> None:
-    policy = prepare(family)
-    batch = policy.collate(encoded_rows(policy))
+def test_reference_is_unchanged_when_the_adapter_changes(family: str, shared: Callable[[str], Shared]) -> None:
+    policy, rows = shared(family)
+    batch = policy.collate(rows)
     before = policy.log_probs(policy.model, batch)
-    randomise_adapter(policy)
-    after, reference = policy.log_probs(policy.model, batch), adapter_off(policy)(policy.model, batch)
+    with random_adapter(policy):
+        after, reference = policy.log_probs(policy.model, batch), adapter_off(policy)(policy.model, batch)
     assert torch.equal(reference.chosen, before.chosen)
     assert not torch.allclose(after.chosen, before.chosen)
 
@@ -182,34 +226,35 @@ def test_frozen_copy_is_unchanged_by_full_fine_tuning(prepare: Callable[..., Any
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_swapping_chosen_and_rejected_swaps_their_log_probs(family: str, prepare: Callable[..., Any]) -> None:
-    policy = prepare(family)
-    randomise_adapter(policy)
-    batch = policy.collate(encoded_rows(policy))
-    swapped_batch = swap(batch)
-    reference = adapter_off(policy)
-    log_probs, swapped_log_probs = policy.log_probs(policy.model, batch), policy.log_probs(policy.model, swapped_batch)
+def test_swapping_chosen_and_rejected_swaps_their_log_probs(family: str, shared: Callable[[str], Shared]) -> None:
+    policy, rows = shared(family)
+    batch = policy.collate(rows)
+    both_orders = (batch, swap(batch))
+    with random_adapter(policy):
+        log_probs, swapped_log_probs = (policy.log_probs(policy.model, order) for order in both_orders)
+        reference, swapped_reference = (adapter_off(policy)(policy.model, order) for order in both_orders)
     assert torch.equal(log_probs.chosen, swapped_log_probs.rejected) and torch.equal(
         log_probs.rejected, swapped_log_probs.chosen
     )
-    delta = deltas(log_probs, reference(policy.model, batch))
-    assert torch.equal(delta, -deltas(swapped_log_probs, reference(policy.model, swapped_batch)))
+    delta = deltas(log_probs, reference)
+    assert torch.equal(delta, -deltas(swapped_log_probs, swapped_reference))
     assert (delta != 0).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fingerprint_is_that_of_the_files_and_unchanged_by_encoding(family: str, load: Callable[[str], Any]) -> None:
+def test_fingerprint_is_that_of_the_files_and_unchanged_by_encoding(
+    family: str, folders: Callable[[str], str], load: Callable[[str], Any]
+) -> None:
     """It catches a fingerprint with state that a call leaves in a tokenizer: the second run would encode again."""
     policy = load(family)
     before = policy.fingerprint()
     encoded_prompts(policy, ["a red square"])
-    assert policy.fingerprint() == before == load(family).fingerprint()
+    assert policy.fingerprint() == before == load_family(family, folders(family)).fingerprint()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_do_not_depend_on_the_batch(family: str, prepare: Callable[..., Any]) -> None:
-    policy = prepare(family)
-    rows = encoded_rows(policy)
+def test_log_probs_do_not_depend_on_the_batch(family: str, shared: Callable[[str], Shared]) -> None:
+    policy, rows = shared(family)
     batched = policy.log_probs(policy.model, policy.collate(rows))
     reversed_rows = policy.log_probs(policy.model, policy.collate(rows[::-1]))
     single = policy.log_probs(policy.model, policy.collate(rows[2:3]))
@@ -219,9 +264,9 @@ def test_log_probs_do_not_depend_on_the_batch(family: str, prepare: Callable[...
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_cached_on_disk_give_the_log_probs_of_rows_in_memory(
-    family: str, tmp_path: Path, write_pairs: Callable[..., str], prepare: Callable[..., Any]
+    family: str, tmp_path: Path, write_pairs: Callable[..., str], shared: Callable[[str], Shared]
 ) -> None:
-    policy = prepare(family)
+    policy, encoded = shared(family)
     cells = [[{"bytes": encode_png(image), "path": None} for image in sources(policy, n)] for n in range(4)]
     column = lambda n: source_column(cells[n], several=policy.takes_several_sources and policy.is_image_editing)
     sides = [[picture(policy, 2 * n), picture(policy, 2 * n + 1)] for n in range(4)]
@@ -233,7 +278,7 @@ def test_rows_cached_on_disk_give_the_log_probs_of_rows_in_memory(
         }
     pairs = load_pairs(write_pairs(made))
     cached = encode(policy, pairs, where="pairs", cache=tmp_path)
-    in_memory = encoded_rows(policy)
+    in_memory = [dict(row) for row in encoded]
     for n, row in enumerate(in_memory):
         for side, image in zip(("chosen", "rejected"), sides[n][:: -1 if n % 2 else 1], strict=True):
             (row[f"{side}_mean"],), (row[f"{side}_std"],) = policy.encode_images([image])
@@ -244,10 +289,10 @@ def test_rows_cached_on_disk_give_the_log_probs_of_rows_in_memory(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_run_summary_gives_beta_for_summed_errors(family: str, prepare: Callable[..., Any]) -> None:
+def test_run_summary_gives_beta_for_summed_errors(family: str, shared: Callable[[str], Shared]) -> None:
     """The error is a mean over the elements of the latents, so the summary counts these elements."""
-    policy = prepare(family)
-    elements = policy.collate(encoded_rows(policy, 1))["chosen"][0].numel()
+    policy, rows = shared(family)
+    elements = policy.collate(rows[:1])["chosen"][0].numel()
     summary = policy.describe(policy.config)
     assert f"{elements:,} latent elements" in summary["reduction"]
     assert f"{5000 / elements:.3g} on summed errors" in summary["effective beta"]
@@ -273,10 +318,10 @@ def paper_formula(
 
 @pytest.mark.parametrize("visit", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_prob_equals_the_papers_formula(family: str, visit: int, prepare: Callable[..., Any]) -> None:
+def test_log_prob_equals_the_papers_formula(family: str, visit: int, shared: Callable[[str], Shared]) -> None:
     """The log-prob is -1/2 mean (prediction - target)^2 in float64, at the noise level that the row samples."""
-    policy = prepare(family)
-    batch = policy.collate([{**encoded_rows(policy, 1)[0], "visit": visit}])
+    policy, rows = shared(family)
+    batch = policy.collate([{**rows[0], "visit": visit}])
     level, shape = random_draws.sample_noise_level(0, "row-0", visit), tuple(batch["chosen"].shape[1:])
     x0, noise = (
         batch["chosen"].double().numpy(),
@@ -358,12 +403,11 @@ def test_denoise_equals_the_upstream_pipelines_first_step(family: str, load: Cal
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_latents_decode_to_the_image_in_the_upstream_pipeline(family: str, prepare: Callable[..., Any]) -> None:
+def test_latents_decode_to_the_image_in_the_upstream_pipeline(family: str, shared: Callable[[str], Shared]) -> None:
     """The upstream pipeline decodes a batch's latents to the image that the autoencoder decodes from its own latents."""
-    policy, row = prepare(family), BUILDERS[family]
+    (policy, rows), row = shared(family), BUILDERS[family]
     mean, std = policy.encode_images([picture(policy, 0)])
-    rows = [{**encoded_rows(policy, 1)[0], "chosen_mean": mean[0], "chosen_std": torch.zeros_like(std[0])}]
-    latents = policy.collate(rows)["chosen"]
+    latents = policy.collate([{**rows[0], "chosen_mean": mean[0], "chosen_std": torch.zeros_like(std[0])}])["chosen"]
     packed = row.pack(policy.pipe, latents, row.size)
     arguments = {"prompt": WORDS[:1], "num_inference_steps": 1}
     *_, images = first_step(policy, row, arguments, result=packed)
@@ -380,19 +424,18 @@ def test_latents_decode_to_the_image_in_the_upstream_pipeline(family: str, prepa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_adapter_generates_the_same_pixels_in_the_upstream_library(
-    family: str, tmp_path: Path, folders: Callable[[str], str], prepare: Callable[..., Any], record_property: Any
+    family: str,
+    folders: Callable[[str], str],
+    shared: Callable[[str], Shared],
+    saved: Callable[[str], SavedAdapter],
+    record_property: Any,
 ) -> None:
-    policy, row = prepare(family, lora_rank=4, lora_alpha=8), BUILDERS[family]
-    base = [np.asarray(i) for part in generate_images(policy, 0.0) for i in part]
-    randomise_adapter(policy)
-    policy.save(tmp_path)
-    ours = [np.asarray(i) for part in generate_images(policy, 1.0) for i in part]
+    policy, row = shared(family).policy, BUILDERS[family]
+    folder, base, ours = saved(family)
     pipe = upstream_pipeline(folders(family), row)
-    lines = policy.usage_snippet("-", str(tmp_path))[1:]
+    lines = policy.usage_snippet("-", str(folder))[1:]
     assert (
-        (lines == [f'pipe.load_lora_weights("{tmp_path}")'])
-        == (row.reason is None)
-        == hasattr(pipe, "load_lora_weights")
+        (lines == [f'pipe.load_lora_weights("{folder}")']) == (row.reason is None) == hasattr(pipe, "load_lora_weights")
     )
     if row.reason:
         record_property("reason", row.reason)
@@ -403,18 +446,20 @@ def test_saved_adapter_generates_the_same_pixels_in_the_upstream_library(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kohya_file_contains_the_same_adapter(
-    family: str, tmp_path: Path, folders: Callable[[str], str], prepare: Callable[..., Any]
+    family: str,
+    folders: Callable[[str], str],
+    shared: Callable[[str], Shared],
+    saved: Callable[[str], SavedAdapter],
 ) -> None:
     """Its tensor names are those of diffusers' converter, with the original model's blocks for SDXL. If diffusers reads it, it generates the same pixels."""
-    policy, row = prepare(family, lora_rank=4, lora_alpha=8, lora_format="kohya"), BUILDERS[family]
+    policy, row = shared(family).policy, BUILDERS[family]
     if policy.kohya_prefix is None:
         with pytest.raises(ValueError, match=r"lora_format 'kohya': .* has no names in kohya's format"):
-            check_lora_format(policy.config, None, family=type(policy).__name__)
+            check_lora_format(config(lora_format="kohya"), None, family=type(policy).__name__)
         return
-    randomise_adapter(policy)
-    policy.save(tmp_path)
-    tensors = load_file(tmp_path / KOHYA_FILE)
-    plain = {f"unet.{k.split('.', 1)[1]}": v for k, v in load_file(tmp_path / LORA_FILE).items()}
+    folder, _, expected = saved(family)
+    tensors = load_file(folder / KOHYA_FILE)
+    plain = {f"unet.{k.split('.', 1)[1]}": v for k, v in load_file(folder / LORA_FILE).items()}
     theirs = convert_state_dict_to_kohya(plain)
     for old, new in row.kohya_blocks.items():
         theirs = {name.replace(old, new): value for name, value in theirs.items()}
@@ -424,8 +469,7 @@ def test_kohya_file_contains_the_same_adapter(
         assert value.item() == 8 if name.endswith(".alpha") else torch.equal(value, theirs[name])
     if row.kohya:
         pipe = upstream_pipeline(folders(family), row)
-        pipe.load_lora_weights(str(tmp_path), weight_name=KOHYA_FILE)
-        expected = [np.asarray(i) for part in generate_images(policy, 1.0) for i in part]
+        pipe.load_lora_weights(str(folder), weight_name=KOHYA_FILE)
         assert all(
             np.array_equal(a, np.asarray(b)) for a, b in zip(expected, upstream_images(policy, pipe), strict=True)
         )
@@ -498,14 +542,17 @@ def test_fully_tuned_denoiser_is_saved_and_loaded(
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ten_steps_on_one_pair_raise_its_delta(family: str, checkpointing: bool, prepare: Callable[..., Any]) -> None:
+def test_ten_steps_on_one_pair_raise_its_delta(
+    family: str, checkpointing: bool, prepare: Callable[..., Any], shared: Callable[[str], Shared]
+) -> None:
+    """Three of the ten steps if activations are computed again."""
     policy = prepare(family, gradient_checkpointing=checkpointing)
     policy.model.train()
-    batch, reference = policy.collate(encoded_rows(policy, 1)), adapter_off(policy)
+    batch = policy.collate(shared(family).rows[:1])
+    before = adapter_off(policy)(policy.model, batch)
     optimizer = torch.optim.Adam([p for p in policy.model.parameters() if p.requires_grad], lr=1e-3)
     history = []
-    for _ in range(10):
-        before = reference(policy.model, batch)
+    for _ in range(3 if checkpointing else 10):
         now = policy.log_probs(policy.model, batch)
         loss = sigmoid(now, before, beta=5000).mean()
         history.append(deltas(now, before).item())
@@ -518,13 +565,17 @@ def test_ten_steps_on_one_pair_raise_its_delta(family: str, checkpointing: bool,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision_gives_gradients_and_close_log_probs(family: str, folders: Callable[[str], str]) -> None:
+def test_half_precision_gives_gradients_and_close_log_probs(
+    family: str, folders: Callable[[str], str], shared: Callable[[str], Shared]
+) -> None:
     """As in the trainer: the pipeline in bf16 without autocast, the adapter and the loss in float32."""
+    half = load_family(family, folders(family), precision="bf16")
+    half.prepare(config(precision="bf16"))
+    full, rows = shared(family)
     chosen_log_probs = []
-    for precision in ("fp32", "bf16"):
-        policy = load_family(family, folders(family), precision=precision)
-        policy.prepare(config(precision=precision))
-        batch = policy.collate(encoded_rows(policy, 2))
+    for policy, encoded in ((full, rows[:2]), (half, encoded_rows(half, 2))):
+        policy.model.zero_grad()
+        batch = policy.collate(encoded)
         with OperationCounts() as counts:
             log_probs = policy.log_probs(policy.model, batch)
         assert counts.num_synchronisations == WAITS.get(family, 0), counts.report()
