@@ -484,14 +484,16 @@ def upstream_pipeline(folder: str, row: Family) -> Any:
     return pipe
 
 
-def upstream_images(policy: Any, pipe: Any) -> list[Image.Image]:
+def upstream_images(policy: Any, pipe: Any, *, count: int = 2, steps: int = 3) -> list[Image.Image]:
     """Generate with the upstream pipeline what `generate_images` generates with the policy."""
-    edited = [sources(policy, n) for n in range(2)] if policy.is_image_editing else []
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    calls = [slice(0, 1), slice(1, 2)] if policy.one_prompt_per_call else [slice(0, 2)]
+    edited = [sources(policy, n) for n in range(count)] if policy.is_image_editing else []
+    generators = [torch.Generator().manual_seed(5 + n) for n in range(count)]
+    calls = [slice(n, n + 1) for n in range(count)] if policy.one_prompt_per_call else [slice(0, count)]
     outputs = [
         pipe(
-            **policy.sampling_kwargs(WORDS[part], 2.0, edited[part]), num_inference_steps=3, generator=generators[part]
+            **policy.sampling_kwargs(WORDS[part], 2.0, edited[part]),
+            num_inference_steps=steps,
+            generator=generators[part],
         )
         for part in calls
     ]
@@ -500,9 +502,10 @@ def upstream_images(policy: Any, pipe: Any) -> list[Image.Image]:
     return [to_rgb(image) for output in outputs for image in output.images]
 
 
-def generate_images(policy: Any, scale: float) -> list[list[Image.Image]]:
-    edited = [sources(policy, n) for n in range(2)] if policy.is_image_editing else None
-    return list(policy.sample(WORDS[:2], [5, 6], steps=3, guidance=2.0, batch_size=2, scale=scale, sources=edited))
+def generate_images(policy: Any, scale: float, *, count: int = 2, steps: int = 3) -> list[list[Image.Image]]:
+    drawing = {"steps": steps, "guidance": 2.0, "batch_size": 2, "scale": scale}
+    edited = [sources(policy, n) for n in range(count)] if policy.is_image_editing else None
+    return list(policy.sample(WORDS[:count], range(5, 5 + count), sources=edited, **drawing))
 
 
 def test_scale_zero_generates_the_base_models_images(
