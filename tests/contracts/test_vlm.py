@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -210,16 +210,33 @@ def test_log_probs_do_not_depend_on_the_batch(family: str) -> None:
         )
 
 
+class Separate(NamedTuple):
+    """Encoded rows of a family, and log-probs and gradients of two separate forward passes without checkpointing."""
+
+    rows: list[dict[str, Any]]
+    log_probs: LogProbs
+    gradients: Tensor
+
+
+@functools.cache
+def separate_passes(family: str) -> Separate:
+    policy = shared_policy(family)
+    encoded = policy.encode(rows(family, images_per_row(family)))
+    policy.model.train()
+    log_probs = separate_forward_passes(policy, encoded)
+    separate = Separate(encoded, log_probs.detach(), gradients(policy, log_probs))
+    policy.model.eval()
+    return separate
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prefix_equals_two_separate_forward_passes(family: str, checkpointing: bool) -> None:
+    encoded, expected, expected_gradients = separate_passes(family)
     policy = policy_of(family, gradient_checkpointing=checkpointing)
-    encoded = policy.encode(rows(family, images_per_row(family)))
     lengths = {(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in encoded}
     assert len(lengths) == 3 and all(chosen != rejected for chosen, rejected in lengths)
     policy.model.train()
-    expected = separate_forward_passes(policy, encoded)
-    expected_gradients = gradients(policy, expected)
     log_probs = policy.log_probs(policy.model, policy.collate(encoded))
     assert policy.token_log_probs.layout == "shared_prefix"
     assert_log_probs_close(log_probs, expected, 1e-5)
@@ -289,7 +306,7 @@ def test_bf16_autocast_gives_close_log_probs(family: str) -> None:
 def test_saved_adapter_gives_the_same_outputs_in_upstream_classes(family: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    policy = policy_of(family)
+    policy = shared_policy(family)
     policy.save(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists() and not list(tmp_path.glob("*.bin"))
     upstream = PeftModel.from_pretrained(build(family)[0], str(tmp_path)).eval()
@@ -297,7 +314,6 @@ def test_saved_adapter_gives_the_same_outputs_in_upstream_classes(family: str, t
     prompt = policy.encoder.prompt(row["images"], row["prompt"], label="here")
     inputs = {"input_ids": prompt["ids"][None], **{k: v[None] for k, v in prompt["types"].items()}, **prompt["images"]}
     with torch.no_grad():
-        policy.model.eval()
         torch.testing.assert_close(upstream(**inputs).logits, policy.model(**inputs).logits, rtol=1e-5, atol=1e-5)
         tokens = upstream.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, len(prompt["ids"]) :]
     response = policy.generate([row["images"]], [row["prompt"]], max_new_tokens=8, do_sample=False)[0]
@@ -305,7 +321,9 @@ def test_saved_adapter_gives_the_same_outputs_in_upstream_classes(family: str, t
     loaded = policy_of(family, trained=False)
     loaded.load_weights(tmp_path)
     batch = batch_of(policy, family)
-    assert torch.equal(loaded.log_probs(loaded.model, batch).chosen, policy.log_probs(policy.model, batch).chosen)
+    with torch.no_grad():
+        log_probs = [policy.log_probs(model, batch).chosen for model in (loaded.model, policy.model)]
+    assert torch.equal(*log_probs)
 
 
 @pytest.mark.slow
@@ -317,9 +335,10 @@ def test_ten_steps_raise_the_delta_with_and_without_checkpointing(family: str) -
         batch = policy.collate(policy.encode(rows(family, images_per_row(family)))[:1])
         policy.model.train()
         trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
-        optimizer, reference, curve = torch.optim.AdamW(trained, lr=5e-3), adapter_off(policy), []
+        optimizer, curve = torch.optim.AdamW(trained, lr=5e-3), []
+        reference_log_probs = adapter_off(policy)(policy.model, batch)
         for _ in range(steps):
-            log_probs, reference_log_probs = policy.log_probs(policy.model, batch), reference(policy.model, batch)
+            log_probs = policy.log_probs(policy.model, batch)
             curve.append(float(deltas(log_probs, reference_log_probs).detach()))
             optimizer.zero_grad()
             sigmoid(log_probs, reference_log_probs, beta=0.1).mean().backward()
@@ -510,22 +529,22 @@ def test_check_runs_in_float32_inside_a_wrapper_that_casts() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_features_give_the_log_probs_of_pixels_and_the_tower_runs_once(
-    family: str, record_property: Any
+    family: str, record_property: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = policy_of(family)
+    policy = shared_policy(family)
     encoded = policy.encode(rows(family, images_per_row(family)))
     if family not in IMAGES:
         record_property("reason", "text-only: it has no vision features, and the rows are unchanged")
         assert policy.cache_vision_features(encoded) == encoded
         return
     calls = []
-    policy.base_model.get_image_features, upstream_features = None, policy.base_model.get_image_features
+    upstream_features = policy.base_model.get_image_features
 
     def count_call(*arguments: Any, **rest: Any) -> Any:
         calls.append(1)
         return upstream_features(*arguments, **rest)
 
-    policy.base_model.get_image_features = count_call
+    monkeypatch.setattr(policy.base_model, "get_image_features", count_call)
     policy.log_probs(policy.model, policy.collate(encoded))
     calls.clear()
     batch = policy.collate(encoded)
@@ -553,7 +572,7 @@ def test_trainable_parameters_are_those_of_the_settings(family: str) -> None:
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         return any(part in name for name in names for part in ("vision", "visual", "projector", "connector"))
 
-    policy = policy_of(family)
+    policy = shared_policy(family)
     trained = [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
     assert trained and all("lora_" in name for name in trained) and not trains_vision(policy.model)
     assert not any("lm_head" in name for name in trained)
