@@ -27,8 +27,11 @@ from dpo_mm.data.schema import load_pairs
 from dpo_mm.objectives import deltas, sigmoid
 from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_lora_format
 from dpo_mm.policies.diffusion import random_draws
+from dpo_mm.policies.diffusion.buckets import buckets_of
 from dpo_mm.policies.diffusion.collate import stack_padded
+from dpo_mm.policies.diffusion.denoising_errors import pair_errors
 from dpo_mm.policies.diffusion.latents import posterior
+from dpo_mm.policies.diffusion.prompt_limits import truncated_prompts
 from dpo_mm.policies.diffusion.prompt_sources import source_name
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode
@@ -540,6 +543,58 @@ def test_fully_tuned_denoiser_is_saved_and_loaded(
     assert np.array_equal(np.stack([np.asarray(i) for part in generate_images(fresh, 0.0) for i in part]), base)
     with pytest.raises(ValueError, match="supports only the scales 0 and 1"):
         generate_images(fresh, 0.5)
+
+
+def rows_at_size(policy: Any, target_size: tuple[int, int]) -> list[dict[str, Any]]:
+    prompt = {name: value[0] for name, value in encoded_prompts(policy, WORDS[:1]).items()}
+    row: dict[str, Any] = {"id": "row", "visit": 0, "prompt": prompt}
+    with policy.at_size(target_size):
+        row |= source_columns(policy, 0)
+        for number, side in enumerate(("chosen", "rejected")):
+            image = clip_image([noise_image(number, 96).resize((90, 61))] * policy.frames)
+            mean, std = policy.encode_images([image])
+            row |= {f"{side}_mean": mean[0], f"{side}_std": std[0]}
+            row |= {f"{side}_{name}": value[0] for name, value in policy.size_conditioning([image]).items()}
+    return [row]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_at_a_wide_size(family: str, shared: Callable[[str], Shared]) -> None:
+    """Chosen and rejected are cropped to it, the denoiser is conditioned on it, and the error covers all of it."""
+    policy = shared(family).policy
+    unit = policy.patch * policy.pipe.vae_scale_factor
+    target_size = next(bucket for bucket in buckets_of(BUILDERS[family].size, unit) if bucket[0] > bucket[1])
+    batch = policy.collate(rows_at_size(policy, target_size))
+    height, width = batch["chosen"].shape[-2:]
+    assert width / height == pytest.approx(target_size[0] / target_size[1])
+    assert batch["rejected"].shape == batch["noise"].shape == batch["chosen"].shape
+    reference, log_probs = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
+    assert torch.equal(reference.chosen, log_probs.chosen) and torch.isfinite(log_probs.chosen).all()
+    assert pair_errors(policy, policy.model, batch).residual.numel() == 2 * batch["chosen"].numel()
+
+
+@pytest.mark.parametrize(
+    "family", sorted(set(BUILDERS) - {"qwen-image-2.1", "qwen-image-edit"})
+)  # they truncate nothing
+def test_a_prompt_whose_end_changes_no_encoding_is_reported_as_truncated(
+    family: str, shared: Callable[[str], Shared]
+) -> None:
+    policy = shared(family).policy
+    long = f"{WORDS[1]} " * 200
+    ends = [policy.encode_prompts([long + end]) for end in WORDS[::2]]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert truncated_prompts(policy, [WORDS[0], long, long]).startswith("1 of 2 have more than ")
+    assert truncated_prompts(policy, WORDS[:1]) == ""
+
+
+def test_the_longest_prompt_that_clip_reads_is_not_reported(shared: Callable[[str], Shared]) -> None:
+    """CLIP's two end tokens count: the tiny models have 16 positions, so 14 tokens of text fit and 15 do not."""
+    policy = shared("stable-diffusion").policy
+    assert truncated_prompts(policy, ["a " * 14]) == ""
+    assert (
+        truncated_prompts(policy, ["a " * 15])
+        == "1 of 1 have more than 16 tokens (up to 17), of which CLIPTokenizer passes on the first 16"
+    )
 
 
 @pytest.mark.slow

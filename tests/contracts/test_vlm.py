@@ -233,14 +233,16 @@ def separate_passes(family: str) -> Separate:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prefix_equals_two_separate_forward_passes(family: str, checkpointing: bool) -> None:
     encoded, expected, expected_gradients = separate_passes(family)
-    policy = policy_of(family, gradient_checkpointing=checkpointing)
+    policy = policy_of(family, gradient_checkpointing=True) if checkpointing else shared_policy(family)
     lengths = {(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in encoded}
     assert len(lengths) == 3 and all(chosen != rejected for chosen, rejected in lengths)
     policy.model.train()
     log_probs = policy.log_probs(policy.model, policy.collate(encoded))
+    computed = gradients(policy, log_probs)
+    policy.model.eval()
     assert policy.token_log_probs.layout == "shared_prefix"
     assert_log_probs_close(log_probs, expected, 1e-5)
-    assert_gradients_close(gradients(policy, log_probs), expected_gradients, 1e-5)
+    assert_gradients_close(computed, expected_gradients, 1e-5)
     assert log_probs.num_tokens_chosen.tolist() == [len(row["chosen_ids"]) for row in encoded]
 
 
@@ -330,7 +332,7 @@ def test_saved_adapter_gives_the_same_outputs_in_upstream_classes(family: str, t
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_raise_the_delta_with_and_without_checkpointing(family: str) -> None:
     curves = []
-    for checkpointing, steps in ((False, 10), (True, 4)):
+    for checkpointing, steps in ((False, 10), (True, 2)):
         policy = policy_of(family, trained=False, gradient_checkpointing=checkpointing)
         batch = policy.collate(policy.encode(rows(family, images_per_row(family)))[:1])
         policy.model.train()
@@ -345,7 +347,7 @@ def test_ten_steps_raise_the_delta_with_and_without_checkpointing(family: str) -
             optimizer.step()
         curves.append(torch.tensor(curve))
     assert curves[0][0] == 0 and (curves[0].diff() > 0).all() and curves[0][-1] > 1
-    torch.testing.assert_close(curves[0][:4], curves[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(curves[0][:2], curves[1], rtol=1e-3, atol=1e-3)
 
 
 # The language-model head
