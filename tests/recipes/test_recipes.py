@@ -1,4 +1,7 @@
-"""Every recipe runs as a script with few steps, together with its SFT baseline."""
+"""Every recipe runs as a script with few steps, together with its SFT baseline.
+
+Faithfulness trains on a few of its bundled pairs. tests/end_to_end/test_quickstart.py trains on all of them.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
+from dpo_mm.assets import resolve_asset
 from tests import forked
 
 ROOT = Path(__file__).parents[2]
-SHORT_IMAGE_RUN = ["--max-prompts", "4", "--images-per-prompt", "2", "--num-inference-steps", "3", "--scales", "0.5"]
+SHORT_TRAINING = ["--steps", "2", "--train.batch-size", "4", "--baseline", "sft"]
+SHORT_IMAGE_RUN = [
+    *("--max-prompts", "4", "--images-per-prompt", "2"),
+    *("--num-inference-steps", "2", "--scales", "0.5"),
+]
 SHORT_TEXT_RUN = [
-    "--mine.max-questions",
-    "24",
-    "--mine.responses-per-question",
-    "3",
-    "--compare.max-questions",
-    "6",
-    "--max-new-tokens",
-    "60",
+    *("--mine.max-questions", "12", "--mine.responses-per-question", "3"),
+    *("--compare.max-questions", "4", "--max-new-tokens", "60"),
 ]
 RECIPES = {
-    "aesthetic": (SHORT_IMAGE_RUN, "aesthetic", "pytorch_lora_weights.safetensors"),
+    "aesthetic": ([*SHORT_IMAGE_RUN, "--eval-fraction", "0.01"], "aesthetic", "pytorch_lora_weights.safetensors"),
     "captioner": (SHORT_TEXT_RUN, "chair_i", "adapter_model.safetensors"),
     "editing": (
         [*SHORT_IMAGE_RUN, "--mine.judges", "aesthetic", "--mine.guards", "aesthetic"],
@@ -49,13 +52,18 @@ def test_every_recipe_has_a_test() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_writes_both_adapters_and_a_report(name: str, tmp_path: Path) -> None:
     short_run, judge, adapter = RECIPES[name]
-    command = [str(ROOT / "recipes" / f"{name}.py"), "--steps", "2", "--baseline", "sft", *short_run]
-    forked.run(*command, "--output-dir", str(tmp_path), call=forked.script, cwd=ROOT, check=True)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    command = [str(ROOT / "recipes" / f"{name}.py"), *SHORT_TRAINING, *short_run]
+    if name == "faithfulness":
+        rows = Dataset.from_parquet(resolve_asset("shapes-faithfulness"))
+        rows.select(range(48)).to_parquet(tmp_path / "pairs.parquet")  # type: ignore[union-attr]
+        command += ["--pairs", str(tmp_path / "pairs.parquet")]
+    out = tmp_path / "out"
+    forked.run(*command, "--output-dir", str(out), call=forked.script, cwd=ROOT, check=True)
+    metrics = json.loads((out / "metrics.json").read_text())
     assert [comparison["judge"] for comparison in metrics["comparisons"] if comparison["headline"]] == [judge]
     assert any(comparison["models"] == ["sft", "tuned"] for comparison in metrics["comparisons"])
-    assert (tmp_path / "adapter" / adapter).exists() and (tmp_path / "adapter-sft" / adapter).exists()
-    assert (tmp_path / "report.html").exists()
+    assert (out / "adapter" / adapter).exists() and (out / "adapter-sft" / adapter).exists()
+    assert (out / "report.html").exists()
 
 
 @pytest.mark.parametrize("name", RECIPES)
