@@ -21,22 +21,17 @@ from dpo_mm.evaluation.compare_images import sampling_plan
 from dpo_mm.policies.families import load_policy
 from dpo_mm.recipe import read_recipe
 from tests.end_to_end import beside_bars
+from tests.wheels import build_wheel
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the package as its wheel installs it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
-    (path,) = folder.glob("*.whl")
-    site = folder / "site"
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site), str(path)]
-    subprocess.run(install, check=True, capture_output=True)
+    site = tmp_path_factory.mktemp("wheel") / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site)]
+    subprocess.run([*pip, str(build_wheel(tmp_path_factory))], check=True, capture_output=True)
     return site
 
 

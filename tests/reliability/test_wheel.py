@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.wheels import build_wheel
+
 MAX_BYTES = 60e6
 """Size of a wheel with its models and datasets, at most. Package indexes refuse files above 100 MB."""
 CHECK = """
@@ -41,11 +42,7 @@ for judge in custom:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Path of a wheel built from the repository."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder), str(ROOT)]
-    done = subprocess.run(build, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = folder.glob("*.whl")
+    path = build_wheel(tmp_path_factory)
     assert path.stat().st_size < MAX_BYTES
     return path
 
