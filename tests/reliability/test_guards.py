@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -116,12 +117,20 @@ def test_sigterm_saves_exits_and_resumes_to_the_same_adapter(tiny_model: str, pa
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
+@pytest.fixture(scope="module")
+def finished(tiny_model: str, pairs: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run with two checkpoints, which tests copy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(config(tiny_model, pairs, folder, save_every=4))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", ["truncate", "remove", "unmark"])
 def test_incomplete_checkpoint_is_skipped_and_named_in_a_warning(
-    harm: str, tiny_model: str, pairs: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    harm: str, tiny_model: str, pairs: str, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(config(tiny_model, pairs, tmp_path, save_every=4))
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoint-8"
     if harm == "truncate":
         with (newest / "optimizer.pt").open("r+b") as file:
@@ -135,20 +144,23 @@ def test_incomplete_checkpoint_is_skipped_and_named_in_a_warning(
         assert latest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     assert "checkpoint-8" in caplog.text and "taking the one before" in caplog.text
     before = weights(tmp_path)
+    (tmp_path / "complete.json").unlink()  # otherwise the finished result is returned
+    (tmp_path / "pytorch_lora_weights.safetensors").unlink()
     train(config(tiny_model, pairs, tmp_path, save_every=4, resume=True))
     after = weights(tmp_path)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_resuming_without_a_complete_checkpoint_raises(tiny_model: str, pairs: str, tmp_path: Path) -> None:
-    train(config(tiny_model, pairs, tmp_path, save_every=4))
+def test_resuming_without_a_complete_checkpoint_raises(
+    tiny_model: str, pairs: str, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for checkpoint in tmp_path.glob("checkpoint-*"):
         (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint is whole .*optimizer.pt is missing"):
         train(config(tiny_model, pairs, tmp_path, save_every=4, resume=True))
 
 
-def test_checkpoint_lists_its_files(tiny_model: str, pairs: str, tmp_path: Path) -> None:
-    train(config(tiny_model, pairs, tmp_path, save_every=4))
-    files = json.loads((tmp_path / "checkpoint-4" / "complete.json").read_text())
+def test_checkpoint_lists_its_files(finished: Path) -> None:
+    files = json.loads((finished / "checkpoint-4" / "complete.json").read_text())
     assert {"optimizer.pt", "trainer_state.json", "dpo_mm.json", "pytorch_lora_weights.safetensors"} <= set(files)
