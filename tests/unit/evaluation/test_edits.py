@@ -159,6 +159,7 @@ def test_page_shows_the_images_to_edit_of_a_saved_comparison(editor: Any, prompt
     assert saved_pair_html(load_comparison(tmp_path, judges=[]).pairs[0]).count("is missing or broken") == 1
 
 
+@pytest.mark.slow
 def test_several_images_to_edit_go_through_mining_labelling_and_comparing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def distorted(image: Image.Image, seed: int) -> Image.Image:
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_judge_accepts_clean_and_distorted_held_out_scenes(held_out: tuple[list[str], list[Image.Image]]) -> None:
     prompts, images = held_out
     assert len(images) == COUNT

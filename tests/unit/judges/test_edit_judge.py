@@ -73,6 +73,7 @@ def test_another_background_is_not_preserved() -> None:
     assert both("make the star red", RED, SQUARE, background=(200, 200, 200)) == (1, 0)
 
 
+@pytest.mark.slow
 def test_every_task_is_right_when_done_and_unchanged_when_not() -> None:
     """Also with noise of a decoder, and with the wrong object edited."""
     tasks, rng = list(shape_edits.tasks(COUNT, seed=3)), np.random.default_rng(0)

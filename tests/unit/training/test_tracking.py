@@ -38,6 +38,7 @@ def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
     return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_log_and_training_is_unchanged(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """It catches a tracker that draws random numbers, and curves under other names or steps."""
     plain = train(config(tiny_model, pairs, str(tmp_path / "plain"), steps=2))

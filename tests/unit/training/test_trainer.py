@@ -153,6 +153,7 @@ def test_sdpo_scales_the_rejected_gradient_by_the_residual_of_the_policy(tiny_mo
     torch.testing.assert_close(log_probs[0].rejected.grad, scale * push, rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_resumed_run_gives_the_same_bits(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """4 steps, then resumed to 9, equal 9 steps, with accumulation, into the second epoch of the rows."""
     whole_config = config(tiny_model, pairs, str(tmp_path / "whole"), steps=9, save_every=4, accumulate=2)
@@ -269,6 +270,7 @@ def test_objective_without_image_support_is_refused(objective: str, tiny_model: 
     assert not Path(out).exists()
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_starts_at_its_frozen_copy(tiny_model: str, pairs: str, out: str) -> None:
     result = train(config(tiny_model, pairs, out, tuning="full", learning_rate=1e-4))
     assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

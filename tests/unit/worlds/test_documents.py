@@ -40,6 +40,7 @@ def test_every_kind_and_form_renders_within_page_and_characters(kind: str, form:
             assert json.loads(text) == {"header": page.header, "body": "\n".join(page.lines), "footer": page.footer}
 
 
+@pytest.mark.slow
 def test_pages_contain_material_that_makes_models_loop() -> None:
     lines = {kind: [line for p in documents.pages(60, 1, kinds=[kind]) for line in p.lines] for kind in documents.KINDS}
     assert all("...." in line for line in lines["leaders"])

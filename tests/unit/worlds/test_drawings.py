@@ -113,7 +113,7 @@ def test_is_held_out_counts_pairs_of_names_and_paints() -> None:
     assert all(drawings.is_held_out(pair) == drawings.is_held_out(pair[::-1]) for pair in pairs[::50])
 
 
-@pytest.mark.parametrize(("name", "count"), [("train", 1200), ("held-out", 300)])
+@pytest.mark.parametrize(("name", "count"), [("train", 1200), pytest.param("held-out", 300, marks=pytest.mark.slow)])
 def test_bundled_prompts_are_those_of_sample_prompts(name: str, count: int) -> None:
     expected = drawing_prompts.sample_prompts(count, 0, held_out=name == "held-out")
     with Path(resolve_asset(f"drawings-{name}")).open(newline="") as file:
