@@ -6,8 +6,6 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import gradio as gr
-
 from dpo_mm.data.clips import clip_preview
 from dpo_mm.data.image_files import decode_image
 from dpo_mm.data.row_paths import read_regular_file
@@ -80,6 +78,8 @@ def gallery_html(
 
 def add_gallery(comparison: SavedComparison) -> None:
     """Add the images of a saved comparison to the page, with filters."""
+    import gradio as gr
+
     is_small = max(decode_image(read_regular_file(comparison.pairs[0].base)).size) <= SMALL_IMAGE
     page_size = PAGE_SIZE_SMALL if is_small else PAGE_SIZE_LARGE
     gr.HTML('<div class="head"><h2>Images of the saved comparison</h2></div>')

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gradio
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
@@ -320,6 +319,8 @@ def test_samples_of_a_training_run_edit_their_images(editor: Any, prompts: str, 
 
 def test_page_edits_the_uploaded_image(editor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It catches a page that generates without the upload, or scores without it."""
+    import gradio
+
     page = load_page("compare_images")
     monkeypatch.setattr(page, "load_image_policy", lambda *_, **__: editor)
     model = page.load(editor.source, "tuned", [JUDGE], precision="fp32")
