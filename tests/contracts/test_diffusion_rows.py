@@ -24,13 +24,13 @@ from tests.contracts.test_diffusion import config, first_step
 
 
 @pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(BUILDERS["sdxl"].build(tmp_path_factory.mktemp("sdxl")))
+def sdxl(folders: Callable[[str], str]) -> str:
+    return folders("sdxl")
 
 
 @pytest.fixture(scope="module")
-def kontext(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(BUILDERS["flux-kontext"].build(tmp_path_factory.mktemp("kontext")))
+def kontext(folders: Callable[[str], str]) -> str:
+    return folders("flux-kontext")
 
 
 def cell(image: Image.Image) -> dict[str, Any]:
@@ -97,10 +97,12 @@ def test_image_to_edit_reaches_the_denoiser(kontext: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", ["flux2-dev", "flux2-klein"])
-def test_flux2_edits_as_upstream_and_each_prompt_its_image(family: str, tmp_path: Path) -> None:
+def test_flux2_edits_as_upstream_and_each_prompt_its_image(
+    family: str, folders: Callable[[str], str], tmp_path: Path
+) -> None:
     """It catches sources at one time, only the first source, one prompt's sources for all, and rows of which some have one."""
     row = dataclasses.replace(BUILDERS[family], size=64)
-    policy = load_policy(str(row.build(tmp_path / "model")), resolution=64)
+    policy = load_policy(folders(family), resolution=64)
     policy.prepare(config())
     images = [noise_image(300 + n, 64) for n in range(2)]
     arguments = {"prompt": WORDS[:1], "num_inference_steps": 3, "image": images}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -31,17 +32,12 @@ from tests.contracts.test_diffusion import encoded_rows
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+def base(folders: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """Path of a family's tiny model."""
-    paths: dict[str, str] = {}
 
+    @functools.cache
     def path(family: str) -> str:
-        if family not in paths:
-            folder = tmp_path_factory.mktemp(family)
-            paths[family] = (
-                str(BUILDERS[family].build(folder)) if family in BUILDERS else tiny_vlms.save(family, folder)
-            )
-        return paths[family]
+        return folders(family) if family in BUILDERS else tiny_vlms.save(family, tmp_path_factory.mktemp(family))
 
     return path
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from dpo_mm.models import model_server
 from dpo_mm.models.model_server import ServerError
 from dpo_mm.policies.families import load_text_policy
 from dpo_mm.policies.vlm.served import Decoding, served_responses
+from tests.forked import Forked
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,15 +29,20 @@ READER = resolve_asset("page-reader")
 START_S = 120
 
 
+def transformers_command() -> None:
+    """Run transformers' command line."""
+    from transformers.cli.transformers import main
+
+    main()
+
+
 @pytest.fixture
-def server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def server() -> Iterator[tuple[str, Forked]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = "from transformers.cli.transformers import main; main()"
     flags = ["serve", READER, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([sys.executable, "-c", command, *flags], env=environment, stderr=subprocess.DEVNULL)
+    process = Forked(*flags, call=transformers_command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
         deadline = time.monotonic() + START_S
         while process.poll() is None and time.monotonic() < deadline:
@@ -50,11 +54,10 @@ def server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         yield f"http://127.0.0.1:{port}/v1", process
     finally:
         process.kill()
-        process.wait()
 
 
 def test_greedy_responses_are_those_of_the_model_in_this_process(
-    server: tuple[str, subprocess.Popen[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: tuple[str, Forked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text, tokens and truncation. Mutations that it catches: another order of image and text, another chat template."""
     (url, process), questions = server, read_questions("pages-held-out", limit=12)
@@ -70,7 +73,6 @@ def test_greedy_responses_are_those_of_the_model_in_this_process(
     with pytest.raises(ServerError, match=rf"does not serve 'other' \(400: Server is pinned.*It serves {READER}"):
         served_responses(config, "other", questions[:1], greedy, file=tmp_path / "answers.jsonl")
     process.kill()
-    process.wait()
     monkeypatch.setattr(model_server, "BACKOFF_S", 0.001)
     with pytest.raises(
         ServerError, match=r"not reachable.* 8 of 12 responses are saved, and the same command continues"
