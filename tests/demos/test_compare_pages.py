@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,10 @@ from tests.unit.evaluation.test_saved_comparison import finished_run
 
 pytestmark = pytest.mark.slow
 
+CAPTIONER = ("--model", "shapes-captioner", "--adapter", "shapes-captioner-tuned")
+"""One small model, so that the page starts sooner than with both bundled models."""
+DONE = "() => /Ground truth/.test(document.querySelector('.status')?.innerText ?? '')"
+
 
 def wait_for_status(page: Any, pattern: str) -> None:
     """Wait until the status matches a regular expression."""
@@ -31,11 +34,17 @@ def wait_for_status(page: Any, pattern: str) -> None:
     )
 
 
-def test_images_page_generates_scores_and_compares(serve_once: Callable[..., Any], page: Any) -> None:
-    server = serve_once("images")
-    page.goto(server.address)
-    wait_for_status(page, "of 6 LoRA scales generated|Both from seed 0")
+def open_images(page: Any, address: str) -> None:
+    """Open the page with images, wait for those that it generates at first, and generate further ones in few steps."""
+    page.goto(address)
     wait_for_status(page, "6 of 6")
+    page.locator("#steps input[type=number]").fill("2")
+
+
+def test_images_page_generates_scores_compares_and_is_accessible(serve_once: Callable[..., Any], page: Any) -> None:
+    open_images(page, serve_once("images").address)
+    check_looks(page, OWN)
+    page.set_viewport_size({"width": 1280, "height": 1000})
     page.get_by_label("Prompt").fill("two purple squares")
     page.get_by_label("Seed").fill("7")
     page.locator("#generate").click()
@@ -65,9 +74,7 @@ def test_images_page_generates_scores_and_compares(serve_once: Callable[..., Any
 
 
 def test_images_page_escapes_hostile_prompts(serve_once: Callable[..., Any], page: Any) -> None:
-    server = serve_once("images")
-    page.goto(server.address)
-    wait_for_status(page, "6 of 6")
+    open_images(page, serve_once("images").address)
     for seed, prompt in enumerate(HOSTILE.values(), start=11):
         page.get_by_label("Prompt").fill(prompt)
         assert len(page.get_by_label("Prompt").input_value()) <= 1000
@@ -99,14 +106,16 @@ def test_images_page_edits_an_upload(serve: Callable[..., Any], page: Any, tmp_p
         source, edited = (page.locator(f"{query} img").last.get_attribute("src") for query in ("#source", "#both"))
 
 
-def test_captions_page_shows_both_responses_and_shaded_tokens(serve_once: Callable[..., Any], page: Any) -> None:
-    server = serve_once("captions")
-    page.goto(server.address)
-    done = "() => /Ground truth/.test(document.querySelector('.status')?.innerText ?? '')"
-    page.wait_for_function(done)
+def test_captions_page_shows_both_responses_and_shaded_tokens_and_is_accessible(
+    serve_once: Callable[..., Any], page: Any
+) -> None:
+    page.goto(serve_once("captions").address)
+    page.wait_for_function(DONE)
     response = page.locator(".both-responses .response").first
     assert response.is_visible() and len(response.inner_text()) > 10
     assert page.locator(".shading .shade").count() > 5
+    check_looks(page, OWN)
+    page.set_viewport_size({"width": 1280, "height": 1000})
     page.get_by_role("tab", name="OCR model").click()
     page.locator(".examples:visible button").nth(1).click()
     page.wait_for_function(
@@ -114,23 +123,17 @@ def test_captions_page_shows_both_responses_and_shaded_tokens(serve_once: Callab
     )
 
 
-def test_captions_page_refuses_files_that_are_not_images(
-    serve_once: Callable[..., Any], page: Any, tmp_path: Any
-) -> None:
-    server = serve_once("captions")
-    page.goto(server.address)
-    page.wait_for_function("() => /Ground truth/.test(document.querySelector('.status')?.innerText ?? '')")
-    bomb = io.BytesIO()
-    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
-    good = io.BytesIO()
-    Image.new("RGB", (64, 64), "white").save(good, "PNG")
+def test_captions_page_refuses_files_that_are_not_images(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
+    page.goto(serve("captions", *CAPTIONER, "--questions", "scenes-held-out").address)
+    page.wait_for_function(DONE)
+    (tmp_path / "words.png").write_bytes(b"these are words")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png", compress_level=1)
+    with (tmp_path / "large.png").open("wb") as large:
+        large.truncate(21_000_000)
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")
     chooser = page.locator("input[type=file]").first
-    for name, data, message in (
-        ("words.png", b"these are words", "can’t be used"),
-        ("bomb.png", bomb.getvalue(), "can’t be used"),
-        ("large.png", b"\0" * 21_000_000, "size|large|exceed"),
-    ):
-        chooser.set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
+    for name, message in (("words", "can’t be used"), ("bomb", "can’t be used"), ("large", "size|large|exceed")):
+        chooser.set_input_files(tmp_path / f"{name}.png")
         page.wait_for_function(
             "message => new RegExp(message, 'i').test(document.querySelector('.toast-wrap, .toast-body')?.innerText ?? '')",
             arg=message,
@@ -138,7 +141,7 @@ def test_captions_page_refuses_files_that_are_not_images(
         for close in page.locator(".toast-close").all():
             close.click()
         page.wait_for_function("() => !document.querySelector('.toast-body')")
-    chooser.set_input_files({"name": "white.png", "mimeType": "image/png", "buffer": good.getvalue()})
+    chooser.set_input_files(tmp_path / "white.png")
     page.wait_for_function("() => document.querySelector('.both-responses')?.innerText.trim() === ''")
     page.locator(".generate").first.click()
     page.wait_for_function("() => /no ground truth/.test(document.querySelector('.both-responses')?.innerText ?? '')")
@@ -154,13 +157,15 @@ def test_comparison_pages_serve_no_file_of_the_machine(name: str, serve_once: Ca
             assert response.status >= 400 and b"root:" not in response.body()
 
 
-@pytest.mark.parametrize(("name", "button"), [("images", "#generate"), ("captions", ".generate:visible")])
+@pytest.mark.parametrize(
+    ("command", "button"), [(("images",), "#generate"), (("captions", *CAPTIONER), ".generate:visible")]
+)
 def test_people_open_comparison_pages_by_their_links(
-    name: str, button: str, serve: Callable[..., Any], page: Any, tmp_path: Path
+    command: tuple[str, ...], button: str, serve: Callable[..., Any], page: Any, tmp_path: Path
 ) -> None:
     """It catches a page that takes --people and opens without a link, or an event that needs none."""
     (tmp_path / "people.txt").write_text("Ada\n")
-    server = serve(name, "--host", "0.0.0.0", "--people", "people.txt")
+    server = serve(*command, "--host", "0.0.0.0", "--people", "people.txt")
     (key,) = re.findall(r"^Ada: http://\S+\?key=(\S+)$", server.process.stdout, re.M)
     assert page.request.get(server.address).status == 401
     assert page.request.post(f"{server.address}/gradio_api/queue/join", data={}).status == 401
@@ -173,18 +178,6 @@ def test_people_open_comparison_pages_by_their_links(
 def test_visitors_read_no_address_of_an_object(name: str, serve_once: Callable[..., Any], page: Any) -> None:
     """It catches the value and the callback of a state, which Gradio prints into the configuration."""
     assert not ADDRESS.findall(read_everything(page, serve_once(name).address))
-
-
-def test_images_page_is_accessible(serve_once: Callable[..., Any], page: Any) -> None:
-    page.goto(serve_once("images").address)
-    page.wait_for_function("() => /6 of 6/.test(document.querySelector('#status')?.innerText ?? '')")
-    check_looks(page, OWN)
-
-
-def test_captions_page_is_accessible(serve_once: Callable[..., Any], page: Any) -> None:
-    page.goto(serve_once("captions").address)
-    page.wait_for_function("() => /Ground truth/.test(document.querySelector('.status')?.innerText ?? '')")
-    check_looks(page, OWN)
 
 
 def test_images_page_filters_images_of_a_saved_comparison(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:

@@ -100,30 +100,33 @@ def test_label_page_stores_thirty_votes_with_undo_and_reload(
 
 
 def test_label_page_two_people_store_every_vote_once(serve: Callable[..., Any], browser: Any, tmp_path: Path) -> None:
-    pairs = folder_of_pairs(tmp_path / "pairs", [f"prompt {n}" for n in range(120)])
+    pairs = folder_of_pairs(tmp_path / "pairs", [f"prompt {n}" for n in range(60)])
     server = serve("label", "--pairs", str(pairs), "--votes", str(tmp_path / "votes.sqlite"))
     people = {}
     for name in ("Ada", "Grace"):
         people[name] = browser.new_context().new_page()
+        people[name].set_default_timeout(60_000)
         begin(people[name], server.address, name)
     cast = dict.fromkeys(people, 0)
-    for number in range(40):
+    for number in range(10):
         for name, page in people.items():
             before = presentation_of(page)
             page.keyboard.press(("ArrowLeft", "ArrowRight")[number % 2])
-            if number % 10 == 0:
+            if number % 5 == 0:
                 page.keyboard.press("ArrowLeft")
             page.wait_for_function(
                 "b => document.querySelector('[data-presentation]')?.dataset.presentation !== b", arg=before
             )
+            if number % 5 == 0:
+                page.wait_for_timeout(1100)  # the page ignores a second key for the same pair for a second
             cast[name] += 1
     for page in people.values():
         page.context.close()
-    votes = VoteStore(tmp_path / "votes.sqlite", [f"{n:03}" for n in range(120)], source=str(pairs)).votes()
+    votes = VoteStore(tmp_path / "votes.sqlite", [f"{n:03}" for n in range(60)], source=str(pairs)).votes()
     presentations = {(vote.annotator, vote.pair, vote.is_repeat) for vote in votes}
     assert len(presentations) == len(votes)
     for name, count in cast.items():
-        assert count <= sum(vote.annotator == name for vote in votes) <= count + 10
+        assert count <= sum(vote.annotator == name for vote in votes) <= count + 2
 
 
 def test_label_page_killed_server_loses_no_confirmed_vote(serve: Callable[..., Any], page: Any, tmp_path: Path) -> None:
