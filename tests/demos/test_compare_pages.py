@@ -44,7 +44,6 @@ def open_images(page: Any, address: str) -> None:
 def test_images_page_generates_scores_compares_and_is_accessible(serve_once: Callable[..., Any], page: Any) -> None:
     open_images(page, serve_once("images").address)
     check_looks(page, OWN)
-    page.set_viewport_size({"width": 1280, "height": 1000})
     page.get_by_label("Prompt").fill("two purple squares")
     page.get_by_label("Seed").fill("7")
     page.locator("#generate").click()
@@ -115,7 +114,6 @@ def test_captions_page_shows_both_responses_and_shaded_tokens_and_is_accessible(
     assert response.is_visible() and len(response.inner_text()) > 10
     assert page.locator(".shading .shade").count() > 5
     check_looks(page, OWN)
-    page.set_viewport_size({"width": 1280, "height": 1000})
     page.get_by_role("tab", name="OCR model").click()
     page.locator(".examples:visible button").nth(1).click()
     page.wait_for_function(

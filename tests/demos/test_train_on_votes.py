@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.store import VoteStore
-from dpo_mm.labels.vote_training import MIN_WINNERS, STAGE, read_record
+from dpo_mm.labels.vote_training import MIN_WINNERS, STAGE, read_record, run_progress
 from tests.demos.test_accessibility import OWN, check_looks
 from tests.demos.test_label_page import begin, press
 
@@ -28,8 +29,8 @@ def wait_until(done: Callable[[], bool], folder: Path) -> None:
     """Wait for the training in `folder`. One that fails, or takes too long, fails the test."""
     deadline = time.monotonic() + 300
     while not done():
-        output = (folder / "output.txt").read_text()[-2000:] if (folder / "output.txt").exists() else ""
-        assert read_record(folder / STAGE).get("stage") != "failed" and time.monotonic() < deadline, output
+        failed = read_record(folder / STAGE).get("stage") == "failed" or time.monotonic() > deadline
+        assert not failed, (folder / "output.txt").read_text()[-2000:]
         time.sleep(0.02)
 
 
@@ -46,8 +47,10 @@ def test_page_trains_on_votes_survives_a_kill_and_offers_the_next_pairs(
     (tmp_path / "train.yaml").write_text(
         "model: shapes-sd\nsteps: 8\nbatch_size: 2\nlora_rank: 2\nsave_steps: 1\nlogging_steps: 1\n"
     )
-    # The browser remembers the name per address, so the restarted page needs the same port.
-    command = ("label", "--train", "train.yaml", "--max-prompts", "2", "--num-inference-steps", "2", "--port", PORT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])  # a browser remembers the name per port, so the restarted page needs the same
+    command = ("label", "--train", "train.yaml", "--max-prompts", "2", "--num-inference-steps", "2", "--port", port)
     server = serve(*command)
     address = lambda: re.search(r"Open (http://\S+)", server.process.stdout)[1]  # type: ignore[index]
     folder = tmp_path / "labels-training" / "1"
@@ -69,9 +72,8 @@ def test_page_trains_on_votes_survives_a_kill_and_offers_the_next_pairs(
     page.get_by_text("Train on the votes").click()
     page.locator("#train").wait_for()
     check_looks(page, OWN)
-    page.set_viewport_size({"width": 1280, "height": 1000})
     page.locator("#train").click()
-    wait_until(lambda: any((folder / "tuned").glob("checkpoint-*")), folder)
+    wait_until(lambda: "step" in run_progress(folder / "tuned"), folder)
     worker = int(read_record(folder / STAGE)["process"])
     os.kill(worker, signal.SIGSTOP)  # the page looks every two seconds, and the training must not end before
     page.get_by_text(re.compile("Training: step [1-9]")).wait_for()

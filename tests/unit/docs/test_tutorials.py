@@ -42,7 +42,7 @@ SMALLER: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "first-lora": (
         ("range(200)", "range(24)"),
-        ("--steps 120", "--steps 2 --warmup-steps 1"),
+        ("--steps 120", "--steps 2 --warmup-steps 1 --batch-size 4"),
         ("--max-prompts 36 ", ""),
         *IMAGES,
         ("num_inference_steps=15", "num_inference_steps=2"),
@@ -50,19 +50,19 @@ SMALLER: dict[str, tuple[tuple[str, str], ...]] = {
     "ocr": (
         ("limit=400", "limit=24"),
         ("--steps 40", "--steps 2 --batch-size 4"),
-        ("--max-questions 200", "--max-questions 8 --max-new-tokens 100"),
+        ("--max-questions 200", "--max-questions 8 --max-new-tokens 40"),
         ("--max-questions 400", "--max-questions 24 --max-new-tokens 100"),
         ("limit=24", "limit=2"),
     ),
     "public-dataset": (
         ("range(320)", "range(48)"),
-        ("--steps 100", "--steps 2 --warmup-steps 1"),
+        ("--steps 100", "--steps 2 --warmup-steps 1 --batch-size 4"),
         *IMAGES,
         ("num_inference_steps=15", "num_inference_steps=2"),
     ),
     "votes": (
         ("[::12]", "[::40]"),
-        ("--steps 80", "--steps 2 --warmup-steps 1"),
+        ("--steps 80", "--steps 2 --warmup-steps 1 --batch-size 4"),
         *IMAGES,
         ("num_inference_steps=15", "num_inference_steps=2"),
     ),
