@@ -18,7 +18,13 @@ from dpo_mm.training.builders import validate_config
 from dpo_mm.training.run import train
 from tests.unit.training.test_trainer import config, first_difference, weights
 
-EVALUATED: dict[str, Any] = {"steps": 6, "eval_every": 1, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
+EVALUATED: dict[str, Any] = {
+    "steps": 6,
+    "eval_fraction": 0.34,
+    "eval_every": 1,
+    "metric_for_best_model": "eval_loss",
+    "learning_rate": 0.3,
+}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +60,7 @@ def test_result_is_that_of_the_run_that_ends_at_the_best_step(tiny_model: str, p
     best = min(losses, key=lambda step: losses[step])
     assert 1 <= best < max(losses) == best + 2 < 6, losses
     assert result.settings["result"].startswith(f"weights of step {best}, whose eval_loss is best")
-    short = train(config(tiny_model, pairs, str(tmp_path / "short"), steps=best, learning_rate=0.3))
+    short = train(config(tiny_model, pairs, str(tmp_path / "short"), steps=best, learning_rate=0.3, eval_fraction=0.34))
     assert first_difference(weights(result.folder), weights(short.folder)) is None
     assert train(config(tiny_model, pairs, str(tmp_path / "best"), **EVALUATED, early_stopping_patience=2)).history == (
         result.history

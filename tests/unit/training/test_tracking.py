@@ -41,7 +41,7 @@ def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
 @pytest.mark.slow
 def test_tensorboard_has_the_log_and_training_is_unchanged(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """It catches a tracker that draws random numbers, and curves under other names or steps."""
-    plain = train(config(tiny_model, pairs, str(tmp_path / "plain"), steps=2))
+    plain = train(config(tiny_model, pairs, str(tmp_path / "plain"), steps=2, eval_fraction=0.34))
     plans: list[dict[str, str]] = []
 
     def show_plan(summary: dict[str, str]) -> None:
@@ -49,7 +49,8 @@ def test_tensorboard_has_the_log_and_training_is_unchanged(tiny_model: str, pair
         assert not list((tmp_path / "tracked").glob("*.safetensors"))  # before anything is trained
 
     tracked = train(
-        config(tiny_model, pairs, str(tmp_path / "tracked"), steps=2, report_to=("tensorboard",)), show_plan=show_plan
+        config(tiny_model, pairs, str(tmp_path / "tracked"), steps=2, eval_fraction=0.34, report_to=("tensorboard",)),
+        show_plan=show_plan,
     )
     assert plans == [tracked.settings]
     assert first_difference(weights(plain.folder), weights(tracked.folder)) is None and plain.history == tracked.history
@@ -63,7 +64,9 @@ def test_tensorboard_has_the_log_and_training_is_unchanged(tiny_model: str, pair
                     value, rel=1e-6
                 )
     assert {"train/loss", "train/rewards/accuracies", "eval/loss"} <= set(scalars)
-    again = train(config(tiny_model, pairs, str(tmp_path / "tracked"), steps=2), show_plan=plans.append)
+    again = train(
+        config(tiny_model, pairs, str(tmp_path / "tracked"), steps=2, eval_fraction=0.34), show_plan=plans.append
+    )
     assert again.history == tracked.history and len(plans) == 2  # finished: without a tracker too
 
 
@@ -113,7 +116,7 @@ def test_other_trackers_have_the_log_on_this_machine(
     tracker: str, read: Callable[[Path], list[dict[str, float]]], tiny_model: str, pairs: str, tmp_path: Path,
 ) -> None:  # fmt: skip
     pytest.importorskip(tracker)
-    plain = config(tiny_model, pairs, str(tmp_path / "plain"), steps=2, eval_fraction=0.0)
+    plain = config(tiny_model, pairs, str(tmp_path / "plain"), steps=2)
     history = train(plain).history
     places = {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "TRACKIO_DIR": tmp_path}
     places |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}

@@ -38,7 +38,7 @@ def config(model: str, pairs: str, out: str, **changes: Any) -> TrainConfig:
         batch_size=2,
         log_every=1,
         learning_rate=1e-3,
-        eval_fraction=0.34,
+        eval_fraction=0.0,
     )
     return dataclasses.replace(default, **changes)
 
@@ -58,7 +58,7 @@ def losses(result: TrainResult) -> list[float]:
 
 
 def test_run_starts_at_ln_2_and_logs_train_and_eval_metrics(tiny_model: str, pairs: str, out: str) -> None:
-    result = train(config(tiny_model, pairs, out))
+    result = train(config(tiny_model, pairs, out, eval_fraction=0.34))
     first = result.history[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert (first["rewards/accuracies"], first["rewards/margins"], first["errors/chosen"]) == (0.5, 0.0, 1.0)
@@ -78,7 +78,9 @@ def test_log_history_has_the_mean_log_probs_of_the_policy_for_train_and_eval(
 
     Mutations that it catches: log-probs of the reference, swapped sides, whole errors instead of half, a sum for the mean.
     """
-    settings = config(tiny_model, pairs, out, steps=2, save_every=1, learning_rate=3e-2, schedule="constant")
+    settings = config(
+        tiny_model, pairs, out, steps=2, save_every=1, learning_rate=3e-2, schedule="constant", eval_fraction=0.34
+    )
     history = train(settings).history
     policy = load_policy(tiny_model)
     splits = encode_splits(policy, settings)
@@ -156,7 +158,9 @@ def test_sdpo_scales_the_rejected_gradient_by_the_residual_of_the_policy(tiny_mo
 @pytest.mark.slow
 def test_resumed_run_gives_the_same_bits(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """4 steps, then resumed to 9, equal 9 steps, with accumulation, into the second epoch of the rows."""
-    whole_config = config(tiny_model, pairs, str(tmp_path / "whole"), steps=9, save_every=4, accumulate=2)
+    whole_config = config(
+        tiny_model, pairs, str(tmp_path / "whole"), steps=9, save_every=4, accumulate=2, eval_fraction=0.34
+    )
     whole = train(whole_config)
     cut_config = dataclasses.replace(whole_config, output_dir=str(tmp_path / "cut"), steps=4)
     train(cut_config)
@@ -220,7 +224,16 @@ def test_resume_allows_new_batch_size_if_pairs_per_step_match(tiny_model: str, p
 @pytest.mark.slow
 def test_precomputed_reference_gives_the_same_run_as_online(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     online, precomputed = (
-        train(config(tiny_model, pairs, str(tmp_path / reference), fixed_draws_per_row=2, reference=reference))
+        train(
+            config(
+                tiny_model,
+                pairs,
+                str(tmp_path / reference),
+                fixed_draws_per_row=2,
+                reference=reference,
+                eval_fraction=0.34,
+            )
+        )
         for reference in ("auto", "precomputed")
     )
     assert losses(online) == losses(precomputed)
@@ -339,7 +352,7 @@ def test_invalid_setting_is_named_in_the_error(
 
 
 def test_dry_run_prints_beta_in_every_convention(tiny_model: str, pairs: str, out: str) -> None:
-    summary = dry_run(config(tiny_model, pairs, out))
+    summary = dry_run(config(tiny_model, pairs, out, eval_fraction=0.34))
     assert (
         "5000 in the Diffusion-DPO authors' convention = 2500 in diffusers' script = 4.88 on summed"
         in summary["effective beta"]
