@@ -49,7 +49,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(model: str, pairs: str, folder: Path, **more: object) -> TrainConfig:
-    given = {"beta": 0.1, "steps": 4, "batch_size": 2, "log_every": 1, "eval_fraction": 0.25, "learning_rate": 1e-2}
+    given = {"beta": 0.1, "steps": 4, "batch_size": 2, "log_every": 1, "eval_fraction": 0.0, "learning_rate": 1e-2}
     return TrainConfig(model=model, pairs=pairs, output_dir=str(folder), **{**given, **more})  # type: ignore[arg-type]
 
 
@@ -202,9 +202,10 @@ def test_reference_cache_is_reused_by_the_next_run(
 
 
 def test_split_is_by_image_if_all_prompts_are_equal(model: str, pairs: str, tmp_path: Path) -> None:
-    trained = train(config(model, pairs, tmp_path))
+    settings = config(model, pairs, tmp_path, eval_fraction=0.25)
+    trained = train(settings)
     assert any("eval_rewards/chosen" in entry for entry in trained.history)
-    assert dry_run(config(model, pairs, tmp_path))["pairs"].endswith("6 to train on")
+    assert dry_run(settings)["pairs"].endswith("6 to train on")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,7 @@ NOT_OF_TEXT = {"linear", "mapo", "symmetric_image", "tdpo"}
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - NOT_OF_TEXT))
 def test_objective_trains_text(objective: str, model: str, pairs: str, tmp_path: Path) -> None:
-    given = {"objective": objective, "steps": 2, "eval_fraction": 0.0, "pair_layout": "shared_prefix"}
+    given = {"objective": objective, "steps": 2, "pair_layout": "shared_prefix"}
     trained = train(config(model, pairs, tmp_path, **given))
     assert all(math.isfinite(entry["loss"]) for entry in trained.history if "loss" in entry)
 
