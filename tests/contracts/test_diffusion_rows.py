@@ -18,6 +18,7 @@ from dpo_mm.data.schema import make_image_rows, split_by_prompt
 from dpo_mm.policies.adapters import check_lora_format
 from dpo_mm.policies.families import load_policy
 from dpo_mm.training.encoding import encode
+from dpo_mm.training.run import train
 from tests.conftest import noise_image, rows
 from tests.contracts.families import BUILDERS, WORDS
 from tests.contracts.test_diffusion import config, first_step
@@ -228,14 +229,9 @@ def test_unsupported_lora_format_raises(changes: dict[str, Any], prefix: str | N
         check_lora_format(config(**changes), prefix, family="Mystery")
 
 
-def test_training_on_edits_writes_an_adapter(
-    kontext: str, write_pairs: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dpo_mm.training import run
-
-    monkeypatch.setattr(run, "build_policy", lambda config: load_policy(kontext, resolution=32))
+def test_training_on_edits_writes_an_adapter(kontext: str, write_pairs: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = run.train(
+    result = train(
         TrainConfig(
             model=kontext,
             pairs=write_pairs(edit_rows(4)),
@@ -243,6 +239,7 @@ def test_training_on_edits_writes_an_adapter(
             steps=2,
             batch_size=2,
             eval_fraction=0.0,
+            resolution=32,
         )
     )
     assert (out / "pytorch_lora_weights.safetensors").exists()
