@@ -1,15 +1,16 @@
-"""Run commands in separate processes that are forked from one that has already imported everything.
+"""Run commands in separate processes that are forked from one that has already imported everything (see fork_server.py).
 
-That process is multiprocessing's fork server. It only imports, so a command starts from the state of a new interpreter:
-no test has patched, seeded or opened anything in it. Each command also has at least one test of `python -m dpo_mm` itself.
+Each command also has at least one test of `python -m dpo_mm` itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
+import pickle
 import runpy
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import, so it is set before the fork
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.warm"])
+from tests import fork_server
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the fork server reads it when it imports
 
 
 def command() -> None:
@@ -35,23 +36,6 @@ def script() -> None:
     """Run a script, as `python FILE ...` does. The file is the first argument."""
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def _start(
-    call: Callable[[], None], argv: list[str], folder: str, environment: dict[str, str], outputs: tuple[str, str]
-) -> None:
-    os.setsid()
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    for number, path in enumerate(outputs, start=1):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, number)
-        os.close(descriptor)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    sys.argv, sys.path[0] = argv, folder
-    call()
 
 
 class Forked:
@@ -74,11 +58,17 @@ class Forked:
         self._outputs = Path(self._folder.name) / "stdout", Path(self._folder.name) / "stderr"
         for path in self._outputs:
             path.touch()
-        argv = list(arguments) if call is script else ["dpo-mm", *arguments]
-        target_arguments = (call, argv, str(cwd or Path.cwd()), dict(os.environ if env is None else env))
-        self._process = CONTEXT.Process(target=_start, args=(*target_arguments, tuple(map(str, self._outputs))))
-        self._process.start()
-        self.pid = int(self._process.pid or 0)
+        request = fork_server.Request(
+            call,
+            argv=list(arguments) if call is script else ["dpo-mm", *arguments],
+            folder=str(cwd or Path.cwd()),
+            environment=dict(os.environ if env is None else env),
+            outputs=(str(self._outputs[0]), str(self._outputs[1])),
+        )
+        self._connection = fork_server.connect()
+        self._connection.sendall(pickle.dumps(request))
+        self._status: int | None = None
+        self.pid = fork_server.receive(self._connection)
 
     @property
     def stdout(self) -> str:
@@ -88,16 +78,20 @@ class Forked:
     def stderr(self) -> str:
         return self._outputs[1].read_text()
 
-    def poll(self) -> int | None:
-        return self._process.exitcode
+    def poll(self, timeout: float = 0) -> int | None:
+        """Return the exit status, or None if the process is still running after `timeout` seconds."""
+        if self._status is None and select.select([self._connection], [], [], timeout)[0]:
+            self._status = fork_server.receive(self._connection)
+            self._connection.close()
+        return self._status
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.join()
+        self.send_signal(signal.SIGKILL)
+        self.poll(60)
 
     def wait(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Wait for the process and return its exit status (negative for a signal) and its output.
@@ -105,8 +99,7 @@ class Forked:
         Raises:
             TimeoutExpired: if it is still running after `timeout` seconds. It is killed then.
         """
-        self._process.join(timeout)
-        status = self.poll()
+        status = self.poll(timeout)
         if status is None:
             self.kill()
             raise subprocess.TimeoutExpired(str(self.pid), timeout, self.stdout, self.stderr)
