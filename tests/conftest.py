@@ -22,8 +22,8 @@ LONGEST = ("end_to_end", "demos", "recipes", "reliability", "contracts")
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Return the number of workers for `-n logical`: one more than cores, because those of the pages wait for a browser."""
-    return min(4, len(os.sched_getaffinity(0)) + 1)
+    """Return the number of workers for `-n logical`. One more than cores would take longer: each worker imports for 20 s."""
+    return min(4, len(os.sched_getaffinity(0)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

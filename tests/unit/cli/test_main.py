@@ -15,6 +15,7 @@ from dpo_mm.cli.command_settings import parse_overrides
 from dpo_mm.cli.main import app, main
 from dpo_mm.cli.terminal import run_as_command
 from dpo_mm.sources import SOURCES
+from tests import forked
 
 
 def commands(words: tuple[str, ...] = (), command: Any = None) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -170,9 +171,7 @@ def test_python_m_dpo_mm_is_the_command(tmp_path: Path) -> None:
 def test_train_dry_run_prints_the_plan_and_writes_nothing(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {tiny_model}\npairs: {pairs}\noutput_dir: {tmp_path}/out\n")
-    command = [sys.executable, "-m", "dpo_mm", "train", str(recipe), "--steps", "7", "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = forked.run("train", str(recipe), "--steps", "7", "--dry-run", check=True)
     assert "effective beta" in done.stdout and "7 of 4 x 1 pairs" in done.stdout and "reduction" in done.stdout
     assert not (tmp_path / "out").exists()
 
