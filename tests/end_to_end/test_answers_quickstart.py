@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dpo_mm.assets import resolve_asset
 from dpo_mm.data.questions import read_questions
 from dpo_mm.policies.families import load_policy
+from tests import forked
 from tests.end_to_end import beside_bars
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
-    "captioner": ["-m", "dpo_mm", "quickstart", "--task", "captioner"],
+    "captioner": ["quickstart", "--task", "captioner"],
     "ocr": [
         str(ROOT / "recipes" / "ocr.py"),
         *("--preset", "quickstart", "--output-dir", "runs/quickstart"),
@@ -41,10 +40,8 @@ TASKS = {"captioner": ("shapes-captioner", "scenes-held-out", 48), "ocr": ("page
 def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Any]]:
     empty = tmp_path_factory.mktemp("empty")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DPO_MM_CACHE": str(empty / "cache")}
-    done = subprocess.run(
-        [sys.executable, *COMMANDS[request.param]], cwd=empty, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    call = forked.script if request.param == "ocr" else forked.command
+    done = forked.run(*COMMANDS[request.param], call=call, cwd=empty, env=environment, check=True)
     assert beside_bars(done.stderr) == []
     assert "Verdict: better" in done.stdout and ("Next" in done.stdout) == (request.param == "captioner")
     folder = empty / "runs" / "quickstart"
