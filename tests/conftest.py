@@ -21,9 +21,13 @@ LONGEST = ("end_to_end", "demos", "recipes", "reliability", "contracts")
 """Test folders, slowest first."""
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Return the number of workers for `-n logical`. One more than cores would take longer: each worker imports for 20 s."""
-    return min(4, len(os.sched_getaffinity(0)))
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return the number of workers for `-n logical`: cores for the quick tests, and one more for all.
+
+    Each worker imports for 20 s, and slow tests of pages and servers wait for other processes.
+    """
+    cores = len(os.sched_getaffinity(0))
+    return min(4, cores if "not slow" in config.option.markexpr else cores + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
