@@ -29,6 +29,8 @@ NAMES = {
     "dpo, beta 100": "DPO, beta 100",
     "dpo, rate 2e-3": "DPO, learning rate 2e-3",
     "sft, rate 2e-3": "SFT, learning rate 2e-3",
+    "dpo, 280 pairs": "DPO, 280 of the pairs",
+    "sft, 280 pairs": "SFT, 280 of the pairs",
 }
 """Arms in the order of the table, and their names in it. Other arms follow under their own names."""
 AGAINST = (
@@ -38,6 +40,11 @@ AGAINST = (
     ("sft, then dpo, sft term", "sft, then more sft"),
     ("sft, then dpo, sft term", "sft"),
     ("dpo, rate 2e-3", "sft, rate 2e-3"),
+    ("dpo, rate 2e-3", "dpo"),
+    ("dpo, beta 100", "dpo"),
+    ("dpo, 280 pairs", "sft, 280 pairs"),
+    ("dpo, 280 pairs", "dpo"),
+    ("sft, 280 pairs", "sft"),
 )
 """Arms that are compared with each other."""
 
