@@ -19,7 +19,7 @@ import pytest
 from tests import forked
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-"""Programs, the lightest first. A browser with windows takes four times the CPU time for each of them."""
+"""Programs, the lightest first."""
 CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
 MISSING += [] if CHROMIUM else ["Chromium"]
@@ -96,10 +96,7 @@ def chromium(browser_installed: None) -> Iterator[Any]:
 
 @pytest.fixture
 def browser(chromium: Any) -> Iterator[Any]:
-    """The Chromium of the session.
-
-    The windows that a test opened are closed after it, because a page whose server has ended tries to reach it all the time.
-    """
+    """The Chromium of the session. The windows that a test opened are closed after it."""
     yield chromium
     for context in chromium.contexts:
         context.close()

@@ -24,7 +24,7 @@ LONGEST = ("end_to_end", "demos", "recipes", "reliability", "contracts")
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return the number of workers for `-n logical`: cores for the quick tests, and one more for all.
 
-    Each worker imports for 20 s, and slow tests of pages and servers wait for other processes.
+    Each worker imports all libraries, which takes long, and slow tests of pages and servers wait for other processes.
     """
     cores = len(os.sched_getaffinity(0))
     return min(4, cores if "not slow" in config.option.markexpr else cores + 1)
@@ -41,9 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Set the number of threads, and exclude imported modules and collected tests from garbage collection.
+    """Set the number of threads (see tests/__init__.py), and exclude what is in memory from garbage collection.
 
-    Otherwise the gc.collect() of a short training run takes a third of its time.
+    If all imported modules and collected tests were visited, gc.collect() would take a third of a short training run.
     """
     import torch
 

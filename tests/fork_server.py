@@ -50,7 +50,7 @@ def connect() -> socket.socket:
     """
     run, owner = os.environ.get("PYTEST_XDIST_TESTRUNUID"), os.getppid()
     if run is None:
-        run = owner = os.getpid()  # type: ignore[assignment]
+        run, owner = str(os.getpid()), os.getpid()
     folder = Path(tempfile.gettempdir()) / f"dpo-mm-tests-{run}"
     folder.mkdir(mode=0o700, exist_ok=True)
     with FileLock(folder / "lock"):

@@ -332,7 +332,7 @@ def test_saved_adapter_gives_the_same_outputs_in_upstream_classes(family: str, t
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_raise_the_delta_with_and_without_checkpointing(family: str) -> None:
     curves = []
-    for checkpointing, steps in ((False, 10), (True, 2)):
+    for checkpointing, steps in ((False, 10), (True, 4)):
         policy = policy_of(family, trained=False, gradient_checkpointing=checkpointing)
         batch = policy.collate(policy.encode(rows(family, images_per_row(family)))[:1])
         policy.model.train()
@@ -347,7 +347,7 @@ def test_ten_steps_raise_the_delta_with_and_without_checkpointing(family: str) -
             optimizer.step()
         curves.append(torch.tensor(curve))
     assert curves[0][0] == 0 and (curves[0].diff() > 0).all() and curves[0][-1] > 1
-    torch.testing.assert_close(curves[0][:2], curves[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(curves[0][:4], curves[1], rtol=1e-3, atol=1e-3)
 
 
 # The language-model head
