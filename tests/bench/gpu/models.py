@@ -25,7 +25,7 @@ _VAE = {"block_out_channels": (4, 4, 4, 4), "layers_per_block": 1, "norm_num_gro
 TINY_SIZES = {
     "sd15": Size(
         64,
-        {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
          "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 32,
          "attention_head_dim": 2},
         _VAE,
