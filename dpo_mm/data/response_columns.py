@@ -22,10 +22,10 @@ def check_columns_are_read(rows: Dataset, path: str) -> None:
     Raises:
         ValueError: if a column has videos or audio, a system prompt, or images under another name.
     """
-    for name in rows.column_names:
+    for name, feature in rows.features.items():
         if name in IMAGE_COLUMNS:
             continue
-        kind = _kind(rows.features[name])
+        kind = _kind(feature)
         if name in MEDIA_COLUMNS or kind in ("Video", "Audio"):
             reason = "has video or audio. Only text and image are supported. Remove the column"
         elif name in IMAGES_ELSEWHERE or kind == "Image":

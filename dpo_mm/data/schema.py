@@ -245,11 +245,15 @@ def validate(rows: Dataset, *, dataset_name: str) -> Dataset:
             )
         if not isinstance(prompt, str):
             raise ValueError(f"{dataset_name}, row {number}: prompt is {prompt!r}. Expected text")
+    features = rows.features  # each access copies them
     for column in ("image_a", "image_b", *(["image_source"] if "image_source" in rows.column_names else [])):
-        feature = rows.features[column]
+        feature = features[column]
+        is_list = column == "image_source" and isinstance(feature, List)
+        expected = List(Image()) if is_list else Image()
+        if feature == expected:
+            continue
         try:
-            is_list = column == "image_source" and isinstance(feature, List)
-            rows = rows.cast_column(column, List(Image()) if is_list else Image())
+            rows = rows.cast_column(column, expected)
         except Exception as error:  # Arrow raises a different class for each pair of types
             raise ValueError(
                 f"{dataset_name}: column {column!r} contains {feature}. Expected images, as {{bytes, path}} or as paths"
@@ -266,25 +270,33 @@ def _check_numbers(rows: Dataset, dataset_name: str) -> Dataset:
     import numpy as np
     from datasets import Value
 
-    for column in sorted(RANGES.keys() & set(rows.column_names)):
-        low, high = RANGES[column]
-        expected = "a finite number" if low < 0 else f"a number of at least 0{' and at most 1' if high == 1 else ''}"
+    columns = sorted(RANGES.keys() & set(rows.column_names))
+    features = rows.features
+    for column in columns:
         kind = "int64" if column.startswith("votes") else "float64"
-        if getattr(rows.features[column], "dtype", None) != kind:
+        if getattr(features[column], "dtype", None) != kind:
             try:
                 rows = rows.cast_column(column, Value(kind))
             except Exception as error:  # Arrow raises a different class for each pair of types
                 raise ValueError(
-                    f"{dataset_name}: column {column!r} contains {rows.features[column]}. Expected {expected} per row"
+                    f"{dataset_name}: column {column!r} contains {features[column]}. Expected {_range(column)} per row"
                 ) from error
-        table = rows.select_columns([column]).with_format("arrow")[:][column]
-        values = table.fill_null(0).to_numpy().astype(np.float64)
+    table = rows.select_columns(columns).with_format("arrow")[:]
+    for column in columns:
+        low, high = RANGES[column]
+        values = table[column].fill_null(0).to_numpy().astype(np.float64)
         wrong = np.flatnonzero(~np.isfinite(values) | (values < low) | (values > high))
         if len(wrong):
             raise ValueError(
-                f"{dataset_name}, row {wrong[0]}: {column} is {values[wrong[0]]:g}. Expected {expected}, or null if it is unknown"
+                f"{dataset_name}, row {wrong[0]}: {column} is {values[wrong[0]]:g}. Expected {_range(column)}, or null if it is "
+                "unknown"
             )
     return rows
+
+
+def _range(column: str) -> str:
+    low, high = RANGES[column]
+    return "a finite number" if low < 0 else f"a number of at least 0{' and at most 1' if high == 1 else ''}"
 
 
 def _require_columns(rows: Dataset, columns: tuple[str, ...], dataset_name: str) -> None:
