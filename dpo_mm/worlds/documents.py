@@ -13,7 +13,6 @@ system font is needed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -22,12 +21,11 @@ import string
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from dpo_mm.worlds.faces import FACES, OVERSAMPLE, font_of, measure
 from dpo_mm.worlds.prose import HEADERS, HELD_OUT_PASSAGES, LABELS, PASSAGES, TITLES, WORDS
 
 WIDTH, HEIGHT = 80, 80
@@ -37,17 +35,8 @@ FORMS = ("text", "json")
 PROMPTS = {"text": "Transcribe this page.", "json": "Transcribe this page as JSON with header, body and footer."}
 CHARACTERS = "\n " + string.ascii_letters + string.digits + ".,;:!?'\"-—()" + "{}\\"
 SIZES = (9, 10)
-FACES = {
-    "sans": "DejaVuSans.ttf",
-    "sans bold": "DejaVuSans-Bold.ttf",
-    "serif": "DejaVuSerif.ttf",
-    "serif italic": "DejaVuSerif-Italic.ttf",
-    "mono": "DejaVuSansMono.ttf",
-    "aileron": None,  # Pillow's own
-}
 PAPERS = ((255, 255, 255), (250, 247, 238), (245, 240, 228), (240, 242, 246), (236, 236, 234))
 JITTER = 5  # largest offset of the text from its corner, in pixels
-OVERSAMPLE = 4
 LEADING = 1.28  # distance between lines, in font sizes
 HELD_OUT_DIVISOR = 4  # one line in this many is held out
 LONG_RUN, LOOP_RATE = re.compile(r"([^\n\\]{1,12}?)\1{2,}"), 0.8
@@ -206,29 +195,7 @@ class Column:
 
     def accepts(self, line: str) -> bool:
         """Check if a line fits and belongs to this split."""
-        return self.fits(line) and (zlib.crc32(line.encode()) % HELD_OUT_DIVISOR == 0) == self.held_out
-
-
-def measure(line: str, face: str, size: int) -> float:
-    """Width of a line in pixels.
-
-    Raises:
-        ValueError: if the face is unknown or its file is missing.
-    """
-    return _font(face, size * OVERSAMPLE).getlength(line) / OVERSAMPLE
-
-
-@functools.cache
-def _font(face: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    if face not in FACES:
-        raise ValueError(f"face {face!r} is unknown; expected one of {', '.join(FACES)}")
-    name = FACES[face]
-    if name is None:
-        return ImageFont.load_default(size)
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", name)
-    if not path.is_file():
-        raise ValueError(f"face {face!r}: {path} is missing. Restore it with pip install --force-reinstall matplotlib.")
-    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+        return (zlib.crc32(line.encode()) % HELD_OUT_DIVISOR == 0) == self.held_out and self.fits(line)
 
 
 def _prose(rng: np.random.Generator, column: Column, count: int) -> list[str]:
@@ -361,7 +328,7 @@ def render(page: DocumentPage) -> Image.Image:
     large = (page.width * OVERSAMPLE, page.height * OVERSAMPLE)
     mask = Image.new("L", large)
     pen = ImageDraw.Draw(mask)
-    font = _font(page.face, page.size * OVERSAMPLE)
+    font = font_of(page.face, page.size * OVERSAMPLE)
     for x, y, line in _positioned_lines(page):
         pen.text((x * OVERSAMPLE, y * OVERSAMPLE), line, fill=255, font=font, anchor="lm")
     rotated = mask.rotate(page.skew, Image.Resampling.BICUBIC)
