@@ -23,6 +23,8 @@ from dpo_mm.policies.vlm.generation import response_token_log_probs, stream_resp
 
 EXAMPLES = 12
 """Number of examples per model."""
+TRIED_TOGETHER = 24
+"""Number of questions that the base model answers at once, until it has failed on enough of them."""
 MAX_PROMPT_LENGTH = 1000
 FULL_SHADE = 3.0
 """Absolute log-ratio of a token, in nats, from which its shade is full."""
@@ -100,20 +102,29 @@ def load(
     policy = load_text_policy(model, precision=precision, adapter=adapter)
     available = read_questions(questions, limit=100) if questions else []
     shuffled = random.Random(0).sample(available, len(available))
-    failures = base_failures(policy, shuffled, judge, max_new_tokens)[: EXAMPLES // 2] if failures_first else []
+    failures = base_failures(policy, shuffled, judge, max_new_tokens, count=EXAMPLES // 2) if failures_first else []
     others = [question for question in shuffled if question not in failures]
     examples = (*failures, *others)[:EXAMPLES]
     return DemoModel(f"{model} and {adapter}", policy, examples, judge, max_new_tokens, len(failures))
 
 
-def base_failures(policy: Any, questions: Sequence[Question], judge: str, max_new_tokens: int) -> list[Question]:
-    """Return the questions for which the judge finds a mistake in the base model's greedy response."""
-    images, prompts = [question.images for question in questions], [question.prompt for question in questions]
-    with policy.base_weights():
-        responses = policy.generate(images, prompts, max_new_tokens=max_new_tokens, do_sample=False, batch_size=100)
-    return [
-        q for q, response in zip(questions, responses, strict=True) if explain(judge, response, q.ground_truth).reason
-    ]
+def base_failures(
+    policy: Any, questions: Sequence[Question], judge: str, max_new_tokens: int, *, count: int
+) -> list[Question]:
+    """Return the first `count` questions for which the judge finds a mistake in the base model's greedy response."""
+    failures: list[Question] = []
+    for start in range(0, len(questions), TRIED_TOGETHER):
+        tried = questions[start : start + TRIED_TOGETHER]
+        images, prompts = [question.images for question in tried], [question.prompt for question in tried]
+        with policy.base_weights():
+            responses = policy.generate(
+                images, prompts, max_new_tokens=max_new_tokens, do_sample=False, batch_size=TRIED_TOGETHER
+            )
+        answered = zip(tried, responses, strict=True)
+        failures += [q for q, response in answered if explain(judge, response, q.ground_truth).reason]
+        if len(failures) >= count:
+            break
+    return failures[:count]
 
 
 @dataclass(frozen=True)
