@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 pytest_plugins = ("tests.browser",)
+gc.disable()  # until the tests are collected: imports leave nothing to collect, and each collection visits all modules
 LONGEST = ("end_to_end", "demos", "recipes", "reliability", "contracts")
 """Test folders, slowest first."""
 
@@ -48,6 +49,7 @@ def pytest_collection_finish() -> None:
     import torch
 
     torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else min(2, torch.get_num_threads()))
+    gc.enable()
     gc.collect()
     gc.freeze()
 

@@ -9,6 +9,7 @@ import pkgutil
 
 import dpo_mm
 
+gc.disable()  # imports leave nothing to collect, and each collection would visit all modules
 for package_module in pkgutil.walk_packages(dpo_mm.__path__, "dpo_mm."):
     if not package_module.name.endswith("__main__"):
         importlib.import_module(package_module.name)
@@ -33,4 +34,5 @@ for name in (
 ):  # these libraries import their members at first access
     module, _, member = name.partition(":")
     getattr(importlib.import_module(module), member)
+gc.enable()
 gc.freeze()  # otherwise garbage collection in a forked process would visit, and so copy, all of this
