@@ -5,10 +5,12 @@ Tests with these fixtures are skipped if Gradio, Playwright or Chromium is missi
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests import forked
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 """Programs, the lightest first."""
+VIEWPORT = {"width": 1280, "height": 1000}
 CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
 MISSING += [] if CHROMIUM else ["Chromium"]
@@ -52,13 +55,25 @@ class Server:
         self.process.kill()
 
 
+def free_port() -> int:
+    """The first free port of those of this process. So most pages of a session have the same address, one after the other."""
+    first = 20_000 + os.getpid() % 120 * 100
+    for port in range(first, first + 100):
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                listener.bind(("127.0.0.1", port))
+                return port
+    raise OSError(f"no port from {first} is free")
+
+
 @pytest.fixture
 def serve(browser_installed: None, tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Start a page, and stop it after the test."""
     servers: list[Server] = []
 
     def start(*arguments: str) -> Server:
-        servers.append(Server(*arguments, folder=tmp_path))
+        servers.append(Server(*arguments, "--port", str(free_port()), folder=tmp_path))
         return servers[-1]
 
     yield start
@@ -94,24 +109,64 @@ def chromium(browser_installed: None) -> Iterator[Any]:
         chromium.close()
 
 
+class Window:
+    """A window of Chromium that tests use one after the other. It still has Gradio's scripts, read and compiled."""
+
+    def __init__(self, chromium: Any) -> None:
+        self._chromium = chromium
+        self.context: Any = None
+
+    def open(self) -> Any:
+        """Return its page, without cookies, stored data, other tabs and another look."""
+        if self.context is None:
+            self.context = self._chromium.new_context(viewport=VIEWPORT)
+            page = self.context.new_page()
+            page.set_default_timeout(60_000)
+            return page
+        page, *others = self.context.pages
+        for other in others:
+            other.close()
+        self.context.clear_cookies()
+        page.emulate_media(color_scheme="light")
+        page.set_viewport_size(VIEWPORT)
+        return page
+
+    def leave(self) -> None:
+        """Leave the site, which stores nothing from then on. A window in which that fails is closed."""
+        try:
+            page = self.context.pages[0]
+            if page.url.startswith("http"):
+                page.evaluate("localStorage.clear(), sessionStorage.clear()")
+            page.goto("about:blank")
+        except Exception:
+            self.context.close()
+            self.context = None
+
+
+@pytest.fixture(scope="session")
+def window(chromium: Any) -> Window:
+    return Window(chromium)
+
+
 @pytest.fixture
-def browser(chromium: Any) -> Iterator[Any]:
+def browser(chromium: Any, window: Window) -> Iterator[Any]:
     """The Chromium of the session. The windows that a test opened are closed after it."""
     yield chromium
     for context in chromium.contexts:
-        context.close()
+        if context is not window.context:
+            context.close()
 
 
 @pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A page in a separate window. A dialog on the page fails the test."""
-    context = browser.new_context(viewport={"width": 1280, "height": 1000})
-    page = context.new_page()
-    page.set_default_timeout(60_000)
+def page(window: Window) -> Iterator[Any]:
+    """A page without data of earlier ones. A dialog on the page fails the test."""
+    page = window.open()
     dialogs: list[str] = []
-    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    dismiss = lambda dialog: (dialogs.append(dialog.message), dialog.dismiss())
+    page.on("dialog", dismiss)
     yield page
-    context.close()
+    page.remove_listener("dialog", dismiss)
+    window.leave()
     assert not dialogs
 
 

@@ -25,6 +25,11 @@ pytestmark = pytest.mark.slow
 
 LOOKS = [("light", 1280), ("light", 390), ("dark", 390), ("dark", 1280)]
 OWN = ".html-container, .head, .pair, .ratings"
+END_TRANSITIONS = """async () => {
+  await new Promise(frame => requestAnimationFrame(() => requestAnimationFrame(frame)));
+  for (const animation of document.getAnimations()) if (animation instanceof CSSTransition) animation.finish();
+}"""
+"""JavaScript that ends the transitions of colours, after they have begun."""
 KNOWN: set[str] = set()
 """Rules that Gradio's components break: axe's name of the rule."""
 
@@ -61,7 +66,7 @@ def check_looks(page: Any, own: str | None) -> None:
         page.set_viewport_size({"width": width, "height": 900})
         if own:
             page.evaluate("dark => document.body.classList.toggle('dark', dark)", scheme == "dark")
-        page.wait_for_timeout(250)  # transitions of colours end
+        page.evaluate(END_TRANSITIONS)
         found, others = findings(page, own)
         ours += [f"{scheme} {width}: {finding}" for finding in found]
         assert others <= KNOWN, (scheme, width)

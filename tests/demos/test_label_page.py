@@ -332,8 +332,10 @@ def test_people_vote_by_their_link_under_their_name(
     keys = dict(re.findall(r"^(\w+): http://\S+\?key=(\S+)$", server.process.stdout, re.M))
     assert set(keys) == {"Ada", "Grace"}
     assert page.request.get(server.address).status == 401
-    page.add_init_script("localStorage.setItem('dpo-mm-annotator', 'Grace')")
-    page.goto(f"{server.address.replace('127.0.0.1', '127.0.0.2')}/?key={keys['Ada']}")
+    address = server.address.replace("127.0.0.1", "127.0.0.2")
+    page.goto(address)
+    page.evaluate("localStorage.setItem('dpo-mm-annotator', 'Grace')")
+    page.goto(f"{address}/?key={keys['Ada']}")
     page.locator(".pair").wait_for()
     assert "key" not in page.url and page.locator(".progress-line").inner_text().startswith("Ada")
     page.evaluate("document.querySelector('[data-annotator]').dataset.annotator = 'Grace'")

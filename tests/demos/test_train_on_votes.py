@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,10 +46,7 @@ def test_page_trains_on_votes_survives_a_kill_and_offers_the_next_pairs(
     (tmp_path / "train.yaml").write_text(
         "model: shapes-sd\nsteps: 8\nbatch_size: 2\nlora_rank: 2\nsave_steps: 1\nlogging_steps: 1\n"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])  # a browser remembers the name per port, so the restarted page needs the same
-    command = ("label", "--train", "train.yaml", "--max-prompts", "2", "--num-inference-steps", "2", "--port", port)
+    command = ("label", "--train", "train.yaml", "--max-prompts", "2", "--num-inference-steps", "2")
     server = serve(*command)
     address = lambda: re.search(r"Open (http://\S+)", server.process.stdout)[1]  # type: ignore[index]
     folder = tmp_path / "labels-training" / "1"
