@@ -6,6 +6,7 @@ that kind of work. A change of any of them gives new work, or refuses to go on w
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,7 @@ def check_ingredients(kind: str, parts: Mapping[str, Any]) -> None:
     assert set(parts) == set(INGREDIENTS[kind]), (kind, set(parts) ^ set(INGREDIENTS[kind]))
 
 
+@functools.cache
 def library_versions() -> str:
     """Versions of dpo-mm and of the libraries that decide numbers, as one line."""
     from dpo_mm import __version__

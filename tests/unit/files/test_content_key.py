@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +52,7 @@ JUDGE = (
 
 
 @pytest.fixture
-def world(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def world(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Inputs of stored work, all of which a test may change."""
     model, adapter, images = tmp_path / "model", tmp_path / "adapter", tmp_path / "images"
     shutil.copytree(tiny_model, model)
@@ -67,11 +67,12 @@ def world(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
     monkeypatch.delitem(sys.modules, "key_judge", raising=False)
     cells = {f"image_{side}": {"bytes": None, "path": str(images / f"{n}.png")} for n, side in enumerate("ab")}
     make_image_rows([{"prompt": "a", "preference": "a", "p_a": 0.9, **cells}]).to_parquet(str(tmp_path / "p.parquet"))
-    return SimpleNamespace(
+    yield SimpleNamespace(
         folder=tmp_path, model=model, adapter=adapter, image=images / "0.png", images=images, patch=monkeypatch,
         judge=tmp_path / "key_judge.py", prompts=["a red square"], precision="fp32", sizes=((32, 32),), steps=2,
         pairs=str(tmp_path / "p.parquet"), guidance=5.0, limit=8, temperature=0.0, seed=0, scale=1.0, truth="yes",
     )  # fmt: skip
+    library_versions.cache_clear()
 
 
 def flip(path: Path) -> None:
@@ -85,6 +86,7 @@ def flip(path: Path) -> None:
 def other_version(w: SimpleNamespace) -> None:
     version = importlib.metadata.version
     w.patch.setattr(importlib.metadata, "version", lambda name: "9.9" if name == "tokenizers" else version(name))
+    library_versions.cache_clear()
 
 
 def on_gpu(w: SimpleNamespace) -> None:
