@@ -31,6 +31,14 @@ NAMES = {
     "sft, rate 2e-3": "SFT, learning rate 2e-3",
     "dpo, 280 pairs": "DPO, 280 of the pairs",
     "sft, 280 pairs": "SFT, 280 of the pairs",
+    "dpo, 140 pairs": "DPO, 140 of the pairs",
+    "sft, 140 pairs": "SFT, 140 of the pairs",
+    "dpo, rate 5e-4": "DPO, learning rate 5e-4",
+    "sft, rate 5e-4": "SFT, learning rate 5e-4",
+    "dpo, beta 2000": "DPO, beta 2000",
+    "dpo, K = 4 fixed draws": "DPO, 4 fixed draws per pair",
+    "dpo, chosen rendered": "DPO, chosen drawn exactly",
+    "sft, chosen rendered": "SFT, chosen drawn exactly",
 }
 """Arms in the order of the table, and their names in it. Other arms follow under their own names."""
 AGAINST = (
@@ -45,6 +53,16 @@ AGAINST = (
     ("dpo, 280 pairs", "sft, 280 pairs"),
     ("dpo, 280 pairs", "dpo"),
     ("sft, 280 pairs", "sft"),
+    ("dpo, 140 pairs", "sft, 140 pairs"),
+    ("dpo, 140 pairs", "dpo"),
+    ("sft, 140 pairs", "sft"),
+    ("dpo, rate 5e-4", "dpo"),
+    ("sft, rate 5e-4", "sft"),
+    ("dpo, beta 2000", "dpo"),
+    ("dpo, K = 4 fixed draws", "dpo"),
+    ("dpo, chosen rendered", "dpo"),
+    ("sft, chosen rendered", "sft"),
+    ("dpo, chosen rendered", "sft, chosen rendered"),
 )
 """Arms that are compared with each other."""
 
