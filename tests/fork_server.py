@@ -50,7 +50,7 @@ def connect() -> socket.socket:
     """
     run, owner = os.environ.get("PYTEST_XDIST_TESTRUNUID"), os.getppid()
     if run is None:
-        run, owner = str(os.getpid()), os.getpid()
+        run, owner = os.environ.setdefault("DPO_MM_TEST_RUN", str(os.getpid())), os.getpid()
     folder = Path(tempfile.gettempdir()) / f"dpo-mm-tests-{run}"
     folder.mkdir(mode=0o700, exist_ok=True)
     with FileLock(folder / "lock"):
@@ -97,20 +97,34 @@ def receive(connection: socket.socket) -> int:
 
 def serve(address: str, owner: int) -> None:
     """Fork a process for each request until the owner has ended."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the watching processes
+    ended, wake = socket.socketpair()
+    for end in (ended, wake):
+        end.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake.fileno())  # a byte arrives when a process has ended
+    running: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address + ".new")
         listener.listen(64)
         os.rename(address + ".new", address)
         while _is_running(owner):
-            if select.select([listener], [], [], 1)[0]:
+            ready = select.select([listener, ended], [], [], 1)[0]
+            if ended in ready:
+                ended.recv(4096)
+                _report_ended(running)
+            if listener in ready:
                 connection, _ = listener.accept()
-                with connection:
-                    if os.fork() == 0:
-                        listener.close()
+                process = os.fork()
+                if process == 0:
+                    with _end_of_process():
+                        signal.set_wakeup_fd(-1)
                         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                        with _end_of_process():
-                            watch(connection)
+                        for other in (listener, ended, wake, *running.values()):
+                            other.close()
+                        run(_read_request(connection))
+                running[process] = connection
+                with contextlib.suppress(OSError):  # the client may have ended
+                    send(connection, process)
     shutil.rmtree(Path(address).parent, ignore_errors=True)
 
 
@@ -122,17 +136,20 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def watch(connection: socket.socket) -> None:
-    """Run a request in a forked process, wait for it, and send its ID and its exit status."""
-    with connection.makefile("rb") as file:
-        request = pickle.load(file)
-    process = os.fork()
-    if process == 0:
-        connection.close()
-        with _end_of_process():
-            run(request)
-    send(connection, process)
-    send(connection, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+def _report_ended(running: dict[int, socket.socket]) -> None:
+    """Send the exit status of each process that has ended."""
+    for process in list(running):
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            with running.pop(process) as connection, contextlib.suppress(OSError):
+                send(connection, os.waitstatus_to_exitcode(status))
+
+
+def _read_request(connection: socket.socket) -> Request:
+    """Read the request in the forked process, because it imports the module of its function."""
+    with connection, connection.makefile("rb") as file:
+        request: Request = pickle.load(file)
+    return request
 
 
 def run(request: Request) -> None:
