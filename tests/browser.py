@@ -38,8 +38,9 @@ def browser_installed() -> None:
 class Server:
     """`dpo-mm demo ...` in a forked process with `folder` as its working directory."""
 
-    def __init__(self, *arguments: str, folder: Path) -> None:
-        self.process = forked.Forked("demo", *arguments, cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    def __init__(self, *arguments: str, folder: Path, call: Callable[[], None] = forked.command) -> None:
+        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        self.process = forked.Forked("demo", *arguments, call=call, cwd=folder, env=env)
         self.address = self._address()
 
     def _address(self) -> str:
@@ -72,8 +73,8 @@ def serve(browser_installed: None, tmp_path: Path) -> Iterator[Callable[..., Ser
     """Start a page, and stop it after the test."""
     servers: list[Server] = []
 
-    def start(*arguments: str) -> Server:
-        servers.append(Server(*arguments, "--port", str(free_port()), folder=tmp_path))
+    def start(*arguments: str, **options: Any) -> Server:
+        servers.append(Server(*arguments, "--port", str(free_port()), folder=tmp_path, **options))
         return servers[-1]
 
     yield start

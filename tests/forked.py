@@ -1,6 +1,10 @@
 """Run commands in separate processes that are forked from one that has already imported everything (see fork_server.py).
 
 Each command also has at least one test of `python -m dpo_mm` itself.
+
+    python -m tests.forked ARGUMENTS
+
+stands for `python -m dpo_mm ARGUMENTS` where another program starts the processes.
 """
 
 from __future__ import annotations
@@ -140,3 +144,20 @@ def run_together(*arguments: str, **options: Any) -> list[subprocess.CompletedPr
     results = [process.wait() for process in processes]
     assert all(result.returncode == 0 for result in results), "\n".join(result.stderr[-3000:] for result in results)
     return results
+
+
+def relay() -> None:
+    """Run a forked command in the place of this process: signals reach it, and its output and exit status are returned."""
+    process = Forked(*sys.argv[1:])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: process.send_signal(received))
+    done = process.wait()
+    print(done.stdout, end="")
+    print(done.stderr, end="", file=sys.stderr)
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    from tests import forked  # the server imports this module by its name
+
+    forked.relay()

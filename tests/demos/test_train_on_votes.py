@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,9 @@ import pytest
 
 from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.store import VoteStore
-from dpo_mm.labels.vote_training import MIN_WINNERS, STAGE, read_record, run_progress
+from dpo_mm.labels.training_worker import work
+from dpo_mm.labels.vote_training import MIN_WINNERS, OUTPUT, STAGE, VoteTraining, read_record, run_progress
+from tests import fork_server, forked
 from tests.demos.test_accessibility import OWN, check_looks
 from tests.demos.test_label_page import begin, press
 
@@ -31,6 +35,27 @@ def wait_until(done: Callable[[], bool], folder: Path) -> None:
         failed = read_record(folder / STAGE).get("stage") == "failed" or time.monotonic() > deadline
         assert not failed, (folder / "output.txt").read_text()[-2000:]
         time.sleep(0.02)
+
+
+def continue_training() -> None:
+    """Run the process of a round, whose folder is the first argument."""
+    work(Path(sys.argv[1]))
+
+
+def page_that_forks_its_training() -> None:
+    """Serve a page whose training is forked from the fork server. The first page of the test starts an interpreter."""
+
+    def launch(training: VoteTraining, number: int) -> None:
+        folder, environment = training.round_folder(number), dict(os.environ)
+        outputs = (str(folder / OUTPUT), str(folder / OUTPUT))
+        arguments = ["training_worker", str(folder)]
+        request = fork_server.Request(continue_training, arguments, training.plan.working_folder, environment, outputs)
+        connection = fork_server.connect()
+        connection.sendall(pickle.dumps(request))
+        fork_server.receive(connection)
+
+    VoteTraining._launch = launch  # type: ignore[method-assign]
+    forked.command()
 
 
 def test_page_trains_on_votes_survives_a_kill_and_offers_the_next_pairs(
@@ -78,7 +103,7 @@ def test_page_trains_on_votes_survives_a_kill_and_offers_the_next_pairs(
     before = {path.name for path in (folder / "tuned").glob("checkpoint-*")}
     assert before and not (folder / "tuned" / "training_log.json").exists()
 
-    server = serve(*command)
+    server = serve(*command, call=page_that_forks_its_training)
     page.goto(address())
     page.locator(".pair").wait_for()
     wait_until(lambda: read_record(folder / STAGE).get("stage") == "ready", folder)

@@ -28,8 +28,9 @@ pytestmark = pytest.mark.slow
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 """The command that `accelerate launch` runs for several processes.
 
-One test runs it. The others fork the processes that it would start.
+One test runs it, with forked commands. The others fork the processes that it would start.
 """
+ROOT = Path(__file__).parents[2]
 COMMON = ["--steps", "4", "--save-every", "4", "--log-every", "1", "--learning-rate", "1e-3", "--eval-fraction", "0.34"]
 
 
@@ -90,14 +91,15 @@ def test_sigterm_to_one_of_two_processes_stops_both_and_one_process_resumes(
     settings = as_dict(uninterrupted) | {"output_dir": str(out), "batch_size": 2, "steps": 400, "save_every": 1}
     recipe.write_text(yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}))
     launcher = subprocess.Popen(
-        [*TWO_PROCESSES, "-m", "dpo_mm", "train", str(recipe)],
+        [*TWO_PROCESSES, "-m", "tests.forked", "train", str(recipe)],
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
     while not list(out.glob("checkpoint-*")) and launcher.poll() is None:
         time.sleep(0.01)
-    workers = [child for child in psutil.Process(launcher.pid).children() if "dpo_mm" in child.cmdline()]
+    workers = [child for child in psutil.Process(launcher.pid).children() if "tests.forked" in child.cmdline()]
     workers[1].send_signal(signal.SIGTERM)
     _, errors = launcher.communicate(timeout=300)
     assert errors.count("stopped after step") == 2, errors[-3000:]
