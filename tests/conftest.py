@@ -9,6 +9,7 @@ import gc
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,6 +53,16 @@ def pytest_collection_finish() -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_collection_before_each_run() -> None:
+    """Without a GPU, leave out the garbage collection with which accelerate frees its memory before each training run."""
+    import torch
+    from accelerate.utils import memory
+
+    if not torch.cuda.is_available():
+        memory.gc = SimpleNamespace(collect=lambda: 0)
 
 
 @pytest.hookimpl(wrapper=True)

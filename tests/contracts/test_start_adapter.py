@@ -46,24 +46,30 @@ def families(names: list[str]) -> list[Any]:
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.fixture(scope="module")
-def starts(folders: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, str]]:
-    """Return a family's model and an adapter of it."""
+class Start(NamedTuple):
+    """A family's model, an adapter of it, and the policy that saved the adapter."""
 
+    model: str
+    adapter: str
+    policy: Any
+
+
+@pytest.fixture(scope="module")
+def starts(folders: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Start]:
     @functools.cache
-    def start(family: str) -> tuple[str, str]:
+    def start(family: str) -> Start:
         model, adapter = folders(family), tmp_path_factory.mktemp("adapter")
         policy: Any = load_policy(model, resolution=BUILDERS[family].size)
         policy.prepare(TrainConfig(model=model, pairs="-", output_dir="-", lora_rank=3, lora_alpha=6))
         randomise_adapter(policy)
         policy.save(adapter)
-        return model, str(adapter)
+        return Start(model, str(adapter), policy)
 
     return start
 
 
 class Attached(NamedTuple):
-    """Encoded rows of a family, their log-probs under its model with its adapter, and the model in stock diffusers."""
+    """Encoded rows of a family, their log-probs under the policy that saved its adapter, and the model in stock diffusers."""
 
     rows: list[dict[str, Any]]
     log_probs: torch.Tensor
@@ -71,12 +77,10 @@ class Attached(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def attached(starts: Callable[[str], tuple[str, str]]) -> Callable[[str], Attached]:
+def attached(starts: Callable[[str], Start]) -> Callable[[str], Attached]:
     @functools.cache
     def of_family(family: str) -> Attached:
-        model, adapter = starts(family)
-        policy: Any = load_policy(model, resolution=BUILDERS[family].size, adapter=adapter)
-        policy.config = TrainConfig(model=model, pairs="-", output_dir="-")
+        model, _, policy = starts(family)
         policy.frames = BUILDERS[family].frames
         rows = encoded_rows(policy, 2)
         with torch.no_grad():
@@ -99,11 +103,11 @@ def move(policy: Any, by: float = 0.05) -> None:
 def test_image_run_starts_at_the_adapter_and_saves_what_stock_diffusers_loads(
     family: str,
     result: str,
-    starts: Callable[[str], tuple[str, str]],
+    starts: Callable[[str], Start],
     attached: Callable[[str], Attached],
     tmp_path: Path,
 ) -> None:
-    (model, adapter), size = starts(family), BUILDERS[family].size
+    (model, adapter, _), size = starts(family), BUILDERS[family].size
     rows, expected, upstream = attached(family)
     config = TrainConfig(
         model=model, pairs="-", output_dir="-", adapter=adapter, adapter_result=result, resolution=size
@@ -128,10 +132,8 @@ def test_image_run_starts_at_the_adapter_and_saves_what_stock_diffusers_loads(
 
 
 @pytest.mark.slow
-def test_run_on_a_quantised_base_starts_at_the_adapter(
-    starts: Callable[[str], tuple[str, str]], tmp_path: Path
-) -> None:
-    model, adapter = starts("flux-dev")
+def test_run_on_a_quantised_base_starts_at_the_adapter(starts: Callable[[str], Start], tmp_path: Path) -> None:
+    model, adapter, _ = starts("flux-dev")
     config = TrainConfig(
         model=model, pairs="-", output_dir="-", adapter=adapter, quantize="int8", resolution=BUILDERS["flux-dev"].size
     )
@@ -166,23 +168,25 @@ def text_start(family: str, folder: Path) -> tuple[str, str]:
 
 @pytest.mark.parametrize("family", families(sorted((*tiny_vlms.IMAGES, "llama"))))
 def test_text_run_starts_at_the_adapter_and_saves_what_stock_peft_loads(family: str, tmp_path: Path) -> None:
-    """Sequences are separate, because test_vlm holds that a shared prefix gives the same."""
+    """Sequences are separate, because test_vlm holds that a shared prefix gives the same. They are checked in the first run."""
     model, adapter = text_start(family, tmp_path)
-    images = (1, 2) if family in tiny_vlms.IMAGES else (0, 0)
-    attached: Any = load_policy(model, adapter=adapter)
-    encoded = attached.encode(tiny_vlms.rows(family, images))
-    plain = type(attached.base_model).from_pretrained(model)
+    rows = tiny_vlms.rows(family, (1, 2) if family in tiny_vlms.IMAGES else (0, 0))
+    attached = PeftModel.from_pretrained(tiny_vlms.build(family)[0], adapter).eval()
+    checked: Any = None
     for result in RESULTS:
         start: dict[str, Any] = {"adapter": adapter, "adapter_result": result}
         config = TrainConfig(model=model, pairs="-", output_dir="-", beta=0.1, pair_layout="separate", **start)
         policy: Any = build_policy(config)
-        batch = policy.collate(encoded)
+        if checked:
+            policy.token_log_probs, policy.features_are_exact = checked.token_log_probs, checked.features_are_exact
+        checked = policy
+        batch = policy.collate(policy.encode(rows))
         policy.prepare(config)
         policy.model.train()
         reference, ours = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
         assert torch.equal(sigmoid(ours, reference, beta=0.1), LN2.expand(2))
         with torch.no_grad():
-            expected = policy.log_probs(attached.model, batch).chosen
+            expected = policy.log_probs(attached, batch).chosen
         torch.testing.assert_close(ours.chosen, expected, atol=1e-5, rtol=0 if result == "continued" else 1e-6)
         move(policy)
         assert torch.equal(adapter_off(policy)(policy.model, batch).chosen, reference.chosen)
@@ -190,7 +194,7 @@ def test_text_run_starts_at_the_adapter_and_saves_what_stock_peft_loads(family: 
         assert not torch.allclose(after, ours.chosen)
         saved = tmp_path / result
         policy.save(saved)
-        upstream = copy.deepcopy(plain)
+        upstream = tiny_vlms.build(family)[0]
         if result == "stacked":
             upstream = PeftModel.from_pretrained(upstream, saved / "start_adapter").merge_and_unload()
         stock = PeftModel.from_pretrained(upstream, saved).eval()
@@ -222,10 +226,10 @@ SHORT: dict[str, Any] = {
 @pytest.mark.parametrize("reference", ["adapter_off", "precomputed", "moving_average", "synced"])
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_every_reference_starts_at_the_adapter_and_a_resumed_run_gives_the_same_bits(
-    modality: str, reference: str, starts: Callable[[str], tuple[str, str]], pairs: str, tmp_path: Path
+    modality: str, reference: str, starts: Callable[[str], Start], pairs: str, tmp_path: Path
 ) -> None:
     if modality == "image":
-        model, adapter = starts("stable-diffusion")
+        model, adapter, _ = starts("stable-diffusion")
         settings = {"pairs": pairs, **({"fixed_draws_per_row": 1} if reference == "precomputed" else {})}
     else:
         model, adapter = text_start("llama", tmp_path)
@@ -262,10 +266,10 @@ def test_two_processes_give_the_losses_of_one_from_an_adapter(objective: str, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_full_tuning_starts_at_the_merged_adapter(
-    modality: str, starts: Callable[[str], tuple[str, str]], pairs: str, tmp_path: Path
+    modality: str, starts: Callable[[str], Start], pairs: str, tmp_path: Path
 ) -> None:
     if modality == "image":
-        (model, adapter), settings = starts("stable-diffusion"), {"pairs": pairs}
+        (model, adapter, _), settings = starts("stable-diffusion"), {"pairs": pairs}
     else:
         model, adapter = text_start("llama", tmp_path)
         settings = {"pairs": response_pairs(tmp_path), "beta": 0.1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -75,6 +76,32 @@ def policy_of(
 def shared_policy(family: str) -> VisionLanguage:
     """A policy whose LoRA changes the model, cached for tests that do not modify it."""
     return policy_of(family)
+
+
+@functools.cache
+def checkpointing_policy(family: str) -> VisionLanguage:
+    """The same with activations that are computed again in the backward pass."""
+    return policy_of(family, gradient_checkpointing=True)
+
+
+@functools.cache
+def fully_tuned_policy(family: str) -> VisionLanguage:
+    """A policy that trains all weights, also those of the vision tower. No test changes them."""
+    return policy_of(family, options={"train_vision_tower": True}, tuning="full")
+
+
+@contextlib.contextmanager
+def fresh_adapter(policy: VisionLanguage) -> Iterator[None]:
+    """Context manager in which the LoRA is that of a new run. Afterwards it is what it was before."""
+    before = {p: p.data.clone() for p in policy.model.parameters() if p.requires_grad}
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    try:
+        yield
+    finally:
+        for parameter, data in before.items():
+            parameter.data.copy_(data)
 
 
 def batch_of(policy: VisionLanguage, family: str, seed: int = 0) -> dict[str, Any]:
@@ -233,7 +260,7 @@ def separate_passes(family: str) -> Separate:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prefix_equals_two_separate_forward_passes(family: str, checkpointing: bool) -> None:
     encoded, expected, expected_gradients = separate_passes(family)
-    policy = policy_of(family, gradient_checkpointing=True) if checkpointing else shared_policy(family)
+    policy = checkpointing_policy(family) if checkpointing else shared_policy(family)
     lengths = {(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in encoded}
     assert len(lengths) == 3 and all(chosen != rejected for chosen, rejected in lengths)
     policy.model.train()
@@ -248,7 +275,7 @@ def test_shared_prefix_equals_two_separate_forward_passes(family: str, checkpoin
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_parameters_get_the_gradients_of_separate_forward_passes(family: str) -> None:
-    policy = policy_of(family, options={"train_vision_tower": True}, tuning="full")
+    policy = fully_tuned_policy(family)
     encoded = policy.encode(rows(family, images_per_row(family)))
     expected_gradients = gradients(policy, separate_forward_passes(policy, encoded))
     batch = policy.collate(encoded)
@@ -332,19 +359,20 @@ def test_saved_adapter_gives_the_same_outputs_in_upstream_classes(family: str, t
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_raise_the_delta_with_and_without_checkpointing(family: str) -> None:
     curves = []
-    for checkpointing, steps in ((False, 10), (True, 4)):
-        policy = policy_of(family, trained=False, gradient_checkpointing=checkpointing)
+    for policy, steps in ((shared_policy(family), 10), (checkpointing_policy(family), 4)):
         batch = policy.collate(policy.encode(rows(family, images_per_row(family)))[:1])
         policy.model.train()
         trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
         optimizer, curve = torch.optim.AdamW(trained, lr=5e-3), []
-        reference_log_probs = adapter_off(policy)(policy.model, batch)
-        for _ in range(steps):
-            log_probs = policy.log_probs(policy.model, batch)
-            curve.append(float(deltas(log_probs, reference_log_probs).detach()))
-            optimizer.zero_grad()
-            sigmoid(log_probs, reference_log_probs, beta=0.1).mean().backward()
-            optimizer.step()
+        with fresh_adapter(policy):
+            reference_log_probs = adapter_off(policy)(policy.model, batch)
+            for _ in range(steps):
+                log_probs = policy.log_probs(policy.model, batch)
+                curve.append(float(deltas(log_probs, reference_log_probs).detach()))
+                optimizer.zero_grad()
+                sigmoid(log_probs, reference_log_probs, beta=0.1).mean().backward()
+                optimizer.step()
+        policy.model.eval()
         curves.append(torch.tensor(curve))
     assert curves[0][0] == 0 and (curves[0].diff() > 0).all() and curves[0][-1] > 1
     torch.testing.assert_close(curves[0][:4], curves[1], rtol=1e-3, atol=1e-3)
@@ -581,7 +609,7 @@ def test_trainable_parameters_are_those_of_the_settings(family: str) -> None:
     assert not trains_vision(policy_of(family, tuning="full").model)
     if family in IMAGES:
         assert trains_vision(policy_of(family, options={"train_vision_tower": True}).model)
-        assert trains_vision(policy_of(family, options={"train_vision_tower": True}, tuning="full").model)
+        assert trains_vision(fully_tuned_policy(family).model)
     with pytest.raises(ValueError, match="lora_targets: 'to_q'"):
         lora_targets(build(family)[0], ("to_q",), train_vision_tower=False)
 
@@ -616,7 +644,7 @@ def test_fully_tuned_model_is_saved_with_its_processor_and_loaded(tmp_path: Path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_completion_is_the_text_that_the_template_adds_after_the_prompt(family: str) -> None:
-    policy = VisionLanguage(*build(family), family)
+    policy = shared_policy(family)
     row = rows(family, (1 if family in IMAGES else 0,))[0]
     encoded = policy.encode([row])[0]
     tokenizer = policy.encoder.tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from collections.abc import Callable
@@ -306,10 +307,15 @@ BUILDERS: dict[str, Callable[..., tuple[Any, Any]]] = {
 
 
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:
-    """Build a family's model with random weights, in evaluation mode, and its processor.
+    """Return a new model of a family with random weights, in evaluation mode, and its processor.
 
     The processor of a text-only model is its tokenizer.
     """
+    return copy.deepcopy(_built(family, seed))
+
+
+@functools.cache
+def _built(family: str, seed: int) -> tuple[Any, Any]:
     words = tokenizer(family)
     torch.manual_seed(seed)
     model, processor = BUILDERS[family](words.convert_tokens_to_ids, words)

@@ -194,12 +194,15 @@ def load_adapter(policy: VisionLanguage, folder: Path) -> None:
 
 def _attach(base_model: Any, folder: Path) -> Any:
     """Attach an adapter in PEFT's format to a model. Raises ValueError unless each of its weights fits the model."""
-    from peft import PeftModel
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 
     with name_model(f"adapter {str(folder)!r}"):
-        model = PeftModel.from_pretrained(base_model, str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        model = peft_class(base_model, config)  # PeftModel.from_pretrained would not return the result of loading
         names = getattr(base_model, "_checkpoint_conversion_mapping", {})
-        result: Any = model.load_adapter(str(folder), "default", key_mapping=names)  # the first call returns no result
+        result: Any = model.load_adapter(str(folder), TRAINED, key_mapping=names)
     wrong = [*result.unexpected_keys, *result.missing_keys]
     if wrong:
         problem = "does not exist in this model" if result.unexpected_keys else "is missing in the adapter"
