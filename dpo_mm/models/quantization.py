@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_mm.errors import did_you_mean
+from dpo_mm.models.meta_device import meta_device
 
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
 """Package that quantises, by setting."""
@@ -100,8 +101,10 @@ def empty_model(cls: Any, source: str, options: Mapping[str, Any]) -> tuple[Any,
     where = {key: options[key] for key in ("subfolder", "revision") if key in options}
     is_auto = hasattr(cls, "_model_mapping")
     config = (AutoConfig if is_auto else cls.config_class).from_pretrained(source, trust_remote_code=False, **where)
-    with torch.device("meta"):
-        return config, cls.from_config(config, trust_remote_code=False) if is_auto else cls(config)
+    with meta_device():
+        model = cls.from_config(config, trust_remote_code=False) if is_auto else cls(config)
+    model.tie_weights()
+    return config, model
 
 
 def is_large(cls: Any, source: str, options: Mapping[str, Any]) -> bool:

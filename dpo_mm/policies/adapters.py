@@ -15,6 +15,7 @@ from torch import nn
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.errors import did_you_mean
+from dpo_mm.models.meta_device import meta_device
 from dpo_mm.models.model_checks import HEADER_BYTES, check_safetensors, name_model
 from dpo_mm.policies.adapter_checks import check_diffusers_lora, check_peft_adapter
 from dpo_mm.policies.lora_layers import FROZEN, TRAINED, merge_diffusers, train_attached, train_in_float32
@@ -184,7 +185,7 @@ def sort_metadata(file: Path) -> None:
 def save_whole(model: Any, folder: Path, weights: Weights = None) -> None:
     """Save a whole model in diffusers' format."""
     if weights is not None:
-        with torch.device("meta"):
+        with meta_device():
             gathered = type(model).from_config(model.config)
         gathered.load_state_dict(weights, assign=True)
         model = gathered
@@ -257,8 +258,10 @@ def attach_lora(pipe: Any, file: Path) -> None:
     Raises:
         ValueError: if the file is damaged, or a weight of it does not fit the pipeline.
     """
+    from transformers.initialization import no_init_weights
+
     check_diffusers_lora(file, pipeline_modules(pipe))
-    with name_model(f"adapter {str(file.parent)!r}"), _refuse_unused_weights(file):
+    with name_model(f"adapter {str(file.parent)!r}"), _refuse_unused_weights(file), no_init_weights():
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=TRAINED)
     for model in lora_models(pipe):
         layers = {name for name, layer in model.named_modules() if hasattr(layer, "lora_alpha")}
@@ -275,9 +278,10 @@ def attach_peft(model: Any, folder: Path) -> None:
         ValueError: as `attach_lora`.
     """
     from peft import PeftConfig
+    from transformers.initialization import no_init_weights
 
     check_peft_adapter(folder, model)
-    with name_model(f"adapter {str(folder)!r}"):
+    with name_model(f"adapter {str(folder)!r}"), no_init_weights():
         model.add_adapter(PeftConfig.from_pretrained(str(folder)), adapter_name=TRAINED)
     read_peft(model, folder)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpo_mm.models.meta_device import meta_device
 from dpo_mm.models.model_loading import check_libraries, is_number_list, load_part
 
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder", "pe", "pe_tokenizer")
@@ -62,13 +63,16 @@ def _build_component(
         return load_part(component_class, source, name=f"model {source!r}, {name}", subfolder=name, revision=revision)
     if library == "diffusers":
         config = component_class.load_config(source, subfolder=name, revision=revision)
-        with torch.device("meta"):
-            return fill_small_buffers(component_class.from_config(config).to(dtype))
+        with meta_device():
+            module = component_class.from_config(config)
+        return fill_small_buffers(module.to(dtype))
     config = load_part(
         component_class.config_class, source, name=f"model {source!r}, {name}", subfolder=name, revision=revision
     )
-    with torch.device("meta"):
-        return fill_small_buffers(component_class(config).to(dtype).eval())
+    with meta_device():
+        module = component_class(config)
+    module.tie_weights()
+    return fill_small_buffers(module.to(dtype).eval())
 
 
 def fill_small_buffers(module: nn.Module) -> nn.Module:

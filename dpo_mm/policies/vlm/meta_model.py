@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from dpo_mm.models.meta_device import meta_device
 from dpo_mm.models.model_loading import load_part
 from dpo_mm.policies.diffusion.meta_pipeline import fill_small_buffers
 from dpo_mm.policies.vlm.architecture import auto_classes_for
@@ -29,8 +28,9 @@ def load_vlm_on_meta_device(source: str, *, revision: str | None, precision: str
 
     config = load_part(AutoConfig, source, name=f"model {source!r}", revision=revision)
     model_class, processor_class = auto_classes_for(config, source)
-    with torch.device("meta"):
+    with meta_device():
         model = model_class.from_config(config, dtype=DTYPES[precision]).eval()
+    model.tie_weights()
     processor = load_processor(processor_class, source, revision=revision)
     return without_checks(VisionLanguage(fill_small_buffers(model), processor, source, **options))
 

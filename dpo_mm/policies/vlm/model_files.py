@@ -195,8 +195,9 @@ def load_adapter(policy: VisionLanguage, folder: Path) -> None:
 def _attach(base_model: Any, folder: Path) -> Any:
     """Attach an adapter in PEFT's format to a model. Raises ValueError unless each of its weights fits the model."""
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+    from transformers.initialization import no_init_weights
 
-    with name_model(f"adapter {str(folder)!r}"):
+    with name_model(f"adapter {str(folder)!r}"), no_init_weights():
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dpo_mm.assets import resolve_asset
 from dpo_mm.models.model_loading import check_report
+from dpo_mm.models.quantization import empty_model
 from dpo_mm.policies.families import load_policy
 
 
@@ -65,3 +67,15 @@ def test_check_report_ignores_buffers_that_older_releases_saved() -> None:
     check_report({"unexpected_keys": {"text_model.embeddings.position_ids"}, "missing_keys": set()}, "model 'x'")
     with pytest.raises(ValueError, match=r"model 'x': tensors 4 missing \(a, b, c, \.\.\.\)"):
         check_report({"missing_keys": {"a", "b", "c", "d"}}, "model 'x'")
+
+
+def test_empty_model_initialises_no_layer_and_counts_tied_weights_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda *_, **__: pytest.fail("a layer was initialised"))
+    _, empty = empty_model(AutoModelForCausalLM, str(tmp_path), {})
+    shapes, expected = ({name: p.shape for name, p in part.named_parameters()} for part in (empty, model))
+    assert shapes == expected and all(parameter.is_meta for parameter in empty.parameters())
