@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_mm.data.lazy_images import source_cells
+from dpo_mm.data.number_columns import check_numbers
 from dpo_mm.data.response_columns import check_columns_are_read
 from dpo_mm.data.row_digest import image_content
 from dpo_mm.data.row_files import open_rows
@@ -25,16 +25,6 @@ if TYPE_CHECKING:
 
 PREFERENCES = ("a", "b", "tie", "both_bad")
 REQUIRED = ("prompt", "image_a", "image_b", "preference")
-RANGES = {
-    "p_a": (0.0, 1.0),
-    "probability": (0.0, 1.0),
-    "votes_a": (0.0, math.inf),
-    "votes_b": (0.0, math.inf),
-    "score_a": (-math.inf, math.inf),
-    "score_b": (-math.inf, math.inf),
-    "score_gap": (-math.inf, math.inf),
-}
-"""Columns of numbers that training reads, and their range. NaN and infinity are refused in all of them."""
 
 
 class Response(NamedTuple):
@@ -193,7 +183,7 @@ def check_responses(rows: Dataset, dataset_name: str) -> Dataset:
     rows = response_sides(rows, dataset_name)
     _require_columns(rows, ("prompt", "chosen", "rejected"), dataset_name)
     check_columns_are_read(rows, dataset_name)
-    return _with_ids(_check_numbers(rows, dataset_name))
+    return _with_ids(check_numbers(rows, dataset_name=dataset_name))
 
 
 def make_response_rows(rows: list[dict[str, Any]]) -> Dataset:
@@ -258,45 +248,7 @@ def validate(rows: Dataset, *, dataset_name: str) -> Dataset:
             raise ValueError(
                 f"{dataset_name}: column {column!r} contains {feature}. Expected images, as {{bytes, path}} or as paths"
             ) from error
-    return _complete(_check_numbers(rows, dataset_name))
-
-
-def _check_numbers(rows: Dataset, dataset_name: str) -> Dataset:
-    """Return rows whose columns of RANGES are numbers.
-
-    Raises:
-        ValueError: if a value is not a number or out of its range. It names the row.
-    """
-    import numpy as np
-    from datasets import Value
-
-    columns = sorted(RANGES.keys() & set(rows.column_names))
-    features = rows.features
-    for column in columns:
-        kind = "int64" if column.startswith("votes") else "float64"
-        if getattr(features[column], "dtype", None) != kind:
-            try:
-                rows = rows.cast_column(column, Value(kind))
-            except Exception as error:  # Arrow raises a different class for each pair of types
-                raise ValueError(
-                    f"{dataset_name}: column {column!r} contains {features[column]}. Expected {_range(column)} per row"
-                ) from error
-    table = rows.select_columns(columns).with_format("arrow")[:]
-    for column in columns:
-        low, high = RANGES[column]
-        values = table[column].fill_null(0).to_numpy().astype(np.float64)
-        wrong = np.flatnonzero(~np.isfinite(values) | (values < low) | (values > high))
-        if len(wrong):
-            raise ValueError(
-                f"{dataset_name}, row {wrong[0]}: {column} is {values[wrong[0]]:g}. Expected {_range(column)}, or null if it is "
-                "unknown"
-            )
-    return rows
-
-
-def _range(column: str) -> str:
-    low, high = RANGES[column]
-    return "a finite number" if low < 0 else f"a number of at least 0{' and at most 1' if high == 1 else ''}"
+    return _complete(check_numbers(rows, dataset_name=dataset_name))
 
 
 def _require_columns(rows: Dataset, columns: tuple[str, ...], dataset_name: str) -> None:
