@@ -24,8 +24,9 @@ from dpo_mm.data.clips import clip_image
 from dpo_mm.data.image_files import encode_png, to_rgb
 from dpo_mm.data.lazy_images import source_column
 from dpo_mm.data.schema import load_pairs
+from dpo_mm.models.model_loading import DENOISERS
 from dpo_mm.objectives import deltas, sigmoid
-from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_lora_format
+from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, check_lora_format, pipeline_modules
 from dpo_mm.policies.diffusion import random_draws
 from dpo_mm.policies.diffusion.buckets import buckets_of
 from dpo_mm.policies.diffusion.collate import stack_padded
@@ -119,10 +120,9 @@ def randomise_adapter(policy: Any) -> None:
 
 
 @contextlib.contextmanager
-def random_adapter(policy: Any) -> Iterator[None]:
-    """Context manager in which the adapter has noise. Afterwards it is what it was before."""
+def restored_adapter(policy: Any) -> Iterator[None]:
+    """Context manager after which the adapter is what it was before."""
     fresh = {parameter: parameter.data.clone() for parameter in policy.model.parameters() if parameter.requires_grad}
-    randomise_adapter(policy)
     try:
         yield
     finally:
@@ -130,11 +130,25 @@ def random_adapter(policy: Any) -> Iterator[None]:
             parameter.data.copy_(data)
 
 
+@contextlib.contextmanager
+def random_adapter(policy: Any) -> Iterator[None]:
+    """Context manager in which the adapter has noise. Afterwards it is what it was before."""
+    with restored_adapter(policy):
+        randomise_adapter(policy)
+        yield
+
+
+def copy_with_denoiser(value: Any, pipe: Any) -> Any:
+    """Copy a pipeline, or the policy of it. Its encoders and its autoencoder are shared, because no test changes them."""
+    shared = {name: part for name, part in pipeline_modules(pipe).items() if name not in DENOISERS}
+    return copy.deepcopy(value, {id(part): part for part in shared.values()})
+
+
 @pytest.fixture(scope="module")
 def load(folders: Callable[[str], str]) -> Callable[[str], Any]:
     """Return a copy of a family's policy, which is read from its files once."""
     read = functools.cache(lambda name: load_family(name, folders(name)))
-    return lambda name: copy.deepcopy(read(name))
+    return lambda name: copy_with_denoiser(read(name), read(name).pipe)
 
 
 @pytest.fixture(scope="module")
@@ -604,19 +618,22 @@ def test_ten_steps_on_one_pair_raise_its_delta(
     family: str, checkpointing: bool, prepare: Callable[..., Any], shared: Callable[[str], Shared]
 ) -> None:
     """Three of the ten steps if activations are computed again."""
-    policy = prepare(family, gradient_checkpointing=checkpointing)
-    policy.model.train()
-    batch = policy.collate(shared(family).rows[:1])
-    before = adapter_off(policy)(policy.model, batch)
+    policy, rows = shared(family)
+    policy = prepare(family, gradient_checkpointing=True) if checkpointing else policy
+    batch = policy.collate(rows[:1])
     optimizer = torch.optim.Adam([p for p in policy.model.parameters() if p.requires_grad], lr=1e-3)
     history = []
-    for _ in range(3 if checkpointing else 10):
-        now = policy.log_probs(policy.model, batch)
-        loss = sigmoid(now, before, beta=5000).mean()
-        history.append(deltas(now, before).item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    with restored_adapter(policy):
+        policy.model.train()
+        before = adapter_off(policy)(policy.model, batch)
+        for _ in range(3 if checkpointing else 10):
+            now = policy.log_probs(policy.model, batch)
+            loss = sigmoid(now, before, beta=5000).mean()
+            history.append(deltas(now, before).item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        policy.model.eval()
     assert history[0] == 0 and history[-1] > 0
     assert history[-1] > history[1]
 

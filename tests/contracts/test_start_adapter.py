@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import math
@@ -29,6 +28,7 @@ from tests import forked
 from tests.contracts import tiny_vlms
 from tests.contracts.families import BUILDERS
 from tests.contracts.test_diffusion import (
+    copy_with_denoiser,
     encoded_rows,
     generate_images,
     randomise_adapter,
@@ -123,7 +123,7 @@ def test_image_run_starts_at_the_adapter_and_saves_what_stock_diffusers_loads(
     assert torch.equal(adapter_off(policy)(policy.model, batch).chosen, reference.chosen)
     assert not torch.allclose(policy.log_probs(policy.model, batch).chosen, ours.chosen)
     policy.save(tmp_path)
-    pipe = copy.deepcopy(upstream)
+    pipe = copy_with_denoiser(upstream, upstream)
     exec("\n".join(policy.usage_snippet("-", str(tmp_path))[1:]), {"pipe": pipe, "PeftModel": PeftModel})
     parts = [upstream_images(policy, pipe, count=1, steps=2), *generate_images(policy, 1.0, count=1, steps=2)]
     stock, ours_images = ([np.asarray(image, dtype=int) for image in part] for part in parts)
