@@ -7,6 +7,7 @@ its content security policy forbids any. The template escapes everything from ou
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import math
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image
 
@@ -37,6 +38,9 @@ from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.sweep import RULE, SweepPoint, advice
 from dpo_mm.evaluation.tables import TONES, Row, is_rate, rows_of, terminal_table
 from dpo_mm.files.resumable import atomic_write
+
+if TYPE_CHECKING:
+    import jinja2
 
 __all__ = [
     "Example",
@@ -140,14 +144,10 @@ def write_report(folder: Path, report: Report) -> Path:
     return _write(folder / "report.html", lambda file: file.write(page))
 
 
-def render(report: Report) -> str:
-    """Render the page as HTML, with everything inlined and escaped.
-
-    Raises:
-        ValueError: if a mark lies outside its text.
-    """
+@functools.cache
+def page_template() -> jinja2.Template:
+    """Template of the page. Compiling it takes longer than rendering it."""
     import jinja2
-    from markupsafe import Markup
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -155,10 +155,20 @@ def render(report: Report) -> str:
     environment.globals.update(
         img_attributes=_img_attributes, text_spans=text_spans, transcription_spans=transcription_spans, mark_of=mark_of
     )
-    template = environment.from_string(resources.files("dpo_mm.evaluation").joinpath("report.html").read_text("utf-8"))
+    return environment.from_string(resources.files("dpo_mm.evaluation").joinpath("report.html").read_text("utf-8"))
+
+
+def render(report: Report) -> str:
+    """Render the page as HTML, with everything inlined and escaped.
+
+    Raises:
+        ValueError: if a mark lies outside its text.
+    """
+    from markupsafe import Markup
+
     percent = is_rate(report.headline)
     rows = rows_of(report.comparisons)
-    return template.render(
+    return page_template().render(
         report=report,
         tone=TONES.get(report.verdict, "none"),
         answer=answer(report.comparisons, report.verdict, unit=report.unit, history=report.history),
