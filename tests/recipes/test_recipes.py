@@ -1,6 +1,6 @@
 """Every recipe runs as a script with few steps, together with its SFT baseline.
 
-Faithfulness trains on a few of its bundled pairs. tests/end_to_end/test_quickstart.py trains on all of them.
+Those with bundled pairs train on a few of them. tests/end_to_end/test_quickstart.py trains on all pairs of one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pytest
 from datasets import Dataset
 
 from dpo_mm.assets import resolve_asset
+from dpo_mm.recipe import read_recipe
 from tests import forked
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,8 @@ RECIPES = {
         "adapter_model.safetensors",
     ),
 }
+BUNDLED_PAIRS = {"aesthetic": "shapes-aesthetic", "faithfulness": "shapes-faithfulness"}
+"""Names of the bundled pairs that a recipe trains on."""
 
 
 def test_every_recipe_has_a_test() -> None:
@@ -53,8 +56,10 @@ def test_every_recipe_has_a_test() -> None:
 def test_recipe_writes_both_adapters_and_a_report(name: str, tmp_path: Path) -> None:
     short_run, judge, adapter = RECIPES[name]
     command = [str(ROOT / "recipes" / f"{name}.py"), *SHORT_TRAINING, *short_run]
-    if name == "faithfulness":
-        rows = Dataset.from_parquet(resolve_asset("shapes-faithfulness"))
+    if name in BUNDLED_PAIRS:
+        pairs = read_recipe(name, "shapes" if name == "aesthetic" else "quickstart", {}).train.pairs
+        assert pairs == BUNDLED_PAIRS[name]
+        rows = Dataset.from_parquet(resolve_asset(pairs))
         rows.select(range(48)).to_parquet(tmp_path / "pairs.parquet")  # type: ignore[union-attr]
         command += ["--pairs", str(tmp_path / "pairs.parquet")]
     out = tmp_path / "out"
