@@ -67,7 +67,7 @@ def no_collection_before_each_run() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None]:
-    """After the last test of a file, exclude the modules that it imported as well. Each training run collects garbage."""
+    """After the last test of a file, collect its garbage, and exclude the modules that it imported from garbage collection."""
     yield
     if nextitem is None or nextitem.path != item.path:
         gc.collect()
