@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import random
 import shutil
@@ -9,15 +10,31 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from dpo_mm.evaluation import answer
 from tests import forked
 from tests.reliability import commands
 
 KILLS = 2
 """Kills per command."""
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+class NewYear(datetime.datetime):
+    """A clock that stands still."""
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> NewYear:
+        return cls(2026, 1, 1, tzinfo=tz)
+
+
+def command() -> None:
+    """Run the command with a clock that stands still, because a report has the minute in which it was written."""
+    answer.datetime = SimpleNamespace(datetime=NewYear, UTC=datetime.UTC)  # type: ignore[attr-defined]
+    forked.command()
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -35,23 +52,22 @@ def kill_and_repeat(name: str, inputs: Path, folder: Path) -> list[str]:
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "out").mkdir(parents=True)
         if kill:
-            process = forked.Forked(*arguments, env=environment)
+            process = forked.Forked(*arguments, call=command, env=environment)
             time.sleep(duration * rng.random())
             process.send_signal(number := rng.choice(SIGNALS))
             stopped = process.wait(timeout=120)
             if "Traceback" in stopped.stderr and "interrupted by" in stopped.stderr:
                 problems.append(f"{name}, {number.name}: {stopped.stderr[-2000:]}")
         start = time.monotonic()
-        done = forked.run(*arguments, env=environment)
+        done = forked.run(*arguments, call=command, env=environment)
         if done.returncode:
             problems.append(f"{name}, run {kill}: exit status {done.returncode}, {done.stderr[-2000:]}")
         if kill == 0:
             duration, expected = time.monotonic() - start, contents(folder)
-        different = [
-            file
-            for file in expected.keys() | contents(folder).keys()
-            if expected.get(file) != contents(folder).get(file)
-        ]
+        found = contents(folder)
+        different = [file for file in expected.keys() | found.keys() if expected.get(file) != found.get(file)]
+        if kill and number != signal.SIGKILL:  # a stopped run saves a checkpoint of its step, in place of an older one
+            different = [file for file in different if "/checkpoint-" not in file]
         if different:
             problems.append(f"{name}, run {kill}: other bytes in {', '.join(sorted(different))}")
     return problems
@@ -62,6 +78,7 @@ def test_killed_commands_give_the_bytes_of_an_unbroken_run(tmp_path: Path) -> No
     """Mutations that it catches: a file that is not written atomically, a record or a list of shards written too early,
     metadata in a random order, a lock that stays, a temporary file that is taken for a result."""
     commands.write_inputs(tmp_path / "inputs")
+    forked.run("--version")  # starts the server, whose time would otherwise be part of the first durations
     names = list(commands.commands(tmp_path, tmp_path))
     assert KILLS * len(names) >= 20
     with ThreadPoolExecutor(2) as pool:
