@@ -72,14 +72,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_trains(name: str, tiny: Any, files: dict[str, str], tmp_path: Path) -> None:
-    is_text = isinstance(read_recipe_file(name, {}).compare, CompareResponsesConfig)
+    preset = read_recipe_file(name, {})
+    is_text = isinstance(preset.compare, CompareResponsesConfig)
     model, size = tiny(name.partition("-")[2], is_text)
     kind = "responses" if is_text else "edits" if name.startswith("editing-") else "images"
     given = {"model": model, "output_dir": str(tmp_path / "run"), "train.pairs": files[kind], **SHORT}
     given |= {} if is_text else EVALUATED
     if size:
         given["train.resolution"] = str(size)
-    if read_recipe_file(name, {}).train.adapter:  # stage two of two: the command of its first comment makes stage one
+    if preset.train.adapter:  # stage two of two: the command of its first comment makes stage one
         first = {"train.objective": "sft", "train.sft_weight": "0", "train.adapter": "none"}
         stage_one = read_recipe_file(name, {**given, **first, "output_dir": str(tmp_path / "first")}).train
         given["train.adapter"] = str(train(stage_one).folder)
