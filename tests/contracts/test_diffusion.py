@@ -260,13 +260,13 @@ def test_swapping_chosen_and_rejected_swaps_their_log_probs(family: str, shared:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fingerprint_is_that_of_the_files_and_unchanged_by_encoding(
-    family: str, folders: Callable[[str], str], load: Callable[[str], Any]
+    family: str, folders: Callable[[str], str], shared: Callable[[str], Shared]
 ) -> None:
     """It catches a fingerprint with state that a call leaves in a tokenizer: the second run would encode again."""
-    policy = load(family)
+    policy = load_family(family, folders(family))
     before = policy.fingerprint()
     encoded_prompts(policy, ["a red square"])
-    assert policy.fingerprint() == before == load_family(family, folders(family)).fingerprint()
+    assert policy.fingerprint() == before == shared(family).policy.fingerprint()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -402,9 +402,9 @@ def first_step(policy: Any, family: Family, arguments: dict[str, Any], result: t
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_denoise_equals_the_upstream_pipelines_first_step(family: str, load: Callable[[str], Any]) -> None:
+def test_denoise_equals_the_upstream_pipelines_first_step(family: str, shared: Callable[[str], Shared]) -> None:
     """On the latents of the upstream scheduler's first step, `denoise` predicts what that scheduler gets."""
-    policy, row = load(family), BUILDERS[family]
+    policy, row = shared(family).policy, BUILDERS[family]
     prompts = WORDS[: 1 if policy.one_prompt_per_call else 2]
     expected, timestep, latents, _ = first_step(policy, row, {"prompt": list(prompts), "num_inference_steps": 3})
     latents, expected = (row.unpack(policy.pipe, value, row.size) for value in (latents, expected))
