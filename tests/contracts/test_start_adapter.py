@@ -166,11 +166,17 @@ def text_start(family: str, folder: Path) -> tuple[str, str]:
     return str(folder / "model"), str(folder / "adapter")
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A text model and an adapter of it. No test changes their files."""
+    return text_start("llama", tmp_path_factory.mktemp("llama"))
+
+
 @pytest.mark.parametrize("family", families(sorted((*tiny_vlms.IMAGES, "llama"))))
 def test_text_run_starts_at_the_adapter_and_saves_what_stock_peft_loads(family: str, tmp_path: Path) -> None:
     """Sequences are separate, because test_vlm holds that a shared prefix gives the same. They are checked in the first run."""
     model, adapter = text_start(family, tmp_path)
-    rows = tiny_vlms.rows(family, (1, 2) if family in tiny_vlms.IMAGES else (0, 0))
+    images = (1, 2) if family in tiny_vlms.IMAGES else (0, 0)
     attached = PeftModel.from_pretrained(tiny_vlms.build(family)[0], adapter).eval()
     checked: Any = None
     for result in RESULTS:
@@ -179,8 +185,10 @@ def test_text_run_starts_at_the_adapter_and_saves_what_stock_peft_loads(family: 
         policy: Any = build_policy(config)
         if checked:
             policy.token_log_probs, policy.features_are_exact = checked.token_log_probs, checked.features_are_exact
+        else:
+            encoded = policy.encode(tiny_vlms.rows(family, images))
         checked = policy
-        batch = policy.collate(policy.encode(rows))
+        batch = policy.collate(encoded)
         policy.prepare(config)
         policy.model.train()
         reference, ours = adapter_off(policy)(policy.model, batch), policy.log_probs(policy.model, batch)
@@ -226,13 +234,18 @@ SHORT: dict[str, Any] = {
 @pytest.mark.parametrize("reference", ["adapter_off", "precomputed", "moving_average", "synced"])
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_every_reference_starts_at_the_adapter_and_a_resumed_run_gives_the_same_bits(
-    modality: str, reference: str, starts: Callable[[str], Start], pairs: str, tmp_path: Path
+    modality: str,
+    reference: str,
+    starts: Callable[[str], Start],
+    llama: tuple[str, str],
+    pairs: str,
+    tmp_path: Path,
 ) -> None:
     if modality == "image":
         model, adapter, _ = starts("stable-diffusion")
         settings = {"pairs": pairs, **({"fixed_draws_per_row": 1} if reference == "precomputed" else {})}
     else:
-        model, adapter = text_start("llama", tmp_path)
+        model, adapter = llama
         settings = {"pairs": response_pairs(tmp_path), "beta": 0.1}
     settings |= {"model": model, "adapter": adapter, "reference": reference, **SHORT}
     whole = train(TrainConfig(**settings, output_dir=str(tmp_path / "whole"))).folder
@@ -250,9 +263,11 @@ def test_every_reference_starts_at_the_adapter_and_a_resumed_run_gives_the_same_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sigmoid", "sft"])
-def test_two_processes_give_the_losses_of_one_from_an_adapter(objective: str, tmp_path: Path) -> None:
+def test_two_processes_give_the_losses_of_one_from_an_adapter(
+    objective: str, llama: tuple[str, str], tmp_path: Path
+) -> None:
     """The responses have unequal lengths. Catches a loss that depends on how rows are spread over processes."""
-    model, adapter = text_start("llama", tmp_path)
+    model, adapter = llama
     settings = {"model": model, "adapter": adapter, "pairs": response_pairs(tmp_path), "objective": objective, **SHORT}
     settings |= {"beta": 0.1} if objective == "sigmoid" else {}
     train(TrainConfig(**{**settings, "batch_size": 4}, output_dir=str(tmp_path / "one")))
@@ -266,12 +281,12 @@ def test_two_processes_give_the_losses_of_one_from_an_adapter(objective: str, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_full_tuning_starts_at_the_merged_adapter(
-    modality: str, starts: Callable[[str], Start], pairs: str, tmp_path: Path
+    modality: str, starts: Callable[[str], Start], llama: tuple[str, str], pairs: str, tmp_path: Path
 ) -> None:
     if modality == "image":
         (model, adapter, _), settings = starts("stable-diffusion"), {"pairs": pairs}
     else:
-        model, adapter = text_start("llama", tmp_path)
+        model, adapter = llama
         settings = {"pairs": response_pairs(tmp_path), "beta": 0.1}
     settings |= {"model": model, "adapter": adapter, "tuning": "full", **SHORT, "learning_rate": 1e-5}
     folder = train(TrainConfig(**settings, output_dir=str(tmp_path / "out"))).folder

@@ -80,14 +80,23 @@ def shared_policy(family: str) -> VisionLanguage:
 
 @functools.cache
 def checkpointing_policy(family: str) -> VisionLanguage:
-    """The same with activations that are computed again in the backward pass."""
-    return policy_of(family, gradient_checkpointing=True)
+    """The same with activations that are computed again in the backward pass, which the check of the first batch does not have."""
+    return as_checked(policy_of(family, gradient_checkpointing=True), family)
 
 
 @functools.cache
 def fully_tuned_policy(family: str) -> VisionLanguage:
     """A policy that trains all weights, also those of the vision tower. No test changes them."""
-    return policy_of(family, options={"train_vision_tower": True}, tuning="full")
+    return as_checked(policy_of(family, options={"train_vision_tower": True}, tuning="full"), family)
+
+
+def as_checked(policy: VisionLanguage, family: str) -> VisionLanguage:
+    """Give a policy the layout and the head that the shared policy found, instead of a check of its first batch."""
+    shared = shared_policy(family)
+    shared.log_probs(shared.model, batch_of(shared, family))
+    policy.token_log_probs, policy.features_are_exact = shared.token_log_probs, shared.features_are_exact
+    assert policy.token_log_probs.checked and policy.token_log_probs.layout == "shared_prefix"
+    return policy
 
 
 @contextlib.contextmanager
@@ -104,8 +113,14 @@ def fresh_adapter(policy: VisionLanguage) -> Iterator[None]:
             parameter.data.copy_(data)
 
 
-def batch_of(policy: VisionLanguage, family: str, seed: int = 0) -> dict[str, Any]:
-    return policy.collate(policy.encode(rows(family, images_per_row(family), seed)))
+@functools.cache
+def encoded_rows(family: str) -> list[dict[str, Any]]:
+    """Three encoded rows. No test changes them."""
+    return shared_policy(family).encode(rows(family, images_per_row(family)))
+
+
+def batch_of(policy: VisionLanguage, family: str) -> dict[str, Any]:
+    return policy.collate(encoded_rows(family))
 
 
 def upstream_log_prob(policy: VisionLanguage, row: dict[str, Any], side: str) -> Tensor:
@@ -203,7 +218,7 @@ def test_trained_adapter_differs_from_the_reference_and_a_frozen_copy_is_unchang
 def test_swapping_chosen_and_rejected_negates_the_delta(family: str) -> None:
     # Equal up to rounding only: chosen and rejected are then in other rows of the same matrix products.
     policy = shared_policy(family)
-    encoded = policy.encode(rows(family, images_per_row(family)))
+    encoded = encoded_rows(family)
     swapped = [{**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in encoded]
     with torch.no_grad():
         both_orders = []
@@ -224,7 +239,7 @@ def test_swapping_chosen_and_rejected_negates_the_delta(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_do_not_depend_on_the_batch(family: str) -> None:
     policy = shared_policy(family)
-    encoded = policy.encode(rows(family, images_per_row(family)))
+    encoded = encoded_rows(family)
     with torch.no_grad():
         batched = policy.log_probs(policy.model, policy.collate(encoded))
         reversed_rows = policy.log_probs(policy.model, policy.collate(encoded[::-1]))
@@ -248,7 +263,7 @@ class Separate(NamedTuple):
 @functools.cache
 def separate_passes(family: str) -> Separate:
     policy = shared_policy(family)
-    encoded = policy.encode(rows(family, images_per_row(family)))
+    encoded = encoded_rows(family)
     policy.model.train()
     log_probs = separate_forward_passes(policy, encoded)
     separate = Separate(encoded, log_probs.detach(), gradients(policy, log_probs))
@@ -276,7 +291,7 @@ def test_shared_prefix_equals_two_separate_forward_passes(family: str, checkpoin
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_parameters_get_the_gradients_of_separate_forward_passes(family: str) -> None:
     policy = fully_tuned_policy(family)
-    encoded = policy.encode(rows(family, images_per_row(family)))
+    encoded = encoded_rows(family)
     expected_gradients = gradients(policy, separate_forward_passes(policy, encoded))
     batch = policy.collate(encoded)
     log_probs = policy.log_probs(policy.model, batch)
@@ -322,11 +337,9 @@ def test_separate_sequences_give_the_same_log_probs_with_left_and_right_padding(
 def test_bf16_autocast_gives_close_log_probs(family: str) -> None:
     # bf16 has 8 significant bits. Its rounding is 2 % of a log-prob, as large as for separate sequences.
     policy = shared_policy(family)
-    encoded = policy.encode(rows(family, images_per_row(family)))
-    with torch.no_grad():
-        expected = separate_forward_passes(policy, encoded)
-        with torch.autocast("cpu", torch.bfloat16):
-            log_probs = policy.log_probs(policy.model, policy.collate(encoded))
+    encoded, expected, _ = separate_passes(family)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        log_probs = policy.log_probs(policy.model, policy.collate(encoded))
     assert policy.token_log_probs.layout == "shared_prefix" and log_probs.chosen.dtype == torch.float32
     assert_log_probs_close(log_probs, expected, 2e-2)
 
@@ -360,7 +373,7 @@ def test_saved_adapter_gives_the_same_outputs_in_upstream_classes(family: str, t
 def test_ten_steps_raise_the_delta_with_and_without_checkpointing(family: str) -> None:
     curves = []
     for policy, steps in ((shared_policy(family), 10), (checkpointing_policy(family), 4)):
-        batch = policy.collate(policy.encode(rows(family, images_per_row(family)))[:1])
+        batch = policy.collate(encoded_rows(family)[:1])
         policy.model.train()
         trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
         optimizer, curve = torch.optim.AdamW(trained, lr=5e-3), []
@@ -562,7 +575,7 @@ def test_cached_features_give_the_log_probs_of_pixels_and_the_tower_runs_once(
     family: str, record_property: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = shared_policy(family)
-    encoded = policy.encode(rows(family, images_per_row(family)))
+    encoded = encoded_rows(family)
     if family not in IMAGES:
         record_property("reason", "text-only: it has no vision features, and the rows are unchanged")
         assert policy.cache_vision_features(encoded) == encoded
@@ -729,7 +742,7 @@ def test_one_prefill_and_dropped_rows_give_the_tokens_of_upstream_generate(
     """Two decodings side by side, then one on a copy. Catches rows that are mixed up, a cache that is used twice, and other noise."""
     monkeypatch.setattr("dpo_mm.policies.vlm.batch_decoding._cache_bytes", lambda *a: SIDE_BY_SIDE // 2)
     policy = shared_policy(family)
-    encoded = policy.encode(rows(family, images_per_row(family)))
+    encoded = encoded_rows(family)
     prompts = [{"ids": row["prompt_ids"], "types": row["types"], "images": row["images"]} for row in encoded]
     inputs, limits = batch_inputs(policy, prompts), generation_limits(policy, max_new_tokens=4)
     prompt, tokens = inputs["input_ids"].shape[1], [3, 1, 4]
