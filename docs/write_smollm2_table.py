@@ -19,10 +19,20 @@ NAMES = {
     "sft, 64 steps": "SFT on the chosen, twice the steps",
     "dpo": "DPO",
     "dpo, sft term": "DPO with the SFT term",
+    "sft, all weights": "SFT on the chosen, all weights",
+    "dpo, sft term, all weights": "DPO with the SFT term, all weights",
 }
 """Arms in the order of the table, and their names in it."""
 UNTRAINED = ("base", "best of 4")
-AGAINST = (("dpo, sft term", "sft"), ("dpo, sft term", "sft, 64 steps"), ("dpo", "sft"), ("dpo, sft term", "dpo"))
+AGAINST = (
+    ("dpo, sft term", "sft"),
+    ("dpo, sft term", "sft, 64 steps"),
+    ("dpo", "sft"),
+    ("dpo, sft term", "dpo"),
+    ("sft, all weights", "sft"),
+    ("dpo, sft term, all weights", "sft, all weights"),
+    ("dpo, sft term, all weights", "dpo, sft term"),
+)
 """Arms that are compared with each other."""
 SHOWN = 2
 """Held-out prompts whose responses are shown: the first of each task."""

