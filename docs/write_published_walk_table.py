@@ -5,6 +5,7 @@ python docs/write_published_walk_table.py
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,10 +76,16 @@ def seeds(own: Sequence[Run]) -> str:
     return ", ".join(str(run["seed"]) for run in own)
 
 
+def milliseconds(tuning: str, arm: str) -> str:
+    """Median CPU milliseconds per page of a model, if it was timed."""
+    times = json.loads((RESULTS / "times.json").read_text(encoding="utf-8"))["milliseconds"].get(tuning, {}).get(arm)
+    return f"{np.median(times):.0f}" if times else ""
+
+
 def arms_table(by_tuning: dict[str, Arms]) -> str:
     lines = [
-        "| | trained | seeds | degenerate pages | of each seed | quality | character error rate | valid JSON | tokens per page | CPU minutes of training |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| | trained | seeds | degenerate pages | of each seed | quality | character error rate | valid JSON | tokens per page | CPU ms per page | CPU minutes of training |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for tuning, by_arm in by_tuning.items():
         for name, own in by_arm.items():
@@ -89,7 +96,11 @@ def arms_table(by_tuning: dict[str, Arms]) -> str:
             cells = [NAMES[name], "" if is_base else TUNINGS[tuning], "" if is_base else seeds(own)]
             cells += [f"{rate(own, 'degeneration'):.1%}", each, *(f"{rate(own, judge):.1%}" for judge in SHOWN)]
             seconds = [run["train_cpu_seconds"] for run in own if run["train_cpu_seconds"]]
-            cells += [f"{rate(own, 'num_tokens'):.1f}", f"{np.mean(seconds) / 60:.1f}" if seconds else ""]
+            cells += [
+                f"{rate(own, 'num_tokens'):.1f}",
+                milliseconds(tuning, name),
+                f"{np.mean(seconds) / 60:.1f}" if seconds else "",
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

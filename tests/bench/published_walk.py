@@ -17,6 +17,9 @@ Degeneration is the article's (token limit reached, the last 15 characters at le
 `repetition` are ours. Quality is the article's mean of Levenshtein ratio and BLEU-4 on the text inside the JSON. All models read the
 same 400 pages greedily. Each arm, tuning and seed is one JSON file in a folder of its tuning, with hits and totals by page.
 Arms whose file exists are not run again, and an interrupted one resumes from --work.
+
+With --time, the models of the first seed in --work read 100 of the pages in turn, three rounds, and the CPU milliseconds per page are
+written to times.json.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ import functools
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from dpo_mm.cli.terminal import run_as_command, suppress_library_output
 from dpo_mm.config import CompareResponsesConfig, MineResponsesConfig, TrainConfig
@@ -51,6 +56,8 @@ MODEL, TRAIN_PAGES, PAGES, TEST, HELD_OUT_SEED = "page-reader", "pages-train", 1
 SFT_STEPS, STEPS, BATCH = 100, 60, 16
 """Steps of the first stage and of the second, and rows per step of the first."""
 MAX_NEW_TOKENS = 200
+TIMED_PAGES, TIMED_ROUNDS = 100, 3
+"""Pages that each model reads in one batch with --time, and how often."""
 TUNINGS = ("lora", "full")
 RATES = {"lora": 1e-3, "full": 2e-4}
 JUDGES = ("degeneration", "trailing_repetition", "repetition", "levenshtein_bleu", "cer", "valid_json", "num_tokens")
@@ -238,6 +245,26 @@ def train_and_read(run: Run, work: Path) -> dict[str, Any]:
     }
 
 
+def time_reading(runs: Sequence[Run], work: Path) -> dict[str, dict[str, list[float]]]:
+    """CPU milliseconds per page of greedy reading with each model, in rounds over all models. Loading and scoring are not counted."""
+    pages = held_out_pages(TIMED_PAGES)
+    times: dict[str, dict[str, list[float]]] = {}
+    for _, run in itertools.product(range(TIMED_ROUNDS), runs):
+        model, adapter = weights(run, work)
+        policy = load_text_policy(model, adapter=adapter)
+        start = time.process_time()
+        policy.generate(
+            [page.images for page in pages],
+            [page.prompt for page in pages],
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            batch_size=TIMED_PAGES,
+        )
+        milliseconds = 1000 * (time.process_time() - start) / TIMED_PAGES
+        times.setdefault(run.tuning, {}).setdefault(run.arm, []).append(round(milliseconds, 2))
+    return times
+
+
 def numbers(ratios: np.ndarray) -> dict[str, list[float]]:
     """Hits and totals by page, with whole numbers as integers. Totals of 1 are left out."""
     hits, totals = (
@@ -254,11 +281,22 @@ def main() -> None:
     parser.add_argument("--tunings", default=",".join(TUNINGS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--work", type=Path, default=Path("runs/published-walk"))
+    parser.add_argument("--time", action="store_true", help="time reading with the models in --work instead")
     options = parser.parse_intermixed_args()
     if unknown := set(options.arms) - set(ARMS):
         parser.error(f"{min(unknown)!r} is no arm. Expected one of: {'; '.join(ARMS)}")
     seeds = [int(part) for part in options.seeds.split(",")]
     tunings = options.tunings.split(",")
+    if options.time:
+        arms = [Run(arm, tuning, seeds[0]) for tuning in tunings for arm in options.arms or ARMS]
+        trained = [run for run in arms if run.arm == "base" or (options.work / run.tuning / run.name).exists()]
+        with suppress_library_output():
+            times = time_reading(trained, options.work)
+        settings = {"threads": torch.get_num_threads(), "pages": TIMED_PAGES, "rounds": TIMED_ROUNDS}
+        command = "python -m tests.bench.published_walk docs/benchmarks/published-walk --time"
+        with atomic_write(options.out / "times.json") as temporary:
+            temporary.write_text(json.dumps({"command": command, **settings, "milliseconds": times}, indent=1) + "\n")
+        return
     for tuning, seed, arm in itertools.product(tunings, seeds, options.arms or ARMS):
         run = Run(arm, tuning, seed)
         path = options.out / tuning / f"{run.name}.json"
