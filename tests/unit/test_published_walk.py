@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,3 +76,22 @@ def test_finished_arms_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
         walk.main()
     assert asked == ["full base-seed0", "full sft-seed0", "full sft-seed1"]
     assert json.loads((tmp_path / "out" / "full" / "sft-seed1.json").read_text())["arm"] == "sft"
+
+
+def test_models_that_were_trained_read_in_turn_and_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str | None] = []
+
+    def load(model: str, *, adapter: str | None) -> SimpleNamespace:
+        return SimpleNamespace(generate=lambda images, prompts, **limits: read.append(adapter))
+
+    monkeypatch.setattr(walk, "load_text_policy", load)
+    monkeypatch.setattr(walk, "held_out_pages", lambda count: [])
+    sft = tmp_path / "work" / "lora" / "sft-seed0"
+    sft.mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    arguments = [str(tmp_path / "out"), "base", "sft", "more sft, 16 per step", "--time", "--tunings", "lora"]
+    monkeypatch.setattr("sys.argv", ["walk", *arguments, "--work", str(tmp_path / "work")])
+    walk.main()
+    assert read == [None, str(sft)] * walk.TIMED_ROUNDS
+    times = json.loads((tmp_path / "out" / "times.json").read_text())["milliseconds"]["lora"]
+    assert {name: len(values) for name, values in times.items()} == {"base": 3, "sft": 3}
