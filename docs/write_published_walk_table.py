@@ -76,13 +76,8 @@ def seeds(own: Sequence[Run]) -> str:
     return ", ".join(str(run["seed"]) for run in own)
 
 
-def milliseconds(tuning: str, arm: str) -> str:
-    """Median CPU milliseconds per page of a model, if it was timed."""
-    times = json.loads((RESULTS / "times.json").read_text(encoding="utf-8"))["milliseconds"].get(tuning, {}).get(arm)
-    return f"{np.median(times):.0f}" if times else ""
-
-
 def arms_table(by_tuning: dict[str, Arms]) -> str:
+    times = json.loads((RESULTS / "times.json").read_text(encoding="utf-8"))["milliseconds"]
     lines = [
         "| | trained | seeds | degenerate pages | of each seed | quality | character error rate | valid JSON | tokens per page | CPU ms per page | CPU minutes of training |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -96,11 +91,8 @@ def arms_table(by_tuning: dict[str, Arms]) -> str:
             cells = [NAMES[name], "" if is_base else TUNINGS[tuning], "" if is_base else seeds(own)]
             cells += [f"{rate(own, 'degeneration'):.1%}", each, *(f"{rate(own, judge):.1%}" for judge in SHOWN)]
             seconds = [run["train_cpu_seconds"] for run in own if run["train_cpu_seconds"]]
-            cells += [
-                f"{rate(own, 'num_tokens'):.1f}",
-                milliseconds(tuning, name),
-                f"{np.mean(seconds) / 60:.1f}" if seconds else "",
-            ]
+            cells += [f"{rate(own, 'num_tokens'):.1f}", f"{np.median(times[tuning][name]):.0f}"]
+            cells += [f"{np.mean(seconds) / 60:.1f}" if seconds else ""]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

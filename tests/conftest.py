@@ -9,7 +9,6 @@ import gc
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -55,19 +54,9 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_collection_before_each_run() -> None:
-    """Without a GPU, leave out the garbage collection with which accelerate frees its memory before each training run."""
-    import torch
-    from accelerate.utils import memory
-
-    if not torch.cuda.is_available():
-        memory.gc = SimpleNamespace(collect=lambda: 0)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None]:
-    """After the last test of a file, collect its garbage, and exclude the modules that it imported from garbage collection."""
+    """After a file's last test, collect its garbage, and exclude the modules that it imported from later collections."""
     yield
     if nextitem is None or nextitem.path != item.path:
         gc.collect()

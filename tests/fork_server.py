@@ -45,6 +45,8 @@ class Request:
 def connect() -> socket.socket:
     """Return a connection to the server of this test run. Start the server if it does not run yet.
 
+    Without pytest-xdist, the environment names the run, so that forked processes and their children find its server too.
+
     Raises:
         RuntimeError: if it does not start.
     """

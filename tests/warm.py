@@ -14,17 +14,20 @@ gc.disable()  # imports leave nothing to collect, and each collection would visi
 for package_module in pkgutil.walk_packages(dpo_mm.__path__, "dpo_mm."):
     if not package_module.name.endswith("__main__"):
         importlib.import_module(package_module.name)
-MODULES = (
-    *("open_clip", "torchvision.transforms", "matplotlib.figure", "jinja2", "gradio", "imagehash", "diffusers.guiders"),
-    *(
-        "rich._emoji_codes",
-        "scipy.fftpack",
-        "tests.conftest",
-        "tests.reliability.commands",
-        "tests.contracts.tiny_readers",
-    ),
-)
-for name in MODULES:
+for name in (
+    "open_clip",
+    "torchvision.transforms",
+    "matplotlib.figure",
+    "jinja2",
+    "gradio",
+    "imagehash",
+    "diffusers.guiders",
+    "rich._emoji_codes",
+    "scipy.fftpack",
+    "tests.conftest",
+    "tests.reliability.commands",
+    "tests.contracts.tiny_readers",
+):
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
 for name in (

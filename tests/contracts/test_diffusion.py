@@ -39,6 +39,7 @@ from dpo_mm.training.encoding import encode
 from dpo_mm.training.reference import adapter_off, frozen_copy
 from tests.conftest import noise_image, rows
 from tests.contracts.families import BUILDERS, WORDS, Family
+from tests.contracts.trained_weights import restored_weights
 from tests.operation_counts import OperationCounts
 
 FAMILIES = sorted(BUILDERS)
@@ -120,20 +121,9 @@ def randomise_adapter(policy: Any) -> None:
 
 
 @contextlib.contextmanager
-def restored_adapter(policy: Any) -> Iterator[None]:
-    """Context manager after which the adapter is what it was before."""
-    fresh = {parameter: parameter.data.clone() for parameter in policy.model.parameters() if parameter.requires_grad}
-    try:
-        yield
-    finally:
-        for parameter, data in fresh.items():
-            parameter.data.copy_(data)
-
-
-@contextlib.contextmanager
 def random_adapter(policy: Any) -> Iterator[None]:
     """Context manager in which the adapter has noise. Afterwards it is what it was before."""
-    with restored_adapter(policy):
+    with restored_weights(policy):
         randomise_adapter(policy)
         yield
 
@@ -623,7 +613,7 @@ def test_ten_steps_on_one_pair_raise_its_delta(
     batch = policy.collate(rows[:1])
     optimizer = torch.optim.Adam([p for p in policy.model.parameters() if p.requires_grad], lr=1e-3)
     history = []
-    with restored_adapter(policy):
+    with restored_weights(policy):
         policy.model.train()
         before = adapter_off(policy)(policy.model, batch)
         for _ in range(3 if checkpointing else 10):

@@ -27,6 +27,7 @@ from dpo_mm.policies.vlm.vlm_policy import VisionLanguage, lora_targets
 from dpo_mm.training.reference import adapter_off, frozen_copy
 from tests.contracts import tiny_vlms
 from tests.contracts.tiny_vlms import IMAGES, build, rows, save
+from tests.contracts.trained_weights import restored_weights
 
 FAMILIES = tuple(sorted((*IMAGES, "llama")))
 SPECIAL_TEXT_MODELS = ("gemma2", "qwen3_next")
@@ -102,15 +103,11 @@ def as_checked(policy: VisionLanguage, family: str) -> VisionLanguage:
 @contextlib.contextmanager
 def fresh_adapter(policy: VisionLanguage) -> Iterator[None]:
     """Context manager in which the LoRA is that of a new run. Afterwards it is what it was before."""
-    before = {p: p.data.clone() for p in policy.model.parameters() if p.requires_grad}
-    for name, parameter in policy.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.zero_()
-    try:
+    with restored_weights(policy):
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.zero_()
         yield
-    finally:
-        for parameter, data in before.items():
-            parameter.data.copy_(data)
 
 
 @functools.cache

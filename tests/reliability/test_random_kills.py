@@ -20,6 +20,8 @@ from tests.reliability import commands
 
 KILLS = 2
 """Kills per command."""
+STATE = ("trainer_state.json", "complete.json")
+"""Files of a checkpoint with the state of its run: the Trainer's, and the checksums of all files."""
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
@@ -41,6 +43,11 @@ def contents(folder: Path) -> dict[str, str]:
     """Hash of each file by name, without locks."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".lock"))
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def checkpoint_of(file: str) -> str:
+    """Folder of the checkpoint that a file belongs to. Empty: it belongs to none."""
+    return next((str(folder) for folder in Path(file).parents if folder.name.startswith("checkpoint-")), "")
 
 
 def kill_and_repeat(name: str, inputs: Path, folder: Path) -> list[str]:
@@ -66,8 +73,11 @@ def kill_and_repeat(name: str, inputs: Path, folder: Path) -> list[str]:
             duration, expected = time.monotonic() - start, contents(folder)
         found = contents(folder)
         different = [file for file in expected.keys() | found.keys() if expected.get(file) != found.get(file)]
-        if kill and number != signal.SIGKILL:  # a stopped run saves a checkpoint of its step, in place of an older one
-            different = [file for file in different if "/checkpoint-" not in file]
+        if kill and number != signal.SIGKILL:
+            # A stopped run saves a checkpoint of its step, in place of an older one. Its state says that the run was stopped.
+            in_both = {checkpoint_of(file) for file in expected} & {checkpoint_of(file) for file in found}
+            different = [file for file in different if checkpoint_of(file) in in_both]
+            different = [file for file in different if not checkpoint_of(file) or Path(file).name not in STATE]
         if different:
             problems.append(f"{name}, run {kill}: other bytes in {', '.join(sorted(different))}")
     return problems
