@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 
-def import_extra(module: str, package: str) -> Any:
+def import_extra(module: str, package: str, *, extra: str = "measures") -> Any:
     """Import a module of a package that only published measures need.
 
     Raises:
@@ -16,5 +16,5 @@ def import_extra(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError:
         raise ValueError(
-            f"this published measure needs {package}, which is not installed. Run pip install 'dpo-mm[measures]'"
+            f"this published measure needs {package}, which is not installed. Run pip install 'dpo-mm[{extra}]'"
         ) from None

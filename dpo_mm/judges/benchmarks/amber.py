@@ -1,21 +1,22 @@
 """Judges of descriptions by the rules of AMBER, with the word lists that it publishes.
 
-    amber_chair@AMBER/data    amber_cover@AMBER/data    amber_hal@AMBER/data    amber_cog@AMBER/data
+    amber_chair@AMBER/data          amber_cover, amber_hal and amber_cog alike: the published rule
+    amber_chair_words@AMBER/data    amber_cover_words, amber_hal_words and amber_cog_words alike: word lists alone
 
-A mention is a word of AMBER's vocabulary (relation.json) in singular or plural. A mention is right if it is an object of the
-image or associated with one. Safe words (safe_words.txt) are never wrong. Every other mention is hallucinated.
+A mention is a noun of AMBER's vocabulary (relation.json). It is right if it is an object of the image, or associated with one, or
+similar to one of these words. Safe words (safe_words.txt) are never wrong. Every other mention is hallucinated.
 
-The published code finds nouns with NLTK's tagger and WordNet, and also accepts words whose spaCy vectors are similar to a right
-one. Here each word of the vocabulary counts, whatever part of speech it is, and similar words are not accepted. So CHAIR and
-Hal are usually higher here, and Cover and Cog lower. Compare only numbers of the same judge.
+The published rule needs data of NLTK and a spaCy model. Without them, each word of the vocabulary counts, whatever part of speech
+it is, and similar words are not right. So CHAIR and Hal are usually higher, and Cover and Cog lower. Compare only numbers of
+the same judge.
 
 Source: Wang et al. 2023 (2311.07397), github.com/junyangwang0410/AMBER (Apache-2.0), inference.py.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,31 +25,12 @@ from dpo_mm.data.schema import Response
 from dpo_mm.data.text_files import read_lines, read_text
 from dpo_mm.errors import one_line
 from dpo_mm.judges import JudgeName, LazyJudge, Ratio
+from dpo_mm.judges.benchmarks.amber_words import Words, listed_words, published_words
 from dpo_mm.judges.weights import sha256
 
 RELATIONS, SAFE_WORDS = "relation.json", "safe_words.txt"
-WORD = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)*")
-ENDINGS = (
-    ("s", ""),
-    ("ses", "s"),
-    ("xes", "x"),
-    ("zes", "z"),
-    ("ches", "ch"),
-    ("shes", "sh"),
-    ("men", "man"),
-    ("ies", "y"),
-)
-"""Endings of plurals and of their singulars, as in WordNet."""
-IRREGULAR = {
-    "children": "child",
-    "geese": "goose",
-    "knives": "knife",
-    "leaves": "leaf",
-    "mice": "mouse",
-    "scarves": "scarf",
-    "shelves": "shelf",
-    "bookshelves": "bookshelf",
-}
+published = functools.cache(published_words)
+"""The model is opened once for all judges."""
 
 
 class WordLists(NamedTuple):
@@ -103,21 +85,23 @@ def amber_cog(name: JudgeName) -> LazyJudge:
 
 
 def _judge(name: JudgeName, ratio: Callable[[Counts], Ratio]) -> LazyJudge:
-    if name.model or not name.location:
+    by_lists = name.judge.endswith("_words")
+    if (name.model and by_lists) or not name.location:
         raise ValueError(f"judge {name.judge!r} needs the folder of AMBER's word lists. Write {name.judge}@AMBER/data")
     folder = Path(name.location).expanduser()
     lists = read_word_lists(folder)
+    try:
+        words = listed_words() if by_lists else published(name.model)
+    except ValueError as error:
+        raise ValueError(f"judge {name.judge!r}: {error}. {name.judge}_words needs AMBER's word lists only") from None
 
     def judge(responses: Sequence[Response], ground_truths: Sequence[str]) -> list[Ratio]:
         pairs = zip(responses, ground_truths, strict=True)
-        counts = [count_mentions(response.text, truth, lists) for response, truth in pairs]
+        counts = [count_mentions(response.text, truth, lists, words) for response, truth in pairs]
         return [ratio(each) if each else Ratio(0, 0) for each in counts]
 
     def card() -> dict[str, Any]:
-        return {
-            "model": "word lists of AMBER",
-            "word_lists": {file: sha256(folder / file) for file in (RELATIONS, SAFE_WORDS)},
-        }
+        return {**words.card, "word_lists": {file: sha256(folder / file) for file in (RELATIONS, SAFE_WORDS)}}
 
     return LazyJudge(judge, card)
 
@@ -141,7 +125,7 @@ def read_word_lists(folder: Path) -> WordLists:
     return WordLists(relations, vocabulary, frozenset(read_lines(folder / SAFE_WORDS)))
 
 
-def count_mentions(text: str, ground_truth: str, lists: WordLists) -> Counts | None:
+def count_mentions(text: str, ground_truth: str, lists: WordLists, words: Words) -> Counts | None:
     """Count the mentions of a description. None if the ground truth is yes or no, not that of a description."""
     if not ground_truth.startswith("{"):
         return None
@@ -153,26 +137,34 @@ def count_mentions(text: str, ground_truth: str, lists: WordLists) -> Counts | N
         raise ValueError(
             f"ground truth {ground_truth[:60]!r} does not fit AMBER's word lists ({one_line(error)}). Use its files as published"
         ) from None
-    mentions = find_mentions(text, lists.vocabulary)
-    unsafe = [word for word in mentions if word not in lists.safe]
-    wrong = [word for word in unsafe if word not in right]
-    covered = {right[word] for word in unsafe if word in right}
-    invented = {expected[word] for word in wrong if word in expected}
-    return Counts(len(wrong), len(mentions), len(covered), len(truth), len(invented), len(listed))
+    mentions = words.find(text, lists.vocabulary)
+    covered, invented, hallucinated = set(), set(), 0
+    for word in mentions:
+        if word in lists.safe:
+            continue
+        if word in right:
+            covered.add(right[word])
+            continue
+        # A word can be listed as a hallucination and be similar to another one: both count.
+        invented |= {expected[word]} if word in expected else set()
+        invented |= _similar_owner(word, expected, words)
+        similar = _similar_owner(word, right, words)
+        covered |= similar
+        hallucinated += not similar
+    return Counts(hallucinated, len(mentions), len(covered), len(truth), len(invented), len(listed))
 
 
 def _owners(objects: Sequence[str], lists: WordLists) -> dict[str, int]:
     """Return which object each associated word, or the object's own word, counts for: the first one."""
     words = [(other, number) for number, word in enumerate(objects) for other in lists.relations[word]]
     words += [(word, number) for number, word in enumerate(objects)]
-    return {word: number for word, number in reversed(words)}
+    owners: dict[str, int] = {}
+    for word, number in words:
+        owners.setdefault(word, number)
+    return owners
 
 
-def find_mentions(text: str, vocabulary: frozenset[str]) -> list[str]:
-    """Find the words of the vocabulary in a text, in singular. Words with capitals count only if the vocabulary has them so."""
-    mentions = []
-    for word in WORD.findall(text):
-        singulars = [word.removesuffix(plural) + singular for plural, singular in ENDINGS if word.endswith(plural)]
-        known = sorted({IRREGULAR.get(word, word), *(singulars if word not in IRREGULAR else ())} & vocabulary, key=len)
-        mentions += known[:1]
-    return mentions
+def _similar_owner(word: str, owners: dict[str, int], words: Words) -> set[int]:
+    """The object of the first similar word, if there is one."""
+    first = next((owner for other, owner in owners.items() if words.similar(word, other)), None)
+    return set() if first is None else {first}

@@ -4,8 +4,8 @@ A ground truth is JSON with the list `tests`. Each judge counts the tests of its
 
 - `olmocr_tests`: present, absent, order, table, format and footnote.
 - `olmocr_baseline`: the response is not empty, does not end in a loop, and has no unexpected characters.
-- `olmocr_math`: the response contains an equation. The published code renders equations with KaTeX in a browser and compares
-  what they look like. Here the LaTeX must be equal, so this rate is a lower bound.
+
+Judges of math tests are in `olmocr_equations.py`.
 
 The published score is the mean of the rates per file and of that of the baseline tests.
 
@@ -66,7 +66,6 @@ FORMATTED = {
     ],
 }
 """Patterns of text in each format."""
-EQUATIONS = (r"\\\((.+?)\\\)", r"\\\[(.+?)\\\]", r"\$\$(.+?)\$\$", r"\$(.+?)\$")
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 NEARBY = 200
 """Characters before and after a footnote's marker that are searched."""
@@ -83,15 +82,10 @@ def olmocr_baseline(responses: Sequence[Response], ground_truths: Sequence[str])
     return _rates(responses, ground_truths, ("baseline",))
 
 
-def olmocr_math(responses: Sequence[Response], ground_truths: Sequence[str]) -> list[Ratio]:
-    """Rate of equations that the responses contain with the same LaTeX."""
-    return _rates(responses, ground_truths, ("math",))
-
-
 def explain_tests(response: Response, ground_truth: str) -> Explanation:
     """List the tests that a response fails, math tests aside."""
     types = (*OTHER_TYPES, "baseline")
-    failed = [test for test in _tests(ground_truth, types) if not passes(test, response.text)]
+    failed = [test for test in read_tests(ground_truth, types) if not passes(test, response.text)]
     return Explanation("; ".join(f"{test['type']} test {test['id']} fails" for test in failed))
 
 
@@ -103,12 +97,12 @@ def passes(test: Test, text: str) -> bool:
 def _rates(responses: Sequence[Response], ground_truths: Sequence[str], types: Collection[str]) -> list[Ratio]:
     ratios = []
     for response, truth in zip(responses, ground_truths, strict=True):
-        tests = _tests(truth, types)
+        tests = read_tests(truth, types)
         ratios.append(Ratio(sum(passes(test, response.text) for test in tests), len(tests)))
     return ratios
 
 
-def _tests(ground_truth: str, types: Collection[str]) -> list[dict[str, Any]]:
+def read_tests(ground_truth: str, types: Collection[str]) -> list[dict[str, Any]]:
     try:
         tests = json.loads(ground_truth)["tests"]
         return [test for test in tests if test["type"] in types]
@@ -212,14 +206,6 @@ def final_repeats(text: str) -> list[int]:
     return repeats
 
 
-def _math(test: Test, text: str) -> bool:
-    for pattern in EQUATIONS[: 2 if test.get("ignore_dollar_delimited") else None]:
-        if any(equation.strip() == test["math"] for equation in re.findall(pattern, text, re.DOTALL)):
-            return True
-        text = re.sub(pattern, "", text, flags=re.DOTALL)
-    return False
-
-
 def _footnote(test: Test, text: str) -> bool:
     marker = test["marker"]
     patterns = [(rf"\[\^{re.escape(marker)}\](?!:)", 0), (rf"<sup[^>]*>{re.escape(marker)}</sup>", re.IGNORECASE)]
@@ -232,7 +218,7 @@ def _footnote(test: Test, text: str) -> bool:
     return bool(places) and all(
         [
             not before or any(_is_near(test, before, part[-2 * len(_letters(before)) :]) for part in earlier),
-            not after or any(_is_near(test, after, part[: 2 * len(_letters(after))]) for part in later),
+            not after or any(_is_near(test, after, part[: 2 * len(_letters(after)) or None]) for part in later),
         ]
     )
 
@@ -254,6 +240,5 @@ RULES: dict[str, Callable[[Test, str], bool]] = {
     "format": _format,
     "footnote": _footnote,
     "baseline": _baseline,
-    "math": _math,
 }
-OTHER_TYPES = tuple(name for name in RULES if name not in ("baseline", "math"))
+OTHER_TYPES = tuple(name for name in RULES if name != "baseline")

@@ -37,8 +37,7 @@ CASES = (
     ("footnote", {"marker": "12", "appears_before_marker": "as shown"}, "as shown¹² there", True),
     ("footnote", {"marker": "1", "appears_after_marker": "Source"}, "text <sup>1</sup> Source: x", True),
     ("footnote", {"marker": "1"}, "[^1]: only its definition", False),
-    ("math", {"math": "x^2"}, "so \\( x^2 \\) and $y$", True),
-    ("math", {"math": "y", "ignore_dollar_delimited": True}, "so \\( x^2 \\) and $y$", False),
+    ("footnote", {"marker": "1", "appears_after_marker": "$", "max_diffs": 1}, "text [^1] 5", True),
     ("baseline", {}, "Plain text.", True),
     ("baseline", {}, "... !", False),
     ("baseline", {}, "text " + "ab" * 31, False),
@@ -99,9 +98,9 @@ def test_files_as_published(tmp_path: Path) -> None:
     assert first.id == "old/notes.pdf-page-1" and second.content["images"] != first.content["images"]
     responses = [Response("Order by repo, Page 7", 1, hit_limit=False)]
     scores = {
-        name: load_judge(f"olmocr_{name}")(responses, [second.ground_truth]) for name in ("tests", "math", "baseline")
+        name: load_judge(f"olmocr_{name}")(responses, [second.ground_truth]) for name in ("tests", "latex", "baseline")
     }
-    assert scores == {"tests": [Ratio(1, 2)], "math": [Ratio(0, 1)], "baseline": [Ratio(0, 0)]}
+    assert scores == {"tests": [Ratio(1, 2)], "latex": [Ratio(0, 1)], "baseline": [Ratio(0, 0)]}
     assert load_judge("olmocr_baseline")(responses, [first.ground_truth]) == [Ratio(1, 1)]
     assert explain("olmocr_tests", responses[0], second.ground_truth).reason == "absent test two fails"
 

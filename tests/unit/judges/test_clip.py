@@ -456,7 +456,7 @@ def test_parse_judge_name_splits_judge_model_and_location() -> None:
     )
     assert parse_judge_name("aesthetic:score") is None and parse_judge_name("mine:score") is None
     assert metric_of("mine:score") == "score" and better_of("clip_score:ViT-B-32/openai") == "higher"
-    assert sum(judge.needs_model and not judge.by_rule for judge in JUDGES.values()) == 17
+    assert sum(judge.needs_model and not judge.by_rule for judge in JUDGES.values()) == 21
     with pytest.raises(ValueError, match="has no model 'ViT-B-3'; did you mean"):
         load_judge("clip_score:ViT-B-3")
     with pytest.raises(ValueError, match="no weights 'opena' of ViT-B-32; did you mean 'openai'"):

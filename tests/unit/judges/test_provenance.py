@@ -90,7 +90,7 @@ def test_order_judges_learned_training_judge_is_not_primary() -> None:
 
 def test_is_rule_based_matches_judges_without_a_model() -> None:
     assert all(is_rule_based(name) == (judge.by_rule or not judge.needs_model) for name, judge in JUDGES.items())
-    assert is_rule_based("amber_chair@data")
+    assert is_rule_based("amber_chair_words@data") and not is_rule_based("amber_chair@data")
     assert (
         is_rule_based("pope_f1")
         and not is_rule_based("clip_score:ViT-B-32/openai")
