@@ -5,7 +5,7 @@
 
 Equations are those of the published tests and sample pages, and random variations of them: spaces, fractions, fonts, sizes,
 order of scripts, and symbols that are missing, added, changed or swapped. They are compared in pairs, and as tests on pages with
-several equations. Other tests are random facts about random pages with text, Markdown, HTML and tables. Tests on which the
+several equations. The sample pages come with responses of olmOCR, which all judges score. Other tests are random facts about random pages with text, Markdown, HTML and tables. Tests on which the
 published code stops are counted apart.
 """
 
@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dpo_mm.data.questions import read_questions
 from dpo_mm.data.schema import Response
 from dpo_mm.judges import load_judge
 from dpo_mm.judges.benchmarks.equation_browser import EquationBrowser, Rendering, Symbol, presentation
@@ -177,6 +178,28 @@ def compare_pages(pairs: list[tuple[str, str]], katex: Path, tests: Any, rng: ra
     return {**counts, "different": different[:20]}
 
 
+def compare_samples(checkout: Path, tests: Any) -> dict[str, Any]:
+    """Score olmOCR's responses to the sample pages of the published code."""
+    samples = checkout / "olmocr" / "bench" / "sample_data"
+    questions = read_questions(str(samples))
+    files = [re.sub(r"\.pdf-page-(\d+)$", r"_pg\1_repeat1.md", question.id) for question in questions]
+    texts = [(samples / "olmocr_pipeline" / file).read_text(encoding="utf-8") for file in files]
+    cases: dict[str, list[tuple[dict[str, Any], str]]] = {"tests": [], "baseline": [], "math": []}
+    for question, text in zip(questions, texts, strict=True):
+        for test in json.loads(question.ground_truth)["tests"]:
+            cases[test["type"] if test["type"] in cases else "tests"].append((test, text))
+    counts: dict[str, Any] = {"pages": len(questions)}
+    for kind in (*cases, "latex"):
+        tested = cases.get(kind, cases["math"])
+        judge = load_judge(f"olmocr_math@{checkout}/olmocr/bench/katex" if kind == "math" else f"olmocr_{kind}")
+        truths = [json.dumps({"tests": [test]}) for test, _ in tested]
+        passed = [bool(each.hits) for each in judge([Response(text, 1, hit_limit=False) for _, text in tested], truths)]
+        expected = [tests.load_single_test(dict(test)).run(text)[0] for test, text in tested]
+        same = sum(one == other for one, other in zip(passed, expected, strict=True))
+        counts[f"olmocr_{kind}"] = {"tests": len(tested), "pass": sum(passed), "same verdict": same}
+    return counts
+
+
 def compare_facts(tests: Any, rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
     """Compare tests of the other types on random pages."""
     judges = {True: load_judge("olmocr_baseline"), False: load_judge("olmocr_tests")}
@@ -203,11 +226,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--olmocr", type=Path, required=True, help="checkout of the published code")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=("equations", "facts"))
+    parser.add_argument("--only", choices=("equations", "samples", "facts"), help="keep the other parts of the file")
     arguments = parser.parse_args()
     tests, renderer = published_code(arguments.olmocr.resolve())
-    measured: dict[str, Any] = {"command": "python -m tests.bench.olmocr_rules --olmocr olmocr"}
-    if arguments.only != "facts":
+    measured: dict[str, Any] = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.only else {}
+    measured["command"] = "python -m tests.bench.olmocr_rules --olmocr olmocr"
+    if arguments.only in (None, "samples"):
+        measured["sample_pages"] = compare_samples(arguments.olmocr, tests)
+    if arguments.only in (None, "equations"):
         katex, rng = arguments.olmocr / "olmocr" / "bench" / "katex", random.Random(0)
         published = published_pairs(arguments.olmocr)
         bases = list(dict.fromkeys(latex for pair in published for latex in pair))
@@ -222,7 +248,7 @@ def main() -> None:
         measured["varied_pairs"] = compare_pairs(varied, own, theirs, renderer)
         usable = [pair for pair in published + varied if own[pair[0]] is not None]
         measured["pages"] = compare_pages(usable, katex, tests, rng)
-    if arguments.only != "equations":
+    if arguments.only in (None, "facts"):
         measured["facts"] = dict(compare_facts(tests, random.Random(1)))
     arguments.out.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(measured, indent=1))
