@@ -114,8 +114,8 @@ def quickstart(
         raise ValueError(f"task {task!r} is unknown; {did_you_mean(task, tasks)}")
     flags = {"output_dir": output_dir, "seed": str(seed), "overwrite": str(overwrite)}
     flags |= {"baseline": baseline} if baseline else {}
-    with suppress_library_output():
-        recipe = read_recipe(*tasks[task], flags)
+    recipe = read_recipe(*tasks[task], flags)
+    with suppress_library_output(training=True):
         run_recipe(recipe, command=report_command())
     say(after_quickstart(recipe.compare, output_dir, seed))
 
@@ -243,7 +243,7 @@ def train(
         raise ValueError("vram belongs to --dry-run. Add it, or remove --vram")
     card = {} if vram is None else {"vram": vram}
     settings = train_config(context, config, **({"precision": "bf16"} if card else {}))
-    with suppress_library_output():
+    with suppress_library_output(training=True):
         from dpo_mm.training import run
 
         if dry_run:
@@ -266,7 +266,7 @@ def verify(context: typer.Context, config: ConfigFile = None) -> None:
     import tempfile
 
     settings = train_config(context, config, output_dir="")
-    with tempfile.TemporaryDirectory(prefix="dpo-mm-verify-") as folder, suppress_library_output():
+    with tempfile.TemporaryDirectory(prefix="dpo-mm-verify-") as folder, suppress_library_output(training=True):
         from dpo_mm.training.verify import verify
 
         try:

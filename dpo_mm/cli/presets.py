@@ -56,8 +56,9 @@ def run_preset(
     """
     from dpo_mm.recipe import read_recipe_file, run_recipe
 
-    with suppress_library_output():
-        run_recipe(read_recipe_file(recipe, parse_overrides(context.args)), command=report_command())
+    settings = read_recipe_file(recipe, parse_overrides(context.args))
+    with suppress_library_output(training=True):
+        run_recipe(settings, command=report_command())
 
 
 def add_commands(app: typer.Typer) -> None:
