@@ -44,14 +44,19 @@ class Comparison:
     """Comparison of two models on one metric, usually base and tuned.
 
     Args:
-        metric, judge: name of the metric, and of its judge.
+        metric: name of the metric.
+        judge: name of its judge.
         headline: whether this is the primary metric.
-        base, tuned: means over items.
+        base: mean over items of the first model.
+        tuned: mean over items of the second model.
         difference: tuned minus base.
-        low, high: 95 % interval of the difference. None if too few items differ.
+        low: lower end of the 95 % interval of the difference. None if too few items differ.
+        high: upper end of this interval. None if too few items differ.
         n: number of items (images or responses).
         verdict: better, worse, differs or no evidence, see `verdict_of`.
-        wins, ties, losses: number of prompts (clusters) on which tuned is better, equal and worse.
+        wins: number of prompts (clusters) on which tuned is better.
+        ties: number of prompts on which both are equal.
+        losses: number of prompts on which tuned is worse.
         p: exact two-sided sign test of wins against losses.
         clusters: number of prompts.
         p_holm: p corrected for the number of rows that are tested together. None if there is only one.
@@ -136,7 +141,8 @@ def paired(
     Args:
         base, tuned: finite scores or booleans, (items,).
         clusters: id of each item's prompt, (items,).
-        metric, judge: name of the metric, and of its judge.
+        metric: name of the metric.
+        judge: name of its judge.
         headline: whether this is the primary metric.
         direction: direction of a better score. With "neutral" the verdict is "differs" or "no evidence".
         models: names of the two models.
@@ -198,7 +204,8 @@ def paired_ratios(
 
     Args:
         base, tuned: hits and totals of each item, (items, 2). A rate whose totals sum to 0 is 0.
-        metric, judge: name of the metric, and of its judge.
+        metric: name of the metric.
+        judge: name of its judge.
         headline: whether this is the primary metric.
         direction, models: as in `paired`.
 

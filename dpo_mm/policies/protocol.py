@@ -375,8 +375,9 @@ class TextPolicy(Policy, Protocol):
     ) -> list[list[Response]]:
         """Generate one response per decoding and conversation. Images and prompts run once for all decodings.
 
+        Other arguments are those of `generate`.
+
         Args:
-            images, messages, max_new_tokens, batch_size, loop_references: see `generate`.
             decodings: how each response is decoded. Their seeds are those of `generate`.
 
         Returns:
