@@ -3,7 +3,7 @@
 Images are decoded or rendered when a question is used. A name selects a synthetic dataset. A file is Parquet or JSON lines with the columns
 `images` (or `image`), `prompt` and, optionally, `ground_truth`, `id`, `category` and `rubric`. `ground_truth` may be a list, of which any
 is right. In JSON lines an image is a path relative to the file. The files of published benchmarks (`dpo_mm.data.benchmarks`) are
-read in their own formats.
+read in their own formats. `OmniDocBench.json#pages` reads whole pages of a benchmark whose questions are parts of pages.
 """
 
 from __future__ import annotations
@@ -96,10 +96,17 @@ def read_questions(
     return [question if question.rubric else replace(question, rubric=rubric) for question in questions]
 
 
+def questions_file(name: str) -> Path:
+    """Path of a file of questions: its name, without # and what a question is about (`OmniDocBench.json#pages`)."""
+    file, _, unit = name.rpartition("#")
+    return Path(file) if unit and Path(file).is_file() and not Path(name).exists() else Path(name)
+
+
 def _read_questions(name: str, limit: int | None) -> list[Question]:
     if name in WORLDS:
         return list(WORLDS[name](DEFAULT_COUNT if limit is None else limit))
-    path = Path(name)
+    path = questions_file(name)
+    unit = "" if path == Path(name) else name.rpartition("#")[2]
     if path.is_dir() and (files := regular_files(path, "*.jsonl")):
         read_all = (question for file in files for question in _json_questions(file, limit))
         return list(islice(read_all, limit))
@@ -108,8 +115,9 @@ def _read_questions(name: str, limit: int | None) -> list[Question]:
             f"questions {name!r}: no such file; {did_you_mean(name, WORLDS)}. Or give Parquet or JSON lines with columns "
             "images, prompt and ground_truth"
         )
-    read = _parquet_questions if path.suffix == ".parquet" else _json_questions
-    questions = list(read(path, limit))
+    questions = list(
+        _parquet_questions(path, limit) if path.suffix == ".parquet" else _json_questions(path, limit, unit)
+    )
     if not questions:
         raise ValueError(f"{name}: no questions in the file. Expected one row per question")
     return questions
@@ -184,8 +192,8 @@ WORLDS: dict[str, Callable[[int], Iterator[Question]]] = {
 """Synthetic datasets by name: functions from a number of questions to the questions."""
 
 
-def _json_questions(path: Path, limit: int | None) -> Iterator[Question]:
-    for number, row in enumerate(islice(question_rows(_json_rows(path), path), limit)):
+def _json_questions(path: Path, limit: int | None, unit: str = "") -> Iterator[Question]:
+    for number, row in enumerate(islice(question_rows(_json_rows(path), path, unit), limit)):
         name = f"{path}, row {number}"
         _check_prompt(row, name)
         images = row.get("images")

@@ -48,6 +48,7 @@ _POPE, _MODEL = "dpo_mm.judges.pope", "dpo_mm.judges.model_judge"
 _DRAWINGS, _DRAWN = "dpo_mm.judges.drawing_judge", "dpo_mm.worlds.drawing_prompts:check_prompts"
 _UNIFIED = "dpo_mm.judges.unified_reward"
 _PUBLISHED = "dpo_mm.judges.benchmarks"
+_PAGE = f"{_PUBLISHED}.omnidocbench_page.judges"
 _EDIT, _EDITED = "dpo_mm.judges.edit_judge", "dpo_mm.worlds.shape_edits:check_prompts"
 JUDGES: dict[str, Judge] = {
     "faithfulness": Judge("fully correct rate", "dpo_mm.judges.scene:faithfulness", check_prompts="dpo_mm.worlds.shapes:check_prompts"),
@@ -106,6 +107,11 @@ JUDGES: dict[str, Judge] = {
     "omnidocbench_text": Judge("OmniDocBench text edit distance", f"{_PUBLISHED}.omnidocbench:omnidocbench_text", "lower"),
     "omnidocbench_teds": Judge("OmniDocBench TEDS", f"{_PUBLISHED}.omnidocbench:omnidocbench_teds"),
     "omnidocbench_teds_s": Judge("OmniDocBench TEDS-S", f"{_PUBLISHED}.omnidocbench:omnidocbench_teds_structure"),
+    "omnidocbench_page_text": Judge("OmniDocBench text edit distance of pages", f"{_PAGE}:page_text", "lower"),
+    "omnidocbench_page_order": Judge("OmniDocBench reading order edit distance", f"{_PAGE}:page_order", "lower"),
+    "omnidocbench_page_formulas": Judge("OmniDocBench formula edit distance of pages", f"{_PAGE}:page_formulas", "lower"),
+    "omnidocbench_page_teds": Judge("OmniDocBench TEDS of pages", f"{_PAGE}:page_teds"),
+    "omnidocbench_page_teds_s": Judge("OmniDocBench TEDS-S of pages", f"{_PAGE}:page_teds_structure"),
     "teds": Judge("TEDS", f"{_PUBLISHED}.teds:teds"),
     "teds_s": Judge("TEDS-S", f"{_PUBLISHED}.teds:teds_structure"),
     "rubric_score": Judge("rubric score, 0 to 10", f"{_MODEL}:rubric_score", needs_model=True, takes_questions=True),

@@ -20,7 +20,7 @@ from typing import Any
 from dpo_mm.config import MineResponsesConfig, as_dict
 from dpo_mm.data.image_files import encode_png
 from dpo_mm.data.parquet import combine_shards, write_rows
-from dpo_mm.data.questions import Question, read_questions
+from dpo_mm.data.questions import Question, questions_file, read_questions
 from dpo_mm.data.schema import Response, make_response_rows, response_preference
 from dpo_mm.files.checksums import all_intact, missing_shards, saved_shards
 from dpo_mm.files.content_key import content_hash, library_versions
@@ -58,7 +58,7 @@ def mine_responses(config: MineResponsesConfig) -> Path:
         TrainingInterrupted: after SIGTERM or Ctrl-C, when the current shard is saved.
     """
     _validate_config(config)
-    folder, inputs = Path(config.output_dir), [config.questions, config.model, config.adapter]
+    folder, inputs = Path(config.output_dir), [str(questions_file(config.questions)), config.model, config.adapter]
     refuse_foreign_folder(folder, MINING, inputs=inputs)
     questions = read_questions(config.questions, limit=config.max_questions, rubric=config.rubric)
     without = next((question.id for question in questions if not question.has_ground_truth), None)

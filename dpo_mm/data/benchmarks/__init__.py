@@ -29,11 +29,13 @@ class Benchmark(NamedTuple):
         name: name of the benchmark.
         keys: keys that each of its rows has, and that together no other format has.
         questions: function (rows, file) -> rows of questions: prompt, image or images, ground_truth, id, category.
+        unit: what a question is about, if a name of a file with # and the unit selects it.
     """
 
     name: str
     keys: frozenset[str]
     questions: Callable[[Rows, Path], Iterator[dict[str, Any]]]
+    unit: str = ""
 
 
 BENCHMARKS = (
@@ -41,26 +43,32 @@ BENCHMARKS = (
     Benchmark("OCRBench", ocrbench_questions.KEYS, ocrbench_questions.questions),
     Benchmark("olmOCR-bench", olmocr_questions.KEYS, olmocr_questions.questions),
     Benchmark("OmniDocBench", omnidocbench_questions.KEYS, omnidocbench_questions.questions),
+    Benchmark("OmniDocBench", omnidocbench_questions.PAGE_KEYS, omnidocbench_questions.page_questions, unit="pages"),
     Benchmark("POPE", pope_questions.KEYS, pope_questions.questions),
 )
 
 
-def question_rows(rows: Rows, file: Path) -> Iterator[dict[str, Any]]:
+def question_rows(rows: Rows, file: Path, unit: str = "") -> Iterator[dict[str, Any]]:
     """Convert the rows of a benchmark's file to rows of questions. Rows in no known format are returned unchanged.
 
     Args:
         rows: rows of a file of questions.
         file: the file, for its folder and for errors.
+        unit: what a question is about, for benchmarks with a choice.
 
     Raises:
-        ValueError: if a row has not the keys of the first, or a file next to it is missing. It names the file and the row.
+        ValueError: if no benchmark with this unit has such rows, a row has not the keys of the first, or a file next to it is missing. It names the file and the row.
     """
     rows = iter(rows)
     first = next(rows, None)
     if first is None:
         return
     everything = chain([first], rows)
-    benchmark = next((each for each in BENCHMARKS if each.keys <= first.keys() and "prompt" not in first), None)
+    suiting = (each for each in BENCHMARKS if each.keys <= first.keys() and "prompt" not in first and each.unit == unit)
+    benchmark = next(suiting, None)
+    if benchmark is None and unit:
+        units = " or ".join(f"{each.name}#{each.unit}" for each in BENCHMARKS if each.unit)
+        raise ValueError(f"{file}#{unit}: only {units} is known. Use the file as published, or leave out #{unit}")
     if benchmark is None:
         yield from everything
     else:

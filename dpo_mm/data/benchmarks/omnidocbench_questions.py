@@ -1,6 +1,7 @@
 """Questions of OmniDocBench (OmniDocBench.json): one per text block and per table, with the block cut out of its page.
 
-The benchmark has no prompts, so the two prompts are this project's. Blocks without a text or HTML have no question.
+`OmniDocBench.json#pages` has one question per page instead, whose ground truth is JSON with all blocks of the page as in the file.
+The benchmark has no prompts, so the prompts are this project's. Blocks without a text or HTML have no question.
 
 Source: Ouyang et al. 2024 (2412.07626), github.com/opendatalab/OmniDocBench (Apache-2.0).
 """
@@ -24,6 +25,13 @@ TEXT_PROMPT = "Write the text in the image, and nothing else."
 TABLE_PROMPT = (
     "Write the table in the image as HTML, and nothing else. Use colspan and rowspan for cells that span several."
 )
+PAGE_PROMPT = (
+    "Write the page in the image as Markdown, in reading order, and nothing else. Write formulas as LaTeX: $$ around those that stand "
+    "alone, $ around those in a text. Write tables as HTML. Leave out headers, footers and page numbers."
+)
+PAGE_KEYS = frozenset({"layout_dets", "page_info", "extra"})
+COMPARED = ("category_type", "anno_id", "order", "text", "latex", "html")
+"""Keys of a block that judges of pages compare."""
 
 
 def questions(rows: Iterable[dict[str, Any]], file: Path) -> Iterator[dict[str, Any]]:
@@ -32,8 +40,7 @@ def questions(rows: Iterable[dict[str, Any]], file: Path) -> Iterator[dict[str, 
     for number, page in enumerate(rows):
         name = f"{file}, row {number}"
         with name_row(name, "Use the file as published", clear=(ValueError,)):
-            image = page["page_info"]["image_path"]
-            whole = lazy_images(confine([folders.find(image)], file.parent, is_path=True), name)
+            image, whole = _image(page, folders, file, name)
             for block in page["layout_dets"]:
                 is_table = block["category_type"] == "table"
                 truth = block.get("html" if is_table else "text")
@@ -45,6 +52,35 @@ def questions(rows: Iterable[dict[str, Any]], file: Path) -> Iterator[dict[str, 
                         "ground_truth": truth,
                         "category": block["category_type"],
                     }
+
+
+def page_questions(rows: Iterable[dict[str, Any]], file: Path) -> Iterator[dict[str, Any]]:
+    """Convert pages of OmniDocBench to questions of whole pages. The category is the source of the page, such as "newspaper"."""
+    folders = ImageFolders(file)
+    for number, page in enumerate(rows):
+        name = f"{file}, row {number}"
+        with name_row(name, "Use the file as published", clear=(ValueError,)):
+            image, whole = _image(page, folders, file, name)
+            yield {
+                "id": Path(image).stem,
+                "images": whole,
+                "prompt": PAGE_PROMPT,
+                "ground_truth": page_truth(page),
+                "truth_is_response": False,
+                "category": page["page_info"].get("page_attribute", {}).get("data_source"),
+            }
+
+
+def page_truth(page: dict[str, Any]) -> dict[str, Any]:
+    """Return what judges compare of a page: its blocks, and which of them are parts of one paragraph."""
+    blocks = [{key: block[key] for key in COMPARED if key in block} for block in page["layout_dets"]]
+    return {"layout_dets": blocks, "extra": {"relation": page["extra"]["relation"]}}
+
+
+def _image(page: dict[str, Any], folders: ImageFolders, file: Path, name: str) -> tuple[str, LazyImages]:
+    """Return the name of a page's image and the image."""
+    image = page["page_info"]["image_path"]
+    return image, lazy_images(confine([folders.find(image)], file.parent, is_path=True), name)
 
 
 def _cut_out(page: LazyImages, polygon: list[float]) -> LazyImages:

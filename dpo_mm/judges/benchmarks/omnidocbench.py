@@ -4,7 +4,7 @@ A text loses its punctuation and spaces, and formulas in it become Unicode, befo
 HTML that OmniDocBench does not compare: styles, header cells, `thead`, `tbody`, and superscripts. A judge of texts skips tables,
 and a judge of tables skips texts.
 
-The published code also evaluates whole pages, whose blocks it matches first (`quick_match`). That part is not here.
+Whole pages, whose blocks are matched first, are in `omnidocbench_page`.
 
 Source: Ouyang et al. 2024 (2412.07626), github.com/opendatalab/OmniDocBench (Apache-2.0): `configs/ocr.yaml`,
 `configs/table_recognition.yaml`.
@@ -34,6 +34,8 @@ WHITE_SPACE = ("\\t", "\\n", "\t", "\n", "/t", "/n")
 NOT_COMPARED = re.compile(r"[^\w\u4e00-\u9fff]")
 TABLES = re.compile(r"<table\b[^>]*>(.*)</table>", re.DOTALL | re.IGNORECASE)
 ATTRIBUTES = re.compile(r' (?:style|height|width|align|class)=".*?"')
+PAGE_START = '{"layout_dets":'
+"""How a ground truth that is a whole page begins."""
 TAGS = re.compile(r"</?(?:sup|sub|span|div|p)>|<colgroup>.*?</colgroup>")
 
 
@@ -63,7 +65,11 @@ def text_distance(text: str, truth: str) -> Ratio:
 
 def compared_text(text: str) -> str:
     """Letters, digits and underscores of a text. Formulas in it with a command, power or index become Unicode first."""
-    text = INLINE_FORMULA.sub(_formula_as_unicode, text)
+    return letters(INLINE_FORMULA.sub(_formula_as_unicode, text))
+
+
+def letters(text: str) -> str:
+    """Letters, digits and underscores of a text."""
     for white_space in WHITE_SPACE:
         text = text.replace(white_space, "")
     return NOT_COMPARED.sub("", text)
@@ -111,4 +117,9 @@ def _similarities(responses: Sequence[Response], ground_truths: Sequence[str], *
 
 
 def _is_table(truth: str) -> bool:
+    if truth.startswith(PAGE_START):
+        raise ValueError(
+            "the ground truth is a page of OmniDocBench, and this judge scores single blocks. Use judges whose names begin with "
+            "omnidocbench_page, or leave out #pages in the name of the questions"
+        )
     return "<table" in truth
