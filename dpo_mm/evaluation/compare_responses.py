@@ -35,6 +35,7 @@ from dpo_mm.files.json_lines import combine_parts
 from dpo_mm.files.outputs import write_results
 from dpo_mm.judges import better_of, explain, metric_of, take_judge_notes, takes_questions
 from dpo_mm.judges.provenance import built_pairs, order_judges, training_judges_of_adapter
+from dpo_mm.judges.score_checks import check_ground_truths
 from dpo_mm.policies.adapter_sources import name_base
 from dpo_mm.policies.families import load_text_policy
 from dpo_mm.policies.protocol import TextPolicy
@@ -304,8 +305,13 @@ def compare_responses(
 
 def read_question_sets(config: CompareResponsesConfig) -> list[tuple[CompareResponsesConfig, list[Question]]]:
     """Return settings and questions of the comparison, then of each side set. Raise ValueError as `read_sets`."""
-    read = lambda own: read_questions(own.questions, limit=own.max_questions, part=own.part, rubric=own.rubric)
-    return read_sets(config, read, len)
+    return read_sets(config, _read_questions, len)
+
+
+def _read_questions(config: CompareResponsesConfig) -> list[Question]:
+    questions = read_questions(config.questions, limit=config.max_questions, part=config.part, rubric=config.rubric)
+    check_ground_truths(config.judges, questions)
+    return questions
 
 
 def _base_responses(

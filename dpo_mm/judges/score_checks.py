@@ -23,6 +23,7 @@ from dpo_mm.judges import (
     takes_questions,
     takes_sources,
 )
+from dpo_mm.judges.table import JUDGES
 
 
 def image_scores(
@@ -159,6 +160,17 @@ def response_ratios(
         if owner not in best or rates[index] > rates[best[owner]]:
             best[owner] = index
     return values[[best[number] for number in range(len(responses))]].reshape(-1, 2)
+
+
+def check_ground_truths(names: Sequence[str], questions: Sequence[Question]) -> None:
+    """Raise ValueError for a judge that cannot read the ground truth of the first question, before responses are generated.
+
+    Judges with a model and custom ones are not checked, because their first call may take long.
+    """
+    first = next((question for question in questions if question.has_ground_truth), None)
+    for name in names:
+        if first is not None and name in JUDGES and not JUDGES[name].needs_model:
+            load_judge(name)([Response("", 0, hit_limit=False)], [first.ground_truth])
 
 
 def response_preferences(

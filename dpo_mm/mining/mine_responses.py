@@ -26,7 +26,7 @@ from dpo_mm.files.checksums import all_intact, missing_shards, saved_shards
 from dpo_mm.files.content_key import content_hash, library_versions
 from dpo_mm.files.outputs import output_folder, refuse_foreign_folder, settings_of, write_results
 from dpo_mm.judges import better_of, correct, explain, is_pairwise, judge_digests, take_judge_notes, takes_questions
-from dpo_mm.judges.score_checks import response_ratios
+from dpo_mm.judges.score_checks import check_ground_truths, response_ratios
 from dpo_mm.judges.text import truncate_repetition
 from dpo_mm.mining.mine_images import MINING
 from dpo_mm.policies.adapter_sources import adapter_content
@@ -64,6 +64,7 @@ def mine_responses(config: MineResponsesConfig) -> Path:
     without = next((question.id for question in questions if not question.has_ground_truth), None)
     if without is not None:
         raise ValueError(f"{config.questions}: question {without} has no ground truth, and mining needs it. Add it.")
+    check_ground_truths([config.judge], questions)
     described = next((question.id for question in questions if not question.truth_is_response), None)
     if described is not None and config.chosen == "ground_truth":
         raise ValueError(

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dpo_mm.config import CompareResponsesConfig, MineResponsesConfig
 from dpo_mm.data.questions import read_questions
 from dpo_mm.data.schema import Response
+from dpo_mm.evaluation.compare_responses import read_question_sets
 from dpo_mm.judges import Ratio, load_judge
 from dpo_mm.judges.benchmarks.omnidocbench_page import matching
 from dpo_mm.judges.benchmarks.omnidocbench_page.formulas import array_lines, compared_formula
@@ -18,6 +20,7 @@ from dpo_mm.judges.benchmarks.omnidocbench_page.judges import pair_page
 from dpo_mm.judges.benchmarks.omnidocbench_page.markdown import split_markdown
 from dpo_mm.judges.benchmarks.omnidocbench_page.matching import Pair, pair_texts, part_distance
 from dpo_mm.judges.benchmarks.omnidocbench_page.truth import read_truth
+from dpo_mm.mining.mine_responses import mine_responses
 
 EXAMPLE = json.loads((Path(__file__).parent / "omnidocbench_page.json").read_text(encoding="utf-8"))
 TRUTH = json.dumps(EXAMPLE["page"])
@@ -195,7 +198,22 @@ def test_whole_pages_of_a_file_as_published(tmp_path: Path) -> None:
     assert len(read_questions(str(file))) == 2 * 12  # one per text and per table
     with pytest.raises(ValueError, match=r"#lines: only OmniDocBench#pages is known"):
         read_questions(f"{file}#lines")
-    with pytest.raises(ValueError, match=r"this judge scores single blocks.*leave out #pages"):
-        load_judge("omnidocbench_text")([Response("a", 1, hit_limit=False)], [first.ground_truth])
-    with pytest.raises(ValueError, match=r"is not a page of OmniDocBench\. Add #pages"):
-        load_judge("omnidocbench_page_text")([Response("a", 1, hit_limit=False)], ["a text"])
+
+
+def test_the_wrong_kind_of_questions_is_refused_before_the_model_loads(tmp_path: Path) -> None:
+    page_row = {"image": "page.png", "prompt": "Read", "ground_truth": EXAMPLE["page"]}
+    rows = {"pages": page_row, "blocks": {**page_row, "ground_truth": "a text"}}
+    Image.new("RGB", (10, 8)).save(tmp_path / "page.png")
+    files = {name: tmp_path / f"{name}.jsonl" for name in rows}
+    for name, row in rows.items():
+        files[name].write_text(2 * (json.dumps(row) + "\n"))
+    no_page = r"is not a page of OmniDocBench\. Add #pages"
+    for name, judge, message in (
+        ("pages", "omnidocbench_text", "scores single blocks.*leave out #pages"),
+        ("blocks", "omnidocbench_page_text", no_page),
+    ):
+        settings = {"model": "none", "questions": str(files[name]), "output_dir": str(tmp_path / "out")}
+        with pytest.raises(ValueError, match=message):
+            read_question_sets(CompareResponsesConfig(**settings, judges=(judge,)))
+        with pytest.raises(ValueError, match=message):
+            mine_responses(MineResponsesConfig(**settings, judges=judge))
