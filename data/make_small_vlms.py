@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from dpo_mm.config import CompareResponsesConfig
@@ -39,6 +40,7 @@ from dpo_mm.worlds import caption_scenes, documents, shapes
 HERE = Path(__file__).parent
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 PATCH = 8
+TOWER = "vision_tower.vision_model."
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
@@ -336,10 +338,18 @@ def fit(model: Any, stages: list[tuple[Pool, int]], batch: int, rate: float, wor
                 model.save_pretrained(work / f"step-{step}")
 
 
+def name_as_published(file: Path) -> None:
+    """Give the vision tower's weights the names of published LLaVA models. vLLM 0.32 knows no others."""
+    weights = load_file(file)
+    named = {name.replace("vision_tower.", TOWER, 1) if TOWER not in name else name: weights[name] for name in weights}
+    save_file(named, file, metadata={"format": "pt"})
+
+
 def save(model: Any, processor: Any, folder: Path) -> None:
     """Save the model in half precision with its processor, and print the hash of its weights."""
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
+    name_as_published(folder / "model.safetensors")
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     print(json.dumps({"folder": str(folder), "parameters": model.num_parameters(), "sha256": digest}))
 

@@ -52,7 +52,7 @@ def check_format(run: FinishedRun, to: str) -> None:
     if to == "kohya" and getattr(family, "kohya_prefix", None) is None:
         raise ValueError(f"to 'kohya': {family.__name__} has no names in kohya's format. Use diffusers or merged")
     if to == "vllm" and (reason := why_not_served(run.folder)):
-        raise ValueError(f"to 'vllm': {run.name!r} {reason}, which vLLM does not load. Use merged")
+        raise ValueError(f"to 'vllm': {run.name!r} {reason}. Use merged")
 
 
 def export_diffusers(run: FinishedRun, folder: Path) -> dict[str, str]:

@@ -120,7 +120,7 @@ class ModelServer:
             ServerError: in one line, if the server is not reachable, stays busy or broken, or refuses the request.
         """
         body = {"model": model, "messages": messages, **options}
-        reply = self._send(lambda: self._client.post(f"{self.url}/chat/completions", json=body))
+        reply = self._send(lambda: self._client.post(f"{self.url}/chat/completions", json=body), label)
         if reply.status_code != 200:
             raise ServerError(self._refusal(reply, model, label))
         try:
@@ -156,10 +156,11 @@ class ModelServer:
         """True after `stop`."""
         return self._stopped.is_set()
 
-    def _send(self, send: Callable[[], httpx.Response]) -> httpx.Response:
+    def _send(self, send: Callable[[], httpx.Response], label: str) -> httpx.Response:
         """Send a request until there is a reply that another attempt would not change."""
         for attempt in count(1):
             wait, limit = BACKOFF_S * 2 ** (attempt - 1) * self._jitter.uniform(0.5, 1.5), ATTEMPTS
+            attempts = f"{attempt} attempts at {label}"
             try:
                 reply = send()
                 if reply.status_code not in BUSY:
@@ -170,8 +171,9 @@ class ModelServer:
                 problem, limit = f"no reply in {self.timeout_s:g} s. Increase server_timeout", TIMEOUT_ATTEMPTS
             except httpx.TransportError as error:
                 problem = f"not reachable ({type(error).__name__}). Start it, or correct its address"
+                attempts = f"{attempt} attempts"
             if attempt >= limit or self._stopped.wait(min(wait, MAX_BACKOFF_S)):
-                raise ServerError(self._line(f"{problem} ({attempt} attempts)")) from None
+                raise ServerError(self._line(f"{problem} ({attempts})")) from None
         raise AssertionError
 
     def _busy(self, reply: httpx.Response) -> str:

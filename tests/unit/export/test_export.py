@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dpo_mm.assets import resolve_asset
@@ -172,10 +173,15 @@ def test_unfinished_runs_stacked_runs_and_other_folders_are_refused(tmp_path: Pa
         ({"use_dora": True}, "q_proj.lora_A.weight", "has DoRA"),
         ({"bias": "all"}, "q_proj.lora_A.weight", "has bias all"),
         ({"r": 600}, "q_proj.lora_A.weight", "has rank 600, above 512"),
-        ({}, "model.vision_tower.q_proj.lora_A.weight", "adapts the vision tower"),
+        ({"lora_bias": True}, "q_proj.lora_A.weight", "has biases, which vLLM does not load"),
+        ({"init_lora_weights": "pissa"}, "q_proj.lora_A.weight", "has init_lora_weights pissa"),
+        ({"init_lora_weights": "gaussian", "use_rslora": True}, "q_proj.lora_A.weight", None),
+        ({"rank_pattern": {"q_proj": 8}}, "q_proj.lora_A.weight", "has several ranks, which vLLM before 0.32"),
+        ({}, "model.vision_tower.q_proj.lora_A.weight", "adapts more than the language model"),
+        ({}, "model.multi_modal_projector.linear_1.lora_A.weight", "adapts more than the language model"),
     ],
 )
-def test_adapters_that_vllm_does_not_load(
+def test_adapters_that_vllm_does_not_serve(
     settings: dict[str, Any], weight: str, reason: str | None, tmp_path: Path
 ) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 16, "bias": "none", **settings}))
@@ -183,6 +189,15 @@ def test_adapters_that_vllm_does_not_load(
     given = why_not_served(tmp_path)
     assert given is None if reason is None else str(given).startswith(reason)
     assert [served_rank(rank) for rank in (4, 16, 17)] == [8, 16, 32]
+
+
+@pytest.mark.parametrize("model", ["page-reader", "shapes-captioner"])
+def test_bundled_models_have_the_weight_names_that_vllm_knows(model: str) -> None:
+    """Those of published LLaVA models. A model that transformers 5 has made from a config has others."""
+    with safe_open(Path(resolve_asset(model)) / "model.safetensors", framework="pt") as file:
+        names = list(file.keys())
+    tower = [name for name in names if name.startswith("vision_tower.")]
+    assert len(tower) == 71 and all(name.startswith("vision_tower.vision_model.") for name in tower)
 
 
 def test_card_on_the_hub_names_no_folder_of_this_machine() -> None:

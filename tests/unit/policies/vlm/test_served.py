@@ -36,6 +36,29 @@ QUESTIONS = [Question(f"q{n}", (RED,), f"What is {n}?", f"truth {n}", "all") for
 GREEDY = Decoding(0.0, 0)
 
 
+def vllm_error(status: int, message: str) -> tuple[int, Any]:
+    """An error in the form of vLLM 0.32."""
+    kind = "InternalServerError" if status == 500 else "BadRequestError"
+    return status, {"error": {"message": message, "type": kind, "param": None, "code": status}}
+
+
+VLLM_LONG_PROMPT = vllm_error(
+    400,
+    "This model's maximum context length is 512 tokens. However, your prompt contains at least 513 input tokens, which "
+    "exceeds this limit even without any output tokens. Please reduce the length of the input prompt. "
+    "(parameter=input_tokens, value=513)",
+)
+VLLM_TOKEN_LIMIT = vllm_error(
+    400,
+    "max_tokens=600 cannot be greater than max_model_len=512. Please request fewer output tokens. "
+    "(parameter=max_tokens, value=600)",
+)
+VLLM_HUGE_IMAGE = vllm_error(
+    500,
+    "Image size (400000000 pixels) exceeds limit of 178956970 pixels, could be decompression bomb DOS attack.",
+)
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_server, "BACKOFF_S", 0.001)
@@ -79,7 +102,9 @@ def test_killed_server_loses_no_response(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     with (
         scripted_server(fails_at_4) as server,
-        pytest.raises(ServerError, match=r"status 500: out of memory.*\(7 attempts\)\. \d of 6 responses are saved"),
+        pytest.raises(
+            ServerError, match=r"status 500: out of memory.*\(7 attempts at question q4\)\. \d of 6 responses are saved"
+        ),
     ):
         served_responses(config(server.url), "base", QUESTIONS, [GREEDY], file=file)
     arrived = len(file.read_text().splitlines())
@@ -111,6 +136,18 @@ def test_busy_and_broken_server_is_asked_again(tmp_path: Path) -> None:
             (401, {"error": f"key {KEY} is wrong"}),
             r"does not accept the key \(401: key \*\*\* is wrong\)\. Set DPO_MM_API",
         ),
+        (
+            VLLM_LONG_PROMPT,
+            r"it refuses question q0 \(400: This model's maximum context length is 512 tokens\. However, ",
+        ),
+        (
+            VLLM_TOKEN_LIMIT,
+            r"it refuses question q0 \(400: max_tokens=600 cannot be greater than max_model_len=512\. P",
+        ),
+        (
+            VLLM_HUGE_IMAGE,
+            r"status 500: Image size \(400000000 pixels\) .*Look at its log \(7 attempts at question q0\)",
+        ),
         ((302, {}, {"Location": "http://elsewhere/"}), "it redirects .302., and no other host is contacted"),
         ((200, {"answer": 1}), "its reply is no chat completion"),
         ((200, {"choices": [{"message": {"content": "a"}}]}), r"no usage\.completion_tokens"),
@@ -126,7 +163,9 @@ def test_hung_request_wrong_name_and_missing_server_give_one_line(tmp_path: Path
     ended = threading.Event()
     with scripted_server(lambda body: str(ended.wait(5))) as server:
         hung = config(server.url, server_timeout=0.1)
-        with pytest.raises(ServerError, match=r"no reply in 0\.1 s\. Increase server_timeout \(2 attempts\)"):
+        with pytest.raises(
+            ServerError, match=r"no reply in 0\.1 s\. Increase server_timeout \(2 attempts at question q0\)"
+        ):
             served_responses(hung, "base", QUESTIONS[:1], [GREEDY], file=tmp_path / "a")
         ended.set()
         with pytest.raises(ServerError, match=r"does not serve 'other' \(404: The model other.*It serves base, tuned"):
