@@ -136,6 +136,7 @@ def served_responses(
     if missing:
         file.parent.mkdir(parents=True, exist_ok=True)
         with ModelServer(str(config.server), timeout_s=config.server_timeout) as server:
+            _warn_of_another_model(server, served)
             try:
                 run_requests(server, request, missing, at_once=config.batch_size, done=save)
             except ServerError as error:
@@ -163,6 +164,15 @@ def response_keys(
         for number, content in enumerate(contents)
         for decoding in decodings
     }
+
+
+def _warn_of_another_model(server: ModelServer, served: str) -> None:
+    """Log a warning if a server does not list a model. Those of llama.cpp respond with the one that they have loaded."""
+    names = server.served_names()
+    if names and served not in names:
+        logger.warning(
+            "server %s: it lists %s, not %r. Responses may be from another model", server.url, ", ".join(names), served
+        )
 
 
 def _warn_of_equal_samples(responses: Sequence[Sequence[Response]], decodings: Sequence[Decoding]) -> None:

@@ -25,7 +25,7 @@ from dpo_mm.data.schema import Response, load_responses
 from dpo_mm.errors import TrainingInterrupted
 from dpo_mm.mining.mine_responses import mine_responses
 from dpo_mm.models import model_server
-from dpo_mm.models.model_server import ServerError
+from dpo_mm.models.model_server import ModelServer, ServerError
 from dpo_mm.policies.vlm.served import Decoding, chat_messages, check_server_settings, served_responses
 from dpo_mm.recipe import compare
 from tests.scripted_server import completion, scripted_server
@@ -188,6 +188,18 @@ def test_server_that_ignores_seeds_is_reported(tmp_path: Path, caplog: pytest.Lo
     with scripted_server(lambda body: "the same") as server:
         served_responses(config(server.url), "base", QUESTIONS, decodings, file=tmp_path / "a")
     assert "The server may ignore temperature or seed" in caplog.text
+
+
+def test_server_that_responds_with_another_model_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server of llama.cpp, which ignores the name of the model."""
+    with scripted_server(echo) as server:
+        served_responses(config(server.url), "base", QUESTIONS[:1], [GREEDY], file=tmp_path / "a")
+        assert caplog.text == ""
+        monkeypatch.setattr(ModelServer, "served_names", lambda self: ["only.gguf"])
+        served_responses(config(server.url), "tuned", QUESTIONS[:1], [GREEDY], file=tmp_path / "a")
+    assert "it lists only.gguf, not 'tuned'. Responses may be from another model" in caplog.text
 
 
 def test_text_is_sent_as_text_and_prefill_is_refused() -> None:
