@@ -1,4 +1,4 @@
-"""Train and compare variations of the shapes recipe: `sdpo` against `sigmoid`, K fixed draws against fresh noise.
+"""Train and compare variations of the shapes recipe: `sdpo` against `sigmoid`, K fixed draws, parts of the schedule.
 
     python -m tests.bench.shapes_studies OUTPUT.json NAME... [--seeds 0,1,2] [--work runs/shapes-studies]
 
@@ -30,6 +30,11 @@ STUDIES: dict[str, dict[str, str]] = {
     "sdpo, slack 0.6, beta 2000": {"objective": "sdpo", "objective_kwargs": "slack:0.6", "beta": "2000"},
     **{f"K = {k}, kept": {"reference": "precomputed", "fixed_draws_per_row": str(k)} for k in (1, 4, 16)},
     **{f"K = {k}, asked": {"fixed_draws_per_row": str(k)} for k in (1, 4, 16)},
+    "range 0.3 to 0.9": {"timestep_range": "0.3,0.9"},
+    "range 0.3 to 0.9, 150 steps": {"timestep_range": "0.3,0.9", "steps": "150"},
+    "range 0.5 to 1, 150 steps": {"timestep_range": "0.5,1.0", "steps": "150"},
+    "range 0.5 to 1, 150 steps, beta 2000": {"timestep_range": "0.5,1.0", "steps": "150", "beta": "2000"},
+    "range 0.5 to 1, 100 steps": {"timestep_range": "0.5,1.0", "steps": "100"},
 }
 LAST_STEPS = 50
 """Number of final steps whose training errors are averaged."""
