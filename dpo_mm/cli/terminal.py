@@ -54,12 +54,13 @@ def suppress_library_output(*, training: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
+    was_enabled, modules = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > modules:  # otherwise only the garbage of earlier work would be kept
+            gc.freeze()
         if was_enabled:
             gc.enable()
 

@@ -1,4 +1,4 @@
-"""Importing the large libraries, without garbage collection in the meantime."""
+"""Importing the large libraries: no garbage is collected in the meantime, and none is kept."""
 
 import builtins
 import gc
@@ -31,3 +31,12 @@ def test_no_garbage_is_collected_while_training_is_imported(enabled: bool, monke
         "transformers": False,
         "dpo_mm.training.run": False,
     }
+
+
+def test_garbage_of_earlier_work_is_not_kept() -> None:
+    with suppress_library_output(training=True):
+        pass
+    frozen = gc.get_freeze_count()
+    with suppress_library_output(training=True):
+        pass
+    assert gc.get_freeze_count() <= frozen
