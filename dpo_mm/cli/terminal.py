@@ -59,7 +59,7 @@ def _no_garbage_collection() -> Iterator[None]:
     try:
         yield
     finally:
-        if len(sys.modules) > modules:  # otherwise only the garbage of earlier work would be kept
+        if len(sys.modules) > modules:  # otherwise only the garbage of earlier work would stay in memory
             gc.freeze()
         if was_enabled:
             gc.enable()

@@ -1,4 +1,4 @@
-"""Importing the large libraries: no garbage is collected in the meantime, and none is kept."""
+"""Importing the large libraries: no garbage is collected in the meantime, and none stays in memory."""
 
 import builtins
 import gc
@@ -33,7 +33,7 @@ def test_no_garbage_is_collected_while_training_is_imported(enabled: bool, monke
     }
 
 
-def test_garbage_of_earlier_work_is_not_kept() -> None:
+def test_garbage_of_earlier_work_can_still_be_collected() -> None:
     with suppress_library_output(training=True):
         pass
     frozen = gc.get_freeze_count()
