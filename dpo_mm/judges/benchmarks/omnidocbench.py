@@ -34,9 +34,9 @@ WHITE_SPACE = ("\\t", "\\n", "\t", "\n", "/t", "/n")
 NOT_COMPARED = re.compile(r"[^\w\u4e00-\u9fff]")
 TABLES = re.compile(r"<table\b[^>]*>(.*)</table>", re.DOTALL | re.IGNORECASE)
 ATTRIBUTES = re.compile(r' (?:style|height|width|align|class)=".*?"')
+TAGS = re.compile(r"</?(?:sup|sub|span|div|p)>|<colgroup>.*?</colgroup>")
 PAGE_START = '{"layout_dets":'
 """How a ground truth that is a whole page begins."""
-TAGS = re.compile(r"</?(?:sup|sub|span|div|p)>|<colgroup>.*?</colgroup>")
 
 
 def omnidocbench_text(responses: Sequence[Response], ground_truths: Sequence[str]) -> list[Ratio]:
