@@ -72,7 +72,6 @@ def load(
         _, empty = empty_model(model_class, source, options)
         options |= {"quantize": quantize, "skip": list(unquantized_modules(empty)), "device": device}
     model = load_module(model_class, source, **options)
-    pack_vision_attention(model)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
 
 

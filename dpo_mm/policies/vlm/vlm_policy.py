@@ -31,6 +31,7 @@ from dpo_mm.policies.vlm.architecture import disable_dropout, lora_targets, non_
 from dpo_mm.policies.vlm.chat import ConversationEncoder
 from dpo_mm.policies.vlm.decoding import Decoding
 from dpo_mm.policies.vlm.host_values import add_host_values
+from dpo_mm.policies.vlm.packed_attention import pack_vision_attention
 from dpo_mm.policies.vlm.row_sizes import RowMeasure
 from dpo_mm.policies.vlm.shared_prefix import unwrap
 from dpo_mm.policies.vlm.token_log_probs import TokenLogProbs, sdpo_gradient_scale
@@ -69,6 +70,8 @@ class VisionLanguage:
         edited_token_weight: float = 1.0,
         corrupt: bool = False,
     ) -> None:
+        if model.device.type != "meta":
+            pack_vision_attention(model)
         self.model: Any = model
         self.processor, self.source, self.train_vision_tower = processor, source, train_vision_tower
         self.ld_alpha, self.edited_token_weight = ld_alpha, edited_token_weight

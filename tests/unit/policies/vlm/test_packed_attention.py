@@ -116,7 +116,9 @@ def test_features_are_bit_equal_to_those_of_one_call_per_sequence(family: str) -
     model, processor = build(family)
     policy = VisionLanguage(model, processor, family)
     batch, fingerprint = policy.collate(policy.encode(rows(family, (2, 0, 1)))), policy.fingerprint()
+    model.set_attn_implementation("sdpa")
     expected = vision_features(model, batch)
+    assert policy.fingerprint() == fingerprint and not packed_attention._CHOSEN
     pack_vision_attention(model)
     towers = [module for module in model.modules() if getattr(module, "config", None) and uses_packed(module)]
     assert towers and not uses_packed(model) and not uses_packed(model.get_decoder())
@@ -163,7 +165,6 @@ def test_rejected_shared_prefix_leaves_the_attention_of_the_tower(monkeypatch: p
     """Catches a text attention that is restored for the whole model."""
     model, processor = build("qwen2_5_vl")
     model.config.get_text_config()._attn_implementation = "eager"
-    pack_vision_attention(model)
     policy = VisionLanguage(model, processor, "m")
     monkeypatch.setattr("dpo_mm.policies.vlm.token_log_probs.why_not_shared", lambda *a: "differs")
     policy.log_probs(model, policy.collate(policy.encode(rows("qwen2_5_vl", (1,)))))

@@ -59,6 +59,7 @@ def test_varlen_gives_the_log_probs_and_gradients_of_masks_in_two_calls_per_laye
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", kernel)
     policy, batch = policy_and_batch()
     assert batch["layout"].has_padding
+    shared_prefix_log_probs(policy.model, batch, kernel="default")  # the tower chooses its kernel in its first call
     log_probs, gradients, calls = [], [], []
     for name in ("default", "varlen"):
         with OperationCounts() as counts:

@@ -9,7 +9,6 @@ import torch
 
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.vlm.host_values import TOWERS
-from dpo_mm.policies.vlm.packed_attention import pack_vision_attention
 from dpo_mm.policies.vlm.vision_features import vision_features
 from dpo_mm.policies.vlm.vlm_policy import VisionLanguage
 from dpo_mm.training.trainer import PreferenceTrainer
@@ -23,7 +22,6 @@ PLACEHOLDERS = (".item() in transformers/utils/import_utils.py", ".item() in tra
 def counts_of_step(family: str, layout: str, folder: Path) -> OperationCounts:
     """Counts of the second step: reference, policy, backward pass and optimizer."""
     model, processor = build(family)
-    pack_vision_attention(model)
     policy = VisionLanguage(model, processor, family, pair_layout=layout)
     config = TrainConfig(model="m", pairs="p", output_dir=str(folder), beta=0.1, batch_size=2, steps=2, lora_rank=4)
     encoded = policy.encode(rows(family, (2, 1)))
@@ -53,7 +51,6 @@ def test_step_waits_at_most_twice(family: str, layout: str, tmp_path: Path) -> N
 def test_tower_gives_the_same_features_without_waiting(family: str) -> None:
     """Images of different sizes. It catches arguments of other images, and another order of windows."""
     model, processor = build(family)
-    pack_vision_attention(model)
     policy = VisionLanguage(model, processor, family)
     batch = policy.collate(policy.encode(rows(family, (2, 1))))
     assert "tower" in batch
