@@ -134,7 +134,7 @@ def settings_page() -> str:
     """One section per dataclass, one row per setting."""
     only, peers = applies_to(), _peers()
     parts = [
-        "---\nhide:\n  - toc\n---\n",
+        "---\nhide:\n  - toc\nsearch:\n  boost: 2\n---\n",
         "# Settings",
         "",
         "Every setting of every command, generated from the dataclasses in `dpo_mm/config/` by "

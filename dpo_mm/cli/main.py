@@ -309,7 +309,10 @@ def mine(context: typer.Context, config: ConfigFile = None) -> None:
 @app.command()
 def judge(
     judge: Annotated[
-        str, typer.Argument(help="Name of a judge, a name with its model (NAME:MODEL@WHERE), or module:function.")
+        str,
+        typer.Argument(
+            help="Name of a judge, a name with its model (NAME:MODEL@WHERE), or module:function. The name 'list' prints all names."
+        ),
     ],
     images: Annotated[str | None, typer.Option(help="Folder of images, or a preference dataset.")] = None,
     output: Annotated[
@@ -327,11 +330,14 @@ def judge(
 ) -> None:
     """Score images with a judge, or verify the judge.
 
-    --self-test checks that the judge computes what its published implementation computes.
+    --self-test checks its files, that scores repeat, and that images score higher with their own captions.
     """
     from dpo_mm.config import JudgeConfig
+    from dpo_mm.judges.table import JUDGES
     from dpo_mm.judges.working_folder import import_from_working_folder
 
+    if judge == "list":
+        return print_rows({name: f"{one.metric} ({one.better})" for name, one in JUDGES.items()})
     import_from_working_folder(judge)
     if device:
         os.environ["DPO_MM_DEVICE"] = device

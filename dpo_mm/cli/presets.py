@@ -23,10 +23,16 @@ def list_presets() -> None:
 
     `recipe`, `train`, `mine` and `compare` accept them by name.
     """
-    from dpo_mm.assets import presets_folder
+    from dpo_mm.assets import BUNDLED, presets_folder
     from dpo_mm.config.config_parsing import read_yaml
 
-    print_rows({file.stem: read_yaml(file)["title"] for file in sorted(presets_folder().glob("*.yaml"))})
+    recipes = {file.stem: read_yaml(file) for file in sorted(presets_folder().glob("*.yaml"))}
+    titles = {name: one["title"] + ", a shorter run" * name.endswith("-quickstart") for name, one in recipes.items()}
+    bundled = [name for name, one in recipes.items() if one["train"]["model"] in BUNDLED]
+    print("Bundled models and data, minutes on 2 CPU cores:\n")
+    print_rows({name: titles[name] for name in bundled})
+    print("\nPretrained models, for your data. Their results have not been measured:\n")
+    print_rows({name: titles[name] for name in recipes if name not in bundled})
 
 
 def print_schema() -> None:
@@ -52,7 +58,7 @@ def run_preset(
 ) -> None:
     """Mine pairs, train and compare in one run.
 
-    Mining is left out if the recipe has no section mine. Every setting is a flag: --steps 300 for every step of the recipe that has it, --compare.seed 1 for one.
+    Mining is left out if the recipe has no section mine. --baseline sft also trains SFT on the chosen side and compares both. --rounds 3 repeats the steps while they help. --output-dir is the folder of all results. Every setting is a flag too: --steps 300 for every step of the recipe that has it, --compare.seed 1 for one.
     """
     from dpo_mm.recipe import read_recipe_file, run_recipe
 

@@ -71,9 +71,8 @@ def config_from_mapping(kind: type[T], values: Mapping[str, Any], *, source: str
     required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]  # type: ignore[arg-type]
     missing = [name for name in required if name not in values]
     if missing:
-        raise ValueError(
-            f"{source}: {' and '.join(missing)} missing. Give it in the file or as --{missing[0].replace('_', '-')}"
-        )
+        it, flags = "it" if len(missing) == 1 else "them", ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise ValueError(f"{source}: {' and '.join(missing)} missing. Give {it} in the file or as {flags}")
     return kind(**{key: _coerce(value, hints[key], f"{source}: {key}") for key, value in values.items()})
 
 

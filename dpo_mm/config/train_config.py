@@ -39,7 +39,7 @@ class TrainConfig(Settings):
     """Name of an objective, or several names with weights."""
     beta: float | str = 5000.0
     """KL strength in 1/nats, > 0, or "auto" (measured on the first pairs). Images use the convention of the Diffusion-DPO
-    authors: 2000 for SD1.5, 5000 for SDXL. diffusers' script uses half of this number. For text, about 0.1."""
+    authors: 2000 for SD1.5, 5000 for SDXL. diffusers' script uses half of this number. Text has no default: about 0.1."""
     objective_kwargs: dict[str, float] = field(default_factory=dict)
     """Further arguments of the objective, for example label_smoothing."""
     sft_weight: float = 0.0

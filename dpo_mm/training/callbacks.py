@@ -206,8 +206,8 @@ class ChosenLikelihoodWarning(_ThresholdWarning):
 
     name, limit, above = "rewards/chosen", DISPLACED, False
     advice = (
-        "chosen answers are less likely than under the reference (implicit reward {mean:.2f} over the last {window} "
-        "logs), only less so than rejected ones; give sft_weight (1), or take objective dpop, a higher beta or fewer steps"
+        "chosen responses are less likely than under the reference (implicit reward {mean:.2f} over the last {window} logs). "
+        "Set sft_weight: 1, or take objective dpop, a higher beta or fewer steps"
     )
 
 
@@ -216,6 +216,6 @@ class ChosenErrorWarning(_ThresholdWarning):
 
     name, limit, above = "errors/chosen", DRIFTED, True
     advice = (
-        "the denoising error of chosen images is {mean:.2f} times the reference's over the last {window} logs; look at "
+        "the denoising error of chosen images is {mean:.2f} times the reference's over the last {window} logs. Look at "
         "images, not at the loss. If they get worse: objective sdpo, a higher beta, a lower learning_rate or fewer steps"
     )

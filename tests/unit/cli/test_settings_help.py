@@ -103,6 +103,15 @@ def test_presets_command_lists_every_preset() -> None:
     tasks = ("aesthetic", "faithfulness", "captioner", "ocr", "custom_judge")
     for task, name in itertools.chain.from_iterable([(task, name) for name in presets(task)] for task in tasks):
         assert f"{task}-{name}" in result.output
+    bundled, pretrained = result.output.split("Pretrained models")
+    assert "captioner-shapes" in bundled and "captioner-smolvlm" in pretrained and "captioner-smolvlm" not in bundled
+
+
+def test_judge_list_prints_every_judge() -> None:
+    from dpo_mm.judges.table import JUDGES
+
+    printed = CliRunner().invoke(cli.app, ["judge", "list"]).output
+    assert [name for name in JUDGES if f"{name} " not in printed] == [] and "degeneration rate (lower)" in printed
 
 
 def test_preset_of_a_task_is_the_recipe_of_its_full_name() -> None:
@@ -134,7 +143,10 @@ def test_train_takes_flags_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(cli.app, ["train", "--dry-run", *flags, "--learning-rate", "1e-3"])
     assert result.exit_code == 0 and "9" in result.output and "0.001" in result.output
     missing = CliRunner().invoke(cli.app, ["train", "--model", "m"])
-    assert str(missing.exception) == "flags: pairs and output_dir missing. Give it in the file or as --pairs"
+    assert (
+        str(missing.exception)
+        == "flags: pairs and output_dir missing. Give them in the file or as --pairs, --output-dir"
+    )
 
 
 @pytest.mark.parametrize(
