@@ -45,6 +45,19 @@ def test_page_with_a_different_default_is_stale(tmp_path: Path) -> None:
         write.main(["--check"])
 
 
+def test_pages_of_objectives_and_judges_list_all_of_them() -> None:
+    from dpo_mm.judges.table import JUDGES
+    from dpo_mm.objectives import OBJECTIVES
+
+    for page, names in (("objectives", OBJECTIVES), ("judges", JUDGES)):
+        cells = "".join(
+            line.split("|")[1]
+            for line in (ROOT / f"docs/reference/{page}.md").read_text().splitlines()
+            if line[:1] == "|"
+        )
+        assert len(names) > 20 and [name for name in names if not re.search(rf"`{name}[`:@\[]", cells)] == []
+
+
 def test_every_page_that_code_or_docs_name_exists() -> None:
     folders = [ROOT / name for name in ("dpo_mm", "recipes", "demos", "docs", "tests")]
     files = [
