@@ -55,6 +55,15 @@ def demos_folder() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / "demos"
 
 
+def path_for_others(name: str) -> str:
+    """Return the absolute path of a bundled asset or of an existing file or folder, for code that runs in any folder.
+
+    Any other name, such as a hub id, is returned unchanged.
+    """
+    path = resolve_asset(name)
+    return str(Path(path).absolute()) if Path(path).exists() else path
+
+
 def resolve_asset(name: str) -> str:
     """Return the path of a bundled model, prompt list or dataset. Any other name is returned unchanged.
 

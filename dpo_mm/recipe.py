@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -201,12 +200,15 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
         command: how to repeat them, printed in the report.
 
     Raises:
-        ValueError: before anything runs, if the output folder has other files, or a judge or prompt does not fit.
+        ValueError: before anything runs, if the output folder has other files, or a setting of the training, a judge, a prompt or a
+            question does not fit.
     """
+    from dpo_mm.evaluation.compare_responses import read_question_sets
     from dpo_mm.evaluation.finished_comparison import COMPARISON
     from dpo_mm.evaluation.tables import print_result
     from dpo_mm.files.outputs import refuse_foreign_folder
     from dpo_mm.policies.vlm.served import check_server_settings
+    from dpo_mm.training.objective_settings import sft_baseline_config
     from dpo_mm.training.run import train
     from dpo_mm.training.shared_work import wait_for_files
 
@@ -215,15 +217,18 @@ def run_recipe(recipe: Recipe, *, command: str) -> CompareResult:
 
         return run_rounds(recipe, command=command)
     refuse_foreign_folder(Path(recipe.compare.output_dir), COMPARISON)
-    check_recipe_judges(recipe)
     for config in (recipe.mine, recipe.compare):
         if isinstance(config, MineResponsesConfig | CompareResponsesConfig):
             check_server_settings(config, sft_adapter=recipe.baseline if config is recipe.compare else None)
+    trainings = [recipe.train, *([sft_baseline_config(recipe.train)] if recipe.baseline else [])]
+    check_recipe(recipe, trainings)
+    if isinstance(recipe.compare, CompareResponsesConfig):
+        read_question_sets(recipe.compare)
     with stop_on_signal(lambda: _completed_steps(recipe)):
         if recipe.mine:
             wait_for_files([mine(recipe.mine).path], Path(recipe.mine.output_dir), fix="or mine in one process first")
         train_result = train(recipe.train, show_plan=print_rows)
-        sft_result = train(sft_baseline_config(recipe.train)) if recipe.baseline else None
+        sft_result = train(trainings[1]) if recipe.baseline else None
         result = compare(
             recipe.compare,
             title=recipe.title,
@@ -246,13 +251,16 @@ def _completed_steps(recipe: Recipe) -> str:
     return f"It has saved {' and '.join(done)}" if done else ""
 
 
-def check_recipe_judges(recipe: Recipe) -> None:
-    """Raise ValueError if a judge of the comparison is unknown or cannot score a prompt, or none may be the primary metric."""
+def check_recipe(recipe: Recipe, trainings: Iterable[TrainConfig]) -> None:
+    """Raise ValueError if a setting of a training or a judge does not fit, or no judge may be the primary metric."""
     from dpo_mm.evaluation.side_sets import judges_of
     from dpo_mm.judges.provenance import order_judges
+    from dpo_mm.training.builders import validate_config
 
     _check_judges(judges_of(recipe.compare), recipe.compare)
     order_judges(recipe.compare.judges, _training_judges(recipe))
+    for config in trainings:
+        validate_config(config)
 
 
 def _training_judges(recipe: Recipe) -> tuple[str, ...]:
@@ -372,20 +380,3 @@ def _check_judges(names: Iterable[str], config: Any) -> None:
         from dpo_mm.evaluation.compare_images import read_plans
 
         read_plans(config)
-
-
-def sft_baseline_config(config: TrainConfig) -> TrainConfig:
-    """Return the config of the SFT baseline: the same chosen side, steps and adapter."""
-    return dataclasses.replace(
-        config,
-        objective="sft",
-        objective_kwargs={},
-        sft_weight=0.0,
-        beta=TrainConfig.beta,
-        ld_alpha=TrainConfig.ld_alpha,
-        edited_token_weight=TrainConfig.edited_token_weight,
-        pair_layout=TrainConfig.pair_layout,
-        reference="auto",
-        fixed_draws_per_row=0,
-        output_dir=f"{config.output_dir}-sft",
-    )

@@ -34,8 +34,7 @@ from dpo_mm.files.outputs import OutputKind, output_folder, write_results
 from dpo_mm.printing.printed_text import print_rows
 from dpo_mm.process.interruption import stop_on_signal
 from dpo_mm.process.process_rank import process_rank
-from dpo_mm.recipe import Recipe, check_recipe_judges, compare, mine
-from dpo_mm.training.builders import validate_config
+from dpo_mm.recipe import Recipe, check_recipe, compare, mine
 from dpo_mm.training.run import TrainResult, train
 
 logger = logging.getLogger(__name__)
@@ -130,8 +129,7 @@ def check_rounds(recipe: Recipe) -> None:
         raise ValueError(
             "rounds: they run in one process. For several, run mine, train and compare of each round yourself"
         )
-    check_recipe_judges(recipe)
-    validate_config(round_recipe(recipe, 1, recipe.train.adapter).train)
+    check_recipe(recipe, [round_recipe(recipe, 1, recipe.train.adapter).train])
     last = fresh_material(recipe, recipe.rounds + 1)
     if isinstance(last, CompareResponsesConfig):
         from dpo_mm.evaluation.compare_responses import read_question_sets
@@ -265,7 +263,8 @@ def _report(recipe: Recipe, rounds: list[Round], end: str, last: CompareResult, 
         material = "a part of the questions" if is_text else "seeds"
         which = f"The table compares the base with round {passed[-1]}, on {material} that no decision saw. Its adapter is {best}."
     else:
-        keep = f"Keep the base. {end}."
+        start = recipe.train.adapter
+        keep = f"Keep {f'the adapter {start}, which is the base here' if start else 'the base'}. {end}."
         which = "The table compares the base with round 1."
     notes = [f"Round {each.point.number}: {each.point.decision}." for each in rounds]
     own = [each for each in last.comparisons if each.models == ("base", "tuned")]

@@ -163,7 +163,8 @@ class TrainConfig(Settings):
     """Steps between two evaluations. 0: only at the end."""
     metric_for_best_model: str | None = None
     """Save the weights with the best value of this metric instead of the last ones: eval_loss, eval_rewards/accuracies,
-    eval_rewards/margins, eval_errors/chosen, or samples/JUDGE with one of sample_judges. null: the last ones."""
+    eval_rewards/margins, eval_errors/chosen, or samples/JUDGE with one of sample_judges. An SFT baseline uses
+    eval_loss instead of measures of pairs. null: the last ones."""
     early_stopping_patience: int = 0
     """End the run after this many values of metric_for_best_model without a better one. 0: never."""
     save_every: int = 0

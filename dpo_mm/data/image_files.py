@@ -26,6 +26,10 @@ SIGNATURE = re.compile(
     re.DOTALL,
 )
 """First bytes of the files of FORMATS."""
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif",
+)  # fmt: skip
+"""Suffixes, in small letters, of the files that count as images of a folder. HEIC is not decoded, but named instead of overlooked."""
 MAX_PIXELS = 100_000_000
 """Largest number of pixels of an image. Larger ones are refused."""
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES_IN_MEMORY = 2**24
 """Parquet files up to this total size are read into memory."""
+SPREADSHEETS = (".tsv", ".txt", ".xls", ".xlsx", ".ods")
+"""Suffixes of tables that people export from a spreadsheet, and that are not read."""
 MINING_SETTINGS, MINED_PAIRS = "mining.json", "pairs.parquet"
 """Files of a folder with mined pairs. Its shards have the same rows as its pairs."""
 IMPORT_STATE = "import.json"
@@ -56,6 +58,8 @@ def open_rows(path: str) -> Dataset:
                 error.filename or error.errno
             ):  # of the file, or of its copy in the cache
                 raise
+            if folder.suffix.lower() in SPREADSHEETS:
+                raise ValueError(f"{path}: tables in this format are not read. Save it as CSV with commas") from error
             raise ValueError(f"{path}: not readable as Parquet ({' '.join(str(error).split())[:200]})") from error
         return confine_rows(rows, folder if folder.is_dir() else folder.parent)
     if folder.exists():

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dpo_mm.assets import BUNDLED, resolve_asset
+from dpo_mm.assets import BUNDLED, path_for_others, resolve_asset
 from dpo_mm.export.finished_run import FinishedRun
 from dpo_mm.export.vllm_limits import served_rank
 from dpo_mm.policies.adapter_checks import ADAPTER_FILE
@@ -116,7 +116,7 @@ def _licence_section(licences: dict[str, int]) -> str:
 
 def _use_section(run: FinishedRun, to: str, place: str, *, hub: bool, is_text: bool, card: str) -> str:
     """Section with the code that loads the exported files."""
-    base = run.model if hub else resolve_asset(run.model)
+    base = run.model if hub else path_for_others(run.model)
     dtype = DTYPES.get(str(run.settings.get("precision")), "torch.float32")  # weights on disk may be in half precision
     bundled = f" `{run.model}` is bundled with dpo-mm." if run.model in BUNDLED else ""
     if to == "kohya":

@@ -264,11 +264,16 @@ def differences(folder: Path, kind: OutputKind, settings: Mapping[str, Any]) -> 
     """Settings that decide the result and differ from those of the folder's record, as text."""
     record = read_record(folder / kind.record)
     before = {**kind.defaults, **record} if record else {}
-    return [
-        f"{name}: {before.get(name)!r:.200} -> {value!r:.200}"
-        for name, value in settings.items()
-        if name not in kind.free and before.get(name) != value
-    ]
+    named = (_changes(name, before.get(name), value) for name, value in settings.items() if name not in kind.free)
+    return [change for changes in named for change in changes]
+
+
+def _changes(name: str, before: Any, value: Any) -> list[str]:
+    """Return what differs between two values of a setting, as text. Values within a group have its name before theirs."""
+    if isinstance(before, dict) and isinstance(value, dict):
+        inner = (_changes(f"{name}.{key}", before.get(key), value.get(key)) for key in before | value)
+        return [change for changes in inner for change in changes]
+    return [] if before == value else [f"{name}: {before!r:.200} -> {value!r:.200}"]
 
 
 def _has_no_work(folder: Path, kind: OutputKind) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from dpo_mm.config import JudgeConfig
-from dpo_mm.data.image_files import decode_image, image_bytes, rgb_image
+from dpo_mm.data.image_files import IMAGE_SUFFIXES, decode_image, image_bytes, rgb_image
 from dpo_mm.data.lazy_images import source_cells
 from dpo_mm.data.load_pairs import source_counts
 from dpo_mm.data.parquet import combine_shards
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SCORING = OutputKind("scoring.json", "judged", flag="output")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class ImageToScore(NamedTuple):
@@ -170,7 +169,7 @@ def read_images(images: str, prompts: str | None) -> tuple[list[ImageToScore], D
         ValueError: if an image has no prompt, or prompts are passed for a dataset.
     """
     folder = Path(images)
-    if folder.is_dir() and any(path.suffix.lower() in SUFFIXES for path in folder.iterdir()):
+    if folder.is_dir() and any(map(_is_image, folder.iterdir())):
         return _images_of_folder(folder, prompts), None
     if prompts:
         raise ValueError(
@@ -185,8 +184,12 @@ def read_images(images: str, prompts: str | None) -> tuple[list[ImageToScore], D
     ], rows
 
 
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
 def _images_of_folder(folder: Path, prompts: str | None) -> list[ImageToScore]:
-    files = sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=_natural_order)
+    files = sorted(filter(_is_image, folder.iterdir()), key=_natural_order)
     if prompts:
         lines = _read_lines(Path(prompts))
         if len(lines) != len(files):

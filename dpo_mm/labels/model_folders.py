@@ -16,11 +16,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_mm.data.image_files import IMAGE_SUFFIXES
 from dpo_mm.data.lazy_images import source_column
 from dpo_mm.data.row_paths import MARK, is_regular
 from dpo_mm.data.schema import image_preference
 from dpo_mm.data.text_files import read_lines
-from dpo_mm.sources.raw_rows import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -117,6 +117,8 @@ def policy_path_for(model: str, *, revision: str | None = None) -> str:
             raise ValueError(f"model {model!r} is a pickle, which is not read. Take its .safetensors file")
         if _index(model, "config.json", revision):
             return VLM_POLICY
+        if not Path(model).exists() and model.count("/") != 1:
+            raise ValueError(f"model {model!r} does not exist. Expected a folder, a safetensors file or a hub id")
         raise ValueError(
             f"model {model!r} has neither model_index.json (a diffusers pipeline) nor config.json (a transformers model)"
         )

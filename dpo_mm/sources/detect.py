@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dpo_mm.data.image_files import IMAGE_SUFFIXES
 from dpo_mm.data.parquet import open_parquet
 from dpo_mm.data.row_files import IMPORT_STATE
 from dpo_mm.data.row_sides import has_one_image, row_with_sides
@@ -19,7 +20,6 @@ from dpo_mm.sources import SOURCES
 from dpo_mm.sources.pair_folders import KOHYA_FOLDERS, TWO_FOLDERS, FolderPair, folder_pairs
 from dpo_mm.sources.raw_rows import (
     CAPTION_TABLES,
-    IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
     Origin,
     Row,

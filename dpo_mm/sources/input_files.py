@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_mm.data.image_files import IMAGE_SUFFIXES
 from dpo_mm.data.text_files import table_suffix
 from dpo_mm.files.content_key import content_hash, file_hash
 from dpo_mm.sources.archives import ARCHIVE
-from dpo_mm.sources.raw_rows import IMAGE_SUFFIXES, TABLE_SUFFIXES, Origin, open_raw_parquet, raw_rows
+from dpo_mm.sources.raw_rows import TABLE_SUFFIXES, Origin, open_raw_parquet, raw_rows
 
 CONTENT_SUFFIXES = (".txt", ".caption", *(suffix for suffix in TABLE_SUFFIXES if suffix != ".parquet"))
 """Files that count by their bytes."""

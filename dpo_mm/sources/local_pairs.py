@@ -16,6 +16,7 @@ from dpo_mm.assets import BUNDLED, resolve_asset
 from dpo_mm.data.schema import load_pairs
 from dpo_mm.files.cache_folder import cache_folder, create_cache
 from dpo_mm.files.content_key import content_hash
+from dpo_mm.files.outputs import refuse_input
 from dpo_mm.sources import SOURCES
 from dpo_mm.sources.detect import SPLIT, Detected, detect_source
 from dpo_mm.sources.importing import ImportResult, import_set, media_folder, origin_of
@@ -94,6 +95,7 @@ def _import_once(path: str, found: Detected, columns: Mapping[str, str], media_d
     files = files_of_rows(origin, media) or {path: _revision(path)}
     key = content_hash([path, found.source, dict(columns), media_dir, __version__, files])
     folder = cache_folder() / "imports" / key
+    refuse_input(folder, [path, media_dir], "Set DPO_MM_CACHE to a folder outside of it", is_folder=True)
     create_cache(folder.parent)
     with FileLock(folder.with_name(f"{key}.lock")):
         options: dict[str, Any] = {"split": SPLIT, "columns": columns, "media_dir": media_dir, "input_hash": key}

@@ -147,11 +147,12 @@ def _pair_row(file: Path, *, folder: Path, images: Mapping[Path, Counterpart], c
     above = folders.better.parent / name  # a caption next to the two folders
     inside = {path.relative_to(folder).as_posix() for path in (file, worse, above)}
     texts = {captions[path].strip() for path in inside if path in captions}
-    for place in (file, worse, above):
-        for caption in (place.with_suffix(suffix) for suffix in CAPTION_SUFFIXES):
-            if caption.exists():
-                texts.add(read_text(check_regular(caption, folder)).strip())
+    caption_files = [place.with_suffix(suffix) for place in (file, worse, above) for suffix in CAPTION_SUFFIXES]
+    caption_files = [caption for caption in caption_files if caption.exists()]
+    texts |= {read_text(check_regular(caption, folder)).strip() for caption in caption_files}
     texts.discard("")
+    if not texts and caption_files:
+        raise RowError(f"{caption_files[0]}: no prompt. Write it into the file, or remove the pair")
     if not texts:
         raise RowError(
             f"{file}: no prompt. Expected a text file {file.with_suffix('.txt').name} next to it, or {CAPTION_TABLES[0]} with "

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_mm.data.image_files import IMAGE_SUFFIXES
 from dpo_mm.data.parquet import open_parquet
 from dpo_mm.data.row_paths import check_regular
 from dpo_mm.data.text_files import open_text, read_text, table_suffix
@@ -24,7 +25,6 @@ Row = dict[str, Any]
 ORIGIN = "_origin"
 """Key of a row with its name for errors: a file and the row in it, or an image file. It is not written."""
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CAPTION_TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Files with the captions of a folder of images, as in Hugging Face's imagefolder."""
 SPLITS = ("train", "validation", "valid", "val", "test")

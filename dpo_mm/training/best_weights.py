@@ -40,13 +40,14 @@ def validate_best_weights(config: TrainConfig, *, modality: Modality) -> None:
     if name.startswith(METRIC):
         if name.removeprefix(METRIC) not in config.sample_judges or not config.sample_steps:
             raise ValueError(
-                f"metric_for_best_model {name!r} needs sample_steps, and the judge {name.removeprefix(METRIC)} in sample_judges"
+                f"metric_for_best_model {name!r} needs sample_steps, and one of sample_judges ({', '.join(config.sample_judges) or 'none'}) "
+                f"after {METRIC}"
             )
         return
     known = ["eval_loss"] if is_fine_tuning(config) else [*EVAL_METRICS][: 3 if modality == "text" else 4]
     if name not in known:
         raise ValueError(
-            f"metric_for_best_model {name!r} is unknown; {did_you_mean(name, known)} Or {METRIC}JUDGE, a judge of the samples"
+            f"metric_for_best_model {name!r} is unknown; {did_you_mean(name, [*known, f'{METRIC}JUDGE with one of sample_judges'])}"
         )
     if not config.eval_every:
         raise ValueError(f"metric_for_best_model {name!r} needs eval_every, the steps between two evaluations")
@@ -69,6 +70,7 @@ class BestWeightsCallback(TrainerCallback):
         self.is_lower_better = EVAL_METRICS.get(self.name, judge != self.name and better_of(judge)) == "lower"
         self.folder = Path(config.output_dir) / BEST_FOLDER
         self.best: dict[str, float] | None = None
+        self.end = ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.name not in (logs or {}):
@@ -79,6 +81,9 @@ class BestWeightsCallback(TrainerCallback):
         patience = self.config.early_stopping_patience
         if patience and since >= patience:
             control.should_training_stop = True
+            self.end = (
+                f". The run ended at step {state.log_history[-1]['step']:g}, after {since} values that are not better"
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1 and self.name.startswith(METRIC):
@@ -131,5 +136,5 @@ class BestWeightsCallback(TrainerCallback):
             )
         self.policy.load_weights(self.folder)
         return {
-            "result": f"weights of step {self.best['step']:g}, whose {self.name} is best ({self.best['value']:.4g})"
+            "result": f"weights of step {self.best['step']:g}, whose {self.name} is best ({self.best['value']:.4g}){self.end}"
         }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dpo_mm.assets import BUNDLED, resolve_asset
+from dpo_mm.assets import BUNDLED, path_for_others
 from dpo_mm.config import TrainConfig
 from dpo_mm.files.checksums import complete_files, write_complete
 from dpo_mm.files.content_key import file_hash
@@ -64,15 +64,15 @@ def generating_lines(*, edits: bool, clips: bool) -> list[str]:
 def usage_code(config: TrainConfig, *, family: str = "", image_lines: Sequence[str] | None = None) -> str:
     """Python that runs a tuned model with diffusers, transformers and peft only.
 
-    It expects the folder above output_dir as the working folder. A bundled base is given by its path on this machine,
-    since its name is known to dpo-mm only. The dtype is the training's: weights on disk may be in half precision.
+    It expects the folder above output_dir as the working folder. A base that is bundled or a folder is given by its absolute path on
+    this machine. The dtype is the training's: weights on disk may be in half precision.
 
     Args:
         config: settings of the training.
         family: the family that the run's summary prints, which tells a text-only model from a VLM.
         image_lines: Python that loads an image pipeline as `pipe` and generates. None for a text model.
     """
-    base, folder = resolve_asset(config.model), Path(config.output_dir).name
+    base, folder = path_for_others(config.model), Path(config.output_dir).name
     if image_lines is not None:
         lines = "\n".join(image_lines)
     else:
@@ -115,8 +115,11 @@ def write_card(
     if made := list(dict.fromkeys(judges)):
         front[CARD_KEY] = made
     code = usage_code(config, family=settings.get("family", ""), image_lines=image_lines)
-    bundled = f" `{_cell(config.model)}` is bundled with dpo-mm. The path is the one at training time."
-    where = f"Run this in the folder that contains `{_cell(folder.name)}`.{bundled if config.model in BUNDLED else ''}"
+    place = f" `{_cell(config.model)}` is bundled with dpo-mm." if config.model in BUNDLED else ""
+    place += (
+        " The path of the model is the one at training time." if path_for_others(config.model) != config.model else ""
+    )
+    where = f"Run this in the folder that contains `{_cell(folder.name)}`.{place}"
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in settings.items())
     card = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_cell(folder.name)}\n\n"

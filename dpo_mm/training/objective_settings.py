@@ -1,6 +1,8 @@
-"""Properties of the objective of a run: its names and inputs, and whether it is plain fine-tuning."""
+"""Properties of the objective of a run: its names and inputs, whether it is plain fine-tuning, and the SFT baseline of a run."""
 
 from __future__ import annotations
+
+import dataclasses
 
 from dpo_mm import objectives
 from dpo_mm.config import TrainConfig
@@ -29,3 +31,25 @@ def is_fine_tuning(config: TrainConfig) -> bool:
 def takes_beta(config: TrainConfig) -> bool:
     """Return True if an objective of the config has the setting beta."""
     return any("beta" in objectives.keyword_settings(name) for name in objective_names(config))
+
+
+def sft_baseline_config(config: TrainConfig) -> TrainConfig:
+    """Return the config of the SFT baseline: the same chosen side, steps and adapter.
+
+    If the best weights are chosen by a measure of pairs, which SFT does not have, the baseline's are chosen by eval_loss.
+    """
+    metric = config.metric_for_best_model
+    return dataclasses.replace(
+        config,
+        objective="sft",
+        objective_kwargs={},
+        sft_weight=0.0,
+        beta=TrainConfig.beta,
+        ld_alpha=TrainConfig.ld_alpha,
+        edited_token_weight=TrainConfig.edited_token_weight,
+        pair_layout=TrainConfig.pair_layout,
+        reference="auto",
+        fixed_draws_per_row=0,
+        metric_for_best_model="eval_loss" if metric and metric.startswith("eval_") else metric,
+        output_dir=f"{config.output_dir}-sft",
+    )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers import PrinterCallback
 
-from dpo_mm.assets import resolve_asset
+from dpo_mm.assets import path_for_others
 from dpo_mm.config import TrainConfig, as_dict, default_settings
 from dpo_mm.data.load_pairs import UndecodableImageError
 from dpo_mm.data.row_digest import digest, row_digests
@@ -111,7 +111,7 @@ def train(config: TrainConfig, *, show_plan: ShowPlan | None = None) -> TrainRes
 
     Args:
         config: settings of the run.
-        show_plan: called with the run's summary in the first process, before the first step.
+        show_plan: called with the run's summary in the first process, before the first step, and with what the end adds to it.
 
     Returns:
         The adapter's folder, the log history, the run's summary, and beta.
@@ -261,7 +261,7 @@ def _train_on(
     name, text = Path(config.output_dir).name, policy.modality == "text"
     code = None
     if policy.modality == "image":
-        code = policy.usage_snippet(resolve_asset(config.model), name)
+        code = policy.usage_snippet(path_for_others(config.model), name)
         code += generating_lines(edits=policy.is_image_editing, clips=policy.frames > 1)
     if show_plan is not None and process_rank().is_first:
         show_plan(summary)
@@ -269,7 +269,10 @@ def _train_on(
     with complete_part(lambda: f"The run is complete and its result is in {config.output_dir}") as stop:
         _fit(trainer, checkpoint, stop)
         if trainer.best_weights is not None:
-            summary |= trainer.best_weights.restore()
+            result_lines = trainer.best_weights.restore()
+            summary |= result_lines
+            if show_plan is not None and process_rank().is_first:
+                show_plan(result_lines)
         trainer.save_result(summary, card)
     result = TrainResult(Path(config.output_dir), tuple(trainer.history()), summary, float(config.beta))
     return FinishedRun(result, trainer)

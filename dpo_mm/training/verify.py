@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -18,6 +18,13 @@ from dpo_mm.training.run import TrainResult, train
 
 STEPS, CUT = 4, 2
 """Steps of the short runs, and the step after which one of them is interrupted."""
+SHORT: dict[str, Any] = {
+    "steps": STEPS, "num_train_epochs": None, "save_every": CUT, "save_total_limit": 2, "log_every": 1, "resume": False, "overwrite": False,
+    "eval_every": 0, "eval_fraction": 0.0, "metric_for_best_model": None, "early_stopping_patience": 0,
+    "sample_prompts": None, "sample_questions": None, "sample_steps": 0, "sample_judges": (),
+    "report_to": (), "run_name": None, "logging_dir": None,
+}  # fmt: skip
+"""Settings of the short runs. The last weights are compared, so they have no evaluation, samples or trackers."""
 
 
 class CheckResult(NamedTuple):
@@ -34,10 +41,7 @@ def verify(config: TrainConfig, folder: Path) -> Iterator[CheckResult]:
     Raises:
         ValueError: as `train`.
     """
-    short = dataclasses.replace(
-        config, steps=STEPS, num_train_epochs=None, save_every=CUT, save_total_limit=2, log_every=1, eval_every=0, eval_fraction=0.0, resume=False,
-        overwrite=False,
-    )  # fmt: skip
+    short = dataclasses.replace(config, **SHORT)
     run = lambda name, **more: train(dataclasses.replace(short, output_dir=str(folder / name), **more))
     whole = run("whole")
     yield _numbers(whole)

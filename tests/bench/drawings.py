@@ -31,7 +31,8 @@ from dpo_mm.evaluation.image_sampling import ImageSampler, ScoredImages, samplin
 from dpo_mm.evaluation.image_store import ImageStore
 from dpo_mm.mining.mine_images import mine_images
 from dpo_mm.policies.families import load_image_policy
-from dpo_mm.recipe import read_recipe, sft_baseline_config
+from dpo_mm.recipe import read_recipe
+from dpo_mm.training.objective_settings import sft_baseline_config
 from dpo_mm.training.run import train
 from dpo_mm.worlds import drawing_prompts, drawings
 

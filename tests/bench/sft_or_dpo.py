@@ -35,7 +35,8 @@ from dpo_mm.evaluation.response_sampling import ScoredResponses, generate_respon
 from dpo_mm.judges.text import truncate_repetition
 from dpo_mm.mining.mine_responses import mine_responses
 from dpo_mm.policies.families import load_policy
-from dpo_mm.recipe import read_recipe, sft_baseline_config
+from dpo_mm.recipe import read_recipe
+from dpo_mm.training.objective_settings import sft_baseline_config
 from dpo_mm.training.run import train
 from dpo_mm.worlds import documents
 

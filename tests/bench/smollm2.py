@@ -33,7 +33,7 @@ from dpo_mm.files.resumable import atomic_write
 from dpo_mm.mining.mine_responses import mine_responses
 from dpo_mm.policies.families import load_text_policy
 from dpo_mm.policies.protocol import TextPolicy
-from dpo_mm.recipe import sft_baseline_config
+from dpo_mm.training.objective_settings import sft_baseline_config
 from dpo_mm.training.run import train
 from tests.bench import smollm2_tasks
 from tests.bench.smollm2_tasks import side_questions, tasks

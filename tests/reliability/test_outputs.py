@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from dpo_mm.assets import resolve_asset
 from dpo_mm.config import CompareConfig, TrainConfig, as_dict
 from dpo_mm.files.checksums import (
     COMPLETE,
@@ -179,7 +180,7 @@ def test_output_in_an_input_is_refused(tmp_path: Path) -> None:
     for folder in (model, model / "unet", tmp_path / "link" / "model"):
         with pytest.raises(ValueError, match=r"(is|lies in) an input of the command .*Choose another output_dir"):
             fill(folder, {"seed": 0}, inputs=[str(model)])
-    bundled = str(training.resolve_asset("shapes-sd"))
+    bundled = str(resolve_asset("shapes-sd"))
     with pytest.raises(ValueError, match="is an input of the command"):
         fill(Path(bundled), {"seed": 0}, inputs=[None, "no/such/model", "shapes-sd"])
     assert not any(model.iterdir())

@@ -15,6 +15,9 @@ from dpo_mm.training.verify import verify
 from tests import forked
 from tests.contracts.tiny_vlms import save
 
+BEST = {"metric_for_best_model": "eval_loss", "eval_every": 2, "eval_fraction": 0.2, "early_stopping_patience": 1}
+"""Settings that save the weights of the best evaluation, which a run of a few steps does not make."""
+
 
 def config(model: str, pairs: str, **more: Any) -> TrainConfig:
     settings = {"batch_size": 2, "learning_rate": 1e-3, **more}
@@ -22,7 +25,9 @@ def config(model: str, pairs: str, **more: Any) -> TrainConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, {"reference": "precomputed", "fixed_draws_per_row": 2}, {"tuning": "full"}])
+@pytest.mark.parametrize(
+    "more", [{}, {"reference": "precomputed", "fixed_draws_per_row": 2}, {"tuning": "full", **BEST}]
+)
 def test_sound_recipe_passes_every_check(more: dict[str, Any], tiny_model: str, pairs: str, tmp_path: Path) -> None:
     checks = list(verify(config(tiny_model, pairs, **more), tmp_path))
     assert len(checks) == 5 and all(check.passed for check in checks), checks

@@ -81,7 +81,7 @@ class Steps:
         for name in ("mine", "train", "compare"):
             patch.setattr(rounds, name, self)
         patch.setattr(MineResult, "pairs", 7)
-        patch.setattr(rounds, "validate_config", lambda _: None)
+        patch.setattr("dpo_mm.training.builders.validate_config", lambda _: None)
 
 
 def metrics(folder: Path) -> dict[str, Any]:
@@ -147,6 +147,9 @@ def test_rounds_without_an_improvement_keep_the_base(monkeypatch: pytest.MonkeyP
     result = run_recipe(text_recipe(tmp_path / "run"), command="c")
     assert steps.done == ["mined-1", "adapter-1", "compared-1"] and result.verdict == "no evidence"
     assert result.notes[0] == "Keep the base. Round 1 did not pass." and metrics(tmp_path / "run")["best_round"] == 0
+    Steps({}).install(monkeypatch)
+    own = run_recipe(text_recipe(tmp_path / "own", **{"train.adapter": "shapes-captioner-tuned"}), command="c")
+    assert own.notes[0].startswith("Keep the adapter shapes-captioner-tuned, which is the base here.")
 
 
 def test_a_killed_run_continues_with_the_same_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -167,7 +170,7 @@ def test_a_killed_run_continues_with_the_same_command(monkeypatch: pytest.Monkey
     assert run_recipe(text_recipe(tmp_path / "run"), command="c").verdict == "better"
     again = run_recipe(text_recipe(tmp_path / "run"), command="c")
     assert steps.done == names and again.notes[0].startswith("Keep round 1. ")
-    with pytest.raises(ValueError, match="made with other settings"):
+    with pytest.raises(ValueError, match=r"made with other settings \(train.beta: 0.1 -> 0.2\)"):
         run_recipe(text_recipe(tmp_path / "run", beta="0.2"), command="c")
 
 

@@ -14,6 +14,7 @@ from dpo_mm.config.setting_limits import LIMITS
 from dpo_mm.judges import parse_judge_name
 from dpo_mm.mining.mine_images import parse_judges
 from dpo_mm.recipe import presets, read_recipe, run_recipe
+from dpo_mm.training.objective_settings import sft_baseline_config
 
 PLAIN: dict[str, Any] = {"model": "m", "pairs": "p", "output_dir": "o"}
 
@@ -223,6 +224,30 @@ def test_run_recipe_unknown_judge_is_refused_before_anything_runs(flag: str, tmp
     with pytest.raises(ValueError, match="judge 'degenerate' is unknown; did you mean 'degeneration'"):
         run_recipe(recipe, command="")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"train.metric_for_best_model": "eval_acc"}, "known: eval_loss, .*, samples/JUDGE with one of sample_judges"),
+        ({"train.adapter": "nothing.safetensors"}, "adapter 'nothing.safetensors' does not exist"),
+        ({"compare.questions": "nothing.jsonl"}, "questions 'nothing.jsonl': no such file"),
+        ({"compare.side_sets": "nothing.jsonl"}, "side_sets: questions 'nothing.jsonl': no such file"),
+    ],
+)
+def test_run_recipe_wrong_later_step_is_refused_before_mining(
+    flags: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    few = {"compare.max_questions": "4", "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match=message):
+        run_recipe(read_recipe("captioner", "shapes", {**few, **flags}), command="")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("metric", [None, "samples/aesthetic", "eval_rewards/accuracies"])
+def test_sft_baseline_chooses_its_best_weights_by_what_it_measures(metric: str | None) -> None:
+    baseline = sft_baseline_config(TrainConfig("m", "p", "o", metric_for_best_model=metric))
+    assert baseline.metric_for_best_model == ("eval_loss" if metric == "eval_rewards/accuracies" else metric)
 
 
 @pytest.mark.parametrize(

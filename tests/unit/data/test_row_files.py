@@ -58,6 +58,12 @@ def test_rows_of_a_folder_with_mined_pairs_are_read_once(tmp_path: Path) -> None
     assert load_dataset(str(tmp_path)).num_rows == 3
 
 
+def test_table_of_a_spreadsheet_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_text("prompt\timage_a\timage_b\tpreference\n")
+    with pytest.raises(ValueError, match=r"p.tsv: tables in this format are not read. Save it as CSV with commas"):
+        open_rows(str(tmp_path / "p.tsv"))
+
+
 def test_changed_file_is_copied_again_and_a_damaged_one_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "p.parquet", 4)
     assert len(load_pairs(path)) == 4

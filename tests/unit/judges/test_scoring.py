@@ -59,6 +59,7 @@ def folder(tmp_path: Path) -> Path:
     path.mkdir()
     for n in range(5):
         noise_image(n).save(path / f"{n}.png")
+    (path / "._0.png").write_bytes(b"what macOS writes next to a file on a disk of another system")
     (path / "3.png").write_bytes((path / "3.png").read_bytes()[:50])
     lines = [{"file_name": f"{n}.png", "prompt": f"prompt {n}"} for n in range(4)]
     (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))

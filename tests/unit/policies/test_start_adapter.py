@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dpo_mm.config import TrainConfig
 from dpo_mm.policies.adapter_sources import find_adapter
 from dpo_mm.policies.adapters import KOHYA_FILE, LORA_FILE, kohya_weights, saved_lora
-from dpo_mm.policies.families import load_policy
+from dpo_mm.policies.families import load_policy, policy_class
 from dpo_mm.policies.lora_layers import FROZEN, lora_layers
 from dpo_mm.training.builders import build_policy, validate_config
 from dpo_mm.training.run import dry_run
@@ -217,6 +217,8 @@ def test_adapter_of_another_family_or_size_is_refused(tiny_model: str, tmp_path:
 
 
 def test_missing_adapter_and_unreachable_hub_id_are_named() -> None:
+    with pytest.raises(ValueError, match=r"model 'my models' does not exist\. Expected a folder"):
+        policy_class("my models")
     with pytest.raises(ValueError, match=r"adapter 'nowhere' does not exist\. Expected a folder"):
         find_adapter("nowhere")
     with pytest.raises(ValueError, match="adapter 'owner/name' is neither a folder nor reachable on the hub"):

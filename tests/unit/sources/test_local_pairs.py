@@ -240,6 +240,11 @@ def without(name: str) -> Any:
     return write
 
 
+def with_empty_prompt(root: Path) -> None:
+    two_folders(root)
+    (root / "better" / "10.txt").write_text(" \n")
+
+
 def both(*writers: Any) -> Any:
     return lambda root: [write(root) for write in writers]
 
@@ -251,6 +256,7 @@ def text(content: str) -> Any:
 BAD: dict[str, tuple[Any, str]] = {
     "a missing file": (without("worse/10.jpg"), "worse/ has no image '10', which better/ has. Expected the same names in both"),
     "no prompt": (without("better/10.txt"), "better/10.jpg: no prompt. Expected a text file 10.txt next to it, or metadata.jsonl"),
+    "an empty prompt": (with_empty_prompt, "better/10.txt: no prompt. Write it into the file, or remove the pair"),
     "one folder": (lambda root: write_images(root / "better", "1.jpg"), "has better/ and no worse/. Expected both"),
     "two layouts": (both(two_folders, csv_of_images), "mixed layouts (better/ and worse/, and pairs.csv). Give one of them"),
     "captions and a table": (both(captioned_images, csv_of_images), "mixed layouts (10.jpg with its text file, and pairs.csv)"),
@@ -278,6 +284,21 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_bad_input_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
     write, message = BAD[case]
     assert message in refused(write, tmp_path)
+
+
+def test_dataset_that_contains_the_cache_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DPO_MM_CACHE", str(tmp_path / "set" / "cache"))
+    assert "lies in an input of the command" in (line := refused(two_folders, tmp_path))
+    assert line.endswith("Set DPO_MM_CACHE to a folder outside of it") and not (tmp_path / "set" / "cache").exists()
+
+
+def test_image_of_a_folder_that_is_not_decoded_is_counted(tmp_path: Path) -> None:
+    two_folders(tmp_path / "set")
+    for side in ("better", "worse"):
+        (tmp_path / "set" / side / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+        texts_next_to(tmp_path / "set" / side, "IMG_1.HEIC")
+    about = local_pairs(str(tmp_path / "set")).about
+    assert about.endswith("2 pairs, 1 left out because an image is a file of another kind")
 
 
 def test_two_different_captions_of_a_pair_are_refused(tmp_path: Path) -> None:

@@ -50,21 +50,24 @@ def test_best_value_is_saved_and_patience_ends_the_run(
             stopped = step
             break
     assert saved == saved_at and stopped == stops_after
+    end = f". The run ended at step {stops_after}, after 2 values that are not better"
+    assert callback.end == (end if stops_after else "")
 
 
 @pytest.mark.slow
 def test_result_is_that_of_the_run_that_ends_at_the_best_step(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """With this learning rate, later steps are worse."""
-    result = train(config(tiny_model, pairs, str(tmp_path / "best"), **EVALUATED, early_stopping_patience=2))
+    shown: list[dict[str, str]] = []
+    stops = config(tiny_model, pairs, str(tmp_path / "best"), **EVALUATED, early_stopping_patience=2)
+    result = train(stops, show_plan=shown.append)
     losses = {int(entry["step"]): entry["eval_loss"] for entry in result.history if "eval_loss" in entry}
     best = min(losses, key=lambda step: losses[step])
     assert 1 <= best < max(losses) == best + 2 < 6, losses
     assert result.settings["result"].startswith(f"weights of step {best}, whose eval_loss is best")
+    assert shown[1:] == [{"result": result.settings["result"]}]
     short = train(config(tiny_model, pairs, str(tmp_path / "short"), steps=best, learning_rate=0.3, eval_fraction=0.34))
     assert first_difference(weights(result.folder), weights(short.folder)) is None
-    assert train(config(tiny_model, pairs, str(tmp_path / "best"), **EVALUATED, early_stopping_patience=2)).history == (
-        result.history
-    )
+    assert train(stops).history == result.history
 
 
 @pytest.mark.slow
@@ -97,7 +100,7 @@ def test_interrupted_run_remembers_its_best_step(
         ({"metric_for_best_model": "eval_loss"}, "'eval_loss' needs eval_every, the steps between two evaluations"),
         (
             {"metric_for_best_model": "samples/aesthetic"},
-            "needs sample_steps, and the judge aesthetic in sample_judges",
+            "needs sample_steps, and one of sample_judges \\(none\\) after samples/",
         ),
         ({"metric_for_best_model": "eval_rewards/margins", "objective": "sft", "eval_every": 1}, "is unknown"),
     ],

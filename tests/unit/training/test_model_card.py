@@ -59,6 +59,15 @@ def test_folder_without_model_card_is_unchanged(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_code_in_the_card_finds_a_model_with_a_relative_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The card's code runs in the folder above the adapter, which is not that of the training."""
+    (tmp_path / "models" / "own").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(model="models/own", pairs="p", output_dir="runs/tuned")
+    card = write_card(config, {"family": "VisionLanguage"}, text=True, into=tmp_path).read_text()
+    assert f'from_pretrained("{tmp_path}/models/own")' in card and "The path of the model is the one at" in card
+
+
 def run_code_of(card: Path, folder: Path) -> str:
     """Run the Python of a card as its reader would: in the folder above, with dpo-mm out of reach."""
     (code,) = re.findall(r"```python\n(.*?)\n```", card.read_text(), re.DOTALL)
@@ -71,12 +80,15 @@ def run_code_of(card: Path, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["tiny", "shapes-sd"])
-def test_code_in_the_image_model_card_generates(base: str, tiny_model: str, pairs: str, tmp_path: Path) -> None:
-    """A bundled base has its weights in half precision and a name that diffusers does not know."""
+def test_code_in_the_image_model_card_generates(
+    base: str, tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundled base has its weights in half precision and a name that diffusers does not know. The other has a relative path."""
     bundled = base != "tiny"
+    monkeypatch.chdir(Path(tiny_model).parent)
     train(
         TrainConfig(
-            model=base if bundled else tiny_model, pairs=pairs,
+            model=base if bundled else Path(tiny_model).name, pairs=pairs,
             output_dir=str(tmp_path / "adapter"), steps=1, batch_size=2,
         )
     )  # fmt: skip
