@@ -91,10 +91,11 @@ def _word(annotation: str) -> str:
 
 
 def _text(setting: Setting) -> str:
+    """Description and default of a flag. A file writes null where a flag has none."""
     if setting.default is dataclasses.MISSING:
         return f"{setting.description} [required]"
     default = "none" if setting.default is None else yaml_value(setting.default)
-    return f"{setting.description} [default: {default}]"
+    return f"{setting.description.replace('null:', 'none:')} [default: {default}]"
 
 
 def commented_config(values: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ a block of bash is a command. A comment in the Markdown before a block says what
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -108,13 +109,18 @@ def smaller(text: str, replacements: tuple[tuple[str, str], ...]) -> str:
     return text
 
 
+@functools.cache
+def root_command() -> Any:
+    return typer.main.get_command(app)
+
+
 def parse_command(words: list[str]) -> None:
     """Parse a command without running it. An unknown command, argument or flag is an error."""
     assert words[0] == "dpo-mm", words
     if words[1] == "recipe":
         read_recipe_file(words[2], parse_overrides(words[3:]))
         return
-    command: Any = typer.main.get_command(app)
+    command: Any = root_command()
     name, rest = words[0], words[1:]
     while hasattr(command, "commands"):
         name, *rest = rest
