@@ -37,7 +37,7 @@ class RelabelConfig(Settings):
     output: str
     """Parquet file to write."""
     columns: dict[str, str] | None = None
-    """New names of columns of pairs in another format: caption=prompt, or {caption: prompt} in a file. null: none."""
+    """New names of columns of pairs in another format: caption=prompt, or {caption: prompt} in a file. null: their names stay."""
     media_dir: str | None = None
     """Folder of the images that pairs in another format name. null: the folder of the dataset."""
     scale: str = "spread"

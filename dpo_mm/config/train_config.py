@@ -22,7 +22,7 @@ class TrainConfig(Settings):
     output_dir: str
     """Folder for the result, the log and the checkpoints."""
     columns: dict[str, str] | None = None
-    """New names of columns of pairs in another format: caption=prompt, or {caption: prompt} in a file. null: none."""
+    """New names of columns of pairs in another format: caption=prompt, or {caption: prompt} in a file. null: their names stay."""
     media_dir: str | None = None
     """Folder of the images that pairs in another format name. null: the folder of the dataset."""
     revision: str | None = None
@@ -177,7 +177,7 @@ class TrainConfig(Settings):
     """Prompts to generate images from before, during and after training: a file or a bundled list, of which eight are used. The
     images and a strip of them are in output_dir/samples. The text encoders stay in memory for it. null: no images."""
     sample_questions: str | None = None
-    """Questions to respond to before, during and after training, of which eight are used, as in compare. null: none."""
+    """Questions to respond to before, during and after training, of which eight are used, as in compare. null: no responses."""
     sample_steps: int = 0
     """Steps between two samples. 0: only before the first and after the last step."""
     sample_judges: tuple[str, ...] = ()
