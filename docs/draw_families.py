@@ -99,7 +99,7 @@ def table(kind: Kind, found: list[Result]) -> str:
     """A row a family, a column a contract; reasons below it."""
     notes: list[str] = []
     of = {one.family: one.of for one in found if one.of}
-    head = [kind.rows, "class", *kind.columns, *(["file", "lines"] if kind.files else [])]
+    head = [kind.rows, "class", *kind.columns, *(["file"] if kind.files else [])]
     rows = [
         [
             family,
@@ -108,7 +108,7 @@ def table(kind: Kind, found: list[Result]) -> str:
                 cell([r for r in found if (r.test, r.family) == (test, family)], notes)
                 for test in kind.columns.values()
             ),
-            *(_file(of[family]) if kind.files else ()),
+            *([_file(of[family])] if kind.files else []),
         ]
         for family in sorted(of, key=lambda name: (list(FAMILIES).index(of[name]) if of[name] in FAMILIES else 0, name))
     ]
@@ -128,12 +128,11 @@ def cell(ran: list[Result], notes: list[str]) -> str:
     return f"{GREEN} [{notes.index(reason) + 1}]"
 
 
-def _file(of: str) -> tuple[str, str]:
-    """The file of a class's family, and its lines."""
+def _file(of: str) -> str:
+    """The file of a class's family."""
     spec = find_spec(FAMILIES.get(of, VLM_POLICY).partition(":")[0])
     assert spec and spec.origin
-    path = Path(spec.origin)
-    return path.name, str(len(path.read_text(encoding="utf-8").splitlines()))
+    return Path(spec.origin).name
 
 
 def main() -> None:
