@@ -32,7 +32,8 @@ MIN_EVENTS = 5
 MIN_YES_NO_ITEMS, MIN_YES_NO_CLUSTERS = 16, 12
 """Yes-or-no items, and clusters of them, for an interval. With fewer, those that have one contain the true difference
 less often than 93 % (`python -m tests.bench.coverage`)."""
-MDE_STANDARD_ERRORS = 2.8  # 1.96 for the level and 0.84 for 80 % power
+POWER = 0.8
+"""Power at the minimum detectable effect."""
 
 
 SHOWN_COLUMNS = ("metric", "models", "first", "second", "difference", "95 % interval", "p of the sign test", "verdict")
@@ -262,7 +263,7 @@ def _comparison(*, votes: NDArray[np.int64], error: float, **fields: Any) -> Com
         losses=losses,
         p=sign_test(wins, losses),
         clusters=len(votes),
-        detectable=MDE_STANDARD_ERRORS * error,
+        detectable=_detectable(error, len(votes)),
     )
     return dataclasses.replace(result, verdict=verdict_of(result))
 
@@ -299,14 +300,22 @@ def minimum_detectable_effect(base: ArrayLike, tuned: ArrayLike, clusters: Seque
         clusters: id of each item's prompt, (items,).
 
     Returns:
-        2.8 clustered standard errors in the metric's unit, >= 0. It is 0 if all differences are equal: then the spread
-        was not observed, which does not mean that there is none.
+        (t(0.975) + t(0.8)) clustered standard errors in the metric's unit, >= 0, with k - 1 degrees of freedom for k
+        clusters: 2.8 with many clusters, 3.7 with five. It is 0 if all differences are equal: then the spread was not
+        observed, which does not mean that there is none.
 
     Raises:
         ValueError: as in `paired`.
+
+    Source: Bloom 1995, Minimum detectable effects, Evaluation Review 19.
     """
     *_, groups = checked_scores(base, tuned, clusters)
-    return MDE_STANDARD_ERRORS * groups.error
+    return _detectable(groups.error, len(groups.sums))
+
+
+def _detectable(error: float, clusters: int) -> float:
+    """Return the minimum detectable effect: quantiles of t for the level and the power, times the standard error."""
+    return float(sum(stats.t.ppf((1 - LEVEL / 2, POWER), clusters - 1))) * error
 
 
 def holm_corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from dpo_mm.files.resumable import explain_unwritten
 from dpo_mm.judges import better_of
 from dpo_mm.policies.protocol import Modality, Policy
 from dpo_mm.process.process_rank import process_rank
-from dpo_mm.training.objective_settings import is_fine_tuning
+from dpo_mm.training.objective_settings import required_inputs
 from dpo_mm.training.samples import METRIC
 
 BEST_FOLDER, STEP_FILE = "best", "step.json"
@@ -44,7 +45,8 @@ def validate_best_weights(config: TrainConfig, *, modality: Modality) -> None:
                 f"after {METRIC}"
             )
         return
-    known = ["eval_loss"] if is_fine_tuning(config) else [*EVAL_METRICS][: 3 if modality == "text" else 4]
+    count = 1 if "reference_logps" not in required_inputs(config) else 3 if modality == "text" else 4
+    known = [*EVAL_METRICS][:count]  # without a reference there are no rewards
     if name not in known:
         raise ValueError(
             f"metric_for_best_model {name!r} is unknown; {did_you_mean(name, [*known, f'{METRIC}JUDGE with one of sample_judges'])}"
@@ -93,12 +95,13 @@ class BestWeightsCallback(TrainerCallback):
         self._find_best(state.log_history)
 
     def _find_best(self, history: list[dict[str, float]]) -> int:
-        """Find the best value in the log, the first one of equal values, and return the number of values after it."""
+        """Find the best finite value in the log, the first one of equal values, and return the number of values after it."""
         entries = [entry for entry in history if self.name in entry]
-        if not entries:
-            return 0
+        finite = [number for number, entry in enumerate(entries) if math.isfinite(entry[self.name])]
+        if not finite:
+            return len(entries)
         sign = -1 if self.is_lower_better else 1
-        number = max(range(len(entries)), key=lambda n: (sign * entries[n][self.name], -n))
+        number = max(finite, key=lambda n: (sign * entries[n][self.name], -n))
         self.best = {"step": entries[number]["step"], "value": entries[number][self.name]}
         return len(entries) - 1 - number
 

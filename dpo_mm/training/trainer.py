@@ -257,7 +257,7 @@ class PreferenceTrainer(Trainer):
         return statistics
 
     def _eval_averages(self) -> dict[str, float]:
-        """Mean of each metric over the evaluation rows. Each row counts once.
+        """Mean of each metric over the evaluation rows. Each row counts once, and one that is not finite is not left out.
 
         With several processes, accelerate repeats the first rows to fill up the last batch. With buckets, so does the
         stream. The rows' numbers tell them apart.
@@ -269,9 +269,12 @@ class PreferenceTrainer(Trainer):
         gathered = self.accelerator.gather(padded).cpu()  # type: ignore[union-attr]
         numbers = gathered[:, names.index("number")].long().tolist()
         first = {number: position for position, number in reversed(list(enumerate(numbers))) if number >= 0}
-        means = gathered[[first[number] for number in sorted(first)]].nanmean(0).tolist()
-        metrics = dict(zip(names, means, strict=True))
-        return {k: v for k, v in metrics.items() if k != "number" and ("_quartile" not in k or not math.isnan(v))}
+        rows = gathered[[first[number] for number in sorted(first)]]
+        means = {
+            name: (column.nanmean() if "_quartile" in name else column.mean()).item()
+            for name, column in zip(names, rows.T, strict=True)
+        }
+        return {k: v for k, v in means.items() if k != "number" and ("_quartile" not in k or not math.isnan(v))}
 
     def _train_averages(self) -> dict[str, float]:
         """Mean of each metric over the training batches since the last log, over all processes."""

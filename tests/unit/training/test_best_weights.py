@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,9 @@ EVALUATED: dict[str, Any] = {
         ("eval_loss", [3.0, 2.0, 2.0, 2.5, 1.0], [1, 2], 4),  # the first of equal values; stops before the best
         ("eval_loss", [3.0, 2.0, 1.0, 0.5, 0.4], [1, 2, 3, 4, 5], None),
         ("eval_rewards/accuracies", [0.5, 0.7, 0.6, 0.8, 0.7], [1, 2, 4], None),
+        ("eval_loss", [math.nan, 2.0, 1.0, math.nan, math.nan], [2, 3], 5),
+        ("eval_rewards/margins", [math.inf, 2.0, 3.0, math.inf, 4.0], [2, 3, 5], None),
+        ("eval_loss", [math.nan, math.nan, 1.0], [], 2),
     ],
 )
 def test_best_value_is_saved_and_patience_ends_the_run(
@@ -103,6 +107,10 @@ def test_interrupted_run_remembers_its_best_step(
             "needs sample_steps, and one of sample_judges \\(none\\) after samples/",
         ),
         ({"metric_for_best_model": "eval_rewards/margins", "objective": "sft", "eval_every": 1}, "is unknown"),
+        (
+            {"metric_for_best_model": "eval_rewards/accuracies", "objective": "mapo", "eval_every": 1},
+            "is unknown; known: eval_loss",
+        ),
     ],
 )
 def test_metric_that_is_not_measured_is_refused(changes: dict[str, Any], message: str, tiny_model: str) -> None:

@@ -104,6 +104,11 @@ def test_evaluation_counts_each_row_once(tiny_model: str, pairs: str, tmp_path: 
         {"loss": torch.tensor([6.0, 50.0, 60.0]), "number": torch.tensor([2, -1, 0])},
     ]
     assert trainer._eval_averages() == {"loss": pytest.approx(3.0)}
+    broken, empty = torch.tensor([1.0, math.nan]), torch.tensor([math.nan, 4.0])
+    trainer._metrics["eval"] = [{"loss": broken, "rewards/margins_quartile1": empty, "number": torch.arange(2)}]
+    means = trainer._eval_averages()
+    assert math.isnan(means["loss"]), "a row without a finite loss counts"
+    assert means["rewards/margins_quartile1"] == 4.0, "a row of another quartile does not"
 
 
 def test_evaluation_stream_marks_padding_rows() -> None:
