@@ -49,17 +49,22 @@ VLM_POLICY = "dpo_mm.policies.vlm.vlm_policy:VisionLanguage"
 """Policy class of a transformers model: a folder or hub id with a config.json and without a model_index.json."""
 
 
-def _index(model: str, file: str, revision: str | None) -> Path | None:
-    """Find a model's index file in its folder or on the hub. None if there is no such file."""
+def _index(model: str, file: str, revision: str | None, *, is_last: bool = False) -> Path | None:
+    """Find a model's index file in its folder or on the hub. None if there is no such file, or if it is not the last and not cached."""
     if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/")):
         path = Path(model) / file
         return path if path.exists() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(model, file, revision=revision))
-    except EntryNotFoundError:
+    except EntryNotFoundError as error:
+        if is_last and isinstance(error, LocalEntryNotFoundError):
+            raise ValueError(
+                f"model {model!r} is neither a folder nor reachable on the hub, and it is not in the hub's cache. "
+                "Check its name, the network and HF_HUB_OFFLINE"
+            ) from error
         return None
     except Exception as error:
         raise ValueError(
@@ -115,7 +120,7 @@ def policy_path_for(model: str, *, revision: str | None = None) -> str:
     if index is None:
         if Path(model).suffix == ".ckpt":
             raise ValueError(f"model {model!r} is a pickle, which is not read. Take its .safetensors file")
-        if _index(model, "config.json", revision):
+        if _index(model, "config.json", revision, is_last=True):
             return VLM_POLICY
         if not Path(model).exists() and model.count("/") != 1:
             raise ValueError(f"model {model!r} does not exist. Expected a folder, a safetensors file or a hub id")
