@@ -72,7 +72,8 @@ def config_from_mapping(kind: type[T], values: Mapping[str, Any], *, source: str
     missing = [name for name in required if name not in values]
     if missing:
         it, flags = "it" if len(missing) == 1 else "them", ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-        raise ValueError(f"{source}: {' and '.join(missing)} missing. Give {it} in the file or as {flags}")
+        names = " and ".join(filter(None, (", ".join(missing[:-1]), missing[-1])))
+        raise ValueError(f"{source}: {names} missing. Give {it} in the file or as {flags}")
     return kind(**{key: _coerce(value, hints[key], f"{source}: {key}") for key, value in values.items()})
 
 
