@@ -29,7 +29,7 @@ from dpo_mm.evaluation.round_charts import BeforeAfter, RoundPoint, log_prob_cha
 from dpo_mm.evaluation.significance import LEVEL
 from dpo_mm.evaluation.statistics import Comparison
 from dpo_mm.evaluation.tables import print_result
-from dpo_mm.evaluation.verdict import CompareResult, interval_text, run_summary
+from dpo_mm.evaluation.verdict import CompareResult, interval_text, run_summary, voters
 from dpo_mm.files.outputs import OutputKind, output_folder, write_results
 from dpo_mm.printing.printed_text import print_rows
 from dpo_mm.process.interruption import stop_on_signal
@@ -268,7 +268,7 @@ def _report(recipe: Recipe, rounds: list[Round], end: str, last: CompareResult, 
         which = "The table compares the base with round 1."
     notes = [f"Round {each.point.number}: {each.point.decision}." for each in rounds]
     own = [each for each in last.comparisons if each.models == ("base", "tuned")]
-    summary = run_summary(own, last.verdict, unit="responses" if is_text else "prompts")
+    summary = run_summary(own, last.verdict, unit=voters(_headline(last), "responses") if is_text else "prompts")
     return Report(
         title=recipe.title,
         verdict=last.verdict,
@@ -283,7 +283,7 @@ def _report(recipe: Recipe, rounds: list[Round], end: str, last: CompareResult, 
             "folders": "mined-k, adapter-k and compared-k for round k"
             + f", {LAST} for the last comparison" * bool(passed),
         },
-        unit="questions" if is_text else "prompts",
+        unit=voters(_headline(last), "questions") if is_text else "prompts",
         rounds=tuple(each.point for each in rounds),
         best_round=passed[-1] if passed else 0,
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from dpo_mm.data.benchmarks import question_rows
@@ -66,12 +67,23 @@ class Question:
         return (self.ground_truth, *self.other_truths)
 
     @property
+    def image_hashes(self) -> tuple[str, ...]:
+        """Hashes of the images of files. Empty for rendered images."""
+        return self.images.file_hashes if isinstance(self.images, LazyImages) else ()
+
+    @property
     def content(self) -> dict[str, Any]:
         """Fields for cache keys. Images of files are their hashes, so that they are not decoded."""
-        hashes = self.images.file_hashes if isinstance(self.images, LazyImages) else ()
-        content = {**vars(self), "images": hashes or self.images}
+        content = {**vars(self), "images": self.image_hashes or self.images}
         unneeded = ("truth_is_response",) if self.rubric else ("truth_is_response", "rubric")
         return {name: value for name, value in content.items() if name not in unneeded}
+
+
+def image_groups(questions: Sequence[Question]) -> NDArray[np.int64]:
+    """Return the group of each question, (questions,): those about the same images of files are repeats of these images."""
+    numbers: dict[Any, int] = {}
+    keys = (question.image_hashes or number for number, question in enumerate(questions))
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
 def read_questions(
@@ -83,7 +95,8 @@ def read_questions(
         name: name of a synthetic dataset (a key of WORLDS), or path of a Parquet or JSON-lines file, or of a folder of JSON-lines
             files.
         limit: largest number of questions. None: all of a file, DEFAULT_COUNT of a synthetic dataset.
-        part: "k/n" for the k-th of n random parts that have no question in common. `limit` is that of the part.
+        part: "k/n" for the k-th of n random parts that have no question and no image of a file in common. `limit` is that
+            of the part.
         rubric: rubric of the questions that have none. None: no rubric.
 
     Raises:
@@ -131,13 +144,15 @@ def _read_part(name: str, limit: int | None, part: str) -> list[Question]:
         raise ValueError(f"part {part!r}: expected k/n with k from 1 to n, such as 1/3")
     total = count * (DEFAULT_COUNT if limit is None else limit) if name in WORLDS else None
     questions = read_questions(name, limit=total)
-    order = np.random.default_rng(PART_SEED).permutation(len(questions))
-    chosen = [questions[n] for n in sorted(order[number - 1 :: count])][:limit]
-    if len(chosen) < 2:
+    groups = image_groups(questions)
+    order = np.random.default_rng(PART_SEED).permutation(len(set(groups.tolist())))
+    chosen = np.flatnonzero(np.isin(groups, order[number - 1 :: count]))[:limit]
+    if len(set(groups[chosen].tolist())) < 2:
+        about = "" if len(order) == len(questions) else f" about {len(order)} images"
         raise ValueError(
-            f"questions {name!r}: {len(questions)} questions do not make {count} parts of 2 or more. Add questions"
+            f"questions {name!r}: {len(questions)} questions{about} do not make {count} parts of 2 or more. Add questions"
         )
-    return chosen
+    return [questions[n] for n in chosen]
 
 
 @lru_cache(maxsize=1024)

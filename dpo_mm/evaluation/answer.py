@@ -48,7 +48,7 @@ def answer(
     Args:
         comparisons: exactly one is the primary metric.
         verdict: verdict on the run.
-        unit: what has one vote, in the plural: prompts or questions.
+        unit: what has one vote, in the plural: prompts, questions or images.
         history: the trainer's log.
     """
     primary = next(comparison for comparison in comparisons if comparison.headline)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo_mm.config import CompareResponsesConfig
-from dpo_mm.data.questions import Question, read_questions
+from dpo_mm.data.questions import Question, image_groups, read_questions
 from dpo_mm.evaluation.answer import provenance_line
 from dpo_mm.evaluation.paired_scores import note_agreement, paired_scores, scored_rows
 from dpo_mm.evaluation.report import Report, TextExample, write_report
@@ -30,6 +30,7 @@ from dpo_mm.evaluation.verdict import (
     note_unconfirmed,
     run_summary,
     run_verdict,
+    voters,
 )
 from dpo_mm.files.json_lines import combine_parts
 from dpo_mm.files.outputs import write_results
@@ -69,6 +70,7 @@ def comparisons(
         One comparison per judge, with p corrected by `holm_corrected`.
     """
     scored = {judge: scored_rows(judge, base.ratios[judge], tuned.ratios[judge]) for judge in config.judges}
+    groups = np.arange(len(base.responses)) if base.groups is None else base.groups
     results = [
         paired_ratios(
             base.ratios[judge][scored[judge]],
@@ -78,6 +80,7 @@ def comparisons(
             headline=judge == config.judges[0] and models == BASE_AND_TUNED,
             direction=better_of(judge),
             models=models,
+            clusters=groups[scored[judge]],
         )
         for judge in config.judges
     ]
@@ -92,9 +95,10 @@ def comparisons(
 def by_category(
     base: ScoredResponses, tuned: ScoredResponses, questions: Sequence[Question], judge: str
 ) -> list[Comparison]:
-    """Compare by one judge within each category of at least two questions, with p corrected for their number."""
+    """Compare by one judge within each category of at least two groups of questions, with p corrected for their number."""
     categories = np.array([question.category for question in questions], dtype=object)
     categories[~scored_rows(judge, base.ratios[judge], tuned.ratios[judge])] = None
+    groups = image_groups(questions)
     results = [
         paired_ratios(
             base.ratios[judge][categories == name],
@@ -102,9 +106,10 @@ def by_category(
             metric=str(name),
             judge=judge,
             direction=better_of(judge),
+            clusters=groups[categories == name],
         )
         for name in sorted(set(categories) - {None})
-        if (categories == name).sum() > 1
+        if len(set(groups[categories == name])) > 1
     ]
     return holm_corrected(results) if len(results) > 1 else []
 
@@ -159,7 +164,12 @@ def _interleaved(examples: list[tuple[Question, TextExample]]) -> list[tuple[Que
 
 
 def note_counts(base: ScoredResponses, tuned: ScoredResponses, judge: str) -> str | None:
-    """Report a rate as counts with exact intervals and McNemar's test. None for other metrics than yes or no."""
+    """Report a rate as counts with exact intervals and McNemar's test.
+
+    None for other metrics than yes or no, and if several questions are about one image: these tests take responses as independent.
+    """
+    if base.groups is not None and len(set(base.groups)) < len(base.groups):
+        return None
     both = [base.ratios[judge], tuned.ratios[judge]]
     if not all(((ratios[:, 1] == 1) & np.isin(ratios[:, 0], (0, 1))).all() for ratios in both):
         return None
@@ -257,7 +267,7 @@ def compare_responses(
     guards = [result for result in results if result.judge in config.guards and not result.side_set]
     primary = config.judges[0]
     run = run_verdict(results[0], guards, [result for result in results if result.side_set])
-    summary = run_summary(results, run, unit="responses")
+    summary = run_summary(results, run, unit=voters(results[0], "responses"))
     notes = [note_counts(base, tuned, primary), history and beta and note_chosen_log_prob(history, beta)]
     notes += note_training_judges(results) + note_side_sets(results) + note_unconfirmed(results)
     if sft_adapter:
@@ -293,7 +303,7 @@ def compare_responses(
         ),
         settings={**(settings or {}), **_settings(config, len(questions))},
         notes=tuple(note for note in notes if note),
-        unit="questions",
+        unit=voters(results[0], "questions"),
         provenance=provenance_line(),
     )
     if process_rank().is_first:
@@ -311,6 +321,11 @@ def read_question_sets(config: CompareResponsesConfig) -> list[tuple[CompareResp
 def _read_questions(config: CompareResponsesConfig) -> list[Question]:
     questions = read_questions(config.questions, limit=config.max_questions, part=config.part, rubric=config.rubric)
     check_ground_truths(config.judges, questions)
+    if len(questions) > 1 and len(set(image_groups(questions))) == 1:
+        raise ValueError(
+            f"questions {config.questions!r}: all are about the same image. Their responses depend on each other, and an interval "
+            "needs 2 images or more. Add questions about others"
+        )
     return questions
 
 

@@ -79,7 +79,7 @@ class Report:
         provenance: date, versions and hardware, for report.html alone.
         settings: name and value of each setting of the run.
         notes: caveats, a sentence or two each.
-        unit: the random sample, in the plural: prompts or questions.
+        unit: the random sample, in the plural: prompts, questions or images.
         rounds, best_round: rounds of a recipe, and the number of the one to keep, 0 for the base.
 
     Raises:

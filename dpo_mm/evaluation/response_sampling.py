@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dpo_mm.config import CompareResponsesConfig
-from dpo_mm.data.questions import Question
+from dpo_mm.data.questions import Question, image_groups
 from dpo_mm.data.schema import Response
 from dpo_mm.files.content_key import content_hash, content_key, library_versions, lora_scales
 from dpo_mm.files.json_lines import append_lines, own_part, read_parts
@@ -33,10 +33,12 @@ class ScoredResponses:
     Args:
         responses: one per question, (questions,).
         ratios: hits and totals by judge, (questions, 2) each.
+        groups: group of each question, see `image_groups`, (questions,). None: each question is one.
     """
 
     responses: list[Response]
     ratios: dict[str, np.ndarray] = field(default_factory=dict)
+    groups: np.ndarray | None = None
 
 
 def generate_responses(
@@ -193,4 +195,4 @@ def score_responses(
     for name in config.judges:
         if not (takes_questions(name) and is_pairwise(name)):
             scores[name] = response_ratios(name, responses, ground_truths, questions)
-    return ScoredResponses(responses, scores)
+    return ScoredResponses(responses, scores, image_groups(questions))

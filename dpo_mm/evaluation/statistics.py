@@ -198,10 +198,11 @@ def paired_ratios(
     headline: bool = False,
     direction: Direction = "higher",
     models: tuple[str, str] = BASE_AND_TUNED,
+    clusters: Sequence[Any] | NDArray[Any] | None = None,
 ) -> Comparison:
-    """Compare rates that are a sum over a sum, such as CHAIR_i or character error rate, item by item.
+    """Compare rates that are a sum over a sum, such as CHAIR_i or character error rate, cluster by cluster.
 
-    The interval takes items as a random sample, each with its counts under both models.
+    The interval takes clusters as a random sample, each with the summed counts of its items under both models.
 
     Args:
         base, tuned: hits and totals of each item, (items, 2). A rate whose totals sum to 0 is 0.
@@ -209,31 +210,31 @@ def paired_ratios(
         judge: name of its judge.
         headline: whether this is the primary metric.
         direction, models: as in `paired`.
+        clusters: id of each item's image, (items,). None: each item is a cluster.
 
     Returns:
-        The comparison. Each item has one vote: the sign of the difference of its rates. With a total of 0, no hits
+        The comparison. Each cluster has one vote: the sign of the difference of its rates. With a total of 0, no hits
         are a rate of 0, and hits are worse the more there are (characters on a blank page). Interval and verdict are
         as in `paired`.
 
     Raises:
-        ValueError: if the shapes are others, a number is not finite, there are fewer than 2 items, or the direction is
-            unknown.
+        ValueError: if the shapes are others, a number is not finite, there are fewer than 2 clusters, or the direction
+            is unknown.
 
     Source: as `paired`, with the influence of an item on a ratio of sums.
     """
     _check_direction(direction)
-    before, after = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
-    if before.shape != after.shape or before.ndim != 2 or before.shape[1] != 2 or len(before) < 2:
-        raise ValueError(f"base is {before.shape}, tuned {after.shape}: expected (items, 2) in both, 2 items or more")
-    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+    items = _checked_counts(base, tuned, metric)
+    before, after = (_sums_of_clusters(counts, clusters) for counts in items)
+    if len(before) < 2:
         raise ValueError(
-            f"{metric}: a hit count or total is not finite. Drop that item from both models and report how many were dropped."
+            f"{metric}: {len(before)} cluster(s), and an interval needs 2. Compare on more prompts or images"
         )
     rates = _pooled_rate(before), _pooled_rate(after)
-    item_rates = _item_rates(before), _item_rates(after)
-    gain = np.sign(item_rates[1] - item_rates[0]).astype(np.int64)
+    gain = np.sign(_item_rates(after) - _item_rates(before)).astype(np.int64)
     influence = _rate_influence(after, rates[1]) - _rate_influence(before, rates[0])
-    enough = _enough(int((gain != 0).sum()), len(gain), *item_rates)
+    item_rates = [_item_rates(counts) for counts in items]
+    enough = _enough(int((item_rates[0] != item_rates[1]).sum()), len(gain), *item_rates)
     low, high = _interval(rates[1] - rates[0], influence, max(map(abs, rates)), enough=enough)
     return _comparison(
         votes=-gain if direction == "lower" else gain,
@@ -246,10 +247,32 @@ def paired_ratios(
         difference=rates[1] - rates[0],
         low=low,
         high=high,
-        n=len(before),
+        n=len(items[0]),
         direction=direction,
         models=models,
     )
+
+
+def _checked_counts(base: ArrayLike, tuned: ArrayLike, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the hits and totals of both models as floats, (items, 2) each. Raise ValueError as `paired_ratios` does."""
+    before, after = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
+    if before.shape != after.shape or before.ndim != 2 or before.shape[1] != 2 or len(before) < 2:
+        raise ValueError(f"base is {before.shape}, tuned {after.shape}: expected (items, 2) in both, 2 items or more")
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise ValueError(
+            f"{metric}: a hit count or total is not finite. Drop that item from both models and report how many were dropped."
+        )
+    return before, after
+
+
+def _sums_of_clusters(
+    counts: NDArray[np.float64], clusters: Sequence[Any] | NDArray[Any] | None
+) -> NDArray[np.float64]:
+    """Return the summed hits and totals of each cluster, (clusters, 2)."""
+    if clusters is None:
+        return counts
+    numbers = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    return np.stack([np.bincount(numbers, weights=column) for column in counts.T], axis=1)
 
 
 def _comparison(*, votes: NDArray[np.int64], error: float, **fields: Any) -> Comparison:

@@ -59,17 +59,22 @@ def run_verdict(headline: Comparison, guards: Sequence[Comparison], sides: Seque
     return "better here, worse elsewhere" if any(side.verdict == "worse" for side in sides) else "better"
 
 
+def voters(primary: Comparison, items: str) -> str:
+    """Return what has one vote, in the plural: the items (responses or questions), or images if several items are about one."""
+    return items if primary.clusters == primary.n else "images"
+
+
 def run_summary(comparisons: Sequence[Comparison], verdict: str, *, unit: str) -> str:
     """Sum up a run in a few sentences, with every metric that got significantly worse.
 
     Args:
         comparisons: of base and tuned, the primary metric among them.
         verdict: verdict on the run.
-        unit: what has one vote, in the plural: prompts or responses.
+        unit: what has one vote, in the plural: prompts, responses or images.
     """
     primary = next(comparison for comparison in comparisons if comparison.headline)
     metric = primary.metric[:1].upper() + primary.metric[1:]
-    clustered = ", clustered by prompt" if unit == "prompts" else ""
+    clustered = "" if unit == "responses" else f", clustered by {unit.removesuffix('s')}"
     worse = [f"{each.name} ({each.base:.3f} to {each.tuned:.3f})" for each in comparisons if each.verdict == "worse"]
     return (
         f"{metric}: {primary.base:.3f} with the base model, {primary.tuned:.3f} with the tuned model "

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dpo_mm import rounds
 from dpo_mm.config import CompareConfig, CompareResponsesConfig, MineConfig, SidePrompts, SideQuestions, TrainConfig
@@ -261,6 +262,20 @@ def test_parts_have_no_question_in_common(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             read_questions(str(tmp_path / "q.jsonl"), part=part)
+
+
+def test_parts_have_no_image_in_common(tmp_path: Path) -> None:
+    """6 images with 5 questions each. It catches decisions on one image in two rounds."""
+    for n in range(6):
+        Image.new("RGB", (4, 4 + n)).save(tmp_path / f"{n}.png")
+    rows = [{"id": f"{n % 6}-{n}", "image": f"{n % 6}.png", "prompt": f"q{n}"} for n in range(30)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parts = [[q.id for q in read_questions(str(tmp_path / "q.jsonl"), part=f"{k}/3")] for k in (1, 2, 3)]
+    images = [{name[0] for name in part} for part in parts]
+    assert [len(part) for part in parts] == [10] * 3 and [len(each) for each in images] == [2] * 3
+    assert set.union(*images) == set("012345")
+    with pytest.raises(ValueError, match="30 questions about 6 images do not make 4 parts of 2 or more"):
+        read_questions(str(tmp_path / "q.jsonl"), part="4/4")
 
 
 def test_measures_of_a_round_equal_hand_arithmetic() -> None:

@@ -25,6 +25,7 @@ from dpo_mm.evaluation.compare_responses import (
     score_responses,
 )
 from dpo_mm.evaluation.statistics import paired_ratios
+from dpo_mm.evaluation.verdict import run_summary
 from dpo_mm.policies.families import load_policy
 from tests.contracts.tiny_vlms import save
 
@@ -127,6 +128,51 @@ def test_interval_of_ratios_covers_true_difference_in_95_percent() -> None:
     assert 134 <= covered <= 149
 
 
+def about_images(of_each: list[str], images: int) -> list[Question]:
+    """Questions with these ground truths about each of several images of files."""
+    return [
+        Question(f"{image}-{n}", LazyImages([lambda: RED], [f"hash-{image}"]), "Is there one?", truth, "all")
+        for image in range(images)
+        for n, truth in enumerate(of_each)
+    ]
+
+
+def test_questions_about_one_image_have_one_vote() -> None:
+    """13 images with 6 questions: tuned is right on all of 8 images and wrong on all of 5, the base the other way round.
+
+    It catches questions that count as independent: 48 of 78 wins of them would be significant at 0.05.
+    """
+    questions = about_images(["yes"] * 6, 13)
+    config = dataclasses.replace(CONFIG, judges=("pope_accuracy",), guards=())
+    said = [Response("yes" if n < 48 else "no", 1, hit_limit=False) for n in range(78)]
+    turned = [Response("no" if n < 48 else "yes", 1, hit_limit=False) for n in range(78)]
+    base, tuned = score_responses(turned, questions, config), score_responses(said, questions, config)
+    (result,) = comparisons(base, tuned, config)
+    assert (result.n, result.clusters, result.wins, result.losses) == (78, 13, 8, 5)
+    assert result.p == pytest.approx(0.581, abs=1e-3) and result.verdict == "no evidence"
+    error = np.std([1] * 8 + [-1] * 5, ddof=1) / 13**0.5
+    ends = [3 / 13 + sign * 2.179 * error for sign in (-1, 1)]  # t of 12 degrees of freedom, from a table
+    assert [result.low, result.high] == pytest.approx(ends, abs=1e-3)
+    assert module.note_counts(base, tuned, "pope_accuracy") is None, "McNemar's test takes responses as independent"
+    assert "8 images improved" in run_summary([dataclasses.replace(result, headline=True)], "-", unit="images")
+
+
+def test_clusters_of_one_item_change_nothing() -> None:
+    rng = np.random.default_rng(5)
+    base, tuned = (np.column_stack([rng.poisson(2, 30), rng.integers(0, 9, 30)]) for _ in range(2))
+    alone = paired_ratios(base, tuned, metric="m", judge="j")
+    assert paired_ratios(base, tuned, metric="m", judge="j", clusters=np.arange(30)) == alone
+
+
+def test_questions_about_one_image_only_are_refused_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "read_questions", lambda *_, **__: about_images(["yes", "no", "no"], 1))
+    config = dataclasses.replace(CONFIG, output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="all are about the same image"):
+        compare_responses(config, title="One image", command="c")
+
+
 def test_invalid_ratios_raise() -> None:
     with pytest.raises(ValueError, match="expected \\(items, 2\\)"):
         paired_ratios([[1, 2]], [[1, 2]], metric="m", judge="j")
@@ -137,8 +183,10 @@ def test_invalid_ratios_raise() -> None:
 
 
 def test_real_model_against_itself_has_no_difference(tmp_path: Path) -> None:
-    RED.save(tmp_path / "red.png")
-    rows = [{"image": "red.png", "prompt": "What?", "ground_truth": "a red field"} for _ in range(3)]
+    RED.save(tmp_path / "0.png")
+    RED.resize((9, 9)).save(tmp_path / "1.png")
+    RED.resize((10, 10)).save(tmp_path / "2.png")
+    rows = [{"image": f"{n}.png", "prompt": "What?", "ground_truth": "a red field"} for n in range(3)]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = CompareResponsesConfig(
         model=save("llava", tmp_path / "model"),

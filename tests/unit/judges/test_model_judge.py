@@ -174,9 +174,10 @@ def test_comparison_reports_scores_preferences_tokens_and_agreement(tmp_path: Pa
             return "I cannot judge."
         return grade(body) if "score" in body["messages"][0]["content"][-1]["text"] else prefer(body)
 
-    RED.save(tmp_path / "red.png")
+    for n in range(10):
+        RED.resize((8, 8 + n)).save(tmp_path / f"{n}.png")
     rows = [
-        {"image": "red.png", "prompt": f"Copy {n}.", "ground_truth": f"line {n}", "rubric": f"Line {n}."}
+        {"image": f"{n}.png", "prompt": f"Copy {n}.", "ground_truth": f"line {n}", "rubric": f"Line {n}."}
         for n in range(10)
     ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))

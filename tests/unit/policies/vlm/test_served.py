@@ -233,9 +233,10 @@ def test_missing_served_name_lists_those_of_the_server() -> None:
 
 
 def write_questions(folder: Path) -> str:
-    RED.save(folder / "red.png")
+    for n in range(6):
+        RED.resize((8, 8 + n)).save(folder / f"{n}.png")
     rows = [
-        {"id": f"q{n}", "image": "red.png", "prompt": f"What is {n}?", "ground_truth": f"it is {n}"} for n in range(6)
+        {"id": f"q{n}", "image": f"{n}.png", "prompt": f"What is {n}?", "ground_truth": f"it is {n}"} for n in range(6)
     ]
     (folder / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return str(folder / "q.jsonl")
