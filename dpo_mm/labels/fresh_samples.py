@@ -43,7 +43,7 @@ def generate_samples(
         ValueError: if there are fewer than two models, two have the same name, a prompt lacks an image that a model edits or has
             one that it does not take, or the folder has other files or was generated with other settings.
     """
-    folder, names = Path(folder), [model_name(model) for model in models]
+    folder, names = Path(folder), model_names(models)
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise ValueError(
             f"models {', '.join(models)}: expected two or more with different names, as MODEL,MODEL+ADAPTER"
@@ -51,7 +51,7 @@ def generate_samples(
     specs = read_prompt_set(prompts, limit=max_prompts).prompts
     settings = {"steps": num_inference_steps, "guidance": guidance_scale, "seed": seed, "precision": precision}
     recorded = settings_of("images to label", ingredients(models, [spec.item for spec in specs], settings))
-    inputs = [prompts, *(part for model in models for part in model.split("+"))]
+    inputs = [prompts, *(part for model in models for part in base_and_adapter(model))]
     with output_folder(folder, SAMPLES, recorded, inputs=inputs, overwrite=overwrite) as finished:
         if not finished:
             _generate_missing(models, specs, folder, settings, prompts)
@@ -71,7 +71,8 @@ def _generate_missing(
             _write(source_files[-1], encode_png(image))
     saved = lambda: f"{len(list(folder.glob('*/*.png')))} images are in {folder}" if any(folder.glob("*/*.png")) else ""
     image_files = {
-        model: [folder / model_name(model) / f"{path.stem}.png" for path in prompt_files] for model in models
+        model: [folder / own / f"{path.stem}.png" for path in prompt_files]
+        for model, own in zip(models, model_names(models), strict=True)
     }
     with stop_on_signal(saved), progress_bar("generating images", len(models) * len(specs)) as advance:
         for model, paths in image_files.items():
@@ -95,21 +96,35 @@ def _write(path: Path, content: bytes) -> None:
 
 def ingredients(models: Sequence[str], prompts: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
     """Return what decides the images, see `dpo_mm.files.content_key`."""
-    files = {model: [model_content(part) for part in model.split("+") if part] for model in models}
+    files = {model: [model_content(part) for part in base_and_adapter(model) if part] for model in models}
     return {"settings": settings, "models": files, "prompts": list(prompts), "libraries": library_versions()}
 
 
-def model_name(model: str) -> str:
-    """Return the name of a model's subfolder: the name of its adapter, or its own if it has none."""
-    return Path(model.partition("+")[2] or model).name
+def base_and_adapter(model: str) -> tuple[str, str | None]:
+    """Split MODEL+ADAPTER at the first plus that ends the path of a model, because a path may contain one."""
+    if Path(model).exists():
+        return model, None
+    cuts = [cut for cut, letter in enumerate(model) if letter == "+"]
+    cut = next((cut for cut in cuts if Path(model[:cut]).exists()), cuts[0] if cuts else len(model))
+    return model[:cut], model[cut + 1 :] or None
+
+
+def model_names(models: Sequence[str]) -> list[str]:
+    """Return the names of the models' subfolders: those of their adapters, or their own if they have none.
+
+    If two are the same, as in runs/a/adapter and runs/b/adapter, all have the name of the folder above too.
+    """
+    paths = [Path(adapter or base).absolute() for base, adapter in map(base_and_adapter, models)]
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else ["-".join(path.parts[1:][-2:]) for path in paths]
 
 
 def _generate(model: str, specs: Sequence[PromptSpec], settings: dict[str, Any], name: str) -> Iterator[Any]:
     """Yield an image of a model for each prompt of the list of this name."""
     if not specs:
         return
-    base, _, adapter = model.partition("+")
-    policy = load_image_policy(base, precision=settings["precision"], adapter=adapter or None)
+    base, adapter = base_and_adapter(model)
+    policy = load_image_policy(base, precision=settings["precision"], adapter=adapter)
     prompts, sources = [spec.text for spec in specs], [spec.sources for spec in specs]
     check_prompt_sources(policy, name, prompts, sources)
     for images in policy.sample(

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dpo_mm.labels.export import export, model_ratings, open_votes
-from dpo_mm.labels.fresh_samples import generate_samples
+from dpo_mm.labels.fresh_samples import base_and_adapter, generate_samples, model_names
 from dpo_mm.labels.pairs import open_pairs
 from dpo_mm.labels.ratings import MEAN_RATING, POINTS_PER_LOGIT, PRIOR, fit_log_odds, rate_models
 from dpo_mm.labels.store import Vote, VoteStore
@@ -184,3 +184,13 @@ def test_generate_samples_two_models_resumes_and_refuses_other_settings(
         generate_samples(models, str(tmp_path / "prompts.txt"), folder, **settings | {"num_inference_steps": 3})
     with pytest.raises(ValueError, match="expected two or more with different names"):
         generate_samples([tiny_model, tiny_model], str(tmp_path / "prompts.txt"), tmp_path / "x", **settings)
+
+
+def test_path_with_a_plus_and_adapters_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    """Catches fresh pairs that fail after a training from the `tuned` of an earlier round."""
+    model = str(tmp_path / "a+b")
+    Path(model).mkdir()
+    assert base_and_adapter(f"{model}+x/y+z") == (model, "x/y+z") and base_and_adapter(model) == (model, None)
+    assert base_and_adapter("owner/name+lora") == ("owner/name", "lora")
+    assert model_names(["m", "m+runs/lora"]) == ["m", "lora"]
+    assert model_names(["m+votes/1/tuned", "m+votes/2/tuned"]) == ["1-tuned", "2-tuned"]
