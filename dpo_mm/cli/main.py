@@ -22,7 +22,7 @@ from dpo_mm.cli.command_settings import (
 )
 from dpo_mm.cli.export_run import export
 from dpo_mm.cli.label import Overwrite
-from dpo_mm.cli.next_command import after_quickstart, after_training
+from dpo_mm.cli.next_command import after_mining, after_quickstart, after_training
 from dpo_mm.cli.runs import runs
 from dpo_mm.cli.settings_help import SettingsCommand, commented_config
 from dpo_mm.cli.terminal import report_command, run_as_command, say, suppress_library_output
@@ -303,7 +303,7 @@ def mine(context: typer.Context, config: ConfigFile = None) -> None:
 
         mined = mine(settings)
     if Path(settings.output_dir, "pairs.parquet").exists():  # else another process writes it
-        say(f"Mined: {mined.path}\nNext: dpo-mm train CONFIG.yaml --pairs {quoted(mined.path)}")
+        say(f"Mined: {mined.path}\n{after_mining(settings, mined.path)}")
 
 
 @app.command()

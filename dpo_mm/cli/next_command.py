@@ -1,4 +1,4 @@
-"""The command that a finished training or quickstart names next."""
+"""The command that a finished mining, training or quickstart names next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dpo_mm.printing.printed_text import quoted
 
 if TYPE_CHECKING:
-    from dpo_mm.config import CompareConfig, CompareResponsesConfig, TrainConfig
+    from dpo_mm.config import CompareConfig, CompareResponsesConfig, MineConfig, MineResponsesConfig, TrainConfig
 
 HELD_OUT = {
     "shapes-sd": "--prompts shapes-held-out --judges faithfulness",
@@ -21,6 +21,17 @@ HELD_OUT = {
 """Held-out inputs and judges of the bundled models."""
 SAME_IN_COMPARE = ("revision", "quantize", "min_pixels", "max_pixels")
 """Settings of a training that its comparison needs too."""
+
+
+def after_mining(settings: MineConfig | MineResponsesConfig, path: Path) -> str:
+    """Return the line that names the training on mined pairs. It starts from the adapter that generated them, if there is one.
+
+    Args:
+        settings: of the mining.
+        path: its pairs.
+    """
+    start = f" --adapter {quoted(settings.adapter)}" if settings.adapter else ""
+    return f"Next: dpo-mm train CONFIG.yaml --pairs {quoted(path)}{start}"
 
 
 def after_training(settings: TrainConfig, folder: Path) -> str:

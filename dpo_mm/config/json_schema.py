@@ -51,10 +51,13 @@ def _section(*kinds: type[Any]) -> dict[str, Any]:
     for kind in kinds:
         hints = typing.get_type_hints(kind)
         for setting in describe_settings(kind):
-            entry = {**_type(hints[setting.name], setting.name), "description": setting.description}
+            values = _type(hints[setting.name], setting.name)
+            entry = {**values, "description": setting.description}
             if isinstance(setting.default, str | int | float | bool | None):
                 entry["default"] = setting.default
-            properties.setdefault(setting.name, entry)
+            first = properties.setdefault(setting.name, entry)
+            if "anyOf" in values:  # the two kinds of comparisons have other side sets
+                first["anyOf"] = [*first["anyOf"], *(each for each in values["anyOf"] if each not in first["anyOf"])]
     if TrainConfig in kinds:
         properties |= {name: properties[field] for name, field in TRAINER_NAMES.items()}
     return {"type": "object", "properties": properties, "additionalProperties": False}

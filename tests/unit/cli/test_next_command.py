@@ -13,8 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from dpo_mm.cli.main import app
-from dpo_mm.cli.next_command import HELD_OUT, after_quickstart
-from dpo_mm.config import CompareConfig, CompareResponsesConfig
+from dpo_mm.cli.next_command import HELD_OUT, after_mining, after_quickstart
+from dpo_mm.config import CompareConfig, CompareResponsesConfig, MineConfig
 from tests.reliability.commands import JUDGE, commands, write_inputs
 
 QUICK = {
@@ -95,3 +95,10 @@ def test_quickstart_names_its_own_prompts_and_judges() -> None:
     assert "--judges drawings_faithfulness --output-dir runs/one-again" in line
     text = CompareResponsesConfig("page-reader", "out", "pages-held-out", judges=("cer", "num_tokens"))
     assert "--judges cer,num_tokens" in after_quickstart(text, "runs/two", 0)
+
+
+@pytest.mark.parametrize(("adapter", "end"), [(None, ""), ("my lora", " --adapter 'my lora'")])
+def test_pairs_of_an_adapter_train_that_adapter(adapter: str | None, end: str) -> None:
+    mined = MineConfig("m", "p", "mined", "j", adapter=adapter)
+    line = after_mining(mined, Path("mined/pairs.parquet"))
+    assert line == f"Next: dpo-mm train CONFIG.yaml --pairs mined/pairs.parquet{end}"

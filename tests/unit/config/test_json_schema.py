@@ -46,6 +46,7 @@ def test_mistakes_are_found(text: str, message: str) -> None:
     [
         "train: {learning_rate: 1e-4, max_steps: 3, beta: auto, objective: {sigmoid: 1, sft: 0.5}, max_length: null}",
         "compare: {judges: 'a,b', side_sets: [more.txt, {prompts: p.txt, judges: [aesthetic]}], scales: [0.5]}",
+        "compare: {questions: q.jsonl, side_sets: [more.jsonl, {questions: p.jsonl, judges: [cer], max_questions: 9}]}",
     ],
 )
 def test_forms_that_the_commands_accept_are_valid(text: str) -> None:
