@@ -13,7 +13,13 @@ from dpo_mm.objectives.log_probs import check_at_least_zero, require, sdpo_lambd
 
 
 def shared_length(
-    chosen: Tensor, rejected: Tensor, chosen_mask: Tensor, rejected_mask: Tensor, *, ld_alpha: float
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    *,
+    ld_alpha: float,
+    shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum token log-probs with a smaller weight for tokens past the shorter side's length (LD-DPO).
 
@@ -27,6 +33,7 @@ def shared_length(
         chosen_mask: 1 for a token of the completion, the same shape as chosen.
         rejected_mask: the same for rejected.
         ld_alpha: the paper's alpha, in [0, 1]. 1 is the plain sum.
+        shared: n, (pairs,), if a side has other tokens here. None: from the masks.
 
     Returns:
         Log-probs of chosen and of rejected, nats, (pairs,) each.
@@ -37,8 +44,8 @@ def shared_length(
     Source: Liu et al. 2024 (2409.06411).
     """
     require(0 <= ld_alpha <= 1, f"ld_alpha must be in [0, 1], got {ld_alpha}. 0.5 is a usual choice")
-    shared = torch.minimum(chosen_mask.sum(1), rejected_mask.sum(1))[:, None]
-    return _with_tail(chosen, chosen_mask, shared, ld_alpha), _with_tail(rejected, rejected_mask, shared, ld_alpha)
+    count = (torch.minimum(chosen_mask.sum(1), rejected_mask.sum(1)) if shared is None else shared)[:, None]
+    return _with_tail(chosen, chosen_mask, count, ld_alpha), _with_tail(rejected, rejected_mask, count, ld_alpha)
 
 
 def _with_tail(tokens: Tensor, mask: Tensor, shared: Tensor, ld_alpha: float) -> Tensor:

@@ -12,6 +12,9 @@ UNPAIRED = ("kto", "bco_pair", "apo_zero", "aot_unpaired")
 """Objectives whose chosen and rejected sides need not respond to the same prompt. TRL has the first and the third for
 unpaired rows (`KTOTrainer`, losses kto and apo_zero_unpaired)."""
 
+PER_TOKEN = ("ipo", "sigmoid_norm", "simpo")
+"""Objectives whose beta multiplies log-probs per token."""
+
 
 def objective_names(config: TrainConfig) -> list[str]:
     """Return the names of the config's objectives, without the term of `sft_weight`."""

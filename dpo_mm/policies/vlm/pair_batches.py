@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_mm.objectives import DATASET_INPUTS, LogProbs
+from dpo_mm.objectives import DATASET_INPUTS, LogProbs, segment_mean, shared_length
 from dpo_mm.policies.vlm.prefix_layout import Layout, packed_tokens, token_places
 
 NO_TOKENS = torch.zeros(0, dtype=torch.long)
@@ -55,7 +55,8 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]
     if layout.has_padding and layout.rejected:
         batch["packing"] = packed_tokens(layout, lengths)
     for part, side in enumerate(("chosen", "rejected"), start=1):
-        batch[f"num_tokens_{side}"] = torch.tensor([float(length) for length in lengths[part]])
+        counts = (row.get(f"num_tokens_{side}", length) for row, length in zip(rows, lengths[part], strict=True))
+        batch[f"num_tokens_{side}"] = torch.tensor([float(count) for count in counts])
         if f"{side}_edited" in rows[0]:
             edited = [row[f"{side}_edited"] for row in rows]
             batch[f"{side}_edited"] = pad_rows(edited, widths[part], left=False).float()
@@ -106,12 +107,47 @@ def response_log_probs(token_log_probs: Tensor, batch: dict[str, Any]) -> LogPro
     return LogProbs(chosen, rejected, tokens[0], tokens[1][: len(rejected)], is_likelihood=True)
 
 
+def pair_log_probs(
+    token_log_probs: Tensor, batch: dict[str, Any], *, ld_alpha: float, edited_token_weight: float
+) -> LogProbs:
+    """Sum or average the token log-probs of pairs per response.
+
+    Args:
+        token_log_probs: nats, 0 at padding, (pairs, columns of chosen and rejected).
+        batch: from `collate`, of pairs.
+        ld_alpha: weight of tokens past the shorter response's length, see `shared_length`.
+        edited_token_weight: weight of edited tokens, see `segment_mean`. 1: a sum, with `ld_alpha`.
+
+    Returns:
+        Log-probs of both sides, (pairs,) each. The number of tokens has the weights of the log-prob.
+    """
+    layout, device, sides = batch["layout"], token_log_probs.device, ("chosen", "rejected")
+    widths = [layout.chosen, layout.rejected]
+    masks, parts = batch["mask"][:, layout.prompt :].to(device).split(widths, 1), token_log_probs.split(widths, 1)
+    counts = [batch[f"num_tokens_{side}"].to(device) for side in sides]
+    if edited_token_weight != 1:
+        edited = [batch[f"{side}_edited"].to(device) for side in sides]
+        chosen, rejected = (
+            segment_mean(*each, edited_token_weight=edited_token_weight)
+            for each in zip(parts, masks, edited, strict=True)
+        )
+        counts = [torch.ones_like(chosen), torch.ones_like(rejected)]
+    elif ld_alpha != 1:
+        shared = torch.minimum(*counts)
+        chosen, rejected = shared_length(*parts, *masks, ld_alpha=ld_alpha, shared=shared)
+        counts = [shared + ld_alpha * (count - shared) for count in counts]
+    else:
+        chosen, rejected = (part.sum(1) for part in parts)
+    return LogProbs(chosen, rejected, counts[0], counts[1], is_likelihood=True)
+
+
 def _corrupted_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Row with the corrupted images. Its rejected side is one token, because its log-prob is not used."""
+    """Row with the corrupted images. Its rejected side is one token, because of it only the number of tokens is used."""
     replaced = ("corrupted_images", "features", "reference_chosen", "reference_rejected")
     unchanged = {name: value for name, value in row.items() if name not in replaced}
     shortened: dict[str, Any] = {name: row[name][:1] for name in ("rejected_ids", "rejected_edited") if name in row}
-    return {**unchanged, **shortened, "images": row["corrupted_images"]}
+    tokens = {"num_tokens_rejected": len(row["rejected_ids"])} if shortened else {}
+    return {**unchanged, **shortened, **tokens, "images": row["corrupted_images"]}
 
 
 def pad_rows(rows: Sequence[Tensor], width: int, *, left: bool, value: int = 0) -> Tensor:

@@ -22,7 +22,7 @@ from torch import nn
 from dpo_mm.config import TrainConfig
 from dpo_mm.data.schema import Response
 from dpo_mm.files.content_key import content_hash
-from dpo_mm.objectives import LogProbs, segment_mean, shared_length
+from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.adapters import has_lora
 from dpo_mm.policies.lora_layers import reference_weights, train_attached, train_in_float32
 from dpo_mm.policies.protocol import Batch
@@ -283,26 +283,10 @@ class VisionLanguage:
 
     def _sum_per_response(self, token_log_probs: torch.Tensor, batch: Batch) -> LogProbs:
         """Log-probs of the responses: sums, or weighted by `ld_alpha` or `edited_token_weight`."""
-        layout, device = batch["layout"], token_log_probs.device
-        if not layout.rejected:
+        if not batch["layout"].rejected:
             return pair_batches.response_log_probs(token_log_probs, batch)
-        masks = batch["mask"][:, layout.prompt :].to(device).split([layout.chosen, layout.rejected], 1)
-        parts = token_log_probs.split([layout.chosen, layout.rejected], 1)
-        num_tokens_chosen, num_tokens_rejected = (
-            batch[f"num_tokens_{side}"].to(device) for side in ("chosen", "rejected")
-        )
-        if self.edited_token_weight != 1:
-            edited = [batch[f"{side}_edited"].to(device) for side in ("chosen", "rejected")]
-            chosen, rejected = (
-                segment_mean(*side, edited_token_weight=self.edited_token_weight)
-                for side in zip(parts, masks, edited, strict=True)
-            )
-            num_tokens_chosen, num_tokens_rejected = torch.ones_like(chosen), torch.ones_like(rejected)
-        elif self.ld_alpha != 1:
-            chosen, rejected = shared_length(*parts, *masks, ld_alpha=self.ld_alpha)
-        else:
-            chosen, rejected = (part.sum(1) for part in parts)
-        return LogProbs(chosen, rejected, num_tokens_chosen, num_tokens_rejected, is_likelihood=True)
+        weights = {"ld_alpha": self.ld_alpha, "edited_token_weight": self.edited_token_weight}
+        return pair_batches.pair_log_probs(token_log_probs, batch, **weights)
 
     def _can_use_features(self, model: nn.Module, batch: Batch) -> bool:
         """True if features can replace pixels: the tower is frozen, and they were exact on the first batch."""

@@ -32,6 +32,7 @@ class Said:
     """A policy whose log-probs stand in the rows."""
 
     modality = "image"
+    tokens = 1.0
 
     def __init__(self) -> None:
         self.model = torch.nn.Linear(1, 1)
@@ -40,9 +41,8 @@ class Said:
         return {side: torch.tensor([row[side] for row in rows]) for side in ("chosen", "rejected")}
 
     def log_probs(self, model: Any, batch: Any) -> LogProbs:
-        return LogProbs(
-            batch["chosen"], batch["rejected"], *[torch.ones(len(batch["chosen"]))] * 2, is_likelihood=False
-        )
+        tokens = torch.full((len(batch["chosen"]),), self.tokens)
+        return LogProbs(batch["chosen"], batch["rejected"], tokens, tokens, is_likelihood=False)
 
 
 def test_auto_beta_is_the_inverse_of_a_fraction_of_the_spread() -> None:
@@ -54,6 +54,14 @@ def test_auto_beta_is_the_inverse_of_a_fraction_of_the_spread() -> None:
     policy.modality = "text"
     assert measure_beta(policy, stream, given) == 0.89
     assert PAIRS == 64
+    policy.tokens = 8.0
+    for name, beta in (("simpo", 7.1), ("ipo", 7.1), ("sigmoid", 0.89)):  # 8 * 0.89 without rounding
+        assert measure_beta(policy, stream, dataclasses.replace(given, objective=name)) == beta
+    mixed = dataclasses.replace(given, objective={"sigmoid": 1.0, "ipo": 1.0})
+    assert measure_beta(policy, stream, mixed) == 0.89
+    broken = PairStream([{**rows[0], "chosen": float("inf")}, *rows], seed=0, length=4)
+    with pytest.raises(ValueError, match="needs finite log-probs"):
+        measure_beta(policy, broken, given)
     alike = PairStream([rows[0]] * 4, seed=0, length=4)
     with pytest.raises(ValueError, match="all alike, give beta a number"):
         measure_beta(Said(), alike, given)

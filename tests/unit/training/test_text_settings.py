@@ -85,11 +85,13 @@ def test_token_weights_equal_those_of_the_papers(model: str, pairs: str, tmp_pat
         policy, other = encoded(model, pairs, tmp_path, ld_alpha=tail)
         with torch.no_grad():
             found = policy.log_probs(policy.model, other)  # type: ignore[attr-defined]
+        numbers = found.num_tokens_chosen, found.num_tokens_rejected
         for row in range(2):
             shared = min(len(tokens[0][row]), len(tokens[1][row]))
             for side, value in enumerate((found.chosen, found.rejected)):
                 expected = sum(tokens[side][row][:shared]) + tail * sum(tokens[side][row][shared:])
                 assert value[row].item() == pytest.approx(expected, rel=1e-5)
+                assert numbers[side][row].item() == shared + tail * (len(tokens[side][row]) - shared)
     policy, other = encoded(model, pairs, tmp_path, edited_token_weight=5.0)
     with torch.no_grad():
         found = policy.log_probs(policy.model, other)  # type: ignore[attr-defined]
@@ -99,6 +101,16 @@ def test_token_weights_equal_those_of_the_papers(model: str, pairs: str, tmp_pat
         weights = [5.0 if mark else 1.0 for mark in marks]
         expected = sum(w * t for w, t in zip(weights, tokens[0][row], strict=True)) / sum(weights)
         assert found.chosen[row].item() == pytest.approx(expected, rel=1e-5) and 0 < sum(marks) < len(marks)
+
+
+def test_tail_begins_at_the_same_token_with_corrupted_images(model: str, pairs: str, tmp_path: Path) -> None:
+    """The rejected response is one token there. It catches a tail that begins after it."""
+    policy, batch = encoded(model, pairs, tmp_path, ld_alpha=0.5, objective={"image_conditional": 1.0})
+    with torch.no_grad():
+        whole = policy.log_probs(policy.model, batch)  # type: ignore[attr-defined]
+        batch["corrupted"]["images"] = batch["images"]  # type: ignore[index]
+        same = policy.log_probs(policy.model, batch["corrupted"])  # type: ignore[attr-defined, index]
+    assert torch.allclose(whole.chosen, same.chosen, atol=1e-4)
 
 
 def test_corrupted_ratio_is_of_the_chosen_response_with_corrupted_images(
