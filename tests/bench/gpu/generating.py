@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
+
 from dpo_mm.config import MineResponsesConfig
 from dpo_mm.data.questions import read_questions
 from dpo_mm.judges.text import truncate_repetition
@@ -26,7 +28,10 @@ def bundled(cells: Cells) -> None:
 
 
 def _generate(cells: Cells, config: MineResponsesConfig) -> dict[str, Any]:
-    """Useful tokens are those before a repetition loop. Slots are the rows of all passes, of which each gives a token."""
+    """Useful tokens are those before a repetition loop. Slots are all tokens that were generated.
+
+    A pass over prompts gives each response its first token, and each further pass one token per row.
+    """
     policy: Any = load_text_policy(config.model, precision=config.precision)
     questions = read_questions(config.questions, limit=cells.settings["questions"] or config.max_questions)
     images, prompts = [q.images for q in questions], [q.prompt for q in questions]
@@ -40,9 +45,9 @@ def _generate(cells: Cells, config: MineResponsesConfig) -> dict[str, Any]:
         policy.generate_each(images[:size], prompts[:size], decodings, **limits)
     synchronise(cells.device)
     start = time.perf_counter()
-    passes: list[int] = []
+    passes: list[torch.Size] = []
     hook = policy.base_model.register_forward_pre_hook(
-        lambda module, arguments, inputs: passes.append(len(inputs["input_ids"])), with_kwargs=True
+        lambda module, arguments, inputs: passes.append(inputs["input_ids"].shape), with_kwargs=True
     )
     each = policy.generate_each(images, prompts, decodings, **limits, **stops)
     synchronise(cells.device)
@@ -54,12 +59,14 @@ def _generate(cells: Cells, config: MineResponsesConfig) -> dict[str, Any]:
         for responses in each
         for response, question in zip(responses, questions, strict=True)
     )
+    responses = len(questions) * len(decodings)
+    slots = responses + sum(rows for rows, tokens in passes if tokens == 1)
     return {
-        "responses": len(questions) * len(decodings),
+        "responses": responses,
         "seconds": seconds,
         "useful_tokens": useful,
-        "slots": sum(passes),
-        "useful_share": useful / sum(passes),
+        "slots": slots,
+        "useful_share": useful / slots,
         "useful_tokens_per_s": useful / seconds,
         "forward_passes": len(passes),
     }
