@@ -177,6 +177,8 @@ class _Functions(TorchFunctionMode):
             return _make(func, args, kwargs)
         if func in (Tensor.pin_memory, Tensor.is_pinned):
             return first if func is Tensor.pin_memory else False
+        if func is torch._C._nn.pad_sequence:  # type: ignore[attr-defined]
+            return _pad_sequence(*args, **kwargs)
         if isinstance(first, EmulatedTensor):
             if func == Tensor.data.__set__:  # type: ignore[attr-defined]
                 func(*args)
@@ -231,6 +233,18 @@ def _make(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     if isinstance(args[0], Tensor):
         return _move(Tensor.to, args[0], (device, rest.get("dtype") or args[0].dtype), {})
     return _move(Tensor.to, func(tree_map(values_of, args[0]), *args[1:], **rest), (device,), {})
+
+
+def _pad_sequence(
+    sequences: list[Tensor], batch_first: bool = False, padding_value: float = 0.0, padding_side: str = "right"
+) -> Tensor:
+    """As torch's, whose C++ makes a tensor where it sees the values."""
+    longest, padded = max(len(sequence) for sequence in sequences), []
+    for sequence in sequences:
+        missing = longest - len(sequence)
+        ends = (0, missing) if padding_side == "right" else (missing, 0)
+        padded.append(nn.functional.pad(sequence, (0, 0) * (sequence.dim() - 1) + ends, value=padding_value))
+    return torch.stack(padded, 0 if batch_first else 1)
 
 
 # What knows the device

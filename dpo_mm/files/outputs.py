@@ -27,7 +27,7 @@ from dpo_mm.files.checksums import (
     write_complete,
 )
 from dpo_mm.files.content_key import check_ingredients, file_hash
-from dpo_mm.files.resumable import TEMPORARY, atomic_write, explain_unwritten, temporary_path
+from dpo_mm.files.resumable import TEMPORARY, atomic_write, explain_unwritten, share_files, temporary_path
 from dpo_mm.process.process_rank import process_rank
 
 RECORDS = {
@@ -299,6 +299,7 @@ def write_results(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        share_files(temporary)
         if files := sorted(path for path in temporary.rglob("*") if path.is_file()):
             write_complete(folder, {path.relative_to(temporary).as_posix(): file_hash(path) for path in files})
         for path in sorted(temporary.iterdir()):

@@ -95,6 +95,14 @@ def atomic_write(path: Path, *, fix: str = FIX) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def share_files(folder: Path) -> None:
+    """Let everyone read the files of a folder who may read the folder. safetensors makes files for their owner only."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def set_aside(path: Path) -> None:
     """Rename a file or folder that is in the way and not ours to remove."""
     if os.path.lexists(path):

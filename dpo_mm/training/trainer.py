@@ -27,7 +27,7 @@ from dpo_mm import objectives
 from dpo_mm.config import TrainConfig, as_dict
 from dpo_mm.files.checksums import write_checksums
 from dpo_mm.files.outputs import KIND, RECORDS
-from dpo_mm.files.resumable import set_aside
+from dpo_mm.files.resumable import set_aside, share_files
 from dpo_mm.objectives import LogProbs
 from dpo_mm.policies.diffusion.text_encoder_lora import trained_model
 from dpo_mm.policies.protocol import Batch, Modality, Policy
@@ -356,6 +356,7 @@ class PreferenceTrainer(Trainer):
                 (temporary / LOG_FILE).write_text(log, encoding="utf-8")
                 write_card(temporary)
                 write_checksums(temporary)
+                share_files(temporary)
                 move_into_place(temporary, final)
                 shutil.rmtree(temporary.parent)
 

@@ -106,6 +106,12 @@ def test_every_part_runs_and_a_second_start_skips_it(folder: Path, capsys: pytes
 
 
 @pytest.mark.slow
+def test_useful_tokens_are_some_of_those_generated(folder: Path) -> None:
+    """Catches a pass over prompts, of which each row starts several responses, that counts one token per row."""
+    assert 0 < cells_of(folder, "generation")["ocr"]["useful_share"] <= 1
+
+
+@pytest.mark.slow
 def test_the_figures_are_of_the_same_work(folder: Path) -> None:
     """Ten images are encoded in two parts, each with the noise of its rows, so the losses are equal within rounding."""
     losses = cells_of(folder, "steps_sd15")["loss_on_one_draw"]

@@ -95,6 +95,7 @@ def test_exported_image_files_give_the_runs_pixels(tmp_path: Path) -> None:
         if to != "merged":
             pipe.load_lora_weights(str(tmp_path / to))
         assert np.abs(pixels(pipe) - expected).max() <= (to == "merged"), to
+    assert len({file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file()}) == 1
     names = load_file(tmp_path / "kohya" / "kohya_lora_weights.safetensors")
     unet = {name.replace(".", "_") for name, _ in pipe.unet.named_modules()}
     assert {name.partition(".")[0].removeprefix("lora_unet_") for name in names} <= unet  # sd-scripts' rule for SD 1.5

@@ -69,6 +69,8 @@ def test_run_starts_at_ln_2_and_logs_train_and_eval_metrics(tiny_model: str, pai
     assert len(set(quartiles)) == 4 and sum(quartiles) / 4 == pytest.approx(last["eval_rewards/margins"])
     assert [entry["step"] for entry in result.history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert json.loads((Path(out) / "dpo_mm.json").read_text())["steps"] == 6
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in Path(out).iterdir() if path.is_file()}
+    assert LORA_FILE in modes and set(modes.values()) == {oct(Path(out).stat().st_mode & 0o666)}
 
 
 def test_log_history_has_the_mean_log_probs_of_the_policy_for_train_and_eval(
