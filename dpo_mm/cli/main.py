@@ -303,7 +303,7 @@ def mine(context: typer.Context, config: ConfigFile = None) -> None:
 
         mined = mine(settings)
     if Path(settings.output_dir, "pairs.parquet").exists():  # else another process writes it
-        say(f"Mined: {mined.path}\n{after_mining(settings, mined.path)}")
+        say(f"Mined: {mined.path}\n{after_mining(settings, mined.path, config)}")
 
 
 @app.command()

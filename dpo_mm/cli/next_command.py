@@ -23,15 +23,29 @@ SAME_IN_COMPARE = ("revision", "quantize", "min_pixels", "max_pixels")
 """Settings of a training that its comparison needs too."""
 
 
-def after_mining(settings: MineConfig | MineResponsesConfig, path: Path) -> str:
+def after_mining(settings: MineConfig | MineResponsesConfig, path: Path, file: str | None = None) -> str:
     """Return the line that names the training on mined pairs. It starts from the adapter that generated them, if there is one.
 
     Args:
         settings: of the mining.
         path: its pairs.
+        file: preset or file from which the mining took its settings, or its first flag. It is named if it has those of a
+            training too.
     """
-    start = f" --adapter {quoted(settings.adapter)}" if settings.adapter else ""
-    return f"Next: dpo-mm train CONFIG.yaml --pairs {quoted(path)}{start}"
+    from dpo_mm.config.config_parsing import read_yaml
+    from dpo_mm.recipe import step_settings
+
+    values = read_yaml(file) if file and not file.startswith("--") else {}
+    if "train" not in values:
+        return f"Next: dpo-mm train CONFIG.yaml --pairs {quoted(path)}{_flag('adapter', settings.adapter)}"
+    model = step_settings(values, "train", source=str(file)).get("model")
+    other = settings.model if settings.model != model else None
+    flags = _flag("model", other) + _flag("adapter", settings.adapter)
+    return f"Next: dpo-mm train {quoted(file)} --pairs {quoted(path)}{flags}"
+
+
+def _flag(name: str, value: str | None) -> str:
+    return f" --{name} {quoted(value)}" if value else ""
 
 
 def after_training(settings: TrainConfig, folder: Path) -> str:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dpo_mm.cli.main import app
 from dpo_mm.cli.next_command import HELD_OUT, after_mining, after_quickstart
-from dpo_mm.config import CompareConfig, CompareResponsesConfig, MineConfig
+from dpo_mm.config import CompareConfig, CompareResponsesConfig, MineConfig, MineResponsesConfig
 from tests.reliability.commands import JUDGE, commands, write_inputs
 
 QUICK = {
@@ -102,3 +102,20 @@ def test_pairs_of_an_adapter_train_that_adapter(adapter: str | None, end: str) -
     mined = MineConfig("m", "p", "mined", "j", adapter=adapter)
     line = after_mining(mined, Path("mined/pairs.parquet"))
     assert line == f"Next: dpo-mm train CONFIG.yaml --pairs mined/pairs.parquet{end}"
+
+
+@pytest.mark.parametrize(
+    ("model", "end"), [("HuggingFaceTB/SmolVLM-Instruct", ""), ("my model", " --model 'my model'")]
+)
+def test_pairs_of_a_preset_train_with_it(model: str, end: str) -> None:
+    line = after_mining(
+        MineResponsesConfig(model, "q", "mined", judges="cer"), Path("mined/pairs.parquet"), "ocr-smolvlm"
+    )
+    assert line == f"Next: dpo-mm train ocr-smolvlm --pairs mined/pairs.parquet{end}"
+
+
+def test_file_without_a_training_is_not_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: m")
+    mined = MineConfig("m", "p", "mined", "j")
+    assert "train CONFIG.yaml --pairs" in after_mining(mined, Path("pairs.parquet"), str(file))
