@@ -675,5 +675,8 @@ def test_unknown_family_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "MysteryPipeline"}')
     with pytest.raises(ValueError, match=r"MysteryPipeline.*Known: StableDiffusionPipeline"):
         load_policy(str(tmp_path))
-    with pytest.raises(ValueError, match=r"neither model_index\.json"):
+    with pytest.raises(ValueError, match="does not exist"):
         load_policy(str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"neither model_index\.json"):
+        load_policy(str(tmp_path / "empty"))
