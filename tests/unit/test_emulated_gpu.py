@@ -9,6 +9,7 @@ from tests.bench.emulated_gpu import compare
 from tests.emulated_gpu import EmulatedTensor, emulated_gpu, values_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "precision"), [("stable-diffusion", "bf16"), ("qwen2_5_vl", "fp32")])
 def test_run_logs_what_it_logs_on_the_cpu(family: str, precision: str) -> None:
     """Catches a tensor on the wrong device, and a branch for CUDA with other draws, positions or windows."""
