@@ -39,7 +39,8 @@ def after_mining(settings: MineConfig | MineResponsesConfig, path: Path, file: s
     if "train" not in values:
         return f"Next: dpo-mm train CONFIG.yaml --pairs {quoted(path)}{_flag('adapter', settings.adapter)}"
     model = step_settings(values, "train", source=str(file)).get("model")
-    other = settings.model if settings.model != model else None
+    is_served = bool(getattr(settings, "server", None))  # the model is what the server calls it
+    other = settings.model if settings.model != model and not is_served else None
     flags = _flag("model", other) + _flag("adapter", settings.adapter)
     return f"Next: dpo-mm train {quoted(file)} --pairs {quoted(path)}{flags}"
 

@@ -99,7 +99,7 @@ def share_files(folder: Path) -> None:
     """Let everyone read the files of a folder who may read the folder. safetensors makes files for their owner only."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             path.chmod(mode)
 
 

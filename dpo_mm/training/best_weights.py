@@ -72,7 +72,6 @@ class BestWeightsCallback(TrainerCallback):
         self.is_lower_better = EVAL_METRICS.get(self.name, judge != self.name and better_of(judge)) == "lower"
         self.folder = Path(config.output_dir) / BEST_FOLDER
         self.best: dict[str, float] | None = None
-        self.end = ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.name not in (logs or {}):
@@ -80,12 +79,8 @@ class BestWeightsCallback(TrainerCallback):
         since = self._find_best(state.log_history)
         if since == 0:
             self._save()
-        patience = self.config.early_stopping_patience
-        if patience and since >= patience:
+        if self.early_end(state.log_history):
             control.should_training_stop = True
-            self.end = (
-                f". The run ended at step {state.log_history[-1]['step']:g}, after {since} values that are not better"
-            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1 and self.name.startswith(METRIC):
@@ -105,6 +100,14 @@ class BestWeightsCallback(TrainerCallback):
         self.best = {"step": entries[number]["step"], "value": entries[number][self.name]}
         return len(entries) - 1 - number
 
+    def early_end(self, history: list[dict[str, float]]) -> str:
+        """Return where and why a run with this log ends early, as a sentence of its summary. Empty if it goes on."""
+        since = self._find_best(history)
+        if not 0 < self.config.early_stopping_patience <= since:
+            return ""
+        last = max(entry["step"] for entry in history if self.name in entry)
+        return f". The run ended at step {last:g}, after {since} values that are not better"
+
     def _save(self) -> None:
         """Write the current weights in place of the best so far."""
         if not process_rank().is_first:
@@ -119,12 +122,16 @@ class BestWeightsCallback(TrainerCallback):
             shutil.rmtree(self.folder, ignore_errors=True)
             os.replace(aside, self.folder)
 
-    def restore(self) -> dict[str, str]:
+    def restore(self, history: list[dict[str, float]]) -> dict[str, str]:
         """Load the best weights into the policy, and return the line of the run's summary that says so.
+
+        Args:
+            history: the log of the run.
 
         Raises:
             ValueError: if the saved weights are damaged or of another step.
         """
+        end = self.early_end(history)
         if self.best is None:
             return {}
         if reason := what_is_wrong(self.folder):
@@ -138,6 +145,5 @@ class BestWeightsCallback(TrainerCallback):
                 "Train again with --overwrite"
             )
         self.policy.load_weights(self.folder)
-        return {
-            "result": f"weights of step {self.best['step']:g}, whose {self.name} is best ({self.best['value']:.4g}){self.end}"
-        }
+        best = f"weights of step {self.best['step']:g}, whose {self.name} is best ({self.best['value']:.4g})"
+        return {"result": best + end}

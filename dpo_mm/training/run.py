@@ -269,7 +269,7 @@ def _train_on(
     with complete_part(lambda: f"The run is complete and its result is in {config.output_dir}") as stop:
         _fit(trainer, checkpoint, stop)
         if trainer.best_weights is not None:
-            result_lines = trainer.best_weights.restore()
+            result_lines = trainer.best_weights.restore(trainer.state.log_history)
             summary |= result_lines
             if show_plan is not None and process_rank().is_first:
                 show_plan(result_lines)

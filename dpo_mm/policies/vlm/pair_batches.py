@@ -110,7 +110,7 @@ def response_log_probs(token_log_probs: Tensor, batch: dict[str, Any]) -> LogPro
 def pair_log_probs(
     token_log_probs: Tensor, batch: dict[str, Any], *, ld_alpha: float, edited_token_weight: float
 ) -> LogProbs:
-    """Sum or average the token log-probs of pairs per response.
+    """Sum or average the token log-probs of each response in a batch of pairs.
 
     Args:
         token_log_probs: nats, 0 at padding, (pairs, columns of chosen and rejected).
@@ -142,7 +142,7 @@ def pair_log_probs(
 
 
 def _corrupted_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Row with the corrupted images. Its rejected side is one token, because of it only the number of tokens is used."""
+    """Row with the corrupted images. Its rejected side is one token, because only the number of its tokens is used."""
     replaced = ("corrupted_images", "features", "reference_chosen", "reference_rejected")
     unchanged = {name: value for name, value in row.items() if name not in replaced}
     shortened: dict[str, Any] = {name: row[name][:1] for name in ("rejected_ids", "rejected_edited") if name in row}

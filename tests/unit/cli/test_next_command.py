@@ -114,6 +114,11 @@ def test_pairs_of_a_preset_train_with_it(model: str, end: str) -> None:
     assert line == f"Next: dpo-mm train ocr-smolvlm --pairs mined/pairs.parquet{end}"
 
 
+def test_name_of_a_served_model_is_no_model_to_train() -> None:
+    mined = MineResponsesConfig("vlm", "q", "mined", judges="cer", server="http://127.0.0.1:8000/v1", served="vlm")
+    assert after_mining(mined, Path("p"), "ocr-smolvlm") == "Next: dpo-mm train ocr-smolvlm --pairs p"
+
+
 def test_file_without_a_training_is_not_named(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("model: m")

@@ -55,7 +55,7 @@ def test_best_value_is_saved_and_patience_ends_the_run(
             break
     assert saved == saved_at and stopped == stops_after
     end = f". The run ended at step {stops_after}, after 2 values that are not better"
-    assert callback.end == (end if stops_after else "")
+    assert callback.early_end(history) == (end if stops_after else "")
 
 
 @pytest.mark.slow
