@@ -101,7 +101,7 @@ class BestWeightsCallback(TrainerCallback):
         return len(entries) - 1 - number
 
     def early_end(self, history: list[dict[str, float]]) -> str:
-        """Return where and why a run with this log ends early, as a sentence of its summary. Empty if it goes on."""
+        """Return where and why a run with this log ends early, as a sentence of its summary. Empty if it does not."""
         since = self._find_best(history)
         if not 0 < self.config.early_stopping_patience <= since:
             return ""
